@@ -1,0 +1,279 @@
+"""The on-disk format: webdataset tars of Arrow blocks, an index, a manifest.
+
+A folder of shards holds
+
+- ``{split}-L{length}-{number}.tar``: each member ``{number}.arrow`` is an Arrow IPC stream with one
+  record batch of cells of one length bucket: ``input_ids`` (list<uint16>), ``cell_id``, ``dataset``
+  and the metadata columns asked for. The tars are ordinary webdataset shards.
+- ``index.parquet``: one row per member: where it is, which cells it holds, its crc32.
+- ``vocabulary.json``: the vocabulary the tokens were made with.
+- ``manifest.json``: what was read, kept and rejected, buckets, shards with SHA-256, and a
+  fingerprint over all that decides the cells and their order.
+
+Cells have one number each, 0..N-1, in the order split, bucket, block, place in the block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet
+
+from data_prep.vocab import Vocabulary, load_vocabulary
+
+SHARD_FORMAT = "geneloom-shards/1"
+MANIFEST_NAME, INDEX_NAME, VOCABULARY_NAME = "manifest.json", "index.parquet", "vocabulary.json"
+SPLITS = ("train", "heldout")
+_TAR_BLOCK = 512
+_MAX_OPEN_FILES = 64
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("split", pa.int8()),
+        ("bucket_length", pa.int32()),
+        ("shard", pa.int32()),
+        ("offset", pa.int64()),
+        ("bytes", pa.int32()),
+        ("first_cell", pa.int64()),
+        ("cells", pa.int32()),
+        ("tokens", pa.int64()),
+        ("crc32", pa.uint32()),
+    ]
+)
+
+
+class BucketWriter:
+    """Writes the blocks of one (split, bucket) into a series of tars, the same bytes every time."""
+
+    def __init__(self, folder: Path, split: str, bucket_length: int, shard_bytes: int) -> None:
+        self.split = split
+        self.bucket_length = bucket_length
+        self.shards: list[dict] = []
+        self.members: list[dict] = []
+        self._folder = folder
+        self._shard_bytes = shard_bytes
+        self._file = None
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Append one block as a tar member."""
+        if self._file is None:
+            self._open_shard()
+        assert self._file is not None
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, batch.schema) as stream:
+            stream.write_batch(batch)
+        payload = sink.getvalue().to_pybytes()
+        # webdataset groups members by the name up to the first dot: unique over all shards.
+        info = tarfile.TarInfo(f"{self._stem()}-{len(self.members):08d}.arrow")
+        info.size, info.mode = len(payload), 0o644
+        header = info.tobuf(format=tarfile.USTAR_FORMAT)
+        tokens = int(batch.column("input_ids").values.__len__())
+        self.members.append(
+            {
+                "shard": len(self.shards),
+                "offset": self._file.tell() + len(header),
+                "bytes": len(payload),
+                "cells": batch.num_rows,
+                "tokens": tokens,
+                "crc32": zlib.crc32(payload),
+            }
+        )
+        self._put(header + payload + b"\0" * (-len(payload) % _TAR_BLOCK))
+        self._cells += batch.num_rows
+        self._tokens += tokens
+        if self._file.tell() >= self._shard_bytes:
+            self.close_shard()
+
+    def _stem(self) -> str:
+        return f"{self.split}-L{self.bucket_length:04d}"
+
+    def _open_shard(self) -> None:
+        self._name = f"{self._stem()}-{len(self.shards):05d}.tar"
+        self._file = (self._folder / self._name).open("wb")
+        self._sha256, self._cells, self._tokens = hashlib.sha256(), 0, 0
+
+    def _put(self, data: bytes) -> None:
+        assert self._file is not None
+        self._file.write(data)
+        self._sha256.update(data)
+
+    def close_shard(self) -> None:
+        """Finish the open tar, if any."""
+        if self._file is None:
+            return
+        self._put(b"\0" * (2 * _TAR_BLOCK))
+        size = self._file.tell()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+        self.shards.append(
+            {
+                "name": self._name,
+                "split": self.split,
+                "bucket_length": self.bucket_length,
+                "cells": self._cells,
+                "tokens": self._tokens,
+                "bytes": size,
+                "sha256": self._sha256.hexdigest(),
+            }
+        )
+
+
+def write_index(folder: Path, writers: list[BucketWriter]) -> list[dict]:
+    """Write ``index.parquet`` over all closed writers; return the shard list of the manifest."""
+    rows: dict[str, list] = {name: [] for name in INDEX_SCHEMA.names}
+    shards: list[dict] = []
+    first_cell = 0
+    for writer in writers:
+        for member in writer.members:
+            row = member | {
+                "split": SPLITS.index(writer.split),
+                "bucket_length": writer.bucket_length,
+                "shard": member["shard"] + len(shards),
+                "first_cell": first_cell,
+            }
+            for name in rows:
+                rows[name].append(row[name])
+            first_cell += member["cells"]
+        shards.extend(writer.shards)
+    table = pa.table(rows, schema=INDEX_SCHEMA)
+    pa.parquet.write_table(table, folder / INDEX_NAME, compression="zstd")
+    return shards
+
+
+def fingerprint(manifest: dict) -> str:
+    """Return the hash of what decides cells and order: vocabulary, shards, index, format."""
+    decisive = {k: manifest[k] for k in ("format", "vocabulary_sha256", "shards", "index_sha256")}
+    text = json.dumps(decisive, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Block:
+    """Decoded cells of one tar member: `tokens` flat, `offsets` int64 [cells + 1]."""
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    batch: pa.RecordBatch
+
+
+class ShardSet:
+    """A folder of shards, opened for reading any block without reading what comes before.
+
+    Parameters
+    ----------
+    folder
+        Output folder of ``geneloom prepare``.
+
+    Raises
+    ------
+    ValueError
+        No manifest, another format, or an index or vocabulary that does not belong to it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        path = folder / MANIFEST_NAME
+        if not path.exists():
+            raise ValueError(
+                f"{folder}: no {MANIFEST_NAME}; expected a folder made by `geneloom prepare`"
+            )
+        try:
+            self.manifest: dict = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: damaged ({error}); prepare the folder again") from error
+        if self.manifest.get("format") != SHARD_FORMAT:
+            raise ValueError(
+                f"{path}: format {self.manifest.get('format')!r}, this version reads {SHARD_FORMAT}"
+            )
+        self.vocabulary: Vocabulary = load_vocabulary(folder / VOCABULARY_NAME)
+        if self.vocabulary.sha256 != self.manifest["vocabulary_sha256"]:
+            raise ValueError(
+                f"{folder}: {VOCABULARY_NAME} has hash {self.vocabulary.sha256[:12]}, the shards "
+                f"were made with {self.manifest['vocabulary_sha256'][:12]}"
+            )
+        if file_sha256(folder / INDEX_NAME) != self.manifest["index_sha256"]:
+            raise ValueError(f"{folder / INDEX_NAME}: does not match the manifest; damaged?")
+        index = pa.parquet.read_table(folder / INDEX_NAME)
+        self.index = {name: index.column(name).to_numpy() for name in index.column_names}
+        self._open_files: OrderedDict[int, int] = OrderedDict()
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest["fingerprint"]
+
+    @property
+    def num_cells(self) -> int:
+        return int(self.index["cells"].sum())
+
+    def bucket_lengths(self, split: str) -> list[int]:
+        """Return the ascending padded lengths that have cells in a split."""
+        chosen = self.index["split"] == SPLITS.index(split)
+        return [int(n) for n in np.unique(self.index["bucket_length"][chosen])]
+
+    def block_numbers(self, split: str, bucket_length: int) -> np.ndarray:
+        """Return the index rows of one bucket, in order."""
+        chosen = (self.index["split"] == SPLITS.index(split)) & (
+            self.index["bucket_length"] == bucket_length
+        )
+        return np.flatnonzero(chosen)
+
+    def read_block(self, number: int) -> Block:
+        """Return the decoded cells of one index row.
+
+        Raises
+        ------
+        ValueError
+            The shard is missing or short, or the bytes do not have the recorded checksum; the
+            message names shard and member.
+        """
+        size = int(self.index["bytes"][number])
+        shard = int(self.index["shard"][number])
+        payload = os.pread(self._descriptor(shard), size, int(self.index["offset"][number]))
+        if len(payload) != size or zlib.crc32(payload) != int(self.index["crc32"][number]):
+            name = self.manifest["shards"][shard]["name"]
+            raise ValueError(
+                f"{self.folder / name}: the member at byte {self.index['offset'][number]} (block "
+                f"{number}) is damaged: its checksum is wrong; copy or prepare the shards again"
+            )
+        batch = pa.ipc.open_stream(pa.py_buffer(payload)).read_next_batch()
+        lists = batch.column("input_ids")
+        offsets = np.asarray(lists.offsets, dtype=np.int64)
+        return Block(np.asarray(lists.values), offsets, batch)
+
+    def _descriptor(self, shard: int) -> int:
+        if shard in self._open_files:
+            self._open_files.move_to_end(shard)
+            return self._open_files[shard]
+        path = self.folder / self.manifest["shards"][shard]["name"]
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise ValueError(f"{path}: shard is missing; copy or prepare it again") from error
+        self._open_files[shard] = descriptor
+        if len(self._open_files) > _MAX_OPEN_FILES:
+            os.close(self._open_files.popitem(last=False)[1])
+        return descriptor
+
+    def iter_blocks(self, split: str) -> Iterator[Block]:
+        """Yield all blocks of a split, in order."""
+        for number in np.flatnonzero(self.index["split"] == SPLITS.index(split)):
+            yield self.read_block(int(number))
