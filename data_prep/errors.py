@@ -1,0 +1,34 @@
+"""How every command ends: a user's mistake is one message and exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+EXIT_USAGE, EXIT_FAILED = 2, 1
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run a command line; ValueError exits with 2, a numerical or file error with 1.
+
+    ValueError is what this project raises for wrong input; its text says what, where, what to do.
+    """
+    try:
+        app()
+    except ValueError as error:
+        _fail(str(error), EXIT_USAGE)
+    except (FloatingPointError, OSError) as error:
+        _fail(f"{type(error).__name__}: {error}", EXIT_FAILED)
+
+
+def _fail(message: str, code: int) -> None:
+    rank = os.environ.get("RANK", "0")
+    prefix = "error" if rank == "0" else f"error on rank {rank}"
+    print(f"{prefix}: {message}", file=sys.stderr, flush=True)
+    # Not sys.exit: ranks that fail must not wait in a process group's or a worker's clean-up.
+    sys.stdout.flush()
+    if "WORLD_SIZE" in os.environ:
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,52 @@
+"""The ``geneloom`` command: a table of verbs; each imports its folder when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import typer
+
+from data_prep.errors import run_app
+
+# verb -> (module, function or typer application, what it makes of what)
+VERBS = {
+    "prepare": ("data_prep.cli", "prepare_command", "cells -> shards"),
+    "inspect": ("data_prep.cli", "inspect_command", "print what a shard folder holds"),
+    "pretrain": ("pretrain.cli", "pretrain_command", "shards -> checkpoints"),
+    "launch": ("launch.local", "app", "pretrain on several ranks"),
+    "export": ("pretrain.cli", "export_command", "checkpoint -> Hugging Face folder"),
+    "embed": ("eval.cli", "embed_command", "cells -> embeddings in an h5ad"),
+    "finetune": ("eval.cli", "finetune_app", "fine-tune and score beside baselines"),
+    "report": ("eval.cli", "report_command", "a run and its scores in one HTML page"),
+}
+
+
+def build_app(verb: str | None) -> typer.Typer:
+    """Return the command line with one verb imported; the others are names with a line of help."""
+    app = typer.Typer(
+        help="Pretrain masked encoders on single cells, and see what they are good for.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    for name, (module, attribute, summary) in VERBS.items():
+        if name != verb:
+            app.command(name, help=summary)(_not_imported)
+            continue
+        target = getattr(importlib.import_module(module), attribute)
+        if isinstance(target, typer.Typer):
+            app.add_typer(target, name=name)
+        else:
+            app.command(name)(target)
+    return app
+
+
+def _not_imported() -> None:
+    raise AssertionError("only listed in --help")
+
+
+def main() -> None:
+    """Run ``geneloom <verb> ...``."""
+    verb = next((a for a in sys.argv[1:] if not a.startswith("-")), None)
+    run_app(build_app(verb if verb in VERBS else None))

@@ -1,0 +1,91 @@
+"""What a model must beat: guesses of a hidden gene from its rank alone, without looking at the cell.
+
+- ``unigram``: how often a gene is expressed.
+- ``unigram_by_rank``: how often a gene is expressed at this relative rank.
+- ``mean_rank``: each gene is normally distributed around its own mean relative rank. Kedzierska et
+  al. (Genome Biology 2025) found Geneformer below a gene's mean rank.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from data_prep.shards import ShardSet
+
+RANK_BINS = 50
+_SMALLEST_SPREAD = 0.02  # of relative rank; a gene seen once has no spread
+
+
+class RankBaselines:
+    """Log-probability tables of the baselines, from training cells.
+
+    Parameters
+    ----------
+    shards
+        Prepared cells; the train split is read, whole blocks until `max_cells` are reached.
+    """
+
+    def __init__(self, shards: ShardSet, max_cells: int) -> None:
+        vocabulary = shards.vocabulary
+        size, first = vocabulary.num_tokens, vocabulary.first_gene_token
+        table = np.zeros((RANK_BINS, size))
+        rank_sum, rank_square = np.zeros(size), np.zeros(size)
+        for tokens, ranks in _train_tokens(shards, max_cells):
+            bins = np.minimum((ranks * RANK_BINS).astype(np.int64), RANK_BINS - 1)
+            table += np.bincount(bins * size + tokens, minlength=table.size).reshape(table.shape)
+            rank_sum += np.bincount(tokens, weights=ranks, minlength=size)
+            rank_square += np.bincount(tokens, weights=ranks**2, minlength=size)
+        table[:, :first] = 0
+        counts = table.sum(axis=0)
+        smoothed = counts + 0.5
+        smoothed[:first] = 0
+        frequency = smoothed / smoothed.sum()
+        # Witten-Bell smoothing: as many pseudo-counts as different genes were seen in the bin.
+        by_rank = table + (table > 0).sum(axis=1, keepdims=True) * frequency
+        mean = np.where(counts > 0, rank_sum / np.maximum(counts, 1), 0.5)
+        variance = rank_square / np.maximum(counts, 1) - mean**2
+        spread = np.sqrt(np.maximum(variance, _SMALLEST_SPREAD**2))
+        spread[counts < 2] = 0.3
+        centre = (np.arange(RANK_BINS)[:, None] + 0.5) / RANK_BINS
+        density = frequency * np.exp(-0.5 * ((centre - mean) / spread) ** 2) / spread
+        self.log_probabilities = {
+            "unigram": _normalised_log(np.broadcast_to(frequency, table.shape)),
+            "unigram_by_rank": _normalised_log(by_rank),
+            "mean_rank": _normalised_log(density),
+        }
+
+    def losses(self, labels: np.ndarray, relative_ranks: np.ndarray) -> dict[str, np.ndarray]:
+        """Return for each baseline float64 [M], the cross-entropy (nats) of hidden genes.
+
+        Parameters
+        ----------
+        labels
+            int [M], the hidden genes.
+        relative_ranks
+            float [M] in [0, 1), place of each in its cell over the cell's length.
+        """
+        bins = np.minimum((relative_ranks * RANK_BINS).astype(np.int64), RANK_BINS - 1)
+        return {k: -table[bins, labels] for k, table in self.log_probabilities.items()}
+
+    def hits(self, labels: np.ndarray, relative_ranks: np.ndarray) -> dict[str, np.ndarray]:
+        """Return for each baseline bool [M]: is the hidden gene its first guess?"""
+        bins = np.minimum((relative_ranks * RANK_BINS).astype(np.int64), RANK_BINS - 1)
+        best = {k: table.argmax(axis=1) for k, table in self.log_probabilities.items()}
+        return {k: guess[bins] == labels for k, guess in best.items()}
+
+
+def _train_tokens(shards: ShardSet, max_cells: int):
+    """Yield (tokens int64, relative ranks float64) of whole train blocks, spread over the corpus."""
+    numbers = np.flatnonzero(shards.index["split"] == 0)
+    wanted = max(1, int(len(numbers) * min(1.0, max_cells / shards.index["cells"][numbers].sum())))
+    for number in numbers[np.linspace(0, len(numbers) - 1, wanted).astype(np.int64)]:
+        block = shards.read_block(int(number))
+        lengths = np.diff(block.offsets)
+        starts = np.repeat(block.offsets[:-1], lengths)
+        places = np.arange(len(block.tokens)) - starts
+        yield block.tokens.astype(np.int64), places / np.repeat(lengths, lengths)
+
+
+def _normalised_log(weights: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        return np.log(weights / weights.sum(axis=1, keepdims=True))

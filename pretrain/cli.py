@@ -1,0 +1,104 @@
+"""``geneloom pretrain`` and ``geneloom export``: parse and call."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from data_prep.errors import run_app
+from pretrain.config import RunConfig, load_config
+
+EXIT_RESUMABLE = 75
+
+
+def pretrain_command(
+    config: Annotated[str, typer.Option(help="YAML file, or the name of a supplied one")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.field=value")] = None,
+    resume: Annotated[bool, typer.Option(help="go on from the newest checkpoint")] = False,
+    allow_changes: Annotated[bool, typer.Option(help="resume with a changed recipe")] = False,
+    dry_run: Annotated[bool, typer.Option(help="print the resolved settings and stop")] = False,
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
+) -> None:
+    """Pretrain a masked encoder on prepared shards, alone or under a launcher."""
+    settings = load_config(config, overrides or [])
+    if dry_run:
+        print_plan(settings)
+        return
+    _log_to_console()
+    # Heavy imports only now: a wrong setting is told in half a second.
+    from pretrain import dist
+    from pretrain.train import train
+
+    summary = train(settings, resume, allow_changes)
+    dist.leave()
+    if summary.stopped:
+        raise SystemExit(EXIT_RESUMABLE)
+
+
+def print_plan(config: RunConfig) -> None:
+    """Print what a run would do: settings off their default first, then derived numbers."""
+    from data_prep.shards import ShardSet
+    from pretrain.data import EpochPlan
+    from pretrain.ds_config import derive_ds_config, zero_stage
+    from pretrain.model import build_model
+
+    ds_config = derive_ds_config(config)
+    shards = ShardSet(config.data.shards)
+    plan = EpochPlan(shards, "train", config.run.seed, config.batch.tokens_per_step)
+    epoch_steps = plan.steps_per_epoch
+    steps = min(config.run.epochs * epoch_steps, config.run.max_steps or sys.maxsize)
+    model = build_model(config.model, shards.vocabulary, config.run.seed)
+    console = Console()
+    table = Table(title="settings (changed ones first)", title_justify="left")
+    for name in ("setting", "value", "default"):
+        table.add_column(name)
+    rows = []
+    for section, values in config:
+        for key, field in type(values).model_fields.items():
+            value, default = getattr(values, key), field.get_default()
+            shown = "required" if field.is_required() else str(default)
+            rows.append((value == default, f"{section}.{key}", str(value), shown))
+    for same, *row in sorted(rows, key=lambda r: r[0]):
+        table.add_row(*row, style="dim" if same else "")
+    console.print(table)
+    sizes = ", ".join(f"{b.cells_per_step} of {b.length}" for b in plan.buckets)
+    console.print(
+        f"parameters {sum(p.numel() for p in model.parameters()):,}; ZeRO stage "
+        f"{zero_stage(ds_config)}; {epoch_steps:,} steps per epoch, {steps:,} in all\n"
+        f"cells per step by bucket: {sizes}",
+        highlight=False,
+    )
+
+
+def export_command(
+    run: Annotated[Path, typer.Argument(help="run folder of `geneloom pretrain`")],
+    out: Annotated[Path, typer.Option(help="new or empty folder")],
+) -> None:
+    """Write the newest checkpoint as a Hugging Face folder."""
+    from pretrain.export import export
+
+    print(export(run, out))
+
+
+def _log_to_console() -> None:
+    """Rank 0 speaks on the console; the other ranks only to warn."""
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
+    for package in ("pretrain", "data_prep"):
+        logging.getLogger(package).setLevel(level)
+
+
+def main() -> None:
+    """Run ``pretrain`` as a program of its own, for launchers."""
+    app = typer.Typer(add_completion=False)
+    app.command()(pretrain_command)
+    run_app(app)

@@ -1,0 +1,241 @@
+"""All settings of a pretraining run: one frozen model per concern, refused early, never defaulted twice.
+
+Order of precedence: the defaults here < the YAML file < ``section.field=value`` on the command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+CONFIG_FOLDER = Path(__file__).parent / "configs"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(_Section):
+    """Where the cells come from."""
+
+    shards: Path = Field(description="folder made by `geneloom prepare`")
+    num_workers: int = Field(1, ge=0, description="loader processes per rank; changes no batch")
+
+
+class ModelConfig(_Section):
+    """The encoder: BERT, post-norm, learned positions, tied embeddings. Defaults: V1 6 layers
+    (Geneformer, Nature 2023)."""
+
+    num_layers: int = Field(6, ge=1)
+    hidden_size: int = Field(256, ge=8)
+    num_heads: int = Field(4, ge=1)
+    intermediate_size: int = Field(512, ge=8)
+    hidden_dropout: float = Field(0.02, ge=0, lt=1)
+    attention_dropout: float = Field(0.02, ge=0, lt=1)
+    activation: Literal["relu", "gelu"] = "relu"
+    initializer_range: float = Field(0.02, gt=0)
+    layer_norm_eps: float = Field(1e-12, gt=0)
+    activation_checkpointing: bool = Field(False, description="recompute layers in backward")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> ModelConfig:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}"
+            )
+        return self
+
+
+class MaskingConfig(_Section):
+    """Which genes are hidden, and what stands in their place (BERT's 80/10/10)."""
+
+    probability: float = Field(0.15, gt=0, lt=1, description="share of a cell's genes")
+    mask_share: float = Field(0.8, ge=0, le=1, description="of the hidden: becomes <mask>")
+    random_share: float = Field(0.1, ge=0, le=1, description="of the hidden: becomes another gene")
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> MaskingConfig:
+        if self.mask_share + self.random_share > 1:
+            raise ValueError("mask_share + random_share exceed 1")
+        return self
+
+
+class BatchConfig(_Section):
+    """Token budgets. Cells per step = tokens_per_step // bucket length, on any number of ranks."""
+
+    tokens_per_step: int = Field(163_840, ge=64, description="padded tokens of one optimizer step")
+    tokens_per_micro_batch: int = Field(
+        16_384, ge=64, description="padded tokens of one forward pass on one rank"
+    )
+
+
+class OptimConfig(_Section):
+    """AdamW with warm-up and decay as functions of the global step. Defaults: Geneformer V1."""
+
+    learning_rate: float = Field(1e-3, gt=0, description="peak")
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: int = Field(10_000, ge=0)
+    weight_decay: float = Field(0.001, ge=0, description="not on biases and LayerNorm")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="global norm; 0: no clipping")
+
+
+class RunSection(_Section):
+    """One run: where, how long, how precise."""
+
+    out: Path = Field(description="run folder")
+    seed: int = Field(0, ge=0)
+    epochs: int = Field(3, ge=1)
+    max_steps: int | None = Field(None, ge=1, description="stop earlier; the decay ends here too")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    deepspeed: str = Field("zero1", description="file of deepspeed_configs/, or a path")
+    log_every_steps: int = Field(10, ge=1)
+    threads: int | None = Field(None, ge=1, description="torch threads per rank on CPU")
+    collective_timeout_s: int = Field(600, ge=5, description="a hung collective fails after this")
+
+
+class EvaluationConfig(_Section):
+    """Held-out loss at fixed masks."""
+
+    every_steps: int = Field(1000, ge=1)
+    max_cells: int = Field(2000, ge=1)
+    baseline_cells: int = Field(50_000, ge=1, description="train cells the baselines are made of")
+
+
+class CheckpointConfig(_Section):
+    """When to save and how many to keep."""
+
+    every_steps: int = Field(1000, ge=1)
+    keep: int = Field(2, ge=1, description="newest complete checkpoints that stay")
+
+
+class RunConfig(_Section):
+    """Everything a run depends on."""
+
+    data: DataConfig
+    run: RunSection
+    model: ModelConfig = ModelConfig()
+    masking: MaskingConfig = MaskingConfig()
+    batch: BatchConfig = BatchConfig()
+    optim: OptimConfig = OptimConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def recipe(self) -> dict[str, Any]:
+        """Return the settings that decide the weights, flat: a resumed run must agree on them."""
+        decisive = {
+            "model": self.model.model_dump(exclude={"activation_checkpointing"}),
+            "masking": self.masking.model_dump(),
+            "batch": self.batch.model_dump(include={"tokens_per_step"}),
+            "optim": self.optim.model_dump(),
+            "run": self.run.model_dump(include={"seed", "epochs", "max_steps", "precision"}),
+        }
+        return {f"{s}.{k}": v for s, fields in decisive.items() for k, v in fields.items()}
+
+    def sha256(self) -> str:
+        """Return the hash of the recipe."""
+        text = json.dumps(self.recipe(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """Return the resolved settings as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: str | Path, overrides: list[str] = []) -> RunConfig:  # noqa: B006
+    """Return the run configuration of a YAML file with overrides.
+
+    Parameters
+    ----------
+    path
+        A YAML file, or the name of one in ``pretrain/configs`` (e.g. ``geneformer_v1_6l``).
+    overrides
+        ``section.field=value``; values are read as YAML.
+
+    Raises
+    ------
+    ValueError
+        All problems together: unknown settings with the nearest known name, wrong values, missing
+        required ones.
+    """
+    file = _find_config(path)
+    try:
+        content = yaml.safe_load(file.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not readable as YAML ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: must hold sections (data, model, ...), found {content!r}")
+    for override in overrides:
+        _apply_override(content, override)
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        problems = [_explain(e) for e in error.errors()]
+        raise ValueError(f"{file}: " + "; ".join(problems)) from error
+
+
+def _find_config(path: str | Path) -> Path:
+    named = CONFIG_FOLDER / f"{path}.yaml"
+    if Path(path).is_file():
+        return Path(path)
+    if named.is_file():
+        return named
+    known = sorted(p.stem for p in CONFIG_FOLDER.glob("*.yaml"))
+    raise ValueError(f"--config {path}: no such file, and none of the supplied ones: {known}")
+
+
+def _apply_override(content: dict, override: str) -> None:
+    key, separator, text = override.partition("=")
+    parts = key.split(".")
+    if not separator or len(parts) != 2:
+        raise ValueError(f"{override!r}: settings are given as section.field=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{override!r}: the value is not readable as YAML") from error
+    section = content.setdefault(parts[0], {})
+    if not isinstance(section, dict):
+        raise ValueError(f"{override!r}: '{parts[0]}' is no section")
+    # YAML 1.1 reads 1e-3 as text; a number was meant.
+    section[parts[1]] = _number_if_one(value)
+
+
+def _number_if_one(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(error: Any) -> str:
+    """Return one validation problem in words, with the nearest known name for a misspelt one."""
+    location = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _known_names(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known: {sorted(known)}"
+        return f"'{location}' is no setting; {hint}"
+    if error["type"] == "missing":
+        return f"'{location}' is required (give {location}=...)"
+    return f"'{location}': {error['msg']} (given {error['input']!r})"
+
+
+def _known_names(location: tuple) -> list[str]:
+    model: type[BaseModel] = RunConfig
+    for part in location:
+        annotation = model.model_fields[part].annotation
+        if get_origin(annotation) is not None:
+            annotation = next(a for a in get_args(annotation) if isinstance(a, type))
+        assert isinstance(annotation, type)
+        model = annotation
+    return list(model.model_fields)

@@ -1,0 +1,84 @@
+"""Run configuration + one file of ``deepspeed_configs/`` -> the dictionary that DeepSpeed gets.
+
+The files hold ZeRO and communication keys only. Batch sizes, accumulation, clipping, precision and
+optimizer belong to the run configuration; DeepSpeed ignores unknown top-level keys in silence, so
+everything else is refused here.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pretrain.config import RunConfig
+
+DEEPSPEED_VERSION = "0.19.8"
+DEEPSPEED_CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "deepspeed_configs"
+_ALLOWED_KEYS = {
+    "zero_optimization",
+    "communication_data_type",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "prescale_gradients",
+    "comms_logger",
+}
+
+
+def find_deepspeed_file(name: str) -> Path:
+    """Return the path of a DeepSpeed configuration given by name or path."""
+    named = DEEPSPEED_CONFIG_FOLDER / f"{name}.json"
+    if named.is_file():
+        return named
+    if Path(name).is_file():
+        return Path(name)
+    known = sorted(p.stem for p in DEEPSPEED_CONFIG_FOLDER.glob("*.json"))
+    raise ValueError(f"run.deepspeed={name}: no such file, and none of the supplied ones: {known}")
+
+
+def derive_ds_config(config: RunConfig) -> dict:
+    """Return the DeepSpeed dictionary of a run.
+
+    Gradients: every micro-batch is weighted by us (sum over masked genes x world / masked genes of
+    the global step), so DeepSpeed's own accumulation and its batch arithmetic are set to one.
+
+    Raises
+    ------
+    ValueError
+        The file is unreadable, has keys that belong to the run configuration, or no ZeRO stage.
+    """
+    path = find_deepspeed_file(config.run.deepspeed)
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+    unknown = sorted(set(content) - _ALLOWED_KEYS)
+    if unknown:
+        raise ValueError(
+            f"{path}: {unknown} do not belong here; allowed: {sorted(_ALLOWED_KEYS)}. Batch, "
+            "precision, clipping and optimizer are set in the run configuration"
+        )
+    stage = content.get("zero_optimization", {}).get("stage")
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, found {stage}")
+    result = content | {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        # At stage 0 DeepSpeed neither reports the norm nor stops at NaN: optim.py clips there.
+        "gradient_clipping": 0.0 if stage == 0 else config.optim.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1_000_000_000,
+    }
+    if config.run.precision == "bf16":
+        if stage == 0:
+            # Stage 0 has no fp32 master weights of its own; autocast keeps the weights in fp32.
+            result["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        else:
+            result["bf16"] = {"enabled": True}
+            result["data_types"] = {"grad_accum_dtype": "fp32"}
+    return result
+
+
+def zero_stage(ds_config: dict) -> int:
+    """Return the ZeRO stage of a derived DeepSpeed dictionary."""
+    return ds_config["zero_optimization"]["stage"]

@@ -1,0 +1,135 @@
+"""What a run says: console line, ``metrics.jsonl``, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+METRICS_NAME = "metrics.jsonl"
+# The first steps of a process allocate and compile; they are left out of the rates.
+_WARMUP_STEPS = 2
+
+
+@dataclass
+class Window:
+    """Sums over the steps since the last line; all over all ranks, except the times."""
+
+    loss: float = 0.0
+    hits: float = 0.0
+    masked: float = 0.0
+    tokens: float = 0.0
+    padded_tokens: float = 0.0
+    cells: float = 0.0
+    data_wait_s: float = 0.0
+    timed_tokens: float = 0.0
+    timed_cells: float = 0.0
+    timed_s: float = 0.0
+    steps: int = 0
+
+
+@dataclass
+class Meter:
+    """Collects steps and turns a window of them into rates."""
+
+    world_size: int
+    total_steps: int
+    window: Window = field(default_factory=Window)
+    _seen: int = 0
+
+    def add(self, counts: dict[str, float], loss: float, hits: float, wait_s: float, step_s: float):
+        """Add one step; `counts` are sums over ranks of masked, tokens, padded_tokens, cells."""
+        w = self.window
+        w.loss, w.hits = w.loss + loss, w.hits + hits
+        w.masked += counts["masked"]
+        w.tokens += counts["tokens"]
+        w.padded_tokens += counts["padded_tokens"]
+        w.cells += counts["cells"]
+        w.data_wait_s += wait_s
+        w.steps += 1
+        self._seen += 1
+        if self._seen > _WARMUP_STEPS:
+            w.timed_tokens += counts["tokens"]
+            w.timed_cells += counts["cells"]
+            w.timed_s += step_s
+
+    def close_window(self, step: int) -> dict[str, float]:
+        """Return the figures of the window and start a new one."""
+        w, self.window = self.window, Window()
+        seconds = w.timed_s or float("nan")
+        return {
+            "loss": w.loss / w.masked,
+            "masked_accuracy": w.hits / w.masked,
+            "cells_per_s": w.timed_cells / seconds,
+            "tokens_per_s": w.timed_tokens / seconds,
+            "tokens_per_s_per_rank": w.timed_tokens / seconds / self.world_size,
+            "padding": 1 - w.tokens / w.padded_tokens,
+            "data_wait": w.data_wait_s / seconds,
+            "memory_gib": peak_memory_gib(),
+            "eta_s": w.timed_s / w.steps * (self.total_steps - step),
+        }
+
+
+def peak_memory_gib() -> float:
+    """Return the peak memory of this process: on the GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class RunLog:
+    """Writes metrics of rank 0; a resumed run continues the files after its step."""
+
+    def __init__(self, run: Path, resumed_step: int) -> None:
+        # Imported here: tensorboard takes a second, and only rank 0 of a run needs it.
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._path = run / METRICS_NAME
+        kept = [m for m in read_metrics(run) if m["step"] <= resumed_step]
+        self._path.write_text("".join(json.dumps(m) + "\n" for m in kept))
+        self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Append one record (`kind`: train or heldout) to metrics.jsonl and TensorBoard."""
+        record = {"kind": kind, "step": step, "time": time.time(), **values}
+        with self._path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        self._tensorboard.close()
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Return the records of a run, in order; a torn last line is left out."""
+    path = run / METRICS_NAME
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            logger.warning("%s: a torn line is skipped", path)
+    return records
+
+
+def console_line(step: int, total: int, values: dict[str, float]) -> str:
+    """Return one line for people."""
+    eta = str(timedelta(seconds=int(values["eta_s"])))
+    return (
+        f"step {step}/{total}  loss {values['loss']:.4f}  acc {values['masked_accuracy']:.2%}  "
+        f"gnorm {values['grad_norm']:.2f}  lr {values['learning_rate']:.2e}  "
+        f"{values['cells_per_s']:.1f} cells/s  {values['tokens_per_s_per_rank']:,.0f} tok/s/rank  "
+        f"pad {values['padding']:.1%}  wait {values['data_wait']:.1%}  "
+        f"mem {values['memory_gib']:.2f} GiB  eta {eta}"
+    )

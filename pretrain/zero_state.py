@@ -1,0 +1,171 @@
+"""ZeRO's sharded training state, in and out, independent of stage and number of ranks.
+
+Every rank writes what it owns: for each parameter a range of its flat fp32 weight and of AdamW's two
+moments, with the range's start. Whoever reads asks for ranges again, from however many files. So a
+run goes on at another world size or stage without any conversion, from safetensors alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A range of one flat parameter that this rank owns; `tensors` are live fp32 views by kind."""
+
+    name: str
+    start: int
+    numel: int
+    tensors: dict[str, torch.Tensor]
+
+
+def owned_fragments(engine, stage: int, rank: int) -> Iterator[Fragment]:
+    """Yield this rank's fragments of a DeepSpeed engine; moments must exist (`ensure_moments`)."""
+    for name, parameter in engine.module.named_parameters():
+        if stage == 0:
+            yield from _fragments_stage_0(engine, name, parameter, rank)
+        elif stage == 3:
+            yield from _fragments_stage_3(engine, name, parameter, rank)
+        else:
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                address = mapping.lp_fragment_address
+                tensors = {"weight": mapping.hp_fragment} | {
+                    k: mapping.get_optim_state_fragment(k) for k in KINDS[1:]
+                }
+                yield Fragment(name, address.start, address.numel, tensors)
+
+
+def _fragments_stage_0(engine, name: str, parameter, rank: int) -> Iterator[Fragment]:
+    if rank == 0:
+        state = engine.optimizer.state[parameter]
+        tensors = {"weight": parameter.detach(), **{k: state[k] for k in KINDS[1:]}}
+        yield Fragment(name, 0, parameter.numel(), {k: t.view(-1) for k, t in tensors.items()})
+
+
+def _fragments_stage_3(engine, name: str, parameter, rank: int) -> Iterator[Fragment]:
+    share = parameter.ds_tensor.ds_numel
+    start = rank * share
+    numel = min(share, parameter.ds_numel - start)
+    if numel > 0:
+        zero = engine.optimizer
+        tensors = {
+            kind: zero._get_fp32_opt_state_partition(
+                parameter, release_swap_buffers=True, optim_state_key=key
+            )[0][:numel]
+            for kind, key in zip(KINDS, (None, *KINDS[1:]), strict=True)
+        }
+        yield Fragment(name, start, numel, tensors)
+
+
+def _flat_parameters(engine, stage: int) -> list[torch.Tensor]:
+    """Return the tensors that the torch optimizer steps on."""
+    if stage == 3:
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return [p for g in torch_optimizer(engine, stage).param_groups for p in g["params"]]
+
+
+def torch_optimizer(engine, stage: int) -> torch.optim.Optimizer:
+    """Return the torch optimizer inside a DeepSpeed engine."""
+    return engine.optimizer if stage == 0 else engine.optimizer.optimizer
+
+
+def ensure_moments(engine, stage: int, step: int | None = None) -> None:
+    """Make AdamW's state exist (torch makes it in the first step), linked to the parameters.
+
+    Parameters
+    ----------
+    step
+        Number of finished optimizer steps to set; None leaves existing state as it is.
+    """
+    optimizer = torch_optimizer(engine, stage)
+    for flat in _flat_parameters(engine, stage):
+        state = optimizer.state[flat]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            for kind in KINDS[1:]:
+                state[kind] = torch.zeros_like(flat, dtype=torch.float32)
+        if step is not None:
+            # One tensor each: torch counts in place.
+            state["step"] = torch.tensor(float(step))
+    if stage in (1, 2):
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def save_fragments(path: Path, engine, stage: int, rank: int) -> None:
+    """Write this rank's fragments to one safetensors file."""
+    ensure_moments(engine, stage)
+    tensors, starts = {}, {}
+    for fragment in owned_fragments(engine, stage, rank):
+        starts[fragment.name] = fragment.start
+        for kind, tensor in fragment.tensors.items():
+            tensors[f"{kind}/{fragment.name}"] = tensor.detach().cpu().clone()
+    save_file(tensors, path, metadata={"starts": json.dumps(starts)})
+
+
+class FragmentReader:
+    """Reads ranges of parameters from the fragment files of any number of ranks."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._files = [safe_open(p, framework="pt") for p in paths]
+        # name -> [(start, stop, file)]
+        self._ranges: dict[str, list[tuple[int, int, int]]] = {}
+        for number, file in enumerate(self._files):
+            for name, start in json.loads(file.metadata()["starts"]).items():
+                numel = file.get_slice(f"weight/{name}").get_shape()[0]
+                self._ranges.setdefault(name, []).append((start, start + numel, number))
+        for ranges in self._ranges.values():
+            ranges.sort()
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._ranges)
+
+    def numel(self, name: str) -> int:
+        """Return how many elements of a parameter are stored."""
+        return sum(stop - start for start, stop, _ in self._ranges[name])
+
+    def read(self, kind: str, name: str, start: int, numel: int) -> torch.Tensor:
+        """Return float32 [numel], a range of a flat parameter or moment."""
+        out = torch.empty(numel)
+        filled = 0
+        for low, high, number in self._ranges[name]:
+            a, b = max(low, start), min(high, start + numel)
+            if a < b:
+                stored = self._files[number].get_slice(f"{kind}/{name}")
+                out[a - start : b - start] = stored[a - low : b - low]
+                filled += b - a
+        assert filled == numel, f"{name}: {filled} of {numel} elements are in the checkpoint"
+        return out
+
+
+def load_weights(module: torch.nn.Module, reader: FragmentReader) -> None:
+    """Fill a module with fp32 weights, before DeepSpeed takes it."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            flat = reader.read("weight", name, 0, parameter.numel())
+            parameter.copy_(flat.view_as(parameter))
+
+
+def restore_training_state(engine, stage: int, rank: int, reader: FragmentReader, step: int) -> None:
+    """Fill master weights, moments and step count of an engine whose module has the weights."""
+    ensure_moments(engine, stage, step)
+    read: Callable[[str, Fragment], torch.Tensor] = lambda kind, f: reader.read(  # noqa: E731
+        kind, f.name, f.start, f.numel
+    )
+    with torch.no_grad():
+        # At stage 0 only rank 0 owns fragments when writing; when reading every rank fills all.
+        for fragment in owned_fragments(engine, stage, 0 if stage == 0 else rank):
+            for kind, tensor in fragment.tensors.items():
+                tensor.copy_(read(kind, fragment))
