@@ -34,7 +34,10 @@ _CACHED_BLOCKS_PER_BUCKET = 2
 
 @dataclass(frozen=True)
 class StepCells:
-    """The global batch of one step: padded length, and cell numbers (int64, -1 where filled)."""
+    """The global batch of one step: padded length and cell numbers (int64).
+
+    The last step of a bucket in an epoch has what is left, which may be few.
+    """
 
     epoch: int
     bucket: int
@@ -112,8 +115,7 @@ class EpochPlan:
         chosen = self.buckets[bucket]
         start = turn * chosen.cells_per_step
         stop = min(start + chosen.cells_per_step, chosen.num_cells)
-        cells = np.full(chosen.cells_per_step, -1, dtype=np.int64)
-        cells[: stop - start] = self._cells(epoch, bucket, np.arange(start, stop))
+        cells = self._cells(epoch, bucket, np.arange(start, stop))
         return StepCells(epoch, bucket, chosen.length, cells)
 
     def _bucket_turn(self, epoch: int, step: int) -> tuple[int, int]:
@@ -173,7 +175,7 @@ class EpochPlan:
 def rank_rows(cells: np.ndarray, length: int, rank: int, world_size: int, budget: int) -> np.ndarray:
     """Return int64 [micro-batches, rows] of a rank: its share of a global batch, -1 where filled.
 
-    All ranks get the same shape, which depends on the bucket alone.
+    All ranks get the same shape. Filled rows weigh nothing; nothing is repeated.
 
     Parameters
     ----------

@@ -50,7 +50,7 @@ class HeldoutEvaluation:
         )
         plan, cells, steps = self._dataset.plan, 0, 0
         while cells < min(config.evaluation.max_cells, plan.num_cells):
-            cells += int((plan.step(steps).cells >= 0).sum())
+            cells += len(plan.step(steps).cells)
             steps += 1
         self._num_steps, self.num_cells = steps, cells
         self.baselines = self._baseline_losses(RankBaselines(shards, config.evaluation.baseline_cells))

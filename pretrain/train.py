@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -337,7 +339,7 @@ def environment() -> dict[str, Any]:
     return {
         "commit": commit,
         "dirty": bool(_git(folder, "status", "--porcelain")) if commit else None,
-        "command": sys.argv,
+        "command": os.environ.get("GENELOOM_LAUNCH_COMMAND", shlex.join(sys.argv)),
         "python": platform.python_version(),
         "versions": {p: version(p) for p in packages},
         "machine": platform.platform(),
