@@ -39,8 +39,13 @@ def prepare_command(
     gene_column: Annotated[
         str | None, typer.Option(help="column of var with gene ids [ensembl_id, else the index]")
     ] = None,
-    strip_gene_versions: Annotated[bool, typer.Option(help="cut .5 from ENSG00000141510.5")] = False,
+    strip_gene_versions: Annotated[
+        bool, typer.Option(help="cut .5 from ENSG00000141510.5")
+    ] = False,
     obs: Annotated[list[str] | None, typer.Option(help="column of obs to carry along")] = None,
+    total_column: Annotated[
+        str | None, typer.Option(help="column of obs with total counts [sum over the file]")
+    ] = None,
     min_genes: Annotated[int, typer.Option(help="fewest vocabulary genes of a cell")] = 7,
     min_overlap: Annotated[float, typer.Option(help="smallest share of known genes")] = 0.1,
     min_cells: Annotated[int, typer.Option(help="fewest cells of a gene, --vocab build")] = 3,
@@ -63,7 +68,9 @@ def prepare_command(
         memory_gib=memory,
         vocabulary_min_cells=min_cells,
         max_length=max_length,
-        source=SourceOptions(counts, gene_column, tuple(obs or ()), strip_gene_versions),
+        source=SourceOptions(
+            counts, gene_column, tuple(obs or ()), total_column, strip_gene_versions
+        ),
     )
     if vocab == "build":
         if medians or gene_mapping:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from data_prep.sources import H5adSource
+from data_prep.sources import CountBlock, H5adSource
 from data_prep.vocab import MASK, MAX_LENGTH_PLAIN, PAD, TARGET_SUM, Vocabulary
 
 # 16 B per value (gene number, value): 200 million values are 3.2 GB, the bound of the exact way.
@@ -68,17 +68,16 @@ def build_vocabulary(
     )
 
 
-def _normalised_values(block, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _normalised_values(block: CountBlock, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return (gene numbers, counts / total x 10,000) of a block; same gene in a cell summed."""
     cells = np.repeat(np.arange(len(block.indptr) - 1), np.diff(block.indptr))
-    totals = np.bincount(cells, weights=block.data, minlength=len(block.indptr) - 1)
     genes = columns[block.indices]
     use = (genes >= 0) & (block.data > 0) & block.passes[cells]
     keys = cells[use] * (columns.max() + 1) + genes[use]
     unique, inverse = np.unique(keys, return_inverse=True)
     summed = np.bincount(inverse, weights=block.data[use])
     cell = unique // (columns.max() + 1)
-    return unique % (columns.max() + 1), summed / totals[cell] * TARGET_SUM
+    return unique % (columns.max() + 1), summed / block.totals[cell] * TARGET_SUM
 
 
 def _group_medians(genes: np.ndarray, values: np.ndarray, min_cells: int) -> dict[int, float]:

@@ -296,16 +296,18 @@ def _encode_source(
         if isinstance(block, CountBlock):
             assert column_tokens is not None
             encoded = encode_cells(
-                block.data, block.indices, block.indptr, column_tokens, vocabulary
+                block.data, block.indices, block.indptr, block.totals, column_tokens, vocabulary
             )
             inside += float(block.data[column_tokens[block.indices] >= 0].sum())
-            total += float(encoded.totals.sum())
-            reasons = _reasons(encoded, block.passes, spill.options.min_genes)
+            total += float(block.data.sum())
+            empty = np.diff(block.indptr) == 0
+            reasons = _reasons(encoded, block.passes, empty, spill.options.min_genes)
         else:
             source.check_tokens(block, vocabulary)  # type: ignore[union-attr]
             encoded = _as_encoded(block, vocabulary)
             passes = np.ones(len(block.cell_ids), dtype=bool)
-            reasons = _reasons(encoded, passes, spill.options.min_genes)
+            empty = encoded.detected <= 0
+            reasons = _reasons(encoded, passes, empty, spill.options.min_genes)
         keep = np.flatnonzero(reasons == "")
         rows = report.cells_read + keep
         report.cells_read += len(reasons)
@@ -331,14 +333,15 @@ def _as_encoded(block: TokenBlock, vocabulary: Vocabulary) -> EncodedCells:
         block.tokens.astype(token_dtype(vocabulary.num_tokens)),
         block.offsets,
         genes.astype(np.int32),
-        np.maximum(lengths, 0).astype(np.float64),
     )
 
 
-def _reasons(encoded: EncodedCells, passes: np.ndarray, min_genes: int) -> np.ndarray:
+def _reasons(
+    encoded: EncodedCells, passes: np.ndarray, empty: np.ndarray, min_genes: int
+) -> np.ndarray:
     """Return for each cell why it is rejected, '' if it is kept; the first reason counts."""
     return np.select(
-        [~passes, encoded.totals == 0, encoded.detected < min_genes],
+        [~passes, empty, encoded.detected < min_genes],
         [REASON_FILTER, REASON_EMPTY, REASON_FEW_GENES],
         default="",
     )
@@ -355,7 +358,6 @@ def _take(encoded: EncodedCells, keep: np.ndarray) -> EncodedCells:
         encoded.tokens[np.repeat(mask, lengths)],
         offsets,
         encoded.detected[keep],
-        encoded.totals[keep],
     )
 
 
@@ -453,5 +455,3 @@ def _bucket_summary(writer: BucketWriter) -> dict:
         "blocks": len(writer.members),
         "shards": len(writer.shards),
     }
-
-

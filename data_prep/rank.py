@@ -35,14 +35,11 @@ class EncodedCells:
         int64 [cells + 1] into `tokens`.
     detected
         int32 [cells], genes of the vocabulary with a non-zero count, before truncation.
-    totals
-        float64 [cells], sum of all counts, genes outside the vocabulary included.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     detected: np.ndarray
-    totals: np.ndarray
 
     @property
     def lengths(self) -> np.ndarray:
@@ -58,6 +55,7 @@ def encode_cells(
     data: np.ndarray,
     indices: np.ndarray,
     indptr: np.ndarray,
+    totals: np.ndarray,
     column_tokens: np.ndarray,
     vocabulary: Vocabulary,
 ) -> EncodedCells:
@@ -68,6 +66,8 @@ def encode_cells(
     data, indices, indptr
         CSR arrays of raw counts, cells x genes of the source; any numeric dtype. Entries >= 0 and
         finite are not checked here (see `sources.check_counts`). Explicit zeros are ignored.
+    totals
+        float64 [cells], all counts of each cell, genes outside the vocabulary included.
     column_tokens
         int32 [source genes], token of each column or -1. Columns with the same token are summed.
     vocabulary
@@ -77,10 +77,11 @@ def encode_cells(
     with np.errstate(divide="ignore", invalid="ignore"):
         reciprocal_median = 1.0 / median
     gene_slots = vocabulary.max_length - (2 if vocabulary.has_cls else 0)
-    tokens, lengths, detected, totals = _encode(
+    tokens, lengths, detected = _encode(
         np.ascontiguousarray(data, dtype=np.float64),
         indices,
         indptr,
+        np.ascontiguousarray(totals, dtype=np.float64),
         column_tokens,
         reciprocal_median,
         gene_slots,
@@ -94,9 +95,7 @@ def encode_cells(
         )
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
-    return EncodedCells(
-        tokens.astype(token_dtype(vocabulary.num_tokens)), offsets, detected, totals
-    )
+    return EncodedCells(tokens.astype(token_dtype(vocabulary.num_tokens)), offsets, detected)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -142,8 +141,8 @@ def _sort_descending(values, tokens, work_values, work_tokens, size, histogram):
 
 
 @numba.njit(cache=True, nogil=True)
-def _encode(data, indices, indptr, column_tokens, reciprocal_median, gene_slots):
-    """Return (tokens, lengths, detected, totals) of a CSR block; see `encode_cells`."""
+def _encode(data, indices, indptr, totals, column_tokens, reciprocal_median, gene_slots):
+    """Return (tokens, lengths, detected) of a CSR block; see `encode_cells`."""
     num_cells = len(indptr) - 1
     num_tokens = len(reciprocal_median)
     words = (num_tokens + 63) // 64
@@ -158,19 +157,15 @@ def _encode(data, indices, indptr, column_tokens, reciprocal_median, gene_slots)
     tokens = np.empty(upper, np.int32)
     lengths = np.empty(num_cells, np.int64)
     detected = np.empty(num_cells, np.int32)
-    totals = np.empty(num_cells)
     used = 0
     for cell in range(num_cells):
-        total = 0.0
         for k in range(indptr[cell], indptr[cell + 1]):
             count = data[k]
-            total += count
             token = column_tokens[indices[k]]
             if token >= 0 and count > 0.0:
                 counts[token] += count
                 present[token >> 6] |= np.uint64(1) << np.uint64(token & 63)
-        totals[cell] = total
-        scale = 1.0 / total if total > 0.0 else 0.0
+        scale = 1.0 / totals[cell] if totals[cell] > 0.0 else 0.0
         size = 0
         # Walking the bitmap yields the tokens in ascending order: the tie rule needs no key.
         for w in range(words):
@@ -194,7 +189,7 @@ def _encode(data, indices, indptr, column_tokens, reciprocal_median, gene_slots)
         used += kept
         lengths[cell] = kept
         detected[cell] = size
-    return tokens[:used], lengths, detected, totals
+    return tokens[:used], lengths, detected
 
 
 @numba.njit(cache=True, nogil=True)

@@ -36,7 +36,7 @@ class CountBlock:
 
     `data`, `indices`, `indptr` are CSR arrays (cells x genes of the source); `metadata` maps an
     asked-for column to one string per cell; `passes` is False where the source itself marks a cell
-    as filtered out (``filter_pass`` other than 1).
+    as filtered out (``filter_pass`` other than 1); `totals` float64 [cells], all counts of a cell.
     """
 
     data: np.ndarray
@@ -45,6 +45,7 @@ class CountBlock:
     cell_ids: list[str]
     metadata: dict[str, list[str]]
     passes: np.ndarray
+    totals: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,9 @@ class SourceOptions:
         Column of ``var`` with gene ids; None: ``ensembl_id`` where it exists, else the index.
     columns
         Columns of ``obs`` to carry along, as strings.
+    total_column
+        Column of ``obs`` with a cell's total counts, for files that hold some genes only; None: the
+        sum over the file.
     strip_versions
         Cut ``.5`` from ``ENSG00000141510.5``.
     """
@@ -76,6 +80,7 @@ class SourceOptions:
     counts: str = "X"
     gene_column: str | None = None
     columns: tuple[str, ...] = ()
+    total_column: str | None = None
     strip_versions: bool = False
 
 
@@ -96,7 +101,9 @@ class H5adSource:
             self._file = h5py.File(path, "r")
             self._open_matrix()
         except (OSError, KeyError) as error:
-            raise ValueError(f"{path}: cannot be read as h5ad ({error}); is it complete?") from error
+            raise ValueError(
+                f"{path}: cannot be read as h5ad ({error}); is it complete?"
+            ) from error
 
     def _open_matrix(self) -> None:
         file, counts = self._file, self.options.counts
@@ -116,7 +123,9 @@ class H5adSource:
         self._var: pd.DataFrame = anndata.io.read_elem(
             file["raw/var" if counts == "raw" else "var"]
         )
-        missing = [c for c in self.options.columns if c not in self._obs]
+        total = self.options.total_column
+        wanted = [*self.options.columns, *([total] if total else [])]
+        missing = [c for c in wanted if c not in self._obs]
         if missing:
             raise ValueError(
                 f"{self.path}: obs has no column {missing}; it has {list(self._obs.columns)}"
@@ -204,6 +213,7 @@ class H5adSource:
                     "damaged or was changed while it was read"
                 ) from error
             check_counts(self.path, csr.data, self.options.counts, "raw" in self._file)
+            csr.eliminate_zeros()
             obs = self._obs.iloc[start:stop]
             passes = np.ones(stop - start, dtype=bool)
             if "filter_pass" in obs:
@@ -215,7 +225,24 @@ class H5adSource:
                 [str(i) for i in obs.index],
                 {c: obs[c].astype(str).tolist() for c in self.options.columns},
                 passes,
+                self._totals(csr, obs),
             )
+
+    def _totals(self, csr: scipy.sparse.csr_matrix, obs: pd.DataFrame) -> np.ndarray:
+        """Return the cells' totals; a column that is smaller than the counts is refused."""
+        sums = np.asarray(csr.sum(axis=1), dtype=np.float64).ravel()
+        column = self.options.total_column
+        if column is None:
+            return sums
+        totals = obs[column].to_numpy(dtype=np.float64)
+        wrong = np.flatnonzero(~(totals >= sums - 0.5))
+        if wrong.size:
+            raise ValueError(
+                f"{self.path}: obs['{column}'] is below the counts of {wrong.size} cells, e.g. "
+                f"{totals[wrong[0]]:g} against {sums[wrong[0]]:g} in {obs.index[wrong[0]]}; it is "
+                "no total of these counts"
+            )
+        return totals
 
 
 def check_counts(path: Path, data: np.ndarray, counts: str, has_raw: bool) -> None:

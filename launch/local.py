@@ -26,9 +26,7 @@ def _group() -> None:
     """Start a verb on several ranks."""
 
 
-@app.command(
-    "local", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-)
+@app.command("local", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def launch_local(
     context: typer.Context,
     verb: Annotated[str, typer.Argument(help="what to run: pretrain")],

@@ -48,9 +48,7 @@ class Checkpoint:
         return FragmentReader([self.folder / f["name"] for f in self.record["files"]])
 
 
-def save(
-    run: Path, engine, stage: int, ranks: Ranks, record: dict[str, Any], keep: int
-) -> Path:
+def save(run: Path, engine, stage: int, ranks: Ranks, record: dict[str, Any], keep: int) -> Path:
     """Write one checkpoint, collectively, and return its folder.
 
     Parameters

@@ -82,8 +82,11 @@ def export_command(
     out: Annotated[Path, typer.Option(help="new or empty folder")],
 ) -> None:
     """Write the newest checkpoint as a Hugging Face folder."""
+    from transformers.utils.logging import disable_progress_bar
+
     from pretrain.export import export
 
+    disable_progress_bar()
     print(export(run, out))
 
 

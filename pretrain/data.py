@@ -172,7 +172,9 @@ class EpochPlan:
         return cells
 
 
-def rank_rows(cells: np.ndarray, length: int, rank: int, world_size: int, budget: int) -> np.ndarray:
+def rank_rows(
+    cells: np.ndarray, length: int, rank: int, world_size: int, budget: int
+) -> np.ndarray:
     """Return int64 [micro-batches, rows] of a rank: its share of a global batch, -1 where filled.
 
     All ranks get the same shape. Filled rows weigh nothing; nothing is repeated.
@@ -337,5 +339,3 @@ def attention_mask(lengths: np.ndarray, length: int) -> torch.Tensor | None:
     if lengths.min() == length:
         return None
     return torch.from_numpy(np.arange(length) < np.maximum(lengths, 1)[:, None])
-
-

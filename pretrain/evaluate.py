@@ -53,7 +53,9 @@ class HeldoutEvaluation:
             cells += len(plan.step(steps).cells)
             steps += 1
         self._num_steps, self.num_cells = steps, cells
-        self.baselines = self._baseline_losses(RankBaselines(shards, config.evaluation.baseline_cells))
+        self.baselines = self._baseline_losses(
+            RankBaselines(shards, config.evaluation.baseline_cells)
+        )
 
     def _batches(self):
         for step in range(self._num_steps):

@@ -158,7 +158,9 @@ def load_weights(module: torch.nn.Module, reader: FragmentReader) -> None:
             parameter.copy_(flat.view_as(parameter))
 
 
-def restore_training_state(engine, stage: int, rank: int, reader: FragmentReader, step: int) -> None:
+def restore_training_state(
+    engine, stage: int, rank: int, reader: FragmentReader, step: int
+) -> None:
     """Fill master weights, moments and step count of an engine whose module has the weights."""
     ensure_moments(engine, stage, step)
     read: Callable[[str, Fragment], torch.Tensor] = lambda kind, f: reader.read(  # noqa: E731

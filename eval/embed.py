@@ -1,0 +1,166 @@
+"""Cell embeddings of a pretrained encoder: every cell, in input order, without the vocabulary head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import anndata
+import numpy as np
+import torch
+from torch import nn
+from transformers import BertModel
+
+from data_prep.sources import SourceOptions
+from data_prep.vocab import Vocabulary
+from eval.encode import encode_file
+from pretrain.data import attention_mask, padded_rows
+from pretrain.export import load_exported
+
+OBSM_KEY = "X_geneloom"
+_LENGTH_MULTIPLE = 8
+
+
+def length_batches(lengths: np.ndarray, token_budget: int) -> Iterator[np.ndarray]:
+    """Yield int64 positions of cells of similar length, at most `token_budget` padded tokens each.
+
+    Cells of length 0 are left out; a single cell above the budget is a batch of its own.
+    """
+    order = np.argsort(lengths, kind="stable")
+    order = order[lengths[order] > 0]
+    start = 0
+    while start < len(order):
+        stop = start + 1
+        while stop < len(order) and lengths[order[stop]] * (stop + 1 - start) <= token_budget:
+            stop += 1
+        yield order[start:stop]
+        start = stop
+
+
+def pool_genes(
+    hidden_BLD: torch.Tensor, lengths: torch.Tensor, has_cls: bool, pooling: str
+) -> torch.Tensor:
+    """Return float32 [B, D]: the mean over a cell's genes, or its ``<cls>`` state.
+
+    Parameters
+    ----------
+    lengths
+        int64 [B], real tokens, special ones included.
+    pooling
+        ``mean`` or ``cls``.
+    """
+    if pooling == "cls":
+        return hidden_BLD[:, 0].float()
+    place_L = torch.arange(hidden_BLD.shape[1], device=hidden_BLD.device)
+    first, last = (1, lengths - 1) if has_cls else (0, lengths)
+    is_gene_BL = (place_L >= first) & (place_L < last[:, None])
+    summed_BD = (hidden_BLD.float() * is_gene_BL[..., None]).sum(dim=1)
+    return summed_BD / is_gene_BL.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def embed_cells(
+    tokens: list[np.ndarray],
+    encoder: BertModel,
+    vocabulary: Vocabulary,
+    pooling: str = "mean",
+    layer: int = -1,
+    token_budget: int = 16_384,
+    device: str = "cpu",
+    bf16: bool = False,
+) -> np.ndarray:
+    """Return float32 [cells, width] embeddings, in the order of `tokens`; NaN for empty cells.
+
+    Parameters
+    ----------
+    tokens
+        Token ids of each cell, as `eval.encode.encode_file` gives them.
+    layer
+        0: last layer, -1: second-to-last (Geneformer's count and default), ...
+    token_budget
+        Padded tokens of one forward pass.
+    bf16
+        Compute in bfloat16.
+
+    Raises
+    ------
+    ValueError
+        Unknown pooling, ``cls`` without ``<cls>`` tokens, or a layer the model does not have.
+    """
+    if pooling not in ("mean", "cls"):
+        raise ValueError(f"--pooling {pooling}: must be mean or cls")
+    if pooling == "cls" and not vocabulary.has_cls:
+        raise ValueError("--pooling cls: this vocabulary has no <cls> token; use mean")
+    depth = encoder.config.num_hidden_layers
+    if not -depth < layer <= 0:
+        raise ValueError(f"--layer {layer}: the model has layers 0 (last) to {1 - depth} (first)")
+    encoder = encoder.to(torch.device(device)).eval()
+    layers = encoder.encoder.layer
+    lengths = np.array([len(t) for t in tokens], dtype=np.int64)
+    genes = lengths - (2 if vocabulary.has_cls else 0)
+    out = np.full((len(tokens), encoder.config.hidden_size), np.nan, dtype=np.float32)
+    try:
+        # Layers above the wanted one are not computed.
+        encoder.encoder.layer = nn.ModuleList(layers[: depth + layer])
+        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=bf16):
+            for batch in length_batches(np.where(genes > 0, lengths, 0), token_budget):
+                hidden, batch_lengths = encode_batch(
+                    encoder, [tokens[i] for i in batch], vocabulary
+                )
+                out[batch] = pool_genes(hidden, batch_lengths, vocabulary.has_cls, pooling).cpu()
+    finally:
+        encoder.encoder.layer = layers
+    return out
+
+
+def encode_batch(
+    encoder: BertModel, cells: list[np.ndarray], vocabulary: Vocabulary
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (hidden states [B, L, D], lengths int64 [B]) of cells, padded to a common length."""
+    longest = max(len(c) for c in cells)
+    width = min(-(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, vocabulary.max_length)
+    rows, lengths = padded_rows(list(cells), width, vocabulary.pad_token)
+    mask = attention_mask(lengths, width)
+    device = encoder.device
+    hidden = encoder(
+        input_ids=torch.from_numpy(rows).to(device),
+        attention_mask=None if mask is None else mask.to(device),
+    ).last_hidden_state
+    return hidden, torch.from_numpy(lengths).to(device)
+
+
+def embed_file(
+    cells: Path,
+    model: Path,
+    out: Path,
+    vocabulary: Path | None = None,
+    options: SourceOptions = SourceOptions(),  # noqa: B008  frozen
+    **settings,
+) -> str:
+    """Write the input file with embeddings in ``.obsm`` and return a sentence about it.
+
+    Adds ``obsm["X_geneloom"]``, ``obs["geneloom_tokens"]`` and ``uns["geneloom"]``; nothing else
+    is changed. `settings` are those of `embed_cells`.
+    """
+    if out.exists():
+        raise ValueError(f"{out}: exists; give --out another file")
+    network, vocab = load_exported(model, vocabulary)
+    cell_set = encode_file(cells, vocab, options)
+    embeddings = embed_cells(cell_set.tokens, network.bert, vocab, **settings)
+    data = anndata.read_h5ad(cells)
+    data.obsm[OBSM_KEY] = embeddings
+    data.obs["geneloom_tokens"] = cell_set.lengths
+    data.uns["geneloom"] = {
+        "model": model.name,
+        "vocabulary_sha256": vocab.sha256,
+        "pooling": settings.get("pooling", "mean"),
+        "layer": settings.get("layer", -1),
+    }
+    aside = out.with_name(f".{out.name}.partial")
+    try:
+        data.write_h5ad(aside)
+        aside.replace(out)
+    finally:
+        aside.unlink(missing_ok=True)
+    empty = int((~cell_set.has_genes).sum())
+    note = f"; {empty} cells without any gene of the vocabulary are NaN" if empty else ""
+    return f"{out}: {len(embeddings):,} cells x {embeddings.shape[1]} in obsm['{OBSM_KEY}']{note}"

@@ -1,0 +1,97 @@
+"""Cells of an h5ad as ranked tokens of a model's vocabulary: every cell, in the file's order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import scipy.sparse
+
+from data_prep.rank import encode_cells
+from data_prep.sources import H5adSource, SourceOptions, open_source
+from data_prep.vocab import Vocabulary
+
+_READ_CELLS = 4096
+
+
+@dataclass(frozen=True)
+class CellSet:
+    """Cells of one file, encoded, with their raw counts beside them.
+
+    Attributes
+    ----------
+    tokens
+        One array of token ids per cell, special tokens included; without a gene of the vocabulary
+        it holds special tokens only, or nothing.
+    has_genes
+        bool [cells], False where no gene of the vocabulary is detected.
+    counts
+        CSR float32 [cells, genes of the file], raw.
+    metadata
+        The asked-for columns of obs as strings, index: cell ids.
+    """
+
+    tokens: list[np.ndarray]
+    has_genes: np.ndarray
+    counts: scipy.sparse.csr_matrix
+    metadata: pd.DataFrame
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(t) for t in self.tokens], dtype=np.int64)
+
+    def subset(self, cells: np.ndarray) -> CellSet:
+        """Return chosen cells (int positions), in the given order."""
+        return CellSet(
+            [self.tokens[i] for i in cells],
+            self.has_genes[cells],
+            self.counts[cells],
+            self.metadata.iloc[cells],
+        )
+
+
+def encode_file(
+    path: Path,
+    vocabulary: Vocabulary,
+    options: SourceOptions = SourceOptions(),  # noqa: B008  frozen
+    min_overlap: float = 0.1,
+) -> CellSet:
+    """Return all cells of an h5ad, encoded with a vocabulary.
+
+    Raises
+    ------
+    ValueError
+        As `geneloom prepare`: no h5ad, no raw counts, genes that do not match, missing columns.
+    """
+    source = open_source(path, options)
+    if not isinstance(source, H5adSource):
+        raise ValueError(f"{path}: expected an .h5ad with raw counts")
+    column_tokens = source.column_tokens(vocabulary, min_overlap)
+    tokens: list[np.ndarray] = []
+    has_genes, counts, ids = [], [], []
+    metadata: dict[str, list[str]] = {c: [] for c in options.columns}
+    for block in source.blocks(_READ_CELLS):
+        encoded = encode_cells(
+            block.data, block.indices, block.indptr, block.totals, column_tokens, vocabulary
+        )
+        tokens += np.split(encoded.tokens, encoded.offsets[1:-1])
+        has_genes.append(encoded.detected > 0)
+        shape = (len(block.cell_ids), source.num_genes)
+        counts.append(
+            scipy.sparse.csr_matrix(
+                (block.data.astype(np.float32), block.indices, block.indptr), shape=shape
+            )
+        )
+        ids += block.cell_ids
+        for name, values in block.metadata.items():
+            metadata[name] += values
+    if not ids:
+        raise ValueError(f"{path}: holds no cells")
+    return CellSet(
+        tokens,
+        np.concatenate(has_genes),
+        scipy.sparse.vstack(counts).tocsr(),
+        pd.DataFrame(metadata, index=pd.Index(ids)),
+    )

@@ -1,0 +1,178 @@
+"""From a checkpoint to a Hugging Face folder, and back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+from data_prep.vocab import Vocabulary, load_vocabulary, open_vocabulary
+from pretrain import checkpoint, zero_state
+from pretrain.metrics import read_metrics
+from pretrain.model import MaskedGeneModel
+
+EXPORT_FORMAT = "geneloom-model/1"
+RECORD_NAME = "geneloom.json"
+
+
+def export(run: Path, out: Path) -> str:
+    """Write the newest complete checkpoint of a run as a Hugging Face folder; return a sentence.
+
+    The folder holds fp32 weights (safetensors), ``config.json``, ``vocabulary.json``, the same
+    vocabulary as Geneformer's two dictionaries, ``geneloom.json`` (what the model was trained on
+    and how far) and a model card. It appears complete or not at all.
+
+    Raises
+    ------
+    ValueError
+        `run` is no run folder or has no complete checkpoint, or `out` is not empty.
+    """
+    if not (run / "model_config.json").exists():
+        raise ValueError(f"{run}: no model_config.json; expected a folder of `geneloom pretrain`")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: exists and is not an empty folder; give --out a new one")
+    last = checkpoint.newest(run)
+    if last is None:
+        raise ValueError(f"{run}: has no checkpoint to export")
+    vocabulary = load_vocabulary(run / "vocabulary.json")
+    if vocabulary.sha256 != last.record["vocabulary_sha256"]:
+        raise ValueError(
+            f"{run}: vocabulary.json has hash {vocabulary.sha256[:12]}, the checkpoint was trained "
+            f"with {last.record['vocabulary_sha256'][:12]}"
+        )
+    bert = BertForMaskedLM(BertConfig.from_json_file(str(run / "model_config.json")))
+    zero_state.load_weights(MaskedGeneModel(bert), last.reader())
+    partial = out.parent / f".{out.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        bert.save_pretrained(partial)
+        _write_vocabulary(partial, vocabulary)
+        record = _record(run, last)
+        (partial / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n")
+        (partial / "README.md").write_text(_model_card(record, bert))
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return f"{out}: step {last.step}, {bert.num_parameters():,} parameters"
+
+
+def load_exported(
+    folder: Path, vocabulary_path: Path | None = None
+) -> tuple[BertForMaskedLM, Vocabulary]:
+    """Return model and vocabulary of an exported folder, or of a published Geneformer folder.
+
+    Parameters
+    ----------
+    vocabulary_path
+        Needed for folders without ``vocabulary.json``: Geneformer's dictionaries.
+
+    Raises
+    ------
+    ValueError
+        No model, no vocabulary, or the two do not belong together.
+    """
+    if not (folder / "config.json").exists():
+        raise ValueError(
+            f"{folder}: no config.json; expected a folder of `geneloom export` or a Hugging Face "
+            "BERT folder"
+        )
+    own = folder / "vocabulary.json"
+    if vocabulary_path is None and not own.exists():
+        raise ValueError(
+            f"{folder}: has no vocabulary.json; give --vocab Geneformer's dictionaries"
+        )
+    vocabulary = open_vocabulary(vocabulary_path or own)
+    if (folder / RECORD_NAME).exists():
+        record = json.loads((folder / RECORD_NAME).read_text())
+        if record["vocabulary_sha256"] != vocabulary.sha256:
+            raise ValueError(
+                f"{folder}: the model was trained with vocabulary "
+                f"{record['vocabulary_sha256'][:12]}, {vocabulary_path or own} is "
+                f"{vocabulary.sha256[:12]}"
+            )
+    try:
+        model = BertForMaskedLM.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, attn_implementation="sdpa"
+        )
+    except OSError as error:
+        raise ValueError(f"{folder}: the weights cannot be read ({error})") from error
+    if model.config.vocab_size != vocabulary.num_tokens:
+        raise ValueError(
+            f"{folder}: the model has {model.config.vocab_size:,} tokens, the vocabulary "
+            f"{vocabulary.num_tokens:,}; they belong to different versions"
+        )
+    if model.config.max_position_embeddings < vocabulary.max_length:
+        raise ValueError(
+            f"{folder}: the model has {model.config.max_position_embeddings} positions, the "
+            f"vocabulary makes sequences of {vocabulary.max_length}"
+        )
+    return model.eval(), vocabulary
+
+
+def random_twin(model: BertForMaskedLM, seed: int) -> BertForMaskedLM:
+    """Return the same architecture with freshly initialised weights: what pretraining must beat."""
+    torch.manual_seed(seed)
+    return BertForMaskedLM._from_config(model.config, attn_implementation="sdpa").eval()
+
+
+def _write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
+    vocabulary.save(folder / "vocabulary.json")
+    tokens = vocabulary.special_tokens | {
+        g: i + vocabulary.first_gene_token for i, g in enumerate(vocabulary.genes)
+    }
+    medians = dict(zip(vocabulary.genes, vocabulary.medians.tolist(), strict=True))
+    (folder / "token_dictionary.json").write_text(json.dumps(tokens))
+    (folder / "gene_median_dictionary.json").write_text(json.dumps(medians))
+
+
+def _record(run: Path, last: checkpoint.Checkpoint) -> dict:
+    heldout = [m for m in read_metrics(run) if m["kind"] == "heldout" and m["step"] <= last.step]
+    return {
+        "format": EXPORT_FORMAT,
+        "step": last.step,
+        **{k: last.record[k] for k in ("vocabulary_sha256", "shards_fingerprint", "recipe")},
+        "heldout": heldout[-1] if heldout else None,
+        "environment": json.loads((run / "env.json").read_text()),
+        "sources": [
+            {k: s[k] for k in ("name", "cells_kept")}
+            for s in json.loads((run / "shards_manifest.json").read_text())["sources"]
+        ],
+    }
+
+
+def _model_card(record: dict, bert: BertForMaskedLM) -> str:
+    cells = sum(s["cells_kept"] for s in record["sources"])
+    names = ", ".join(s["name"] for s in record["sources"])
+    lines = [
+        "---", "library_name: transformers", "tags: [single-cell, masked-lm]", "---", "",
+        "# Masked encoder of single cells", "",
+        f"{bert.config.num_hidden_layers} layers of width {bert.config.hidden_size}, "
+        f"{bert.num_parameters():,} parameters, {bert.config.vocab_size:,} tokens, at most "
+        f"{bert.config.max_position_embeddings:,} of them in a cell. Pretrained with Geneloom for "
+        f"{record['step']:,} steps on {cells:,} cells ({names}).", "",
+    ]  # fmt: skip
+    heldout = record["heldout"]
+    if heldout:
+        lines += [
+            f"Held-out cells (n = {heldout['cells']}), 15 % of the genes hidden:", "",
+            "| | cross-entropy (nats) | top-1 |", "|---|---|---|",
+            f"| this model | {heldout['loss']:.4f} | {heldout['masked_accuracy']:.2%} |",
+        ]  # fmt: skip
+        for name in ("unigram", "unigram_by_rank", "mean_rank"):
+            loss, hits = heldout[f"baseline_{name}"], heldout[f"baseline_{name}_accuracy"]
+            lines.append(f"| {name.replace('_', ' ')} | {loss:.4f} | {hits:.2%} |")
+    lines += [
+        "", "Input: ranked gene tokens. `vocabulary.json` holds genes, medians, special tokens and "
+        f"encoding (hash `{record['vocabulary_sha256'][:12]}`); `geneloom embed` uses it. Settings "
+        "and environment of the run: `geneloom.json`.", "",
+        "```python", "from transformers import AutoModelForMaskedLM",
+        'model = AutoModelForMaskedLM.from_pretrained("this folder")', "```", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
