@@ -28,10 +28,9 @@ def mix64(values: np.ndarray | int) -> np.ndarray:
     -------
     uint64 array of the same shape (0-d for a scalar). Source: Steele, Lea & Flood, OOPSLA 2014.
     """
-    if isinstance(values, int):
-        values = np.uint64(values & 0xFFFFFFFFFFFFFFFF)
+    bits = np.uint64(values & 0xFFFFFFFFFFFFFFFF) if isinstance(values, int) else values
     with np.errstate(over="ignore"):
-        x = np.asarray(values).astype(np.uint64) + _GOLDEN
+        x = np.asarray(bits).astype(np.uint64) + _GOLDEN
         x = (x ^ (x >> np.uint64(30))) * _MULTIPLY_1
         x = (x ^ (x >> np.uint64(27))) * _MULTIPLY_2
         return x ^ (x >> np.uint64(31))

@@ -104,7 +104,7 @@ def _sort_descending(values, tokens, work_values, work_tokens, size, histogram):
 
     Two radix passes over a 22-bit image of the value (exponent and 17 bits of the mantissa, counted
     from the cell's largest value down, so 32 octaves), then insertion on the full float64, which
-    finds the pairs almost in order. A comparison sort of 1,300 genes takes about four times as long.
+    finds the pairs almost in order.
     """
     bits, work_bits = values.view(np.int64), work_values.view(np.int64)
     top = np.int64(0)

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
-import pyarrow.parquet
+import pyarrow.parquet as pq
 
 from data_prep.vocab import Vocabulary, load_vocabulary
 
@@ -149,7 +149,7 @@ def write_index(folder: Path, writers: list[BucketWriter]) -> list[dict]:
             first_cell += member["cells"]
         shards.extend(writer.shards)
     table = pa.table(rows, schema=INDEX_SCHEMA)
-    pa.parquet.write_table(table, folder / INDEX_NAME, compression="zstd")
+    pq.write_table(table, folder / INDEX_NAME, compression="zstd")
     return shards
 
 
@@ -212,7 +212,7 @@ class ShardSet:
             )
         if file_sha256(folder / INDEX_NAME) != self.manifest["index_sha256"]:
             raise ValueError(f"{folder / INDEX_NAME}: does not match the manifest; damaged?")
-        index = pa.parquet.read_table(folder / INDEX_NAME)
+        index = pq.read_table(folder / INDEX_NAME)
         self.index = {name: index.column(name).to_numpy() for name in index.column_names}
         self._open_files: OrderedDict[int, int] = OrderedDict()
 

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.ipc
-import pyarrow.parquet
+import pyarrow.parquet as pq
 import scipy.sparse
 
 from data_prep.vocab import Vocabulary
@@ -50,7 +50,7 @@ class CountBlock:
 
 @dataclass(frozen=True)
 class TokenBlock:
-    """Consecutive cells of a tokenised corpus: `tokens` flat (int64), `offsets` int64 [cells + 1]."""
+    """Cells of a tokenised corpus in a row: `tokens` flat (int64), `offsets` int64 [cells + 1]."""
 
     tokens: np.ndarray
     offsets: np.ndarray
@@ -306,7 +306,7 @@ class TokenSource:
     def _schema_and_rows(self, file: Path) -> tuple[pa.Schema, int]:
         try:
             if file.suffix == ".parquet":
-                metadata = pa.parquet.ParquetFile(file)
+                metadata = pq.ParquetFile(file)
                 return metadata.schema_arrow, metadata.metadata.num_rows
             with pa.memory_map(str(file)) as mapped:
                 stream = pa.ipc.open_stream(mapped)
@@ -318,7 +318,7 @@ class TokenSource:
         columns = ["input_ids", "length", *self.options.columns]
         for file in self._files:
             if file.suffix == ".parquet":
-                yield from pa.parquet.ParquetFile(file).iter_batches(max_cells, columns=columns)
+                yield from pq.ParquetFile(file).iter_batches(max_cells, columns=columns)
                 continue
             with pa.memory_map(str(file)) as mapped:
                 for batch in pa.ipc.open_stream(mapped):

@@ -236,10 +236,7 @@ def from_dictionaries(
 
 def read_dictionary(path: Path) -> dict:
     """Return a dictionary from JSON or from a pickle that may hold plain values only."""
-    if path.suffix == ".json":
-        content = _read_json(path)
-    else:
-        content = _read_plain_pickle(path)
+    content = _read_json(path) if path.suffix == ".json" else _read_plain_pickle(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dictionary")
     return content

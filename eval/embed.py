@@ -1,4 +1,4 @@
-"""Cell embeddings of a pretrained encoder: every cell, in input order, without the vocabulary head."""
+"""Cell embeddings of a pretrained encoder: every cell, in input order, no vocabulary head."""
 
 from __future__ import annotations
 
@@ -93,7 +93,8 @@ def embed_cells(
     depth = encoder.config.num_hidden_layers
     if not -depth < layer <= 0:
         raise ValueError(f"--layer {layer}: the model has layers 0 (last) to {1 - depth} (first)")
-    encoder = encoder.to(torch.device(device)).eval()
+    nn.Module.to(encoder, device=torch.device(device))
+    encoder.eval()
     layers = encoder.encoder.layer
     lengths = np.array([len(t) for t in tokens], dtype=np.int64)
     genes = lengths - (2 if vocabulary.has_cls else 0)

@@ -44,8 +44,8 @@ def split_cells(
         if set(labels[is_test].tolist()) == classes == set(labels[~is_test].tolist()):
             return np.flatnonzero(~is_test), np.flatnonzero(is_test)
     raise ValueError(
-        f"--donor: no choice of {num_test} of {len(names)} donors has all {len(classes)} classes in "
-        "training and in test cells; merge classes, or leave --donor out and say so with the result"
+        f"--donor: no choice of {num_test} of {len(names)} donors has all {len(classes)} classes "
+        "in training and in test cells; merge classes, or leave --donor out and say so"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a model must beat: guesses of a hidden gene from its rank alone, without looking at the cell.
+"""What a model must beat: guesses of a hidden gene from its rank alone, blind to the cell.
 
 - ``unigram``: how often a gene is expressed.
 - ``unigram_by_rank``: how often a gene is expressed at this relative rank.
@@ -75,7 +75,7 @@ class RankBaselines:
 
 
 def _train_tokens(shards: ShardSet, max_cells: int):
-    """Yield (tokens int64, relative ranks float64) of whole train blocks, spread over the corpus."""
+    """Yield (tokens int64, relative ranks float64) of train blocks, spread over the corpus."""
     numbers = np.flatnonzero(shards.index["split"] == 0)
     wanted = max(1, int(len(numbers) * min(1.0, max_cells / shards.index["cells"][numbers].sum())))
     for number in numbers[np.linspace(0, len(numbers) - 1, wanted).astype(np.int64)]:

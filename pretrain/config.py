@@ -1,6 +1,6 @@
-"""All settings of a pretraining run: one frozen model per concern, refused early, never defaulted twice.
+"""All settings of a pretraining run: one frozen model per concern, refused early.
 
-Order of precedence: the defaults here < the YAML file < ``section.field=value`` on the command line.
+Order of precedence: defaults here < YAML file < ``section.field=value`` of the command line.
 """
 
 from __future__ import annotations
@@ -25,23 +25,27 @@ class DataConfig(_Section):
     """Where the cells come from."""
 
     shards: Path = Field(description="folder made by `geneloom prepare`")
-    num_workers: int = Field(1, ge=0, description="loader processes per rank; changes no batch")
+    num_workers: int = Field(
+        default=1, ge=0, description="loader processes per rank; changes no batch"
+    )
 
 
 class ModelConfig(_Section):
     """The encoder: BERT, post-norm, learned positions, tied embeddings. Defaults: V1 6 layers
     (Geneformer, Nature 2023)."""
 
-    num_layers: int = Field(6, ge=1)
-    hidden_size: int = Field(256, ge=8)
-    num_heads: int = Field(4, ge=1)
-    intermediate_size: int = Field(512, ge=8)
-    hidden_dropout: float = Field(0.02, ge=0, lt=1)
-    attention_dropout: float = Field(0.02, ge=0, lt=1)
+    num_layers: int = Field(default=6, ge=1)
+    hidden_size: int = Field(default=256, ge=8)
+    num_heads: int = Field(default=4, ge=1)
+    intermediate_size: int = Field(default=512, ge=8)
+    hidden_dropout: float = Field(default=0.02, ge=0, lt=1)
+    attention_dropout: float = Field(default=0.02, ge=0, lt=1)
     activation: Literal["relu", "gelu"] = "relu"
-    initializer_range: float = Field(0.02, gt=0)
-    layer_norm_eps: float = Field(1e-12, gt=0)
-    activation_checkpointing: bool = Field(False, description="recompute layers in backward")
+    initializer_range: float = Field(default=0.02, gt=0)
+    layer_norm_eps: float = Field(default=1e-12, gt=0)
+    activation_checkpointing: bool = Field(
+        default=False, description="recompute layers in backward"
+    )
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> ModelConfig:
@@ -55,9 +59,11 @@ class ModelConfig(_Section):
 class MaskingConfig(_Section):
     """Which genes are hidden, and what stands in their place (BERT's 80/10/10)."""
 
-    probability: float = Field(0.15, gt=0, lt=1, description="share of a cell's genes")
-    mask_share: float = Field(0.8, ge=0, le=1, description="of the hidden: becomes <mask>")
-    random_share: float = Field(0.1, ge=0, le=1, description="of the hidden: becomes another gene")
+    probability: float = Field(default=0.15, gt=0, lt=1, description="share of a cell's genes")
+    mask_share: float = Field(default=0.8, ge=0, le=1, description="of the hidden: becomes <mask>")
+    random_share: float = Field(
+        default=0.1, ge=0, le=1, description="of the hidden: becomes another gene"
+    )
 
     @model_validator(mode="after")
     def _shares_fit(self) -> MaskingConfig:
@@ -69,52 +75,60 @@ class MaskingConfig(_Section):
 class BatchConfig(_Section):
     """Token budgets. Cells per step = tokens_per_step // bucket length, on any number of ranks."""
 
-    tokens_per_step: int = Field(163_840, ge=64, description="padded tokens of one optimizer step")
+    tokens_per_step: int = Field(
+        default=163_840, ge=64, description="padded tokens of one optimizer step"
+    )
     tokens_per_micro_batch: int = Field(
-        16_384, ge=64, description="padded tokens of one forward pass on one rank"
+        default=16_384, ge=64, description="padded tokens of one forward pass on one rank"
     )
 
 
 class OptimConfig(_Section):
     """AdamW with warm-up and decay as functions of the global step. Defaults: Geneformer V1."""
 
-    learning_rate: float = Field(1e-3, gt=0, description="peak")
+    learning_rate: float = Field(default=1e-3, gt=0, description="peak")
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_steps: int = Field(10_000, ge=0)
-    weight_decay: float = Field(0.001, ge=0, description="not on biases and LayerNorm")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, ge=0, description="global norm; 0: no clipping")
+    warmup_steps: int = Field(default=10_000, ge=0)
+    weight_decay: float = Field(default=0.001, ge=0, description="not on biases and LayerNorm")
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float = Field(default=1.0, ge=0, description="global norm; 0: no clipping")
 
 
 class RunSection(_Section):
     """One run: where, how long, how precise."""
 
     out: Path = Field(description="run folder")
-    seed: int = Field(0, ge=0)
-    epochs: int = Field(3, ge=1)
-    max_steps: int | None = Field(None, ge=1, description="stop earlier; the decay ends here too")
+    seed: int = Field(default=0, ge=0)
+    epochs: int = Field(default=3, ge=1)
+    max_steps: int | None = Field(
+        default=None, ge=1, description="stop earlier; the decay ends here too"
+    )
     precision: Literal["fp32", "bf16"] = "fp32"
-    deepspeed: str = Field("zero1", description="file of deepspeed_configs/, or a path")
-    log_every_steps: int = Field(10, ge=1)
-    threads: int | None = Field(None, ge=1, description="torch threads per rank on CPU")
-    collective_timeout_s: int = Field(600, ge=5, description="a hung collective fails after this")
+    deepspeed: str = Field(default="zero1", description="file of deepspeed_configs/, or a path")
+    log_every_steps: int = Field(default=10, ge=1)
+    threads: int | None = Field(default=None, ge=1, description="torch threads per rank on CPU")
+    collective_timeout_s: int = Field(
+        default=600, ge=5, description="a hung collective fails after this"
+    )
 
 
 class EvaluationConfig(_Section):
     """Held-out loss at fixed masks."""
 
-    every_steps: int = Field(1000, ge=1)
-    max_cells: int = Field(2000, ge=1)
-    baseline_cells: int = Field(50_000, ge=1, description="train cells the baselines are made of")
+    every_steps: int = Field(default=1000, ge=1)
+    max_cells: int = Field(default=2000, ge=1)
+    baseline_cells: int = Field(
+        default=50_000, ge=1, description="train cells the baselines are made of"
+    )
 
 
 class CheckpointConfig(_Section):
     """When to save and how many to keep."""
 
-    every_steps: int = Field(1000, ge=1)
-    keep: int = Field(2, ge=1, description="newest complete checkpoints that stay")
+    every_steps: int = Field(default=1000, ge=1)
+    keep: int = Field(default=2, ge=1, description="newest complete checkpoints that stay")
 
 
 class RunConfig(_Section):

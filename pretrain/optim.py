@@ -11,7 +11,7 @@ from pretrain.config import OptimConfig
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Return two groups: matrices decay; biases and LayerNorm (fewer than two dimensions) do not."""
+    """Return two groups: matrices decay; biases and LayerNorm (fewer dimensions) do not."""
     decay = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     return [

@@ -115,7 +115,7 @@ def train(config: RunConfig, resume: bool = False, allow_changes: bool = False) 
         _write_run_files(config, ds_config, model, shards)
         log = RunLog(config.run.out, first_step)
         logger.info(
-            "%d of %d steps done, %d steps and %d cells per epoch, %d parameters, %d ranks, ZeRO %d, %s",
+            "%d of %d steps done; epoch: %d steps, %d cells; %d parameters; %d ranks, ZeRO %d, %s",
             first_step, steps, plan.steps_per_epoch, plan.num_cells,
             sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
             ranks.world_size, stage, config.run.precision,
@@ -144,7 +144,7 @@ def train(config: RunConfig, resume: bool = False, allow_changes: bool = False) 
         loss, hits = _forward_backward(engine, data, counts["masked"], ranks)
         _require_finite(loss / counts["masked"], "loss", step)
         engine.step()
-        norm = clipper.last_norm if clipper else float(engine.get_global_grad_norm())
+        norm = clipper.last_norm if clipper else float(engine.get_global_grad_norm() or 0.0)
         _require_finite(norm, "gradient norm", step)
         done = step + 1
         summary.last_step = done

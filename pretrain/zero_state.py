@@ -1,8 +1,8 @@
 """ZeRO's sharded training state, in and out, independent of stage and number of ranks.
 
-Every rank writes what it owns: for each parameter a range of its flat fp32 weight and of AdamW's two
-moments, with the range's start. Whoever reads asks for ranges again, from however many files. So a
-run goes on at another world size or stage without any conversion, from safetensors alone.
+Every rank writes what it owns: for each parameter a range of its flat fp32 weight and of AdamW's
+two moments, with the range's start. Whoever reads asks for ranges again, from however many files.
+So a run goes on at another world size or stage without any conversion, from safetensors alone.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -170,7 +170,7 @@ def finetune_cells(
         raise ValueError(f"{out}: exists and is not an empty folder; give --out a new one")
     network, vocabulary = load_exported(model_folder, vocabulary_path)
     columns = tuple(dict.fromkeys([*options.columns, label, *([donor] if donor else [])]))
-    options = SourceOptions(**(asdict(options) | {"columns": columns}))
+    options = replace(options, columns=columns)
     cell_set, dropped = _labelled(encode_file(cells, vocabulary, options), label)
     classes = sorted(set(cell_set.metadata[label]))
     labels = np.array([classes.index(v) for v in cell_set.metadata[label]])
@@ -202,8 +202,8 @@ def finetune_cells(
             {"seed": seed, "train_cells": len(train), "test_cells": len(test), "scores": scores}
         )
         logger.info(
-            "seed %d: macro-F1 %.3f pretrained, %.3f random weights, %.3f logistic regression (%.0f s)",
-            seed, *(scores[n]["macro_f1"] for n in (PRETRAINED, RANDOM, "logistic regression on genes")),
+            "seed %d: macro-F1 %s (%.0f s)", seed,
+            ", ".join(f"{s['macro_f1']:.3f} {n}" for n, s in scores.items()),
             time.perf_counter() - started,
         )  # fmt: skip
     results = {
@@ -247,7 +247,9 @@ def _labelled(cell_set: CellSet, label: str) -> tuple[CellSet, dict[str, int]]:
     values = cell_set.metadata[label]
     unlabelled = values.isin(["", "nan", "None", "NA", "unlabelled"]).to_numpy()
     counts = values[~unlabelled].value_counts()
-    rare = ~unlabelled & values.map(counts).fillna(0).lt(_FEWEST_CELLS_OF_CLASS).to_numpy()
+    rare = (
+        ~unlabelled & values.map(counts.to_dict()).fillna(0).lt(_FEWEST_CELLS_OF_CLASS).to_numpy()
+    )
     empty = ~cell_set.has_genes & ~unlabelled & ~rare
     keep = np.flatnonzero(~(unlabelled | rare | empty))
     if values.iloc[keep].nunique() < 2:

@@ -1,0 +1,139 @@
+"""``geneloom embed``, ``finetune`` and ``report``: parse and call."""
+
+from __future__ import annotations
+
+import logging
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_prep.sources import SourceOptions
+
+CountsOption = Annotated[str, typer.Option(help="X, raw, or layers/NAME")]
+GeneColumnOption = Annotated[str | None, typer.Option(help="column of var with gene ids")]
+StripOption = Annotated[bool, typer.Option(help="cut .5 off ENSG00000141510.5")]
+VocabOption = Annotated[
+    Path | None, typer.Option(help="Geneformer's dictionaries, for models without vocabulary.json")
+]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto")]
+
+
+def embed_command(
+    cells: Annotated[Path, typer.Argument(help="h5ad with raw counts")],
+    model: Annotated[Path, typer.Option(help="folder of `geneloom export`, or Geneformer's")],
+    out: Annotated[Path, typer.Option(help="new h5ad: the input and .obsm['X_geneloom']")],
+    vocab: VocabOption = None,
+    pooling: Annotated[str, typer.Option(help="mean (over genes) or cls")] = "mean",
+    layer: Annotated[int, typer.Option(help="0 last, -1 second-to-last, ...")] = -1,
+    bf16: Annotated[bool, typer.Option(help="compute in bfloat16")] = False,
+    tokens_per_batch: Annotated[int, typer.Option(min=64, help="padded tokens")] = 16_384,
+    device: DeviceOption = "auto",
+    counts: CountsOption = "X",
+    gene_column: GeneColumnOption = None,
+    strip_gene_versions: StripOption = False,
+) -> None:
+    """Write cell embeddings beside the cells: every cell, in the file's order."""
+    _quiet()
+    from eval.embed import embed_file
+
+    options = SourceOptions(counts, gene_column, strip_versions=strip_gene_versions)
+    settings = {
+        "pooling": pooling,
+        "layer": layer,
+        "bf16": bf16,
+        "token_budget": tokens_per_batch,
+        "device": choose_device(device),
+    }
+    print(embed_file(cells, model, out, vocab, options, **settings))
+
+
+finetune_app = typer.Typer(no_args_is_help=True, help="Fine-tune and score beside baselines.")
+
+
+@finetune_app.callback()
+def _finetune_group() -> None:
+    """Fine-tune a pretrained encoder and score it beside baselines."""
+
+
+@finetune_app.command("cells")
+def finetune_command(
+    cells: Annotated[Path, typer.Argument(help="h5ad with raw counts and labels")],
+    model: Annotated[Path, typer.Option(help="folder of `geneloom export`, or Geneformer's")],
+    label: Annotated[str, typer.Option(help="column of obs to predict")],
+    out: Annotated[Path, typer.Option(help="new folder for results.json")],
+    donor: Annotated[str | None, typer.Option(help="column of obs; donors stay whole")] = None,
+    seeds: Annotated[int, typer.Option(help="splits and trainings, at least 3")] = 3,
+    epochs: Annotated[int, typer.Option(min=1)] = 5,
+    learning_rate: Annotated[float, typer.Option()] = 2e-4,
+    batch_cells: Annotated[int, typer.Option(min=1)] = 16,
+    freeze_layers: Annotated[int, typer.Option(min=0, help="lowest layers not trained")] = 0,
+    max_train_per_class: Annotated[int | None, typer.Option(help="few-shot; default all")] = None,
+    max_test_per_class: Annotated[int | None, typer.Option(help="default all")] = None,
+    bf16: Annotated[bool, typer.Option(help="compute in bfloat16")] = False,
+    device: DeviceOption = "auto",
+    vocab: VocabOption = None,
+    counts: CountsOption = "X",
+    gene_column: GeneColumnOption = None,
+    strip_gene_versions: StripOption = False,
+) -> None:
+    """Classify cells: pretrained against random weights and simple baselines, over seeds."""
+    _quiet()
+    from eval.finetune.cells import FinetuneSettings, finetune_cells
+    from eval.tables import print_scores
+
+    settings = FinetuneSettings(
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_cells=batch_cells,
+        freeze_layers=freeze_layers,
+        bf16=bf16,
+        device=choose_device(device),
+    )
+    options = SourceOptions(counts, gene_column, strip_versions=strip_gene_versions)
+    results = finetune_cells(
+        cells, model, label, out, donor, seeds, vocab, settings, options,
+        max_train_per_class, max_test_per_class,
+    )  # fmt: skip
+    print_scores(results)
+    print(out / "results.json")
+
+
+def report_command(
+    run: Annotated[Path, typer.Argument(help="run folder of `geneloom pretrain`")],
+    out: Annotated[Path, typer.Option(help="HTML file")],
+    scores: Annotated[
+        list[Path] | None, typer.Option(help="folder of `geneloom finetune`; may be repeated")
+    ] = None,
+    embedding: Annotated[Path | None, typer.Option(help="h5ad of `geneloom embed`")] = None,
+    color: Annotated[str | None, typer.Option(help="column of obs that colours the UMAP")] = None,
+    commands: Annotated[Path | None, typer.Option(help="text file of what was run")] = None,
+) -> None:
+    """Write one self-contained page: loss curve, UMAP, scores beside baselines, what was run."""
+    _quiet()
+    from eval.report import write_report
+
+    print(write_report(run, out, scores or [], embedding, color, commands))
+
+
+def choose_device(name: str) -> str:
+    """Return ``cuda`` or ``cpu``."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: must be auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here")
+    return name
+
+
+def _quiet() -> None:
+    """Only this project's own messages, no progress bars of libraries."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("eval").setLevel(logging.INFO)

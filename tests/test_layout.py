@@ -1,0 +1,87 @@
+"""The shape of the house: import arrows, torch-free parts, sizes."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("data_prep", "pretrain", "launch", "eval")
+# Which folders, or modules of folders, each folder may import.
+ALLOWED = {
+    "data_prep": {"data_prep"},
+    "pretrain": {
+        "pretrain",
+        "data_prep.vocab",
+        "data_prep.shards",
+        "data_prep.hashing",
+        "data_prep.errors",
+    },
+    "launch": {"launch", "pretrain.config", "pretrain.ds_config", "data_prep.errors"},
+    "eval": {"eval", "pretrain", "data_prep"},
+}
+NEVER_TORCH = ["data_prep", "launch", "pretrain/config.py", "pretrain/ds_config.py"]
+
+
+def modules(folder: str) -> list[Path]:
+    path = ROOT / folder
+    return [path] if path.suffix == ".py" else sorted(path.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_import_arrows(folder):
+    ours = (*FOLDERS, "tests", "benchmarks")
+    for path in modules(folder):
+        for name in imports(path):
+            if name.split(".")[0] in ours:
+                assert any(name == a or name.startswith(a + ".") for a in ALLOWED[folder]), (
+                    f"{path.relative_to(ROOT)} must not import {name}"
+                )
+
+
+@pytest.mark.parametrize("folder", NEVER_TORCH)
+def test_no_torch(folder):
+    for path in modules(folder):
+        heavy = {n for n in imports(path) if n.split(".")[0] in ("torch", "deepspeed")}
+        assert not heavy, f"{path.relative_to(ROOT)} imports {heavy}"
+
+
+def test_init_files_are_empty():
+    for folder in FOLDERS:
+        for path in (ROOT / folder).rglob("__init__.py"):
+            assert path.read_text() == "", path
+
+
+def test_core_fits_in_an_afternoon():
+    lines = {
+        p: len(p.read_text().splitlines())
+        for f in ("data_prep", "pretrain", "launch")
+        for p in modules(f)
+    }
+    assert sum(lines.values()) <= 6000
+    assert max(lines.values()) <= 500, max(lines, key=lambda p: lines[p])
+    assert lines[ROOT / "pretrain" / "train.py"] <= 400
+
+
+def test_help_needs_no_heavy_import():
+    code = (
+        "import sys; sys.argv = ['geneloom', '--help']\n"
+        "import launch.cli\n"
+        "app = launch.cli.build_app(None)\n"
+        "assert not {'torch', 'anndata', 'numpy'} & set(sys.modules), 'heavy import'"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
