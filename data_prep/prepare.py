@@ -61,7 +61,7 @@ class PrepareOptions:
     min_overlap
         Smallest share of a source's genes that must be in the vocabulary.
     heldout_share
-        Expected share of cells (or of groups) in the held-out split.
+        Share of cells in the held-out split; whole groups are taken until it is reached.
     heldout_by
         ``cell``, ``dataset``, or a metadata column: its values are never split up.
     block_cells
@@ -221,6 +221,7 @@ class _Spill:
         self._writers = [pa.ipc.new_stream(str(p), schema) for p in self.paths]
         self._shuffle_key = stream_key(options.seed, "shuffle")
         self._split_key = stream_key(options.seed, "heldout")
+        self._heldout_groups = self._choose_groups(sources)
 
     def add(
         self,
@@ -259,11 +260,31 @@ class _Spill:
     def _split(self, dataset: str, identity: np.ndarray, metadata: dict) -> np.ndarray:
         by = self.options.heldout_by
         if by == "cell":
-            hashes = keyed_hash(self._split_key, identity)
-        else:
-            groups = [dataset] * len(identity) if by == "dataset" else metadata[by]
-            hashes = hash_strings(self._split_key, groups)
-        return (unit_interval(hashes) < self.options.heldout_share).astype(np.int64)
+            uniform = unit_interval(keyed_hash(self._split_key, identity))
+            return (uniform < self.options.heldout_share).astype(np.int64)
+        groups = [dataset] * len(identity) if by == "dataset" else metadata[by]
+        return np.array([g in self._heldout_groups for g in groups], dtype=np.int64)
+
+    def _choose_groups(self, sources: list[Source]) -> set[str]:
+        """Return the groups that are held out: in hashed order, until the share is reached."""
+        by = self.options.heldout_by
+        if by == "cell":
+            return set()
+        sizes: Counter[str] = Counter()
+        for source in sources:
+            sizes.update(
+                {source.name: source.num_cells} if by == "dataset" else source.group_sizes(by)
+            )
+        names = sorted(sizes)
+        if len(names) < 2:
+            raise ValueError(f"--heldout-by {by}: there is only one, {names}; nothing to hold out")
+        wanted = self.options.heldout_share * sum(sizes.values())
+        chosen: set[str] = set()
+        for number in np.argsort(hash_strings(self._split_key, names)):
+            if sum(sizes[n] for n in chosen) >= wanted or len(chosen) == len(names) - 1:
+                break
+            chosen.add(names[number])
+        return chosen
 
     def close(self) -> None:
         for writer in self._writers:

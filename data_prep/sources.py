@@ -28,6 +28,7 @@ _ENSEMBL = re.compile(r"^ENS[A-Z]*G\d{11}$")
 _ENSEMBL_VERSIONED = re.compile(r"^ENS[A-Z]*G\d{11}\.\d+$")
 # Largest share of non-integers that is still taken for rounding noise: none at all.
 _INTEGER_TOLERANCE = 1e-6
+_GROUP_BATCH_CELLS = 65_536
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,10 @@ class H5adSource:
         """Number of columns whose id stood before; their counts are summed."""
         return sum(n - 1 for i, n in Counter(self.gene_ids).items() if i and n > 1)
 
+    def group_sizes(self, column: str) -> Counter[str]:
+        """Return how many cells each value of an asked-for column has."""
+        return Counter(self._obs[column].astype(str).tolist())
+
     def blocks(self, max_cells: int) -> Iterator[CountBlock]:
         """Yield consecutive blocks of at most `max_cells` cells."""
         matrix = self._matrix
@@ -314,8 +319,14 @@ class TokenSource:
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"{file}: cannot be read as Arrow or parquet ({error})") from error
 
-    def _batches(self, max_cells: int) -> Iterator[pa.RecordBatch]:
-        columns = ["input_ids", "length", *self.options.columns]
+    def group_sizes(self, column: str) -> Counter[str]:
+        """Return how many cells each value of an asked-for column has."""
+        sizes: Counter[str] = Counter()
+        for batch in self._batches(_GROUP_BATCH_CELLS, [column]):
+            sizes.update(str(v) for v in batch.column(column).to_pylist())
+        return sizes
+
+    def _batches(self, max_cells: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
         for file in self._files:
             if file.suffix == ".parquet":
                 yield from pq.ParquetFile(file).iter_batches(max_cells, columns=columns)
@@ -328,7 +339,7 @@ class TokenSource:
     def blocks(self, max_cells: int) -> Iterator[TokenBlock]:
         """Yield consecutive blocks of at most `max_cells` cells."""
         row = 0
-        for batch in self._batches(max_cells):
+        for batch in self._batches(max_cells, ["input_ids", "length", *self.options.columns]):
             lists = batch.column("input_ids")
             offsets = np.asarray(lists.offsets, dtype=np.int64)
             tokens = np.asarray(lists.values, dtype=np.int64)[offsets[0] : offsets[-1]]

@@ -1,4 +1,4 @@
-"""Real cells that the scanpy package carries, as raw counts: ``python -m eval.demo_cells OUT.h5ad``.
+"""Real cells that scanpy carries, as raw counts: ``python -m eval.demo_cells OUT.h5ad``.
 
 700 peripheral blood cells with 10 published types (10x Genomics, Zheng et al. 2017). The package
 stores 765 genes log-normalised; undoing the logarithm and dividing by a cell's smallest value gives

@@ -56,22 +56,26 @@ def write_report(
         raise ValueError(f"{run}: no metrics.jsonl with records; expected a run folder")
     environment = json.loads((run / "env.json").read_text())
     manifest = json.loads((run / "shards_manifest.json").read_text())
-    page = jinja2.Environment(autoescape=True).from_string(_TEMPLATE.read_text()).render(
-        run=run.name,
-        loss_figure=_loss_figure(metrics),
-        decile_figure=_decile_figure(metrics),
-        heldout=next((m for m in reversed(metrics) if m["kind"] == "heldout"), None),
-        last=next((m for m in reversed(metrics) if m["kind"] == "train"), None),
-        umap_figure=_umap_figure(embedding, color) if embedding else None,
-        embedding=embedding.name if embedding else None,
-        color=color,
-        tasks=[_task(folder) for folder in score_folders],
-        score_names=SCORE_NAMES,
-        environment=environment,
-        commands=commands.read_text() if commands else environment["command"],
-        config=(run / "config.yaml").read_text(),
-        sources=manifest["sources"],
-        padding=padding_share(manifest["buckets"]),
+    page = (
+        jinja2.Environment(autoescape=True)
+        .from_string(_TEMPLATE.read_text())
+        .render(
+            run=run.name,
+            loss_figure=_loss_figure(metrics),
+            decile_figure=_decile_figure(metrics),
+            heldout=next((m for m in reversed(metrics) if m["kind"] == "heldout"), None),
+            last=next((m for m in reversed(metrics) if m["kind"] == "train"), None),
+            umap_figure=_umap_figure(embedding, color) if embedding else None,
+            embedding=embedding.name if embedding else None,
+            color=color,
+            tasks=[_task(folder) for folder in score_folders],
+            score_names=SCORE_NAMES,
+            environment=environment,
+            commands=commands.read_text() if commands else environment["command"],
+            config=(run / "config.yaml").read_text(),
+            sources=manifest["sources"],
+            padding=padding_share(manifest["buckets"]),
+        )
     )
     aside = out.with_name(f".{out.name}.partial")
     aside.write_text(page)

@@ -26,8 +26,9 @@ from torch.utils.data import Dataset
 from data_prep.hashing import keyed_hash, permute, stream_key, unit_interval
 from data_prep.shards import Block, ShardSet
 from pretrain.config import MaskingConfig
-from pretrain.masking import mask_rows, mask_stream
+from pretrain.masking import mask_rows, mask_stream, num_masked
 
+NO_LABEL = -100  # what torch's cross_entropy leaves out
 # Blocks of one bucket that a worker keeps decoded: consecutive steps share at most two.
 _CACHED_BLOCKS_PER_BUCKET = 2
 
@@ -203,8 +204,9 @@ class MicroBatch:
     """One forward pass.
 
     ``input_ids`` int64 [B, L]; ``attention_mask`` bool [B, L], None when nothing is padded;
-    ``masked_places`` int64 [M], flat index into B x L; ``labels`` int64 [M];
-    ``relative_ranks`` float32 [M], place of the hidden gene in its cell, 0 = highest expression.
+    ``masked_places`` int64 [M], flat index into B x L; ``labels`` int64 [M], `NO_LABEL` behind the
+    hidden genes, so that M depends on the bucket alone; ``relative_ranks`` float32 [M], place of
+    the hidden gene in its cell, 0 = highest expression.
     """
 
     input_ids: torch.Tensor
@@ -293,7 +295,7 @@ class StepDataset(Dataset):
         return RankStep(
             step,
             micro_batches,
-            sum(len(m.labels) for m in micro_batches),
+            sum(int((m.labels != NO_LABEL).sum()) for m in micro_batches),
             tokens,
             rows.size * batch.length,
             int((rows >= 0).sum()),
@@ -309,12 +311,15 @@ class StepDataset(Dataset):
         )
         masked = mask_rows(tokens, lengths, cells, stream, vocabulary, self._masking)
         row, place = np.divmod(masked.places, length)
+        # One shape per bucket: every new shape costs a kernel, and on CPU memory that is kept.
+        most = len(cells) * int(num_masked(np.array([length]), self._masking.probability)[0])
+        unused = (0, most - len(masked.places))
         return MicroBatch(
             torch.from_numpy(masked.inputs),
             attention_mask(lengths, length),
-            torch.from_numpy(masked.places),
-            torch.from_numpy(masked.labels),
-            torch.from_numpy((place / np.maximum(lengths[row], 1)).astype(np.float32)),
+            torch.from_numpy(np.pad(masked.places, unused)),
+            torch.from_numpy(np.pad(masked.labels, unused, constant_values=NO_LABEL)),
+            torch.from_numpy(np.pad(place / lengths[row], unused).astype(np.float32)),
         ), int(lengths.sum())
 
 

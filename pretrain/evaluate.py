@@ -11,7 +11,7 @@ from data_prep.shards import ShardSet
 from pretrain import dist
 from pretrain.baselines import RankBaselines
 from pretrain.config import MaskingConfig, RunConfig
-from pretrain.data import MicroBatch, StepDataset
+from pretrain.data import NO_LABEL, MicroBatch, StepDataset
 from pretrain.dist import Ranks
 
 RANK_DECILES = 10
@@ -65,7 +65,8 @@ class HeldoutEvaluation:
         names = list(baselines.log_probabilities)
         sums = {n: [] for n in names}
         for micro in self._batches():
-            labels, ranks = micro.labels.numpy(), micro.relative_ranks.numpy()
+            hidden = micro.labels.numpy() != NO_LABEL
+            labels, ranks = micro.labels.numpy()[hidden], micro.relative_ranks.numpy()[hidden]
             losses, hits = baselines.losses(labels, ranks), baselines.hits(labels, ranks)
             for n in names:
                 sums[n].append(_by_decile(losses[n], hits[n], ranks))
@@ -92,8 +93,10 @@ class HeldoutEvaluation:
         with torch.no_grad():
             for micro in self._batches():
                 losses, hits = model(*to_device(micro, self._ranks.device))
-                ranks = micro.relative_ranks.numpy()
-                parts.append(_by_decile(losses.cpu().numpy(), hits.cpu().numpy(), ranks))
+                hidden = micro.labels.numpy() != NO_LABEL
+                ranks = micro.relative_ranks.numpy()[hidden]
+                scores = losses.cpu().numpy()[hidden], hits.cpu().numpy()[hidden]
+                parts.append(_by_decile(*scores, ranks))
         model.train(was_training)
         return self._reduce(parts)
 

@@ -1,0 +1,227 @@
+"""From sources to shards: nothing lost, nothing silent, the same bytes every time."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import scipy.sparse
+import webdataset
+
+from data_prep.buckets import bucket_of, choose_buckets
+from data_prep.medians import build_vocabulary
+from data_prep.prepare import PrepareOptions, prepare
+from data_prep.rank import encode_cells
+from data_prep.shards import ShardSet
+from data_prep.sources import SourceOptions, open_source
+from data_prep.tables import padding_share
+from tests.synthetic import make_cells, write_cells
+
+OPTIONS = PrepareOptions(
+    heldout_share=0.2,
+    block_cells=16,
+    vocabulary_min_cells=1,
+    source=SourceOptions(columns=("donor", "cell_type")),
+)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def test_every_cell_arrives_once_with_its_tokens(tmp_path):
+    source = write_cells(tmp_path / "cells.h5ad", num_cells=150)
+    prepare([source], tmp_path / "out", None, OPTIONS)
+    shards = ShardSet(tmp_path / "out")
+    vocabulary = shards.vocabulary
+    cells = make_cells(150)
+    csr = scipy.sparse.csr_matrix(cells.X)
+    totals = np.asarray(csr.sum(axis=1), dtype=np.float64).ravel()
+    encoded = encode_cells(
+        csr.data, csr.indices, csr.indptr, totals, vocabulary.tokens_of(list(cells.var_names)),
+        vocabulary,
+    )  # fmt: skip
+    expected = np.split(encoded.tokens, encoded.offsets[1:-1])
+    seen = []
+    for split in ("train", "heldout"):
+        for block in shards.iter_blocks(split):
+            ids = block.batch.column("cell_id").to_pylist()
+            donors = block.batch.column("donor").to_pylist()
+            for i, (name, donor) in enumerate(zip(ids, donors, strict=True)):
+                row = int(name.removeprefix("cell"))
+                cell = block.tokens[block.offsets[i] : block.offsets[i + 1]]
+                np.testing.assert_array_equal(cell, expected[row])
+                assert donor == f"donor{row % 4}"
+            seen += ids
+    assert sorted(seen) == sorted(cells.obs_names)
+    assert seen != sorted(seen), "cells must be shuffled"
+
+
+def test_bytes_do_not_depend_on_memory_or_reading(tmp_path, monkeypatch):
+    source = write_cells(tmp_path / "cells.h5ad", num_cells=150)
+    prepare([source], tmp_path / "a", None, OPTIONS)
+    monkeypatch.setattr("data_prep.prepare._READ_CELLS", 17)
+    prepare([source], tmp_path / "b", None, replace(OPTIONS, memory_gib=1e-4))
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_tars_are_webdataset_shards(tmp_path):
+    source = write_cells(tmp_path / "cells.h5ad", num_cells=150)
+    manifest = prepare([source], tmp_path / "out", None, OPTIONS)
+    urls = [str(tmp_path / "out" / s["name"]) for s in manifest["shards"]]
+    ids = []
+    for sample in webdataset.WebDataset(urls, shardshuffle=False):
+        batch = pa.ipc.open_stream(sample["arrow"]).read_next_batch()
+        ids += batch.column("cell_id").to_pylist()
+    assert sorted(ids) == sorted(make_cells(150).obs_names)
+
+
+def test_rejections_are_counted_by_reason(tmp_path):
+    cells = make_cells(60)
+    matrix = cells.X.tolil()
+    matrix[3] = 0
+    matrix[4] = 0
+    matrix[4, :5] = 1
+    cells.X = matrix.tocsr()
+    cells.obs["filter_pass"] = [0, 0, 0] + [1] * 57
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    manifest = prepare([tmp_path / "cells.h5ad"], tmp_path / "out", None, OPTIONS)
+    (report,) = manifest["sources"]
+    assert report["cells_read"] == 60
+    assert report["rejected"] == {
+        "filter_pass is not 1": 3,
+        "no counts at all": 1,
+        "too few genes of the vocabulary": 1,
+    }
+    assert report["cells_kept"] == 55 == ShardSet(tmp_path / "out").num_cells
+
+
+def test_heldout_groups_are_never_split(tmp_path):
+    source = write_cells(tmp_path / "cells.h5ad", num_cells=150)
+    options = replace(OPTIONS, heldout_by="donor", heldout_share=0.3)
+    prepare([source], tmp_path / "out", None, options)
+    shards = ShardSet(tmp_path / "out")
+    donors = {
+        split: {d for b in shards.iter_blocks(split) for d in b.batch.column("donor").to_pylist()}
+        for split in ("train", "heldout")
+    }
+    assert donors["train"]
+    assert donors["heldout"]
+    assert not donors["train"] & donors["heldout"]
+    assert len(donors["heldout"]) == 2
+
+
+def test_nothing_is_left_behind_after_an_error(tmp_path):
+    good = write_cells(tmp_path / "a.h5ad")
+    bad = make_cells(30)
+    bad.X = bad.X.toarray() / 3
+    bad.write_h5ad(tmp_path / "b.h5ad")
+    before = set(tmp_path.iterdir())
+    vocabulary = build_vocabulary([open_source(good, SourceOptions())], 1, None)  # type: ignore
+    with pytest.raises(ValueError, match=r"b\.h5ad.*no integers"):
+        prepare([good, tmp_path / "b.h5ad"], tmp_path / "out", vocabulary, OPTIONS)
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heldout_by": "stage"}, "--heldout-by stage"),
+        ({"heldout_share": 1.0}, "--heldout 1.0"),
+        ({"heldout_by": "dataset", "heldout_share": 0.01}, "only one"),
+    ],
+)
+def test_wrong_settings(change, message, tmp_path):
+    source = write_cells(tmp_path / "cells.h5ad")
+    with pytest.raises(ValueError, match=message):
+        prepare([source], tmp_path / "out", None, replace(OPTIONS, **change))
+    assert not (tmp_path / "out").exists()
+
+
+def test_folder_that_is_not_empty_is_kept(tmp_path):
+    source = write_cells(tmp_path / "cells.h5ad")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not an empty folder"):
+        prepare([source], tmp_path / "out", None, OPTIONS)
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+
+
+def test_damaged_shards_are_named(tmp_path):
+    source = write_cells(tmp_path / "cells.h5ad")
+    prepare([source], tmp_path / "out", None, OPTIONS)
+    shards = ShardSet(tmp_path / "out")
+    victim = tmp_path / "out" / shards.manifest["shards"][0]["name"]
+    data = bytearray(victim.read_bytes())
+    data[int(shards.index["offset"][0]) + 200] ^= 1
+    victim.write_bytes(data)
+    with pytest.raises(ValueError, match=f"{victim.name}.*checksum"):
+        shards.read_block(0)
+    victim.unlink()
+    with pytest.raises(ValueError, match="is missing"):
+        ShardSet(tmp_path / "out").read_block(0)
+    (tmp_path / "out" / "vocabulary.json").write_text(
+        shards.vocabulary.to_json().replace('"max_length":2048', '"max_length":1024')
+    )
+    with pytest.raises(ValueError, match="were made with"):
+        ShardSet(tmp_path / "out")
+
+
+def test_medians_are_those_of_numpy(tmp_path):
+    cells = make_cells(80)
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    vocabulary = build_vocabulary(
+        [open_source(tmp_path / "cells.h5ad", SourceOptions())],  # type: ignore[list-item]
+        1,
+        None,
+    )
+    dense = cells.X.toarray().astype(np.float64)
+    normalised = dense / dense.sum(axis=1, keepdims=True) * 10_000
+    for gene, median in zip(vocabulary.genes, vocabulary.medians, strict=True):
+        column = normalised[:, cells.var_names.get_loc(gene)]
+        np.testing.assert_allclose(median, np.median(column[column > 0]))
+
+
+def test_total_column_scales_medians(tmp_path):
+    cells = make_cells(80)
+    cells.obs["n_counts"] = np.asarray(cells.X.sum(axis=1)).ravel() * 2
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    plain, scaled = (
+        build_vocabulary([open_source(tmp_path / "cells.h5ad", o)], 1, None)  # type: ignore
+        for o in (SourceOptions(), SourceOptions(total_column="n_counts"))
+    )
+    np.testing.assert_allclose(plain.medians, 2 * scaled.medians)
+
+
+@pytest.mark.parametrize("mean", [120, 500, 1200, 3000])
+def test_buckets_keep_padding_low(mean):
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(np.log(mean), 0.5, 20_000), 20, 2048).astype(int)
+    buckets = choose_buckets(lengths)
+    padded = np.asarray(buckets)[bucket_of(lengths, buckets)]
+    assert (padded >= lengths).all()
+    assert 1 - lengths.sum() / padded.sum() <= 0.03
+    assert buckets == sorted(set(buckets))
+    # One bucket fewer, wherever it is taken away, pads more than allowed.
+    for left_out in buckets[:-1]:
+        fewer = [b for b in buckets if b != left_out]
+        worse = np.asarray(fewer)[bucket_of(lengths, fewer)]
+        assert 1 - lengths.sum() / worse.sum() > 0.03
+
+
+def test_real_cells_pad_little(real_data, tmp_path):
+    from data_prep.vocab import open_vocabulary
+
+    names = ["pbmc3k/pbmc3k.h5ad", "sc_mixology/sc_mixology.h5ad"]
+    vocabulary = open_vocabulary(real_data / "geneformer_v1_dicts")
+    sources = [real_data / n for n in names]
+    manifest = prepare(sources, tmp_path / "out", vocabulary, PrepareOptions(heldout_share=0.1))
+    assert padding_share(manifest["buckets"]) <= 0.03
+    assert [s["cells_kept"] for s in manifest["sources"]] == [2638, 992]
+    size = sum(
+        p.stat().st_size for p in (tmp_path / "out").iterdir() if p.name != "vocabulary.json"
+    )
+    assert size / sum(b["tokens"] for b in manifest["buckets"]) < 2.3
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == manifest
