@@ -1,0 +1,80 @@
+"""What a user sees: one message, exit code 2, nothing half-written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.synthetic import make_cells, write_cells
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def geneloom(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from launch.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=cwd, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def log_counts(path: Path) -> None:
+    cells = make_cells(30)
+    cells.X = np.log1p(cells.X.toarray())
+    cells.write_h5ad(path)
+
+
+BUILD = ("--vocab", "build", "--out", "shards")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("prepare", "text.h5ad", *BUILD), "text.h5ad: is not an HDF5 file"),
+        (("prepare", "log.h5ad", *BUILD), "looks log-transformed"),
+        (("prepare", "cells.h5ad", *BUILD, "--gene-column", "nope"), "no column 'nope'"),
+        (("prepare", "cells.h5ad", *BUILD[:3], "."), "not an empty folder"),
+        (("prepare", "cells.h5ad", "--vocab", "other", "--out", "shards"), "in the vocabulary"),
+        (("prepare", "cells.h5ad", "--vocab", "absent.json", "--out", "shards"), "no such file"),
+        (("prepare", "*.loom", *BUILD), "matches no file"),
+        (("inspect", "."), "no manifest.json"),
+        (("pretrain", "--config", "tiny", "run.out=r", "data.shard=x"), "did you mean 'shards'"),
+        (("pretrain", "--config", "tiny", "run.out=r", "data.shards=x"), "no manifest.json"),
+        (("export", ".", "--out", "model"), "no model_config.json"),
+        (("embed", "cells.h5ad", "--model", ".", "--out", "o.h5ad"), "no config.json"),
+        (("launch", "local", "finetune"), "does not run on several ranks"),
+    ],
+)
+def test_bad_input(arguments, message, tmp_path):
+    write_cells(tmp_path / "cells.h5ad", num_cells=30)
+    (tmp_path / "text.h5ad").write_text("nothing")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "token_dictionary.json").write_text('{"<pad>": 0, "<mask>": 1, "x": 2}')
+    (tmp_path / "other" / "gene_median_dictionary.json").write_text('{"x": 1.0}')
+    log_counts(tmp_path / "log.h5ad")
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    done = geneloom(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr + done.stdout
+    assert message in done.stderr
+    assert done.stderr.count("error") == 1
+    assert "Traceback" not in done.stderr
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+def test_prepare_inspect_dry_run(tmp_path):
+    write_cells(tmp_path / "cells.h5ad")
+    done = geneloom("prepare", "cells.h5ad", *BUILD, "--heldout", 0.2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    again = geneloom("inspect", "shards", cwd=tmp_path)
+    assert again.returncode == 0
+    summary = next(x for x in done.stdout.splitlines() if x.startswith("cells read"))
+    assert summary == "cells read 120, kept 120, rejected 0; held out 25"
+    assert summary in again.stdout
+    plan = geneloom(
+        "pretrain", "--config", "tiny", "--dry-run", "data.shards=shards", "run.out=r", cwd=tmp_path
+    )
+    assert plan.returncode == 0, plan.stderr
+    assert "steps per epoch" in plan.stdout
+    assert not (tmp_path / "r").exists()

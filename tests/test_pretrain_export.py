@@ -1,0 +1,85 @@
+"""Exports are Hugging Face's, carry their identity, and give the same logits."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM
+
+from pretrain import checkpoint, zero_state
+from pretrain.export import export, load_exported
+from pretrain.model import build_model
+from tests.ranks import run_ranks
+from tests.runs import run_training, tiny_config
+
+
+@pytest.fixture(scope="module")
+def run(shards, tmp_path_factory) -> Path:
+    config = tiny_config(shards, tmp_path_factory.mktemp("export") / "run", run__precision="bf16")
+    run_ranks(2, run_training, config)
+    return config.run.out
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "model"
+    export(run, out)
+    return out
+
+
+def test_same_logits_after_reloading(run, exported, shards):
+    model, vocabulary = load_exported(exported)
+    trained = build_model(tiny_config(shards, run).model, vocabulary, seed=99)
+    last = checkpoint.newest(run)
+    assert last is not None
+    zero_state.load_weights(trained, last.reader())
+    ids = torch.randint(2, vocabulary.num_tokens, (2, 30))
+    mask = torch.ones_like(ids)
+    mask[1, 20:] = 0
+    expected = trained.bert.eval()(input_ids=ids, attention_mask=mask).logits
+    again = AutoModelForMaskedLM.from_pretrained(exported).eval()
+    for loaded in (model, again):
+        torch.testing.assert_close(
+            loaded(input_ids=ids, attention_mask=mask).logits, expected, atol=1e-6, rtol=1e-6
+        )
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_record_and_card(run, exported, shards):
+    record = json.loads((exported / "geneloom.json").read_text())
+    manifest = json.loads((shards / "manifest.json").read_text())
+    assert record["vocabulary_sha256"] == manifest["vocabulary_sha256"]
+    assert record["step"] == 10
+    card = (exported / "README.md").read_text()
+    assert f"{record['heldout']['loss']:.4f}" in card
+    assert "unigram by rank" in card
+    tokens = json.loads((exported / "token_dictionary.json").read_text())
+    assert tokens["<mask>"] == 1
+    assert len(tokens) == manifest["num_tokens"]
+
+
+def test_refusals(run, exported, tmp_path):
+    with pytest.raises(ValueError, match="not an empty folder"):
+        export(run, exported)
+    with pytest.raises(ValueError, match="no model_config.json"):
+        export(tmp_path, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        load_exported(tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_model_and_vocabulary_must_belong_together(exported, tmp_path):
+    import shutil
+
+    copy = Path(shutil.copytree(exported, tmp_path / "model"))
+    text = (copy / "vocabulary.json").read_text()
+    (copy / "vocabulary.json").write_text(text.replace('"max_length":2048', '"max_length":1024'))
+    with pytest.raises(ValueError, match="the model was trained with vocabulary"):
+        load_exported(copy)
+    (copy / "geneloom.json").unlink()
+    content = json.loads(text)
+    content["genes"], content["medians"] = content["genes"][:-1], content["medians"][:-1]
+    (copy / "vocabulary.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="belong to different versions"):
+        load_exported(copy)
