@@ -3,8 +3,7 @@
 Three layers, each a pure function of the one before:
 
 1. `EpochPlan.step`: (seed, epoch, step) -> length bucket and cell numbers of the global batch.
-2. `rank_rows`: the rows of one rank, cut into equal micro-batches; rows without a cell are filled
-   with -1 and weigh nothing.
+2. `rank_rows`: the share of one rank, cut into micro-batches, equally many on every rank.
 3. `StepDataset`: reads the cells, masks them, returns tensors.
 
 Within an epoch the steps of a bucket come in order, spread evenly with jitter over the epoch, so
@@ -175,10 +174,11 @@ class EpochPlan:
 
 def rank_rows(
     cells: np.ndarray, length: int, rank: int, world_size: int, budget: int
-) -> np.ndarray:
-    """Return int64 [micro-batches, rows] of a rank: its share of a global batch, -1 where filled.
+) -> list[np.ndarray]:
+    """Return the micro-batches of a rank: int64 cell numbers, its share of a global batch.
 
-    All ranks get the same shape. Filled rows weigh nothing; nothing is repeated.
+    All ranks get the same number of micro-batches (ZeRO 2 and 3 hang otherwise), as even as can be.
+    A micro-batch without a cell is one row of -1: it is computed, and weighs nothing.
 
     Parameters
     ----------
@@ -189,14 +189,11 @@ def rank_rows(
     budget
         Padded tokens of one micro-batch; at least one row is taken.
     """
-    per_rank = -(-len(cells) // world_size)
-    num_micro = -(-per_rank // max(1, budget // length))
-    rows = -(-per_rank // num_micro)
-    padded = np.full(world_size * per_rank, -1, dtype=np.int64)
-    padded[: len(cells)] = cells
-    mine = np.full(num_micro * rows, -1, dtype=np.int64)
-    mine[:per_rank] = padded[rank * per_rank : (rank + 1) * per_rank]
-    return mine.reshape(num_micro, rows)
+    most = -(-len(cells) // world_size)
+    num_micro = -(-most // max(1, budget // length))
+    mine = np.array_split(cells, world_size)[rank]
+    filler = np.array([-1], dtype=np.int64)
+    return [part if part.size else filler for part in np.array_split(mine, num_micro)]
 
 
 @dataclass(frozen=True)
@@ -297,8 +294,8 @@ class StepDataset(Dataset):
             micro_batches,
             sum(int((m.labels != NO_LABEL).sum()) for m in micro_batches),
             tokens,
-            rows.size * batch.length,
-            int((rows >= 0).sum()),
+            sum(m.input_ids.numel() for m in micro_batches),
+            int(sum((cells >= 0).sum() for cells in rows)),
         )
 
     def _micro_batch(self, cells: np.ndarray, length: int, stream: int) -> tuple[MicroBatch, int]:

@@ -30,10 +30,12 @@ def test_each_cell_exactly_once_per_epoch(world_size, budget, many_shards):
                 rank_rows(batch.cells, batch.length, r, world_size, budget)
                 for r in range(world_size)
             ]
-            assert len({p.shape for p in parts}) == 1, "ranks must do the same work"
-            assert parts[0].shape[1] * batch.length <= max(budget, batch.length)
-            together = np.concatenate([p.reshape(-1) for p in parts])
+            assert len({len(p) for p in parts}) == 1, "ranks must do the same number of passes"
+            micro_batches = [m for p in parts for m in p]
+            assert all(0 < len(m) <= max(1, budget // batch.length) for m in micro_batches)
+            together = np.concatenate(micro_batches)
             np.testing.assert_array_equal(together[together >= 0], batch.cells)
+            assert (together < 0).sum() < len(parts) * len(parts[0])
             seen.append(batch.cells)
         np.testing.assert_array_equal(np.sort(np.concatenate(seen)), np.arange(plan.num_cells))
 

@@ -1,0 +1,35 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both make .venv when needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow lint install clean
+
+demo: install ## the whole path on real cells, ends with demo_out/report.html
+	rm -rf demo_out
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh demo_out
+
+test: install ## the default tests and the linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+test-slow: install ## and the slow ones
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: install ## types (the pyright package needs node, and fetches its code from npm once)
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+install: $(VENV)/installed ## .venv from the lock
+
+$(VENV)/installed: requirements.lock setup.py
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed; set PYTHON=..."'
+	$(PYTHON) -m venv $(VENV)
+	@# Every package is pinned, so nothing is resolved: --no-deps also keeps torch at the pin.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+clean: ## removes .venv and what the demo made
+	rm -rf $(VENV) demo_out
