@@ -41,7 +41,8 @@ class RankBaselines:
         smoothed[:first] = 0
         frequency = smoothed / smoothed.sum()
         # Witten-Bell smoothing: as many pseudo-counts as different genes were seen in the bin.
-        by_rank = table + (table > 0).sum(axis=1, keepdims=True) * frequency
+        pseudo_counts = np.maximum((table > 0).sum(axis=1, keepdims=True), 1)
+        by_rank = table + pseudo_counts * frequency
         mean = np.where(counts > 0, rank_sum / np.maximum(counts, 1), 0.5)
         variance = rank_square / np.maximum(counts, 1) - mean**2
         spread = np.sqrt(np.maximum(variance, _SMALLEST_SPREAD**2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import resource
 import time
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ class Window:
     timed_tokens: float = 0.0
     timed_cells: float = 0.0
     timed_s: float = 0.0
-    steps: int = 0
+    timed_steps: int = 0
 
 
 @dataclass
@@ -55,17 +56,18 @@ class Meter:
         w.padded_tokens += counts["padded_tokens"]
         w.cells += counts["cells"]
         w.data_wait_s += wait_s
-        w.steps += 1
         self._seen += 1
         if self._seen > _WARMUP_STEPS:
             w.timed_tokens += counts["tokens"]
             w.timed_cells += counts["cells"]
             w.timed_s += step_s
+            w.timed_steps += 1
 
     def close_window(self, step: int) -> dict[str, float]:
         """Return the figures of the window and start a new one."""
         w, self.window = self.window, Window()
-        seconds = w.timed_s or float("nan")
+        # A window of warm-up steps alone has no rates.
+        seconds, timed_steps = (w.timed_s, w.timed_steps) if w.timed_steps else (math.nan, 1)
         return {
             "loss": w.loss / w.masked,
             "masked_accuracy": w.hits / w.masked,
@@ -75,7 +77,7 @@ class Meter:
             "padding": 1 - w.tokens / w.padded_tokens,
             "data_wait": w.data_wait_s / seconds,
             "memory_gib": peak_memory_gib(),
-            "eta_s": w.timed_s / w.steps * (self.total_steps - step),
+            "eta_s": seconds / timed_steps * (self.total_steps - step),
         }
 
 
@@ -100,10 +102,14 @@ class RunLog:
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Append one record (`kind`: train or heldout) to metrics.jsonl and TensorBoard."""
-        record = {"kind": kind, "step": step, "time": time.time(), **values}
+        finite = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in values.items()
+        }
+        record = {"kind": kind, "step": step, "time": time.time(), **finite}
         with self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        for name, value in values.items():
+        for name, value in finite.items():
             if isinstance(value, int | float):
                 self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
 
@@ -125,7 +131,8 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 def console_line(step: int, total: int, values: dict[str, float]) -> str:
     """Return one line for people."""
-    eta = str(timedelta(seconds=int(values["eta_s"])))
+    known = math.isfinite(values["eta_s"])
+    eta = str(timedelta(seconds=int(values["eta_s"]))) if known else "-"
     return (
         f"step {step}/{total}  loss {values['loss']:.4f}  acc {values['masked_accuracy']:.2%}  "
         f"gnorm {values['grad_norm']:.2f}  lr {values['learning_rate']:.2e}  "

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
-import platform
-import shlex
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,13 +22,14 @@ from pretrain.dist import Ranks
 from pretrain.ds_config import derive_ds_config, zero_stage
 from pretrain.evaluate import HeldoutEvaluation, to_device
 from pretrain.metrics import Meter, RunLog, console_line
-from pretrain.model import MaskedGeneModel, bert_config, build_model
+from pretrain.model import MaskedGeneModel, build_model
 from pretrain.optim import (
     StageZeroClipper,
     build_optimizer,
     learning_rate_at,
     set_learning_rate,
 )
+from pretrain.record import run_record, write_run_files
 
 logger = logging.getLogger(__name__)
 
@@ -109,10 +102,10 @@ def train(config: RunConfig, resume: bool = False, allow_changes: bool = False) 
     if last:
         reader = last.reader()
         zero_state.restore_training_state(engine, stage, ranks.rank, reader, first_step)
-    record = _run_record(config, shards, ranks, stage)
+    record = run_record(config, shards, ranks.world_size, stage)
     log = None
     if ranks.is_first:
-        _write_run_files(config, ds_config, model, shards)
+        write_run_files(config, ds_config, shards)
         log = RunLog(config.run.out, first_step)
         logger.info(
             "%d of %d steps done; epoch: %d steps, %d cells; %d parameters; %d ranks, ZeRO %d, %s",
@@ -301,57 +294,3 @@ def _log_heldout(
         "step %d/%d  held-out loss %.4f  acc %.2f%%  (%d cells; baselines: %s)",
         step, steps, result["loss"], 100 * result["accuracy"], heldout.num_cells, beside,
     )  # fmt: skip
-
-
-def _run_record(config: RunConfig, shards: ShardSet, ranks: Ranks, stage: int) -> dict[str, Any]:
-    """Return what every checkpoint says about its run."""
-    return {
-        "vocabulary_sha256": shards.vocabulary.sha256,
-        "shards_fingerprint": shards.fingerprint,
-        "recipe": config.recipe(),
-        "world_size": ranks.world_size,
-        "zero_stage": stage,
-        "versions": {p: version(p) for p in ("torch", "deepspeed", "transformers")},
-    }
-
-
-def _write_run_files(
-    config: RunConfig, ds_config: dict, model: MaskedGeneModel, shards: ShardSet
-) -> None:
-    """Write the record of a run: settings, derived settings, vocabulary, environment."""
-    out = config.run.out
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(config.to_yaml())
-    (out / "ds_config.json").write_text(json.dumps(ds_config, indent=1))
-    (out / "model_config.json").write_text(
-        bert_config(config.model, shards.vocabulary).to_json_string()
-    )
-    shards.vocabulary.save(out / "vocabulary.json")
-    (out / "shards_manifest.json").write_text(json.dumps(shards.manifest, indent=1))
-    (out / "env.json").write_text(json.dumps(environment(), indent=1))
-
-
-def environment() -> dict[str, Any]:
-    """Return what a run ran on: commit, versions, machine."""
-    packages = ("torch", "deepspeed", "transformers", "numpy", "pyarrow", "safetensors")
-    folder = Path(__file__).resolve().parent
-    commit = _git(folder, "rev-parse", "HEAD")
-    return {
-        "commit": commit,
-        "dirty": bool(_git(folder, "status", "--porcelain")) if commit else None,
-        "command": os.environ.get("GENELOOM_LAUNCH_COMMAND", shlex.join(sys.argv)),
-        "python": platform.python_version(),
-        "versions": {p: version(p) for p in packages},
-        "machine": platform.platform(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    }
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        result = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return result.stdout.strip()

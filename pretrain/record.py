@@ -1,0 +1,71 @@
+"""The record of a run: what it was told, what it saw, what it ran on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.shards import ShardSet
+from pretrain.config import RunConfig
+from pretrain.model import bert_config
+
+
+def run_record(config: RunConfig, shards: ShardSet, world_size: int, stage: int) -> dict[str, Any]:
+    """Return what every checkpoint says about its run."""
+    return {
+        "vocabulary_sha256": shards.vocabulary.sha256,
+        "shards_fingerprint": shards.fingerprint,
+        "recipe": config.recipe(),
+        "world_size": world_size,
+        "zero_stage": stage,
+        "versions": {p: version(p) for p in ("torch", "deepspeed", "transformers")},
+    }
+
+
+def write_run_files(config: RunConfig, ds_config: dict, shards: ShardSet) -> None:
+    """Write the record of a run: settings, derived settings, vocabulary, environment."""
+    out = config.run.out
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.yaml").write_text(config.to_yaml())
+    (out / "ds_config.json").write_text(json.dumps(ds_config, indent=1))
+    (out / "model_config.json").write_text(
+        bert_config(config.model, shards.vocabulary).to_json_string()
+    )
+    shards.vocabulary.save(out / "vocabulary.json")
+    (out / "shards_manifest.json").write_text(json.dumps(shards.manifest, indent=1))
+    (out / "env.json").write_text(json.dumps(environment(), indent=1))
+
+
+def environment() -> dict[str, Any]:
+    """Return what a run ran on: commit, versions, machine."""
+    packages = ("torch", "deepspeed", "transformers", "numpy", "pyarrow", "safetensors")
+    folder = Path(__file__).resolve().parent
+    commit = _git(folder, "rev-parse", "HEAD")
+    return {
+        "commit": commit,
+        "dirty": bool(_git(folder, "status", "--porcelain")) if commit else None,
+        "command": os.environ.get("GENELOOM_LAUNCH_COMMAND", shlex.join(sys.argv)),
+        "python": platform.python_version(),
+        "versions": {p: version(p) for p in packages},
+        "machine": platform.platform(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()

@@ -1,0 +1,55 @@
+"""The guesses that a model is measured against, on the cells of the golden shards."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.shards import ShardSet
+from pretrain.baselines import RANK_BINS, RankBaselines
+
+SHARDS = Path(__file__).parent / "golden" / "shards-1"
+
+
+@pytest.fixture(scope="module")
+def baselines() -> RankBaselines:
+    return RankBaselines(ShardSet(SHARDS), max_cells=1000)
+
+
+def test_tables_are_distributions_over_genes(baselines):
+    for table in baselines.log_probabilities.values():
+        np.testing.assert_allclose(np.exp(table).sum(axis=1), 1)
+        assert np.isneginf(table[:, :2]).all(), "special tokens are never guessed"
+        assert np.isfinite(table[:, 2:]).all(), "an unseen gene is unlikely, not impossible"
+
+
+def test_unigram_is_the_frequency(baselines):
+    shards = ShardSet(SHARDS)
+    counts = np.zeros(shards.vocabulary.num_tokens)
+    for block in shards.iter_blocks("train"):
+        counts += np.bincount(block.tokens, minlength=len(counts))
+    smoothed = (counts + 0.5)[2:]
+    expected = -np.log(smoothed / smoothed.sum())
+    labels = np.arange(2, len(counts))
+    got = baselines.losses(labels, np.full(len(labels), 0.3))["unigram"]
+    np.testing.assert_allclose(got, expected)
+
+
+def test_rank_helps_where_rank_decides(baselines):
+    """On its own training cells a table by rank must beat the unigram."""
+    losses = {k: [] for k in baselines.log_probabilities}
+    for block in ShardSet(SHARDS).iter_blocks("train"):
+        lengths = np.diff(block.offsets)
+        places = np.arange(len(block.tokens)) - np.repeat(block.offsets[:-1], lengths)
+        ranks = places / np.repeat(lengths, lengths)
+        for name, values in baselines.losses(block.tokens.astype(np.int64), ranks).items():
+            losses[name].append(values)
+    means = {k: np.concatenate(v).mean() for k, v in losses.items()}
+    assert means["unigram_by_rank"] < means["unigram"]
+    assert means["mean_rank"] < means["unigram"]
+
+
+def test_hits_are_the_most_likely_gene(baselines):
+    table = baselines.log_probabilities["mean_rank"]
+    ranks = (np.arange(RANK_BINS) + 0.5) / RANK_BINS
+    assert baselines.hits(table.argmax(axis=1), ranks)["mean_rank"].all()
