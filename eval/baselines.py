@@ -14,7 +14,7 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import MaxAbsScaler
+from sklearn.preprocessing import MaxAbsScaler, StandardScaler
 
 _PCA_COMPONENTS = 50
 _NEIGHBOURS = 15
@@ -55,6 +55,20 @@ BASELINES: dict[str, Callable] = {
     "logistic regression on genes": _logistic_regression,
     "kNN on PCA": _knn_on_pca,
 }
+
+
+def predict_from_embedding(
+    embedding: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray, seed: int
+) -> np.ndarray:
+    """Return int [test] predictions of logistic regression on standardised embeddings.
+
+    Parameters
+    ----------
+    embedding
+        float32 [cells, width], finite at `train` and `test`.
+    """
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, random_state=seed))
+    return model.fit(embedding[train], labels[train]).predict(embedding[test])
 
 
 def predict_baselines(

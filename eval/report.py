@@ -141,7 +141,7 @@ def _score_figure(summary: dict, ordered: list[str]) -> str:
     axes = figure.subplots()
     means = [summary[n]["macro_f1"]["mean"] for n in ordered]
     spread = [summary[n]["macro_f1"]["half_width"] for n in ordered]
-    colours = ["#7570b3" if n.startswith("fine-tuned") else "#bbbbbb" for n in ordered]
+    colours = ["#7570b3" if n.endswith(", pretrained") else "#bbbbbb" for n in ordered]
     axes.barh(ordered, means, xerr=spread, color=colours, capsize=3)
     axes.invert_yaxis()
     axes.set_xlim(0, 1)

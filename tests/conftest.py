@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-import pytest
+# Before numpy and torch start their threads: the tests' own ranks share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.synthetic import make_shards
+import pytest  # noqa: E402
+
+from tests.synthetic import make_shards  # noqa: E402
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 

@@ -17,8 +17,8 @@ from transformers import BertModel
 
 from data_prep.sources import SourceOptions
 from data_prep.vocab import Vocabulary
-from eval.baselines import predict_baselines
-from eval.embed import encode_batch, length_batches, pool_genes
+from eval.baselines import predict_baselines, predict_from_embedding
+from eval.embed import embed_cells, encode_batch, length_batches, pool_genes
 from eval.encode import CellSet, encode_file
 from eval.metrics import mean_and_interval, score_classes
 from eval.splits import limit_per_class, split_cells
@@ -26,7 +26,6 @@ from pretrain.export import load_exported, random_twin
 
 logger = logging.getLogger(__name__)
 
-PRETRAINED, RANDOM = "fine-tuned, pretrained", "fine-tuned, random weights"
 RESULTS_NAME = "results.json"
 _FEWEST_CELLS_OF_CLASS = 5
 _SORT_WINDOW_BATCHES = 16
@@ -182,21 +181,15 @@ def finetune_cells(
         test = limit_per_class(test, labels, max_test_per_class, seed)
         started = time.perf_counter()
         predictions = predict_baselines(cell_set.counts, labels, train, test, seed)
-        for name, encoder in (
-            (PRETRAINED, network.bert),
-            (RANDOM, random_twin(network, seed).bert),
+        for weights, encoder in (
+            ("pretrained", network.bert),
+            ("random weights", random_twin(network, seed).bert),
         ):
-            classifier = train_classifier(
-                encoder,
-                vocabulary,
-                [cell_set.tokens[i] for i in train],
-                labels[train],
-                len(classes),
-                settings,
-                seed,
+            frozen, tuned = _predict_with(
+                encoder, vocabulary, cell_set.tokens, labels, train, test, settings, seed
             )
-            test_tokens = [cell_set.tokens[i] for i in test]
-            predictions[name] = predict(classifier, vocabulary, test_tokens, settings)
+            predictions[f"frozen embedding, {weights}"] = frozen
+            predictions[f"fine-tuned, {weights}"] = tuned
         scores = {n: score_classes(labels[test], p, classes) for n, p in predictions.items()}
         per_seed.append(
             {"seed": seed, "train_cells": len(train), "test_cells": len(test), "scores": scores}
@@ -223,6 +216,31 @@ def finetune_cells(
     out.mkdir(parents=True, exist_ok=True)
     (out / RESULTS_NAME).write_text(json.dumps(results, indent=1) + "\n")
     return results
+
+
+def _predict_with(
+    encoder: BertModel,
+    vocabulary: Vocabulary,
+    tokens: list[np.ndarray],
+    labels: np.ndarray,
+    train: np.ndarray,
+    test: np.ndarray,
+    settings: FinetuneSettings,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return predictions of a linear layer on the frozen encoder, and of the fine-tuned one."""
+    used = np.concatenate([train, test])
+    embedding = np.zeros((len(tokens), encoder.config.hidden_size), dtype=np.float32)
+    embedding[used] = embed_cells(
+        [tokens[i] for i in used], encoder, vocabulary, layer=0,
+        token_budget=settings.token_budget, device=settings.device, bf16=settings.bf16,
+    )  # fmt: skip
+    frozen = predict_from_embedding(embedding, labels, train, test, seed)
+    classifier = train_classifier(
+        encoder, vocabulary, [tokens[i] for i in train], labels[train], int(labels.max()) + 1,
+        settings, seed,
+    )  # fmt: skip
+    return frozen, predict(classifier, vocabulary, [tokens[i] for i in test], settings)
 
 
 def summarise(per_seed: list[dict]) -> dict[str, dict]:
