@@ -49,7 +49,8 @@ def local_command(verb: str, arguments: list[str], ranks: int) -> list[str]:
         raise ValueError(f"launch: '{verb}' does not run on several ranks; {sorted(_MODULES)} do")
     return [
         sys.executable, "-m", "deepspeed.launcher.runner",
-        "--num_gpus", str(ranks), "--master_port", str(_free_port()), "--no_local_rank",
+        "--num_gpus", str(ranks), "--master_port", str(_free_port()),
+        "--no_local_rank", "--log_level", "error",
         "--module", _MODULES[verb], *arguments,
     ]  # fmt: skip
 

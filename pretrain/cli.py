@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -93,6 +94,8 @@ def export_command(
 def _log_to_console() -> None:
     """Rank 0 speaks on the console; the other ranks only to warn."""
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    # DeepSpeed calls a function that torch has renamed; nothing for the user to do.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
     )

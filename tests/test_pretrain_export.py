@@ -69,6 +69,21 @@ def test_refusals(run, exported, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_geneformer_folder_with_its_dictionaries(exported, tmp_path):
+    """A published folder has weights only; its dictionaries are given beside it."""
+    import shutil
+
+    weights = Path(shutil.copytree(exported, tmp_path / "weights"))
+    for name in ("vocabulary.json", "geneloom.json"):
+        (weights / name).unlink()
+    with pytest.raises(ValueError, match="give --vocab"):
+        load_exported(weights)
+    model, vocabulary = load_exported(weights, weights)
+    _, own = load_exported(exported)
+    assert vocabulary.sha256 == own.sha256
+    assert model.config.vocab_size == own.num_tokens
+
+
 def test_model_and_vocabulary_must_belong_together(exported, tmp_path):
     import shutil
 
