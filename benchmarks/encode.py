@@ -1,9 +1,9 @@
 """Rank value encoding: cells per second on one core, beside a per-cell numpy argsort.
 
-``python -m benchmarks.encode CELLS.h5ad --vocab DICTIONARIES``. The reference does per block and cell
-what Geneformer's tokenizer does: normalise a CSR block by multiplying with reciprocals, then sort
-each row's non-zero values with ``np.argsort(-values)``. Both run in turn, several times; the ratio of
-the medians is what counts on a shared machine.
+``python -m benchmarks.encode CELLS.h5ad --vocab DICTIONARIES``. The reference does what the
+published tokenizer does: it multiplies a CSR block by reciprocals and sorts the non-zero values of
+each row with ``np.argsort(-values)``. Both run in turn, several times; on a shared machine the
+ratio of the medians is what counts.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main() -> None:
     vocabulary = open_vocabulary(arguments.vocab)
     data = anndata.read_h5ad(arguments.cells)
     counts = scipy.sparse.csr_matrix(data.X)
-    names = data.var["ensembl_id"] if "ensembl_id" in data.var else data.var_names
+    names = data.var.get("ensembl_id", data.var_names)
     tokens = vocabulary.tokens_of([str(n) for n in names])
     totals = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
 
