@@ -26,7 +26,9 @@ install: $(VENV)/installed ## .venv from the lock
 $(VENV)/installed: requirements.lock setup.py
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed; set PYTHON=..."'
 	$(PYTHON) -m venv $(VENV)
-	@# Every package is pinned, so nothing is resolved: --no-deps also keeps torch at the pin.
+	@# torch with what its build needs (the CUDA build needs more than the CPU build); then the rest,
+	@# where every package is pinned and nothing is resolved.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@

@@ -10,30 +10,34 @@ GRANULARITIES = (64, 32, 16, 8)
 MAX_PADDING = 0.03
 
 
-def choose_buckets(lengths: np.ndarray, max_padding: float = MAX_PADDING) -> list[int]:
-    """Return ascending padded lengths that cover `lengths` with at most `max_padding` padding.
+def choose_buckets(
+    histogram: np.ndarray, max_length: int, max_padding: float = MAX_PADDING
+) -> list[int]:
+    """Return ascending padded lengths that cover all cells with at most `max_padding` padding.
 
     The coarsest grid that can reach the limit is taken, and on it the fewest boundaries, placed by
     dynamic programming. Padding is padded minus real tokens, over padded tokens.
 
     Parameters
     ----------
-    lengths
-        int [cells], all >= 1, at least one.
+    histogram
+        int64 [longest + 1], cells of each length; none of length 0, at least one cell.
+    max_length
+        No bucket is longer: the model has no more positions.
     max_padding
         Share between 0 and 1. If even multiples of 8 pad more, all of these are used.
     """
-    real = int(lengths.sum())
+    lengths = np.flatnonzero(histogram)
+    real = int((lengths * histogram[lengths]).sum())
     for granularity in GRANULARITIES:
-        top = -(-int(lengths.max()) // granularity)
         # cells[i]: cells whose padded length on this grid is (i + 1) * granularity
-        cells = np.bincount(-(-lengths // granularity) - 1, minlength=top)
+        cells = np.bincount(-(-lengths // granularity) - 1, weights=histogram[lengths])
         occupied = np.flatnonzero(cells)
-        finest = int((cells[occupied] * (occupied + 1)).sum()) * granularity
+        ends = np.minimum((occupied + 1) * granularity, max_length)
+        finest = int((cells[occupied] * ends).sum())
         if 1 - real / finest <= max_padding or granularity == GRANULARITIES[-1]:
             allowed = max(finest, int(real / (1 - max_padding)))
-            ends = _fewest_ends(cells[occupied], (occupied + 1) * granularity, allowed)
-            return [int(e) for e in ends]
+            return _fewest_ends(cells[occupied], ends, allowed)
     raise AssertionError("unreachable: the last granularity always returns")
 
 

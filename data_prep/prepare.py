@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
+import resource
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from data_prep.buckets import bucket_of, choose_buckets
 from data_prep.hashing import hash_strings, keyed_hash, stream_key, unit_interval
 from data_prep.medians import build_vocabulary
 from data_prep.rank import EncodedCells, encode_cells, token_dtype
-from data_prep.shards import SPLITS, BucketWriter
+from data_prep.shards import SPLITS, BucketWriter, complete_folder, require_new
 from data_prep.sources import (
     CountBlock,
     H5adSource,
@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 
 _ROW_BITS = 40  # rows of one source, beside the source's number, in one 64-bit integer
 _READ_CELLS = 4096
+# Columns of the spill files only; no user's column is called so.
+_KEY, _SPLIT = "__shuffle_key", "__split"
+_MAX_SPILL_TOKENS = 2**30  # Arrow's list offsets are int32
 _SPILL_ROW_OVERHEAD_BYTES = 300
 
 REASON_FILTER = "filter_pass is not 1"
@@ -126,7 +129,7 @@ def prepare(
     ValueError
         Wrong input, said with file and remedy. Nothing is left behind.
     """
-    _require_new(out)
+    require_new(out)
     _check_options(options)
     sources = [open_source(p, options.source) for p in paths]
     _require_distinct_names(sources)
@@ -134,28 +137,14 @@ def prepare(
     for source in sources:
         if isinstance(source, H5adSource):
             source.column_tokens(vocabulary, options.min_overlap)
-    partial = out.parent / f".{out.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with complete_folder(out, shards_format.MANIFEST_NAME) as partial:
         started = time.perf_counter()
         spill = _Spill(partial, sources, vocabulary, options)
         reports = [_encode_source(i, s, vocabulary, spill, progress) for i, s in enumerate(sources)]
         spill.close()
         logger.info("pass 1: %d cells in %.1f s", spill.cells, time.perf_counter() - started)
         manifest = _write_shards(partial, spill, reports, vocabulary, options)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return manifest
-
-
-def _require_new(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: exists and is not an empty folder; give --out a new one")
 
 
 def _check_options(options: PrepareOptions) -> None:
@@ -165,9 +154,25 @@ def _check_options(options: PrepareOptions) -> None:
         raise ValueError(
             f"--heldout-by {options.heldout_by}: must be cell, dataset, or a column given as --obs"
         )
-    reserved = {"input_ids", "cell_id", "dataset"} & set(options.source.columns)
+    columns = options.source.columns
+    reserved = {"input_ids", "cell_id", "dataset", _KEY, _SPLIT} & set(columns)
     if reserved:
         raise ValueError(f"--obs {sorted(reserved)}: these names are used by the shards themselves")
+    if len(set(columns)) != len(columns):
+        raise ValueError(f"--obs {list(columns)}: a column is given twice")
+    for name, value in (
+        ("--memory", options.memory_gib),
+        ("--block-cells", options.block_cells),
+        ("--shard-mib", options.shard_mib),
+        ("--min-genes", options.min_genes),
+        ("--min-cells", options.vocabulary_min_cells),
+    ):
+        if value <= 0:
+            raise ValueError(f"{name} {value}: must be above 0")
+    if options.max_length is not None and options.max_length < 8:
+        raise ValueError(f"--max-length {options.max_length}: must be at least 8")
+    if not 0 <= options.min_overlap <= 1:
+        raise ValueError(f"--min-overlap {options.min_overlap}: must lie between 0 and 1")
 
 
 def _require_distinct_names(sources: list[Source]) -> None:
@@ -190,6 +195,19 @@ def _build_vocabulary(sources: list[Source], options: PrepareOptions) -> Vocabul
     return build_vocabulary(matrices, options.vocabulary_min_cells, options.max_length)
 
 
+def _allow_open_files(number: int) -> None:
+    """Raise this process's limit of open files as far as the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number + 256
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), hard))
+    if hard < wanted:
+        raise ValueError(
+            f"about {wanted} files must be open at a time, this system allows {hard}: raise "
+            "--memory, or the limit (ulimit -Hn)"
+        )
+
+
 class _Spill:
     """The files between the two passes: cells by the top bits of their shuffle key."""
 
@@ -209,13 +227,15 @@ class _Spill:
                 *[(c, pa.string()) for c in columns],
             ]
         )
-        schema = self.schema.append(pa.field("key", pa.uint64()))
-        schema = schema.append(pa.field("split", pa.uint8()))
+        schema = self.schema.append(pa.field(_KEY, pa.uint64()))
+        schema = schema.append(pa.field(_SPLIT, pa.uint8()))
         row_bytes = vocabulary.max_length * self.token_type.bit_width // 8
         whole = sum(s.num_cells for s in sources) * (row_bytes + _SPILL_ROW_OVERHEAD_BYTES)
         # A spill file is held twice while it is sorted, and once more in the writers' blocks.
-        files = max(1.0, 3 * whole / (options.memory_gib * 2**30))
-        self._bits = int(np.ceil(np.log2(files)))
+        by_memory = 3 * whole / (options.memory_gib * 2**30)
+        by_offsets = sum(s.num_cells for s in sources) * vocabulary.max_length / _MAX_SPILL_TOKENS
+        self._bits = int(np.ceil(np.log2(max(1.0, by_memory, by_offsets))))
+        _allow_open_files((1 << self._bits) + len(sources))
         self.paths = [folder / f"spill-{n:05d}.arrow" for n in range(1 << self._bits)]
         self._schema = schema
         self._writers = [pa.ipc.new_stream(str(p), schema) for p in self.paths]
@@ -294,7 +314,7 @@ class _Spill:
         """Return one spill file, sorted by key."""
         with pa.memory_map(str(path)) as mapped:
             table = pa.ipc.open_stream(mapped).read_all()
-        return table.take(pa.array(np.argsort(table.column("key").to_numpy(), kind="stable")))
+        return table.take(pa.array(np.argsort(table.column(_KEY).to_numpy(), kind="stable")))
 
 
 def _encode_source(
@@ -398,8 +418,7 @@ def _write_shards(
             f"{options.heldout_share} by {options.heldout_by}): change --heldout, or hold out by "
             "cell; rejected: " + str({r.name: r.rejected for r in reports if r.rejected})
         )
-    histogram = spill.length_histogram.sum(axis=0)
-    buckets = choose_buckets(np.repeat(np.arange(len(histogram)), histogram))
+    buckets = choose_buckets(spill.length_histogram.sum(axis=0), vocabulary.max_length)
     writers = {
         (split, b): BucketWriter(folder, name, length, options.shard_mib * 2**20)
         for split, name in enumerate(SPLITS)
@@ -409,7 +428,7 @@ def _write_shards(
     for path in spill.paths:
         table = spill.read(path)
         lengths = np.asarray(table.column("input_ids").combine_chunks().value_lengths())
-        group = table.column("split").to_numpy() * len(buckets) + bucket_of(lengths, buckets)
+        group = table.column(_SPLIT).to_numpy() * len(buckets) + bucket_of(lengths, buckets)
         cells = table.select(spill.schema.names)
         for number in np.unique(group):
             key = divmod(int(number), len(buckets))

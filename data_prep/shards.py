@@ -15,9 +15,11 @@ Cells have one number each, 0..N-1, in the order split, bucket, block, place in 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tarfile
 import zlib
 from collections import OrderedDict
@@ -35,6 +37,7 @@ from data_prep.vocab import Vocabulary, load_vocabulary
 SHARD_FORMAT = "geneloom-shards/1"
 MANIFEST_NAME, INDEX_NAME, VOCABULARY_NAME = "manifest.json", "index.parquet", "vocabulary.json"
 SPLITS = ("train", "heldout")
+_PARTIAL = ".partial"
 _TAR_BLOCK = 512
 _MAX_OPEN_FILES = 64
 
@@ -129,6 +132,42 @@ class BucketWriter:
                 "sha256": self._sha256.hexdigest(),
             }
         )
+
+
+def require_new(out: Path) -> None:
+    """Raise ValueError unless a folder to be written is absent or empty.
+
+    What a killed writer left behind does not count.
+    """
+    if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {_PARTIAL}):
+        raise ValueError(f"{out}: exists and is not an empty folder; give --out a new one")
+
+
+@contextlib.contextmanager
+def complete_folder(out: Path, record: str) -> Iterator[Path]:
+    """Give a folder to write into, whose files become those of `out` at the end; or nothing at all.
+
+    `record` names the file without which nobody reads the folder.
+
+    The folder lies inside `out` (the same file system, also behind links and mount points). After
+    an error it is removed, with the folders that were made for it.
+    """
+    made = [p for p in (out, *out.parents) if not p.exists()]
+    partial = out / _PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        # The record comes last: a folder with a record is complete.
+        for path in sorted(partial.iterdir(), key=lambda p: (p.name == record, p.name)):
+            path.rename(out / path.name)
+        partial.rmdir()
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def write_index(folder: Path, writers: list[BucketWriter]) -> list[dict]:

@@ -6,6 +6,8 @@ file, the share concerned and what to do.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -29,6 +31,8 @@ _ENSEMBL_VERSIONED = re.compile(r"^ENS[A-Z]*G\d{11}\.\d+$")
 # Largest share of non-integers that is still taken for rounding noise: none at all.
 _INTEGER_TOLERANCE = 1e-6
 _GROUP_BATCH_CELLS = 65_536
+# More cells than this never share their first and their last gene by chance.
+_FRAME_CELLS = 20
 
 
 @dataclass(frozen=True)
@@ -101,25 +105,34 @@ class H5adSource:
         try:
             self._file = h5py.File(path, "r")
             self._open_matrix()
-        except (OSError, KeyError) as error:
+        except (OSError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{path}: cannot be read as h5ad ({error}); is it complete?"
+                f"{path}: not readable as h5ad ({error}); is it complete? A file of an old anndata "
+                "is renewed by reading and writing it with anndata 0.8 or newer"
             ) from error
 
     def _open_matrix(self) -> None:
         file, counts = self._file, self.options.counts
-        for key in ("X", "obs", "var"):
+        for key in ("obs", "var"):
             if key not in file:
                 raise ValueError(f"{self.path}: has no '{key}'; it is HDF5 but not an AnnData file")
         location = {"X": "X", "raw": "raw/X"}.get(counts, counts)
-        if location not in file:
+        if location not in file or location in ("obs", "var", "layers", "uns"):
             layers = [f"layers/{name}" for name in file.get("layers", {})]
-            choices = ["X", *(["raw"] if "raw" in file else []), *layers]
+            choices = [
+                *(["X"] if "X" in file else []),
+                *(["raw"] if "raw" in file else []),
+                *layers,
+            ]
             raise ValueError(f"{self.path}: has no '{counts}'; --counts may be {choices}")
         element = file[location]
         self._is_sparse = isinstance(element, h5py.Group)
         self._matrix = anndata.io.sparse_dataset(element) if self._is_sparse else element
         self.num_cells, self.num_genes = (int(n) for n in self._matrix.shape)
+        if self.num_cells == 0 or self.num_genes == 0:
+            raise ValueError(
+                f"{self.path}: is empty: {self.num_cells} cells, {self.num_genes} genes"
+            )
         self._obs: pd.DataFrame = anndata.io.read_elem(file["obs"])
         self._var: pd.DataFrame = anndata.io.read_elem(
             file["raw/var" if counts == "raw" else "var"]
@@ -200,38 +213,42 @@ class H5adSource:
 
     def group_sizes(self, column: str) -> Counter[str]:
         """Return how many cells each value of an asked-for column has."""
-        return Counter(self._obs[column].astype(str).tolist())
+        return Counter(_as_text(self._obs[column]))
 
     def blocks(self, max_cells: int) -> Iterator[CountBlock]:
         """Yield consecutive blocks of at most `max_cells` cells."""
         matrix = self._matrix
+        stop = self.num_cells
         if self._is_sparse and matrix.format == "csc":  # type: ignore[union-attr]
             # Rows of a column-major file are scattered over all of it: one conversion in memory.
-            matrix = matrix.to_memory().tocsr()  # type: ignore[union-attr]
+            with self._damage_named(0, stop):
+                matrix = matrix.to_memory().tocsr()  # type: ignore[union-attr]
         for start in range(0, self.num_cells, max_cells):
             stop = min(start + max_cells, self.num_cells)
-            try:
+            with self._damage_named(start, stop):
                 csr = scipy.sparse.csr_matrix(matrix[start:stop])
-            except OSError as error:
-                raise ValueError(
-                    f"{self.path}: cells {start}-{stop} cannot be read ({error}); the file is "
-                    "damaged or was changed while it was read"
-                ) from error
             check_counts(self.path, csr.data, self.options.counts, "raw" in self._file)
             csr.eliminate_zeros()
             obs = self._obs.iloc[start:stop]
-            passes = np.ones(stop - start, dtype=bool)
-            if "filter_pass" in obs:
-                passes = obs["filter_pass"].astype(float).to_numpy() == 1
             yield CountBlock(
                 csr.data,
                 csr.indices,
                 csr.indptr,
                 [str(i) for i in obs.index],
-                {c: obs[c].astype(str).tolist() for c in self.options.columns},
-                passes,
+                {c: _as_text(obs[c]) for c in self.options.columns},
+                _filter_passes(obs),
                 self._totals(csr, obs),
             )
+
+    @contextlib.contextmanager
+    def _damage_named(self, start: int, stop: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ValueError(
+                f"{self.path}: cells {start}-{stop} cannot be read ({error}); the file is "
+                "damaged or was changed while it was read"
+            ) from error
 
     def _totals(self, csr: scipy.sparse.csr_matrix, obs: pd.DataFrame) -> np.ndarray:
         """Return the cells' totals; a column that is smaller than the counts is refused."""
@@ -239,15 +256,31 @@ class H5adSource:
         column = self.options.total_column
         if column is None:
             return sums
-        totals = obs[column].to_numpy(dtype=np.float64)
+        totals = pd.to_numeric(obs[column], errors="coerce").to_numpy(dtype=np.float64)
         wrong = np.flatnonzero(~(totals >= sums - 0.5))
         if wrong.size:
             raise ValueError(
-                f"{self.path}: obs['{column}'] is below the counts of {wrong.size} cells, e.g. "
-                f"{totals[wrong[0]]:g} against {sums[wrong[0]]:g} in {obs.index[wrong[0]]}; it is "
-                "no total of these counts"
+                f"{self.path}: obs['{column}'] is no number or below the counts of {wrong.size} "
+                f"cells, e.g. {totals[wrong[0]]:g} against {sums[wrong[0]]:g} in "
+                f"{obs.index[wrong[0]]}; it is no total of these counts"
             )
         return totals
+
+
+def _as_text(values: pd.Series) -> list[str]:
+    """Return a column as strings; '' where a value is missing."""
+    missing = values.isna().to_numpy()
+    text = values.astype(str).to_numpy(dtype=object)
+    text[missing] = ""
+    return text.tolist()
+
+
+def _filter_passes(obs: pd.DataFrame) -> np.ndarray:
+    """Return bool [cells]: ``filter_pass`` is 1 or true, or there is no such column."""
+    if "filter_pass" not in obs:
+        return np.ones(len(obs), dtype=bool)
+    text = obs["filter_pass"].astype(str).str.lower()
+    return text.isin(["1", "1.0", "true"]).to_numpy()
 
 
 def check_counts(path: Path, data: np.ndarray, counts: str, has_raw: bool) -> None:
@@ -295,11 +328,29 @@ class TokenSource:
             ]
             if missing:
                 raise ValueError(f"{file}: has no column {missing}; it has {schema.names}")
+            kind = schema.field("input_ids").type
+            if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+                raise ValueError(f"{file}: 'input_ids' is {kind}, expected lists of integers")
+            if not pa.types.is_integer(kind.value_type):
+                raise ValueError(f"{file}: 'input_ids' holds {kind.value_type}, expected integers")
+            if not pa.types.is_integer(schema.field("length").type):
+                raise ValueError(f"{file}: 'length' must be an integer column")
             self.num_cells += rows
+        if self.num_cells == 0:
+            raise ValueError(f"{path}: holds no cells")
 
     def _list_files(self) -> list[Path]:
         if not self._is_folder:
             return [self.path]
+        state = self.path / "state.json"
+        if state.exists():
+            # The folder may also hold cache-*.arrow, results of a user's map() and filter().
+            names = [f["filename"] for f in json.loads(state.read_text())["_data_files"]]
+            files = [self.path / name for name in names]
+            missing = [f.name for f in files if not f.exists()]
+            if missing:
+                raise ValueError(f"{self.path}: state.json names {missing}, which do not exist")
+            return files
         files = sorted(self.path.glob("*.arrow")) or sorted(self.path.glob("*.parquet"))
         if not files:
             raise ValueError(
@@ -323,24 +374,30 @@ class TokenSource:
         """Return how many cells each value of an asked-for column has."""
         sizes: Counter[str] = Counter()
         for batch in self._batches(_GROUP_BATCH_CELLS, [column]):
-            sizes.update(str(v) for v in batch.column(column).to_pylist())
+            values = batch.column(column).to_pylist()
+            sizes.update("" if v is None else str(v) for v in values)
         return sizes
 
     def _batches(self, max_cells: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
         for file in self._files:
-            if file.suffix == ".parquet":
-                yield from pq.ParquetFile(file).iter_batches(max_cells, columns=columns)
-                continue
-            with pa.memory_map(str(file)) as mapped:
-                for batch in pa.ipc.open_stream(mapped):
-                    for start in range(0, batch.num_rows, max_cells):
-                        yield batch.select(columns).slice(start, max_cells)
+            try:
+                if file.suffix == ".parquet":
+                    yield from pq.ParquetFile(file).iter_batches(max_cells, columns=columns)
+                    continue
+                with pa.memory_map(str(file)) as mapped:
+                    for batch in pa.ipc.open_stream(mapped):
+                        for start in range(0, batch.num_rows, max_cells):
+                            yield batch.select(columns).slice(start, max_cells)
+            except (pa.ArrowInvalid, OSError) as error:
+                raise ValueError(f"{file}: is damaged ({error})") from error
 
     def blocks(self, max_cells: int) -> Iterator[TokenBlock]:
         """Yield consecutive blocks of at most `max_cells` cells."""
         row = 0
         for batch in self._batches(max_cells, ["input_ids", "length", *self.options.columns]):
             lists = batch.column("input_ids")
+            if lists.null_count or lists.values.null_count:
+                raise ValueError(f"{self.path}: 'input_ids' has missing values after row {row}")
             offsets = np.asarray(lists.offsets, dtype=np.int64)
             tokens = np.asarray(lists.values, dtype=np.int64)[offsets[0] : offsets[-1]]
             lengths = np.asarray(batch.column("length"), dtype=np.int64)
@@ -351,7 +408,8 @@ class TokenSource:
                     f"'input_ids' holds {np.diff(offsets)[wrong[0]]} tokens"
                 )
             metadata = {
-                c: [str(v) for v in batch.column(c).to_pylist()] for c in self.options.columns
+                c: ["" if v is None else str(v) for v in batch.column(c).to_pylist()]
+                for c in self.options.columns
             }
             ids = [f"{self.name}:{row + i}" for i in range(batch.num_rows)]
             yield TokenBlock(tokens, offsets - offsets[0], ids, metadata)
@@ -383,6 +441,13 @@ class TokenSource:
             if not framed.all() or len(filled) != len(offsets) - 1:
                 raise ValueError(f"{self.path}: cells without <cls> ... <eos>, which this needs")
             special[first] = special[last] = False
+        elif len(offsets) > _FRAME_CELLS and np.diff(offsets).min() > 1:
+            first, last = tokens[offsets[:-1]], tokens[offsets[1:] - 1]
+            if (first == first[0]).all() and (last == last[0]).all():
+                raise ValueError(
+                    f"{self.path}: every cell starts with token {first[0]} and ends with "
+                    f"{last[0]}: <cls> and <eos> of another version? This vocabulary has none"
+                )
         if special.any():
             raise ValueError(
                 f"{self.path}: special tokens stand between genes (share {special.mean():.2%}); "

@@ -17,6 +17,11 @@ def print_manifest(manifest: dict, folder: str, console: Console | None = None) 
     console = console or Console()
     console.print(_sources_table(manifest["sources"]))
     for s in manifest["sources"]:
+        if s["duplicated_genes"]:
+            console.print(
+                f"summed in {s['name']}: {s['duplicated_genes']:,} columns with a repeated gene id",
+                highlight=False,
+            )
         for reason, cells in sorted(s["rejected"].items()):
             console.print(f"rejected in {s['name']}: {cells:,} cells: {reason}", highlight=False)
     console.print(_buckets_table(manifest["buckets"]))

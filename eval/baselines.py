@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 import scipy.sparse
-from sklearn.decomposition import TruncatedSVD
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -44,7 +44,7 @@ def _logistic_regression(train, labels, test, seed) -> np.ndarray:
 def _knn_on_pca(train, labels, test, seed) -> np.ndarray:
     components = min(_PCA_COMPONENTS, min(train.shape) - 1)
     model = make_pipeline(
-        TruncatedSVD(components, random_state=seed),
+        PCA(components, svd_solver="arpack", random_state=seed),
         KNeighborsClassifier(min(_NEIGHBOURS, len(labels))),
     )
     return model.fit(train, labels).predict(test)

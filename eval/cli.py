@@ -68,8 +68,10 @@ def finetune_command(
     learning_rate: Annotated[float, typer.Option()] = 2e-4,
     batch_cells: Annotated[int, typer.Option(min=1)] = 16,
     freeze_layers: Annotated[int, typer.Option(min=0, help="lowest layers not trained")] = 0,
-    max_train_per_class: Annotated[int | None, typer.Option(help="few-shot; default all")] = None,
-    max_test_per_class: Annotated[int | None, typer.Option(help="default all")] = None,
+    max_train_per_class: Annotated[
+        int | None, typer.Option(min=1, help="few-shot; default all")
+    ] = None,
+    max_test_per_class: Annotated[int | None, typer.Option(min=1, help="default all")] = None,
     bf16: Annotated[bool, typer.Option(help="compute in bfloat16")] = False,
     device: DeviceOption = "auto",
     vocab: VocabOption = None,

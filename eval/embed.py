@@ -144,6 +144,8 @@ def embed_file(
     """
     if out.exists():
         raise ValueError(f"{out}: exists; give --out another file")
+    if not out.parent.is_dir():
+        raise ValueError(f"{out}: the folder {out.parent} does not exist")
     network, vocab = load_exported(model, vocabulary)
     cell_set = encode_file(cells, vocab, options)
     embeddings = embed_cells(cell_set.tokens, network.bert, vocab, **settings)

@@ -51,6 +51,8 @@ def write_report(
     ValueError
         A folder is not what it should be, or the column does not exist.
     """
+    if not out.parent.is_dir():
+        raise ValueError(f"{out}: the folder {out.parent} does not exist")
     metrics = read_metrics(run)
     if not metrics:
         raise ValueError(f"{run}: no metrics.jsonl with records; expected a run folder")

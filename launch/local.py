@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
 import psutil
 import typer
 
+from pretrain.config import load_config
+from pretrain.ds_config import derive_ds_config
+
 app = typer.Typer(help="Start a verb on several ranks.", no_args_is_help=True)
 
 # Verbs that run on several ranks, and the module that holds them.
 _MODULES = {"pretrain": "pretrain"}
+_POLL_S = 0.2
+_RESEND_S = 2.0
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -38,6 +45,7 @@ def launch_local(
     SIGINT, SIGTERM and SIGUSR1 reach the ranks as a request to save and stop (exit code 75).
     """
     command = local_command(verb, context.args, ranks)
+    check_settings(context.args)
     environment = local_environment(ranks, device, command)
     print(shlex.join(command), flush=True)
     raise SystemExit(run_and_forward_signals(command, environment, _MODULES[verb]))
@@ -53,6 +61,14 @@ def local_command(verb: str, arguments: list[str], ranks: int) -> list[str]:
         "--no_local_rank", "--log_level", "error",
         "--module", _MODULES[verb], *arguments,
     ]  # fmt: skip
+
+
+def check_settings(arguments: list[str]) -> None:
+    """Refuse wrong settings here, once, before every rank would."""
+    if "--config" in arguments[:-1]:
+        config = arguments[arguments.index("--config") + 1]
+        overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
+        derive_ds_config(load_config(config, overrides))
 
 
 def local_environment(ranks: int, device: str, command: list[str]) -> dict[str, str]:
@@ -82,13 +98,25 @@ def run_and_forward_signals(command: list[str], environment: dict[str, str], mod
     """
     process = subprocess.Popen(command, env=environment, start_new_session=True)
 
-    def forward(_number: int, _frame: object) -> None:
-        for rank in rank_processes(process.pid, module):
-            rank.send_signal(signal.SIGUSR1)
+    asked = False
+    last_sent = 0.0
+
+    def remember(_number: int, _frame: object) -> None:
+        nonlocal asked
+        asked = True
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, forward)
-    return process.wait()
+        signal.signal(number, remember)
+    while True:
+        try:
+            return process.wait(timeout=_POLL_S)
+        except subprocess.TimeoutExpired:
+            if asked and time.monotonic() - last_sent > _RESEND_S:
+                # Again and again: a rank that is still starting ignores it.
+                last_sent = time.monotonic()
+                for rank in rank_processes(process.pid, module):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        rank.send_signal(signal.SIGUSR1)
 
 
 def rank_processes(launcher_pid: int, module: str) -> list[psutil.Process]:

@@ -1,7 +1,11 @@
 """What a launcher starts: ``deepspeed --module pretrain --config FILE ...``, the same as
 ``geneloom pretrain``."""
 
-from pretrain.cli import main
+import signal
 
 if __name__ == "__main__":
+    # The launcher asks again until the run listens; the default would end a rank that is starting.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    from pretrain.cli import main
+
     main()

@@ -12,6 +12,7 @@ name: sizes and hashes are compared first, and a torn checkpoint is skipped with
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -72,11 +73,10 @@ def save(run: Path, engine, stage: int, ranks: Ranks, record: dict[str, Any], ke
     files = [json.loads(text) for text in dist.gather_text(json.dumps(mine), ranks)]
     if ranks.is_first:
         content = {"format": CHECKPOINT_FORMAT, **record, "files": files}
+        content["record_sha256"] = _record_sha256(content)
         (partial / _RECORD).write_text(json.dumps(content, indent=1))
         _sync(partial / _RECORD)
         _sync(partial)
-        # A checkpoint of this step can only be a torn one that resume skipped.
-        shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
         _point_latest(root, folder.name)
         _remove_old(root, keep)
@@ -84,8 +84,18 @@ def save(run: Path, engine, stage: int, ranks: Ranks, record: dict[str, Any], ke
     return folder
 
 
-def newest(run: Path) -> Checkpoint | None:
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Return a checkpoint that is known to be complete."""
+    return Checkpoint(folder, json.loads((folder / _RECORD).read_text()))
+
+
+def newest(run: Path, set_aside: bool = False) -> Checkpoint | None:
     """Return the newest complete checkpoint of a run, None if there is none at all.
+
+    Parameters
+    ----------
+    set_aside
+        Rename the torn ones that were skipped, so that they do not count among those kept.
 
     Raises
     ------
@@ -93,11 +103,16 @@ def newest(run: Path) -> Checkpoint | None:
         There are checkpoints, but none is complete: training from scratch would hide the loss.
     """
     folders = sorted((run / "checkpoints").glob("step-*"), reverse=True)
+    torn: list[Path] = []
     for folder in folders:
         problem = damage(folder)
         if problem is None:
-            return Checkpoint(folder, json.loads((folder / _RECORD).read_text()))
+            if set_aside:
+                for path in torn:
+                    path.rename(path.with_name(f"torn-{path.name}"))
+            return open_checkpoint(folder)
         logger.warning("checkpoint %s is skipped: %s", folder, problem)
+        torn.append(folder)
     if folders:
         raise ValueError(
             f"{run / 'checkpoints'}: none of {len(folders)} checkpoints is complete "
@@ -112,10 +127,12 @@ def damage(folder: Path) -> str | None:
         record = json.loads((folder / _RECORD).read_text())
     except FileNotFoundError:
         return f"{_RECORD} is missing"
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, UnicodeDecodeError):
         return f"{_RECORD} is not readable"
-    if record.get("format") != CHECKPOINT_FORMAT:
-        return f"format {record.get('format')!r}, this version reads {CHECKPOINT_FORMAT}"
+    if not isinstance(record, dict) or record.get("record_sha256") != _record_sha256(record):
+        return f"{_RECORD} has another SHA-256 than recorded"
+    if record["format"] != CHECKPOINT_FORMAT:
+        return f"format {record['format']!r}, this version reads {CHECKPOINT_FORMAT}"
     for file in record["files"]:
         path = folder / file["name"]
         if not path.exists():
@@ -125,6 +142,12 @@ def damage(folder: Path) -> str | None:
         if file_sha256(path) != file["sha256"]:
             return f"{file['name']} has another SHA-256 than recorded"
     return None
+
+
+def _record_sha256(record: dict[str, Any]) -> str:
+    """Return the hash of a record's canonical JSON, without the hash itself."""
+    rest = {k: v for k, v in record.items() if k != "record_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def require_same(record: dict[str, Any], now: dict[str, Any], allow_changes: bool) -> None:

@@ -49,12 +49,14 @@ def print_plan(config: RunConfig) -> None:
     from pretrain.data import EpochPlan
     from pretrain.ds_config import derive_ds_config, zero_stage
     from pretrain.model import build_model
+    from pretrain.optim import require_reachable_peak
 
     ds_config = derive_ds_config(config)
     shards = ShardSet(config.data.shards)
     plan = EpochPlan(shards, "train", config.run.seed, config.batch.tokens_per_step)
     epoch_steps = plan.steps_per_epoch
     steps = min(config.run.epochs * epoch_steps, config.run.max_steps or sys.maxsize)
+    require_reachable_peak(config.optim, steps)
     model = build_model(config.model, shards.vocabulary, config.run.seed)
     console = Console()
     table = Table(title="settings (changed ones first)", title_justify="left")

@@ -49,7 +49,7 @@ def start(timeout_s: int, threads: int | None) -> Ranks:
         os.environ |= dict(
             zip(_RANK_VARIABLES, ("0", "1", "0", "127.0.0.1", _free_port()), strict=True)
         )
-    on_gpu = torch.cuda.is_available()
+    on_gpu = os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if threads is not None:
@@ -57,6 +57,11 @@ def start(timeout_s: int, threads: int | None) -> Ranks:
     deepspeed = _import_deepspeed()
     local_rank = int(os.environ["LOCAL_RANK"])
     if on_gpu:
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"local rank {local_rank}: this machine has {torch.cuda.device_count()} GPUs; "
+                "start one rank per GPU, or give --device cpu"
+            )
         torch.cuda.set_device(local_rank)
     deepspeed.init_distributed(
         dist_backend="nccl" if on_gpu else "gloo",

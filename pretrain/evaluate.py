@@ -18,6 +18,8 @@ RANK_DECILES = 10
 # Evaluation always hides 15 % with one seed, whatever the run trains with: curves stay comparable.
 EVALUATION_MASKING = MaskingConfig()
 EVALUATION_SEED = 0
+# Not the run's budget: it would change which cells the first N of the plan are.
+EVALUATION_TOKENS = 16_384
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class HeldoutEvaluation:
             shards,
             "heldout",
             EVALUATION_SEED,
-            config.batch.tokens_per_step,
+            max(EVALUATION_TOKENS, shards.bucket_lengths("heldout")[-1]),
             config.batch.tokens_per_micro_batch,
             EVALUATION_MASKING,
             ranks.rank,

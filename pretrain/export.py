@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import BertConfig, BertForMaskedLM
 
+from data_prep.shards import complete_folder, require_new
 from data_prep.vocab import Vocabulary, load_vocabulary, open_vocabulary
 from pretrain import checkpoint, zero_state
 from pretrain.metrics import read_metrics
@@ -32,8 +34,7 @@ def export(run: Path, out: Path) -> str:
     """
     if not (run / "model_config.json").exists():
         raise ValueError(f"{run}: no model_config.json; expected a folder of `geneloom pretrain`")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: exists and is not an empty folder; give --out a new one")
+    require_new(out)
     last = checkpoint.newest(run)
     if last is None:
         raise ValueError(f"{run}: has no checkpoint to export")
@@ -45,21 +46,12 @@ def export(run: Path, out: Path) -> str:
         )
     bert = BertForMaskedLM(BertConfig.from_json_file(str(run / "model_config.json")))
     zero_state.load_weights(MaskedGeneModel(bert), last.reader())
-    partial = out.parent / f".{out.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with complete_folder(out, "config.json") as partial:
         bert.save_pretrained(partial)
         _write_vocabulary(partial, vocabulary)
         record = _record(run, last)
         (partial / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n")
         (partial / "README.md").write_text(_model_card(record, bert))
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return f"{out}: step {last.step}, {bert.num_parameters():,} parameters"
 
 
@@ -97,12 +89,26 @@ def load_exported(
                 f"{record['vocabulary_sha256'][:12]}, {vocabulary_path or own} is "
                 f"{vocabulary.sha256[:12]}"
             )
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    if kind != "bert":
+        raise ValueError(f"{folder}: config.json describes a model of type {kind!r}, not 'bert'")
     try:
-        model = BertForMaskedLM.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, attn_implementation="sdpa"
+        loaded: Any = BertForMaskedLM.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            output_loading_info=True,
         )
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder}: the weights cannot be read ({error})") from error
+    model, loading = loaded
+    missing = sorted(k for k in loading["missing_keys"] if k.startswith("bert."))
+    if missing:
+        raise ValueError(
+            f"{folder}: the weights lack {len(missing)} encoder tensors, which would be random, "
+            f"e.g. {missing[:2]}"
+        )
     if model.config.vocab_size != vocabulary.num_tokens:
         raise ValueError(
             f"{folder}: the model has {model.config.vocab_size:,} tokens, the vocabulary "
@@ -133,6 +139,7 @@ def _write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
 
 
 def _record(run: Path, last: checkpoint.Checkpoint) -> dict:
+    manifest = json.loads((run / "shards_manifest.json").read_text())
     heldout = [m for m in read_metrics(run) if m["kind"] == "heldout" and m["step"] <= last.step]
     return {
         "format": EXPORT_FORMAT,
@@ -140,15 +147,13 @@ def _record(run: Path, last: checkpoint.Checkpoint) -> dict:
         **{k: last.record[k] for k in ("vocabulary_sha256", "shards_fingerprint", "recipe")},
         "heldout": heldout[-1] if heldout else None,
         "environment": json.loads((run / "env.json").read_text()),
-        "sources": [
-            {k: s[k] for k in ("name", "cells_kept")}
-            for s in json.loads((run / "shards_manifest.json").read_text())["sources"]
-        ],
+        "sources": [{k: s[k] for k in ("name", "cells_kept")} for s in manifest["sources"]],
+        "train_cells": sum(b["cells"] for b in manifest["buckets"] if b["split"] == "train"),
     }
 
 
 def _model_card(record: dict, bert: BertForMaskedLM) -> str:
-    cells = sum(s["cells_kept"] for s in record["sources"])
+    cells = record["train_cells"]
     names = ", ".join(s["name"] for s in record["sources"])
     lines = [
         "---", "library_name: transformers", "tags: [single-cell, masked-lm]", "---", "",

@@ -55,12 +55,12 @@ class Meter:
         w.tokens += counts["tokens"]
         w.padded_tokens += counts["padded_tokens"]
         w.cells += counts["cells"]
-        w.data_wait_s += wait_s
         self._seen += 1
         if self._seen > _WARMUP_STEPS:
             w.timed_tokens += counts["tokens"]
             w.timed_cells += counts["cells"]
             w.timed_s += step_s
+            w.data_wait_s += wait_s
             w.timed_steps += 1
 
     def close_window(self, step: int) -> dict[str, float]:

@@ -47,6 +47,15 @@ def learning_rate_at(step: int, total_steps: int, config: OptimConfig) -> float:
     return config.learning_rate * (1 - done)
 
 
+def require_reachable_peak(config: OptimConfig, steps: int) -> None:
+    """Raise ValueError if a run ends before its warm-up does."""
+    if config.warmup_steps >= steps:
+        raise ValueError(
+            f"optim.warmup_steps={config.warmup_steps}: the run has only {steps} steps and would "
+            "never reach its learning rate; lower it (a tenth of the steps is usual)"
+        )
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     """Set the rate of all groups."""
     for group in optimizer.param_groups:

@@ -27,9 +27,11 @@ from pretrain.optim import (
     StageZeroClipper,
     build_optimizer,
     learning_rate_at,
+    require_reachable_peak,
     set_learning_rate,
 )
 from pretrain.record import run_record, write_run_files
+from pretrain.resume import agreed_start
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +58,13 @@ class _StopRequest:
             signal.signal(number, self._ask)
 
     def _ask(self, number: int, _frame: object) -> None:
-        logger.warning("signal %s: stopping after this step", signal.Signals(number).name)
+        if not self.asked:
+            logger.warning("signal %s: stopping after this step", signal.Signals(number).name)
         self.asked = True
+
+    def close(self) -> None:
+        """Ignore SIGUSR1 from now on: asked again while it exits, a process would die of it."""
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def total_steps(config: RunConfig, plan: EpochPlan) -> int:
@@ -83,17 +90,20 @@ def train(config: RunConfig, resume: bool = False, allow_changes: bool = False) 
     ValueError
         Wrong settings or data, before anything is written.
     FloatingPointError
-        Loss or gradient norm is not finite; the step was not applied, nothing was saved.
+        Loss or gradient norm is not finite; nothing was saved after it.
     """
     ds_config = derive_ds_config(config)
     stage = zero_stage(ds_config)
     shards = ShardSet(config.data.shards)
     plan = EpochPlan(shards, "train", config.run.seed, config.batch.tokens_per_step)
     steps = total_steps(config, plan)
-    last = _find_start(config, shards, steps, resume, allow_changes)
-    first_step = last.step if last else 0
-
+    require_reachable_peak(config.optim, steps)
+    stop = _StopRequest()
     ranks = dist.start(config.run.collective_timeout_s, config.run.threads)
+    last = agreed_start(config, shards, steps, resume, allow_changes, ranks)
+    first_step = last.step if last else 0
+    # Reads shards and may refuse them: before anything is written.
+    heldout = HeldoutEvaluation(shards, config, ranks)
     model = build_model(config.model, shards.vocabulary, config.run.seed)
     if last:
         zero_state.load_weights(model, last.reader())
@@ -113,9 +123,7 @@ def train(config: RunConfig, resume: bool = False, allow_changes: bool = False) 
             sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
             ranks.world_size, stage, config.run.precision,
         )  # fmt: skip
-    heldout = HeldoutEvaluation(shards, config, ranks)
     optimizer = zero_state.torch_optimizer(engine, stage)
-    stop = _StopRequest()
     meter = Meter(ranks.world_size, steps)
     summary = RunSummary(first_step, first_step, steps)
 
@@ -160,36 +168,8 @@ def train(config: RunConfig, resume: bool = False, allow_changes: bool = False) 
             break
     if log:
         log.close()
+    stop.close()
     return summary
-
-
-def _find_start(
-    config: RunConfig, shards: ShardSet, steps: int, resume: bool, allow_changes: bool
-) -> checkpoint.Checkpoint | None:
-    """Return the checkpoint to go on from; None for a fresh run in a fresh folder."""
-    out = config.run.out
-    if not resume:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(
-                f"{out}: exists and is not empty; add --resume to go on with this run, or give "
-                "run.out another folder"
-            )
-        return None
-    last = checkpoint.newest(out)
-    if last is None:
-        raise ValueError(
-            f"{out}: --resume was asked for, but there is no checkpoint; start without --resume "
-            "in a new folder"
-        )
-    now = {
-        "vocabulary_sha256": shards.vocabulary.sha256,
-        "shards_fingerprint": shards.fingerprint,
-        "recipe": config.recipe(),
-    }
-    checkpoint.require_same(last.record, now, allow_changes)
-    if last.step >= steps:
-        logger.warning("%s: all %d steps are done; nothing to do", out, steps)
-    return last
 
 
 def _initialise(model: MaskedGeneModel, config: RunConfig, ds_config: dict):

@@ -199,7 +199,7 @@ def test_total_column_scales_medians(tmp_path):
 def test_buckets_keep_padding_low(mean):
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(mean), 0.5, 20_000), 20, 2048).astype(int)
-    buckets = choose_buckets(lengths)
+    buckets = choose_buckets(np.bincount(lengths), 2048)
     padded = np.asarray(buckets)[bucket_of(lengths, buckets)]
     assert (padded >= lengths).all()
     assert 1 - lengths.sum() / padded.sum() <= 0.03
@@ -209,6 +209,59 @@ def test_buckets_keep_padding_low(mean):
         fewer = [b for b in buckets if b != left_out]
         worse = np.asarray(fewer)[bucket_of(lengths, fewer)]
         assert 1 - lengths.sum() / worse.sum() > 0.03
+
+
+@pytest.mark.parametrize("max_length", [50, 100, 1000])
+def test_no_bucket_is_longer_than_the_model(max_length):
+    lengths = np.random.default_rng(0).integers(10, max_length + 1, 500)
+    assert choose_buckets(np.bincount(lengths), max_length)[-1] <= max_length
+
+
+def test_folder_may_be_the_current_one_or_a_link(tmp_path, monkeypatch):
+    source = write_cells(tmp_path / "cells.h5ad")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    prepare([source], tmp_path / "link", None, OPTIONS)
+    assert ShardSet(tmp_path / "real").num_cells == 120
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    prepare([source], Path(), None, OPTIONS)
+    assert ShardSet(tmp_path / "here").num_cells == 120
+
+
+def test_folders_made_for_nothing_are_removed(tmp_path):
+    source = write_cells(tmp_path / "cells.h5ad")
+    with pytest.raises(ValueError, match="only one"):
+        prepare([source], tmp_path / "a" / "b", None, replace(OPTIONS, heldout_by="dataset"))
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"memory_gib": 0}, "--memory 0"),
+        ({"block_cells": 0}, "--block-cells 0"),
+        ({"min_genes": 0}, "--min-genes 0"),
+        ({"max_length": 4}, "--max-length 4"),
+        ({"source": SourceOptions(columns=("donor", "donor"))}, "given twice"),
+        ({"source": SourceOptions(columns=("dataset",))}, "used by the shards"),
+    ],
+)
+def test_numbers_and_names_are_checked(change, message, tmp_path):
+    source = write_cells(tmp_path / "cells.h5ad")
+    with pytest.raises(ValueError, match=message):
+        prepare([source], tmp_path / "out", None, replace(OPTIONS, **change))
+
+
+def test_columns_called_key_and_split_arrive(tmp_path):
+    cells = make_cells(60)
+    cells.obs["split"], cells.obs["key"] = "mine", [str(i) for i in range(60)]
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    options = replace(OPTIONS, source=SourceOptions(columns=("split", "key")))
+    prepare([tmp_path / "cells.h5ad"], tmp_path / "out", None, options)
+    for block in ShardSet(tmp_path / "out").iter_blocks("train"):
+        names = block.batch.column("cell_id").to_pylist()
+        assert [f"cell{k}" for k in block.batch.column("key").to_pylist()] == names
 
 
 def test_real_cells_pad_little(real_data, tmp_path):

@@ -172,9 +172,53 @@ def test_hugging_face_folder_equals_parquet(tmp_path):
     cells = [[2, 3, 4], [5, 6], [7]]
     table = {"input_ids": cells, "length": [3, 2, 1]}
     datasets.Dataset.from_dict(table).save_to_disk(str(tmp_path / "corpus.dataset"))
+    # What map() and filter() leave behind are no further cells.
+    first = next((tmp_path / "corpus.dataset").glob("data-*.arrow"))
+    (tmp_path / "corpus.dataset" / "cache-1234.arrow").write_bytes(first.read_bytes())
     folder = open_source(tmp_path / "corpus.dataset", SourceOptions())
     parquet = token_file(tmp_path / "cells.parquet", cells)
     assert folder.num_cells == parquet.num_cells == 3
     for a, b in zip(folder.blocks(2), parquet.blocks(2), strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_array_equal(a.offsets, b.offsets)
+
+
+def test_corpus_of_a_version_with_cls_is_refused(tmp_path):
+    tokens = {"<pad>": 0, "<mask>": 1} | {f"g{i}": i + 2 for i in range(100)}
+    plain = from_dictionaries(tokens, {f"g{i}": 1.0 for i in range(100)})
+    cells = [[2, 10 + i % 40, 60 + i % 30, 3] for i in range(50)]
+    source = token_file(tmp_path / "cells.parquet", cells)
+    with pytest.raises(ValueError, match="<cls> and <eos> of another version"):
+        source.check_tokens(next(source.blocks(50)), plain)
+
+
+def test_counts_in_a_layer_of_a_file_without_x(tmp_path, vocabulary):
+    import anndata
+
+    cells = make_cells(30)
+    layered = anndata.AnnData(
+        None, obs=cells.obs, var=cells.var, layers={"counts": cells.X}, shape=cells.shape
+    )
+    layered.write_h5ad(tmp_path / "cells.h5ad")
+    blocks = read_all(tmp_path / "cells.h5ad", vocabulary, counts="layers/counts")
+    assert blocks[0].data.sum() == cells.X.sum()
+
+
+def test_missing_values_are_empty_text(tmp_path, vocabulary):
+    import pandas as pd
+
+    cells = make_cells(4)
+    cells.obs["age"] = pd.array([1, None, 3, 4], dtype="Int64")
+    cells.obs["site"] = pd.Categorical(["a", None, "b", "a"])
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    (block,) = read_all(tmp_path / "cells.h5ad", vocabulary, columns=("age", "site"))
+    assert block.metadata == {"age": ["1", "", "3", "4"], "site": ["a", "", "b", "a"]}
+
+
+@pytest.mark.parametrize("values", [[1, 0, 1, 0], ["True", "False", "True", "False"]])
+def test_filter_pass_as_numbers_or_words(values, tmp_path, vocabulary):
+    cells = make_cells(4)
+    cells.obs["filter_pass"] = values
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    (block,) = read_all(tmp_path / "cells.h5ad", vocabulary)
+    assert block.passes.tolist() == [True, False, True, False]

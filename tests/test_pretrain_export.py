@@ -84,6 +84,26 @@ def test_geneformer_folder_with_its_dictionaries(exported, tmp_path):
     assert model.config.vocab_size == own.num_tokens
 
 
+def test_torn_or_foreign_weights_are_refused(exported, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    copy = Path(shutil.copytree(exported, tmp_path / "model"))
+    weights = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="weights cannot be read"):
+        load_exported(copy)
+    fewer = {k: v for k, v in weights.items() if "layer.1" not in k}
+    save_file(fewer, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="which would be random"):
+        load_exported(copy)
+    config = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(config.replace('"bert"', '"roberta"'))
+    with pytest.raises(ValueError, match="type 'roberta'"):
+        load_exported(copy)
+
+
 def test_model_and_vocabulary_must_belong_together(exported, tmp_path):
     import shutil
 

@@ -165,43 +165,54 @@ def test_torn_checkpoint_is_skipped_loudly(damage, reason, finished, tmp_path, c
     assert last.step == 5
     assert "step-00000010 is skipped" in caplog.text
     assert reason in caplog.text
-    _truncate(run / "checkpoints" / "step-00000005" / "rank-00000.safetensors")
+    record = run / "checkpoints" / "step-00000005" / "checkpoint.json"
+    record.write_text(record.read_text().replace('"step": 5', '"step": 6'))
     with pytest.raises(ValueError, match="none of 2 checkpoints is complete"):
         checkpoint.newest(run)
+
+
+def test_torn_checkpoints_do_not_crowd_out_good_ones(shards, finished, tmp_path):
+    run = copied(finished, tmp_path)
+    _flip(run / "checkpoints" / "step-00000010" / "rank-00000.safetensors")
+    config = tiny_config(shards, run, checkpoint__every_steps=1, checkpoint__keep=2)
+    run_ranks(1, run_training, config, True)
+    names = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert names == ["latest", "step-00000009", "step-00000010", "torn-step-00000010"]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"optim__learning_rate": 1e-3}, r"optim.learning_rate: 0.005 -> 0.001.*--allow-changes"),
-        ({"model__num_layers": 3}, "model.num_layers: 2 -> 3"),
-        ({"batch__tokens_per_step": 2048}, "batch.tokens_per_step: 1024 -> 2048"),
+        (
+            {"optim__learning_rate": 1e-3, "model__num_layers": 3},
+            "resume: the recipe changed: model.num_layers: 2 -> 3; optim.learning_rate: 0.005 -> "
+            "0.001; .*--allow-changes",
+        ),
+        (
+            {"batch__tokens_per_step": 2048},
+            "resume: the recipe changed: batch.tokens_per_step: 1024 -> 2048",
+        ),
     ],
 )
 def test_changed_recipe_is_refused_by_name(change, message, shards, finished, tmp_path):
     run = copied(finished, tmp_path)
     config = tiny_config(shards, run, **change)
-    from pretrain.train import train
-
-    with pytest.raises(ValueError, match=message):
-        train(config, resume=True)
+    with pytest.raises(AssertionError, match=f"ValueError: {message}"):
+        run_ranks(1, run_training, config, True)
 
 
 def test_other_shards_are_refused(shards, finished, tmp_path):
-    from pretrain.train import train
     from tests.synthetic import make_shards
 
     run = copied(finished, tmp_path)
     other = make_shards(tmp_path, seed=9)
-    with pytest.raises(ValueError, match="checkpoint was trained on vocabulary"):
-        train(tiny_config(other, run), resume=True)
+    with pytest.raises(AssertionError, match="checkpoint was trained on vocabulary"):
+        run_ranks(1, run_training, tiny_config(other, run), True)
 
 
 def test_run_folder_is_not_overwritten_nor_invented(shards, finished, tmp_path):
-    from pretrain.train import train
-
-    with pytest.raises(ValueError, match="add --resume"):
-        train(tiny_config(shards, finished))
-    with pytest.raises(ValueError, match="there is no checkpoint"):
-        train(tiny_config(shards, tmp_path / "new"), resume=True)
+    with pytest.raises(AssertionError, match="add --resume"):
+        run_ranks(1, run_training, tiny_config(shards, finished))
+    with pytest.raises(AssertionError, match="there is no checkpoint"):
+        run_ranks(1, run_training, tiny_config(shards, tmp_path / "new"), True)
     assert not (tmp_path / "new").exists()

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 RESULTS_NAME = "results.json"
 _FEWEST_CELLS_OF_CLASS = 5
 _SORT_WINDOW_BATCHES = 16
+_NO_VALUE = ["", "nan", "None", "NA", "unlabelled"]
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def finetune_cells(
     network, vocabulary = load_exported(model_folder, vocabulary_path)
     columns = tuple(dict.fromkeys([*options.columns, label, *([donor] if donor else [])]))
     options = replace(options, columns=columns)
-    cell_set, dropped = _labelled(encode_file(cells, vocabulary, options), label)
+    cell_set, dropped = _labelled(encode_file(cells, vocabulary, options), label, donor)
     classes = sorted(set(cell_set.metadata[label]))
     labels = np.array([classes.index(v) for v in cell_set.metadata[label]])
     donors = cell_set.metadata[donor].to_numpy(dtype=str) if donor else None
@@ -260,10 +261,14 @@ def summarise(per_seed: list[dict]) -> dict[str, dict]:
     return summary
 
 
-def _labelled(cell_set: CellSet, label: str) -> tuple[CellSet, dict[str, int]]:
+def _labelled(cell_set: CellSet, label: str, donor: str | None) -> tuple[CellSet, dict[str, int]]:
     """Return the cells that can be classified, and how many were dropped for which reason."""
     values = cell_set.metadata[label]
-    unlabelled = values.isin(["", "nan", "None", "NA", "unlabelled"]).to_numpy()
+    unlabelled = values.isin(_NO_VALUE).to_numpy()
+    no_donor = np.zeros(len(values), dtype=bool)
+    if donor:
+        no_donor = cell_set.metadata[donor].isin(_NO_VALUE).to_numpy() & ~unlabelled
+    unlabelled |= no_donor
     counts = values[~unlabelled].value_counts()
     rare = (
         ~unlabelled & values.map(counts.to_dict()).fillna(0).lt(_FEWEST_CELLS_OF_CLASS).to_numpy()
@@ -276,7 +281,8 @@ def _labelled(cell_set: CellSet, label: str) -> tuple[CellSet, dict[str, int]]:
             f"cells; it holds {values.value_counts().head(5).to_dict()}"
         )
     dropped = {
-        "no label": int(unlabelled.sum()),
+        "no label": int((unlabelled & ~no_donor).sum()),
+        "no donor": int(no_donor.sum()),
         f"class below {_FEWEST_CELLS_OF_CLASS} cells": int(rare.sum()),
         "no gene of the vocabulary": int(empty.sum()),
     }

@@ -1,0 +1,68 @@
+"""Where a run starts: fresh, or from the newest complete checkpoint. Rank 0 decides for all."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from data_prep.errors import EXIT_USAGE
+from data_prep.shards import ShardSet
+from pretrain import checkpoint, dist
+from pretrain.config import RunConfig
+from pretrain.dist import Ranks
+
+logger = logging.getLogger(__name__)
+
+
+def agreed_start(
+    config: RunConfig,
+    shards: ShardSet,
+    steps: int,
+    resume: bool,
+    allow_changes: bool,
+    ranks: Ranks,
+) -> checkpoint.Checkpoint | None:
+    """Return where to start, chosen by rank 0 for all: they must not see the disk differently."""
+    decision: dict[str, str] = {}
+    if ranks.is_first:
+        try:
+            last = _find_start(config, shards, steps, resume, allow_changes)
+            decision = {"folder": str(last.folder) if last else ""}
+        except ValueError as error:
+            decision = {"error": str(error)}
+    decision = json.loads(dist.first_rank_says(json.dumps(decision)))
+    if "error" in decision:
+        if not ranks.is_first:
+            raise SystemExit(EXIT_USAGE)  # rank 0 says it
+        raise ValueError(decision["error"])
+    return checkpoint.open_checkpoint(Path(decision["folder"])) if decision["folder"] else None
+
+
+def _find_start(
+    config: RunConfig, shards: ShardSet, steps: int, resume: bool, allow_changes: bool
+) -> checkpoint.Checkpoint | None:
+    """Return the checkpoint to go on from; None for a fresh run in a fresh folder."""
+    out = config.run.out
+    if not resume:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(
+                f"{out}: exists and is not empty; add --resume to go on with this run, or give "
+                "run.out another folder"
+            )
+        return None
+    last = checkpoint.newest(out, set_aside=True)
+    if last is None:
+        raise ValueError(
+            f"{out}: --resume was asked for, but there is no checkpoint; start without --resume "
+            "in a new folder"
+        )
+    now = {
+        "vocabulary_sha256": shards.vocabulary.sha256,
+        "shards_fingerprint": shards.fingerprint,
+        "recipe": config.recipe(),
+    }
+    checkpoint.require_same(last.record, now, allow_changes)
+    if last.step >= steps:
+        logger.warning("%s: all %d steps are done; nothing to do", out, steps)
+    return last
