@@ -90,7 +90,8 @@ def test_torn_or_foreign_weights_are_refused(exported, tmp_path):
     from safetensors.torch import load_file, save_file
 
     copy = Path(shutil.copytree(exported, tmp_path / "model"))
-    weights = load_file(copy / "model.safetensors")
+    # Loaded tensors are mapped from the file, which is overwritten below.
+    weights = {k: v.clone() for k, v in load_file(copy / "model.safetensors").items()}
     (copy / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match="weights cannot be read"):
         load_exported(copy)
