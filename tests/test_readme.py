@@ -1,0 +1,71 @@
+"""The README's commands, run as written, in a folder that looks like a user's."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.synthetic import make_cells
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+
+def commands(section: str) -> list[str]:
+    """Return the code blocks of a section of the README."""
+    text = (ROOT / "README.md").read_text()
+    body = text.split(f"## {section}\n", 1)[1].split("\n## ", 1)[0]
+    return re.findall(r"```\n(.*?)```", body, flags=re.S)
+
+
+@pytest.fixture
+def user_folder(tmp_path: Path) -> Path:
+    """Cells with the columns that the README names, and dictionaries in Geneformer's form."""
+    (tmp_path / "cells").mkdir()
+    for name, seed in (("some", 0), ("others", 1)):
+        cells = make_cells(240, seed=seed)
+        cells.obs["donor_id"] = cells.obs["donor"]
+        cells.write_h5ad(tmp_path / "cells" / f"{name}.h5ad")
+    dictionaries = tmp_path / "geneformer_dictionaries"
+    dictionaries.mkdir()
+    genes = list(make_cells(3).var_names)
+    tokens = {"<pad>": 0, "<mask>": 1} | {g: i + 2 for i, g in enumerate(genes)}
+    (dictionaries / "token_dictionary.json").write_text(json.dumps(tokens))
+    medians = {g: 1.0 + i % 7 for i, g in enumerate(genes)}
+    (dictionaries / "gene_median_dictionary.json").write_text(json.dumps(medians))
+    return tmp_path
+
+
+def test_commands_run_as_written(user_folder):
+    if not (BIN / "geneloom").exists():
+        pytest.skip(f"the console command is not installed beside {sys.executable}")
+    blocks = [*commands("Your own cells"), *commands("Several ranks, stopping, resuming")]
+    assert len(blocks) == 3
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
+    for block in blocks:
+        done = subprocess.run(
+            ["bash", "-e", "-c", block], cwd=user_folder, env=environment,
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+    for made in ("shards/manifest.json", "model/model.safetensors", "embedded.h5ad",
+                 "scores/results.json", "runs/two/checkpoints/latest"):  # fmt: skip
+        assert (user_folder / made).exists(), made
+
+
+def test_links_lead_somewhere():
+    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+            assert (ROOT / target).exists(), f"{document.name}: {target}"
+
+
+def test_tests_named_in_the_readme_exist():
+    for name in re.findall(r"`(test_\w+\.py)`", (ROOT / "README.md").read_text()):
+        assert (ROOT / "tests" / name).exists(), name
