@@ -30,7 +30,7 @@ pretrain=(geneloom launch local --ranks 2 --device cpu pretrain --config demo
 echo "\$ ${pretrain[*]} &" | tee -a "$out/commands.txt"
 "${pretrain[@]}" &
 launcher=$!
-stop_at=${DEMO_STOP_AT_STEP:-200}
+stop_at=${DEMO_STOP_AT_STEP:-300}
 while kill -0 "$launcher" 2>/dev/null && [ "$(last_step)" -lt "$stop_at" ]; do
     sleep 0.5
 done
