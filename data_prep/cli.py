@@ -82,8 +82,8 @@ def prepare_command(
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("reading")
 
-        def show(done: int, _total: int) -> None:
-            bar.update(task, description=f"{done:,} cells kept")
+        def show(kept: int) -> None:
+            bar.update(task, description=f"{kept:,} cells kept")
 
         manifest = prepare(expand_sources(sources), out, vocabulary, options, show)
     print_manifest(manifest, str(out))

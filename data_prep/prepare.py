@@ -109,7 +109,7 @@ def prepare(
     out: Path,
     vocabulary: Vocabulary | None,
     options: PrepareOptions,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int], None] = lambda kept: None,
 ) -> dict:
     """Write the shards of `paths` into `out` and return the manifest.
 
@@ -122,7 +122,7 @@ def prepare(
     vocabulary
         None: built from the count matrices.
     progress
-        Called with (cells read, cells in all).
+        Called with the number of cells kept so far.
 
     Raises
     ------
@@ -322,7 +322,7 @@ def _encode_source(
     source: Source,
     vocabulary: Vocabulary,
     spill: _Spill,
-    progress: Callable[[int, int], None],
+    progress: Callable[[int], None],
 ) -> _SourceReport:
     """Read, encode, filter and spill one source."""
     report = _SourceReport(source.name, source.kind)
@@ -361,7 +361,7 @@ def _encode_source(
             ids = [block.cell_ids[k] for k in keep]
             metadata = {c: [v[k] for k in keep] for c, v in block.metadata.items()}
             spill.add(number, source.name, rows, kept, ids, metadata)
-        progress(spill.cells, 0)
+        progress(spill.cells)
     if total:
         report.counts_in_vocabulary = inside / total
     return report

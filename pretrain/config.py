@@ -6,8 +6,6 @@ Order of precedence: defaults here < YAML file < ``section.field=value`` of the 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -153,11 +151,6 @@ class RunConfig(_Section):
             "run": self.run.model_dump(include={"seed", "epochs", "max_steps", "precision"}),
         }
         return {f"{s}.{k}": v for s, fields in decisive.items() for k, v in fields.items()}
-
-    def sha256(self) -> str:
-        """Return the hash of the recipe."""
-        text = json.dumps(self.recipe(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
 
     def to_yaml(self) -> str:
         """Return the resolved settings as YAML."""
