@@ -9,8 +9,17 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     # deepspeed_configs holds JSON only; it is listed so that an installed wheel finds the files.
-    packages=["data_prep", "pretrain", "launch", "eval", "eval.finetune", "deepspeed_configs"],
+    packages=[
+        "data_prep",
+        "data_prep.formats",
+        "pretrain",
+        "launch",
+        "eval",
+        "eval.finetune",
+        "deepspeed_configs",
+    ],
     package_data={
+        "data_prep": ["*.html"],
         "pretrain": ["configs/*.yaml"],
         "deepspeed_configs": ["*.json"],
         "eval": ["*.html"],
@@ -43,6 +52,9 @@ setup(
         "umap-learn",
         "webdataset",
     ],
-    extras_require={"dev": ["hypothesis", "pyright", "pytest", "ruff"]},
+    extras_require={
+        "census": ["cellxgene-census"],
+        "dev": ["hypothesis", "pyright", "pytest", "ruff"],
+    },
     entry_points={"console_scripts": ["geneloom = launch.cli:main"]},
 )

@@ -1,65 +1,123 @@
-"""``geneloom prepare`` and ``geneloom inspect``: parse and call."""
+"""``geneloom prepare | check | medians | inspect | verify``: parse and call."""
 
 from __future__ import annotations
 
-import glob
 import json
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from data_prep.check import check_sources
+from data_prep.corpus import expand_corpus, organism_name
+from data_prep.medians import RELATIVE_ERROR, GeneMedians, MedianSketch, gene_medians
 from data_prep.prepare import PrepareOptions, prepare
+from data_prep.progress import show_progress
 from data_prep.shards import MANIFEST_NAME, ShardSet
 from data_prep.sources import SourceOptions
-from data_prep.tables import print_manifest
-from data_prep.vocab import open_vocabulary
+from data_prep.tables import print_check, print_manifest, print_problems
+from data_prep.verify import repair, verify
+from data_prep.vocab import Vocabulary, open_vocabulary
+from data_prep.workers import open_workers
+
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        help="h5ad, loom, zarr, 10x .h5 and mtx folders, parquet, Hugging Face folders, "
+        "census:VERSION; globs, folders of files, and YAML corpus lists are expanded"
+    ),
+]
+Vocab = Annotated[
+    str,
+    typer.Option(
+        help="vocabulary.json, Geneformer's token dictionary (json, pkl) or its folder; or "
+        "'build' to make one from the sources"
+    ),
+]
+Medians = Annotated[Path | None, typer.Option(help="median dictionary (json, pkl)")]
+Mapping = Annotated[Path | None, typer.Option(help="other id or symbol -> gene id (json, pkl)")]
+MaxLength = Annotated[int | None, typer.Option(help="tokens; default 2048, V2 4096")]
+Counts = Annotated[str, typer.Option(help="X, raw, or layers/NAME")]
+GeneColumn = Annotated[
+    str | None, typer.Option(help="column of var with gene ids [ensembl_id, else the index]")
+]
+Strip = Annotated[bool, typer.Option(help="cut .5 from ENSG00000141510.5")]
+Obs = Annotated[
+    list[str] | None, typer.Option(help="column of obs to carry along; NAME=COLUMN renames it")
+]
+Total = Annotated[
+    str | None, typer.Option(help="column of obs with total counts [sum over the file]")
+]
+Organism = Annotated[str | None, typer.Option(help="species that the gene ids must be of")]
+DatasetColumn = Annotated[
+    str | None, typer.Option(help="column of obs that names the data set [the file is one]")
+]
+ObsFilter = Annotated[str | None, typer.Option(help="query over obs of a Census")]
+Table = Annotated[
+    Path | None, typer.Option(help="table of genes with biotypes (csv, tsv, parquet)")
+]
+MinGenes = Annotated[int, typer.Option(help="fewest vocabulary genes of a cell")]
+SdCounts = Annotated[
+    float, typer.Option(help="largest distance of a cell's counts from the mean, in SD; 0: any")
+]
+SdMito = Annotated[float, typer.Option(help="the same for the mitochondrial share; 0: any")]
+Dedup = Annotated[bool, typer.Option(help="reject cells that stood before, gene for gene")]
+MinOverlap = Annotated[float, typer.Option(help="smallest share of known genes")]
+MinCells = Annotated[int, typer.Option(help="fewest cells of a gene in a built vocabulary")]
+Memory = Annotated[float, typer.Option(help="GiB that each process may hold")]
+Processes = Annotated[
+    int, typer.Option(help="processes on this machine; or start with mpirun -n N")
+]
+
+
+def _vocabulary(
+    vocab: str, medians: Path | None, gene_mapping: Path | None, max_length: int | None
+) -> Vocabulary | None:
+    if vocab != "build":
+        return open_vocabulary(Path(vocab), medians, gene_mapping, max_length)
+    if medians or gene_mapping:
+        raise ValueError("--vocab build: computes medians itself; leave out --medians, mapping")
+    return None
 
 
 def prepare_command(
-    sources: Annotated[
-        list[str], typer.Argument(help="h5ad, parquet, Hugging Face folders; globs are expanded")
-    ],
-    out: Annotated[Path, typer.Option(help="new or empty folder for the shards")],
-    vocab: Annotated[
-        str,
-        typer.Option(
-            help="vocabulary.json, Geneformer's token dictionary (json, pkl) or its folder; or "
-            "'build' to make one from the sources"
-        ),
-    ],
-    medians: Annotated[Path | None, typer.Option(help="median dictionary (json, pkl)")] = None,
-    gene_mapping: Annotated[
-        Path | None, typer.Option(help="other id or symbol -> gene id (json, pkl)")
-    ] = None,
-    max_length: Annotated[int | None, typer.Option(help="tokens; default 2048, V2 4096")] = None,
-    counts: Annotated[str, typer.Option(help="X, raw, or layers/NAME")] = "X",
-    gene_column: Annotated[
-        str | None, typer.Option(help="column of var with gene ids [ensembl_id, else the index]")
-    ] = None,
-    strip_gene_versions: Annotated[
-        bool, typer.Option(help="cut .5 from ENSG00000141510.5")
-    ] = False,
-    obs: Annotated[list[str] | None, typer.Option(help="column of obs to carry along")] = None,
-    total_column: Annotated[
-        str | None, typer.Option(help="column of obs with total counts [sum over the file]")
-    ] = None,
-    min_genes: Annotated[int, typer.Option(help="fewest vocabulary genes of a cell")] = 7,
-    min_overlap: Annotated[float, typer.Option(help="smallest share of known genes")] = 0.1,
-    min_cells: Annotated[int, typer.Option(help="fewest cells of a gene, --vocab build")] = 3,
+    sources: Sources,
+    out: Annotated[Path, typer.Option(help="folder for the shards; a killed run continues there")],
+    vocab: Vocab,
+    medians: Medians = None,
+    gene_mapping: Mapping = None,
+    max_length: MaxLength = None,
+    counts: Counts = "X",
+    gene_column: GeneColumn = None,
+    strip_gene_versions: Strip = False,
+    obs: Obs = None,
+    total_column: Total = None,
+    organism: Organism = None,
+    dataset_column: DatasetColumn = None,
+    obs_filter: ObsFilter = None,
+    annotation: Table = None,
+    min_genes: MinGenes = 7,
+    max_sd_counts: SdCounts = 3.0,
+    max_sd_mito: SdMito = 3.0,
+    dedup: Dedup = False,
+    min_overlap: MinOverlap = 0.1,
+    min_cells: MinCells = 3,
     heldout: Annotated[float, typer.Option(help="share of cells held out")] = 0.02,
     heldout_by: Annotated[str, typer.Option(help="cell, dataset, or an --obs column")] = "cell",
     block_cells: Annotated[int, typer.Option(help="cells of one tar member")] = 256,
-    shard_mib: Annotated[int, typer.Option(help="size of one tar")] = 256,
-    memory: Annotated[float, typer.Option(help="GiB held while shuffling")] = 2.0,
+    shard_mib: Annotated[float, typer.Option(help="mean size of a tar")] = 64,
+    memory: Memory = 2.0,
+    processes: Processes = 1,
     seed: Annotated[int, typer.Option(help="of the shuffle and the split")] = 0,
 ) -> None:
     """Cells -> ranked gene tokens -> length buckets -> webdataset tars with a manifest."""
     options = PrepareOptions(
         seed=seed,
         min_genes=min_genes,
+        max_sd_counts=max_sd_counts,
+        max_sd_mito=max_sd_mito,
+        dedup=dedup,
         min_overlap=min_overlap,
         heldout_share=heldout,
         heldout_by=heldout_by,
@@ -68,48 +126,171 @@ def prepare_command(
         memory_gib=memory,
         vocabulary_min_cells=min_cells,
         max_length=max_length,
-        source=SourceOptions(
-            counts, gene_column, tuple(obs or ()), total_column, strip_gene_versions
-        ),
+        annotation=annotation,
     )
-    if vocab == "build":
-        if medians or gene_mapping:
-            raise ValueError("--vocab build: computes medians itself; leave out --medians, mapping")
-        vocabulary = None
-    else:
-        vocabulary = open_vocabulary(Path(vocab), medians, gene_mapping, max_length)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("reading")
-
-        def show(kept: int) -> None:
-            bar.update(task, description=f"{kept:,} cells kept")
-
-        manifest = prepare(expand_sources(sources), out, vocabulary, options, show)
+    reading = SourceOptions(
+        counts, gene_column, tuple(obs or ()), total_column, strip_gene_versions,
+        dataset_column, organism_name(organism) if organism else None, obs_filter,
+    )  # fmt: skip
+    with open_workers(processes) as workers:
+        if workers is None:
+            return
+        vocabulary = _vocabulary(vocab, medians, gene_mapping, max_length)
+        with show_progress() as progress:
+            specs = expand_corpus(sources, reading)
+            manifest = prepare(specs, out, vocabulary, options, workers, progress)
     print_manifest(manifest, str(out))
 
 
-def expand_sources(patterns: list[str]) -> list[Path]:
-    """Return the paths of patterns, in order; a pattern that matches nothing is an error."""
-    paths: list[Path] = []
-    for pattern in patterns:
-        if any(c in pattern for c in "*?["):
-            found = sorted(glob.glob(pattern))  # noqa: PTH207  Path.glob refuses absolute patterns
-            if not found:
-                raise ValueError(f"{pattern}: matches no file")
-            paths.extend(Path(p) for p in found)
-        else:
-            paths.append(Path(pattern))
-    return paths
+def check_command(
+    sources: Sources,
+    vocab: Vocab,
+    medians: Medians = None,
+    gene_mapping: Mapping = None,
+    max_length: MaxLength = None,
+    counts: Counts = "X",
+    gene_column: GeneColumn = None,
+    strip_gene_versions: Strip = False,
+    obs: Obs = None,
+    total_column: Total = None,
+    organism: Organism = None,
+    dataset_column: DatasetColumn = None,
+    obs_filter: ObsFilter = None,
+    annotation: Table = None,
+    min_genes: MinGenes = 7,
+    max_sd_counts: SdCounts = 3.0,
+    max_sd_mito: SdMito = 3.0,
+    dedup: Dedup = False,
+    min_overlap: MinOverlap = 0.1,
+    memory: Memory = 2.0,
+    processes: Processes = 1,
+) -> None:
+    """Read the sources as `prepare` would, and print what would happen. Exit code 2 on problems."""
+    options = PrepareOptions(
+        min_genes=min_genes,
+        max_sd_counts=max_sd_counts,
+        max_sd_mito=max_sd_mito,
+        dedup=dedup,
+        min_overlap=min_overlap,
+        memory_gib=memory,
+        annotation=annotation,
+    )
+    reading = SourceOptions(
+        counts, gene_column, tuple(obs or ()), total_column, strip_gene_versions,
+        dataset_column, organism_name(organism) if organism else None, obs_filter,
+    )  # fmt: skip
+    with open_workers(processes) as workers:
+        if workers is None:
+            return
+        if vocab == "build":
+            raise ValueError("--vocab build: give `geneloom medians` the sources first, or a file")
+        vocabulary = open_vocabulary(Path(vocab), medians, gene_mapping, max_length)
+        with show_progress() as progress, tempfile.TemporaryDirectory(prefix="geneloom-") as work:
+            specs = expand_corpus(sources, reading)
+            result = check_sources(specs, Path(work), vocabulary, options, workers, progress)
+    print_check(result)
+    if result.problems:
+        raise typer.Exit(2)
+
+
+def medians_command(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="count matrices, as for prepare; or *.sketch.parquet of earlier calls, to merge"
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="vocabulary to write (.json)")],
+    min_cells: MinCells = 3,
+    with_cls: Annotated[
+        bool, typer.Option(help="<cls> and <eos> around each cell, as Geneformer V2")
+    ] = False,
+    max_length: MaxLength = None,
+    counts: Counts = "X",
+    gene_column: GeneColumn = None,
+    strip_gene_versions: Strip = False,
+    total_column: Total = None,
+    gene_mapping: Mapping = None,
+    annotation: Table = None,
+    memory: Memory = 2.0,
+    processes: Processes = 1,
+) -> None:
+    """Non-zero median of counts / total x 10,000 per gene -> a vocabulary."""
+    if out.suffix != ".json":
+        raise ValueError(f"--out {out}: must end in .json")
+    sketch_path = out.with_suffix(".sketch.parquet")
+    for path in (out, sketch_path):
+        if path.exists():
+            raise ValueError(f"{path}: exists; give --out a new name")
+    reading = SourceOptions(counts, gene_column, (), total_column, strip_gene_versions)
+    with open_workers(processes) as workers:
+        if workers is None:
+            return
+        earlier = [s for s in sources if s.endswith(".sketch.parquet")]
+        rest = [s for s in sources if s not in earlier]
+        found: GeneMedians | None = None
+        with show_progress() as progress, tempfile.TemporaryDirectory(prefix="geneloom-") as work:
+            if rest:
+                found = gene_medians(
+                    expand_corpus(rest, reading), Path(work), workers, progress, annotation,
+                    gene_mapping, memory,
+                )  # fmt: skip
+            for path in earlier:
+                sketch = MedianSketch.load(Path(path))
+                sketch = found.sketch.merge(sketch) if found else sketch
+                found = GeneMedians(sketch, sketch.medians(), RELATIVE_ERROR)
+    assert found is not None
+    vocabulary = found.vocabulary(min_cells, max_length, with_cls)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    found.sketch.save(sketch_path)
+    found.save_table(out.with_suffix(".genes.tsv"))
+    vocabulary.save(out)
+    error = f"within {found.relative_error:.2%}" if found.relative_error else "exact"
+    print(
+        f"{len(found.sketch.genes):,} genes seen, {len(vocabulary.genes):,} in at least "
+        f"{min_cells} cells; medians {error}\n{out}: hash {vocabulary.sha256[:12]}; "
+        f"{sketch_path.name} for merging, {out.with_suffix('.genes.tsv').name} to read"
+    )
 
 
 def inspect_command(
     folder: Annotated[Path, typer.Argument(help="output of `geneloom prepare`")],
     as_json: Annotated[bool, typer.Option("--json", help="print the manifest")] = False,
+    page: Annotated[Path | None, typer.Option(help="also draw a page: OUT.html or OUT.png")] = None,
 ) -> None:
-    """Print what a shard folder holds."""
-    manifest = ShardSet(folder).manifest
+    """Print what a shard folder holds; draw it, if asked."""
+    shards = ShardSet(folder)
+    if page:
+        from data_prep.page import write_page  # draws, so imports what draws
+
+        write_page(shards, page)
     if as_json:
-        print(json.dumps(manifest, indent=1))
+        print(json.dumps(shards.manifest, indent=1))
     else:
-        print_manifest(manifest, str(folder / MANIFEST_NAME))
+        print_manifest(shards.manifest, str(folder / MANIFEST_NAME))
+
+
+def verify_command(
+    folder: Annotated[Path, typer.Argument(help="output of `geneloom prepare`")],
+    repair_from: Annotated[
+        list[str] | None,
+        typer.Option("--repair", help="rebuild damaged shards from these sources, once for each"),
+    ] = None,
+    annotation: Table = None,
+    memory: Memory = 2.0,
+    processes: Processes = 1,
+) -> None:
+    """Check every byte, count and bound of a shard folder. Exit code 2 on damage."""
+    with open_workers(processes) as workers:
+        if workers is None:
+            return
+        with show_progress() as progress:
+            problems = verify(folder, workers, progress)
+            if problems and repair_from:
+                print_problems(problems)
+                problems = repair(
+                    folder, problems, repair_from, annotation, memory, workers, progress
+                )
+    print_problems(problems)
+    if problems:
+        raise typer.Exit(2)

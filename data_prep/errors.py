@@ -18,9 +18,13 @@ def run_app(app: typer.Typer) -> None:
     try:
         app()
     except ValueError as error:
-        _fail(str(error), EXIT_USAGE)
+        _fail(_with_notes(str(error), error), EXIT_USAGE)
     except (FloatingPointError, OSError) as error:
-        _fail(f"{type(error).__name__}: {error}", EXIT_FAILED)
+        _fail(_with_notes(f"{type(error).__name__}: {error}", error), EXIT_FAILED)
+
+
+def _with_notes(message: str, error: Exception) -> str:
+    return "\n".join([message, *getattr(error, "__notes__", [])])
 
 
 def _fail(message: str, code: int) -> None:

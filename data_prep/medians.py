@@ -1,93 +1,410 @@
-"""Non-zero medians per gene: the numbers that make a gene's expression comparable across genes."""
+"""Non-zero medians per gene: the numbers that make a gene's expression comparable across genes.
+
+The median of a gene is taken over the cells that express it, of counts / total x 10,000
+(Geneformer, Nature 2023, Methods). One pass counts values in bins of equal ratio, 64 to the octave:
+counts of integers, so that results of processes and of earlier runs add up exactly, in any order.
+The bin that holds a gene's median is then known; a second pass keeps only the values in these bins
+and takes the median exactly. Where these values do not fit into memory, or where only earlier
+results are merged, the median is interpolated in its bin: it is off by less than 1/64.
+
+(Quantile sketches of a library, KLL for one, draw random numbers: two runs over the same cells give
+two vocabularies with two hashes. The vocabulary is the identity of all that is made with it.)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
+import numba
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from data_prep.sources import CountBlock, H5adSource
-from data_prep.vocab import MASK, MAX_LENGTH_PLAIN, PAD, TARGET_SUM, Vocabulary
+from data_prep.encode import write_text
+from data_prep.genes import read_annotation, strip_version
+from data_prep.open import open_source
+from data_prep.sources import CountBlock, CountSource, SourceSpec
+from data_prep.vocab import (
+    CLS,
+    EOS,
+    MASK,
+    MAX_LENGTH_PLAIN,
+    MAX_LENGTH_SPECIAL,
+    PAD,
+    TARGET_SUM,
+    Vocabulary,
+    load_vocabulary,
+    read_dictionary,
+)
+from data_prep.workers import Workers
 
-# 16 B per value (gene number, value): 200 million values are 3.2 GB, the bound of the exact way.
-MAX_EXACT_VALUES = 200_000_000
-_BLOCK_CELLS = 4096
+_CHUNK_CELLS = 16_384
+# A bin is the exponent and the first 6 bits of the mantissa: 64 bins an octave, a ratio of at most
+# 1 + 1/64. Values from 2**-10 (one count among ten million) to 10,000 are told apart.
+_MANTISSA_BITS = 6
+_SHIFT = 52 - _MANTISSA_BITS
+_FIRST_BIN = int(np.float64(2.0**-10).view(np.int64)) >> _SHIFT
+NUM_BINS = 25 << _MANTISSA_BITS
+RELATIVE_ERROR = 2.0**-_MANTISSA_BITS
+_VALUE_BYTES = 36  # while the values of the median bins are sorted
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class MedianSketch:
+    """How many cells have which value of which gene.
+
+    Attributes
+    ----------
+    genes
+        Gene ids, ascending.
+    counts
+        int64 [genes, NUM_BINS], cells whose value of the gene falls into the bin.
+    """
+
+    genes: tuple[str, ...]
+    counts: np.ndarray
+
+    @property
+    def detected(self) -> np.ndarray:
+        """int64 [genes], cells that express the gene."""
+        return self.counts.sum(axis=1)
+
+    def medians(self) -> np.ndarray:
+        """Return float64 [genes], interpolated in the median's bin; NaN where no cell has one."""
+        before = np.cumsum(self.counts, axis=1)
+        half = before[:, -1] / 2
+        bins = (before < half[:, None]).sum(axis=1).clip(max=NUM_BINS - 1)
+        rows = np.arange(len(self.genes))
+        inside = self.counts[rows, bins]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            share = (half - (before[rows, bins] - inside)) / inside
+        low, high = bin_edge(bins), bin_edge(bins + 1)
+        return low + share * (high - low)
+
+    def merge(self, other: MedianSketch) -> MedianSketch:
+        """Return the sketch of the cells of both."""
+        genes = sorted({*self.genes, *other.genes})
+        place = {g: i for i, g in enumerate(genes)}
+        counts = np.zeros((len(genes), NUM_BINS), dtype=np.int64)
+        for part in (self, other):
+            counts[[place[g] for g in part.genes]] += part.counts
+        return MedianSketch(tuple(genes), counts)
+
+    def save(self, path: Path) -> None:
+        """Write one row per gene and occupied bin (parquet)."""
+        rows, bins = np.nonzero(self.counts)
+        table = pa.table(
+            {
+                "gene": pa.array(np.array(self.genes, dtype=object)[rows], pa.string()),
+                "bin": pa.array(bins.astype(np.int16)),
+                "cells": pa.array(self.counts[rows, bins]),
+            }
+        )
+        pq.write_table(table, path, compression="zstd")
+
+    @staticmethod
+    def load(path: Path) -> MedianSketch:
+        """Return a saved sketch."""
+        try:
+            table = pq.read_table(path, columns=["gene", "bin", "cells"])
+        except (pa.ArrowInvalid, OSError, KeyError) as error:
+            raise ValueError(f"{path}: not a sketch of `geneloom medians` ({error})") from error
+        coded = table.column("gene").combine_chunks().dictionary_encode()
+        names = coded.dictionary.to_pylist()
+        order = np.argsort(names)
+        counts = np.zeros((len(names), NUM_BINS), dtype=np.int64)
+        np.add.at(
+            counts,
+            (np.argsort(order)[coded.indices.to_numpy()], table.column("bin").to_numpy()),
+            table.column("cells").to_numpy(),
+        )
+        return MedianSketch(tuple(names[i] for i in order), counts)
+
+
+@dataclass(frozen=True)
+class GeneMedians:
+    """Medians of all genes seen; `relative_error` bounds how far they are from the exact ones."""
+
+    sketch: MedianSketch
+    medians: np.ndarray
+    relative_error: float
+
+    def save_table(self, path: Path) -> None:
+        """Write gene, cells that express it, and median, as text."""
+        rows = zip(self.sketch.genes, self.sketch.detected, self.medians, strict=True)
+        lines = [f"{gene}\t{cells}\t{float(median)!r}\n" for gene, cells, median in rows]
+        path.write_text("gene\tcells\tmedian\n" + "".join(lines))
+
+    def vocabulary(self, min_cells: int, max_length: int | None, with_cls: bool) -> Vocabulary:
+        """Return the vocabulary of the genes that at least `min_cells` cells express.
+
+        Tokens follow the gene ids in ascending order, so they do not depend on that of the sources.
+        """
+        special = {PAD: 0, MASK: 1} | ({CLS: 2, EOS: 3} if with_cls else {})
+        chosen = np.flatnonzero(self.sketch.detected >= min_cells)
+        if not chosen.size:
+            raise ValueError(f"no gene is detected in at least {min_cells} cells: no vocabulary")
+        return Vocabulary(
+            genes=tuple(self.sketch.genes[i] for i in chosen),
+            medians=self.medians[chosen],
+            special_tokens=special,
+            max_length=max_length or (MAX_LENGTH_SPECIAL if with_cls else MAX_LENGTH_PLAIN),
+        )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A stretch of a source; `genes` names the file with the gene numbering."""
+
+    spec: SourceSpec
+    work: Path
+    genes: Path
+    start: int
+    stop: int
 
 
 def build_vocabulary(
-    sources: Iterable[H5adSource], min_cells: int, max_length: int | None
+    specs: list[SourceSpec],
+    work: Path,
+    min_cells: int,
+    max_length: int | None,
+    annotation: Path | None,
+    workers: Workers,
+    progress: Progress,
 ) -> Vocabulary:
-    """Return a vocabulary of the genes in count matrices, medians computed exactly.
+    """Return the vocabulary of the genes in count matrices, kept in `work` for another start."""
+    settings = [min_cells, max_length, str(annotation), [s.signature() for s in specs]]
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]
+    path = work / f"medians-{digest}.json"
+    if path.exists():
+        return load_vocabulary(path)
+    found = gene_medians(specs, work, workers, progress, annotation)
+    vocabulary = found.vocabulary(min_cells, max_length, with_cls=False)
+    write_text(path, vocabulary.to_json() + "\n")
+    return vocabulary
 
-    The median of a gene is taken over the cells that express it, of counts / total x 10,000
-    (Geneformer, Nature 2023, Methods). Genes are ordered by id, so the result does not depend on
-    the order of the sources. No ``<cls>``/``<eos>``.
+
+def gene_medians(
+    specs: list[SourceSpec],
+    work: Path,
+    workers: Workers,
+    progress: Progress,
+    annotation: Path | None = None,
+    gene_mapping: Path | None = None,
+    memory_gib: float = 2.0,
+) -> GeneMedians:
+    """Return the medians of all genes of count matrices, over the cells that pass ``filter_pass``.
 
     Parameters
     ----------
-    sources
-        Count matrices whose gene ids are in one name space.
-    min_cells
-        Genes detected in fewer cells are left out.
-    max_length
-        Longest sequence; None: 2,048.
+    work
+        Folder for temporary files.
+    annotation
+        Table of genes; only protein-coding and miRNA genes of it are counted.
+    gene_mapping
+        Dictionary of retired ids or symbols -> gene id.
+    memory_gib
+        For the values of the second pass; if they do not fit, medians are interpolated.
 
     Raises
     ------
     ValueError
-        No gene is left, or there are more values than the exact computation may hold.
+        A source is a token corpus, or has no raw counts.
     """
-    number_of: dict[str, int] = {}
-    genes_seen: list[np.ndarray] = []
-    values_seen: list[np.ndarray] = []
-    held = 0
-    for source in sources:
-        columns = np.array(
-            [number_of.setdefault(g, len(number_of)) if g else -1 for g in source.gene_ids]
-        )
-        for block in source.blocks(_BLOCK_CELLS):
-            genes, values = _normalised_values(block, columns)
-            genes_seen.append(genes)
-            values_seen.append(values)
-            held += values.size
-            if held > MAX_EXACT_VALUES:
-                raise ValueError(
-                    f"{source.path}: more than {MAX_EXACT_VALUES:,} non-zero values; build the "
-                    "vocabulary from fewer files, or give --vocab a published one"
-                )
-    medians = _group_medians(np.concatenate(genes_seen), np.concatenate(values_seen), min_cells)
-    names = list(number_of)
-    chosen = sorted((names[g], m) for g, m in medians.items())
-    if not chosen:
-        raise ValueError(f"no gene is detected in at least {min_cells} cells: no vocabulary")
-    return Vocabulary(
-        genes=tuple(name for name, _ in chosen),
-        medians=np.array([m for _, m in chosen]),
-        special_tokens={PAD: 0, MASK: 1},
-        max_length=max_length or MAX_LENGTH_PLAIN,
-    )
+    aliases = read_dictionary(gene_mapping) if gene_mapping else {}
+    chosen = read_annotation(annotation).chosen if annotation else None
+    genes: set[str] = set()
+    stretches = []
+    for number, spec in enumerate(specs):
+        progress("opening", number, len(specs))
+        source = open_source(spec, work)
+        if not isinstance(source, CountSource):
+            raise ValueError(
+                f"{spec.path}: medians need count matrices; tokenised corpora come with the "
+                "vocabulary they were made with"
+            )
+        ids = {aliases.get(i, i) for i in source.gene_ids if i}
+        genes |= ids if chosen is None else {i for i in ids if strip_version(i) in chosen}
+        stretches += [(spec, start, stop) for start, stop in source.stretches(_CHUNK_CELLS)]
+    if not genes:
+        raise ValueError("no gene of the sources is in the annotation; are the ids of its kind?")
+    names = sorted(genes)
+    numbers = {n: i for i, n in enumerate(names)}
+    numbers = {a: numbers[g] for a, g in aliases.items() if g in numbers} | numbers
+    path = work / "genes.json"
+    write_text(path, json.dumps(numbers))
+    jobs = [_Job(spec, work, path, start, stop) for spec, start, stop in stretches]
+    total = sum(j.stop - j.start for j in jobs)
+
+    counts = np.zeros((len(names), NUM_BINS), dtype=np.int64)
+    done = 0
+
+    def count(number: int, result: tuple[np.ndarray, np.ndarray]) -> None:
+        nonlocal done
+        counts.reshape(-1)[result[0]] += result[1]
+        done += jobs[number].stop - jobs[number].start
+        progress("counting genes", done, total)
+
+    workers.run(_count_stretch, jobs, count)
+    sketch = MedianSketch(tuple(names), counts)
+    wanted = _middle_bins(counts)
+    held = int(counts[np.arange(len(names))[:, None], wanted].sum())
+    if held * _VALUE_BYTES > memory_gib * 2**30:
+        return GeneMedians(sketch, sketch.medians(), RELATIVE_ERROR)
+    np.save(work / "wanted.npy", wanted)
+    found: list = [None] * len(jobs)
+    done = 0
+
+    def collect(number: int, result: tuple[np.ndarray, np.ndarray]) -> None:
+        nonlocal done
+        found[number] = result
+        done += jobs[number].stop - jobs[number].start
+        progress("taking medians", done, total)
+
+    workers.run(partial(_collect_stretch, work / "wanted.npy"), jobs, collect)
+    medians = _exact_medians(counts, wanted, *(np.concatenate(p) for p in zip(*found, strict=True)))
+    return GeneMedians(sketch, medians, 0.0)
 
 
-def _normalised_values(block: CountBlock, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (gene numbers, counts / total x 10,000) of a block; same gene in a cell summed."""
-    cells = np.repeat(np.arange(len(block.indptr) - 1), np.diff(block.indptr))
-    genes = columns[block.indices]
-    use = (genes >= 0) & (block.data > 0) & block.passes[cells]
-    keys = cells[use] * (columns.max() + 1) + genes[use]
-    unique, inverse = np.unique(keys, return_inverse=True)
-    summed = np.bincount(inverse, weights=block.data[use])
-    cell = unique // (columns.max() + 1)
-    return unique % (columns.max() + 1), summed / block.totals[cell] * TARGET_SUM
+def bin_edge(bins: np.ndarray) -> np.ndarray:
+    """Return the smallest value of each bin."""
+    return ((np.asarray(bins, dtype=np.int64) + _FIRST_BIN) << _SHIFT).view(np.float64)
 
 
-def _group_medians(genes: np.ndarray, values: np.ndarray, min_cells: int) -> dict[int, float]:
-    """Return gene number -> median of its values, for genes with at least `min_cells` values."""
+def _middle_bins(counts: np.ndarray) -> np.ndarray:
+    """Return int64 [genes, 2], the bins of the lower and the upper middle value."""
+    before = np.cumsum(counts, axis=1)
+    number = before[:, -1:]
+    lower, upper = (number - 1) // 2, number // 2
+    bins = [(before <= rank).sum(axis=1) for rank in (lower, upper)]
+    return np.stack(bins, axis=1).clip(max=NUM_BINS - 1)
+
+
+def _exact_medians(
+    counts: np.ndarray, wanted: np.ndarray, genes: np.ndarray, values: np.ndarray
+) -> np.ndarray:
+    """Return medians from the values of the bins in which they lie."""
     order = np.lexsort((values, genes))
     genes, values = genes[order], values[order]
-    starts = np.flatnonzero(np.r_[True, genes[1:] != genes[:-1]]) if genes.size else np.array([])
-    stops = np.r_[starts[1:], genes.size] if genes.size else np.array([])
-    result = {}
-    for start, stop in zip(starts, stops, strict=True):
-        if stop - start >= min_cells:
-            result[int(genes[start])] = float(np.median(values[start:stop]))
-    return result
+    first = np.searchsorted(genes, np.arange(len(counts)))
+    before = np.cumsum(counts, axis=1) - counts
+    number = counts.sum(axis=1)
+    medians = np.full(len(counts), np.nan)
+    seen = number > 0
+    rows = np.arange(len(counts))
+    # Kept values of a gene begin at its lower middle bin: ranks count from there.
+    skipped = before[rows, wanted[:, 0]]
+    low = first + (number - 1) // 2 - skipped
+    # Between the two middle bins there may be none: the upper value then follows at once.
+    high = first + number // 2 - skipped
+    medians[seen] = (values[low[seen]] + values[high[seen]]) / 2
+    return medians
+
+
+def _blocks(job: _Job):
+    """Yield (block, int32 [genes of the source] gene numbers) of a stretch."""
+    source = open_source(job.spec, job.work)
+    assert isinstance(source, CountSource)
+    numbers = json.loads(job.genes.read_text())
+    columns = np.array([numbers.get(i, -1) for i in source.gene_ids], dtype=np.int32)
+    for block in source.blocks(job.start, job.stop):
+        yield block, columns, max(numbers.values()) + 1
+
+
+def _scales(block: CountBlock) -> np.ndarray:
+    """Return float64 [cells], totals; NaN for cells that do not count."""
+    return np.where(block.passes & (block.totals > 0), block.totals, np.nan)
+
+
+def _count_stretch(job: _Job) -> tuple[np.ndarray, np.ndarray]:
+    """Return (flat places in [genes, bins], cells) that a stretch adds."""
+    counts = np.zeros(0, dtype=np.uint32)
+    for block, columns, num_genes in _blocks(job):
+        if not counts.size:
+            counts = np.zeros(num_genes * NUM_BINS, dtype=np.uint32)
+        _count(block.data, block.indices, block.indptr, _scales(block), columns, num_genes, counts)
+    places = np.flatnonzero(counts)
+    return places, counts[places].astype(np.int64)
+
+
+def _collect_stretch(wanted_path: Path, job: _Job) -> tuple[np.ndarray, np.ndarray]:
+    """Return (gene numbers, values) of a stretch that fall into the wanted bins."""
+    wanted = np.load(wanted_path)
+    parts = [
+        _collect(b.data, b.indices, b.indptr, _scales(b), columns, num_genes, wanted)
+        for b, columns, num_genes in _blocks(job)
+    ]
+    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+
+
+@numba.njit(cache=True, nogil=True)
+def _cell_values(data, indices, start, stop, total, columns, sums, touched, values):
+    """Sum the counts per gene of one cell, normalise; return the number of genes."""
+    size = 0
+    for k in range(start, stop):
+        gene = columns[indices[k]]
+        if gene >= 0 and data[k] > 0:
+            if sums[gene] == 0.0:
+                touched[size] = gene
+                size += 1
+            sums[gene] += data[k]
+    for i in range(size):
+        values[i] = sums[touched[i]] / total * TARGET_SUM
+        sums[touched[i]] = 0.0
+    return size
+
+
+@numba.njit(cache=True, nogil=True)
+def _bins_of(values, size, bins):
+    bits = values.view(np.int64)
+    for i in range(size):
+        bins[i] = min(max((bits[i] >> _SHIFT) - _FIRST_BIN, 0), NUM_BINS - 1)
+
+
+@numba.njit(cache=True, nogil=True)
+def _count(data, indices, indptr, totals, columns, num_genes, counts):
+    sums, touched = np.zeros(num_genes), np.empty(num_genes, np.int32)
+    values, bins = np.empty(num_genes), np.empty(num_genes, np.int64)
+    for cell in range(len(indptr) - 1):
+        if np.isnan(totals[cell]):
+            continue
+        size = _cell_values(
+            data, indices, indptr[cell], indptr[cell + 1], totals[cell], columns, sums, touched,
+            values,
+        )  # fmt: skip
+        _bins_of(values, size, bins)
+        for i in range(size):
+            counts[touched[i] * NUM_BINS + bins[i]] += 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _collect(data, indices, indptr, totals, columns, num_genes, wanted):
+    sums, touched = np.zeros(num_genes), np.empty(num_genes, np.int32)
+    values, bins = np.empty(num_genes), np.empty(num_genes, np.int64)
+    found_genes, found_values = np.empty(1024, np.int32), np.empty(1024)
+    used = 0
+    for cell in range(len(indptr) - 1):
+        if np.isnan(totals[cell]):
+            continue
+        size = _cell_values(
+            data, indices, indptr[cell], indptr[cell + 1], totals[cell], columns, sums, touched,
+            values,
+        )  # fmt: skip
+        _bins_of(values, size, bins)
+        for i in range(size):
+            gene = touched[i]
+            if bins[i] == wanted[gene, 0] or bins[i] == wanted[gene, 1]:
+                if used == len(found_genes):
+                    found_genes = np.concatenate((found_genes, np.empty_like(found_genes)))
+                    found_values = np.concatenate((found_values, np.empty_like(found_values)))
+                found_genes[used] = gene
+                found_values[used] = values[i]
+                used += 1
+    return found_genes[:used], found_values[:used]

@@ -13,8 +13,13 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-from data_prep.vocab import TARGET_SUM, Vocabulary
+from data_prep.vocab import CLS, EOS, TARGET_SUM, Vocabulary
 
+# Of `_sort_keys`: a key is a value's bits, inverted, with the token in place of the last 16.
+_TOKEN_MASK = np.uint64(0xFFFF)
+_BIN_SHIFT, _NUM_BINS = np.uint64(43), 16384
+# Insertion among so many is about as slow as the general sort.
+_FULLEST_BIN = 64
 _RADIX_BITS = 11
 _RADIX_SIZE = 1 << _RADIX_BITS
 # Position of the only set bit of a word: multiply by a de Bruijn sequence, look the top bits up.
@@ -65,7 +70,7 @@ def encode_cells(
     ----------
     data, indices, indptr
         CSR arrays of raw counts, cells x genes of the source; any numeric dtype. Entries >= 0 and
-        finite are not checked here (see `sources.check_counts`). Explicit zeros are ignored.
+        finite are not checked here (see `data_prep.counts`). Explicit zeros are ignored.
     totals
         float64 [cells], all counts of each cell, genes outside the vocabulary included.
     column_tokens
@@ -73,29 +78,37 @@ def encode_cells(
     vocabulary
         Gives medians, special tokens and the maximum length.
     """
-    median = vocabulary.median_of_token
+    # Columns whose token stood before: -2 - token. A cell that has counts there is summed by token.
+    first_of = np.full(vocabulary.num_tokens, -1)
+    first_of[column_tokens[::-1]] = np.arange(len(column_tokens))[::-1]
+    is_repeat = (column_tokens >= 0) & (first_of[column_tokens] != np.arange(len(column_tokens)))
+    coded = np.where(is_repeat, -2 - column_tokens, column_tokens).astype(np.int32)
     with np.errstate(divide="ignore", invalid="ignore"):
-        reciprocal_median = 1.0 / median
-    gene_slots = vocabulary.max_length - (2 if vocabulary.has_cls else 0)
-    tokens, lengths, detected = _encode(
-        np.ascontiguousarray(data, dtype=np.float64),
-        indices,
-        indptr,
+        reciprocal_median = 1.0 / vocabulary.median_of_token
+    special = vocabulary.special_tokens
+    frame = 2 if vocabulary.has_cls else 0
+    gene_slots = vocabulary.max_length - frame
+    num_cells = len(indptr) - 1
+    most = int(np.minimum(np.diff(indptr), gene_slots).sum()) + frame * num_cells
+    tokens = np.empty(most, token_dtype(vocabulary.num_tokens))
+    offsets, detected = np.zeros(num_cells + 1, np.int64), np.empty(num_cells, np.int32)
+    _encode(
+        # Few combinations of types: each is compiled once.
+        data if data.dtype in (np.float32, np.int32) else data.astype(np.float64, copy=False),
+        indices.astype(np.int32, copy=False),
+        indptr.astype(np.int64, copy=False),
         np.ascontiguousarray(totals, dtype=np.float64),
-        column_tokens,
-        reciprocal_median,
+        coded,
+        np.where(column_tokens >= 0, reciprocal_median[column_tokens], 0.0),
+        vocabulary.num_tokens,
         gene_slots,
+        special.get(CLS, -1),
+        special.get(EOS, -1),
+        tokens,
+        offsets,
+        detected,
     )
-    if vocabulary.has_cls:
-        tokens, lengths = _add_special(
-            tokens,
-            lengths,
-            np.int32(vocabulary.special_tokens["<cls>"]),
-            np.int32(vocabulary.special_tokens["<eos>"]),
-        )
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return EncodedCells(tokens.astype(token_dtype(vocabulary.num_tokens)), offsets, detected)
+    return EncodedCells(tokens[: offsets[-1]], offsets, detected)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -141,67 +154,125 @@ def _sort_descending(values, tokens, work_values, work_tokens, size, histogram):
 
 
 @numba.njit(cache=True, nogil=True)
-def _encode(data, indices, indptr, totals, column_tokens, reciprocal_median, gene_slots):
-    """Return (tokens, lengths, detected) of a CSR block; see `encode_cells`."""
-    num_cells = len(indptr) - 1
-    num_tokens = len(reciprocal_median)
-    words = (num_tokens + 63) // 64
-    counts = np.zeros(num_tokens)
-    present = np.zeros(words, np.uint64)
-    values, work_values = np.empty(num_tokens), np.empty(num_tokens)
-    ranked, work_ranked = np.empty(num_tokens, np.int32), np.empty(num_tokens, np.int32)
-    histogram = np.empty(_RADIX_SIZE, np.int64)
-    upper = 0
-    for cell in range(num_cells):
-        upper += min(indptr[cell + 1] - indptr[cell], gene_slots)
-    tokens = np.empty(upper, np.int32)
-    lengths = np.empty(num_cells, np.int64)
-    detected = np.empty(num_cells, np.int32)
-    used = 0
-    for cell in range(num_cells):
-        for k in range(indptr[cell], indptr[cell + 1]):
-            count = data[k]
-            token = column_tokens[indices[k]]
-            if token >= 0 and count > 0.0:
-                counts[token] += count
-                present[token >> 6] |= np.uint64(1) << np.uint64(token & 63)
-        scale = 1.0 / totals[cell] if totals[cell] > 0.0 else 0.0
-        size = 0
-        # Walking the bitmap yields the tokens in ascending order: the tie rule needs no key.
-        for w in range(words):
-            bits = present[w]
-            if bits == np.uint64(0):
-                continue
-            present[w] = np.uint64(0)
-            while bits != np.uint64(0):
-                lowest = bits & (~bits + np.uint64(1))
-                bits ^= lowest
-                token = w * 64 + _BIT_INDEX[(lowest * _DE_BRUIJN) >> np.uint64(58)]
-                values[size] = counts[token] * scale * TARGET_SUM * reciprocal_median[token]
-                ranked[size] = token
-                counts[token] = 0.0
-                size += 1
-        if size > 1:
-            _sort_descending(values, ranked, work_values, work_ranked, size, histogram)
-        kept = min(size, gene_slots)
-        for i in range(kept):
-            tokens[used + i] = ranked[i]
-        used += kept
-        lengths[cell] = kept
-        detected[cell] = size
-    return tokens[:used], lengths, detected
+def _sort_keys(keys, work, size, smallest, slots, bins):
+    """Put the `slots` smallest of `size` keys in order into `work`; return how many, or -1.
+
+    One counting pass over exponent and 9 bits of the mantissa, from the smallest key (the largest
+    value) up: 512 bins an octave, 32 octaves. Bins behind the last slot are left out. What shares a
+    bin is put in order by insertion; where too many share one, nothing is done and -1 returned. -1
+    also if two values cannot be told apart by what the keys hold of them.
+    """
+    base = smallest >> _BIN_SHIFT
+    last = 0
+    for i in range(size):
+        b = min(np.int64((keys[i] >> _BIN_SHIFT) - base), _NUM_BINS - 1)
+        bins[b] += 1
+        last = max(last, b)
+    start, cut, fullest = 0, last, 0
+    for b in range(last + 1):
+        count = bins[b]
+        bins[b] = start
+        fullest = max(fullest, count)
+        start += count
+        if start >= slots:
+            cut = b
+            break
+    if fullest > _FULLEST_BIN:
+        bins[: last + 1] = 0
+        return -1
+    for i in range(size):
+        key = keys[i]
+        b = min(np.int64((key >> _BIN_SHIFT) - base), _NUM_BINS - 1)
+        if b <= cut:
+            work[bins[b]] = key
+            bins[b] += 1
+    bins[: last + 1] = 0
+    unclear = False
+    for i in range(1, start):
+        key = work[i]
+        j = i - 1
+        while j >= 0 and work[j] > key:
+            work[j + 1] = work[j]
+            j -= 1
+        work[j + 1] = key
+    for i in range(1, start):
+        unclear |= work[i] ^ work[i - 1] <= _TOKEN_MASK
+    return -1 if unclear else min(start, slots)
 
 
 @numba.njit(cache=True, nogil=True)
-def _add_special(tokens, lengths, cls_token, eos_token):
-    """Return the sequences with <cls> in front and <eos> behind (also of empty cells)."""
-    out = np.empty(len(tokens) + 2 * len(lengths), np.int32)
-    new_lengths = lengths + 2
-    read = write = 0
-    for cell in range(len(lengths)):
-        out[write] = cls_token
-        out[write + 1 : write + 1 + lengths[cell]] = tokens[read : read + lengths[cell]]
-        out[write + 1 + lengths[cell]] = eos_token
-        read += lengths[cell]
-        write += new_lengths[cell]
-    return out, new_lengths
+def _encode(
+    data, indices, indptr, totals, column_tokens, column_factors, num_tokens, gene_slots,
+    cls_token, eos_token, out, offsets, detected,
+):  # fmt: skip
+    """Fill `out`, `offsets` and `detected`; see `encode_cells`."""
+    words = (num_tokens + 63) // 64
+    counts, factors = np.zeros(num_tokens), np.zeros(num_tokens)
+    present = np.zeros(words, np.uint64)
+    room = max(num_tokens, 1)
+    values, work_values = np.empty(room), np.empty(room)
+    keys, work_keys = np.empty(room, np.uint64), np.empty(room, np.uint64)
+    ranked, work_ranked = np.empty(room, np.int32), np.empty(room, np.int32)
+    bins = np.zeros(_NUM_BINS, np.int32)
+    histogram = np.empty(_RADIX_SIZE, np.int64)
+    bits_of_values = values.view(np.uint64)
+    used = 0
+    for cell in range(len(indptr) - 1):
+        scale = 1.0 / totals[cell] if totals[cell] > 0.0 else 0.0
+        first, stop = indptr[cell], indptr[cell + 1]
+        size, kept = 0, -1
+        if num_tokens <= 1 << 16:  # a token fits into a key
+            smallest, previous, is_once = ~np.uint64(0), -1, True
+            for k in range(first, stop):
+                column = indices[k]
+                token = column_tokens[column]
+                is_once &= column > previous and token > -2  # else a gene may stand twice
+                previous = column
+                count = np.float64(data[k])
+                if token >= 0 and count > 0.0 and is_once:
+                    values[size] = count * scale * TARGET_SUM * column_factors[column]
+                    key = (~bits_of_values[size] & ~_TOKEN_MASK) | np.uint64(token)
+                    keys[size] = key
+                    smallest = min(smallest, key)
+                    size += 1
+            if is_once:
+                kept = _sort_keys(keys, work_keys, size, smallest, gene_slots, bins)
+        is_plain = kept >= 0
+        if not is_plain:
+            # The general way: sum what shares a token, ascending tokens first (the tie rule), then
+            # a sort whose time does not depend on the values.
+            for k in range(first, stop):
+                column = indices[k]
+                token = column_tokens[column]
+                token = -2 - token if token < -1 else token
+                count = np.float64(data[k])
+                if token >= 0 and count > 0.0:
+                    counts[token] += count
+                    factors[token] = column_factors[column]
+                    present[token >> 6] |= np.uint64(1) << np.uint64(token & 63)
+            size = 0
+            for w in range(words):
+                bits = present[w]
+                present[w] = np.uint64(0)
+                while bits != np.uint64(0):
+                    lowest = bits & (~bits + np.uint64(1))
+                    bits ^= lowest
+                    token = w * 64 + _BIT_INDEX[(lowest * _DE_BRUIJN) >> np.uint64(58)]
+                    values[size] = counts[token] * scale * TARGET_SUM * factors[token]
+                    ranked[size] = token
+                    counts[token] = 0.0
+                    size += 1
+            if size > 1:
+                _sort_descending(values, ranked, work_values, work_ranked, size, histogram)
+            kept = min(size, gene_slots)
+        if cls_token >= 0:
+            out[used] = cls_token
+            used += 1
+        for i in range(kept):
+            out[used + i] = work_keys[i] & _TOKEN_MASK if is_plain else ranked[i]
+        used += kept
+        if eos_token >= 0:
+            out[used] = eos_token
+            used += 1
+        offsets[cell + 1] = used
+        detected[cell] = size

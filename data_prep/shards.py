@@ -4,9 +4,11 @@ A folder of shards holds
 
 - ``{split}-L{length}-{number}.tar``: each member ``{number}.arrow`` is an Arrow IPC stream with one
   record batch of cells of one length bucket: ``input_ids`` (list<uint16>), ``cell_id``, ``dataset``
-  and the metadata columns asked for. The tars are ordinary webdataset shards.
+  and the metadata columns asked for. The tars are ordinary webdataset shards. All blocks of a
+  bucket but its last hold the same number of cells.
 - ``index.parquet``: one row per member: where it is, which cells it holds, its crc32.
 - ``vocabulary.json``: the vocabulary the tokens were made with.
+- ``statistics.json``: cells of each length, cells with each token.
 - ``manifest.json``: what was read, kept and rejected, buckets, shards with SHA-256, and a
   fingerprint over all that decides the cells and their order.
 
@@ -34,8 +36,11 @@ import pyarrow.parquet as pq
 
 from data_prep.vocab import Vocabulary, load_vocabulary
 
-SHARD_FORMAT = "geneloom-shards/1"
+SHARD_FORMAT = "geneloom-shards/2"
+# /1 had metadata columns as plain strings and no statistics.json.
+READABLE_FORMATS = ("geneloom-shards/1", SHARD_FORMAT)
 MANIFEST_NAME, INDEX_NAME, VOCABULARY_NAME = "manifest.json", "index.parquet", "vocabulary.json"
+STATISTICS_NAME = "statistics.json"
 SPLITS = ("train", "heldout")
 _PARTIAL = ".partial"
 _TAR_BLOCK = 512
@@ -56,82 +61,70 @@ INDEX_SCHEMA = pa.schema(
 )
 
 
-class BucketWriter:
-    """Writes the blocks of one (split, bucket) into a series of tars, the same bytes every time."""
+class TarWriter:
+    """Writes the blocks of one tar, the same bytes every time.
 
-    def __init__(self, folder: Path, split: str, bucket_length: int, shard_bytes: int) -> None:
-        self.split = split
-        self.bucket_length = bucket_length
-        self.shards: list[dict] = []
+    Parameters
+    ----------
+    number
+        Of the tar within its split and bucket.
+    first_block
+        Number of the first block within split and bucket.
+    """
+
+    def __init__(
+        self, folder: Path, split: str, bucket_length: int, number: int, first_block: int
+    ) -> None:
         self.members: list[dict] = []
-        self._folder = folder
-        self._shard_bytes = shard_bytes
-        self._file = None
+        self._stem = f"{split}-L{bucket_length:04d}"
+        self._name = f"{self._stem}-{number:05d}.tar"
+        self._split, self._bucket_length, self._first_block = split, bucket_length, first_block
+        self._file = (folder / self._name).open("wb")
+        self._sha256 = hashlib.sha256()
+        self._size = 0
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Append one block as a tar member."""
-        if self._file is None:
-            self._open_shard()
-        assert self._file is not None
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, batch.schema) as stream:
             stream.write_batch(batch)
-        payload = sink.getvalue().to_pybytes()
+        payload = memoryview(sink.getvalue())
         # webdataset groups members by the name up to the first dot: unique over all shards.
-        info = tarfile.TarInfo(f"{self._stem()}-{len(self.members):08d}.arrow")
+        info = tarfile.TarInfo(f"{self._stem}-{self._first_block + len(self.members):08d}.arrow")
         info.size, info.mode = len(payload), 0o644
         header = info.tobuf(format=tarfile.USTAR_FORMAT)
-        tokens = int(batch.column("input_ids").values.__len__())
         self.members.append(
             {
-                "shard": len(self.shards),
-                "offset": self._file.tell() + len(header),
+                "offset": self._size + len(header),
                 "bytes": len(payload),
                 "cells": batch.num_rows,
-                "tokens": tokens,
+                "tokens": len(batch.column("input_ids").values),
                 "crc32": zlib.crc32(payload),
             }
         )
-        self._put(header + payload + b"\0" * (-len(payload) % _TAR_BLOCK))
-        self._cells += batch.num_rows
-        self._tokens += tokens
-        if self._file.tell() >= self._shard_bytes:
-            self.close_shard()
+        for part in (header, payload, b"\0" * (-len(payload) % _TAR_BLOCK)):
+            self._put(part)
 
-    def _stem(self) -> str:
-        return f"{self.split}-L{self.bucket_length:04d}"
-
-    def _open_shard(self) -> None:
-        self._name = f"{self._stem()}-{len(self.shards):05d}.tar"
-        self._file = (self._folder / self._name).open("wb")
-        self._sha256, self._cells, self._tokens = hashlib.sha256(), 0, 0
-
-    def _put(self, data: bytes) -> None:
-        assert self._file is not None
+    def _put(self, data: bytes | memoryview) -> None:
         self._file.write(data)
         self._sha256.update(data)
+        self._size += len(data)
 
-    def close_shard(self) -> None:
-        """Finish the open tar, if any."""
-        if self._file is None:
-            return
+    def close(self) -> dict:
+        """Finish the tar; return its entry of the manifest."""
         self._put(b"\0" * (2 * _TAR_BLOCK))
-        size = self._file.tell()
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        self._file = None
-        self.shards.append(
-            {
-                "name": self._name,
-                "split": self.split,
-                "bucket_length": self.bucket_length,
-                "cells": self._cells,
-                "tokens": self._tokens,
-                "bytes": size,
-                "sha256": self._sha256.hexdigest(),
-            }
-        )
+        return {
+            "name": self._name,
+            "split": self._split,
+            "bucket_length": self._bucket_length,
+            "cells": sum(m["cells"] for m in self.members),
+            "tokens": sum(m["tokens"] for m in self.members),
+            "bytes": self._size,
+            "sha256": self._sha256.hexdigest(),
+        }
 
 
 def require_new(out: Path) -> None:
@@ -170,26 +163,38 @@ def complete_folder(out: Path, record: str) -> Iterator[Path]:
         raise
 
 
-def write_index(folder: Path, writers: list[BucketWriter]) -> list[dict]:
-    """Write ``index.parquet`` over all closed writers; return the shard list of the manifest."""
+def write_index(path: Path, shards: list[dict], members: list[list[dict]]) -> None:
+    """Write ``index.parquet``: `members` of each of `shards`, in the order that numbers cells."""
     rows: dict[str, list] = {name: [] for name in INDEX_SCHEMA.names}
-    shards: list[dict] = []
     first_cell = 0
-    for writer in writers:
-        for member in writer.members:
+    for number, (shard, inside) in enumerate(zip(shards, members, strict=True)):
+        for member in inside:
             row = member | {
-                "split": SPLITS.index(writer.split),
-                "bucket_length": writer.bucket_length,
-                "shard": member["shard"] + len(shards),
+                "split": SPLITS.index(shard["split"]),
+                "bucket_length": shard["bucket_length"],
+                "shard": number,
                 "first_cell": first_cell,
             }
             for name in rows:
                 rows[name].append(row[name])
             first_cell += member["cells"]
-        shards.extend(writer.shards)
-    table = pa.table(rows, schema=INDEX_SCHEMA)
-    pq.write_table(table, folder / INDEX_NAME, compression="zstd")
-    return shards
+    pq.write_table(pa.table(rows, schema=INDEX_SCHEMA), path, compression="zstd")
+
+
+def summarise_buckets(shards: list[dict], members: list[list[dict]]) -> list[dict]:
+    """Return one entry per split and bucket: cells, tokens, bytes, blocks, tars."""
+    buckets: dict[tuple[str, int], dict] = {}
+    for shard, inside in zip(shards, members, strict=True):
+        key = (shard["split"], shard["bucket_length"])
+        names = ("cells", "tokens", "bytes", "blocks", "shards")
+        entry = buckets.setdefault(
+            key, {"split": key[0], "length": key[1]} | dict.fromkeys(names, 0)
+        )
+        for name, value in zip(
+            names, (shard["cells"], shard["tokens"], shard["bytes"], len(inside), 1), strict=True
+        ):
+            entry[name] += value
+    return list(buckets.values())
 
 
 def fingerprint(manifest: dict) -> str:
@@ -239,9 +244,10 @@ class ShardSet:
             self.manifest: dict = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: damaged ({error}); prepare the folder again") from error
-        if self.manifest.get("format") != SHARD_FORMAT:
+        if self.manifest.get("format") not in READABLE_FORMATS:
             raise ValueError(
-                f"{path}: format {self.manifest.get('format')!r}, this version reads {SHARD_FORMAT}"
+                f"{path}: format {self.manifest.get('format')!r}, this version reads "
+                f"{READABLE_FORMATS}"
             )
         self.vocabulary: Vocabulary = load_vocabulary(folder / VOCABULARY_NAME)
         if self.vocabulary.sha256 != self.manifest["vocabulary_sha256"]:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from data_prep.check import CheckResult
+    from data_prep.verify import Problem
 
 
 def padding_share(buckets: list[dict]) -> float:
@@ -16,14 +22,7 @@ def print_manifest(manifest: dict, folder: str, console: Console | None = None) 
     """Print sources, rejections, buckets and totals of a manifest."""
     console = console or Console()
     console.print(_sources_table(manifest["sources"]))
-    for s in manifest["sources"]:
-        if s["duplicated_genes"]:
-            console.print(
-                f"summed in {s['name']}: {s['duplicated_genes']:,} columns with a repeated gene id",
-                highlight=False,
-            )
-        for reason, cells in sorted(s["rejected"].items()):
-            console.print(f"rejected in {s['name']}: {cells:,} cells: {reason}", highlight=False)
+    _print_rejections(manifest, console)
     console.print(_buckets_table(manifest["buckets"]))
     buckets, shards = manifest["buckets"], manifest["shards"]
     tokens = sum(b["tokens"] for b in buckets)
@@ -44,6 +43,53 @@ def print_manifest(manifest: dict, folder: str, console: Console | None = None) 
     )
 
 
+def print_check(result: CheckResult, console: Console | None = None) -> None:
+    """Print what `prepare` would do, and what is wrong."""
+    console = console or Console()
+    if result.sources:
+        console.print(_sources_table(result.sources))
+        _print_rejections({"sources": result.sources, "datasets": result.datasets}, console)
+        read = sum(s["cells_read"] for s in result.sources)
+        kept = sum(s["cells_kept"] for s in result.sources)
+        tokens = sum(s["tokens"] for s in result.sources)
+        console.print(
+            f"cells read {read:,}, would be kept {kept:,}, rejected {read - kept:,}; "
+            f"{tokens:,} tokens",
+            highlight=False,
+        )
+    for problem in result.problems:
+        console.print(f"problem: {problem}", highlight=False, markup=False, soft_wrap=True)
+    if not result.problems:
+        console.print("no problem found")
+
+
+def print_problems(problems: list[Problem], console: Console | None = None) -> None:
+    """Print what `verify` found."""
+    console = console or Console()
+    for problem in problems:
+        console.print(f"damaged: {problem.message}", highlight=False, markup=False, soft_wrap=True)
+    if not problems:
+        console.print("every checksum, count and bound is as recorded")
+
+
+def _print_rejections(manifest: dict, console: Console) -> None:
+    """Print what was summed, renamed and rejected, and the limits of the quality filters."""
+    for s in manifest["sources"]:
+        genes = s["genes"]
+        if not isinstance(genes, dict):  # tokens, or a manifest of format 1
+            continue
+        for number, text in (
+            (genes["duplicated"], "columns with a repeated gene id: their counts are summed"),
+            (genes["by_alias"], "gene ids mapped to current ones"),
+            (genes["nameless"], "columns without a gene id: they count in the totals only"),
+        ):
+            if number:
+                console.print(f"{s['name']}: {number:,} {text}", highlight=False)
+    for d in manifest.get("datasets", manifest["sources"]):
+        for reason, cells in sorted(d["rejected"].items()):
+            console.print(f"rejected in {d['name']}: {cells:,} cells: {reason}", highlight=False)
+
+
 def _sources_table(sources: list[dict]) -> Table:
     table = Table(title="sources", title_justify="left")
     table.add_column("source", no_wrap=True)
@@ -51,7 +97,9 @@ def _sources_table(sources: list[dict]) -> Table:
     for name in ("read", "kept", "tokens/cell", "truncated", "genes known", "counts known"):
         table.add_column(name, justify="right")
     for s in sources:
-        share = s["counts_in_vocabulary"]
+        share, genes = s["counts_in_vocabulary"], s["genes"]
+        if isinstance(genes, dict):
+            genes = f"{genes['known']:,}/{genes['genes']:,}"
         table.add_row(
             s["name"],
             s["kind"],
@@ -59,7 +107,7 @@ def _sources_table(sources: list[dict]) -> Table:
             f"{s['cells_kept']:,}",
             f"{s['tokens'] / max(1, s['cells_kept']):,.0f}",
             f"{s['truncated']:,}",
-            f"{s['genes_in_vocabulary']:,}/{s['genes']:,}" if s["genes"] else "-",
+            f"{genes or '-'}",
             f"{share:.1%}" if share is not None else "-",
         )
     return table

@@ -9,11 +9,10 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 
+from data_prep.open import open_path
 from data_prep.rank import encode_cells
-from data_prep.sources import H5adSource, SourceOptions, open_source
+from data_prep.sources import CountSource, SourceOptions
 from data_prep.vocab import Vocabulary
-
-_READ_CELLS = 4096
 
 
 @dataclass(frozen=True)
@@ -65,14 +64,14 @@ def encode_file(
     ValueError
         As `geneloom prepare`: no h5ad, no raw counts, genes that do not match, missing columns.
     """
-    source = open_source(path, options)
-    if not isinstance(source, H5adSource):
-        raise ValueError(f"{path}: expected an .h5ad with raw counts")
+    source = open_path(path, options)
+    if not isinstance(source, CountSource):
+        raise ValueError(f"{path}: expected a count matrix, e.g. an .h5ad with raw counts")
     column_tokens = source.column_tokens(vocabulary, min_overlap)
     tokens: list[np.ndarray] = []
     has_genes, counts, ids = [], [], []
-    metadata: dict[str, list[str]] = {c: [] for c in options.columns}
-    for block in source.blocks(_READ_CELLS):
+    metadata: dict[str, list[str]] = {c: [] for c in options.column_names}
+    for block in source.blocks():
         encoded = encode_cells(
             block.data, block.indices, block.indptr, block.totals, column_tokens, vocabulary
         )

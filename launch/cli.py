@@ -12,7 +12,10 @@ from data_prep.errors import run_app
 # verb -> (module, function or typer application, what it makes of what)
 VERBS = {
     "prepare": ("data_prep.cli", "prepare_command", "cells -> shards"),
-    "inspect": ("data_prep.cli", "inspect_command", "print what a shard folder holds"),
+    "check": ("data_prep.cli", "check_command", "what prepare would do with these cells"),
+    "medians": ("data_prep.cli", "medians_command", "cells -> vocabulary with medians"),
+    "inspect": ("data_prep.cli", "inspect_command", "show what a shard folder holds"),
+    "verify": ("data_prep.cli", "verify_command", "check every byte of a shard folder; repair"),
     "pretrain": ("pretrain.cli", "pretrain_command", "shards -> checkpoints"),
     "launch": ("launch.local", "app", "pretrain on several ranks"),
     "export": ("pretrain.cli", "export_command", "checkpoint -> Hugging Face folder"),

@@ -10,7 +10,7 @@ import pandas as pd
 import scipy.sparse
 
 from data_prep.prepare import PrepareOptions, prepare
-from data_prep.sources import SourceOptions
+from data_prep.sources import SourceOptions, source_at
 
 
 def make_cells(
@@ -45,11 +45,7 @@ def write_cells(path: Path, **kwargs) -> Path:
 def make_shards(folder: Path, heldout: float = 0.1, block_cells: int = 16, **kwargs) -> Path:
     """Return a folder of shards of fake cells, with a vocabulary built from them."""
     source = write_cells(folder / "cells.h5ad", **kwargs)
-    options = PrepareOptions(
-        heldout_share=heldout,
-        block_cells=block_cells,
-        vocabulary_min_cells=1,
-        source=SourceOptions(columns=("cell_type", "donor")),
-    )
-    prepare([source], folder / "shards", None, options)
+    options = PrepareOptions(heldout_share=heldout, block_cells=block_cells, vocabulary_min_cells=1)
+    spec = source_at(source, SourceOptions(columns=("cell_type", "donor")))
+    prepare([spec], folder / "shards", None, options)
     return folder / "shards"

@@ -70,7 +70,7 @@ def test_prepare_inspect_dry_run(tmp_path):
     again = geneloom("inspect", "shards", cwd=tmp_path)
     assert again.returncode == 0
     summary = next(x for x in done.stdout.splitlines() if x.startswith("cells read"))
-    assert summary == "cells read 120, kept 120, rejected 0; held out 25"
+    assert summary == "cells read 120, kept 120, rejected 0; held out 22"
     assert summary in again.stdout
     plan = geneloom(
         "pretrain", "--config", "tiny", "--dry-run", "data.shards=shards", "run.out=r", cwd=tmp_path

@@ -11,20 +11,19 @@ import scipy.sparse
 import webdataset
 
 from data_prep.buckets import bucket_of, choose_buckets
-from data_prep.medians import build_vocabulary
 from data_prep.prepare import PrepareOptions, prepare
 from data_prep.rank import encode_cells
 from data_prep.shards import ShardSet
-from data_prep.sources import SourceOptions, open_source
+from data_prep.sources import SourceOptions, SourceSpec, source_at
 from data_prep.tables import padding_share
 from tests.synthetic import make_cells, write_cells
 
-OPTIONS = PrepareOptions(
-    heldout_share=0.2,
-    block_cells=16,
-    vocabulary_min_cells=1,
-    source=SourceOptions(columns=("donor", "cell_type")),
-)
+OPTIONS = PrepareOptions(heldout_share=0.2, block_cells=16, vocabulary_min_cells=1)
+READING = SourceOptions(columns=("donor", "cell_type"))
+
+
+def specs(*paths: Path, reading: SourceOptions = READING) -> list[SourceSpec]:
+    return [source_at(p, reading) for p in paths]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -33,7 +32,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_every_cell_arrives_once_with_its_tokens(tmp_path):
     source = write_cells(tmp_path / "cells.h5ad", num_cells=150)
-    prepare([source], tmp_path / "out", None, OPTIONS)
+    prepare(specs(source), tmp_path / "out", None, OPTIONS)
     shards = ShardSet(tmp_path / "out")
     vocabulary = shards.vocabulary
     cells = make_cells(150)
@@ -61,15 +60,16 @@ def test_every_cell_arrives_once_with_its_tokens(tmp_path):
 
 def test_bytes_do_not_depend_on_memory_or_reading(tmp_path, monkeypatch):
     source = write_cells(tmp_path / "cells.h5ad", num_cells=150)
-    prepare([source], tmp_path / "a", None, OPTIONS)
-    monkeypatch.setattr("data_prep.prepare._READ_CELLS", 17)
-    prepare([source], tmp_path / "b", None, replace(OPTIONS, memory_gib=1e-4))
+    prepare(specs(source), tmp_path / "a", None, OPTIONS)
+    monkeypatch.setattr("data_prep.sources._READ_CELLS", 17)
+    monkeypatch.setattr("data_prep.prepare.CHUNK_CELLS", 50)
+    prepare(specs(source), tmp_path / "b", None, replace(OPTIONS, memory_gib=1e-5))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 def test_tars_are_webdataset_shards(tmp_path):
     source = write_cells(tmp_path / "cells.h5ad", num_cells=150)
-    manifest = prepare([source], tmp_path / "out", None, OPTIONS)
+    manifest = prepare(specs(source), tmp_path / "out", None, OPTIONS)
     urls = [str(tmp_path / "out" / s["name"]) for s in manifest["shards"]]
     ids = []
     for sample in webdataset.WebDataset(urls, shardshuffle=False):
@@ -87,7 +87,9 @@ def test_rejections_are_counted_by_reason(tmp_path):
     cells.X = matrix.tocsr()
     cells.obs["filter_pass"] = [0, 0, 0] + [1] * 57
     cells.write_h5ad(tmp_path / "cells.h5ad")
-    manifest = prepare([tmp_path / "cells.h5ad"], tmp_path / "out", None, OPTIONS)
+    manifest = prepare(
+        specs(tmp_path / "cells.h5ad", reading=SourceOptions()), tmp_path / "out", None, OPTIONS
+    )
     (report,) = manifest["sources"]
     assert report["cells_read"] == 60
     assert report["rejected"] == {
@@ -101,7 +103,7 @@ def test_rejections_are_counted_by_reason(tmp_path):
 def test_heldout_groups_are_never_split(tmp_path):
     source = write_cells(tmp_path / "cells.h5ad", num_cells=150)
     options = replace(OPTIONS, heldout_by="donor", heldout_share=0.3)
-    prepare([source], tmp_path / "out", None, options)
+    prepare(specs(source), tmp_path / "out", None, options)
     shards = ShardSet(tmp_path / "out")
     donors = {
         split: {d for b in shards.iter_blocks(split) for d in b.batch.column("donor").to_pylist()}
@@ -114,14 +116,12 @@ def test_heldout_groups_are_never_split(tmp_path):
 
 
 def test_nothing_is_left_behind_after_an_error(tmp_path):
-    good = write_cells(tmp_path / "a.h5ad")
     bad = make_cells(30)
     bad.X = bad.X.toarray() / 3
     bad.write_h5ad(tmp_path / "b.h5ad")
     before = set(tmp_path.iterdir())
-    vocabulary = build_vocabulary([open_source(good, SourceOptions())], 1, None)  # type: ignore
     with pytest.raises(ValueError, match=r"b\.h5ad.*no integers"):
-        prepare([good, tmp_path / "b.h5ad"], tmp_path / "out", vocabulary, OPTIONS)
+        prepare(specs(tmp_path / "b.h5ad"), tmp_path / "out", None, OPTIONS)
     assert set(tmp_path.iterdir()) == before
 
 
@@ -136,7 +136,7 @@ def test_nothing_is_left_behind_after_an_error(tmp_path):
 def test_wrong_settings(change, message, tmp_path):
     source = write_cells(tmp_path / "cells.h5ad")
     with pytest.raises(ValueError, match=message):
-        prepare([source], tmp_path / "out", None, replace(OPTIONS, **change))
+        prepare(specs(source), tmp_path / "out", None, replace(OPTIONS, **change))
     assert not (tmp_path / "out").exists()
 
 
@@ -145,13 +145,13 @@ def test_folder_that_is_not_empty_is_kept(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="not an empty folder"):
-        prepare([source], tmp_path / "out", None, OPTIONS)
+        prepare(specs(source), tmp_path / "out", None, OPTIONS)
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
 
 
 def test_damaged_shards_are_named(tmp_path):
     source = write_cells(tmp_path / "cells.h5ad")
-    prepare([source], tmp_path / "out", None, OPTIONS)
+    prepare(specs(source), tmp_path / "out", None, OPTIONS)
     shards = ShardSet(tmp_path / "out")
     victim = tmp_path / "out" / shards.manifest["shards"][0]["name"]
     data = bytearray(victim.read_bytes())
@@ -167,32 +167,6 @@ def test_damaged_shards_are_named(tmp_path):
     )
     with pytest.raises(ValueError, match="were made with"):
         ShardSet(tmp_path / "out")
-
-
-def test_medians_are_those_of_numpy(tmp_path):
-    cells = make_cells(80)
-    cells.write_h5ad(tmp_path / "cells.h5ad")
-    vocabulary = build_vocabulary(
-        [open_source(tmp_path / "cells.h5ad", SourceOptions())],  # type: ignore[list-item]
-        1,
-        None,
-    )
-    dense = cells.X.toarray().astype(np.float64)
-    normalised = dense / dense.sum(axis=1, keepdims=True) * 10_000
-    for gene, median in zip(vocabulary.genes, vocabulary.medians, strict=True):
-        column = normalised[:, cells.var_names.get_loc(gene)]
-        np.testing.assert_allclose(median, np.median(column[column > 0]))
-
-
-def test_total_column_scales_medians(tmp_path):
-    cells = make_cells(80)
-    cells.obs["n_counts"] = np.asarray(cells.X.sum(axis=1)).ravel() * 2
-    cells.write_h5ad(tmp_path / "cells.h5ad")
-    plain, scaled = (
-        build_vocabulary([open_source(tmp_path / "cells.h5ad", o)], 1, None)  # type: ignore
-        for o in (SourceOptions(), SourceOptions(total_column="n_counts"))
-    )
-    np.testing.assert_allclose(plain.medians, 2 * scaled.medians)
 
 
 @pytest.mark.parametrize("mean", [120, 500, 1200, 3000])
@@ -221,18 +195,18 @@ def test_folder_may_be_the_current_one_or_a_link(tmp_path, monkeypatch):
     source = write_cells(tmp_path / "cells.h5ad")
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    prepare([source], tmp_path / "link", None, OPTIONS)
+    prepare(specs(source), tmp_path / "link", None, OPTIONS)
     assert ShardSet(tmp_path / "real").num_cells == 120
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    prepare([source], Path(), None, OPTIONS)
+    prepare(specs(source), Path(), None, OPTIONS)
     assert ShardSet(tmp_path / "here").num_cells == 120
 
 
 def test_folders_made_for_nothing_are_removed(tmp_path):
     source = write_cells(tmp_path / "cells.h5ad")
     with pytest.raises(ValueError, match="only one"):
-        prepare([source], tmp_path / "a" / "b", None, replace(OPTIONS, heldout_by="dataset"))
+        prepare(specs(source), tmp_path / "a" / "b", None, replace(OPTIONS, heldout_by="dataset"))
     assert not (tmp_path / "a").exists()
 
 
@@ -243,22 +217,30 @@ def test_folders_made_for_nothing_are_removed(tmp_path):
         ({"block_cells": 0}, "--block-cells 0"),
         ({"min_genes": 0}, "--min-genes 0"),
         ({"max_length": 4}, "--max-length 4"),
-        ({"source": SourceOptions(columns=("donor", "donor"))}, "given twice"),
-        ({"source": SourceOptions(columns=("dataset",))}, "used by the shards"),
+        ({"max_sd_counts": -1}, "--max-sd-counts -1"),
     ],
 )
-def test_numbers_and_names_are_checked(change, message, tmp_path):
+def test_numbers_are_checked(change, message, tmp_path):
     source = write_cells(tmp_path / "cells.h5ad")
     with pytest.raises(ValueError, match=message):
-        prepare([source], tmp_path / "out", None, replace(OPTIONS, **change))
+        prepare(specs(source), tmp_path / "out", None, replace(OPTIONS, **change))
+
+
+def test_names_of_the_shards_are_refused(tmp_path):
+    source = write_cells(tmp_path / "cells.h5ad")
+    with pytest.raises(ValueError, match="used by the shards"):
+        prepare(
+            specs(source, reading=SourceOptions(columns=("dataset=donor",))), tmp_path / "out",
+            None, OPTIONS,
+        )  # fmt: skip
 
 
 def test_columns_called_key_and_split_arrive(tmp_path):
     cells = make_cells(60)
     cells.obs["split"], cells.obs["key"] = "mine", [str(i) for i in range(60)]
     cells.write_h5ad(tmp_path / "cells.h5ad")
-    options = replace(OPTIONS, source=SourceOptions(columns=("split", "key")))
-    prepare([tmp_path / "cells.h5ad"], tmp_path / "out", None, options)
+    reading = SourceOptions(columns=("split", "key"))
+    prepare(specs(tmp_path / "cells.h5ad", reading=reading), tmp_path / "out", None, OPTIONS)
     for block in ShardSet(tmp_path / "out").iter_blocks("train"):
         names = block.batch.column("cell_id").to_pylist()
         assert [f"cell{k}" for k in block.batch.column("key").to_pylist()] == names
@@ -269,8 +251,9 @@ def test_real_cells_pad_little(real_data, tmp_path):
 
     names = ["pbmc3k/pbmc3k.h5ad", "sc_mixology/sc_mixology.h5ad"]
     vocabulary = open_vocabulary(real_data / "geneformer_v1_dicts")
-    sources = [real_data / n for n in names]
-    manifest = prepare(sources, tmp_path / "out", vocabulary, PrepareOptions(heldout_share=0.1))
+    sources = specs(*[real_data / n for n in names], reading=SourceOptions())
+    options = PrepareOptions(heldout_share=0.1, max_sd_counts=0, max_sd_mito=0)
+    manifest = prepare(sources, tmp_path / "out", vocabulary, options)
     assert padding_share(manifest["buckets"]) <= 0.03
     assert [s["cells_kept"] for s in manifest["sources"]] == [2638, 992]
     size = sum(

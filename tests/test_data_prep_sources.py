@@ -6,7 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.sources import SourceOptions, open_source
+from data_prep.open import open_path
+from data_prep.sources import SourceOptions
 from data_prep.vocab import from_dictionaries
 from tests.synthetic import make_cells
 
@@ -19,9 +20,13 @@ def vocabulary():
 
 
 def read_all(path, vocabulary, **options):
-    source = open_source(path, SourceOptions(**options))
+    source = open_path(path, SourceOptions(**options))
     source.column_tokens(vocabulary, 0.1)
-    return list(source.blocks(50))
+    return [
+        b
+        for at in range(0, source.num_cells, 50)
+        for b in source.blocks(at, min(at + 50, source.num_cells))
+    ]
 
 
 def test_blocks_hold_every_cell_once(tmp_path, vocabulary):
@@ -128,24 +133,24 @@ def test_wrong_columns(options, message, tmp_path, vocabulary):
 def test_files_that_are_no_h5ad(tmp_path):
     (tmp_path / "text.h5ad").write_text("no HDF5")
     with pytest.raises(ValueError, match="not an HDF5 file"):
-        open_source(tmp_path / "text.h5ad", SourceOptions())
+        open_path(tmp_path / "text.h5ad", SourceOptions())
     with h5py.File(tmp_path / "other.h5ad", "w") as file:
         file["x"] = [1]
-    with pytest.raises(ValueError, match="not an AnnData file"):
-        open_source(tmp_path / "other.h5ad", SourceOptions())
+    with pytest.raises(ValueError, match="no AnnData file"):
+        open_path(tmp_path / "other.h5ad", SourceOptions())
     make_cells(30).write_h5ad(tmp_path / "cut.h5ad")
     whole = (tmp_path / "cut.h5ad").read_bytes()
     (tmp_path / "cut.h5ad").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="cut.h5ad"):
-        open_source(tmp_path / "cut.h5ad", SourceOptions())
+        open_path(tmp_path / "cut.h5ad", SourceOptions())
     with pytest.raises(ValueError, match="no such file"):
-        open_source(tmp_path / "absent.h5ad", SourceOptions())
+        open_path(tmp_path / "absent.h5ad", SourceOptions())
 
 
 def token_file(path, cells, lengths=None):
     lengths = lengths or [len(c) for c in cells]
     pq.write_table(pa.table({"input_ids": cells, "length": lengths}), path)
-    return open_source(path, SourceOptions())
+    return open_path(path, SourceOptions())
 
 
 @pytest.mark.parametrize(
@@ -162,7 +167,7 @@ def test_wrong_tokens(cells, lengths, message, tmp_path):
     small = from_dictionaries(tokens, {f"g{i}": 1.0 for i in range(100)}, max_length=50)
     source = token_file(tmp_path / "cells.parquet", cells, lengths)
     with pytest.raises(ValueError, match=message):
-        for block in source.blocks(10):
+        for block in source.blocks():
             source.check_tokens(block, small)
 
 
@@ -175,10 +180,10 @@ def test_hugging_face_folder_equals_parquet(tmp_path):
     # What map() and filter() leave behind are no further cells.
     first = next((tmp_path / "corpus.dataset").glob("data-*.arrow"))
     (tmp_path / "corpus.dataset" / "cache-1234.arrow").write_bytes(first.read_bytes())
-    folder = open_source(tmp_path / "corpus.dataset", SourceOptions())
+    folder = open_path(tmp_path / "corpus.dataset", SourceOptions())
     parquet = token_file(tmp_path / "cells.parquet", cells)
     assert folder.num_cells == parquet.num_cells == 3
-    for a, b in zip(folder.blocks(2), parquet.blocks(2), strict=True):
+    for a, b in zip(folder.blocks(), parquet.blocks(), strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_array_equal(a.offsets, b.offsets)
 
@@ -189,7 +194,7 @@ def test_corpus_of_a_version_with_cls_is_refused(tmp_path):
     cells = [[2, 10 + i % 40, 60 + i % 30, 3] for i in range(50)]
     source = token_file(tmp_path / "cells.parquet", cells)
     with pytest.raises(ValueError, match="<cls> and <eos> of another version"):
-        source.check_tokens(next(source.blocks(50)), plain)
+        source.check_tokens(next(source.blocks()), plain)
 
 
 def test_counts_in_a_layer_of_a_file_without_x(tmp_path, vocabulary):

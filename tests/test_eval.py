@@ -6,8 +6,9 @@ import pytest
 import scipy.sparse
 from transformers import BertForMaskedLM
 
-from data_prep.medians import build_vocabulary
-from data_prep.sources import SourceOptions, open_source
+from data_prep.medians import gene_medians
+from data_prep.prepare import SERIAL
+from data_prep.sources import SourceOptions, source_at
 from data_prep.vocab import CLS, EOS, MASK, PAD, Vocabulary
 from eval.baselines import log_normalise, predict_baselines
 from eval.embed import OBSM_KEY, embed_cells, embed_file
@@ -30,7 +31,9 @@ MODEL = ModelConfig(
 
 
 def vocabulary_of(path, has_cls=False) -> Vocabulary:
-    built = build_vocabulary([open_source(path, SourceOptions())], 1, 256)  # type: ignore
+    specs = [source_at(path, SourceOptions())]
+    found = gene_medians(specs, path.parent, SERIAL, lambda what, done, total: None)
+    built = found.vocabulary(1, 256, with_cls=False)
     special = {PAD: 0, MASK: 1} | ({CLS: 2, EOS: 3} if has_cls else {})
     return Vocabulary(built.genes, built.medians, special, 256)
 

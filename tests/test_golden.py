@@ -15,6 +15,7 @@ import numpy as np
 
 from data_prep.prepare import PrepareOptions, prepare
 from data_prep.shards import ShardSet
+from data_prep.sources import SourceOptions, source_at
 from pretrain.config import load_config
 from tests.ranks import run_ranks
 from tests.runs import run_training
@@ -57,7 +58,7 @@ def _renew() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = write_cells(Path(folder) / "cells.h5ad", num_cells=40, num_genes=60)
         options = PrepareOptions(heldout_share=0.2, block_cells=8, vocabulary_min_cells=1)
-        prepare([source], SHARDS, None, options)
+        prepare([source_at(source, SourceOptions())], SHARDS, None, options)
         cells = {}
         for split in ("train", "heldout"):
             for block in ShardSet(SHARDS).iter_blocks(split):

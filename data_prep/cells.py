@@ -1,0 +1,100 @@
+"""Encoded cells in memory: ranked tokens as one flat array, everything else as an Arrow table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A number of cells.
+
+    Attributes
+    ----------
+    tokens
+        uint16 or uint32, all cells one after the other.
+    offsets
+        int64 [cells + 1] into `tokens`.
+    columns
+        Arrow table with one row per cell: ids, data sets, metadata, and what passes need.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    columns: pa.Table
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def take(self, rows: np.ndarray) -> Cells:
+        """Return chosen cells (int64 positions), copied, in the given order."""
+        tokens, offsets = gather_rows(self.tokens, self.offsets, rows)
+        return Cells(tokens, offsets, self.columns.take(pa.array(rows)))
+
+    def slice(self, start: int, stop: int) -> Cells:
+        """Return cells start..stop-1 without copying tokens."""
+        low, high = self.offsets[start], self.offsets[stop]
+        return Cells(
+            self.tokens[low:high],
+            self.offsets[start : stop + 1] - low,
+            self.columns.slice(start, stop - start),
+        )
+
+    def to_batch(self) -> pa.RecordBatch:
+        """Return one record batch: ``input_ids`` and the columns."""
+        lists = pa.ListArray.from_arrays(
+            pa.array(self.offsets.astype(np.int32)), pa.array(self.tokens)
+        )
+        columns = [
+            c.chunk(0) if c.num_chunks == 1 else c.combine_chunks() for c in self.columns.columns
+        ]
+        return pa.record_batch([lists, *columns], names=["input_ids", *self.columns.column_names])
+
+    @staticmethod
+    def of_batch(batch: pa.RecordBatch) -> Cells:
+        """Return the cells of `to_batch`, without copying."""
+        lists = batch.column("input_ids")
+        names = [n for n in batch.schema.names if n != "input_ids"]
+        return Cells(
+            np.asarray(lists.values),
+            np.asarray(lists.offsets).astype(np.int64),
+            pa.Table.from_batches([batch.select(names)]),
+        )
+
+    @staticmethod
+    def concat(parts: list[Cells]) -> Cells:
+        """Return all cells of `parts`, at least one, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        offsets = np.zeros(sum(len(p) for p in parts) + 1, dtype=np.int64)
+        np.cumsum(np.concatenate([p.lengths for p in parts]), out=offsets[1:])
+        columns = pa.concat_tables([p.columns for p in parts]).combine_chunks()
+        return Cells(np.concatenate([p.tokens for p in parts]), offsets, columns)
+
+
+def gather_rows(
+    tokens: np.ndarray, offsets: np.ndarray, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (tokens, offsets) of chosen rows; Arrow's own take goes value by value."""
+    lengths = offsets[rows + 1] - offsets[rows]
+    new_offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=new_offsets[1:])
+    out = np.empty(int(new_offsets[-1]), dtype=tokens.dtype)
+    _copy_rows(tokens, offsets, rows, new_offsets, out)
+    return out, new_offsets
+
+
+@numba.njit(cache=True, nogil=True)
+def _copy_rows(tokens, offsets, rows, new_offsets, out):
+    for i in range(len(rows)):
+        start = offsets[rows[i]]
+        for j in range(new_offsets[i + 1] - new_offsets[i]):
+            out[new_offsets[i] + j] = tokens[start + j]

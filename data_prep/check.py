@@ -1,0 +1,101 @@
+"""What would `prepare` do with these sources? Everything is read; all problems are collected."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.corpus import carried_columns
+from data_prep.encode import EncodeJob, EncodeRecord, encode_stretch
+from data_prep.prepare import (
+    PrepareOptions,
+    Progress,
+    SourceSurvey,
+    Survey,
+    check_options,
+    dataset_reports,
+    decide_all,
+    encode_jobs,
+    source_reports,
+    survey_source,
+)
+from data_prep.sources import SourceSpec
+from data_prep.vocab import Vocabulary
+from data_prep.workers import Workers
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """Entries of a manifest for the sources that can be prepared, and what is wrong with others."""
+
+    sources: list[dict]
+    datasets: list[dict]
+    problems: list[str]
+
+
+def check_sources(
+    specs: list[SourceSpec],
+    work: Path,
+    vocabulary: Vocabulary,
+    options: PrepareOptions,
+    workers: Workers,
+    progress: Progress,
+) -> CheckResult:
+    """Run the checks and the filters of `prepare` over the sources, without writing shards.
+
+    Parameters
+    ----------
+    work
+        Folder for temporary files, about 100 bytes a cell.
+    """
+    check_options(options, carried_columns(specs))
+    problems: dict[str, str] = {}
+    surveys: list[SourceSurvey] = []
+    for number, spec in enumerate(specs):
+        progress("opening", number, len(specs))
+        try:
+            surveys.append(survey_source(spec, work, vocabulary, options))
+        except ValueError as error:
+            problems[spec.path] = str(error)
+    survey = Survey(surveys, vocabulary, carried_columns(specs))
+    jobs = encode_jobs(survey, work, options, with_tokens=False)
+    outcomes = _run(jobs, workers, progress)
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        if isinstance(outcome, str):
+            problems.setdefault(job.spec.path, outcome)
+    good = [s for s in surveys if s.spec.path not in problems]
+    if not good:
+        return CheckResult([], [], list(problems.values()))
+    survey = Survey(good, vocabulary, survey.columns)
+    pairs = [
+        (job, outcome)
+        for job, outcome in zip(jobs, outcomes, strict=True)
+        if job.spec.path not in problems and isinstance(outcome, EncodeRecord)
+    ]
+    decisions = decide_all(
+        work, [p[0] for p in pairs], [p[1] for p in pairs], survey, options, progress
+    )
+    return CheckResult(
+        source_reports(survey, decisions),
+        dataset_reports(decisions, options),
+        list(problems.values()),
+    )
+
+
+def _run(jobs: list[EncodeJob], workers: Workers, progress: Progress) -> list[EncodeRecord | str]:
+    total, done = sum(j.stop - j.start for j in jobs), 0
+
+    def finished(number: int, outcome: EncodeRecord | str) -> None:
+        nonlocal done
+        done += jobs[number].stop - jobs[number].start
+        progress("checking", done, total)
+
+    return workers.run(_outcome, jobs, finished)
+
+
+def _outcome(job: EncodeJob) -> EncodeRecord | str:
+    """Return the record of a stretch, or what is wrong with it."""
+    try:
+        return encode_stretch(job)
+    except ValueError as error:
+        return str(error)

@@ -1,0 +1,176 @@
+"""What a user names on the command line -> the list of sources: globs, folders, YAML corpus lists.
+
+A corpus list is a YAML file::
+
+    defaults: {counts: raw, columns: {donor: donor_id, cell_type: cell_type}, organism: human}
+    sources:
+      - path: data/heart/*.h5ad        # relative to the list; globs, folders as elsewhere
+        dataset: heart_atlas           # groups files for the quality filters
+        columns: {donor: individual}   # name in the shards: column of obs
+      - path: census:2025-01-30
+        obs_filter: tissue_general == 'blood' and is_primary_data == True
+        dataset_column: dataset_id
+"""
+
+from __future__ import annotations
+
+import glob
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from data_prep.genes import ORGANISMS, SPECIES
+from data_prep.open import CENSUS
+from data_prep.sources import SourceOptions, SourceSpec, source_at
+
+_SUFFIXES = {".h5ad", ".loom", ".zarr", ".h5", ".parquet", ".arrow"}
+
+
+class _Settings(BaseModel):
+    """How sources are read; what is left out comes from `defaults`, then from the command line."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    counts: str | None = None
+    gene_column: str | None = None
+    columns: dict[str, str] | list[str] | None = None
+    total_column: str | None = None
+    strip_versions: bool | None = None
+    dataset_column: str | None = None
+    organism: str | None = None
+    obs_filter: str | None = None
+
+    def over(self, options: SourceOptions) -> SourceOptions:
+        """Return `options` with what is set here."""
+        given = {k: v for k, v in dict(self).items() if v is not None and hasattr(options, k)}
+        if isinstance(self.columns, dict):
+            given["columns"] = tuple(f"{name}={column}" for name, column in self.columns.items())
+        elif self.columns is not None:
+            given["columns"] = tuple(self.columns)
+        if self.organism is not None:
+            given["organism"] = organism_name(self.organism)
+        return replace(options, **given)
+
+
+class _Entry(_Settings):
+    path: str
+    dataset: str | None = None
+
+
+class _CorpusList(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    defaults: _Settings = _Settings()
+    sources: list[_Entry] = Field(min_length=1)
+
+
+def organism_name(name: str) -> str:
+    """Return the short name of an organism: ``Homo sapiens`` -> ``human``."""
+    short = ORGANISMS.get(name.strip().lower(), name.strip().lower())
+    if short not in SPECIES.values():
+        raise ValueError(f"organism {name!r}: unknown; known are {sorted(SPECIES.values())}")
+    return short
+
+
+def expand_corpus(arguments: list[str], options: SourceOptions) -> list[SourceSpec]:
+    """Return the sources that the arguments name, sorted within each glob or folder.
+
+    Parameters
+    ----------
+    arguments
+        Paths, globs, folders of files, ``census:...``, or YAML corpus lists.
+    options
+        For everything that a corpus list does not say otherwise.
+
+    Raises
+    ------
+    ValueError
+        Nothing matches, a list is wrong (all its problems at once), or two sources share a name.
+    """
+    specs: list[SourceSpec] = []
+    for argument in arguments:
+        if Path(argument).suffix in (".yaml", ".yml"):
+            specs += _read_list(Path(argument), options)
+        else:
+            specs += [source_at(p, options) for p in expand_path(argument)]
+    return _with_distinct_names(specs)
+
+
+def expand_path(pattern: str) -> list[str]:
+    """Return the sources behind one path: itself, the matches of a glob, the files of a folder."""
+    if pattern.startswith(f"{CENSUS}:"):
+        return [pattern]
+    path = Path(pattern)
+    if any(c in pattern for c in "*?[") and not path.exists():
+        found = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207  absolute patterns too
+        if not found:
+            raise ValueError(f"{pattern}: matches no file")
+        return found
+    if path.is_dir() and path.suffix not in _SUFFIXES:
+        inside = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+        matrices = [p for p in inside if p.suffix in _SUFFIXES - {".parquet", ".arrow"}]
+        matrices += [p for p in inside if p.is_dir() and list(p.glob("matrix.mtx*"))]
+        # A 10x folder, a Hugging Face folder, a SOMA experiment or a zarr group is one source.
+        markers = ("*.arrow", "*.parquet", "state.json", "matrix.mtx*", "__tiledb*", ".zgroup",
+                   "zarr.json")  # fmt: skip
+        if not any(list(path.glob(m)) for m in markers):
+            if not matrices:
+                raise ValueError(f"{pattern}: is a folder without any source; accepted: "
+                                 f"{sorted(_SUFFIXES)} and 10x folders")  # fmt: skip
+            return [str(p) for p in sorted(matrices)]
+    return [pattern]
+
+
+def _read_list(path: Path, options: SourceOptions) -> list[SourceSpec]:
+    try:
+        content = yaml.safe_load(path.read_text())
+        corpus = _CorpusList.model_validate(content)
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: not readable as YAML ({error})") from error
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors()
+        )
+        raise ValueError(f"{path}: {problems}") from error
+    specs = []
+    for entry in corpus.sources:
+        settings = entry.over(corpus.defaults.over(options))
+        is_census = entry.path.startswith(f"{CENSUS}:")
+        pattern = entry.path if is_census else str(path.parent / entry.path)
+        for found in expand_path(pattern):
+            spec = source_at(found, settings)
+            specs.append(replace(spec, dataset=entry.dataset or spec.dataset))
+    return specs
+
+
+def _with_distinct_names(specs: list[SourceSpec]) -> list[SourceSpec]:
+    """Return sources whose names tell them apart: files of one name get their folder's in front."""
+    paths = Counter(str(Path(s.path).resolve()) for s in specs)
+    double = [p for p, n in paths.items() if n > 1]
+    if double:
+        raise ValueError(f"{double[0]}: given more than once")
+    names = Counter(s.name for s in specs)
+    longer = [
+        s if names[s.name] == 1 else replace(
+            s,
+            name=f"{Path(s.path).resolve().parent.name}/{s.name}",
+            dataset=s.dataset if s.dataset != s.name
+            else f"{Path(s.path).resolve().parent.name}/{s.name}",
+        )
+        for s in specs
+    ]  # fmt: skip
+    again = [n for n, count in Counter(s.name for s in longer).items() if count > 1]
+    if again:
+        raise ValueError(
+            f"sources {again}: two files share the name of file and folder; the name tells data "
+            "apart, so rename one"
+        )
+    return longer
+
+
+def carried_columns(specs: list[SourceSpec]) -> tuple[str, ...]:
+    """Return the columns of the shards: all that any source carries, in order of appearance."""
+    return tuple(dict.fromkeys(c for s in specs for c in s.options.column_names))

@@ -1,0 +1,371 @@
+"""Pass 1: a stretch of one source -> chunk files of encoded cells, sorted by shuffle key.
+
+Each cell gets a 64-bit shuffle key, a function of seed, name of the source and row alone. A chunk
+file holds its cells in the order (split, key), with what the filters need beside the tokens; pass 2
+takes key ranges out of all chunk files. A chunk file's name carries a hash of all that decides its
+content, so that what a killed run left behind is used again exactly when it is still right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numba
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+
+from data_prep.cells import Cells
+from data_prep.filters import DatasetMoments, Moments, first_reasons, moments_by_dataset
+from data_prep.genes import BIOTYPES, Annotation, read_annotation
+from data_prep.hashing import keyed_hash, mix64, stream_key, unit_interval
+from data_prep.open import Source, open_source
+from data_prep.rank import EncodedCells, encode_cells, token_dtype
+from data_prep.sources import CountBlock, CountSource, SourceSpec
+from data_prep.tokens import TokenBlock, TokenSource
+from data_prep.vocab import Vocabulary, load_vocabulary
+
+_VERSION = 1  # of the chunk files; another number makes older ones useless
+# Columns of the chunk files only; no user's column is called so.
+KEY, SPLIT, ROW, REASON = "__key", "__split", "__row", "__reason"
+TOTAL, MITO, DETECTED, CONTENT = "__total", "__mito", "__detected", "__content"
+INTERNAL = (KEY, SPLIT, ROW, REASON, TOTAL, MITO, DETECTED, CONTENT)
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """What decides the content of chunk files, beside source and vocabulary.
+
+    `heldout_groups` are the values of column `heldout_by` that are held out. `chunk_cells` bounds
+    a file; it changes nothing in the shards.
+    """
+
+    seed: int
+    min_genes: int
+    min_overlap: float
+    heldout_share: float
+    heldout_by: str
+    heldout_groups: tuple[str, ...]
+    columns: tuple[str, ...]
+    with_tokens: bool
+    annotation_sha256: str | None
+    chunk_cells: int
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """A stretch of one source to encode; small enough to be sent to any process."""
+
+    work: Path
+    spec: SourceSpec
+    signature: str
+    start: int
+    stop: int
+    vocabulary: Path
+    vocabulary_sha256: str
+    annotation: Path | None
+    settings: EncodeSettings
+
+    @property
+    def digest(self) -> str:
+        """Hash of all that decides the chunk files."""
+        parts = [_VERSION, self.signature, self.start, self.stop, self.vocabulary_sha256]
+        parts += [asdict(self.settings)]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+    @property
+    def record_path(self) -> Path:
+        return self.work / f"chunk-{self.digest}.json"
+
+
+@dataclass(frozen=True)
+class EncodeRecord:
+    """What an `EncodeJob` left: names and cells of its files, and sums for the report."""
+
+    files: list[tuple[str, int]]
+    counts_in_vocabulary: float
+    counts: float
+    moments: dict[str, DatasetMoments]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> EncodeRecord:
+        content = json.loads(text)
+        moments = {
+            name: DatasetMoments(Moments(**m["totals"]), Moments(**m["mitochondrial"]))
+            for name, m in content["moments"].items()
+        }
+        files = [(name, cells) for name, cells in content["files"]]
+        return EncodeRecord(files, content["counts_in_vocabulary"], content["counts"], moments)
+
+
+def finished_record(job: EncodeJob) -> EncodeRecord | None:
+    """Return the record of a job that an earlier run has finished."""
+    if not job.record_path.exists():
+        return None
+    record = EncodeRecord.from_json(job.record_path.read_text())
+    return record if all((job.work / name).exists() for name, _ in record.files) else None
+
+
+def encode_stretch(job: EncodeJob) -> EncodeRecord:
+    """Read, check, encode and write one stretch.
+
+    Raises
+    ------
+    ValueError
+        Wrong or damaged input, or a source that is not what it was when the run started.
+    """
+    if job.spec.signature() != job.signature:
+        raise ValueError(_changed(job.spec))
+    source, vocabulary, column_tokens = _opened(
+        job.spec, job.signature, job.work, job.vocabulary, job.vocabulary_sha256,
+        job.annotation, job.settings.min_overlap,
+    )  # fmt: skip
+    inside = total = 0.0
+    files: list[tuple[str, int]] = []
+    moments: dict[str, DatasetMoments] = {}
+    parts: list[Cells] = []
+    row = job.start
+
+    def write() -> None:
+        if parts:
+            name = f"chunk-{job.digest}-{len(files):04d}.arrow"
+            files.append((name, _write_chunk(job.work / name, Cells.concat(parts))))
+            parts.clear()
+
+    for block in source.blocks(job.start, job.stop):
+        if isinstance(block, CountBlock):
+            cells, (known, all_counts) = _of_counts(block, row, column_tokens, vocabulary, job)
+            inside, total = inside + known, total + all_counts
+        else:
+            assert isinstance(source, TokenSource)
+            source.check_tokens(block, vocabulary)
+            cells = _of_tokens(block, row, vocabulary, job)
+        row += len(cells)
+        parts.append(cells)
+        for name, found in _moments(cells).items():
+            moments[name] = moments.get(name, DatasetMoments()).merge(found)
+        if sum(len(p) for p in parts) >= job.settings.chunk_cells:
+            write()
+    write()
+    if row != job.stop or job.spec.signature() != job.signature:
+        raise ValueError(_changed(job.spec))
+    record = EncodeRecord(files, inside, total, moments)
+    write_text(job.record_path, record.to_json())
+    return record
+
+
+def _changed(spec: SourceSpec) -> str:
+    return (
+        f"{spec.path}: was changed or removed while it was read; start again when it is complete "
+        "(finished work on other files is kept)"
+    )
+
+
+@lru_cache(maxsize=8)
+def _opened(
+    spec: SourceSpec,
+    signature: str,  # noqa: ARG001  another file under the same name is another source
+    work: Path,
+    vocabulary_path: Path,
+    vocabulary_sha256: str,
+    annotation: Path | None,
+    min_overlap: float,
+) -> tuple[Source, Vocabulary, np.ndarray]:
+    """Return what a process needs for the stretches of one source; the last few are kept open."""
+    vocabulary = _vocabulary(vocabulary_path, vocabulary_sha256)
+    source = open_source(spec, work, _annotation(annotation))
+    tokens = np.zeros(0, dtype=np.int32)
+    if isinstance(source, CountSource):
+        tokens = source.column_tokens(vocabulary, min_overlap)
+    return source, vocabulary, tokens
+
+
+@lru_cache(maxsize=2)
+def _vocabulary(path: Path, sha256: str) -> Vocabulary:  # noqa: ARG001
+    return load_vocabulary(path)
+
+
+@lru_cache(maxsize=2)
+def _annotation(path: Path | None) -> Annotation | None:
+    return read_annotation(path, BIOTYPES) if path else None
+
+
+def _of_counts(
+    block: CountBlock, row: int, column_tokens: np.ndarray, vocabulary: Vocabulary, job: EncodeJob
+) -> tuple[Cells, tuple[float, float]]:
+    """Return the encoded cells, and the block's counts in genes of the vocabulary and in all."""
+    encoded = encode_cells(
+        block.data, block.indices, block.indptr, block.totals, column_tokens, vocabulary
+    )
+    content, known = _content_of_counts(block.data, block.indices, block.indptr, column_tokens)
+    reasons = first_reasons(
+        encoded.detected, block.passes, block.totals <= 0, job.settings.min_genes
+    )
+    sums = (float(known.sum()), float(block.data.sum(dtype=np.float64)))
+    return _cells(
+        block, row, encoded, content, block.totals, block.mitochondrial, reasons, job
+    ), sums
+
+
+def _of_tokens(block: TokenBlock, row: int, vocabulary: Vocabulary, job: EncodeJob) -> Cells:
+    lengths = np.diff(block.offsets)
+    detected = (lengths - (2 if vocabulary.has_cls else 0)).astype(np.int32)
+    tokens = block.tokens.astype(token_dtype(vocabulary.num_tokens))
+    nothing = np.full(len(lengths), np.nan)
+    passes = np.ones(len(lengths), dtype=bool)
+    reasons = first_reasons(detected, passes, detected <= 0, job.settings.min_genes)
+    content = _content_of_tokens(tokens, block.offsets)
+    encoded = EncodedCells(tokens, block.offsets, detected)
+    return _cells(block, row, encoded, content, nothing, nothing, reasons, job)
+
+
+def _cells(
+    block: CountBlock | TokenBlock,
+    row: int,
+    encoded: EncodedCells,
+    content: np.ndarray,
+    totals: np.ndarray,
+    mitochondrial: np.ndarray,
+    reasons: np.ndarray,
+    job: EncodeJob,
+) -> Cells:
+    """Return a block as `Cells` with the internal columns; rejected cells keep no tokens."""
+    settings = job.settings
+    rows = np.arange(row, row + len(reasons))
+    columns = {
+        "cell_id": pa.array(block.cell_ids, pa.string()),
+        "dataset": pa.array(block.datasets, pa.string()),
+    }
+    nothing = [""] * len(rows)
+    for name in settings.columns:
+        columns[name] = pa.array(block.metadata.get(name, nothing), pa.string())
+    columns |= {
+        KEY: pa.array(keyed_hash(stream_key(settings.seed, "shuffle", job.spec.name), rows)),
+        SPLIT: pa.array(_split(block, rows, job.spec.name, settings)),
+        ROW: pa.array(rows),
+        REASON: pa.array(reasons),
+        TOTAL: pa.array(totals),
+        MITO: pa.array(mitochondrial),
+        DETECTED: pa.array(encoded.detected),
+        CONTENT: pa.array(content),
+    }
+    tokens, lengths = encoded.tokens, encoded.lengths
+    drop = (reasons != 0) if settings.with_tokens else np.ones(len(rows), dtype=bool)
+    if drop.any():
+        tokens = tokens[np.repeat(~drop, lengths)]
+        lengths = np.where(drop, 0, lengths)
+    offsets = np.r_[0, np.cumsum(lengths)]
+    return Cells(tokens, offsets, pa.table(columns))
+
+
+def _split(
+    block: CountBlock | TokenBlock, rows: np.ndarray, source: str, settings: EncodeSettings
+) -> np.ndarray:
+    """Return uint8 [cells]: 1 where a cell is held out."""
+    if settings.heldout_by == "cell":
+        uniform = unit_interval(keyed_hash(stream_key(settings.seed, "heldout", source), rows))
+        return (uniform < settings.heldout_share).astype(np.uint8)
+    by_dataset = settings.heldout_by == "dataset"
+    empty = [""] * len(rows)
+    groups = block.datasets if by_dataset else block.metadata.get(settings.heldout_by, empty)
+    return np.isin(groups, settings.heldout_groups).astype(np.uint8)
+
+
+def _moments(cells: Cells) -> dict[str, DatasetMoments]:
+    columns = cells.columns
+    return moments_by_dataset(
+        columns.column("dataset").to_numpy(),
+        columns.column(TOTAL).to_numpy(),
+        columns.column(MITO).to_numpy(),
+        columns.column(REASON).to_numpy(),
+    )
+
+
+def _write_chunk(path: Path, cells: Cells) -> int:
+    """Write the cells, sorted by split and key; return their number."""
+    columns = cells.columns
+    order = np.lexsort((columns.column(KEY).to_numpy(), columns.column(SPLIT).to_numpy()))
+    batch = cells.take(order).to_batch()
+    with path.open("wb") as file:
+        with pa.ipc.new_file(file, batch.schema) as writer:
+            writer.write_batch(batch)
+        file.flush()
+        os.fsync(file.fileno())
+    return len(cells)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file that is complete or absent, also after a power failure."""
+    aside = path.with_suffix(path.suffix + f".{os.getpid()}")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)
+
+
+def open_chunk(path: Path) -> pa.RecordBatch:
+    """Return the cells of a chunk file, memory-mapped: only columns that are used are read."""
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise OSError(
+            f"{path}: a file of the running work is damaged ({error}); remove the folder and start "
+            "again"
+        ) from error
+
+
+def _content_of_tokens(tokens: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Return uint64 [cells], a hash of each sequence."""
+    return mix64(_hash_sequences(tokens, offsets))
+
+
+def _content_of_counts(
+    data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, column_tokens: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (uint64 [cells], float64 [cells]): hash of (gene, count) pairs, and their counts."""
+    hashes, known = _hash_counts(data, indices, indptr, column_tokens)
+    return mix64(hashes), known
+
+
+@numba.njit(cache=True, nogil=True)
+def _mix(x):
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@numba.njit(cache=True, nogil=True)
+def _hash_counts(data, indices, indptr, column_tokens):
+    """Sum of a hash over (token, count): the order of genes in the file does not matter."""
+    num_cells = len(indptr) - 1
+    hashes, known = np.zeros(num_cells, np.uint64), np.zeros(num_cells)
+    for cell in range(num_cells):
+        total, counts = np.uint64(0), 0.0
+        for k in range(indptr[cell], indptr[cell + 1]):
+            token = column_tokens[indices[k]]
+            if token >= 0 and data[k] > 0:
+                total += _mix((np.uint64(token) << np.uint64(40)) + np.uint64(data[k]))
+                counts += data[k]
+        hashes[cell], known[cell] = total, counts
+    return hashes, known
+
+
+@numba.njit(cache=True, nogil=True)
+def _hash_sequences(tokens, offsets):
+    hashes = np.zeros(len(offsets) - 1, np.uint64)
+    for cell in range(len(hashes)):
+        state = np.uint64(0)
+        for k in range(offsets[cell], offsets[cell + 1]):
+            state = (state ^ np.uint64(tokens[k])) * np.uint64(0x100000001B3)
+            state ^= state >> np.uint64(29)
+        hashes[cell] = state
+    return hashes

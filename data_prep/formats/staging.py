@@ -1,0 +1,103 @@
+"""A row-wise copy on disk of matrices that are stored by gene, or as a list of entries.
+
+Two passes over the entries: the first counts the values of each cell, the second puts each value
+into its place in memory-mapped arrays. Memory: 8 bytes a cell, and one batch of entries.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numba
+import numpy as np
+
+from data_prep.formats.store import Rows
+
+_DONE = "done.json"
+# cells, genes, values of a batch of entries; each cell's genes in any order
+Entries = Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+class StagedRows:
+    """Compressed sparse rows in memory-mapped files: int64 indptr, int32 indices, data."""
+
+    def __init__(self, folder: Path) -> None:
+        self._indptr = np.load(folder / "indptr.npy", mmap_mode="r")
+        self._indices = np.load(folder / "indices.npy", mmap_mode="r")
+        self._data = np.load(folder / "data.npy", mmap_mode="r")
+
+    def rows(self, start: int, stop: int) -> Rows:
+        indptr = np.asarray(self._indptr[start : stop + 1])
+        chosen = slice(int(indptr[0]), int(indptr[-1]))
+        return np.array(self._data[chosen]), np.array(self._indices[chosen]), indptr - indptr[0]
+
+    def num_stored(self, start: int, stop: int) -> int:
+        return int(self._indptr[stop] - self._indptr[start])
+
+
+def stage_rows(entries: Callable[[], Entries], num_cells: int, folder: Path) -> StagedRows:
+    """Return the rows of a matrix, copied to `folder` if an earlier call has not done so.
+
+    Several processes may call this at once for the same folder: each writes aside, one renames.
+
+    Parameters
+    ----------
+    entries
+        Called twice; yields (cells, genes, values), arrays of equal length, no entry twice.
+    """
+    if (folder / _DONE).exists():
+        return StagedRows(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=folder.name + "-", dir=folder.parent))
+    try:
+        _write(entries, num_cells, aside)
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not (folder / _DONE).exists():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return StagedRows(folder)
+
+
+def _write(entries: Callable[[], Entries], num_cells: int, folder: Path) -> None:
+    indptr = np.zeros(num_cells + 1, dtype=np.int64)
+    dtype = np.dtype(np.int32)
+    for cells, _, values in entries():
+        if len(cells) and (cells.min() < 0 or cells.max() >= num_cells):
+            raise OSError(f"an entry names cell {cells.max() + 1} of {num_cells}")
+        indptr[1:] += np.bincount(cells, minlength=num_cells)
+        dtype = np.result_type(dtype, values.dtype)
+    np.cumsum(indptr, out=indptr)
+    np.save(folder / "indptr.npy", indptr)
+    size = (max(1, int(indptr[-1])),)
+    indices = np.lib.format.open_memmap(folder / "indices.npy", "w+", np.int32, size)
+    data = np.lib.format.open_memmap(folder / "data.npy", "w+", dtype, size)
+    place = indptr[:-1].copy()
+    for cells, genes, values in entries():
+        _scatter(
+            np.asarray(cells, np.int64), np.asarray(genes, np.int32), values.astype(dtype),
+            place, indices, data,
+        )  # fmt: skip
+    indices.flush()
+    data.flush()
+    with (folder / _DONE).open("w") as file:
+        json.dump({"cells": num_cells, "values": int(indptr[-1])}, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@numba.njit(cache=True, nogil=True)
+def _scatter(cells, genes, values, place, indices, data):
+    """Put each entry at its cell's next free place."""
+    for i in range(len(cells)):
+        at = place[cells[i]]
+        indices[at] = genes[i]
+        data[at] = values[i]
+        place[cells[i]] = at + 1

@@ -1,0 +1,66 @@
+"""What every format of count matrices offers: rows, cell ids, columns of obs and var."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pandas as pd
+
+# Compressed sparse rows of consecutive cells: data, indices (gene numbers), indptr from 0.
+Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+class Store(Protocol):
+    """A count matrix, cells x genes, read in ranges of cells.
+
+    `rows` reads bytes proportional to the range; nothing here holds the whole matrix. Methods raise
+    OSError for damaged files and ValueError for what the user must change.
+    """
+
+    path: Path
+    num_cells: int
+    num_genes: int
+    # What --counts may be in this file, for messages.
+    counts_choices: list[str]
+
+    def rows(self, start: int, stop: int) -> Rows:
+        """Return the stored values of cells start..stop-1; explicit zeros are allowed."""
+        ...
+
+    def num_stored(self, start: int, stop: int) -> int:
+        """Return how many values `rows` would give: what reading them costs in memory."""
+        ...
+
+    def cell_ids(self, start: int, stop: int) -> list[str]: ...
+
+    def obs_columns(self) -> list[str]: ...
+
+    def obs(self, column: str, start: int, stop: int) -> np.ndarray:
+        """Return values of a column; missing ones are None, NaN or NA."""
+        ...
+
+    def var_columns(self) -> list[str]: ...
+
+    def var(self, column: str | None) -> np.ndarray:
+        """Return a column of var for all genes; None: the index."""
+        ...
+
+
+def as_text(values: np.ndarray) -> list[str]:
+    """Return values as strings; '' where one is missing."""
+    series = pd.Series(values)
+    missing = series.isna().to_numpy()
+    text = series.astype(str).to_numpy(dtype=object)
+    text[missing] = ""
+    return text.tolist()
+
+
+def decoded(values: np.ndarray) -> np.ndarray:
+    """Return `values` with bytes decoded as UTF-8."""
+    if values.dtype.kind == "S":
+        return np.char.decode(values, "utf-8").astype(object)
+    if values.dtype.kind == "O":
+        return np.array([v.decode() if isinstance(v, bytes) else v for v in values], dtype=object)
+    return values

@@ -1,0 +1,110 @@
+"""Open any source by its kind; the formats are imported when one of theirs is opened."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from pathlib import Path
+
+from data_prep.formats.store import Store
+from data_prep.genes import Annotation
+from data_prep.sources import CountSource, SourceOptions, SourceSpec, source_at
+from data_prep.tokens import TokenSource
+
+Source = CountSource | TokenSource
+CENSUS = "census"
+ACCEPTED = (
+    ".h5ad, .loom, AnnData .zarr, 10x .h5, 10x folders with matrix.mtx[.gz], .parquet, .arrow, "
+    "Hugging Face folders of token ids, census:VERSION"
+)
+
+
+def open_source(
+    spec: SourceSpec, staging: Path | None = None, annotation: Annotation | None = None
+) -> Source:
+    """Return the opened source of a spec; its kind is told by suffix and content.
+
+    Parameters
+    ----------
+    staging
+        Folder for row-wise copies of matrices stored by gene; None: a temporary one, removed when
+        the process ends.
+    annotation
+        Names mitochondrial genes beyond the human ones.
+
+    Raises
+    ------
+    ValueError
+        The path does not exist, is of no known kind, is damaged, or lacks what the spec asks for.
+    """
+    path = Path(spec.path)
+    if _is_tokens(path):
+        return TokenSource(spec)
+    try:
+        return CountSource(spec, _open_store(spec, path, staging), annotation)
+    except (OSError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{spec.path}: not readable ({error}); is it complete, and of the kind its name says?"
+        ) from error
+
+
+def open_path(path: Path | str, options: SourceOptions) -> Source:
+    """Return the opened source at a path."""
+    return open_source(source_at(path, options))
+
+
+def _is_tokens(path: Path) -> bool:
+    if path.suffix in (".parquet", ".arrow"):
+        return True
+    return path.is_dir() and bool(
+        list(path.glob("*.arrow")) or list(path.glob("*.parquet")) or (path / "state.json").exists()
+    )
+
+
+def _open_store(spec: SourceSpec, path: Path, staging: Path | None) -> Store:
+    counts = spec.options.counts
+    if spec.path.startswith(f"{CENSUS}:") or (path / "__tiledb_group.tdb").exists():
+        from data_prep.formats.census import CensusStore
+
+        return CensusStore(spec.path, counts, spec.options.organism, spec.options.obs_filter)
+    if not path.exists():
+        raise ValueError(f"{spec.path}: no such file or folder")
+    if spec.options.obs_filter:
+        raise ValueError(f"{spec.path}: obs_filter works on a Census or SOMA experiment only")
+    folder = (staging or _temporary_folder()) / f"rows-{spec.signature()[:20]}"
+    if path.is_dir() and any((path / n).exists() for n in ("matrix.mtx", "matrix.mtx.gz")):
+        from data_prep.formats.tenx import MtxStore
+
+        _require_plain(spec)
+        return MtxStore(path, folder)
+    if path.suffix == ".loom":
+        from data_prep.formats.loom import LoomStore
+
+        return LoomStore(path, counts)
+    if path.suffix == ".h5":
+        from data_prep.formats.tenx import TenxStore, is_tenx
+
+        if is_tenx(path):
+            _require_plain(spec)
+            return TenxStore(path)
+    if path.suffix in (".h5ad", ".h5", ".zarr") or path.name.endswith(".zarr.zip"):
+        from data_prep.formats.anndata_store import AnnDataStore
+
+        return AnnDataStore(path, counts, folder)
+    if path.is_dir() and ((path / ".zgroup").exists() or (path / "zarr.json").exists()):
+        from data_prep.formats.anndata_store import AnnDataStore
+
+        return AnnDataStore(path, counts, folder)
+    raise ValueError(f"{spec.path}: unknown kind of source; accepted: {ACCEPTED}")
+
+
+def _require_plain(spec: SourceSpec) -> None:
+    if spec.options.counts != "X":
+        raise ValueError(f"{spec.path}: 10x files hold one matrix; leave out --counts")
+
+
+def _temporary_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="geneloom-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder

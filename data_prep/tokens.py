@@ -1,0 +1,234 @@
+"""Corpora of ranked token ids, as Genecorpus-30M: parquet, Arrow, Hugging Face folders."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet as pq
+
+from data_prep.sources import SourceSpec
+from data_prep.vocab import Vocabulary
+
+# More cells than this never share their first and their last gene by chance.
+_FRAME_CELLS = 20
+_READ_CELLS = 4096
+_ARROW_FILE_MAGIC = b"ARROW1"
+
+
+@dataclass(frozen=True)
+class TokenBlock:
+    """Cells of a tokenised corpus in a row: `tokens` flat (int64), `offsets` int64 [cells + 1]."""
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    cell_ids: list[str]
+    datasets: list[str]
+    metadata: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """The smallest range that can be read alone: an Arrow batch, or a parquet row group."""
+
+    file: int
+    number: int
+    start: int
+    stop: int
+
+
+class TokenSource:
+    """Files with the columns ``input_ids`` (lists of integers) and ``length``."""
+
+    kind = "tokens"
+
+    def __init__(self, spec: SourceSpec) -> None:
+        self.spec, self.path, self.name, self.options = spec, spec.path, spec.name, spec.options
+        self._files = _list_files(Path(spec.path))
+        self._opened: dict[int, list[pa.RecordBatch] | pq.ParquetFile] = {}
+        self._units: list[_Unit] = []
+        self.num_cells = 0
+        for number, file in enumerate(self._files):
+            schema, sizes = self._open(number)
+            self._check_schema(file, schema)
+            for i, size in enumerate(sizes):
+                self._units.append(_Unit(number, i, self.num_cells, self.num_cells + size))
+                self.num_cells += size
+        if self.num_cells == 0:
+            raise ValueError(f"{self.path}: holds no cells")
+
+    def _open(self, number: int) -> tuple[pa.Schema, list[int]]:
+        """Open a file; return its schema and the cells of each unit."""
+        file = self._files[number]
+        try:
+            if file.suffix == ".parquet":
+                # Without pre-buffering a row group of any size is read page by page.
+                opened = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
+                self._opened[number] = opened
+                groups = range(opened.metadata.num_row_groups)
+                return opened.schema_arrow, [opened.metadata.row_group(i).num_rows for i in groups]
+            mapped = pa.memory_map(str(file))
+            if mapped.read(len(_ARROW_FILE_MAGIC)) == _ARROW_FILE_MAGIC:
+                reader = pa.ipc.open_file(mapped)
+                batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            else:
+                mapped.seek(0)
+                reader = pa.ipc.open_stream(mapped)
+                batches = list(reader)
+            self._opened[number] = batches
+            return reader.schema, [b.num_rows for b in batches]
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{file}: cannot be read as Arrow or parquet ({error})") from error
+
+    def _check_schema(self, file: Path, schema: pa.Schema) -> None:
+        wanted = ["input_ids", "length", *self.options.column_sources.values()]
+        missing = [c for c in wanted if c not in schema.names]
+        if missing:
+            raise ValueError(f"{file}: has no column {missing}; it has {schema.names}")
+        kind = schema.field("input_ids").type
+        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+            raise ValueError(f"{file}: 'input_ids' is {kind}, expected lists of integers")
+        if not pa.types.is_integer(kind.value_type):
+            raise ValueError(f"{file}: 'input_ids' holds {kind.value_type}, expected integers")
+        if not pa.types.is_integer(schema.field("length").type):
+            raise ValueError(f"{file}: 'length' must be an integer column")
+
+    def group_sizes(self, column: str) -> Counter[str]:
+        """Return how many cells each value of a carried column (or ``dataset``) has."""
+        name = self.options.column_sources.get(column)
+        if column == "dataset" or name is None:
+            return Counter({self.spec.dataset if column == "dataset" else "": self.num_cells})
+        sizes: Counter[str] = Counter()
+        for _, batch in self._batches(0, self.num_cells, [name]):
+            sizes.update(_texts(batch.column(name)))
+        return sizes
+
+    def stretches(self, chunk_cells: int) -> list[tuple[int, int]]:
+        """Return ranges of at least `chunk_cells` cells that can be read independently."""
+        stretches, start = [], 0
+        for unit in self._units:
+            if unit.stop - start >= chunk_cells or unit is self._units[-1]:
+                stretches.append((start, unit.stop))
+                start = unit.stop
+        return [s for s in stretches if s[1] > s[0]]
+
+    def _batches(
+        self, start: int, stop: int, columns: list[str]
+    ) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Yield (first row, batch) of the units from `start` to `stop`, both at unit boundaries."""
+        for unit in self._units:
+            if unit.start < start or unit.stop > stop or unit.start == unit.stop:
+                continue
+            opened, row = self._opened[unit.file], unit.start
+            try:
+                if isinstance(opened, pq.ParquetFile):
+                    parts = opened.iter_batches(_READ_CELLS, [unit.number], columns)
+                else:
+                    whole = opened[unit.number].select(columns)
+                    cuts = range(0, whole.num_rows, _READ_CELLS)
+                    parts = (whole.slice(at, _READ_CELLS) for at in cuts)
+                for part in parts:
+                    yield row, part
+                    row += part.num_rows
+            except (pa.ArrowInvalid, OSError) as error:
+                raise ValueError(
+                    f"{self._files[unit.file]}: is damaged at rows {unit.start}-{unit.stop} "
+                    f"({error})"
+                ) from error
+
+    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[TokenBlock]:
+        """Yield the cells of a stretch in blocks of bounded size."""
+        stop = self.num_cells if stop is None else stop
+        columns = ["input_ids", "length", *self.options.column_sources.values()]
+        for row, batch in self._batches(start, stop, columns):
+            lists = batch.column("input_ids")
+            if lists.null_count or lists.values.null_count:
+                raise ValueError(f"{self.path}: 'input_ids' has missing values after row {row}")
+            offsets = np.asarray(lists.offsets, dtype=np.int64)
+            tokens = np.asarray(lists.values, dtype=np.int64)[offsets[0] : offsets[-1]]
+            lengths = np.asarray(batch.column("length"), dtype=np.int64)
+            wrong = np.flatnonzero(np.diff(offsets) != lengths)
+            if wrong.size:
+                raise ValueError(
+                    f"{self.path}: row {row + int(wrong[0])}: 'length' is {lengths[wrong[0]]} but "
+                    f"'input_ids' holds {np.diff(offsets)[wrong[0]]} tokens"
+                )
+            metadata = {
+                name: _texts(batch.column(column))
+                for name, column in self.options.column_sources.items()
+            }
+            ids = [f"{self.name}:{i}" for i in range(row, row + batch.num_rows)]
+            datasets = [self.spec.dataset] * batch.num_rows
+            yield TokenBlock(tokens, offsets - offsets[0], ids, datasets, metadata)
+
+    def check_tokens(self, block: TokenBlock, vocabulary: Vocabulary) -> None:
+        """Raise ValueError unless the block's tokens are genes of the vocabulary, framed alike."""
+        tokens, offsets = block.tokens, block.offsets
+        if tokens.size == 0:
+            return
+        lengths = np.diff(offsets)
+        if tokens.min() < 0 or tokens.max() >= vocabulary.num_tokens:
+            raise ValueError(
+                f"{self.path}: token {tokens.max()} does not exist in the vocabulary of "
+                f"{vocabulary.num_tokens} tokens; these cells were made with another one"
+            )
+        if lengths.max() > vocabulary.max_length:
+            raise ValueError(
+                f"{self.path}: a cell of {lengths.max()} tokens, but the vocabulary's maximum "
+                f"length is {vocabulary.max_length}"
+            )
+        inner = np.count_nonzero(tokens < vocabulary.first_gene_token)
+        if vocabulary.has_cls:
+            filled = np.flatnonzero(lengths >= 2)
+            first, last = offsets[filled], offsets[filled + 1] - 1
+            framed = (tokens[first] == vocabulary.special_tokens["<cls>"]) & (
+                tokens[last] == vocabulary.special_tokens["<eos>"]
+            )
+            if not framed.all() or len(filled) != len(lengths):
+                raise ValueError(f"{self.path}: cells without <cls> ... <eos>, which this needs")
+            inner -= 2 * len(filled)
+        elif len(lengths) > _FRAME_CELLS and lengths.min() > 1:
+            first, last = tokens[offsets[:-1]], tokens[offsets[1:] - 1]
+            if (first == first[0]).all() and (last == last[0]).all():
+                raise ValueError(
+                    f"{self.path}: every cell starts with token {first[0]} and ends with "
+                    f"{last[0]}: <cls> and <eos> of another version? This vocabulary has none"
+                )
+        if inner:
+            raise ValueError(
+                f"{self.path}: special tokens stand between genes (share {inner / len(tokens):.2%})"
+                "; tokens and vocabulary belong to different versions"
+            )
+
+
+def _texts(column: pa.Array) -> list[str]:
+    return ["" if v is None else str(v) for v in column.to_pylist()]
+
+
+def _list_files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        return [path]
+    state = path / "state.json"
+    if state.exists():
+        # The folder may also hold cache-*.arrow, results of a user's map() and filter().
+        names = [f["filename"] for f in json.loads(state.read_text())["_data_files"]]
+        files = [path / name for name in names]
+        missing = [f.name for f in files if not f.exists()]
+        if missing:
+            raise ValueError(f"{path}: state.json names {missing}, which do not exist")
+        return files
+    files = sorted(path.glob("*.arrow")) or sorted(path.glob("*.parquet"))
+    if not files:
+        raise ValueError(
+            f"{path}: is a folder without *.arrow or *.parquet files; expected a Hugging Face "
+            "dataset folder (save_to_disk) of token ids"
+        )
+    return files

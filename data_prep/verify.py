@@ -1,0 +1,242 @@
+"""Is a shard folder what its manifest says? If not: rebuild what is damaged from its sources."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tarfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+
+from data_prep import write
+from data_prep.corpus import expand_corpus
+from data_prep.prepare import (
+    PrepareOptions,
+    decide_all,
+    encode_all,
+    encode_jobs,
+    plan_shards,
+    survey_sources,
+    write_jobs,
+)
+from data_prep.shards import (
+    INDEX_NAME,
+    MANIFEST_NAME,
+    SPLITS,
+    STATISTICS_NAME,
+    ShardSet,
+    file_sha256,
+    fingerprint,
+    summarise_buckets,
+)
+from data_prep.sources import SourceOptions, SourceSpec
+from data_prep.workers import Workers
+
+_TAR_HEADER = 512
+_WORK = ".repair"
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong; `shard` is the tar to rebuild, '' where there is none."""
+
+    shard: str
+    message: str
+
+
+def verify(folder: Path, workers: Workers, progress: Progress) -> list[Problem]:
+    """Check every checksum, count and bucket bound of a shard folder; return what is wrong.
+
+    Raises
+    ------
+    ValueError
+        The manifest, the index or the vocabulary is missing or damaged: without them nothing can be
+        checked.
+    """
+    shards = ShardSet(folder)
+    names = [s["name"] for s in shards.manifest["shards"]]
+    done = 0
+
+    def finished(number: int, found: list[Problem]) -> None:
+        nonlocal done
+        done += 1
+        progress("verifying", done, len(names))
+
+    found = workers.run(partial(_verify_tar, folder), list(range(len(names))), finished)
+    return _verify_records(shards) + [p for problems in found for p in problems]
+
+
+def _verify_records(shards: ShardSet) -> list[Problem]:
+    """Check what the manifest says of itself and of the index."""
+    folder, manifest = shards.folder, shards.manifest
+    problems = []
+    if fingerprint(manifest) != manifest["fingerprint"]:
+        problems.append("its fingerprint does not follow from its content: it was edited")
+    statistics = folder / STATISTICS_NAME
+    wanted = manifest.get("statistics_sha256")
+    if wanted and not (statistics.exists() and file_sha256(statistics) == wanted):
+        problems.append(f"{STATISTICS_NAME} is missing or damaged (nothing trains on it)")
+    members = [
+        [{} for _ in range(int((shards.index["shard"] == n).sum()))]
+        for n in range(len(manifest["shards"]))
+    ]
+    if summarise_buckets(manifest["shards"], members) != manifest["buckets"]:
+        problems.append(f"buckets do not add up from shards and {INDEX_NAME}")
+    kept = sum(s["cells_kept"] for s in manifest["sources"])
+    if not kept == shards.num_cells == sum(s["cells"] for s in manifest["shards"]):
+        problems.append(f"sources keep {kept:,} cells, the index holds {shards.num_cells:,}")
+    for source in manifest["sources"]:
+        if source["cells_read"] != source["cells_kept"] + sum(source["rejected"].values()):
+            problems.append(f"cells of {source['name']} are unaccounted for")
+    return [Problem("", f"{folder / MANIFEST_NAME}: {text}") for text in problems]
+
+
+def _verify_tar(folder: Path, number: int) -> list[Problem]:
+    """Check one tar: the bytes as a whole, then member by member."""
+    shards = ShardSet(folder)
+    entry = shards.manifest["shards"][number]
+    path = folder / entry["name"]
+
+    def problem(text: str) -> list[Problem]:
+        return [Problem(entry["name"], f"{path}: {text}")]
+
+    if not path.exists():
+        return problem("is missing")
+    if path.stat().st_size != entry["bytes"]:
+        return problem(f"has {path.stat().st_size:,} bytes, the manifest says {entry['bytes']:,}")
+    digest = hashlib.sha256()
+    rows = np.flatnonzero(shards.index["shard"] == number)
+    same_split = [n for n in shards.bucket_lengths(entry["split"]) if n < entry["bucket_length"]]
+    all_lower = {b["length"] for b in shards.manifest["buckets"]} & set(
+        range(entry["bucket_length"])
+    )
+    shortest = max([*same_split, *all_lower], default=0) + 1
+    last_byte = 0
+    with path.open("rb") as file:
+        for row in rows:
+            start, size = int(shards.index["offset"][row]), int(shards.index["bytes"][row])
+            between = file.read(start - last_byte)
+            payload = file.read(size)
+            digest.update(between)
+            digest.update(payload)
+            wrong = _member_problem(between[-_TAR_HEADER:], payload, shards, int(row), shortest)
+            if wrong:
+                return problem(f"member at byte {start - _TAR_HEADER:,} {wrong}")
+            last_byte = start + size
+        digest.update(file.read())
+    if digest.hexdigest() != entry["sha256"]:
+        return problem(f"its SHA-256 is wrong, though its {len(rows)} members are right")
+    return []
+
+
+def _member_problem(
+    header: bytes, payload: bytes, shards: ShardSet, row: int, shortest: int
+) -> str | None:
+    """Return what is wrong with a member, in words that follow its place."""
+    index = shards.index
+    try:
+        info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+    except tarfile.HeaderError as error:
+        return f"has a damaged tar header ({error})"
+    name = f"({info.name})"
+    if info.size != len(payload):
+        return f"{name} is {info.size} bytes long, the index says {len(payload)}"
+    if zlib.crc32(payload) != int(index["crc32"][row]):
+        return f"{name} is damaged: its checksum is wrong"
+    lists = pa.ipc.open_stream(payload).read_next_batch().column("input_ids")
+    lengths = np.diff(np.asarray(lists.offsets))
+    tokens = np.asarray(lists.values)
+    if len(lengths) != index["cells"][row] or len(tokens) != index["tokens"][row]:
+        return f"{name} holds {len(lengths)} cells and {len(tokens)} tokens, the index says others"
+    if lengths.min() < shortest or lengths.max() > index["bucket_length"][row]:
+        return (
+            f"{name} holds cells of {lengths.min()} to {lengths.max()} tokens, its bucket is "
+            f"{shortest} to {index['bucket_length'][row]}"
+        )
+    if tokens.max() >= shards.vocabulary.num_tokens:
+        return f"{name} holds token {tokens.max()} of {shards.vocabulary.num_tokens}"
+    return None
+
+
+def repair(
+    folder: Path,
+    problems: list[Problem],
+    sources: list[str],
+    annotation: Path | None,
+    memory_gib: float,
+    workers: Workers,
+    progress: Progress,
+) -> list[Problem]:
+    """Rebuild the damaged tars from the sources; return the problems that are left.
+
+    The sources are read and encoded again with the settings of the manifest; only the damaged tars
+    are written. A rebuilt tar is taken only if its bytes are the recorded ones.
+
+    Raises
+    ------
+    ValueError
+        The sources are not those that the manifest names.
+    """
+    damaged = {p.shard for p in problems if p.shard}
+    shards = ShardSet(folder)
+    manifest = shards.manifest
+    settings = dict(manifest["settings"])
+    wanted = settings.pop("annotation_sha256", None)
+    if wanted != (file_sha256(annotation) if annotation else None):
+        raise ValueError(f"{folder}: was made with another --annotation table; give that one")
+    options = PrepareOptions(**settings | {"memory_gib": memory_gib, "annotation": annotation})
+    specs = _recorded_specs(manifest, expand_corpus(sources, SourceOptions()))
+    work = folder / _WORK
+    work.mkdir(exist_ok=True)
+    survey = survey_sources(specs, work, shards.vocabulary, options, workers, progress)
+    jobs = encode_jobs(survey, work, options, with_tokens=True)
+    records = encode_all(jobs, workers, progress)
+    decisions = decide_all(work, jobs, records, survey, options, progress)
+    plan, _ = plan_shards(work, decisions, survey, options)
+    plan_name = write.save_plan(work, plan)
+    # A tar's name ends in its number; one job writes that number of all buckets of a split.
+    numbers = {(SPLITS.index(n.split("-")[0]), int(Path(n).stem.split("-")[-1])) for n in damaged}
+    write_jobs(
+        [write.WriteJob(work, plan_name, s, n, memory_gib) for s, n in sorted(numbers)],
+        workers, progress,
+    )  # fmt: skip
+    left = [p for p in problems if not p.shard]
+    for entry in manifest["shards"]:
+        if entry["name"] not in damaged:
+            continue
+        rebuilt = work / entry["name"]
+        if rebuilt.exists() and file_sha256(rebuilt) == entry["sha256"]:
+            rebuilt.replace(folder / entry["name"])
+        else:
+            text = "the sources give other bytes than recorded; they were changed since"
+            left.append(Problem(entry["name"], f"{folder / entry['name']}: not repaired: {text}"))
+    shutil.rmtree(work)
+    return left
+
+
+def _recorded_specs(manifest: dict, given: list[SourceSpec]) -> list[SourceSpec]:
+    """Return the given sources as the manifest records them: order, data set, options."""
+    by_name = {s.name: s for s in given}
+    missing = [s["name"] for s in manifest["sources"] if s["name"] not in by_name]
+    if missing:
+        raise ValueError(
+            f"--repair: sources {missing} are missing; give all {len(manifest['sources'])} sources "
+            f"that the shards were made of, found {sorted(by_name)}"
+        )
+    specs = []
+    for entry in manifest["sources"]:
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["options"].items()}
+        specs.append(
+            replace(
+                by_name[entry["name"]], dataset=entry["dataset"], options=SourceOptions(**options)
+            )
+        )
+    return specs
