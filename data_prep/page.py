@@ -227,6 +227,7 @@ def _draw_genes(cells: np.ndarray, axes: Axes) -> None:
         axes.legend()
     axes.set(yscale="log", ylim=(0.8, None), xlim=(0, len(cells)))
     axes.set(xlabel="genes of the vocabulary, most frequent first", ylabel="cells with the gene")
+    axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(axis="y")

@@ -469,6 +469,7 @@ def _write_manifest(
     settings = asdict(replace(options, annotation=None))
     # How the work was cut never shows in its result: out of the record. So are paths.
     settings.pop("memory_gib")
+    settings.pop("annotation")
     settings["annotation_sha256"] = file_sha256(options.annotation) if options.annotation else None
     manifest = {
         "format": shards_format.SHARD_FORMAT,

@@ -187,6 +187,14 @@ def _sort_keys(keys, work, size, smallest, slots, bins):
             work[bins[b]] = key
             bins[b] += 1
     bins[: last + 1] = 0
+    # One pass without a branch leaves few pairs for the insertion, whose branches are mispredicted.
+    carried = work[0]
+    for i in range(1, start):
+        key = work[i]
+        work[i - 1] = min(carried, key)
+        carried = max(carried, key)
+    if start > 0:
+        work[start - 1] = carried
     unclear = False
     for i in range(1, start):
         key = work[i]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -20,7 +21,7 @@ def padding_share(buckets: list[dict]) -> float:
 
 def print_manifest(manifest: dict, folder: str, console: Console | None = None) -> None:
     """Print sources, rejections, buckets and totals of a manifest."""
-    console = console or Console()
+    console = console or _console()
     console.print(_sources_table(manifest["sources"]))
     _print_rejections(manifest, console)
     console.print(_buckets_table(manifest["buckets"]))
@@ -45,7 +46,7 @@ def print_manifest(manifest: dict, folder: str, console: Console | None = None) 
 
 def print_check(result: CheckResult, console: Console | None = None) -> None:
     """Print what `prepare` would do, and what is wrong."""
-    console = console or Console()
+    console = console or _console()
     if result.sources:
         console.print(_sources_table(result.sources))
         _print_rejections({"sources": result.sources, "datasets": result.datasets}, console)
@@ -65,7 +66,7 @@ def print_check(result: CheckResult, console: Console | None = None) -> None:
 
 def print_problems(problems: list[Problem], console: Console | None = None) -> None:
     """Print what `verify` found."""
-    console = console or Console()
+    console = console or _console()
     for problem in problems:
         console.print(f"damaged: {problem.message}", highlight=False, markup=False, soft_wrap=True)
     if not problems:
@@ -73,7 +74,7 @@ def print_problems(problems: list[Problem], console: Console | None = None) -> N
 
 
 def _print_rejections(manifest: dict, console: Console) -> None:
-    """Print what was summed, renamed and rejected, and the limits of the quality filters."""
+    """Print what was summed, renamed and rejected, by source and data set."""
     for s in manifest["sources"]:
         genes = s["genes"]
         if not isinstance(genes, dict):  # tokens, or a manifest of format 1
@@ -84,10 +85,24 @@ def _print_rejections(manifest: dict, console: Console) -> None:
             (genes["nameless"], "columns without a gene id: they count in the totals only"),
         ):
             if number:
-                console.print(f"{s['name']}: {number:,} {text}", highlight=False)
-    for d in manifest.get("datasets", manifest["sources"]):
-        for reason, cells in sorted(d["rejected"].items()):
-            console.print(f"rejected in {d['name']}: {cells:,} cells: {reason}", highlight=False)
+                console.print(f"{s['name']}: {number:,} {text}", highlight=False, soft_wrap=True)
+    datasets = [d for d in manifest.get("datasets", manifest["sources"]) if d["rejected"]]
+    if not datasets:
+        return
+    reasons = sorted({r for d in datasets for r in d["rejected"]})
+    table = Table(title="rejected cells by data set", title_justify="left")
+    table.add_column("data set", no_wrap=True)
+    for name in ("read", *reasons):
+        table.add_column(name, justify="right")
+    for d in datasets:
+        numbers = (f"{d['rejected'].get(r, 0):,}" for r in reasons)
+        table.add_row(d["name"], f"{d['cells_read']:,}", *numbers)
+    console.print(table)
+
+
+def _console() -> Console:
+    """Return a console that does not cut tables short where the output is a file."""
+    return Console() if sys.stdout.isatty() else Console(width=160)
 
 
 def _sources_table(sources: list[dict]) -> Table:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -188,7 +189,7 @@ def repair(
     damaged = {p.shard for p in problems if p.shard}
     shards = ShardSet(folder)
     manifest = shards.manifest
-    settings = dict(manifest["settings"])
+    settings: dict[str, Any] = dict(manifest["settings"])
     wanted = settings.pop("annotation_sha256", None)
     if wanted != (file_sha256(annotation) if annotation else None):
         raise ValueError(f"{folder}: was made with another --annotation table; give that one")
@@ -233,7 +234,7 @@ def _recorded_specs(manifest: dict, given: list[SourceSpec]) -> list[SourceSpec]
         )
     specs = []
     for entry in manifest["sources"]:
-        options = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["options"].items()}
+        options: dict[str, Any] = entry["options"] | {"columns": tuple(entry["options"]["columns"])}
         specs.append(
             replace(
                 by_name[entry["name"]], dataset=entry["dataset"], options=SourceOptions(**options)

@@ -105,7 +105,8 @@ def open_workers(processes: int = 1) -> Iterator[Workers | None]:
         from mpi4py.futures import MPICommExecutor
 
         with MPICommExecutor() as executor:
-            yield Workers(executor, mpi_size() - 1) if executor is not None else None
+            helpers = mpi_size() - 1
+            yield Workers(executor, helpers) if isinstance(executor, Executor) else None
     elif processes == 1:
         yield Workers(None, 0)
     else:
