@@ -79,22 +79,53 @@ class Cells:
         columns = pa.concat_tables([p.columns for p in parts]).combine_chunks()
         return Cells(np.concatenate([p.tokens for p in parts]), offsets, columns)
 
+    @staticmethod
+    def in_order(parts: list[Cells], order: np.ndarray) -> Cells:
+        """Return ``concat(parts).take(order)``, every token copied once only."""
+        lengths = np.concatenate([p.lengths for p in parts])
+        offsets, starts = place_rows(lengths, order)
+        tokens = np.empty(int(offsets[-1]), dtype=parts[0].tokens.dtype)
+        first = 0
+        for part in parts:
+            stop = first + len(part)
+            scatter_rows(
+                part.tokens, part.offsets, np.arange(len(part)), starts[first:stop], tokens
+            )
+            first = stop
+        columns = pa.concat_tables([p.columns for p in parts]).combine_chunks()
+        return Cells(tokens, offsets, columns.take(pa.array(order)))
+
+
+def place_rows(lengths: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (offsets [cells + 1] of cells put in order, int64 [cells] where each cell begins)."""
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths[order], out=offsets[1:])
+    starts = np.empty(len(lengths), dtype=np.int64)
+    starts[order] = offsets[:-1]
+    return offsets, starts
+
 
 def gather_rows(
     tokens: np.ndarray, offsets: np.ndarray, rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (tokens, offsets) of chosen rows; Arrow's own take goes value by value."""
-    lengths = offsets[rows + 1] - offsets[rows]
     new_offsets = np.zeros(len(rows) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=new_offsets[1:])
+    np.cumsum(offsets[rows + 1] - offsets[rows], out=new_offsets[1:])
     out = np.empty(int(new_offsets[-1]), dtype=tokens.dtype)
-    _copy_rows(tokens, offsets, rows, new_offsets, out)
+    scatter_rows(tokens, offsets, rows, new_offsets, out)
     return out, new_offsets
 
 
 @numba.njit(cache=True, nogil=True)
-def _copy_rows(tokens, offsets, rows, new_offsets, out):
+def scatter_rows(tokens, offsets, rows, starts, out):
+    """Copy row ``rows[i]`` to ``out[starts[i]:]``, for each i."""
     for i in range(len(rows)):
-        start = offsets[rows[i]]
-        for j in range(new_offsets[i + 1] - new_offsets[i]):
-            out[new_offsets[i] + j] = tokens[start + j]
+        low, high = offsets[rows[i]], offsets[rows[i] + 1]
+        out[starts[i] : starts[i] + high - low] = tokens[low:high]
+
+
+@numba.njit(cache=True, nogil=True)
+def count_tokens(tokens, counts):
+    """Add 1 to ``counts[token]`` for each token."""
+    for token in tokens:
+        counts[token] += 1

@@ -24,6 +24,7 @@ from data_prep.encode import (
     CONTENT,
     DETECTED,
     KEY,
+    LENGTH,
     MITO,
     REASON,
     ROW,
@@ -218,8 +219,9 @@ def length_histogram(
     histogram = np.zeros((len(SPLITS), max_length + 1), dtype=np.int64)
     for chunk, batch in _open_all(work, chunks):
         kept = codes[chunk.first : chunk.first + chunk.cells] == KEPT
-        lengths = np.diff(np.asarray(batch.column("input_ids").offsets))
-        np.add.at(histogram, (np.asarray(batch.column(SPLIT))[kept], lengths[kept]), 1)
+        lengths = np.asarray(batch.column(LENGTH)).astype(np.int64)
+        flat = np.asarray(batch.column(SPLIT))[kept] * np.int64(max_length + 1) + lengths[kept]
+        histogram += np.bincount(flat, minlength=histogram.size).reshape(histogram.shape)
     return histogram
 
 
@@ -274,7 +276,7 @@ def _cells_per_bin(
     counts = np.zeros(int(np.prod(shape)), dtype=np.int64)
     for chunk, batch in _open_all(work, chunks):
         kept = np.flatnonzero(codes[chunk.first : chunk.first + chunk.cells] == KEPT)
-        lengths = np.diff(np.asarray(batch.column("input_ids").offsets))[kept]
+        lengths = np.asarray(batch.column(LENGTH))[kept]
         split = np.asarray(batch.column(SPLIT))[kept].astype(np.int64)
         bins = key_bins(np.asarray(batch.column(KEY))[kept], bin_bits)
         flat = (split * shape[1] + bucket_of(lengths, buckets)) * shape[2] + bins

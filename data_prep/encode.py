@@ -1,9 +1,10 @@
 """Pass 1: a stretch of one source -> chunk files of encoded cells, sorted by shuffle key.
 
 Each cell gets a 64-bit shuffle key, a function of seed, name of the source and row alone. A chunk
-file holds its cells in the order (split, key), with what the filters need beside the tokens; pass 2
-takes key ranges out of all chunk files. A chunk file's name carries a hash of all that decides its
-content, so that what a killed run left behind is used again exactly when it is still right.
+is two files with its cells in the order (split, key): an Arrow file with ids, metadata and what the
+filters need, and the tokens alone, flat. Pass 2 takes key ranges out of all chunks. A chunk's name
+carries a hash of all that decides its content, so that what a killed run left behind is used again
+exactly when it is still right.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from data_prep.filters import DatasetMoments, Moments, first_reasons, moments_by
 from data_prep.genes import BIOTYPES, Annotation, read_annotation
 from data_prep.hashing import keyed_hash, mix64, stream_key, unit_interval
 from data_prep.open import Source, open_source
-from data_prep.rank import EncodedCells, encode_cells, token_dtype
+from data_prep.rank import EncodedCells, encode_cells
 from data_prep.sources import CountBlock, CountSource, SourceSpec
 from data_prep.tokens import TokenBlock, TokenSource
 from data_prep.vocab import Vocabulary, load_vocabulary
@@ -34,7 +35,8 @@ _VERSION = 1  # of the chunk files; another number makes older ones useless
 # Columns of the chunk files only; no user's column is called so.
 KEY, SPLIT, ROW, REASON = "__key", "__split", "__row", "__reason"
 TOTAL, MITO, DETECTED, CONTENT = "__total", "__mito", "__detected", "__content"
-INTERNAL = (KEY, SPLIT, ROW, REASON, TOTAL, MITO, DETECTED, CONTENT)
+LENGTH = "__length"
+INTERNAL = (KEY, SPLIT, ROW, REASON, TOTAL, MITO, DETECTED, CONTENT, LENGTH)
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class EncodeSettings:
     """What decides the content of chunk files, beside source and vocabulary.
 
     `heldout_groups` are the values of column `heldout_by` that are held out. `chunk_cells` bounds
-    a file; it changes nothing in the shards.
+    a file; it changes nothing in the shards. `with_content`: hash every cell, to find duplicates.
     """
 
     seed: int
@@ -53,6 +55,7 @@ class EncodeSettings:
     heldout_groups: tuple[str, ...]
     columns: tuple[str, ...]
     with_tokens: bool
+    with_content: bool
     annotation_sha256: str | None
     chunk_cells: int
 
@@ -85,9 +88,9 @@ class EncodeJob:
 
 @dataclass(frozen=True)
 class EncodeRecord:
-    """What an `EncodeJob` left: names and cells of its files, and sums for the report."""
+    """What an `EncodeJob` left: name, cells and bytes of its chunks, and sums for the report."""
 
-    files: list[tuple[str, int]]
+    chunks: list[tuple[str, int, int]]
     counts_in_vocabulary: float
     counts: float
     moments: dict[str, DatasetMoments]
@@ -102,8 +105,8 @@ class EncodeRecord:
             name: DatasetMoments(Moments(**m["totals"]), Moments(**m["mitochondrial"]))
             for name, m in content["moments"].items()
         }
-        files = [(name, cells) for name, cells in content["files"]]
-        return EncodeRecord(files, content["counts_in_vocabulary"], content["counts"], moments)
+        chunks = [(name, cells, size) for name, cells, size in content["chunks"]]
+        return EncodeRecord(chunks, content["counts_in_vocabulary"], content["counts"], moments)
 
 
 def finished_record(job: EncodeJob) -> EncodeRecord | None:
@@ -111,7 +114,19 @@ def finished_record(job: EncodeJob) -> EncodeRecord | None:
     if not job.record_path.exists():
         return None
     record = EncodeRecord.from_json(job.record_path.read_text())
-    return record if all((job.work / name).exists() for name, _ in record.files) else None
+    sizes = [(_size(job.work / name), size) for name, _, size in record.chunks]
+    return record if all(found == size for found, size in sizes) else None
+
+
+def tokens_path(chunk: Path) -> Path:
+    """Return the file with the tokens of a chunk."""
+    return chunk.with_suffix(".tokens")
+
+
+def _size(chunk: Path) -> int:
+    """Return the bytes of both files of a chunk; -1 if one is missing."""
+    paths = (chunk, tokens_path(chunk))
+    return sum(p.stat().st_size for p in paths) if all(p.exists() for p in paths) else -1
 
 
 def encode_stretch(job: EncodeJob) -> EncodeRecord:
@@ -129,15 +144,15 @@ def encode_stretch(job: EncodeJob) -> EncodeRecord:
         job.annotation, job.settings.min_overlap,
     )  # fmt: skip
     inside = total = 0.0
-    files: list[tuple[str, int]] = []
+    chunks: list[tuple[str, int, int]] = []
     moments: dict[str, DatasetMoments] = {}
     parts: list[Cells] = []
     row = job.start
 
     def write() -> None:
         if parts:
-            name = f"chunk-{job.digest}-{len(files):04d}.arrow"
-            files.append((name, _write_chunk(job.work / name, Cells.concat(parts))))
+            name = f"chunk-{job.digest}-{len(chunks):04d}.arrow"
+            chunks.append((name, sum(len(p) for p in parts), _write_chunk(job.work / name, parts)))
             parts.clear()
 
     for block in source.blocks(job.start, job.stop):
@@ -146,8 +161,8 @@ def encode_stretch(job: EncodeJob) -> EncodeRecord:
             inside, total = inside + known, total + all_counts
         else:
             assert isinstance(source, TokenSource)
-            source.check_tokens(block, vocabulary)
-            cells = _of_tokens(block, row, vocabulary, job)
+            tokens = source.checked_tokens(block, vocabulary)
+            cells = _of_tokens(block, tokens, row, vocabulary, job)
         row += len(cells)
         parts.append(cells)
         for name, found in _moments(cells).items():
@@ -157,7 +172,7 @@ def encode_stretch(job: EncodeJob) -> EncodeRecord:
     write()
     if row != job.stop or job.spec.signature() != job.signature:
         raise ValueError(_changed(job.spec))
-    record = EncodeRecord(files, inside, total, moments)
+    record = EncodeRecord(chunks, inside, total, moments)
     write_text(job.record_path, record.to_json())
     return record
 
@@ -215,14 +230,17 @@ def _of_counts(
     ), sums
 
 
-def _of_tokens(block: TokenBlock, row: int, vocabulary: Vocabulary, job: EncodeJob) -> Cells:
+def _of_tokens(
+    block: TokenBlock, tokens: np.ndarray, row: int, vocabulary: Vocabulary, job: EncodeJob
+) -> Cells:
     lengths = np.diff(block.offsets)
     detected = (lengths - (2 if vocabulary.has_cls else 0)).astype(np.int32)
-    tokens = block.tokens.astype(token_dtype(vocabulary.num_tokens))
     nothing = np.full(len(lengths), np.nan)
     passes = np.ones(len(lengths), dtype=bool)
     reasons = first_reasons(detected, passes, detected <= 0, job.settings.min_genes)
-    content = _content_of_tokens(tokens, block.offsets)
+    content = np.zeros(len(lengths), dtype=np.uint64)
+    if job.settings.with_content:
+        content = mix64(_hash_sequences(tokens, block.offsets))
     encoded = EncodedCells(tokens, block.offsets, detected)
     return _cells(block, row, encoded, content, nothing, nothing, reasons, job)
 
@@ -289,17 +307,22 @@ def _moments(cells: Cells) -> dict[str, DatasetMoments]:
     )
 
 
-def _write_chunk(path: Path, cells: Cells) -> int:
-    """Write the cells, sorted by split and key; return their number."""
-    columns = cells.columns
-    order = np.lexsort((columns.column(KEY).to_numpy(), columns.column(SPLIT).to_numpy()))
-    batch = cells.take(order).to_batch()
-    with path.open("wb") as file:
-        with pa.ipc.new_file(file, batch.schema) as writer:
-            writer.write_batch(batch)
-        file.flush()
-        os.fsync(file.fileno())
-    return len(cells)
+def _write_chunk(path: Path, parts: list[Cells]) -> int:
+    """Write the cells, sorted by split and key; return the bytes.
+
+    Not forced to disk: after a power failure a file is shorter than its record says, and is made
+    anew.
+    """
+    keys, splits = (
+        np.concatenate([p.columns.column(name).to_numpy() for p in parts]) for name in (KEY, SPLIT)
+    )
+    cells = Cells.in_order(parts, np.lexsort((keys, splits)))
+    columns = cells.columns.append_column(LENGTH, pa.array(cells.lengths.astype(np.int32)))
+    batch = columns.combine_chunks().to_batches()[0]
+    with pa.ipc.new_file(str(path), batch.schema) as writer:
+        writer.write_batch(batch)
+    cells.tokens.tofile(tokens_path(path))
+    return _size(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -321,11 +344,6 @@ def open_chunk(path: Path) -> pa.RecordBatch:
             f"{path}: a file of the running work is damaged ({error}); remove the folder and start "
             "again"
         ) from error
-
-
-def _content_of_tokens(tokens: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Return uint64 [cells], a hash of each sequence."""
-    return mix64(_hash_sequences(tokens, offsets))
 
 
 def _content_of_counts(

@@ -36,7 +36,13 @@ from data_prep.shards import SPLITS, file_sha256
 from data_prep.sources import CountSource, GeneReport, SourceSpec
 from data_prep.vocab import Vocabulary
 from data_prep.workers import Workers
-from data_prep.workspace import check_disk, locked_workspace, move_up, remove_stale
+from data_prep.workspace import (
+    check_disk,
+    force_to_disk,
+    locked_workspace,
+    move_up,
+    remove_stale,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -289,6 +295,7 @@ def encode_jobs(
         heldout_groups=choose_heldout_groups(survey, options),
         columns=survey.columns,
         with_tokens=with_tokens,
+        with_content=options.dedup,
         annotation_sha256=file_sha256(options.annotation) if options.annotation else None,
         chunk_cells=CHUNK_CELLS,
     )
@@ -307,7 +314,9 @@ def _remove_stale(work: Path, jobs: list[EncodeJob]) -> None:
     for job in jobs:
         record = encode.finished_record(job)
         if record is not None:
-            keep |= {job.record_path.name, *(name for name, _ in record.files)}
+            keep.add(job.record_path.name)
+            for name, _, _ in record.chunks:
+                keep |= {name, encode.tokens_path(Path(name)).name}
     prefixes = ("written-", "plan-", "decisions-", "medians-", *(f"{s}-L" for s in SPLITS))
     keep |= {p.name for p in work.iterdir() if p.name.startswith(prefixes)}
     remove_stale(work, keep)
@@ -362,7 +371,7 @@ def decide_all(
         number = number_of[job.spec]
         inside[number] += record.counts_in_vocabulary
         total[number] += record.counts
-        for name, cells in record.files:
+        for name, cells, _ in record.chunks:
             chunks.append(Chunk(name, number, cells, first))
             first += cells
     moments = merge_moments(r.moments for r in records)
@@ -421,6 +430,7 @@ def _write_all(
     records = write_jobs(jobs, workers, progress)
     manifest = _write_manifest(work, records, plan, histogram, decisions, survey, options)
     names = [s["name"] for s in manifest["shards"]]
+    force_to_disk([work / name for name in names])
     names += [
         shards_format.INDEX_NAME, shards_format.VOCABULARY_NAME, shards_format.STATISTICS_NAME,
     ]  # fmt: skip

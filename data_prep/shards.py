@@ -111,10 +111,8 @@ class TarWriter:
         self._size += len(data)
 
     def close(self) -> dict:
-        """Finish the tar; return its entry of the manifest."""
+        """Finish the tar; return its entry of the manifest. It is not yet forced to disk."""
         self._put(b"\0" * (2 * _TAR_BLOCK))
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
         return {
             "name": self._name,

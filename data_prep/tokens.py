@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import mmap
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numba
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
+from data_prep.rank import token_dtype
 from data_prep.sources import SourceSpec
 from data_prep.vocab import Vocabulary
 
@@ -24,7 +27,10 @@ _ARROW_FILE_MAGIC = b"ARROW1"
 
 @dataclass(frozen=True)
 class TokenBlock:
-    """Cells of a tokenised corpus in a row: `tokens` flat (int64), `offsets` int64 [cells + 1]."""
+    """Cells of a tokenised corpus in a row.
+
+    `tokens` flat, of the files' integer type; `offsets` int64 [cells + 1].
+    """
 
     tokens: np.ndarray
     offsets: np.ndarray
@@ -51,7 +57,9 @@ class TokenSource:
     def __init__(self, spec: SourceSpec) -> None:
         self.spec, self.path, self.name, self.options = spec, spec.path, spec.name, spec.options
         self._files = _list_files(Path(spec.path))
-        self._opened: dict[int, list[pa.RecordBatch] | pq.ParquetFile] = {}
+        self._batch_lists: dict[int, list[pa.RecordBatch]] = {}
+        self._parquets: dict[int, pq.ParquetFile] = {}
+        self._mappings: list[mmap.mmap] = []
         self._units: list[_Unit] = []
         self.num_cells = 0
         for number, file in enumerate(self._files):
@@ -70,20 +78,22 @@ class TokenSource:
             if file.suffix == ".parquet":
                 # Without pre-buffering a row group of any size is read page by page.
                 opened = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
-                self._opened[number] = opened
+                self._parquets[number] = opened
                 groups = range(opened.metadata.num_row_groups)
                 return opened.schema_arrow, [opened.metadata.row_group(i).num_rows for i in groups]
-            mapped = pa.memory_map(str(file))
-            if mapped.read(len(_ARROW_FILE_MAGIC)) == _ARROW_FILE_MAGIC:
-                reader = pa.ipc.open_file(mapped)
+            with file.open("rb") as opened:
+                mapping = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+            self._mappings.append(mapping)
+            content = pa.py_buffer(mapping)
+            if mapping[: len(_ARROW_FILE_MAGIC)] == _ARROW_FILE_MAGIC:
+                reader = pa.ipc.open_file(content)
                 batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
             else:
-                mapped.seek(0)
-                reader = pa.ipc.open_stream(mapped)
+                reader = pa.ipc.open_stream(content)
                 batches = list(reader)
-            self._opened[number] = batches
+            self._batch_lists[number] = batches
             return reader.schema, [b.num_rows for b in batches]
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowInvalid, OSError, ValueError) as error:  # ValueError: an empty file
             raise ValueError(f"{file}: cannot be read as Arrow or parquet ({error})") from error
 
     def _check_schema(self, file: Path, schema: pa.Schema) -> None:
@@ -125,12 +135,13 @@ class TokenSource:
         for unit in self._units:
             if unit.start < start or unit.stop > stop or unit.start == unit.stop:
                 continue
-            opened, row = self._opened[unit.file], unit.start
+            row = unit.start
             try:
-                if isinstance(opened, pq.ParquetFile):
-                    parts = opened.iter_batches(_READ_CELLS, [unit.number], columns)
+                if unit.file in self._parquets:
+                    parquet = self._parquets[unit.file]
+                    parts = parquet.iter_batches(_READ_CELLS, [unit.number], columns)
                 else:
-                    whole = opened[unit.number].select(columns)
+                    whole = self._batch_lists[unit.file][unit.number].select(columns)
                     cuts = range(0, whole.num_rows, _READ_CELLS)
                     parts = (whole.slice(at, _READ_CELLS) for at in cuts)
                 for part in parts:
@@ -151,7 +162,7 @@ class TokenSource:
             if lists.null_count or lists.values.null_count:
                 raise ValueError(f"{self.path}: 'input_ids' has missing values after row {row}")
             offsets = np.asarray(lists.offsets, dtype=np.int64)
-            tokens = np.asarray(lists.values, dtype=np.int64)[offsets[0] : offsets[-1]]
+            tokens = np.asarray(lists.values)[offsets[0] : offsets[-1]]
             lengths = np.asarray(batch.column("length"), dtype=np.int64)
             wrong = np.flatnonzero(np.diff(offsets) != lengths)
             if wrong.size:
@@ -166,24 +177,33 @@ class TokenSource:
             ids = [f"{self.name}:{i}" for i in range(row, row + batch.num_rows)]
             datasets = [self.spec.dataset] * batch.num_rows
             yield TokenBlock(tokens, offsets - offsets[0], ids, datasets, metadata)
+        for mapping in self._mappings:
+            # The pages that were read would count as this process's memory for ever.
+            mapping.madvise(mmap.MADV_DONTNEED)
 
-    def check_tokens(self, block: TokenBlock, vocabulary: Vocabulary) -> None:
-        """Raise ValueError unless the block's tokens are genes of the vocabulary, framed alike."""
-        tokens, offsets = block.tokens, block.offsets
-        if tokens.size == 0:
-            return
-        lengths = np.diff(offsets)
-        if tokens.min() < 0 or tokens.max() >= vocabulary.num_tokens:
+    def checked_tokens(self, block: TokenBlock, vocabulary: Vocabulary) -> np.ndarray:
+        """Return the block's tokens in the vocabulary's type.
+
+        Raises
+        ------
+        ValueError
+            They are not genes of the vocabulary, too long, or framed by other special tokens.
+        """
+        offsets, lengths = block.offsets, np.diff(block.offsets)
+        tokens = np.empty(len(block.tokens), dtype=token_dtype(vocabulary.num_tokens))
+        if not len(tokens):
+            return tokens
+        low, high, inner = _narrow(block.tokens, vocabulary.first_gene_token, tokens)
+        if low < 0 or high >= vocabulary.num_tokens:
             raise ValueError(
-                f"{self.path}: token {tokens.max()} does not exist in the vocabulary of "
-                f"{vocabulary.num_tokens} tokens; these cells were made with another one"
+                f"{self.path}: token {high if low >= 0 else low} does not exist in the vocabulary "
+                f"of {vocabulary.num_tokens} tokens; these cells were made with another one"
             )
         if lengths.max() > vocabulary.max_length:
             raise ValueError(
                 f"{self.path}: a cell of {lengths.max()} tokens, but the vocabulary's maximum "
                 f"length is {vocabulary.max_length}"
             )
-        inner = np.count_nonzero(tokens < vocabulary.first_gene_token)
         if vocabulary.has_cls:
             filled = np.flatnonzero(lengths >= 2)
             first, last = offsets[filled], offsets[filled + 1] - 1
@@ -205,6 +225,19 @@ class TokenSource:
                 f"{self.path}: special tokens stand between genes (share {inner / len(tokens):.2%})"
                 "; tokens and vocabulary belong to different versions"
             )
+        return tokens
+
+
+@numba.njit(cache=True, nogil=True)
+def _narrow(tokens, first_gene, out):
+    """Copy to a narrower type; return (smallest, largest, number below the first gene)."""
+    low, high, special = tokens[0], tokens[0], 0
+    for i in range(len(tokens)):
+        token = tokens[i]
+        low, high = min(low, token), max(high, token)
+        special += token < first_gene
+        out[i] = token
+    return low, high, special
 
 
 def _texts(column: pa.Array) -> list[str]:

@@ -95,6 +95,19 @@ def move_up(work: Path, names: list[str], manifest_name: str) -> None:
     shutil.rmtree(work)
 
 
+def force_to_disk(paths: list[Path]) -> None:
+    """Return when the content of all files would survive a power failure.
+
+    Called once at the end: most of it has been written in the background by then.
+    """
+    for path in paths:
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+
 def check_disk(work: Path, needed_bytes: int) -> None:
     """Raise ValueError unless the file system of `work` has room."""
     free = shutil.disk_usage(work).free

@@ -7,6 +7,7 @@ order and handed to the writers of their buckets. Parts change when bytes are wr
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,15 +16,15 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.buckets import bucket_of
-from data_prep.cells import Cells
+from data_prep.cells import Cells, count_tokens, place_rows, scatter_rows
 from data_prep.decide import Chunk, Window, WritePlan, key_bins
-from data_prep.encode import KEY, SPLIT, open_chunk, write_text
+from data_prep.encode import KEY, LENGTH, SPLIT, open_chunk, tokens_path, write_text
 from data_prep.filters import KEPT
 from data_prep.rank import token_dtype
 from data_prep.shards import SPLITS, TarWriter
 
-# A cell is held as gathered from the files, joined, ordered, and in a writer's block.
-_COPIES = 3.5
+# Tokens are held once; the rest is for the small columns, which are held twice, and for blocks.
+_COPIES = 1.5
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,8 @@ def write_tars(job: WriteJob) -> WriteRecord:
     ready = {w.bucket: _Ready(w.skip, w.take) for w in windows}
     seen = np.zeros(plan.num_tokens, dtype=np.int64)
     for low, high in _parts(windows, plan.bytes_per_task[job.split], job.memory_gib):
-        cells, bucket = _gather(job, plan, windows, low, high)
-        for number, waiting in ready.items():
-            for block in waiting.blocks(cells, np.flatnonzero(bucket == number), plan.block_cells):
+        for number, cells in _gather(job, plan, windows, low, high).items():
+            for block in ready[number].blocks(cells, plan.block_cells):
                 _write_block(writers[number], block, plan.columns, seen)
     shards, members = [], []
     for number, writer in writers.items():
@@ -122,40 +122,59 @@ def _parts(windows: list[Window], num_bytes: int, memory_gib: float) -> list[tup
 
 def _gather(
     job: WriteJob, plan: WritePlan, windows: list[Window], low: int, high: int
-) -> tuple[Cells, np.ndarray]:
-    """Return cells of key bins low..high-1 that belong to a window, in key order, and buckets."""
+) -> dict[int, Cells]:
+    """Return by bucket the cells of key bins low..high-1 that belong to a window, in key order.
+
+    Twice over the chunk files: the first time for keys and small columns, the second time to copy
+    each cell's tokens to their place.
+    """
     codes = np.load(job.work / plan.decisions, mmap_mode="r")
     first = np.full(len(plan.buckets), 1 << 62)
     last = np.full(len(plan.buckets), -1)
     for window in windows:
         first[window.bucket], last[window.bucket] = window.first_bin, window.last_bin
-    columns = ["cell_id", "dataset", *plan.columns, KEY]
-    found: list[Cells] = []
+    found: list[tuple[Chunk, np.ndarray, np.ndarray]] = []
+    keys, buckets, tables = [], [], []
     for chunk in plan.chunks:
         batch = open_chunk(job.work / chunk.name)
         begin, end = np.searchsorted(np.asarray(batch.column(SPLIT)), [job.split, job.split + 1])
         bins = key_bins(np.asarray(batch.column(KEY))[begin:end], plan.bin_bits)
         begin, end = begin + np.searchsorted(bins, [low, high])
-        cells = Cells.of_batch(batch.slice(begin, end - begin).select(["input_ids", *columns]))
-        lengths = cells.lengths
-        bucket = bucket_of(lengths, plan.buckets)
+        lengths = np.asarray(batch.column(LENGTH))
+        bucket = bucket_of(lengths[begin:end], plan.buckets)
         bins = key_bins(np.asarray(batch.column(KEY))[begin:end], plan.bin_bits)
-        kept = codes[chunk.first + begin : chunk.first + end] == KEPT
-        rows = np.flatnonzero(kept)
-        rows = rows[(bins[rows] >= first[bucket[rows]]) & (bins[rows] <= last[bucket[rows]])]
+        chosen = codes[chunk.first + begin : chunk.first + end] == KEPT
+        chosen &= (bucket < len(plan.buckets)) & (bins >= first[bucket]) & (bins <= last[bucket])
+        rows = np.flatnonzero(chosen)
         if rows.size:
-            found.append(cells.take(rows))
+            offsets = np.r_[0, np.cumsum(lengths[:end], dtype=np.int64)][begin:]
+            found.append((chunk, rows, offsets))
+            keys.append(np.asarray(batch.column(KEY))[begin + rows])
+            buckets.append(bucket[rows])
+            names = ["cell_id", "dataset", *plan.columns]
+            tables.append(pa.Table.from_batches([batch.select(names)]).take(pa.array(begin + rows)))
     if not found:
-        names = ["cell_id", "dataset", *plan.columns]
-        columns = pa.table({n: pa.array([], pa.string()) for n in names})
-        none = np.zeros(0, dtype=token_dtype(plan.num_tokens))
-        return Cells(none, np.zeros(1, dtype=np.int64), columns), np.zeros(0, dtype=np.int64)
-    joined = Cells.concat(found)
-    found.clear()
-    order = np.argsort(joined.columns.column(KEY).to_numpy(), kind="stable")
-    ordered = joined.take(order)
-    ordered = Cells(ordered.tokens, ordered.offsets, ordered.columns.drop_columns([KEY]))
-    return ordered, bucket_of(ordered.lengths, plan.buckets)
+        return {}
+    bucket = np.concatenate(buckets)
+    order = np.lexsort((np.concatenate(keys), bucket))
+    lengths = np.concatenate([offsets[rows + 1] - offsets[rows] for _, rows, offsets in found])
+    offsets, starts = place_rows(lengths, order)
+    kind = token_dtype(plan.num_tokens)
+    tokens = np.empty(int(offsets[-1]), dtype=kind)
+    done = 0
+    for chunk, rows, here in found:
+        path = tokens_path(job.work / chunk.name)
+        read = np.fromfile(path, kind, int(here[-1] - here[0]), offset=int(here[0]) * kind.itemsize)
+        scatter_rows(read, here - here[0], rows, starts[done : done + len(rows)], tokens)
+        done += len(rows)
+    columns = pa.concat_tables(tables).combine_chunks().take(pa.array(order))
+    together = Cells(tokens, offsets, columns)
+    edges = np.searchsorted(bucket[order], np.arange(len(plan.buckets) + 1))
+    return {
+        n: together.slice(int(edges[n]), int(edges[n + 1]))
+        for n in range(len(plan.buckets))
+        if edges[n] < edges[n + 1]
+    }
 
 
 class _Ready:
@@ -166,22 +185,26 @@ class _Ready:
         self._rest: Cells | None = None
         self.taken = 0
 
-    def blocks(self, cells: Cells, rows: np.ndarray, block_cells: int) -> list[Cells]:
-        """Return full blocks made of what was left over and of `rows` of `cells`."""
-        skipped = min(self._skip, len(rows))
-        self._skip -= skipped
-        rows = rows[skipped : skipped + self._left]
-        self._left -= len(rows)
-        self.taken += len(rows)
-        if not rows.size:
-            return []
-        mine = cells.take(rows)
+    def blocks(self, cells: Cells, block_cells: int) -> Iterator[Cells]:
+        """Yield full blocks made of what was left over and of `cells`."""
+        start = min(self._skip, len(cells))
+        self._skip -= start
+        stop = min(start + self._left, len(cells))
+        self._left -= stop - start
+        self.taken += stop - start
         if self._rest is not None:
-            mine = Cells.concat([self._rest, mine])
-        full = len(mine) // block_cells * block_cells
-        blocks = [mine.slice(at, at + block_cells) for at in range(0, full, block_cells)]
-        self._rest = mine.take(np.arange(full, len(mine))) if full < len(mine) else None
-        return blocks
+            missing = min(block_cells - len(self._rest), stop - start)
+            self._rest = Cells.concat([self._rest, cells.slice(start, start + missing)])
+            start += missing
+            if len(self._rest) == block_cells:
+                yield self._rest
+                self._rest = None
+        while stop - start >= block_cells:
+            yield cells.slice(start, start + block_cells)
+            start += block_cells
+        if start < stop:
+            # A copy: a slice would keep all cells of this part in memory.
+            self._rest = cells.slice(start, stop).take(np.arange(stop - start))
 
     def rest(self) -> list[Cells]:
         """Return the last, short block, if any."""
@@ -189,14 +212,15 @@ class _Ready:
 
 
 def _write_block(writer: TarWriter, cells: Cells, columns: list[str], seen: np.ndarray) -> None:
+    # Fresh arrays: those of a slice are written with other padding, depending on where they lay.
+    coded = cells.columns.take(pa.array(np.arange(len(cells)))).combine_chunks()
     # In a block few data sets, donors or cell types stand: a dictionary costs 2 bytes a cell.
-    coded = cells.columns
     for name in ("dataset", *columns):
         values = coded.column(name).combine_chunks()
         place = coded.schema.get_field_index(name)
         coded = coded.set_column(place, name, _dictionary(values))
     writer.write(Cells(cells.tokens, cells.offsets, coded).to_batch())
-    seen += np.bincount(cells.tokens, minlength=len(seen))
+    count_tokens(cells.tokens, seen)
 
 
 def _dictionary(values: pa.Array) -> pa.Array:

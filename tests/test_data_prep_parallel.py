@@ -131,7 +131,7 @@ def test_killed_runs_continue(moment, corpus, expected, tmp_path):
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive, "workers outlive the process that started them"
     if not (out / MANIFEST_NAME).exists():
-        kept = {p: p.stat().st_mtime_ns for p in (out / ".partial").glob("chunk-*.arrow")}
+        kept = {p: p.stat().st_mtime_ns for p in (out / ".partial").glob("chunk-*-*")}
         done = {p.stem for p in (out / ".partial").glob("chunk-*.json")}
         seen = {}
 

@@ -168,7 +168,7 @@ def test_wrong_tokens(cells, lengths, message, tmp_path):
     source = token_file(tmp_path / "cells.parquet", cells, lengths)
     with pytest.raises(ValueError, match=message):
         for block in source.blocks():
-            source.check_tokens(block, small)
+            source.checked_tokens(block, small)
 
 
 def test_hugging_face_folder_equals_parquet(tmp_path):
@@ -194,7 +194,7 @@ def test_corpus_of_a_version_with_cls_is_refused(tmp_path):
     cells = [[2, 10 + i % 40, 60 + i % 30, 3] for i in range(50)]
     source = token_file(tmp_path / "cells.parquet", cells)
     with pytest.raises(ValueError, match="<cls> and <eos> of another version"):
-        source.check_tokens(next(source.blocks()), plain)
+        source.checked_tokens(next(source.blocks()), plain)
 
 
 def test_counts_in_a_layer_of_a_file_without_x(tmp_path, vocabulary):

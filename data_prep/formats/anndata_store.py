@@ -189,5 +189,6 @@ def read_column(frame: Any, name: str, start: int, stop: int) -> np.ndarray:
 
 
 def _of_codes(codes: np.ndarray, categories: np.ndarray) -> np.ndarray:
-    values = np.append(categories.astype(object), None)
+    values = np.empty(len(categories) + 1, dtype=object)
+    values[:-1] = categories
     return values[codes]  # code -1, missing, is the None at the end

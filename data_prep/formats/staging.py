@@ -27,17 +27,21 @@ class StagedRows:
     """Compressed sparse rows in memory-mapped files: int64 indptr, int32 indices, data."""
 
     def __init__(self, folder: Path) -> None:
-        self._indptr = np.load(folder / "indptr.npy", mmap_mode="r")
-        self._indices = np.load(folder / "indices.npy", mmap_mode="r")
-        self._data = np.load(folder / "data.npy", mmap_mode="r")
+        self._folder = folder
+
+    def _array(self, name: str) -> np.ndarray:
+        # Mapped anew for each range: pages of an open mapping would count as memory for ever.
+        return np.load(self._folder / f"{name}.npy", mmap_mode="r")
 
     def rows(self, start: int, stop: int) -> Rows:
-        indptr = np.asarray(self._indptr[start : stop + 1])
+        indptr = np.array(self._array("indptr")[start : stop + 1])
         chosen = slice(int(indptr[0]), int(indptr[-1]))
-        return np.array(self._data[chosen]), np.array(self._indices[chosen]), indptr - indptr[0]
+        data, indices = self._array("data")[chosen], self._array("indices")[chosen]
+        return np.array(data), np.array(indices), indptr - indptr[0]
 
     def num_stored(self, start: int, stop: int) -> int:
-        return int(self._indptr[stop] - self._indptr[start])
+        indptr = self._array("indptr")
+        return int(indptr[stop] - indptr[start])
 
 
 def stage_rows(entries: Callable[[], Entries], num_cells: int, folder: Path) -> StagedRows:
