@@ -38,6 +38,7 @@ from data_prep.shards import SPLITS, file_sha256
 _MOST_BINS_BITS = 16
 _CELLS_PER_BIN = 64
 _CELL_BYTES = 64  # ids, offsets and metadata of a cell in memory and on disk, roughly
+_TASKS, _TASK_BYTES = 16, 128 << 20
 _SORT_BYTES = 24  # per cell while duplicates are looked for
 
 
@@ -238,7 +239,8 @@ def plan_writing(
 ) -> WritePlan:
     """Return the plan of pass 2.
 
-    The number of tars of a split follows from its bytes: tars are `shard_mib` on average.
+    The number of tars of each bucket follows from the bytes of the split: tars are `shard_mib` on
+    average, but there are enough numbers for 16 processes as soon as each has some work.
     """
     buckets = choose_buckets(histogram.sum(axis=0), max_length)
     cells = int(histogram.sum())
@@ -251,7 +253,8 @@ def plan_writing(
         sizes = counts[split].sum(axis=1)
         split_bytes = int((histogram[split] * (lengths * token_bytes + _CELL_BYTES)).sum())
         used = max(1, int((sizes > 0).sum()))
-        tasks = max(1, round(split_bytes / (shard_mib * 2**20 * used)))
+        by_size = round(split_bytes / (shard_mib * 2**20 * used))
+        tasks = max(1, by_size, min(_TASKS, split_bytes // _TASK_BYTES))
         windows.append(_windows(counts[split], tasks, block_cells))
         bytes_per_task.append(split_bytes // tasks)
     return WritePlan(

@@ -80,7 +80,8 @@ def encode_cells(
     """
     # Columns whose token stood before: -2 - token. A cell that has counts there is summed by token.
     first_of = np.full(vocabulary.num_tokens, -1)
-    first_of[column_tokens[::-1]] = np.arange(len(column_tokens))[::-1]
+    known = np.flatnonzero(column_tokens >= 0)[::-1]
+    first_of[column_tokens[known]] = known
     is_repeat = (column_tokens >= 0) & (first_of[column_tokens] != np.arange(len(column_tokens)))
     coded = np.where(is_repeat, -2 - column_tokens, column_tokens).astype(np.int32)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -88,6 +88,39 @@ def test_huge_dynamic_range_is_sorted_exactly():
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_gene_that_stands_twice_in_a_row_is_summed():
+    """Rows of a CSR matrix need not be sorted, nor without repetition."""
+    vocabulary = make_vocabulary(20)
+    data, indices = np.array([1.0, 5.0, 2.0, 4.0, 3.0]), np.array([7, 3, 7, 1, 3])
+    dense = np.zeros((1, 20))
+    np.add.at(dense[0], indices, data)
+    tokens = np.arange(2, 22, dtype=np.int32)
+    indptr, totals = np.array([0, 5]), np.array([15.0])
+    encoded = encode_cells(data, indices, indptr, totals, tokens, vocabulary)
+    np.testing.assert_array_equal(encoded.tokens, reference(dense, tokens, vocabulary)[0])
+    assert encoded.detected.tolist() == [3]
+
+
+@pytest.mark.parametrize("medians", ["equal", "nearly equal", "different"])
+@pytest.mark.parametrize("num_genes", [3000, 70_000])
+def test_many_ties_and_many_tokens(medians, num_genes):
+    """Values that share a bin of the sort, or all their bits but the last, and wide token ids."""
+    rng = np.random.default_rng(0)
+    values = {
+        "equal": np.full(num_genes, 2.0),
+        "nearly equal": 2.0 * (1 + np.arange(num_genes)[::-1] * 2.0**-50),
+        "different": rng.uniform(0.5, 5, num_genes),
+    }[medians]
+    names = [f"g{i:05d}" for i in range(num_genes)]
+    tokens = {"<pad>": 0, "<mask>": 1} | {g: i + 2 for i, g in enumerate(names)}
+    vocabulary = from_dictionaries(tokens, dict(zip(names, values.tolist(), strict=True)))
+    counts = rng.poisson(0.5, (4, num_genes)).astype(np.float32)
+    columns = rng.permutation(num_genes).astype(np.int32) + 2
+    got = encode(counts, columns, vocabulary)
+    for a, b in zip(got, reference(counts.astype(float), columns, vocabulary), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize(
     ("file", "dictionaries"),
     [

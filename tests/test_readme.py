@@ -39,14 +39,19 @@ def user_folder(tmp_path: Path) -> Path:
     (dictionaries / "token_dictionary.json").write_text(json.dumps(tokens))
     medians = {g: 1.0 + i % 7 for i, g in enumerate(genes)}
     (dictionaries / "gene_median_dictionary.json").write_text(json.dumps(medians))
+    (tmp_path / "corpus.yaml").write_text(
+        "defaults: {columns: {donor: donor_id}}\n"
+        "sources:\n  - {path: cells/some.h5ad, dataset: ours}\n  - {path: cells/o*.h5ad}\n"
+    )
     return tmp_path
 
 
 def test_commands_run_as_written(user_folder):
     if not (BIN / "geneloom").exists():
         pytest.skip(f"the console command is not installed beside {sys.executable}")
-    blocks = [*commands("Your own cells"), *commands("Several ranks, stopping, resuming")]
-    assert len(blocks) == 3
+    sections = ("Your own cells", "A large corpus", "Several ranks, stopping, resuming")
+    blocks = [block for section in sections for block in commands(section)]
+    assert len(blocks) == 4
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
     for block in blocks:
@@ -55,8 +60,9 @@ def test_commands_run_as_written(user_folder):
             capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
-    for made in ("shards/manifest.json", "model/model.safetensors", "embedded.h5ad",
-                 "scores/results.json", "runs/two/checkpoints/latest"):  # fmt: skip
+    for made in ("shards/manifest.json", "corpus/manifest.json", "corpus.html",
+                 "model/model.safetensors", "embedded.h5ad", "scores/results.json",
+                 "runs/two/checkpoints/latest"):  # fmt: skip
         assert (user_folder / made).exists(), made
 
 
