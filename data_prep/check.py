@@ -7,19 +7,18 @@ from pathlib import Path
 
 from data_prep.corpus import carried_columns
 from data_prep.encode import EncodeJob, EncodeRecord, encode_stretch
-from data_prep.prepare import (
+from data_prep.manifest import dataset_reports, source_reports
+from data_prep.prepare import decide_all
+from data_prep.sources import SourceSpec
+from data_prep.survey import (
     PrepareOptions,
     Progress,
     SourceSurvey,
     Survey,
     check_options,
-    dataset_reports,
-    decide_all,
     encode_jobs,
-    source_reports,
     survey_source,
 )
-from data_prep.sources import SourceSpec
 from data_prep.vocab import Vocabulary
 from data_prep.workers import Workers
 

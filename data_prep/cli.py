@@ -12,10 +12,11 @@ import typer
 from data_prep.check import check_sources
 from data_prep.corpus import expand_corpus, organism_name
 from data_prep.medians import RELATIVE_ERROR, GeneMedians, MedianSketch, gene_medians
-from data_prep.prepare import PrepareOptions, prepare
+from data_prep.prepare import prepare
 from data_prep.progress import show_progress
 from data_prep.shards import MANIFEST_NAME, ShardSet
 from data_prep.sources import SourceOptions
+from data_prep.survey import PrepareOptions
 from data_prep.tables import print_check, print_manifest, print_problems
 from data_prep.verify import repair, verify
 from data_prep.vocab import Vocabulary, open_vocabulary
@@ -219,7 +220,8 @@ def medians_command(
     if out.suffix != ".json":
         raise ValueError(f"--out {out}: must end in .json")
     sketch_path = out.with_suffix(".sketch.parquet")
-    for path in (out, sketch_path):
+    table_path = out.with_suffix(".genes.tsv")
+    for path in (out, sketch_path, table_path):
         if path.exists():
             raise ValueError(f"{path}: exists; give --out a new name")
     reading = SourceOptions(counts, gene_column, (), total_column, strip_gene_versions)
@@ -228,6 +230,12 @@ def medians_command(
             return
         earlier = [s for s in sources if s.endswith(".sketch.parquet")]
         rest = [s for s in sources if s not in earlier]
+        if len(set(earlier)) < len(earlier):
+            raise ValueError("a sketch is given more than once: its cells would count twice")
+        if earlier and not rest and (annotation or gene_mapping):
+            raise ValueError(
+                "--annotation, --gene-mapping: belong to the call that made the sketch"
+            )
         found: GeneMedians | None = None
         with show_progress() as progress, tempfile.TemporaryDirectory(prefix="geneloom-") as work:
             if rest:
@@ -243,7 +251,7 @@ def medians_command(
     vocabulary = found.vocabulary(min_cells, max_length, with_cls)
     out.parent.mkdir(parents=True, exist_ok=True)
     found.sketch.save(sketch_path)
-    found.save_table(out.with_suffix(".genes.tsv"))
+    found.save_table(table_path)
     vocabulary.save(out)
     error = f"within {found.relative_error:.2%}" if found.relative_error else "exact"
     print(

@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from data_prep.genes import ORGANISMS, SPECIES
 from data_prep.open import CENSUS
@@ -42,6 +42,11 @@ class _Settings(BaseModel):
     dataset_column: str | None = None
     organism: str | None = None
     obs_filter: str | None = None
+
+    @field_validator("organism")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        return organism_name(name) if name is not None else None
 
     def over(self, options: SourceOptions) -> SourceOptions:
         """Return `options` with what is set here."""
@@ -112,10 +117,17 @@ def expand_path(pattern: str) -> list[str]:
     if path.is_dir() and path.suffix not in _SUFFIXES:
         inside = sorted(p for p in path.iterdir() if not p.name.startswith("."))
         matrices = [p for p in inside if p.suffix in _SUFFIXES - {".parquet", ".arrow"}]
-        matrices += [p for p in inside if p.is_dir() and list(p.glob("matrix.mtx*"))]
+        matrices += [p for p in inside if p.name.endswith(".zarr.zip")]
+        matrices += [
+            p for p in inside if list(p.glob("matrix.mtx*")) or (p / "state.json").exists()
+        ]
         # A 10x folder, a Hugging Face folder, a SOMA experiment or a zarr group is one source.
         markers = ("*.arrow", "*.parquet", "state.json", "matrix.mtx*", "__tiledb*", ".zgroup",
                    "zarr.json")  # fmt: skip
+        if matrices and (list(path.glob("*.arrow")) or list(path.glob("*.parquet"))):
+            raise ValueError(
+                f"{pattern}: holds count matrices and token files; name them one by one"
+            )
         if not any(list(path.glob(m)) for m in markers):
             if not matrices:
                 raise ValueError(f"{pattern}: is a folder without any source; accepted: "
@@ -128,7 +140,7 @@ def _read_list(path: Path, options: SourceOptions) -> list[SourceSpec]:
     try:
         content = yaml.safe_load(path.read_text())
         corpus = _CorpusList.model_validate(content)
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: not readable as YAML ({error})") from error
     except ValidationError as error:
         problems = "; ".join(
@@ -147,30 +159,42 @@ def _read_list(path: Path, options: SourceOptions) -> list[SourceSpec]:
 
 
 def _with_distinct_names(specs: list[SourceSpec]) -> list[SourceSpec]:
-    """Return sources whose names tell them apart: files of one name get their folder's in front."""
-    paths = Counter(str(Path(s.path).resolve()) for s in specs)
-    double = [p for p, n in paths.items() if n > 1]
+    """Return sources with names that tell them apart.
+
+    Files of one name get as many folders in front as tell them apart (Cell Ranger calls every
+    matrix the same); a Census gets its organism and filter behind.
+    """
+    double = [s for s, n in Counter(_identity(s) for s in specs).items() if n > 1]
     if double:
-        raise ValueError(f"{double[0]}: given more than once")
-    names = Counter(s.name for s in specs)
-    longer = [
-        s if names[s.name] == 1 else replace(
-            s,
-            name=f"{Path(s.path).resolve().parent.name}/{s.name}",
-            dataset=s.dataset if s.dataset != s.name
-            else f"{Path(s.path).resolve().parent.name}/{s.name}",
-        )
-        for s in specs
-    ]  # fmt: skip
-    again = [n for n, count in Counter(s.name for s in longer).items() if count > 1]
-    if again:
-        raise ValueError(
-            f"sources {again}: two files share the name of file and folder; the name tells data "
-            "apart, so rename one"
-        )
-    return longer
+        raise ValueError(f"{double[0][0]}: given more than once")
+    result = list(specs)
+    for name, number in Counter(s.name for s in specs).items():
+        group = [i for i, s in enumerate(specs) if s.name == name]
+        depth = 1
+        while number > 1 and len({_name(specs[i], depth) for i in group}) < number:
+            depth += 1
+        for i in group if number > 1 else []:
+            longer = _name(specs[i], depth)
+            dataset = longer if specs[i].dataset == name else specs[i].dataset
+            result[i] = replace(specs[i], name=longer, dataset=dataset)
+    return result
+
+
+def _identity(spec: SourceSpec) -> tuple[str, str | None, str | None]:
+    is_census = spec.path.startswith(f"{CENSUS}:")
+    path = spec.path if is_census else str(Path(spec.path).resolve())
+    return path, spec.options.organism, spec.options.obs_filter
+
+
+def _name(spec: SourceSpec, depth: int) -> str:
+    """Return the name of a source with `depth` folders in front, or a Census' query behind."""
+    if spec.path.startswith(f"{CENSUS}:"):
+        query = (spec.options.organism, spec.options.obs_filter)
+        return " ".join([spec.name, *(q for q in query if q)])
+    folders = Path(spec.path).resolve().parent.parts[1:]
+    return "/".join([*folders[max(0, len(folders) - depth) :], spec.name])
 
 
 def carried_columns(specs: list[SourceSpec]) -> tuple[str, ...]:
-    """Return the columns of the shards: all that any source carries, in order of appearance."""
-    return tuple(dict.fromkeys(c for s in specs for c in s.options.column_names))
+    """Return the columns of the shards: all that any source carries."""
+    return tuple(sorted({c for s in specs for c in s.options.column_names}))

@@ -39,7 +39,7 @@ def _scan(data, indices, indptr, mitochondrial, has_mitochondrial):
             value = np.float64(data[k])
             total += value
             # false for NaN, infinities, negative values and fractions
-            if not (value >= 0.0 and value - np.floor(value) == 0.0):
+            if not (0.0 <= value <= 2.0**53 and value - np.floor(value) == 0.0):
                 suspicious = True
         totals[cell] = total
         if has_mitochondrial:
@@ -71,6 +71,8 @@ def check_counts(path: str, data: np.ndarray, counts: str, choices: list[str]) -
             f"{path}: {share:.1%} of the stored values in '{counts}' are negative "
             f"(smallest {data.min():.3g}): scaled data; {advice}"
         )
+    if data.max() > 2.0**53:
+        raise ValueError(f"{path}: '{counts}' holds {data.max():.3g}, more than 2**53; {advice}")
     fractional = np.abs(data - np.rint(data)) > _INTEGER_TOLERANCE
     if fractional.any():
         looks = "log-transformed" if data.max() < 30 else "normalised"

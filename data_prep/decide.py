@@ -209,7 +209,7 @@ def report_datasets(
             report.truncated += int((detected[kept] > max_genes).sum())
             rejected = Counter(REASONS[c] for c in code[here & (code != KEPT)])
             report.rejected = dict(Counter(report.rejected) + rejected)
-    return [reports[k] for k in sorted(reports, key=lambda k: k[0])]
+    return [reports[k] for k in sorted(reports)]
 
 
 def length_histogram(

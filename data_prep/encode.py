@@ -366,13 +366,20 @@ def _hash_counts(data, indices, indptr, column_tokens):
     """Sum of a hash over (token, count): the order of genes in the file does not matter."""
     num_cells = len(indptr) - 1
     hashes, known = np.zeros(num_cells, np.uint64), np.zeros(num_cells)
+    sums = np.zeros(column_tokens.max() + 1)
     for cell in range(num_cells):
-        total, counts = np.uint64(0), 0.0
+        counts = 0.0
         for k in range(indptr[cell], indptr[cell + 1]):
             token = column_tokens[indices[k]]
             if token >= 0 and data[k] > 0:
-                total += _mix((np.uint64(token) << np.uint64(40)) + np.uint64(data[k]))
+                sums[token] += data[k]
                 counts += data[k]
+        total = np.uint64(0)
+        for k in range(indptr[cell], indptr[cell + 1]):
+            token = column_tokens[indices[k]]
+            if token >= 0 and sums[token] > 0.0:
+                total += _mix((np.uint64(token) << np.uint64(40)) + np.uint64(np.rint(sums[token])))
+                sums[token] = 0.0
         hashes[cell], known[cell] = total, counts
     return hashes, known
 

@@ -125,6 +125,7 @@ def quality_reasons(
         (MITOCHONDRIAL, mitochondrial, moments.mitochondrial, max_sd_mito),
     ):
         low, high = part.interval(limit)
-        outside = (values < low) | (values > high)
+        rounded = np.rint(values * _UNIT) / _UNIT  # as in the moments
+        outside = (rounded < low) | (rounded > high)
         reasons[outside & (reasons == KEPT)] = code
     return reasons

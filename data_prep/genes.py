@@ -69,7 +69,7 @@ def read_annotation(path: Path, biotypes: tuple[str, ...] = BIOTYPES) -> Annotat
         raise ValueError(
             f"{path}: not readable as a csv, tsv or parquet table ({error})"
         ) from error
-    ids = table[_column(path, table, _ID_COLUMNS, "gene ids")].astype(str)
+    ids = table[_column(path, table, _ID_COLUMNS, "gene ids")].astype(str).map(strip_version)
     kinds = table[_column(path, table, _BIOTYPE_COLUMNS, "biotypes")].astype(str)
     chosen = frozenset(ids[kinds.isin(biotypes)])
     if not chosen:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from data_prep.encode import write_text
 from data_prep.genes import read_annotation, strip_version
 from data_prep.open import open_source
+from data_prep.shards import file_sha256
 from data_prep.sources import CountBlock, CountSource, SourceSpec
 from data_prep.vocab import (
     CLS,
@@ -79,14 +80,17 @@ class MedianSketch:
     def medians(self) -> np.ndarray:
         """Return float64 [genes], interpolated in the median's bin; NaN where no cell has one."""
         before = np.cumsum(self.counts, axis=1)
-        half = before[:, -1] / 2
-        bins = (before < half[:, None]).sum(axis=1).clip(max=NUM_BINS - 1)
-        rows = np.arange(len(self.genes))
-        inside = self.counts[rows, bins]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            share = (half - (before[rows, bins] - inside)) / inside
-        low, high = bin_edge(bins), bin_edge(bins + 1)
-        return low + share * (high - low)
+        number, rows = before[:, -1], np.arange(len(self.genes))
+        middle = []
+        for rank, bins in zip(
+            ((number - 1) // 2, number // 2), _middle_bins(self.counts).T, strict=True
+        ):
+            inside = self.counts[rows, bins]
+            with np.errstate(invalid="ignore", divide="ignore"):
+                share = (rank + 0.5 - (before[rows, bins] - inside)) / inside
+            low, high = bin_edge(bins), bin_edge(bins + 1)
+            middle.append(np.where(number > 0, low + share * (high - low), np.nan))
+        return (middle[0] + middle[1]) / 2
 
     def merge(self, other: MedianSketch) -> MedianSketch:
         """Return the sketch of the cells of both."""
@@ -130,11 +134,15 @@ class MedianSketch:
 
 @dataclass(frozen=True)
 class GeneMedians:
-    """Medians of all genes seen; `relative_error` bounds how far they are from the exact ones."""
+    """Medians of all genes seen; `relative_error` bounds how far they are from the exact ones.
+
+    `aliases`: retired ids or symbols that were counted as another gene.
+    """
 
     sketch: MedianSketch
     medians: np.ndarray
     relative_error: float
+    aliases: dict[str, str] = field(default_factory=dict)
 
     def save_table(self, path: Path) -> None:
         """Write gene, cells that express it, and median, as text."""
@@ -151,11 +159,16 @@ class GeneMedians:
         chosen = np.flatnonzero(self.sketch.detected >= min_cells)
         if not chosen.size:
             raise ValueError(f"no gene is detected in at least {min_cells} cells: no vocabulary")
+        genes = tuple(self.sketch.genes[i] for i in chosen)
+        known = set(genes)
         return Vocabulary(
-            genes=tuple(self.sketch.genes[i] for i in chosen),
+            genes=genes,
             medians=self.medians[chosen],
             special_tokens=special,
             max_length=max_length or (MAX_LENGTH_SPECIAL if with_cls else MAX_LENGTH_PLAIN),
+            aliases={
+                a: g for a, g in sorted(self.aliases.items()) if g in known and a not in known
+            },
         )
 
 
@@ -180,7 +193,8 @@ def build_vocabulary(
     progress: Progress,
 ) -> Vocabulary:
     """Return the vocabulary of the genes in count matrices, kept in `work` for another start."""
-    settings = [min_cells, max_length, str(annotation), [s.signature() for s in specs]]
+    table = file_sha256(annotation) if annotation else None
+    settings = [min_cells, max_length, table, [s.signature() for s in specs]]
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]
     path = work / f"medians-{digest}.json"
     if path.exists():
@@ -230,6 +244,7 @@ def gene_medians(
                 f"{spec.path}: medians need count matrices; tokenised corpora come with the "
                 "vocabulary they were made with"
             )
+        source.check_ids()
         ids = {aliases.get(i, i) for i in source.gene_ids if i}
         genes |= ids if chosen is None else {i for i in ids if strip_version(i) in chosen}
         stretches += [(spec, start, stop) for start, stop in source.stretches(_CHUNK_CELLS)]
@@ -257,7 +272,7 @@ def gene_medians(
     wanted = _middle_bins(counts)
     held = int(counts[np.arange(len(names))[:, None], wanted].sum())
     if held * _VALUE_BYTES > memory_gib * 2**30:
-        return GeneMedians(sketch, sketch.medians(), RELATIVE_ERROR)
+        return GeneMedians(sketch, sketch.medians(), RELATIVE_ERROR, aliases)
     np.save(work / "wanted.npy", wanted)
     found: list = [None] * len(jobs)
     done = 0
@@ -270,7 +285,7 @@ def gene_medians(
 
     workers.run(partial(_collect_stretch, work / "wanted.npy"), jobs, collect)
     medians = _exact_medians(counts, wanted, *(np.concatenate(p) for p in zip(*found, strict=True)))
-    return GeneMedians(sketch, medians, 0.0)
+    return GeneMedians(sketch, medians, 0.0, aliases)
 
 
 def bin_edge(bins: np.ndarray) -> np.ndarray:

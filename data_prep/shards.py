@@ -240,8 +240,11 @@ class ShardSet:
             )
         try:
             self.manifest: dict = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ValueError(f"{path}: damaged ({error}); prepare the folder again") from error
+        needed = {"format", "vocabulary_sha256", "index_sha256", "shards", "sources", "buckets"}
+        if not isinstance(self.manifest, dict) or not needed <= self.manifest.keys():
+            raise ValueError(f"{path}: is not the manifest of shards; prepare the folder again")
         if self.manifest.get("format") not in READABLE_FORMATS:
             raise ValueError(
                 f"{path}: format {self.manifest.get('format')!r}, this version reads "
@@ -253,9 +256,11 @@ class ShardSet:
                 f"{folder}: {VOCABULARY_NAME} has hash {self.vocabulary.sha256[:12]}, the shards "
                 f"were made with {self.manifest['vocabulary_sha256'][:12]}"
             )
-        if file_sha256(folder / INDEX_NAME) != self.manifest["index_sha256"]:
-            raise ValueError(f"{folder / INDEX_NAME}: does not match the manifest; damaged?")
-        index = pq.read_table(folder / INDEX_NAME)
+        index_path = folder / INDEX_NAME
+        wanted = self.manifest["index_sha256"]
+        if not index_path.exists() or file_sha256(index_path) != wanted:
+            raise ValueError(f"{index_path}: is missing or does not match the manifest; damaged?")
+        index = pq.read_table(index_path)
         self.index = {name: index.column(name).to_numpy() for name in index.column_names}
         self._open_files: OrderedDict[int, int] = OrderedDict()
 

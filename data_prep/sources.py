@@ -34,7 +34,7 @@ from data_prep.vocab import Vocabulary
 _READ_CELLS = 4096
 _READ_VALUES = 1 << 24  # 12 to 16 bytes each while a block is in use
 _FILTER_COLUMN = "filter_pass"
-_CENSUS = "census"
+_SUFFIXES = (".h5ad", ".loom", ".zarr", ".h5", ".parquet", ".arrow", ".dataset")
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,17 @@ class SourceSpec:
     options: SourceOptions = field(default_factory=SourceOptions)
 
     def signature(self) -> str:
-        """Return a hash of what the source is: settings, and size and time of every file."""
+        """Return a hash of what the source is: settings, size and time of its files.
+
+        Of folders, two levels: a zarr group may have a million files, but each change of one
+        changes the time of the folder it is in.
+        """
         path = Path(self.path)
         files = []
         if path.exists():
-            found = sorted(path.rglob("*")) if path.is_dir() else [path]
-            states = [(str(p.relative_to(path)), p.stat()) for p in found if p.is_file()]
-            files = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
+            found = sorted([path, *path.glob("*"), *path.glob("*/*")])
+            states = [(str(p.relative_to(path)), p.stat()) for p in found]
+            files = [(name, s.st_size, s.st_mtime_ns) for name, s in states]
         text = json.dumps([asdict(self), files], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -188,6 +192,21 @@ class CountSource:
         symbols = as_text(self.store.var(columns[0])) if columns else None
         return mitochondrial_columns(self.gene_ids, symbols, self._annotation)
 
+    def check_ids(self) -> None:
+        """Raise ValueError for ids of another organism than stated, or with versions."""
+        ids = self.gene_ids
+        species, expected = species_of(ids), self.options.organism
+        if expected and species and species != expected:
+            raise ValueError(
+                f"{self.path}: gene ids are of {species}, but the organism is given as {expected}"
+            )
+        versioned = [i for i in ids if ENSEMBL_VERSIONED.match(i)]
+        if versioned and not self.options.strip_versions:
+            raise ValueError(
+                f"{self.path}: {len(versioned)} of {len(ids)} gene ids carry a version (e.g. "
+                f"{versioned[0]}); add --strip-gene-versions to cut them off"
+            )
+
     def column_tokens(self, vocabulary: Vocabulary, min_overlap: float) -> np.ndarray:
         """Return int32 [genes] tokens, -1 where unknown; refuse ids that do not fit the vocabulary.
 
@@ -197,20 +216,11 @@ class CountSource:
             Fewer than `min_overlap` of the source's genes are in the vocabulary, ids carry
             versions, or are of another organism than stated.
         """
+        self.check_ids()
         ids = self.gene_ids
-        species, expected = species_of(ids), self.options.organism
-        if expected and species and species != expected:
-            raise ValueError(
-                f"{self.path}: gene ids are of {species}, but the organism is given as {expected}"
-            )
+        species = species_of(ids)
         tokens = vocabulary.tokens_of(ids)
         known = int((tokens >= 0).sum())
-        versioned = [i for i in ids if ENSEMBL_VERSIONED.match(i)]
-        if versioned and not self.options.strip_versions:
-            raise ValueError(
-                f"{self.path}: {len(versioned)} of {len(ids)} gene ids carry a version (e.g. "
-                f"{versioned[0]}); add --strip-gene-versions to cut them off"
-            )
         if known < max(1, min_overlap * len(ids)):
             raise ValueError(
                 f"{self.path}: {known} of {len(ids)} gene ids ({known / max(1, len(ids)):.1%}) are "
@@ -358,7 +368,7 @@ class CountSource:
 
 def source_at(path: Path | str, options: SourceOptions) -> SourceSpec:
     """Return the spec of a single path: its name is the file's, and so is its data set's."""
-    name = Path(path).name
-    for suffix in (".gz", ".zip", *(s for s in Path(name).suffixes[-1:])):
+    name = str(path) if str(path).startswith("census:") else Path(path).absolute().name
+    for suffix in (".zip", *_SUFFIXES):
         name = name.removesuffix(suffix)
     return SourceSpec(str(path), name, name, options)

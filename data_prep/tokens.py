@@ -252,7 +252,10 @@ def _list_files(path: Path) -> list[Path]:
     state = path / "state.json"
     if state.exists():
         # The folder may also hold cache-*.arrow, results of a user's map() and filter().
-        names = [f["filename"] for f in json.loads(state.read_text())["_data_files"]]
+        try:
+            names = [f["filename"] for f in json.loads(state.read_text())["_data_files"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{state}: does not list data files ({error!r})") from error
         files = [path / name for name in names]
         missing = [f.name for f in files if not f.exists()]
         if missing:

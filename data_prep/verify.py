@@ -18,18 +18,11 @@ import pyarrow.ipc
 
 from data_prep import write
 from data_prep.corpus import expand_corpus
-from data_prep.prepare import (
-    PrepareOptions,
-    decide_all,
-    encode_all,
-    encode_jobs,
-    plan_shards,
-    survey_sources,
-    write_jobs,
-)
+from data_prep.prepare import decide_all, encode_all, plan_shards, write_jobs
 from data_prep.shards import (
     INDEX_NAME,
     MANIFEST_NAME,
+    SHARD_FORMAT,
     SPLITS,
     STATISTICS_NAME,
     ShardSet,
@@ -38,6 +31,7 @@ from data_prep.shards import (
     summarise_buckets,
 )
 from data_prep.sources import SourceOptions, SourceSpec
+from data_prep.survey import PrepareOptions, encode_jobs, survey_sources
 from data_prep.workers import Workers
 
 _TAR_HEADER = 512
@@ -94,7 +88,10 @@ def _verify_records(shards: ShardSet) -> list[Problem]:
     kept = sum(s["cells_kept"] for s in manifest["sources"])
     if not kept == shards.num_cells == sum(s["cells"] for s in manifest["shards"]):
         problems.append(f"sources keep {kept:,} cells, the index holds {shards.num_cells:,}")
-    for source in manifest["sources"]:
+    for name in ("num_tokens", "max_length"):
+        if manifest[name] != getattr(shards.vocabulary, name):
+            problems.append(f"{name} is not that of the vocabulary")
+    for source in [*manifest["sources"], *manifest.get("datasets", [])]:
         if source["cells_read"] != source["cells_kept"] + sum(source["rejected"].values()):
             problems.append(f"cells of {source['name']} are unaccounted for")
     return [Problem("", f"{folder / MANIFEST_NAME}: {text}") for text in problems]
@@ -189,6 +186,11 @@ def repair(
     damaged = {p.shard for p in problems if p.shard}
     shards = ShardSet(folder)
     manifest = shards.manifest
+    if manifest["format"] != SHARD_FORMAT:
+        raise ValueError(
+            f"{folder}: format {manifest['format']} does not say how its sources were read: "
+            "prepare them again"
+        )
     settings: dict[str, Any] = dict(manifest["settings"])
     wanted = settings.pop("annotation_sha256", None)
     if wanted != (file_sha256(annotation) if annotation else None):
@@ -197,7 +199,11 @@ def repair(
     specs = _recorded_specs(manifest, expand_corpus(sources, SourceOptions()))
     work = folder / _WORK
     work.mkdir(exist_ok=True)
-    survey = survey_sources(specs, work, shards.vocabulary, options, workers, progress)
+    try:
+        survey = survey_sources(specs, work, shards.vocabulary, options, workers, progress)
+    except ValueError:
+        shutil.rmtree(work)
+        raise
     jobs = encode_jobs(survey, work, options, with_tokens=True)
     records = encode_all(jobs, workers, progress)
     decisions = decide_all(work, jobs, records, survey, options, progress)
@@ -206,9 +212,14 @@ def repair(
     # A tar's name ends in its number; one job writes that number of all buckets of a split.
     numbers = {(SPLITS.index(n.split("-")[0]), int(Path(n).stem.split("-")[-1])) for n in damaged}
     write_jobs(
-        [write.WriteJob(work, plan_name, s, n, memory_gib) for s, n in sorted(numbers)],
-        workers, progress,
-    )  # fmt: skip
+        [
+            write.WriteJob(work, plan_name, split, number, memory_gib)
+            for split, number in sorted(numbers)
+            if number < len(plan.windows[split])  # fewer cells than then, fewer tars
+        ],
+        workers,
+        progress,
+    )
     left = [p for p in problems if not p.shard]
     for entry in manifest["shards"]:
         if entry["name"] not in damaged:

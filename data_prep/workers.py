@@ -80,6 +80,9 @@ class Workers:
         return results
 
 
+SERIAL = Workers(None, 0)
+
+
 def mpi_size() -> int:
     """Return the number of MPI ranks this process was started with; 1 without MPI."""
     return max([int(os.environ.get(v, 1)) for v in _MPI_SIZE_VARIABLES])

@@ -144,8 +144,9 @@ def _gather(
         bucket = bucket_of(lengths[begin:end], plan.buckets)
         bins = key_bins(np.asarray(batch.column(KEY))[begin:end], plan.bin_bits)
         chosen = codes[chunk.first + begin : chunk.first + end] == KEPT
-        chosen &= (bucket < len(plan.buckets)) & (bins >= first[bucket]) & (bins <= last[bucket])
         rows = np.flatnonzero(chosen)
+        mine = bucket[rows]
+        rows = rows[(bins[rows] >= first[mine]) & (bins[rows] <= last[mine])]
         if rows.size:
             offsets = np.r_[0, np.cumsum(lengths[:end], dtype=np.int64)][begin:]
             found.append((chunk, rows, offsets))

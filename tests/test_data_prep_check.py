@@ -211,7 +211,7 @@ def varied_cells(folder: Path) -> list[Path]:
 
 
 def test_numbers_are_those_that_prepare_records(tmp_path, vocabulary, monkeypatch):
-    monkeypatch.setattr("data_prep.prepare.CHUNK_CELLS", 32)
+    monkeypatch.setattr("data_prep.survey.CHUNK_CELLS", 32)
     options = PrepareOptions(dedup=True, heldout_share=0.2, max_sd_counts=2)
     reading = SourceOptions(columns=("donor",), dataset_column="study")
     specs = expand_corpus([str(p) for p in varied_cells(tmp_path)], reading)

@@ -209,6 +209,7 @@ def test_a_folder_stands_for_its_files(tmp_path):
         expand(folder / "e")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # anndata's, about its next release
 def test_a_folder_that_is_one_source(tmp_path):
     import datasets
 
@@ -267,10 +268,18 @@ def test_the_name_of_a_data_set_stays(tmp_path):
     ]
 
 
-def test_names_that_tell_nothing_apart_are_refused(tmp_path):
-    touch(tmp_path, "x/data/cells.h5ad", "y/data/cells.h5ad")
-    with pytest.raises(ValueError, match="data/cells.*rename"):
-        expand(tmp_path / "**" / "*.h5ad")
+def test_as_many_folders_in_front_as_tell_files_apart(tmp_path):
+    """Cell Ranger calls every matrix the same."""
+    touch(tmp_path, "x/data/cells.h5ad", "y/data/cells.h5ad", "y/other.1.h5ad", "y/other.2.h5ad")
+    specs = expand(tmp_path / "**" / "*.h5ad")
+    assert [s.name for s in specs] == ["x/data/cells", "y/data/cells", "other.1", "other.2"]
+    assert [s.dataset for s in specs] == [s.name for s in specs]
+
+
+def test_two_queries_of_one_census_are_two_sources(tmp_path):
+    listed = "sources: [{path: 'census:1', organism: human}, {path: 'census:1', organism: mouse}]"
+    specs = expand(write_list(tmp_path / "c.yaml", listed))
+    assert [s.name for s in specs] == ["census:1 human", "census:1 mouse"]
 
 
 def test_a_file_twice_is_refused(tmp_path, monkeypatch):

@@ -87,7 +87,7 @@ def command(corpus: Path, out: Path, *more: str) -> list[str]:
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_give_the_same_bytes(processes, corpus, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr("data_prep.prepare.CHUNK_CELLS", 40)  # several stretches of each file
+    monkeypatch.setattr("data_prep.survey.CHUNK_CELLS", 40)  # several stretches of each file
     with open_workers(processes) as workers:
         run(corpus, tmp_path / "out", workers)
     assert contents(tmp_path / "out") == expected

@@ -62,7 +62,7 @@ def test_bytes_do_not_depend_on_memory_or_reading(tmp_path, monkeypatch):
     source = write_cells(tmp_path / "cells.h5ad", num_cells=150)
     prepare(specs(source), tmp_path / "a", None, OPTIONS)
     monkeypatch.setattr("data_prep.sources._READ_CELLS", 17)
-    monkeypatch.setattr("data_prep.prepare.CHUNK_CELLS", 50)
+    monkeypatch.setattr("data_prep.survey.CHUNK_CELLS", 50)
     prepare(specs(source), tmp_path / "b", None, replace(OPTIONS, memory_gib=1e-5))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 

@@ -103,6 +103,8 @@ class AnnDataStore:
     def _columns(self):
         """Yield (cells, genes, values) of a column-wise matrix, bounded in size."""
         indptr = self._indptr[:]
+        if np.any(np.diff(indptr) < 0) or int(indptr[-1]) > self._data.shape[0]:
+            raise OSError("index pointer is damaged")
         for start in range(0, int(indptr[-1]), _STAGE_VALUES):
             stop = min(start + _STAGE_VALUES, int(indptr[-1]))
             genes = np.searchsorted(indptr, np.arange(start, stop), side="right") - 1

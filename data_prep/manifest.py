@@ -1,0 +1,120 @@
+"""The record of a finished run: manifest, index and statistics beside the tars."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from data_prep import decide, encode, write
+from data_prep import shards as shards_format
+from data_prep.decide import Chunk, WritePlan
+from data_prep.filters import DatasetMoments, Moments
+from data_prep.shards import SPLITS, file_sha256
+from data_prep.survey import PrepareOptions, Survey
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What becomes of the cells of all chunk files."""
+
+    chunks: list[Chunk]
+    codes: str
+    moments: dict[str, DatasetMoments]
+    reports: list[decide.DatasetReport]
+    counts_in_vocabulary: list[float | None]
+
+
+def write_manifest(
+    work: Path,
+    records: list[write.WriteRecord],
+    plan: WritePlan,
+    histogram: np.ndarray,
+    decisions: Decisions,
+    survey: Survey,
+    options: PrepareOptions,
+) -> dict:
+    """Write vocabulary, index, statistics and manifest beside the tars; return the manifest."""
+    survey.vocabulary.save(work / shards_format.VOCABULARY_NAME)
+    pairs = [p for r in records for p in zip(r.shards, r.members, strict=True)]
+    pairs.sort(key=lambda p: (SPLITS.index(p[0]["split"]), p[0]["bucket_length"], p[0]["name"]))
+    shards, members = [p[0] for p in pairs], [p[1] for p in pairs]
+    shards_format.write_index(work / shards_format.INDEX_NAME, shards, members)
+    per_token = np.sum([r.cells_per_token for r in records], axis=0).tolist()
+    statistics = {"cells_by_length": histogram.tolist(), "cells_by_token": per_token}
+    encode.write_text(work / shards_format.STATISTICS_NAME, json.dumps(statistics) + "\n")
+    settings = asdict(replace(options, annotation=None))
+    # How the work was cut never shows in its result: out of the record. So are paths.
+    settings.pop("memory_gib")
+    settings.pop("annotation")
+    settings["annotation_sha256"] = file_sha256(options.annotation) if options.annotation else None
+    manifest = {
+        "format": shards_format.SHARD_FORMAT,
+        "vocabulary_sha256": survey.vocabulary.sha256,
+        "num_tokens": survey.vocabulary.num_tokens,
+        "max_length": survey.vocabulary.max_length,
+        "index_sha256": file_sha256(work / shards_format.INDEX_NAME),
+        "statistics_sha256": file_sha256(work / shards_format.STATISTICS_NAME),
+        "buckets": shards_format.summarise_buckets(shards, members),
+        "shards": shards,
+        "columns": list(survey.columns),
+        "settings": settings,
+        "sources": source_reports(survey, decisions),
+        "datasets": dataset_reports(decisions, options),
+    }
+    manifest["fingerprint"] = shards_format.fingerprint(manifest)
+    text = json.dumps(manifest, indent=1, sort_keys=True)
+    encode.write_text(work / shards_format.MANIFEST_NAME, text + "\n")
+    return json.loads(text)
+
+
+def source_reports(survey: Survey, decisions: Decisions) -> list[dict]:
+    """Return one entry per source: what it is, how it was read, what became of its cells."""
+    entries = []
+    for source, share in zip(survey.sources, decisions.counts_in_vocabulary, strict=True):
+        mine = [r for r in decisions.reports if r.source == source.spec.name]
+        rejected: Counter[str] = Counter()
+        for report in mine:
+            rejected.update(report.rejected)
+        entries.append(
+            {
+                "name": source.spec.name,
+                "dataset": source.spec.dataset,
+                "kind": source.kind,
+                "options": asdict(source.spec.options),
+                "cells_read": sum(r.cells_read for r in mine),
+                "cells_kept": sum(r.cells_kept for r in mine),
+                "tokens": sum(r.tokens for r in mine),
+                "truncated": sum(r.truncated for r in mine),
+                "rejected": dict(rejected),
+                "genes": asdict(source.genes) if source.genes else None,
+                "counts_in_vocabulary": share,
+            }
+        )
+    return entries
+
+
+def dataset_reports(decisions: Decisions, options: PrepareOptions) -> list[dict]:
+    """Return one entry per data set: cells, rejections, and the limits of the quality filters."""
+    entries: dict[str, dict] = {}
+    for report in decisions.reports:
+        entry = entries.setdefault(
+            report.dataset,
+            {"name": report.dataset, "cells_read": 0, "cells_kept": 0, "rejected": {}},
+        )
+        entry["cells_read"] += report.cells_read
+        entry["cells_kept"] += report.cells_kept
+        entry["rejected"] = dict(Counter(entry["rejected"]) + Counter(report.rejected))
+    for name, entry in entries.items():
+        moments = decisions.moments[name]
+        entry["counts_interval"] = _interval(moments.totals, options.max_sd_counts)
+        entry["mito_interval"] = _interval(moments.mitochondrial, options.max_sd_mito)
+    return list(entries.values())
+
+
+def _interval(moments: Moments, deviations: float) -> list[float] | None:
+    low, high = moments.interval(deviations)
+    return [low, high] if np.isfinite(low) else None
