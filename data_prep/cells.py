@@ -120,8 +120,9 @@ def gather_rows(
 def scatter_rows(tokens, offsets, rows, starts, out):
     """Copy row ``rows[i]`` to ``out[starts[i]:]``, for each i."""
     for i in range(len(rows)):
-        low, high = offsets[rows[i]], offsets[rows[i] + 1]
-        out[starts[i] : starts[i] + high - low] = tokens[low:high]
+        low, to = np.uintp(offsets[rows[i]]), np.uintp(starts[i])
+        for j in range(np.uintp(offsets[rows[i] + 1]) - low):
+            out[to + j] = tokens[low + j]
 
 
 @numba.njit(cache=True, nogil=True)

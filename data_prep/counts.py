@@ -24,29 +24,27 @@ def scan_counts(
     data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, mitochondrial: np.ndarray
 ) -> CountScan:
     """Return what one pass over a CSR block tells; `mitochondrial` is bool [genes]."""
-    totals, shares, suspicious = _scan(data, indices, indptr, mitochondrial, mitochondrial.any())
+    weights = mitochondrial.astype(np.float64)
+    totals, shares, suspicious = _scan(data, indices.view(np.uint32), indptr, weights)
     return CountScan(totals, shares, bool(suspicious))
 
 
 @numba.njit(cache=True, nogil=True)
-def _scan(data, indices, indptr, mitochondrial, has_mitochondrial):
+def _scan(data, indices, indptr, weights):
     num_cells = len(indptr) - 1
-    totals, special = np.zeros(num_cells), np.zeros(num_cells)
+    totals, weighted = np.zeros(num_cells), np.zeros(num_cells)
     suspicious = False
     for cell in range(num_cells):
-        total = 0.0
-        for k in range(indptr[cell], indptr[cell + 1]):
+        total = special = 0.0
+        # Unsigned: signed indices may be negative in Python, which costs a comparison each.
+        for k in range(np.uintp(indptr[cell]), np.uintp(indptr[cell + 1])):
             value = np.float64(data[k])
             total += value
+            special += value * weights[indices[k]]
             # false for NaN, infinities, negative values and fractions
-            if not (0.0 <= value <= 2.0**53 and value - np.floor(value) == 0.0):
-                suspicious = True
-        totals[cell] = total
-        if has_mitochondrial:
-            for k in range(indptr[cell], indptr[cell + 1]):
-                if mitochondrial[indices[k]]:
-                    special[cell] += data[k]
-    return totals, special, suspicious
+            suspicious |= not (0.0 <= value <= 2.0**53 and value - np.floor(value) == 0.0)
+        totals[cell], weighted[cell] = total, special
+    return totals, weighted, suspicious
 
 
 def check_counts(path: str, data: np.ndarray, counts: str, choices: list[str]) -> None:

@@ -220,11 +220,13 @@ def _of_counts(
     encoded = encode_cells(
         block.data, block.indices, block.indptr, block.totals, column_tokens, vocabulary
     )
-    content, known = _content_of_counts(block.data, block.indices, block.indptr, column_tokens)
+    content = np.zeros(len(block.totals), dtype=np.uint64)
+    if job.settings.with_content:
+        content = mix64(_hash_counts(block.data, block.indices, block.indptr, column_tokens))
     reasons = first_reasons(
         encoded.detected, block.passes, block.totals <= 0, job.settings.min_genes
     )
-    sums = (float(known.sum()), float(block.data.sum(dtype=np.float64)))
+    sums = _sum_counts(block.data, block.indices.view(np.uint32), column_tokens)
     return _cells(
         block, row, encoded, content, block.totals, block.mitochondrial, reasons, job
     ), sums
@@ -346,12 +348,15 @@ def open_chunk(path: Path) -> pa.RecordBatch:
         ) from error
 
 
-def _content_of_counts(
-    data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, column_tokens: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return (uint64 [cells], float64 [cells]): hash of (gene, count) pairs, and their counts."""
-    hashes, known = _hash_counts(data, indices, indptr, column_tokens)
-    return mix64(hashes), known
+@numba.njit(cache=True, nogil=True)
+def _sum_counts(data, indices, column_tokens):
+    """Return the sum of counts in genes of the vocabulary, and of all."""
+    known = total = 0.0
+    for k in range(len(data)):
+        count = np.float64(data[k])
+        total += count
+        known += count if column_tokens[indices[k]] >= 0 else 0.0
+    return known, total
 
 
 @numba.njit(cache=True, nogil=True)
@@ -365,23 +370,20 @@ def _mix(x):
 def _hash_counts(data, indices, indptr, column_tokens):
     """Sum of a hash over (token, count): the order of genes in the file does not matter."""
     num_cells = len(indptr) - 1
-    hashes, known = np.zeros(num_cells, np.uint64), np.zeros(num_cells)
-    sums = np.zeros(column_tokens.max() + 1)
+    hashes, sums = np.zeros(num_cells, np.uint64), np.zeros(column_tokens.max() + 1)
     for cell in range(num_cells):
-        counts = 0.0
         for k in range(indptr[cell], indptr[cell + 1]):
             token = column_tokens[indices[k]]
             if token >= 0 and data[k] > 0:
                 sums[token] += data[k]
-                counts += data[k]
         total = np.uint64(0)
         for k in range(indptr[cell], indptr[cell + 1]):
             token = column_tokens[indices[k]]
             if token >= 0 and sums[token] > 0.0:
                 total += _mix((np.uint64(token) << np.uint64(40)) + np.uint64(np.rint(sums[token])))
                 sums[token] = 0.0
-        hashes[cell], known[cell] = total, counts
-    return hashes, known
+        hashes[cell] = total
+    return hashes
 
 
 @numba.njit(cache=True, nogil=True)

@@ -18,6 +18,8 @@ from data_prep.vocab import CLS, EOS, TARGET_SUM, Vocabulary
 # Of `_sort_keys`: a key is a value's bits, inverted, with the token in place of the last 16.
 _TOKEN_MASK = np.uint64(0xFFFF)
 _BIN_SHIFT, _NUM_BINS = np.uint64(43), 16384
+# Signed indices may be negative in Python, which costs a comparison at each access.
+_INDEX, _ZERO, _ONE, _COUNT_ONE = np.uintp, np.uintp(0), np.uintp(1), np.uint32(1)
 # Insertion among so many is about as slow as the general sort.
 _FULLEST_BIN = 64
 _RADIX_BITS = 11
@@ -96,7 +98,7 @@ def encode_cells(
     _encode(
         # Few combinations of types: each is compiled once.
         data if data.dtype in (np.float32, np.int32) else data.astype(np.float64, copy=False),
-        indices.astype(np.int32, copy=False),
+        indices.astype(np.int32, copy=False).view(np.uint32),
         indptr.astype(np.int64, copy=False),
         np.ascontiguousarray(totals, dtype=np.float64),
         coded,
@@ -163,50 +165,87 @@ def _sort_keys(keys, work, size, smallest, slots, bins):
     bin is put in order by insertion; where too many share one, nothing is done and -1 returned. -1
     also if two values cannot be told apart by what the keys hold of them.
     """
-    base = smallest >> _BIN_SHIFT
-    last = 0
+    base, last, farthest = smallest >> _BIN_SHIFT, _ZERO, _INDEX(_NUM_BINS - 1)
+    fullest = np.uint32(0)
     for i in range(size):
-        b = min(np.int64((keys[i] >> _BIN_SHIFT) - base), _NUM_BINS - 1)
-        bins[b] += 1
-        last = max(last, b)
-    start, cut, fullest = 0, last, 0
-    for b in range(last + 1):
+        b = min(_INDEX((keys[i] >> _BIN_SHIFT) - base), farthest)
+        bins[b] += _COUNT_ONE
+        last, fullest = max(last, b), max(fullest, bins[b])
+    if fullest > _FULLEST_BIN:
+        bins[: last + _ONE] = 0
+        return -1
+    start = np.uint32(0)
+    for b in range(last + _ONE):
         count = bins[b]
         bins[b] = start
-        fullest = max(fullest, count)
         start += count
-        if start >= slots:
-            cut = b
+    if size > slots:
+        kept = _place_first(keys, work, size, base, slots, bins, last)
+    else:
+        kept = size
+        for i in range(size):
+            key = keys[i]
+            b = min(_INDEX((key >> _BIN_SHIFT) - base), farthest)
+            work[_INDEX(bins[b])] = key
+            bins[b] += _COUNT_ONE
+    bins[: last + _ONE] = 0
+    # One pass without a branch leaves few pairs for the insertion, whose branches are mispredicted.
+    carried = work[_ZERO]
+    for i in range(_ONE, kept):
+        key = work[i]
+        work[i - _ONE] = min(carried, key)
+        carried = max(carried, key)
+    if kept > 0:
+        work[kept - _ONE] = carried
+    for i in range(_ONE, kept):
+        key = work[i]
+        j = i
+        while j > 0 and work[j - _ONE] > key:
+            work[j] = work[j - _ONE]
+            j -= _ONE
+        work[j] = key
+    unclear = False
+    for i in range(_ONE, kept):
+        unclear |= work[i] ^ work[i - _ONE] <= _TOKEN_MASK
+    return -1 if unclear else min(np.int64(kept), slots)
+
+
+@numba.njit(cache=True, nogil=True)
+def _place_first(keys, work, size, base, slots, bins, last):
+    """Put the keys of the bins up to that of the last slot into `work`; return how many."""
+    cut, farthest = last, _INDEX(_NUM_BINS - 1)
+    kept = size
+    for b in range(last):
+        if bins[b + _ONE] >= slots:
+            cut, kept = b, _INDEX(bins[b + _ONE])
             break
-    if fullest > _FULLEST_BIN:
-        bins[: last + 1] = 0
-        return -1
     for i in range(size):
         key = keys[i]
-        b = min(np.int64((key >> _BIN_SHIFT) - base), _NUM_BINS - 1)
+        b = min(_INDEX((key >> _BIN_SHIFT) - base), farthest)
         if b <= cut:
-            work[bins[b]] = key
-            bins[b] += 1
-    bins[: last + 1] = 0
-    # One pass without a branch leaves few pairs for the insertion, whose branches are mispredicted.
-    carried = work[0]
-    for i in range(1, start):
-        key = work[i]
-        work[i - 1] = min(carried, key)
-        carried = max(carried, key)
-    if start > 0:
-        work[start - 1] = carried
-    unclear = False
-    for i in range(1, start):
-        key = work[i]
-        j = i - 1
-        while j >= 0 and work[j] > key:
-            work[j + 1] = work[j]
-            j -= 1
-        work[j + 1] = key
-    for i in range(1, start):
-        unclear |= work[i] ^ work[i - 1] <= _TOKEN_MASK
-    return -1 if unclear else min(start, slots)
+            work[_INDEX(bins[b])] = key
+            bins[b] += _COUNT_ONE
+    return kept
+
+
+@numba.njit(cache=True, nogil=True)
+def _make_keys(data, indices, first, stop, scale, column_tokens, column_factors, values, keys):
+    """Fill `keys` with a cell's genes; return (size, smallest key, does each gene stand once)."""
+    bits = values.view(np.uint64)
+    size, smallest, is_once = _ZERO, ~np.uint64(0), True
+    for k in range(first + _ONE, stop):
+        is_once &= indices[k] > indices[k - _ONE]
+    for k in range(first, stop):
+        column = _INDEX(indices[k])
+        token, count = column_tokens[column], np.float64(data[k])
+        is_once &= (token > -2) | (count == 0.0)
+        values[size] = count * scale * TARGET_SUM * column_factors[column]
+        key = (~bits[size] & ~_TOKEN_MASK) | np.uint64(token & 0xFFFF)
+        keys[size] = key
+        is_gene = (token >= 0) & (count > 0.0)  # else the place is written again
+        smallest = min(smallest, key) if is_gene else smallest
+        size += _INDEX(is_gene)
+    return size, smallest, is_once
 
 
 @numba.njit(cache=True, nogil=True)
@@ -218,40 +257,33 @@ def _encode(
     words = (num_tokens + 63) // 64
     counts, factors = np.zeros(num_tokens), np.zeros(num_tokens)
     present = np.zeros(words, np.uint64)
-    room = max(num_tokens, 1)
+    longest = num_tokens
+    for cell in range(len(indptr) - 1):
+        longest = max(longest, indptr[cell + 1] - indptr[cell])
+    room = longest + 1
     values, work_values = np.empty(room), np.empty(room)
     keys, work_keys = np.empty(room, np.uint64), np.empty(room, np.uint64)
     ranked, work_ranked = np.empty(room, np.int32), np.empty(room, np.int32)
-    bins = np.zeros(_NUM_BINS, np.int32)
+    bins = np.zeros(_NUM_BINS, np.uint32)
     histogram = np.empty(_RADIX_SIZE, np.int64)
-    bits_of_values = values.view(np.uint64)
     used = 0
     for cell in range(len(indptr) - 1):
         scale = 1.0 / totals[cell] if totals[cell] > 0.0 else 0.0
-        first, stop = indptr[cell], indptr[cell + 1]
+        first, stop = _INDEX(indptr[cell]), _INDEX(indptr[cell + 1])
         size, kept = 0, -1
         if num_tokens <= 1 << 16:  # a token fits into a key
-            smallest, previous, is_once = ~np.uint64(0), -1, True
-            for k in range(first, stop):
-                column = indices[k]
-                token = column_tokens[column]
-                is_once &= column > previous and token > -2  # else a gene may stand twice
-                previous = column
-                count = np.float64(data[k])
-                if token >= 0 and count > 0.0 and is_once:
-                    values[size] = count * scale * TARGET_SUM * column_factors[column]
-                    key = (~bits_of_values[size] & ~_TOKEN_MASK) | np.uint64(token)
-                    keys[size] = key
-                    smallest = min(smallest, key)
-                    size += 1
+            number, smallest, is_once = _make_keys(
+                data, indices, first, stop, scale, column_tokens, column_factors, values, keys
+            )
+            size = np.int64(number)
             if is_once:
-                kept = _sort_keys(keys, work_keys, size, smallest, gene_slots, bins)
+                kept = _sort_keys(keys, work_keys, number, smallest, gene_slots, bins)
         is_plain = kept >= 0
         if not is_plain:
             # The general way: sum what shares a token, ascending tokens first (the tie rule), then
             # a sort whose time does not depend on the values.
             for k in range(first, stop):
-                column = indices[k]
+                column = _INDEX(indices[k])
                 token = column_tokens[column]
                 token = -2 - token if token < -1 else token
                 count = np.float64(data[k])
@@ -277,8 +309,13 @@ def _encode(
         if cls_token >= 0:
             out[used] = cls_token
             used += 1
-        for i in range(kept):
-            out[used + i] = work_keys[i] & _TOKEN_MASK if is_plain else ranked[i]
+        here = out[used : used + kept]
+        if is_plain:
+            for i in range(_INDEX(kept)):
+                here[i] = work_keys[i] & _TOKEN_MASK
+        else:
+            for i in range(kept):
+                here[i] = ranked[i]
         used += kept
         if eos_token >= 0:
             out[used] = eos_token
