@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data_prep.corpus import carried_columns
 from data_prep.encode import EncodeJob, EncodeRecord, encode_stretch
+from data_prep.genes import read_annotation
 from data_prep.manifest import dataset_reports, source_reports
 from data_prep.prepare import decide_all
 from data_prep.sources import SourceSpec
@@ -48,12 +49,13 @@ def check_sources(
         Folder for temporary files, about 100 bytes a cell.
     """
     check_options(options, carried_columns(specs))
+    annotation = read_annotation(options.annotation) if options.annotation else None
     problems: dict[str, str] = {}
     surveys: list[SourceSurvey] = []
     for number, spec in enumerate(specs):
         progress("opening", number, len(specs))
         try:
-            surveys.append(survey_source(spec, work, vocabulary, options))
+            surveys.append(survey_source(spec, work, vocabulary, options, annotation))
         except ValueError as error:
             problems[spec.path] = str(error)
     survey = Survey(surveys, vocabulary, carried_columns(specs))
@@ -74,11 +76,11 @@ def check_sources(
     decisions = decide_all(
         work, [p[0] for p in pairs], [p[1] for p in pairs], survey, options, progress
     )
-    return CheckResult(
-        source_reports(survey, decisions),
-        dataset_reports(decisions, options),
-        list(problems.values()),
-    )
+    reports = source_reports(survey, decisions)
+    for report, source in zip(reports, survey.sources, strict=True):
+        if not report["cells_kept"]:
+            problems[source.spec.path] = f"{source.spec.path}: no cell would be kept"
+    return CheckResult(reports, dataset_reports(decisions, options), list(problems.values()))
 
 
 def _run(jobs: list[EncodeJob], workers: Workers, progress: Progress) -> list[EncodeRecord | str]:

@@ -20,7 +20,7 @@ from data_prep.survey import PrepareOptions
 from data_prep.tables import print_check, print_manifest, print_problems
 from data_prep.verify import repair, verify
 from data_prep.vocab import Vocabulary, open_vocabulary
-from data_prep.workers import open_workers
+from data_prep.workers import mpi_size, open_workers
 
 Sources = Annotated[
     list[str],
@@ -129,13 +129,13 @@ def prepare_command(
         max_length=max_length,
         annotation=annotation,
     )
-    reading = SourceOptions(
-        counts, gene_column, tuple(obs or ()), total_column, strip_gene_versions,
-        dataset_column, organism_name(organism) if organism else None, obs_filter,
-    )  # fmt: skip
     with open_workers(processes) as workers:
         if workers is None:
             return
+        reading = SourceOptions(
+            counts, gene_column, tuple(obs or ()), total_column, strip_gene_versions,
+            dataset_column, organism_name(organism) if organism else None, obs_filter,
+        )  # fmt: skip
         vocabulary = _vocabulary(vocab, medians, gene_mapping, max_length)
         with show_progress() as progress:
             specs = expand_corpus(sources, reading)
@@ -164,6 +164,9 @@ def check_command(
     dedup: Dedup = False,
     min_overlap: MinOverlap = 0.1,
     memory: Memory = 2.0,
+    work_in: Annotated[
+        Path | None, typer.Option("--work", help="folder for temporary files [the system's]")
+    ] = None,
     processes: Processes = 1,
 ) -> None:
     """Read the sources as `prepare` would, and print what would happen. Exit code 2 on problems."""
@@ -176,17 +179,22 @@ def check_command(
         memory_gib=memory,
         annotation=annotation,
     )
-    reading = SourceOptions(
-        counts, gene_column, tuple(obs or ()), total_column, strip_gene_versions,
-        dataset_column, organism_name(organism) if organism else None, obs_filter,
-    )  # fmt: skip
     with open_workers(processes) as workers:
         if workers is None:
             return
+        if work_in is None and mpi_size() > 1:
+            raise ValueError("--work: under mpirun give a folder that all nodes share")
         if vocab == "build":
             raise ValueError("--vocab build: give `geneloom medians` the sources first, or a file")
+        reading = SourceOptions(
+            counts, gene_column, tuple(obs or ()), total_column, strip_gene_versions,
+            dataset_column, organism_name(organism) if organism else None, obs_filter,
+        )  # fmt: skip
         vocabulary = open_vocabulary(Path(vocab), medians, gene_mapping, max_length)
-        with show_progress() as progress, tempfile.TemporaryDirectory(prefix="geneloom-") as work:
+        with (
+            show_progress() as progress,
+            tempfile.TemporaryDirectory(prefix="geneloom-", dir=work_in) as work,
+        ):
             specs = expand_corpus(sources, reading)
             result = check_sources(specs, Path(work), vocabulary, options, workers, progress)
     print_check(result)
@@ -237,7 +245,12 @@ def medians_command(
                 "--annotation, --gene-mapping: belong to the call that made the sketch"
             )
         found: GeneMedians | None = None
-        with show_progress() as progress, tempfile.TemporaryDirectory(prefix="geneloom-") as work:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            show_progress() as progress,
+            # Beside the result: all nodes see that, and row-wise copies may be large.
+            tempfile.TemporaryDirectory(prefix=".geneloom-", dir=out.parent) as work,
+        ):
             if rest:
                 found = gene_medians(
                     expand_corpus(rest, reading), Path(work), workers, progress, annotation,
@@ -249,7 +262,6 @@ def medians_command(
                 found = GeneMedians(sketch, sketch.medians(), RELATIVE_ERROR)
     assert found is not None
     vocabulary = found.vocabulary(min_cells, max_length, with_cls)
-    out.parent.mkdir(parents=True, exist_ok=True)
     found.sketch.save(sketch_path)
     found.save_table(table_path)
     vocabulary.save(out)
@@ -282,7 +294,10 @@ def verify_command(
     folder: Annotated[Path, typer.Argument(help="output of `geneloom prepare`")],
     repair_from: Annotated[
         list[str] | None,
-        typer.Option("--repair", help="rebuild damaged shards from these sources, once for each"),
+        typer.Option(
+            "--repair",
+            help="rebuild damaged shards from these sources; once for each, or a glob or list",
+        ),
     ] = None,
     annotation: Table = None,
     memory: Memory = 2.0,

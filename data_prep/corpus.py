@@ -170,8 +170,8 @@ def _with_distinct_names(specs: list[SourceSpec]) -> list[SourceSpec]:
     result = list(specs)
     for name, number in Counter(s.name for s in specs).items():
         group = [i for i, s in enumerate(specs) if s.name == name]
-        depth = 1
-        while number > 1 and len({_name(specs[i], depth) for i in group}) < number:
+        depth, deepest = 1, max(len(Path(specs[i].path).absolute().parts) for i in group)
+        while len({_name(specs[i], depth) for i in group}) < number and depth <= deepest:
             depth += 1
         for i in group if number > 1 else []:
             longer = _name(specs[i], depth)
@@ -191,8 +191,11 @@ def _name(spec: SourceSpec, depth: int) -> str:
     if spec.path.startswith(f"{CENSUS}:"):
         query = (spec.options.organism, spec.options.obs_filter)
         return " ".join([spec.name, *(q for q in query if q)])
-    folders = Path(spec.path).resolve().parent.parts[1:]
-    return "/".join([*folders[max(0, len(folders) - depth) :], spec.name])
+    path = Path(spec.path).absolute()
+    folders = path.parent.parts[1:]
+    if depth > len(folders):  # s.h5ad and s.loom: only the suffix tells them apart
+        return f"{folders[-1]}/{path.name}"
+    return "/".join([*folders[len(folders) - depth :], spec.name])
 
 
 def carried_columns(specs: list[SourceSpec]) -> tuple[str, ...]:

@@ -32,7 +32,14 @@ from data_prep.encode import (
     TOTAL,
     open_chunk,
 )
-from data_prep.filters import DUPLICATE, KEPT, REASONS, DatasetMoments, quality_reasons
+from data_prep.filters import (
+    DUPLICATE,
+    KEPT,
+    REASONS,
+    DatasetMoments,
+    quality_reasons,
+    rows_by_value,
+)
 from data_prep.shards import SPLITS, file_sha256
 
 _MOST_BINS_BITS = 16
@@ -128,8 +135,7 @@ def decide_reasons(
         reasons = np.asarray(batch.column(REASON)).copy()
         datasets = batch.column("dataset").to_numpy(zero_copy_only=False)
         totals, mito = np.asarray(batch.column(TOTAL)), np.asarray(batch.column(MITO))
-        for dataset in dict.fromkeys(datasets.tolist()):
-            here = datasets == dataset
+        for dataset, here in rows_by_value(datasets).items():
             reasons[here] = quality_reasons(
                 reasons[here],
                 totals[here],
@@ -196,18 +202,17 @@ def report_datasets(
         datasets = batch.column("dataset").to_numpy(zero_copy_only=False)
         detected = np.asarray(batch.column(DETECTED))
         tokens = np.minimum(detected, max_genes).astype(np.int64) + specials
-        for dataset in dict.fromkeys(datasets.tolist()):
-            here = datasets == dataset
-            kept = here & (code == KEPT)
+        for dataset, here in rows_by_value(datasets).items():
+            kept = here[code[here] == KEPT]
             report = reports.setdefault(
                 (chunk.source, dataset),
                 DatasetReport(names[chunk.source], dataset, 0, 0, 0, 0, {}),
             )
-            report.cells_read += int(here.sum())
-            report.cells_kept += int(kept.sum())
+            report.cells_read += len(here)
+            report.cells_kept += len(kept)
             report.tokens += int(tokens[kept].sum())
             report.truncated += int((detected[kept] > max_genes).sum())
-            rejected = Counter(REASONS[c] for c in code[here & (code != KEPT)])
+            rejected = Counter(REASONS[c] for c in code[here] if c != KEPT)
             report.rejected = dict(Counter(report.rejected) + rejected)
     return [reports[k] for k in sorted(reports)]
 

@@ -67,6 +67,7 @@ class EncodeJob:
     work: Path
     spec: SourceSpec
     signature: str
+    quick_signature: str
     start: int
     stop: int
     vocabulary: Path
@@ -137,7 +138,7 @@ def encode_stretch(job: EncodeJob) -> EncodeRecord:
     ValueError
         Wrong or damaged input, or a source that is not what it was when the run started.
     """
-    if job.spec.signature() != job.signature:
+    if job.spec.signature() != job.quick_signature:
         raise ValueError(_changed(job.spec))
     source, vocabulary, column_tokens = _opened(
         job.spec, job.signature, job.work, job.vocabulary, job.vocabulary_sha256,
@@ -170,7 +171,7 @@ def encode_stretch(job: EncodeJob) -> EncodeRecord:
         if sum(len(p) for p in parts) >= job.settings.chunk_cells:
             write()
     write()
-    if row != job.stop or job.spec.signature() != job.signature:
+    if row != job.stop or job.spec.signature() != job.quick_signature:
         raise ValueError(_changed(job.spec))
     record = EncodeRecord(chunks, inside, total, moments)
     write_text(job.record_path, record.to_json())

@@ -67,10 +67,13 @@ class MedianSketch:
         Gene ids, ascending.
     counts
         int64 [genes, NUM_BINS], cells whose value of the gene falls into the bin.
+    aliases
+        Retired ids or symbols -> the gene that they were counted as.
     """
 
     genes: tuple[str, ...]
     counts: np.ndarray
+    aliases: dict[str, str] = field(default_factory=dict)
 
     @property
     def detected(self) -> np.ndarray:
@@ -99,7 +102,7 @@ class MedianSketch:
         counts = np.zeros((len(genes), NUM_BINS), dtype=np.int64)
         for part in (self, other):
             counts[[place[g] for g in part.genes]] += part.counts
-        return MedianSketch(tuple(genes), counts)
+        return MedianSketch(tuple(genes), counts, self.aliases | other.aliases)
 
     def save(self, path: Path) -> None:
         """Write one row per gene and occupied bin (parquet)."""
@@ -111,38 +114,33 @@ class MedianSketch:
                 "cells": pa.array(self.counts[rows, bins]),
             }
         )
-        pq.write_table(table, path, compression="zstd")
+        names = json.dumps(self.aliases, sort_keys=True)
+        pq.write_table(table.replace_schema_metadata({"aliases": names}), path, compression="zstd")
 
     @staticmethod
     def load(path: Path) -> MedianSketch:
         """Return a saved sketch."""
         try:
             table = pq.read_table(path, columns=["gene", "bin", "cells"])
-        except (pa.ArrowInvalid, OSError, KeyError) as error:
+            aliases = json.loads((table.schema.metadata or {}).get(b"aliases", b"{}"))
+            coded = table.column("gene").combine_chunks().dictionary_encode()
+            names = coded.dictionary.to_pylist()
+            order = np.argsort(names)
+            counts = np.zeros((len(names), NUM_BINS), dtype=np.int64)
+            place = (np.argsort(order)[coded.indices.to_numpy()], table.column("bin").to_numpy())
+            np.add.at(counts, place, table.column("cells").to_numpy())
+        except (pa.ArrowInvalid, OSError, KeyError, IndexError, ValueError) as error:
             raise ValueError(f"{path}: not a sketch of `geneloom medians` ({error})") from error
-        coded = table.column("gene").combine_chunks().dictionary_encode()
-        names = coded.dictionary.to_pylist()
-        order = np.argsort(names)
-        counts = np.zeros((len(names), NUM_BINS), dtype=np.int64)
-        np.add.at(
-            counts,
-            (np.argsort(order)[coded.indices.to_numpy()], table.column("bin").to_numpy()),
-            table.column("cells").to_numpy(),
-        )
-        return MedianSketch(tuple(names[i] for i in order), counts)
+        return MedianSketch(tuple(names[i] for i in order), counts, aliases)
 
 
 @dataclass(frozen=True)
 class GeneMedians:
-    """Medians of all genes seen; `relative_error` bounds how far they are from the exact ones.
-
-    `aliases`: retired ids or symbols that were counted as another gene.
-    """
+    """Medians of all genes seen; `relative_error` bounds how far they are from the exact ones."""
 
     sketch: MedianSketch
     medians: np.ndarray
     relative_error: float
-    aliases: dict[str, str] = field(default_factory=dict)
 
     def save_table(self, path: Path) -> None:
         """Write gene, cells that express it, and median, as text."""
@@ -160,15 +158,13 @@ class GeneMedians:
         if not chosen.size:
             raise ValueError(f"no gene is detected in at least {min_cells} cells: no vocabulary")
         genes = tuple(self.sketch.genes[i] for i in chosen)
-        known = set(genes)
+        known, aliases = set(genes), sorted(self.sketch.aliases.items())
         return Vocabulary(
             genes=genes,
             medians=self.medians[chosen],
             special_tokens=special,
             max_length=max_length or (MAX_LENGTH_SPECIAL if with_cls else MAX_LENGTH_PLAIN),
-            aliases={
-                a: g for a, g in sorted(self.aliases.items()) if g in known and a not in known
-            },
+            aliases={a: g for a, g in aliases if g in known and a not in known},
         )
 
 
@@ -268,11 +264,11 @@ def gene_medians(
         progress("counting genes", done, total)
 
     workers.run(_count_stretch, jobs, count)
-    sketch = MedianSketch(tuple(names), counts)
+    sketch = MedianSketch(tuple(names), counts, {a: g for a, g in aliases.items() if g in genes})
     wanted = _middle_bins(counts)
     held = int(counts[np.arange(len(names))[:, None], wanted].sum())
     if held * _VALUE_BYTES > memory_gib * 2**30:
-        return GeneMedians(sketch, sketch.medians(), RELATIVE_ERROR, aliases)
+        return GeneMedians(sketch, sketch.medians(), RELATIVE_ERROR)
     np.save(work / "wanted.npy", wanted)
     found: list = [None] * len(jobs)
     done = 0
@@ -285,7 +281,7 @@ def gene_medians(
 
     workers.run(partial(_collect_stretch, work / "wanted.npy"), jobs, collect)
     medians = _exact_medians(counts, wanted, *(np.concatenate(p) for p in zip(*found, strict=True)))
-    return GeneMedians(sketch, medians, 0.0, aliases)
+    return GeneMedians(sketch, medians, 0.0)
 
 
 def bin_edge(bins: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from data_prep.tokens import TokenSource
 
 Source = CountSource | TokenSource
 CENSUS = "census"
+_ONLY_SOMA = "obs_filter works on a Census or another SOMA experiment only"
 ACCEPTED = (
     ".h5ad, .loom, AnnData .zarr, 10x .h5, 10x folders with matrix.mtx[.gz], .parquet, .arrow, "
     "Hugging Face folders of token ids, census:VERSION"
@@ -40,6 +41,8 @@ def open_source(
     """
     path = Path(spec.path)
     if _is_tokens(path):
+        if spec.options.obs_filter:
+            raise ValueError(f"{spec.path}: {_ONLY_SOMA}")
         return TokenSource(spec)
     try:
         return CountSource(spec, _open_store(spec, path, staging), annotation)
@@ -71,8 +74,8 @@ def _open_store(spec: SourceSpec, path: Path, staging: Path | None) -> Store:
     if not path.exists():
         raise ValueError(f"{spec.path}: no such file or folder")
     if spec.options.obs_filter:
-        raise ValueError(f"{spec.path}: obs_filter works on a Census or SOMA experiment only")
-    folder = (staging or _temporary_folder()) / f"rows-{spec.signature()[:20]}"
+        raise ValueError(f"{spec.path}: {_ONLY_SOMA}")
+    folder = (staging or _temporary_folder()) / row_copy_name(spec)
     if path.is_dir() and any((path / n).exists() for n in ("matrix.mtx", "matrix.mtx.gz")):
         from data_prep.formats.tenx import MtxStore
 
@@ -102,6 +105,11 @@ def _open_store(spec: SourceSpec, path: Path, staging: Path | None) -> Store:
 def _require_plain(spec: SourceSpec) -> None:
     if spec.options.counts != "X":
         raise ValueError(f"{spec.path}: 10x files hold one matrix; leave out --counts")
+
+
+def row_copy_name(spec: SourceSpec) -> str:
+    """Return the name of the folder for a row-wise copy of a source."""
+    return f"rows-{spec.signature()[:20]}"
 
 
 def _temporary_folder() -> Path:

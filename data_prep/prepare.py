@@ -25,6 +25,7 @@ from data_prep.decide import Chunk, WritePlan
 from data_prep.encode import EncodeJob, EncodeRecord, encode_stretch
 from data_prep.filters import merge_moments
 from data_prep.manifest import Decisions, write_manifest
+from data_prep.open import row_copy_name
 from data_prep.shards import SPLITS
 from data_prep.sources import SourceSpec
 from data_prep.survey import (
@@ -43,6 +44,7 @@ from data_prep.workspace import (
     locked_workspace,
     move_up,
     remove_stale,
+    used_bytes,
 )
 
 logger = logging.getLogger(__name__)
@@ -84,7 +86,7 @@ def prepare(
     check_options(options, columns)
     with locked_workspace(out, shards_format.MANIFEST_NAME) as work:
         survey = survey_sources(specs, work, vocabulary, options, workers, progress)
-        check_disk(work, 2 * survey.estimated_bytes(columns))
+        check_disk(work, 2 * survey.estimated_bytes(columns) - used_bytes(work))
         jobs = encode_jobs(survey, work, options, with_tokens=True)
         _remove_stale(work, jobs)
         records = encode_all(jobs, workers, progress)
@@ -93,16 +95,20 @@ def prepare(
 
 
 def _remove_stale(work: Path, jobs: list[EncodeJob]) -> None:
-    keep = {j.vocabulary.name for j in jobs} | {shards_format.MANIFEST_NAME}
+    keep = {j.vocabulary.name for j in jobs}
+    keep |= {row_copy_name(j.spec) for j in jobs}
     for job in jobs:
         record = encode.finished_record(job)
         if record is not None:
             keep.add(job.record_path.name)
             for name, _, _ in record.chunks:
                 keep |= {name, encode.tokens_path(Path(name)).name}
-    prefixes = ("written-", "plan-", "decisions-", "medians-", *(f"{s}-L" for s in SPLITS))
+    prefixes = ("tars-", "plan-", "decisions-", "medians-")
     keep |= {p.name for p in work.iterdir() if p.name.startswith(prefixes)}
-    remove_stale(work, keep)
+    removed = remove_stale(work, keep)
+    chunks = sum(name.endswith(".tokens") for name in removed)
+    if chunks:
+        logger.warning("%d chunks of an earlier run do not fit and are removed", chunks)
 
 
 def encode_all(jobs: list[EncodeJob], workers: Workers, progress: Progress) -> list[EncodeRecord]:
@@ -200,13 +206,14 @@ def _write_all(
         for number in range(len(numbers))
     ]
     records = write_jobs(jobs, workers, progress)
-    manifest = write_manifest(work, records, plan, histogram, decisions, survey, options)
+    folder = jobs[0].folder
+    manifest = write_manifest(folder, records, plan, histogram, decisions, survey, options)
     names = [s["name"] for s in manifest["shards"]]
-    force_to_disk([work / name for name in names])
+    force_to_disk([folder / name for name in names])
     names += [
         shards_format.INDEX_NAME, shards_format.VOCABULARY_NAME, shards_format.STATISTICS_NAME,
     ]  # fmt: skip
-    move_up(work, names, shards_format.MANIFEST_NAME)
+    move_up(work, folder, names, shards_format.MANIFEST_NAME)
     return manifest
 
 

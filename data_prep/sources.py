@@ -96,19 +96,20 @@ class SourceSpec:
     dataset: str
     options: SourceOptions = field(default_factory=SourceOptions)
 
-    def signature(self) -> str:
+    def signature(self, deep: bool = False) -> str:
         """Return a hash of what the source is: settings, size and time of its files.
 
-        Of folders, two levels: a zarr group may have a million files, but each change of one
-        changes the time of the folder it is in.
+        Of folders, two levels; `deep`: all of it. A zarr group may have a million files, so that is
+        for once a run, and two levels are for each stretch. The path is not in it.
         """
-        path = Path(self.path)
-        files = []
-        if path.exists():
-            found = sorted([path, *path.glob("*"), *path.glob("*/*")])
-            states = [(str(p.relative_to(path)), p.stat()) for p in found]
-            files = [(name, s.st_size, s.st_mtime_ns) for name, s in states]
-        text = json.dumps([asdict(self), files], sort_keys=True)
+        path, settings = Path(self.path), asdict(self) | {"path": ""}
+        if self.path.startswith("census:"):
+            settings["path"] = self.path
+        found = [path] if path.exists() else []
+        found += path.rglob("*") if deep else [*path.glob("*"), *path.glob("*/*")]
+        states = sorted((str(p.relative_to(path)), p.stat()) for p in found)
+        files = [(name, s.st_size, s.st_mtime_ns) for name, s in states]
+        text = json.dumps([settings, files], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -189,7 +190,10 @@ class CountSource:
     def mitochondrial(self) -> np.ndarray:
         """bool [genes], mitochondrial genes by id, table, or symbol."""
         columns = [c for c in SYMBOL_COLUMNS if c in self.store.var_columns()]
+        has_id_column = self.options.gene_column or "ensembl_id" in self.store.var_columns()
         symbols = as_text(self.store.var(columns[0])) if columns else None
+        if symbols is None and has_id_column:  # then the index may hold them
+            symbols = as_text(self.store.var(None))
         return mitochondrial_columns(self.gene_ids, symbols, self._annotation)
 
     def check_ids(self) -> None:
@@ -304,6 +308,11 @@ class CountSource:
     def _block(
         self, start: int, stop: int, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray
     ) -> CountBlock:
+        if not len(data) == len(indices) == indptr[-1] or len(indptr) != stop - start + 1:
+            raise ValueError(
+                f"{self.path}: cells {start}-{stop} have {len(data)} values, {len(indices)} gene "
+                f"numbers and a pointer to {indptr[-1]}; the file is damaged"
+            )
         data = data if data.dtype in (np.float32, np.int32) else data.astype(np.float64)
         indices, indptr = indices.astype(np.int32, copy=False), indptr.astype(np.int64, copy=False)
         if indices.size and (indices.min() < 0 or indices.max() >= self.num_genes):
@@ -359,7 +368,7 @@ class CountSource:
     def _damage_named(self, what: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, KeyError, RuntimeError, IndexError) as error:
+        except (OSError, KeyError, RuntimeError, IndexError, ValueError) as error:
             raise ValueError(
                 f"{self.path}: {what} cannot be read ({error}); the file is damaged or was changed "
                 "while it was read"

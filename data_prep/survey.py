@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import numpy as np
 from data_prep import encode
 from data_prep.corpus import carried_columns
 from data_prep.encode import EncodeJob, EncodeSettings
-from data_prep.genes import read_annotation
+from data_prep.genes import Annotation, read_annotation
 from data_prep.hashing import hash_strings, stream_key
 from data_prep.medians import build_vocabulary
 from data_prep.open import Source, open_source
@@ -20,6 +22,8 @@ from data_prep.shards import file_sha256
 from data_prep.sources import CountSource, GeneReport, SourceSpec
 from data_prep.vocab import Vocabulary
 from data_prep.workers import Workers
+
+logger = logging.getLogger(__name__)
 
 # Cells of one chunk: 40 MB of tokens at 1,300 genes.
 CHUNK_CELLS = 16_384
@@ -87,6 +91,12 @@ def check_options(options: PrepareOptions, columns: tuple[str, ...]) -> None:
     reserved = RESERVED_COLUMNS & set(columns)
     if reserved:
         raise ValueError(f"--obs {sorted(reserved)}: these names are used by the shards themselves")
+    numbers = asdict(options)
+    wrong = [n for n, v in numbers.items() if isinstance(v, float) and not math.isfinite(v)]
+    if wrong:
+        raise ValueError(f"--{wrong[0].replace('_', '-')} {numbers[wrong[0]]}: is no number")
+    if "" in columns:
+        raise ValueError("--obs: a column without a name")
     for name, value in (
         ("--memory", options.memory_gib),
         ("--block-cells", options.block_cells),
@@ -114,6 +124,7 @@ class SourceSurvey:
 
     spec: SourceSpec
     signature: str
+    quick_signature: str
     kind: str
     num_cells: int
     stretches: list[tuple[int, int]]
@@ -157,9 +168,13 @@ def survey_sources(
     progress: Progress,
 ) -> Survey:
     """Open every source once, one at a time, and check what can be checked without its cells."""
-    if options.annotation:
-        read_annotation(options.annotation)
+    annotation = read_annotation(options.annotation) if options.annotation else None
     if vocabulary is None:
+        if options.heldout_by != "cell":  # a wrong choice is said before the cells are read twice
+            sizes: Counter[str] = Counter()
+            for spec in specs:
+                sizes.update(open_source(spec, work).group_sizes(options.heldout_by))
+            choose_heldout_groups(sizes, options)
         vocabulary = build_vocabulary(
             specs, work, options.vocabulary_min_cells, options.max_length, options.annotation,
             workers, progress,
@@ -167,15 +182,18 @@ def survey_sources(
     surveys = []
     for number, spec in enumerate(specs):
         progress("opening", number, len(specs))
-        surveys.append(survey_source(spec, work, vocabulary, options))
+        surveys.append(survey_source(spec, work, vocabulary, options, annotation))
     return Survey(surveys, vocabulary, carried_columns(specs))
 
 
 def survey_source(
-    spec: SourceSpec, work: Path, vocabulary: Vocabulary, options: PrepareOptions
+    spec: SourceSpec,
+    work: Path,
+    vocabulary: Vocabulary,
+    options: PrepareOptions,
+    annotation: Annotation | None,
 ) -> SourceSurvey:
     """Open one source and check its genes and columns."""
-    annotation = read_annotation(options.annotation) if options.annotation else None
     source: Source = open_source(spec, work, annotation)
     genes = None
     if isinstance(source, CountSource):
@@ -184,28 +202,44 @@ def survey_source(
     by = options.heldout_by
     sizes = Counter() if by == "cell" else source.group_sizes(by)
     return SourceSurvey(
-        spec, spec.signature(), source.kind, source.num_cells,
+        spec, spec.signature(deep=True), spec.signature(), source.kind, source.num_cells,
         source.stretches(CHUNK_CELLS), genes, sizes,
     )  # fmt: skip
 
 
-def choose_heldout_groups(survey: Survey, options: PrepareOptions) -> tuple[str, ...]:
-    """Return the groups that are held out: in hashed order, until the share is reached."""
+def choose_heldout_groups(sizes: Counter[str], options: PrepareOptions) -> tuple[str, ...]:
+    """Return the groups that are held out: in hashed order, until the share is reached.
+
+    `sizes`: cells of each group. A group that would overshoot twice the share is passed over; if
+    there are only such groups, the smallest is taken. Cells without a value are never held out.
+    """
     by = options.heldout_by
     if by == "cell":
         return ()
-    sizes: Counter[str] = Counter()
-    for source in survey.sources:
-        sizes.update(source.group_sizes)
-    names = sorted(sizes)
-    if len(names) < 2:
-        raise ValueError(f"--heldout-by {by}: there is only one, {names}; nothing to hold out")
-    wanted = options.heldout_share * sum(sizes.values())
+    total = sum(sizes.values())
+    names = sorted(n for n in sizes if n)
+    if len(sizes) < 2 or not names:
+        raise ValueError(
+            f"--heldout-by {by}: there is only one, {list(sizes)}; nothing to hold out"
+        )
+    wanted = options.heldout_share * total
     chosen: list[str] = []
+    reached = 0
     for number in np.argsort(hash_strings(stream_key(options.seed, "heldout"), names)):
-        if sum(sizes[n] for n in chosen) >= wanted or len(chosen) == len(names) - 1:
-            break
-        chosen.append(names[number])
+        size = sizes[names[number]]
+        if reached < wanted and reached + size <= 2 * wanted and len(chosen) < len(sizes) - 1:
+            chosen.append(names[number])
+            reached += size
+    if not chosen:
+        chosen = [min(names, key=lambda n: (sizes[n], n))]
+        reached = sizes[chosen[0]]
+    if reached > total / 2 > wanted:
+        raise ValueError(
+            f"--heldout-by {by}: the smallest choice of whole groups, {chosen}, is {reached:,} of "
+            f"{total:,} cells; hold out by another column, or by cell"
+        )
+    if reached > 2 * wanted:
+        logger.warning("held out are %d of %d cells: %s is not divided", reached, total, chosen[0])
     return tuple(sorted(chosen))
 
 
@@ -216,24 +250,32 @@ def encode_jobs(
     path = work / f"vocabulary-{survey.vocabulary.sha256[:24]}.json"
     if not path.exists():
         encode.write_text(path, survey.vocabulary.to_json() + "\n")
+    sizes: Counter[str] = Counter()
+    for source in survey.sources:
+        sizes.update(source.group_sizes)
+    groups = choose_heldout_groups(sizes, options)
     settings = EncodeSettings(
         seed=options.seed,
         min_genes=options.min_genes,
         min_overlap=options.min_overlap,
         heldout_share=options.heldout_share,
         heldout_by=options.heldout_by,
-        heldout_groups=choose_heldout_groups(survey, options),
+        heldout_groups=(),
         columns=survey.columns,
         with_tokens=with_tokens,
         with_content=options.dedup,
         annotation_sha256=file_sha256(options.annotation) if options.annotation else None,
         chunk_cells=CHUNK_CELLS,
     )
-    return [
-        EncodeJob(
-            work, source.spec, source.signature, start, stop, path, survey.vocabulary.sha256,
-            options.annotation, settings,
-        )
-        for source in survey.sources
-        for start, stop in source.stretches
-    ]  # fmt: skip
+    jobs = []
+    for source in survey.sources:
+        # Only this source's groups: a change in another one leaves its chunks what they are.
+        own = replace(settings, heldout_groups=tuple(g for g in groups if source.group_sizes[g]))
+        jobs += [
+            EncodeJob(
+                work, source.spec, source.signature, source.quick_signature, start, stop, path,
+                survey.vocabulary.sha256, options.annotation, own,
+            )
+            for start, stop in source.stretches
+        ]  # fmt: skip
+    return jobs

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def print_manifest(manifest: dict, folder: str, console: Console | None = None) 
         f"hash {manifest['vocabulary_sha256'][:12]}; shards {manifest['fingerprint'][:12]}\n"
         f"folder {folder}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
 
@@ -85,7 +87,8 @@ def _print_rejections(manifest: dict, console: Console) -> None:
             (genes["nameless"], "columns without a gene id: they count in the totals only"),
         ):
             if number:
-                console.print(f"{s['name']}: {number:,} {text}", highlight=False, soft_wrap=True)
+                line = f"{s['name']}: {number:,} {text}"
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
     datasets = [d for d in manifest.get("datasets", manifest["sources"]) if d["rejected"]]
     if not datasets:
         return
@@ -96,7 +99,7 @@ def _print_rejections(manifest: dict, console: Console) -> None:
         table.add_column(name, justify="right")
     for d in datasets:
         numbers = (f"{d['rejected'].get(r, 0):,}" for r in reasons)
-        table.add_row(d["name"], f"{d['cells_read']:,}", *numbers)
+        table.add_row(escape(d["name"]), f"{d['cells_read']:,}", *numbers)
     console.print(table)
 
 
@@ -116,7 +119,7 @@ def _sources_table(sources: list[dict]) -> Table:
         if isinstance(genes, dict):
             genes = f"{genes['known']:,}/{genes['genes']:,}"
         table.add_row(
-            s["name"],
+            escape(s["name"]),
             s["kind"],
             f"{s['cells_read']:,}",
             f"{s['cells_kept']:,}",

@@ -97,7 +97,7 @@ class TokenSource:
             raise ValueError(f"{file}: cannot be read as Arrow or parquet ({error})") from error
 
     def _check_schema(self, file: Path, schema: pa.Schema) -> None:
-        wanted = ["input_ids", "length", *self.options.column_sources.values()]
+        wanted = ["input_ids", "length", *self._columns()]
         missing = [c for c in wanted if c not in schema.names]
         if missing:
             raise ValueError(f"{file}: has no column {missing}; it has {schema.names}")
@@ -109,11 +109,20 @@ class TokenSource:
         if not pa.types.is_integer(schema.field("length").type):
             raise ValueError(f"{file}: 'length' must be an integer column")
 
+    def _columns(self) -> list[str]:
+        """Return the columns that are read beside the tokens, each once."""
+        dataset = self.options.dataset_column
+        return list(
+            dict.fromkeys([*self.options.column_sources.values(), *([dataset] if dataset else [])])
+        )
+
     def group_sizes(self, column: str) -> Counter[str]:
         """Return how many cells each value of a carried column (or ``dataset``) has."""
-        name = self.options.column_sources.get(column)
-        if column == "dataset" or name is None:
-            return Counter({self.spec.dataset if column == "dataset" else "": self.num_cells})
+        is_dataset = column == "dataset"
+        options = self.options
+        name = options.dataset_column if is_dataset else options.column_sources.get(column)
+        if name is None:
+            return Counter({self.spec.dataset if is_dataset else "": self.num_cells})
         sizes: Counter[str] = Counter()
         for _, batch in self._batches(0, self.num_cells, [name]):
             sizes.update(_texts(batch.column(name)))
@@ -156,7 +165,8 @@ class TokenSource:
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[TokenBlock]:
         """Yield the cells of a stretch in blocks of bounded size."""
         stop = self.num_cells if stop is None else stop
-        columns = ["input_ids", "length", *self.options.column_sources.values()]
+        columns = ["input_ids", "length", *self._columns()]
+        dataset = self.options.dataset_column
         for row, batch in self._batches(start, stop, columns):
             lists = batch.column("input_ids")
             if lists.null_count or lists.values.null_count:
@@ -176,6 +186,8 @@ class TokenSource:
             }
             ids = [f"{self.name}:{i}" for i in range(row, row + batch.num_rows)]
             datasets = [self.spec.dataset] * batch.num_rows
+            if dataset:
+                datasets = _texts(batch.column(dataset))
             yield TokenBlock(tokens, offsets - offsets[0], ids, datasets, metadata)
         for mapping in self._mappings:
             # The pages that were read would count as this process's memory for ever.

@@ -65,8 +65,14 @@ def verify(folder: Path, workers: Workers, progress: Progress) -> list[Problem]:
         done += 1
         progress("verifying", done, len(names))
 
+    try:
+        problems = _verify_records(shards)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder / MANIFEST_NAME}: is incomplete or edited ({error!r})"
+        ) from error
     found = workers.run(partial(_verify_tar, folder), list(range(len(names))), finished)
-    return _verify_records(shards) + [p for problems in found for p in problems]
+    return problems + [p for inside in found for p in inside]
 
 
 def _verify_records(shards: ShardSet) -> list[Problem]:
@@ -106,7 +112,7 @@ def _verify_tar(folder: Path, number: int) -> list[Problem]:
     def problem(text: str) -> list[Problem]:
         return [Problem(entry["name"], f"{path}: {text}")]
 
-    if not path.exists():
+    if not path.is_file():
         return problem("is missing")
     if path.stat().st_size != entry["bytes"]:
         return problem(f"has {path.stat().st_size:,} bytes, the manifest says {entry['bytes']:,}")
@@ -211,22 +217,20 @@ def repair(
     plan_name = write.save_plan(work, plan)
     # A tar's name ends in its number; one job writes that number of all buckets of a split.
     numbers = {(SPLITS.index(n.split("-")[0]), int(Path(n).stem.split("-")[-1])) for n in damaged}
-    write_jobs(
-        [
-            write.WriteJob(work, plan_name, split, number, memory_gib)
-            for split, number in sorted(numbers)
-            if number < len(plan.windows[split])  # fewer cells than then, fewer tars
-        ],
-        workers,
-        progress,
-    )
+    to_write = [
+        write.WriteJob(work, plan_name, split, number, memory_gib)
+        for split, number in sorted(numbers)
+        if number < len(plan.windows[split])  # fewer cells than then, fewer tars
+    ]
+    write_jobs(to_write, workers, progress)
+    rebuilt = {path.name: path for job in to_write for path in job.folder.glob("*.tar")}
     left = [p for p in problems if not p.shard]
     for entry in manifest["shards"]:
         if entry["name"] not in damaged:
             continue
-        rebuilt = work / entry["name"]
-        if rebuilt.exists() and file_sha256(rebuilt) == entry["sha256"]:
-            rebuilt.replace(folder / entry["name"])
+        path = rebuilt.get(entry["name"])
+        if path is not None and file_sha256(path) == entry["sha256"]:
+            path.replace(folder / entry["name"])
         else:
             text = "the sources give other bytes than recorded; they were changed since"
             left.append(Problem(entry["name"], f"{folder / entry['name']}: not repaired: {text}"))

@@ -139,6 +139,9 @@ def load_vocabulary(path: Path) -> Vocabulary:
     content = _read_json(path)
     if not isinstance(content, dict) or content.get("format") != VOCABULARY_FORMAT:
         raise ValueError(f"{path}: not a vocabulary of format {VOCABULARY_FORMAT}")
+    missing = {"encoding", "genes", "medians", "special_tokens", "aliases"} - content.keys()
+    if missing:
+        raise ValueError(f"{path}: is damaged, it has no {sorted(missing)}")
     encoding = content["encoding"]
     if (encoding["target_sum"], encoding["tie_rule"]) != (TARGET_SUM, TIE_RULE):
         raise ValueError(f"{path}: made with other encoding options: {encoding}")

@@ -84,8 +84,25 @@ SERIAL = Workers(None, 0)
 
 
 def mpi_size() -> int:
-    """Return the number of MPI ranks this process was started with; 1 without MPI."""
-    return max([int(os.environ.get(v, 1)) for v in _MPI_SIZE_VARIABLES])
+    """Return the number of MPI ranks this process was started with; 1 without MPI.
+
+    Raises
+    ------
+    ValueError
+        srun started several tasks that do not find each other: each would do all the work.
+    """
+    size = max([int(os.environ.get(v, 1)) for v in _MPI_SIZE_VARIABLES])
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if size > 1 or tasks == 1:
+        return size
+    from mpi4py import MPI
+
+    if MPI.COMM_WORLD.Get_size() == 1:
+        raise ValueError(
+            f"srun started {tasks} tasks, but MPI sees one: start with mpirun inside the job, with "
+            "srun --mpi=pmix, or as one task with --processes"
+        )
+    return MPI.COMM_WORLD.Get_size()
 
 
 @contextlib.contextmanager

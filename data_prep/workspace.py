@@ -7,12 +7,18 @@ up, the manifest last. A folder without a manifest is no shard folder.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import logging
 import os
 import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+
+from data_prep.formats.staging import ROWS_DONE
+
+logger = logging.getLogger(__name__)
 
 PARTIAL, _LOCK = ".partial", ".lock"
 _SPARE_BYTES = 64 << 20
@@ -26,9 +32,13 @@ def require_free(out: Path, manifest_name: str) -> None:
         raise ValueError(f"{out}: exists and is no folder; give --out a new one")
     if (out / manifest_name).exists():
         raise ValueError(f"{out}: holds complete shards already; give --out a new folder")
-    unfinished = (out / PARTIAL / manifest_name).exists()  # killed while the results moved up
-    if not unfinished and {p.name for p in out.iterdir()} - {PARTIAL, _LOCK}:
+    if not _moving(out, manifest_name) and {p.name for p in out.iterdir()} - {PARTIAL, _LOCK}:
         raise ValueError(f"{out}: exists and is not an empty folder; give --out a new one")
+
+
+def _moving(out: Path, manifest_name: str) -> Path | None:
+    """Return the folder out of which a killed run was moving its results, if there is one."""
+    return next((p.parent for p in (out / PARTIAL).glob(f"*/{manifest_name}")), None)
 
 
 @contextlib.contextmanager
@@ -46,34 +56,30 @@ def locked_workspace(out: Path, manifest_name: str) -> Iterator[Path]:
     require_free(out, manifest_name)
     made = [p for p in (out, *out.parents) if not p.exists()]
     out.mkdir(parents=True, exist_ok=True)
-    lock = os.open(out / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    lock = _lock(out)
+    work = out / PARTIAL
     try:
-        # The system gives the lock back when its process ends, however it ends.
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        owner = os.pread(lock, 200, 0).decode(errors="replace") or "unknown"
-        os.close(lock)
-        raise ValueError(
-            f"{out}: another run is preparing this folder ({owner}); wait for it, or give --out "
-            "another folder"
-        ) from error
-    try:
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        (out / PARTIAL).mkdir(exist_ok=True)
-        for path in out.iterdir():  # results that a killed run was moving up
-            if path.name not in (PARTIAL, _LOCK):
-                path.rename(out / PARTIAL / path.name)
-        yield out / PARTIAL
+        require_free(out, manifest_name)  # the run that held the lock may just have finished
+        work.mkdir(exist_ok=True)
+        moving = _moving(out, manifest_name)
+        if moving is not None:
+            for path in out.iterdir():
+                if path.name not in (PARTIAL, _LOCK):
+                    path.rename(moving / path.name)
+        for path in work.glob("rows-*"):  # copies that a killed run did not finish
+            if not (path / ROWS_DONE).exists():
+                shutil.rmtree(path)
+        yield work
     except BaseException as error:
-        if any((out / PARTIAL).glob("chunk-*.json")):
+        kept = ("chunk-*.json", "medians-*.json", f"rows-*/{ROWS_DONE}")
+        if any(next(work.glob(pattern), None) for pattern in kept):
             error.add_note(
-                f"Finished work is kept in {out / PARTIAL}: the next run uses what still fits; "
-                "remove the folder to give it up."
+                f"Finished work is kept in {work}: the next run uses what still fits; remove the "
+                "folder to give it up."
             )
         else:
-            shutil.rmtree(out / PARTIAL, ignore_errors=True)
-        if not (out / PARTIAL).exists():
+            shutil.rmtree(work, ignore_errors=True)
+        if not work.exists():
             (out / _LOCK).unlink(missing_ok=True)
         for folder in made:
             with contextlib.suppress(OSError):
@@ -84,14 +90,41 @@ def locked_workspace(out: Path, manifest_name: str) -> Iterator[Path]:
     (out / _LOCK).unlink(missing_ok=True)
 
 
-def move_up(work: Path, names: list[str], manifest_name: str) -> None:
-    """Move results out of the working folder, the manifest last, and remove the folder.
+def _lock(out: Path) -> int:
+    """Return an open file that holds the lock of a folder.
+
+    The system gives the lock back when its process ends, however it ends. Some network file systems
+    have no locks: there the run goes on with a warning.
+    """
+    lock = os.open(out / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            owner = os.pread(lock, 200, 0).decode(errors="replace") or "unknown"
+            os.close(lock)
+            raise ValueError(
+                f"{out}: another run is preparing this folder ({owner}); wait for it, or give "
+                "--out another folder"
+            ) from error
+        logger.warning("%s: cannot be locked (%s): see to it that no other run uses it", out, error)
+    path = out / _LOCK
+    if not path.exists() or path.stat().st_ino != os.fstat(lock).st_ino:
+        os.close(lock)
+        raise ValueError(f"{out}: another run has just finished with this folder; start again")
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    return lock
+
+
+def move_up(work: Path, folder: Path, names: list[str], manifest_name: str) -> None:
+    """Move results out of `folder` in the working folder `work`, the manifest last; remove `work`.
 
     May be repeated after a kill: what is up already is left there.
     """
     for name in [*names, manifest_name]:
-        if (work / name).exists():
-            (work / name).rename(work.parent / name)
+        if (folder / name).exists():
+            (folder / name).rename(work.parent / name)
     shutil.rmtree(work)
 
 
@@ -119,8 +152,14 @@ def check_disk(work: Path, needed_bytes: int) -> None:
         )
 
 
-def remove_stale(work: Path, keep: set[str]) -> None:
-    """Remove what earlier runs left that this run has no use for."""
-    for path in work.iterdir():
-        if path.name not in keep and not path.name.startswith("rows-"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+def used_bytes(work: Path) -> int:
+    """Return what the files of earlier runs take: room that is used again."""
+    return sum(p.stat().st_size for p in work.rglob("*") if p.is_file())
+
+
+def remove_stale(work: Path, keep: set[str]) -> list[str]:
+    """Remove what earlier runs left that this run has no use for; return the names."""
+    stale = [p for p in work.iterdir() if p.name not in keep]
+    for path in stale:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return [p.name for p in stale]

@@ -38,9 +38,13 @@ class WriteJob:
     memory_gib: float
 
     @property
+    def folder(self) -> Path:
+        """Where the tars are written: a folder for each plan, so that none meets another's."""
+        return self.work / f"tars-{Path(self.plan_name).stem}"
+
+    @property
     def record_path(self) -> Path:
-        plan = Path(self.plan_name).stem
-        return self.work / f"written-{plan}-{SPLITS[self.split]}-{self.number:05d}.json"
+        return self.folder / f"written-{SPLITS[self.split]}-{self.number:05d}.json"
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def finished_writing(job: WriteJob) -> WriteRecord | None:
     record = WriteRecord(**json.loads(job.record_path.read_text()))
     sizes = {s["name"]: s["bytes"] for s in record.shards}
     present = all(
-        (job.work / name).exists() and (job.work / name).stat().st_size == size
+        (job.folder / name).exists() and (job.folder / name).stat().st_size == size
         for name, size in sizes.items()
     )
     return record if present else None
@@ -85,10 +89,11 @@ def finished_writing(job: WriteJob) -> WriteRecord | None:
 def write_tars(job: WriteJob) -> WriteRecord:
     """Write the tars of one job; return their record, which is also stored."""
     plan = _load_plan(job.work / job.plan_name)
+    job.folder.mkdir(exist_ok=True)
     windows = plan.windows[job.split][job.number]
     writers = {
         w.bucket: TarWriter(
-            job.work, SPLITS[job.split], plan.buckets[w.bucket], job.number, w.first_block
+            job.folder, SPLITS[job.split], plan.buckets[w.bucket], job.number, w.first_block
         )
         for w in windows
     }

@@ -206,6 +206,7 @@ def varied_cells(folder: Path) -> list[Path]:
         cells.write_h5ad(folder / f"{name}.h5ad")
     lists = [rng.permutation(150)[: rng.integers(1, 60)] + 2 for _ in range(30)]
     table = {"input_ids": lists, "length": [len(x) for x in lists], "donor": ["t"] * 30}
+    table["study"] = rng.choice(["p", "t"], 30).tolist()
     pq.write_table(pa.table(table), folder / "t.parquet")
     return [folder / n for n in ("a.h5ad", "t.parquet", "b.h5ad")]
 

@@ -322,3 +322,8 @@ def test_order_of_lists_with_different_columns_changes_no_tar(tmp_path):
     one = prepare(expand(*lists), tmp_path / "one", None, OPTIONS)
     two = prepare(expand(*lists[::-1]), tmp_path / "two", None, OPTIONS)
     assert tars(one) == tars(two)
+
+
+def test_files_that_differ_in_the_suffix_only(tmp_path):
+    touch(tmp_path, "x/s.h5ad", "x/s.loom")
+    assert [s.name for s in expand(tmp_path / "x")] == ["x/s.h5ad", "x/s.loom"]

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import scipy.io
 import scipy.sparse
+import zarr
 
 from data_prep.formats import tenx
 from data_prep.open import open_path, open_source
@@ -470,3 +471,31 @@ def test_anndata_in_a_file_called_h5(tmp_path):
     cells.write_h5ad(tmp_path / "cells.h5")
     (block,) = open_path(tmp_path / "cells.h5", SourceOptions()).blocks()
     assert block.data.sum() == cells.X.sum()
+
+
+def test_zarr_with_a_missing_chunk_is_refused(tmp_path):
+    """zarr itself reads zeros there."""
+    cells = make_cells(60)
+    cells.write_zarr(tmp_path / "cells.zarr")
+    group = zarr.open_group(str(tmp_path / "cells.zarr"), mode="r+")["X"]
+    values = group["data"][:]
+    del group["data"]
+    group.create_array("data", data=values, chunks=(500,))
+    open_path(tmp_path / "cells.zarr", SourceOptions())
+    chunks = (tmp_path / "cells.zarr" / "X" / "data").rglob("*")
+    next(p for p in chunks if p.is_file() and p.name.isdigit()).unlink()
+    with pytest.raises(ValueError, match="1 of .* chunks of data are missing"):
+        open_path(tmp_path / "cells.zarr", SourceOptions())
+
+
+@pytest.mark.parametrize("part", ["X/indices", "X/indptr", "obs/_index", "var/_index"])
+def test_h5ad_with_a_short_array_is_refused(part, tmp_path):
+    make_cells(60).write_h5ad(tmp_path / "cells.h5ad")
+    with h5py.File(tmp_path / "cells.h5ad", "r+") as file:
+        values, attributes = file[part][:-1], dict(file[part].attrs)
+        del file[part]
+        file[part] = values
+        file[part].attrs.update(attributes)
+    name = {"X/indices": "indices", "X/indptr": "indptr"}.get(part, part.split("/")[0])
+    with pytest.raises(ValueError, match=f"cells.h5ad: is damaged: {name} has"):
+        open_path(tmp_path / "cells.h5ad", SourceOptions())

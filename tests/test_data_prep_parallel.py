@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +117,14 @@ def wait_for(condition, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.parametrize(
-    "moment", ["chunk-*.arrow", "chunk-*.json", "plan-*.json", "written-*.json", "manifest.json"]
+    "moment",
+    [
+        "chunk-*.arrow",
+        "chunk-*.json",
+        "plan-*.json",
+        "tars-*/written-*.json",
+        "tars-*/manifest.json",
+    ],
 )
 def test_killed_runs_continue(moment, corpus, expected, tmp_path):
     out = tmp_path / "out"
@@ -147,9 +155,10 @@ def test_killed_runs_continue(moment, corpus, expected, tmp_path):
 def test_killed_while_results_moved_up(corpus, expected, tmp_path):
     out = tmp_path / "out"
     run(corpus, out)
-    (out / ".partial").mkdir()
+    left = out / ".partial" / "tars-plan-0123"
+    left.mkdir(parents=True)
     for path in [*list(out.glob("train-*"))[:3], out / MANIFEST_NAME]:
-        path.rename(out / ".partial" / path.name)
+        path.rename(left / path.name)
     with pytest.raises(ValueError, match="no manifest"):
         ShardSet(out)
     run(corpus, out)
@@ -259,4 +268,70 @@ def test_a_full_disk_is_said_and_nothing_is_lost(corpus, expected, tmp_path):
 def test_processes_and_mpirun_exclude_each_other(monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="without mpirun"), open_workers(2):
+        pass
+
+
+def test_tars_of_other_settings_are_never_taken_for_finished(corpus, expected, tmp_path):
+    """Two seeds give tars of the same names, and here of the same sizes."""
+    lists = [np.random.default_rng(i).permutation(150)[:64] + 2 for i in range(200)]
+    pq.write_table(pa.table({"input_ids": lists, "length": [64] * 200}), tmp_path / "t.parquet")
+    specs = expand_corpus([str(tmp_path / "t.parquet")], SourceOptions())
+    options = replace(OPTIONS, max_sd_counts=0)
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what == "writing" and done == 2:
+            raise KeyboardInterrupt
+
+    for seed in (0, 1):
+        with pytest.raises(KeyboardInterrupt):
+            prepare(
+                specs, tmp_path / "out", vocabulary_of(corpus), replace(options, seed=seed),
+                progress=stop,
+            )  # fmt: skip
+    for out in ("out", "fresh"):
+        prepare(specs, tmp_path / out, vocabulary_of(corpus), options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_a_moved_source_is_still_the_same(own_corpus, expected, tmp_path, monkeypatch):
+    def stop(what: str, done: int, total: int) -> None:
+        if what == "encoding" and done > CELLS:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(own_corpus, tmp_path / "out", progress=stop)
+    own_corpus.rename(tmp_path / "moved")
+    encoded = []
+    monkeypatch.setattr(
+        "data_prep.prepare.encode_stretch",
+        lambda job: encoded.append(job.spec.name) or encode_stretch(job),
+    )
+    run(tmp_path / "moved", tmp_path / "out")
+    assert "cells0" not in encoded, "it was finished before"
+    assert contents(tmp_path / "out") == expected
+
+
+def test_a_run_that_finishes_while_another_starts_keeps_its_shards(corpus, expected, tmp_path):
+    """The second looks before the first is done, and gets the lock after."""
+    from data_prep import workspace
+
+    out, real_lock = tmp_path / "out", workspace._lock
+
+    def late(folder: Path) -> int:
+        workspace._lock = real_lock
+        run(corpus, out)
+        return real_lock(folder)
+
+    workspace._lock = late
+    try:
+        with pytest.raises(ValueError, match="holds complete shards|has just finished"):
+            run(corpus, out)
+    finally:
+        workspace._lock = real_lock
+    assert contents(out) == expected
+
+
+def test_srun_without_mpi_is_refused(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(ValueError, match="MPI sees one"), open_workers(1):
         pass

@@ -261,3 +261,63 @@ def test_real_cells_pad_little(real_data, tmp_path):
     )
     assert size / sum(b["tokens"] for b in manifest["buckets"]) < 2.3
     assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == manifest
+
+
+def test_heldout_groups_do_not_overshoot(tmp_path):
+    cells = make_cells(200)
+    cells.obs["donor"] = ["big"] * 120 + [""] * 40 + ["a"] * 20 + ["b"] * 20
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    for seed in range(8):
+        options = replace(OPTIONS, heldout_by="donor", heldout_share=0.1, seed=seed)
+        prepare(specs(tmp_path / "cells.h5ad"), tmp_path / f"out{seed}", None, options)
+        heldout = ShardSet(tmp_path / f"out{seed}").iter_blocks("heldout")
+        found = {d for b in heldout for d in b.batch.column("donor").to_pylist()}
+        assert found in ({"a"}, {"b"})
+
+
+def test_heldout_groups_that_are_most_of_the_cells(tmp_path):
+    cells = make_cells(100)
+    cells.obs["donor"] = ["big"] * 90 + [""] * 10
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    with pytest.raises(ValueError, match="90 of 100 cells"):
+        prepare(
+            specs(tmp_path / "cells.h5ad"), tmp_path / "out", None,
+            replace(OPTIONS, heldout_by="donor"),
+        )  # fmt: skip
+
+
+def test_mitochondrial_genes_named_in_the_index(tmp_path):
+    """As scanpy has mouse data: symbols in the index, ids in a column."""
+    cells = make_cells(60)
+    cells.var["gene_ids"] = list(cells.var_names)
+    cells.var_names = ["mt-Nd1", *[f"Gene{i}" for i in range(1, 200)]]
+    del cells.var["symbol"]
+    matrix = cells.X.tolil()
+    matrix[:, 0] = 1
+    matrix[7, 0] = 900
+    cells.X = matrix.tocsr()
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    reading = SourceOptions(gene_column="gene_ids")
+    options = replace(OPTIONS, max_sd_counts=0)
+    source = specs(tmp_path / "cells.h5ad", reading=reading)
+    manifest = prepare(source, tmp_path / "out", None, options)
+    assert manifest["datasets"][0]["rejected"] == {
+        "mitochondrial share far from the data set's mean": 1
+    }
+
+
+def test_names_with_brackets_are_printed(tmp_path, capsys):
+    from data_prep.tables import print_manifest
+
+    cells = make_cells(60)
+    cells.obs["study"] = "a[/b] [old] x"
+    matrix = cells.X.tolil()
+    matrix[3] = 0
+    cells.X = matrix.tocsr()
+    cells.write_h5ad(tmp_path / "cells[1].h5ad")
+    reading = SourceOptions(dataset_column="study")
+    source = specs(tmp_path / "cells[1].h5ad", reading=reading)
+    print_manifest(prepare(source, tmp_path / "out", None, OPTIONS), "folder [x]")
+    printed = capsys.readouterr().out
+    for name in ("a[/b] [old] x", "cells[1]", "folder [x]"):
+        assert name in printed

@@ -57,6 +57,7 @@ class AnnDataStore:
                     f"{path}: '{name}' is stored as by an anndata before 0.7; read and write the "
                     "file once with a newer anndata"
                 )
+        self._categories: dict[tuple[int, str], np.ndarray] = {}
         self._open_matrix(element, staging)
 
     @staticmethod
@@ -97,8 +98,37 @@ class AnnDataStore:
                 "csr_matrix, csc_matrix and dense arrays"
             )
         self.num_cells, self.num_genes = (int(n) for n in self._shape)
+        self._check_lengths(kind)
         if self._sparse and kind == "csc":
             self._staged = stage_rows(self._columns, self.num_cells, staging)
+
+    def _check_lengths(self, kind: str) -> None:
+        """Refuse arrays that do not fit each other: beyond an array's end there is no error."""
+        lengths = [
+            ("obs", _index_of(self._obs).shape[0], self.num_cells),
+            ("var", _index_of(self._var).shape[0], self.num_genes),
+        ]
+        if self._sparse:
+            major = self.num_cells if kind == "csr" else self.num_genes
+            lengths += [
+                ("indptr", self._indptr.shape[0], major + 1),
+                ("indices", self._indices.shape[0], self._data.shape[0]),
+            ]
+        wrong = [
+            f"{name} has {n} entries, not {wanted}" for name, n, wanted in lengths if n != wanted
+        ]
+        if wrong:
+            raise ValueError(f"{self.path}: is damaged: {'; '.join(wrong)}")
+        # zarr reads a chunk that is missing as zeros. Counts and gene numbers have no empty chunks.
+        arrays = {"index of obs": _index_of(self._obs), "index of var": _index_of(self._var)}
+        if self._sparse:
+            arrays |= {"data": self._data, "indices": self._indices}
+        for name, array in arrays.items():
+            if hasattr(array, "nchunks_initialized") and array.nchunks_initialized < array.nchunks:
+                raise ValueError(
+                    f"{self.path}: {array.nchunks - array.nchunks_initialized} of {array.nchunks} "
+                    f"chunks of {name} are missing; was the folder copied completely?"
+                )
 
     def _columns(self):
         """Yield (cells, genes, values) of a column-wise matrix, bounded in size."""
@@ -132,19 +162,29 @@ class AnnDataStore:
         return int(self._indptr[stop]) - int(self._indptr[start])
 
     def cell_ids(self, start: int, stop: int) -> list[str]:
-        return [str(v) for v in read_column(self._obs, _index_name(self._obs), start, stop)]
+        index = _index_name(self._obs)
+        return [str(v) for v in read_column(self._obs, index, start, stop, self._categories)]
 
     def obs_columns(self) -> list[str]:
         return _column_names(self._obs)
 
     def obs(self, column: str, start: int, stop: int) -> np.ndarray:
-        return read_column(self._obs, column, start, stop)
+        return read_column(self._obs, column, start, stop, self._categories)
 
     def var_columns(self) -> list[str]:
         return _column_names(self._var)
 
     def var(self, column: str | None) -> np.ndarray:
-        return read_column(self._var, column or _index_name(self._var), 0, self.num_genes)
+        column = column or _index_name(self._var)
+        return read_column(self._var, column, 0, self.num_genes, self._categories)
+
+
+def _index_of(frame: Any) -> Any:
+    """Return the array that holds the index of a data frame, codes for a categorical one."""
+    index = frame[_index_name(frame)]
+    if not hasattr(index, "keys"):
+        return index
+    return index["codes"] if "codes" in index else index["values"]
 
 
 def _index_name(frame: Any) -> str:
@@ -159,8 +199,12 @@ def _column_names(frame: Any) -> list[str]:
     return [c.decode() if isinstance(c, bytes) else str(c) for c in order]
 
 
-def read_column(frame: Any, name: str, start: int, stop: int) -> np.ndarray:
+def read_column(
+    frame: Any, name: str, start: int, stop: int, known: dict[tuple[int, str], np.ndarray]
+) -> np.ndarray:
     """Return rows start..stop-1 of a column of an AnnData data frame, missing ones as None or NaN.
+
+    `known` keeps the categories of columns: there may be as many as cells.
 
     Encodings: array, string-array, categorical (also of anndata 0.7), nullable integer, boolean and
     string (https://anndata.readthedocs.io/en/stable/fileformat-prose.html).
@@ -171,15 +215,13 @@ def read_column(frame: Any, name: str, start: int, stop: int) -> np.ndarray:
         reference = element.attrs.get("categories")
         if reference is None:
             return values
-        categories = decoded(np.asarray(frame.file[reference][:]))
-        return _of_codes(values, categories)
+        return _of_codes(values, _categories(frame, name, frame.file[reference], known))
     if "codes" in element:
         categories = element["categories"]
         if hasattr(categories, "keys"):
             categories = categories["values"]
-        return _of_codes(
-            np.asarray(element["codes"][start:stop]), decoded(np.asarray(categories[:]))
-        )
+        codes = np.asarray(element["codes"][start:stop])
+        return _of_codes(codes, _categories(frame, name, categories, known))
     if "values" in element and "mask" in element:
         values = decoded(np.asarray(element["values"][start:stop])).astype(object)
         values[np.asarray(element["mask"][start:stop])] = None
@@ -190,7 +232,15 @@ def read_column(frame: Any, name: str, start: int, stop: int) -> np.ndarray:
     )
 
 
+def _categories(
+    frame: Any, name: str, stored: Any, known: dict[tuple[int, str], np.ndarray]
+) -> np.ndarray:
+    """Return the categories of a column, with None at the end: where code -1 points."""
+    key = (id(frame), name)
+    if key not in known:
+        known[key] = np.append(decoded(np.asarray(stored[:])).astype(object), np.array([None]))
+    return known[key]
+
+
 def _of_codes(codes: np.ndarray, categories: np.ndarray) -> np.ndarray:
-    values = np.empty(len(categories) + 1, dtype=object)
-    values[:-1] = categories
-    return values[codes]  # code -1, missing, is the None at the end
+    return categories[codes]

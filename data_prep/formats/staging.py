@@ -18,7 +18,7 @@ import numpy as np
 
 from data_prep.formats.store import Rows
 
-_DONE = "done.json"
+ROWS_DONE = "done.json"
 # cells, genes, values of a batch of entries; each cell's genes in any order
 Entries = Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]
 
@@ -54,7 +54,7 @@ def stage_rows(entries: Callable[[], Entries], num_cells: int, folder: Path) -> 
     entries
         Called twice; yields (cells, genes, values), arrays of equal length, no entry twice.
     """
-    if (folder / _DONE).exists():
+    if (folder / ROWS_DONE).exists():
         return StagedRows(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=folder.name + "-", dir=folder.parent))
@@ -63,7 +63,7 @@ def stage_rows(entries: Callable[[], Entries], num_cells: int, folder: Path) -> 
         try:
             aside.rename(folder)
         except OSError:
-            if not (folder / _DONE).exists():
+            if not (folder / ROWS_DONE).exists():
                 raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -91,7 +91,7 @@ def _write(entries: Callable[[], Entries], num_cells: int, folder: Path) -> None
         )  # fmt: skip
     indices.flush()
     data.flush()
-    with (folder / _DONE).open("w") as file:
+    with (folder / ROWS_DONE).open("w") as file:
         json.dump({"cells": num_cells, "values": int(indptr[-1])}, file)
         file.flush()
         os.fsync(file.fileno())

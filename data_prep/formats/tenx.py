@@ -151,6 +151,8 @@ class MtxStore(_Features):
             self._header_lines = 2
             while (line := lines.readline()).startswith("%"):
                 self._header_lines += 1
+            # One character separates the numbers; which one, the first entry tells.
+            self._delimiter = "\t" if "\t" in lines.readline() else " "
         size = line.split()
         if len(size) != 3 or not all(n.isdigit() for n in size):
             raise ValueError(f"'{line[:80]}' stands where features, cells and entries are counted")
@@ -175,7 +177,7 @@ class MtxStore(_Features):
                     block_size=_BATCH_BYTES,
                     use_threads=False,
                 ),
-                pyarrow.csv.ParseOptions(delimiter=" "),
+                pyarrow.csv.ParseOptions(delimiter=self._delimiter),
                 pyarrow.csv.ConvertOptions(column_types=types, null_values=[]),
             )
             for batch in batches:
