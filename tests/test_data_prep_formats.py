@@ -481,6 +481,7 @@ def test_zarr_with_a_missing_chunk_is_refused(tmp_path):
     values = group["data"][:]
     del group["data"]
     group.create_array("data", data=values, chunks=(500,))
+    zarr.consolidate_metadata(str(tmp_path / "cells.zarr"))
     open_path(tmp_path / "cells.zarr", SourceOptions())
     chunks = (tmp_path / "cells.zarr" / "X" / "data").rglob("*")
     next(p for p in chunks if p.is_file() and p.name.isdigit()).unlink()
