@@ -66,6 +66,8 @@ SdMito = Annotated[float, typer.Option(help="the same for the mitochondrial shar
 Dedup = Annotated[bool, typer.Option(help="reject cells that stood before, gene for gene")]
 MinOverlap = Annotated[float, typer.Option(help="smallest share of known genes")]
 MinCells = Annotated[int, typer.Option(help="fewest cells of a gene in a built vocabulary")]
+Heldout = Annotated[float, typer.Option(help="share of cells held out")]
+HeldoutBy = Annotated[str, typer.Option(help="cell, dataset, or an --obs column")]
 Memory = Annotated[float, typer.Option(help="GiB that each process may hold")]
 Processes = Annotated[
     int, typer.Option(help="processes on this machine; or start with mpirun -n N")
@@ -104,8 +106,8 @@ def prepare_command(
     dedup: Dedup = False,
     min_overlap: MinOverlap = 0.1,
     min_cells: MinCells = 3,
-    heldout: Annotated[float, typer.Option(help="share of cells held out")] = 0.02,
-    heldout_by: Annotated[str, typer.Option(help="cell, dataset, or an --obs column")] = "cell",
+    heldout: Heldout = 0.02,
+    heldout_by: HeldoutBy = "cell",
     block_cells: Annotated[int, typer.Option(help="cells of one tar member")] = 256,
     shard_mib: Annotated[float, typer.Option(help="mean size of a tar")] = 64,
     memory: Memory = 2.0,
@@ -163,6 +165,8 @@ def check_command(
     max_sd_mito: SdMito = 3.0,
     dedup: Dedup = False,
     min_overlap: MinOverlap = 0.1,
+    heldout: Heldout = 0.02,
+    heldout_by: HeldoutBy = "cell",
     memory: Memory = 2.0,
     work_in: Annotated[
         Path | None, typer.Option("--work", help="folder for temporary files [the system's]")
@@ -176,6 +180,8 @@ def check_command(
         max_sd_mito=max_sd_mito,
         dedup=dedup,
         min_overlap=min_overlap,
+        heldout_share=heldout,
+        heldout_by=heldout_by,
         memory_gib=memory,
         annotation=annotation,
     )
