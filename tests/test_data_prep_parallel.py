@@ -95,15 +95,18 @@ def test_processes_give_the_same_bytes(processes, corpus, expected, tmp_path, mo
     assert sum(name.startswith("train-") for name in expected) > 20
 
 
+AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+
+
+def mpirun(ranks: int) -> list[str]:
+    return [str(Path(sys.executable).parent / "mpirun"), "--oversubscribe", "-n", str(ranks)]
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_mpi_ranks_give_the_same_bytes(ranks, corpus, expected, tmp_path):
-    environment = os.environ | {
-        "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    }  # fmt: skip
-    mpirun = str(Path(sys.executable).parent / "mpirun")
     done = subprocess.run(
-        [mpirun, "--oversubscribe", "-n", str(ranks), *command(corpus, tmp_path / "out")],
-        env=environment, capture_output=True, text=True, timeout=120,
+        [*mpirun(ranks), *command(corpus, tmp_path / "out")],
+        env=os.environ | AS_ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "out") == expected
@@ -149,6 +152,26 @@ def test_killed_runs_continue(moment, corpus, expected, tmp_path):
         run(corpus, out, progress=look)
         finished = [p for p in kept if p.stem[:-5] in done]
         assert all(seen[p] == kept[p] for p in finished), "finished work was done again"
+    assert contents(out) == expected
+
+
+def test_a_killed_mpi_rank_ends_the_run_which_continues(corpus, expected, tmp_path):
+    out = tmp_path / "out"
+    first = subprocess.Popen(
+        # So little memory cuts the work into many parts: time enough to kill.
+        [*mpirun(3), *command(corpus, out, "--memory", "0.00001")],
+        env=os.environ | AS_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for(lambda: any((out / ".partial").glob("chunk-*.json")), first)
+    ranks = [
+        p for p in psutil.Process(first.pid).children(recursive=True) if "prepare" in p.cmdline()
+    ]
+    assert len(ranks) == 3
+    ranks[-1].kill()
+    assert first.wait(60) != 0
+    _, alive = psutil.wait_procs(ranks, timeout=20)
+    assert not alive
+    run(corpus, out)
     assert contents(out) == expected
 
 
