@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +170,8 @@ def survey_sources(
 ) -> Survey:
     """Open every source once, one at a time, and check what can be checked without its cells."""
     annotation = read_annotation(options.annotation) if options.annotation else None
+    if workers.helpers:  # opening copies matrices that are stored by gene: work for all
+        workers.run(partial(_open_once, work), specs)
     if vocabulary is None:
         if options.heldout_by != "cell":  # a wrong choice is said before the cells are read twice
             sizes: Counter[str] = Counter()
@@ -184,6 +187,10 @@ def survey_sources(
         progress("opening", number, len(specs))
         surveys.append(survey_source(spec, work, vocabulary, options, annotation))
     return Survey(surveys, vocabulary, carried_columns(specs))
+
+
+def _open_once(work: Path, spec: SourceSpec) -> None:
+    open_source(spec, work)
 
 
 def survey_source(

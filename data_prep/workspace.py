@@ -153,8 +153,9 @@ def check_disk(work: Path, needed_bytes: int) -> None:
 
 
 def used_bytes(work: Path) -> int:
-    """Return what the files of earlier runs take: room that is used again."""
-    return sum(p.stat().st_size for p in work.rglob("*") if p.is_file())
+    """Return what chunks and tars of earlier runs take: room that is used again."""
+    found = [*work.glob("chunk-*"), *work.glob("tars-*/*")]
+    return sum(p.stat().st_size for p in found)
 
 
 def remove_stale(work: Path, keep: set[str]) -> list[str]:

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import anndata
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -111,6 +112,16 @@ def test_mpi_ranks_give_the_same_bytes(ranks, corpus, expected, tmp_path):
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "out") == expected
     assert done.stdout.count("cells read") == 1
+
+
+def test_matrices_stored_by_gene_are_copied_by_all(corpus, expected, own_corpus, tmp_path):
+    for path in own_corpus.glob("*.h5ad"):
+        cells = anndata.read_h5ad(path)
+        cells.X = cells.X.tocsc()
+        cells.write_h5ad(path)
+    with open_workers(2) as workers:
+        run(own_corpus, tmp_path / "out", workers)
+    assert contents(tmp_path / "out") == expected
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
