@@ -299,7 +299,7 @@ def test_census_states_how_many_values_a_cell_has(tmp_path):
     cells = make_cells(30)
     source = open_path(write_census(cells.copy(), tmp_path), SourceOptions())
     assert source.store.num_stored(3, 20) == cells.X[3:20].nnz
-    assert source.store.counts_choices == ["X", "layers/raw"]
+    assert source.store.counts_choices == ["X", "raw", "layers/raw"]
     assert open_path(f"census:{tmp_path / 'soma'}", SourceOptions()).num_cells == 30
 
 

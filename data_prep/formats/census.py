@@ -35,7 +35,7 @@ class CensusStore:
         ``census:VERSION`` (``census:stable``, ``census:2025-01-30``), or a Census or a single
         experiment elsewhere: ``census:URI``, or a local folder.
     counts
-        ``X`` (the layer ``raw``) or ``layers/NAME``.
+        ``X`` or ``raw`` (both the layer ``raw``) or ``layers/NAME``.
     organism
         ``human`` (also if None) or ``mouse``; of a Census, which has an experiment for each.
     obs_filter
@@ -76,13 +76,13 @@ class CensusStore:
         if "RNA" not in experiment.ms:
             raise ValueError(f"{self._name}: has no measurement 'RNA', only {list(experiment.ms)}")
         layers = experiment.ms["RNA"].X
-        self.counts_choices = ["X"] if _LAYER in layers else []
+        self.counts_choices = ["X", "raw"] if _LAYER in layers else []
         self.counts_choices += [f"layers/{name}" for name in layers]
         if counts not in self.counts_choices:
             raise ValueError(
                 f"{self._name}: has no '{counts}'; --counts may be one of {self.counts_choices}"
             )
-        layer = _LAYER if counts == "X" else counts.removeprefix("layers/")
+        layer = _LAYER if counts in ("X", "raw") else counts.removeprefix("layers/")
         self._matrix = layers[layer]
         if not isinstance(self._matrix, tiledbsoma.SparseNDArray):
             raise ValueError(f"{self._name}: '{counts}' is dense; only sparse layers are readable")
