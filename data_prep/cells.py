@@ -59,17 +59,6 @@ class Cells:
         return pa.record_batch([lists, *columns], names=["input_ids", *self.columns.column_names])
 
     @staticmethod
-    def of_batch(batch: pa.RecordBatch) -> Cells:
-        """Return the cells of `to_batch`, without copying."""
-        lists = batch.column("input_ids")
-        names = [n for n in batch.schema.names if n != "input_ids"]
-        return Cells(
-            np.asarray(lists.values),
-            np.asarray(lists.offsets).astype(np.int64),
-            pa.Table.from_batches([batch.select(names)]),
-        )
-
-    @staticmethod
     def concat(parts: list[Cells]) -> Cells:
         """Return all cells of `parts`, at least one, in order."""
         if len(parts) == 1:

@@ -13,7 +13,6 @@ from data_prep.prepare import decide_all
 from data_prep.sources import SourceSpec
 from data_prep.survey import (
     PrepareOptions,
-    Progress,
     SourceSurvey,
     Survey,
     check_options,
@@ -21,7 +20,7 @@ from data_prep.survey import (
     survey_source,
 )
 from data_prep.vocab import Vocabulary
-from data_prep.workers import Workers
+from data_prep.workers import Progress, Workers, counter
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,8 @@ def check_sources(
             problems[spec.path] = str(error)
     survey = Survey(surveys, vocabulary, carried_columns(specs))
     jobs = encode_jobs(survey, work, options, with_tokens=False)
-    outcomes = _run(jobs, workers, progress)
+    shown = counter(progress, "checking", [j.stop - j.start for j in jobs])
+    outcomes = workers.run(_outcome, jobs, shown)
     for job, outcome in zip(jobs, outcomes, strict=True):
         if isinstance(outcome, str):
             problems.setdefault(job.spec.path, outcome)
@@ -81,17 +81,6 @@ def check_sources(
         if not report["cells_kept"]:
             problems[source.spec.path] = f"{source.spec.path}: no cell would be kept"
     return CheckResult(reports, dataset_reports(decisions, options), list(problems.values()))
-
-
-def _run(jobs: list[EncodeJob], workers: Workers, progress: Progress) -> list[EncodeRecord | str]:
-    total, done = sum(j.stop - j.start for j in jobs), 0
-
-    def finished(number: int, outcome: EncodeRecord | str) -> None:
-        nonlocal done
-        done += jobs[number].stop - jobs[number].start
-        progress("checking", done, total)
-
-    return workers.run(_outcome, jobs, finished)
 
 
 def _outcome(job: EncodeJob) -> EncodeRecord | str:

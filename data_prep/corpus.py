@@ -23,8 +23,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from data_prep.genes import ORGANISMS, SPECIES
-from data_prep.open import CENSUS
-from data_prep.sources import SourceOptions, SourceSpec, source_at
+from data_prep.sources import CENSUS, SourceOptions, SourceSpec, source_at
 
 _SUFFIXES = {".h5ad", ".loom", ".zarr", ".h5", ".parquet", ".arrow"}
 

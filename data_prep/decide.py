@@ -40,6 +40,7 @@ from data_prep.filters import (
     quality_reasons,
     rows_by_value,
 )
+from data_prep.rank import token_dtype
 from data_prep.shards import SPLITS, file_sha256
 
 _MOST_BINS_BITS = 16
@@ -251,7 +252,7 @@ def plan_writing(
     cells = int(histogram.sum())
     bin_bits = max(0, min(_MOST_BINS_BITS, (cells // _CELLS_PER_BIN).bit_length()))
     counts = _cells_per_bin(work, chunks, decisions, buckets, bin_bits)
-    token_bytes = 2 if num_tokens <= 1 << 16 else 4
+    token_bytes = token_dtype(num_tokens).itemsize
     lengths = np.arange(histogram.shape[1])
     windows, bytes_per_task = [], []
     for split in range(len(SPLITS)):

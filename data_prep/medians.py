@@ -13,9 +13,9 @@ two vocabularies with two hashes. The vocabulary is the identity of all that is 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from data_prep.vocab import (
     load_vocabulary,
     read_dictionary,
 )
-from data_prep.workers import Workers
+from data_prep.workers import Progress, Workers, counter
 
 _CHUNK_CELLS = 16_384
 # A bin is the exponent and the first 6 bits of the mantissa: 64 bins an octave, a ratio of at most
@@ -53,8 +53,6 @@ _FIRST_BIN = int(np.float64(2.0**-10).view(np.int64)) >> _SHIFT
 NUM_BINS = 25 << _MANTISSA_BITS
 RELATIVE_ERROR = 2.0**-_MANTISSA_BITS
 _VALUE_BYTES = 36  # while the values of the median bins are sorted
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -252,34 +250,21 @@ def gene_medians(
     path = work / "genes.json"
     write_text(path, json.dumps(numbers))
     jobs = [_Job(spec, work, path, start, stop) for spec, start, stop in stretches]
-    total = sum(j.stop - j.start for j in jobs)
-
+    sizes = [j.stop - j.start for j in jobs]
     counts = np.zeros((len(names), NUM_BINS), dtype=np.int64)
-    done = 0
-
-    def count(number: int, result: tuple[np.ndarray, np.ndarray]) -> None:
-        nonlocal done
-        counts.reshape(-1)[result[0]] += result[1]
-        done += jobs[number].stop - jobs[number].start
-        progress("counting genes", done, total)
-
-    workers.run(_count_stretch, jobs, count)
+    shown = counter(progress, "counting genes", sizes)
+    with contextlib.closing(workers.each(_count_stretch, jobs)) as ended:
+        for number, (places, added) in ended:  # added at once: all together would fill the memory
+            counts.reshape(-1)[places] += added
+            shown(number)
     sketch = MedianSketch(tuple(names), counts, {a: g for a, g in aliases.items() if g in genes})
     wanted = _middle_bins(counts)
     held = int(counts[np.arange(len(names))[:, None], wanted].sum())
     if held * _VALUE_BYTES > memory_gib * 2**30:
         return GeneMedians(sketch, sketch.medians(), RELATIVE_ERROR)
     np.save(work / "wanted.npy", wanted)
-    found: list = [None] * len(jobs)
-    done = 0
-
-    def collect(number: int, result: tuple[np.ndarray, np.ndarray]) -> None:
-        nonlocal done
-        found[number] = result
-        done += jobs[number].stop - jobs[number].start
-        progress("taking medians", done, total)
-
-    workers.run(partial(_collect_stretch, work / "wanted.npy"), jobs, collect)
+    shown = counter(progress, "taking medians", sizes)
+    found = workers.run(partial(_collect_stretch, work / "wanted.npy"), jobs, shown)
     medians = _exact_medians(counts, wanted, *(np.concatenate(p) for p in zip(*found, strict=True)))
     return GeneMedians(sketch, medians, 0.0)
 
@@ -325,8 +310,9 @@ def _blocks(job: _Job):
     assert isinstance(source, CountSource)
     numbers = json.loads(job.genes.read_text())
     columns = np.array([numbers.get(i, -1) for i in source.gene_ids], dtype=np.int32)
+    num_genes = max(numbers.values()) + 1
     for block in source.blocks(job.start, job.stop):
-        yield block, columns, max(numbers.values()) + 1
+        yield block, columns, num_genes
 
 
 def _scales(block: CountBlock) -> np.ndarray:
@@ -356,10 +342,12 @@ def _collect_stretch(wanted_path: Path, job: _Job) -> tuple[np.ndarray, np.ndarr
 
 
 @numba.njit(cache=True, nogil=True)
-def _cell_values(data, indices, start, stop, total, columns, sums, touched, values):
-    """Sum the counts per gene of one cell, normalise; return the number of genes."""
+def _cell_values(data, indices, indptr, totals, cell, columns, sums, touched, values, bins):
+    """Fill genes, values and bins of one cell; return their number, 0 if it does not count."""
     size = 0
-    for k in range(start, stop):
+    if np.isnan(totals[cell]):
+        return size
+    for k in range(indptr[cell], indptr[cell + 1]):
         gene = columns[indices[k]]
         if gene >= 0 and data[k] > 0:
             if sums[gene] == 0.0:
@@ -367,16 +355,12 @@ def _cell_values(data, indices, start, stop, total, columns, sums, touched, valu
                 size += 1
             sums[gene] += data[k]
     for i in range(size):
-        values[i] = sums[touched[i]] / total * TARGET_SUM
+        values[i] = sums[touched[i]] / totals[cell] * TARGET_SUM
         sums[touched[i]] = 0.0
-    return size
-
-
-@numba.njit(cache=True, nogil=True)
-def _bins_of(values, size, bins):
     bits = values.view(np.int64)
     for i in range(size):
         bins[i] = min(max((bits[i] >> _SHIFT) - _FIRST_BIN, 0), NUM_BINS - 1)
+    return size
 
 
 @numba.njit(cache=True, nogil=True)
@@ -384,13 +368,9 @@ def _count(data, indices, indptr, totals, columns, num_genes, counts):
     sums, touched = np.zeros(num_genes), np.empty(num_genes, np.int32)
     values, bins = np.empty(num_genes), np.empty(num_genes, np.int64)
     for cell in range(len(indptr) - 1):
-        if np.isnan(totals[cell]):
-            continue
         size = _cell_values(
-            data, indices, indptr[cell], indptr[cell + 1], totals[cell], columns, sums, touched,
-            values,
-        )  # fmt: skip
-        _bins_of(values, size, bins)
+            data, indices, indptr, totals, cell, columns, sums, touched, values, bins
+        )
         for i in range(size):
             counts[touched[i] * NUM_BINS + bins[i]] += 1
 
@@ -402,13 +382,9 @@ def _collect(data, indices, indptr, totals, columns, num_genes, wanted):
     found_genes, found_values = np.empty(1024, np.int32), np.empty(1024)
     used = 0
     for cell in range(len(indptr) - 1):
-        if np.isnan(totals[cell]):
-            continue
         size = _cell_values(
-            data, indices, indptr[cell], indptr[cell + 1], totals[cell], columns, sums, touched,
-            values,
-        )  # fmt: skip
-        _bins_of(values, size, bins)
+            data, indices, indptr, totals, cell, columns, sums, touched, values, bins
+        )
         for i in range(size):
             gene = touched[i]
             if bins[i] == wanted[gene, 0] or bins[i] == wanted[gene, 1]:

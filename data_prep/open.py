@@ -9,11 +9,10 @@ from pathlib import Path
 
 from data_prep.formats.store import Store
 from data_prep.genes import Annotation
-from data_prep.sources import CountSource, SourceOptions, SourceSpec, source_at
+from data_prep.sources import CENSUS, CountSource, SourceOptions, SourceSpec, source_at
 from data_prep.tokens import TokenSource
 
 Source = CountSource | TokenSource
-CENSUS = "census"
 _ONLY_SOMA = "obs_filter works on a Census or another SOMA experiment only"
 ACCEPTED = (
     ".h5ad, .loom, AnnData .zarr, 10x .h5, 10x folders with matrix.mtx[.gz], .parquet, .arrow, "

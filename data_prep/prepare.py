@@ -30,14 +30,13 @@ from data_prep.shards import SPLITS
 from data_prep.sources import SourceSpec
 from data_prep.survey import (
     PrepareOptions,
-    Progress,
     Survey,
     check_options,
     encode_jobs,
     survey_sources,
 )
 from data_prep.vocab import Vocabulary
-from data_prep.workers import SERIAL, Workers
+from data_prep.workers import SERIAL, Progress, Workers, counter
 from data_prep.workspace import (
     check_disk,
     force_to_disk,
@@ -114,18 +113,11 @@ def _remove_stale(work: Path, jobs: list[EncodeJob]) -> None:
 def encode_all(jobs: list[EncodeJob], workers: Workers, progress: Progress) -> list[EncodeRecord]:
     """Run pass 1 for all jobs that are not finished; return the records of all."""
     records = [encode.finished_record(j) for j in jobs]
-    total = sum(j.stop - j.start for j in jobs)
     open_jobs = [n for n, r in enumerate(records) if r is None]
-    done = total - sum(jobs[n].stop - jobs[n].start for n in open_jobs)
-    progress("encoding", done, total)
-
-    def finished(number: int, record: EncodeRecord) -> None:
-        nonlocal done
-        job = jobs[open_jobs[number]]
-        done += job.stop - job.start
-        progress("encoding", done, total)
-
-    new = workers.run(encode_stretch, [jobs[n] for n in open_jobs], finished)
+    sizes = [jobs[n].stop - jobs[n].start for n in open_jobs]
+    done = sum(j.stop - j.start for j in jobs) - sum(sizes)
+    shown = counter(progress, "encoding", sizes, done)
+    new = workers.run(encode_stretch, [jobs[n] for n in open_jobs], shown)
     for number, record in zip(open_jobs, new, strict=True):
         records[number] = record
     return [r for r in records if r is not None]
@@ -223,15 +215,8 @@ def write_jobs(
     """Run pass 2 for all jobs that are not finished; return the records of all."""
     records = [write.finished_writing(j) for j in jobs]
     open_jobs = [n for n, r in enumerate(records) if r is None]
-    done = len(jobs) - len(open_jobs)
-    progress("writing", done, len(jobs))
-
-    def finished(number: int, record: write.WriteRecord) -> None:
-        nonlocal done
-        done += 1
-        progress("writing", done, len(jobs))
-
-    new = workers.run(write.write_tars, [jobs[n] for n in open_jobs], finished)
+    shown = counter(progress, "writing", [1] * len(open_jobs), len(jobs) - len(open_jobs))
+    new = workers.run(write.write_tars, [jobs[n] for n in open_jobs], shown)
     for number, record in zip(open_jobs, new, strict=True):
         records[number] = record
     return [r for r in records if r is not None]

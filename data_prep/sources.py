@@ -34,6 +34,7 @@ from data_prep.vocab import Vocabulary
 _READ_CELLS = 4096
 _READ_VALUES = 1 << 24  # 12 to 16 bytes each while a block is in use
 _FILTER_COLUMN = "filter_pass"
+CENSUS = "census"  # in front of a version or URI, where others have a path
 _SUFFIXES = (".h5ad", ".loom", ".zarr", ".h5", ".parquet", ".arrow", ".dataset")
 
 
@@ -103,7 +104,7 @@ class SourceSpec:
         for once a run, and two levels are for each stretch. The path is not in it.
         """
         path, settings = Path(self.path), asdict(self) | {"path": ""}
-        if self.path.startswith("census:"):
+        if self.path.startswith(f"{CENSUS}:"):
             settings["path"] = self.path
         found = [path] if path.exists() else []
         found += path.rglob("*") if deep else [*path.glob("*"), *path.glob("*/*")]
@@ -377,7 +378,7 @@ class CountSource:
 
 def source_at(path: Path | str, options: SourceOptions) -> SourceSpec:
     """Return the spec of a single path: its name is the file's, and so is its data set's."""
-    name = str(path) if str(path).startswith("census:") else Path(path).absolute().name
+    name = str(path) if str(path).startswith(f"{CENSUS}:") else Path(path).absolute().name
     for suffix in (".zip", *_SUFFIXES):
         name = name.removesuffix(suffix)
     return SourceSpec(str(path), name, name, options)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,18 +18,17 @@ from data_prep.genes import Annotation, read_annotation
 from data_prep.hashing import hash_strings, stream_key
 from data_prep.medians import build_vocabulary
 from data_prep.open import Source, open_source
+from data_prep.rank import token_dtype
 from data_prep.shards import file_sha256
 from data_prep.sources import CountSource, GeneReport, SourceSpec
 from data_prep.vocab import Vocabulary
-from data_prep.workers import Workers
+from data_prep.workers import Progress, Workers
 
 logger = logging.getLogger(__name__)
 
 # Cells of one chunk: 40 MB of tokens at 1,300 genes.
 CHUNK_CELLS = 16_384
 RESERVED_COLUMNS = {"input_ids", "cell_id", "dataset", *encode.INTERNAL}
-# (what is being done, cells or tars done, of how many)
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -148,8 +146,7 @@ class Survey:
     def estimated_bytes(self, columns: tuple[str, ...]) -> int:
         """Return about how large the shards will be, from file sizes and cells."""
         per_cell = 64 + 16 * len(columns)
-        token_bytes = 2 if self.vocabulary.num_tokens <= 1 << 16 else 4
-        longest = self.vocabulary.max_length * token_bytes
+        longest = self.vocabulary.max_length * token_dtype(self.vocabulary.num_tokens).itemsize
         total = 0
         for source in self.sources:
             path = Path(source.spec.path)

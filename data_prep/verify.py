@@ -6,7 +6,6 @@ import hashlib
 import shutil
 import tarfile
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,11 +31,10 @@ from data_prep.shards import (
 )
 from data_prep.sources import SourceOptions, SourceSpec
 from data_prep.survey import PrepareOptions, encode_jobs, survey_sources
-from data_prep.workers import Workers
+from data_prep.workers import Progress, Workers, counter
 
 _TAR_HEADER = 512
 _WORK = ".repair"
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -58,20 +56,14 @@ def verify(folder: Path, workers: Workers, progress: Progress) -> list[Problem]:
     """
     shards = ShardSet(folder)
     names = [s["name"] for s in shards.manifest["shards"]]
-    done = 0
-
-    def finished(number: int, found: list[Problem]) -> None:
-        nonlocal done
-        done += 1
-        progress("verifying", done, len(names))
-
     try:
         problems = _verify_records(shards)
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{folder / MANIFEST_NAME}: is incomplete or edited ({error!r})"
         ) from error
-    found = workers.run(partial(_verify_tar, folder), list(range(len(names))), finished)
+    shown = counter(progress, "verifying", [1] * len(names))
+    found = workers.run(partial(_verify_tar, folder), range(len(names)), shown)
     return problems + [p for inside in found for p in inside]
 
 

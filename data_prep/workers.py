@@ -11,13 +11,15 @@ import contextlib
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from typing import Any
 
+# Called with what is being done, how much of it is done, of how much.
+Progress = Callable[[str, int, int], None]
 # Tasks handed to each worker in advance: one runs, one waits.
 _AHEAD = 2
 _MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
@@ -30,33 +32,22 @@ class Workers:
     executor: Executor | None
     helpers: int
 
-    def run(
-        self,
-        function: Callable[[Any], Any],
-        tasks: Sequence[Any],
-        on_done: Callable[[int, Any], None] = lambda number, result: None,
-    ) -> list[Any]:
-        """Return ``[function(t) for t in tasks]``; the first error ends all.
+    def each(
+        self, function: Callable[[Any], Any], tasks: Sequence[Any]
+    ) -> Generator[tuple[int, Any], None, None]:
+        """Yield (task number, result) as tasks end, in any order; the first error ends all.
 
         Parameters
         ----------
         function, tasks
             Picklable; the function must not depend on state of the calling process.
-        on_done
-            Called in this process with (task number, result) as soon as a task has ended.
 
         Raises
         ------
         OSError
             A helper was killed (out of memory?).
         """
-        results: list[Any] = [None] * len(tasks)
         waiting, running = deque(enumerate(tasks)), {}
-
-        def finish(number: int, result: Any) -> None:
-            results[number] = result
-            on_done(number, result)
-
         try:
             while waiting or running:
                 while self.executor and waiting and len(running) < _AHEAD * self.helpers:
@@ -64,11 +55,11 @@ class Workers:
                     running[self.executor.submit(function, task)] = number
                 if waiting:
                     number, task = waiting.popleft()
-                    finish(number, function(task))
+                    yield number, function(task)
                 else:
                     wait(running, return_when=FIRST_COMPLETED)
                 for future in [f for f in running if f.done()]:
-                    finish(running.pop(future), future.result())
+                    yield running.pop(future), future.result()
         except BrokenProcessPool as error:
             raise OSError(
                 "a worker process was killed, perhaps for want of memory: start again with a "
@@ -77,7 +68,41 @@ class Workers:
         finally:
             for future in running:
                 future.cancel()
+
+    def run(
+        self,
+        function: Callable[[Any], Any],
+        tasks: Sequence[Any],
+        on_done: Callable[[int], None] = lambda number: None,
+    ) -> list[Any]:
+        """Return ``[function(t) for t in tasks]``; see `each`.
+
+        `on_done` is called in this process with a task's number as soon as it has ended.
+        """
+        results: list[Any] = [None] * len(tasks)
+        with contextlib.closing(self.each(function, tasks)) as ended:
+            for number, result in ended:
+                results[number] = result
+                on_done(number)
         return results
+
+
+def counter(
+    progress: Progress, what: str, sizes: Sequence[int], done: int = 0
+) -> Callable[[int], None]:
+    """Return a function that, told that a task has ended, shows how much of all work is done.
+
+    `sizes`: the work of each task; `done`: what was done before them.
+    """
+    total = done + sum(sizes)
+    progress(what, done, total)
+
+    def on_done(number: int) -> None:
+        nonlocal done
+        done += sizes[number]
+        progress(what, done, total)
+
+    return on_done
 
 
 SERIAL = Workers(None, 0)
@@ -128,7 +153,7 @@ def open_workers(processes: int = 1) -> Iterator[Workers | None]:
             helpers = mpi_size() - 1
             yield Workers(executor, helpers) if isinstance(executor, Executor) else None
     elif processes == 1:
-        yield Workers(None, 0)
+        yield SERIAL
     else:
         context = get_context("forkserver")
         context.set_forkserver_preload(["data_prep.encode"])
