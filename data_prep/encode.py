@@ -142,7 +142,7 @@ def encode_stretch(job: EncodeJob) -> EncodeRecord:
         raise ValueError(_changed(job.spec))
     source, vocabulary, column_tokens = _opened(
         job.spec, job.signature, job.work, job.vocabulary, job.vocabulary_sha256,
-        job.annotation, job.settings.min_overlap,
+        job.annotation, job.settings.annotation_sha256, job.settings.min_overlap,
     )  # fmt: skip
     inside = total = 0.0
     chunks: list[tuple[str, int, int]] = []
@@ -193,11 +193,12 @@ def _opened(
     vocabulary_path: Path,
     vocabulary_sha256: str,
     annotation: Path | None,
+    annotation_sha256: str | None,
     min_overlap: float,
 ) -> tuple[Source, Vocabulary, np.ndarray]:
     """Return what a process needs for the stretches of one source; the last few are kept open."""
     vocabulary = _vocabulary(vocabulary_path, vocabulary_sha256)
-    source = open_source(spec, work, _annotation(annotation))
+    source = open_source(spec, work, _annotation(annotation, annotation_sha256))
     tokens = np.zeros(0, dtype=np.int32)
     if isinstance(source, CountSource):
         tokens = source.column_tokens(vocabulary, min_overlap)
@@ -210,7 +211,7 @@ def _vocabulary(path: Path, sha256: str) -> Vocabulary:  # noqa: ARG001
 
 
 @lru_cache(maxsize=2)
-def _annotation(path: Path | None) -> Annotation | None:
+def _annotation(path: Path | None, sha256: str | None) -> Annotation | None:  # noqa: ARG001
     return read_annotation(path, BIOTYPES) if path else None
 
 

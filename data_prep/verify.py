@@ -7,7 +7,7 @@ import shutil
 import tarfile
 import zlib
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,8 @@ def verify(folder: Path, workers: Workers, progress: Progress) -> list[Problem]:
             f"{folder / MANIFEST_NAME}: is incomplete or edited ({error!r})"
         ) from error
     shown = counter(progress, "verifying", [1] * len(names))
-    found = workers.run(partial(_verify_tar, folder), range(len(names)), shown)
+    task = partial(_verify_tar, folder, file_sha256(folder / MANIFEST_NAME))
+    found = workers.run(task, range(len(names)), shown)
     return problems + [p for inside in found for p in inside]
 
 
@@ -95,9 +96,15 @@ def _verify_records(shards: ShardSet) -> list[Problem]:
     return [Problem("", f"{folder / MANIFEST_NAME}: {text}") for text in problems]
 
 
-def _verify_tar(folder: Path, number: int) -> list[Problem]:
+@lru_cache(maxsize=1)
+def _opened(folder: Path, manifest_sha256: str) -> ShardSet:  # noqa: ARG001  binds all of it
+    """Return the shard folder, whose index and vocabulary a process reads once for all tars."""
+    return ShardSet(folder)
+
+
+def _verify_tar(folder: Path, manifest_sha256: str, number: int) -> list[Problem]:
     """Check one tar: the bytes as a whole, then member by member."""
-    shards = ShardSet(folder)
+    shards = _opened(folder, manifest_sha256)
     entry = shards.manifest["shards"][number]
     path = folder / entry["name"]
 
