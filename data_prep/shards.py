@@ -217,6 +217,26 @@ class Block:
     batch: pa.RecordBatch
 
 
+@dataclass(frozen=True)
+class BucketExtent:
+    """Where the cells of one length bucket are: a range of cell numbers, in blocks, in tars.
+
+    `block_cells` is the size of all its blocks but the last; `run_cells`, a multiple of it, the
+    size of all its tars but the last: cells that lie in a row in one file.
+    """
+
+    length: int
+    first_cell: int
+    num_cells: int
+    first_block: int
+    block_cells: int
+    run_cells: int
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.num_cells // self.block_cells)
+
+
 class ShardSet:
     """A folder of shards, opened for reading any block without reading what comes before.
 
@@ -271,6 +291,25 @@ class ShardSet:
     @property
     def num_cells(self) -> int:
         return int(self.index["cells"].sum())
+
+    def extents(self, split: str) -> list[BucketExtent]:
+        """Return where the buckets of a split are, by ascending length; from the manifest alone."""
+        block_cells = self.manifest["settings"]["block_cells"]
+        tars: dict[tuple[str, int], list[int]] = {}
+        for shard in self.manifest["shards"]:
+            tars.setdefault((shard["split"], shard["bucket_length"]), []).append(shard["cells"])
+        found, first_cell, first_block = [], 0, 0
+        for (owner, length), cells in tars.items():
+            uniform = len(set(cells[:-1])) <= 1 and cells[-1] <= cells[0]
+            run_cells = cells[0] if uniform and len(cells) > 1 else block_cells
+            extent = BucketExtent(
+                length, first_cell, sum(cells), first_block, block_cells, run_cells
+            )
+            if owner == split:
+                found.append(extent)
+            first_cell += extent.num_cells
+            first_block += extent.num_blocks
+        return sorted(found, key=lambda e: e.length)
 
     def bucket_lengths(self, split: str) -> list[int]:
         """Return the ascending padded lengths that have cells in a split."""
