@@ -25,9 +25,11 @@ setup(
         "eval": ["*.html"],
     },
     install_requires=[
+        "aiohttp",
         "anndata>=0.12",
         "datasets>=4",
         "deepspeed==0.19.8",
+        "fsspec",
         "h5py",
         "jinja2",
         "matplotlib",

@@ -280,12 +280,28 @@ def medians_command(
 
 
 def inspect_command(
-    folder: Annotated[Path, typer.Argument(help="output of `geneloom prepare`")],
+    folder: Annotated[str, typer.Argument(help="output of `geneloom prepare`, or its URL")],
     as_json: Annotated[bool, typer.Option("--json", help="print the manifest")] = False,
     page: Annotated[Path | None, typer.Option(help="also draw a page: OUT.html or OUT.png")] = None,
+    shuffle: Annotated[
+        bool, typer.Option("--shuffle", help="measure the order of cells in training instead")
+    ] = False,
+    label: Annotated[str, typer.Option(help="column whose mixing --shuffle measures")] = "dataset",
+    tokens_per_step: Annotated[
+        int, typer.Option(help="padded tokens of a global batch, for --shuffle")
+    ] = 163_840,
+    seed: Annotated[int, typer.Option(help="of the order, for --shuffle")] = 0,
+    cache: Annotated[
+        Path | None, typer.Option(help="folder for a local copy of what is read from a URL")
+    ] = None,
 ) -> None:
-    """Print what a shard folder holds; draw it, if asked."""
-    shards = ShardSet(folder)
+    """Print what a shard folder holds; draw it or measure its order, if asked."""
+    shards = ShardSet(folder, cache)
+    if shuffle:
+        from data_prep.shuffle import print_shuffle
+
+        print_shuffle(shards, label, tokens_per_step, seed)
+        return
     if page:
         from data_prep.page import write_page  # draws, so imports what draws
 
@@ -293,7 +309,7 @@ def inspect_command(
     if as_json:
         print(json.dumps(shards.manifest, indent=1))
     else:
-        print_manifest(shards.manifest, str(folder / MANIFEST_NAME))
+        print_manifest(shards.manifest, f"{folder.rstrip('/')}/{MANIFEST_NAME}")
 
 
 def verify_command(

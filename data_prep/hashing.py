@@ -45,6 +45,11 @@ def stream_key(seed: int, *parts: int | str) -> int:
     return int(key)
 
 
+def stream_keys(key: int, parts: np.ndarray) -> np.ndarray:
+    """Return uint64, ``stream_key(key, part)`` for each of many integer parts."""
+    return mix64(mix64(key) ^ mix64(parts))
+
+
 def keyed_hash(key: int, values: np.ndarray) -> np.ndarray:
     """Return uint64 hashes of integers under a key; equal keys give equal hashes."""
     return mix64(mix64(values) ^ np.uint64(key))
@@ -62,7 +67,7 @@ def unit_interval(hashes: np.ndarray) -> np.ndarray:
     return (hashes >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
+def permute(index: np.ndarray, size: int, key: int | np.ndarray) -> np.ndarray:
     """Return where a keyed permutation of ``range(size)`` sends each index, without storing it.
 
     A Feistel network over the next even power of two, walked until the image falls below `size`
@@ -75,18 +80,19 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
     size
         Length of the permuted range, at least 1.
     key
-        64-bit key; each key is another permutation.
+        64-bit key; each key is another permutation. An array (uint64) gives each index its own.
     """
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
-    round_keys = [np.uint64(stream_key(key, r)) for r in range(_FEISTEL_ROUNDS)]
     out = np.array(index, dtype=np.uint64, ndmin=1)
+    mixed = np.broadcast_to(mix64(key), out.shape).reshape(-1)
+    round_keys = [mix64(mixed ^ mix64(r)) for r in range(_FEISTEL_ROUNDS)]
     pending = np.arange(out.size)
     flat = out.reshape(-1)
     while pending.size:
         left, right = flat[pending] >> shift, flat[pending] & mask
         for round_key in round_keys:
-            left, right = right, left ^ (mix64(right ^ round_key) & mask)
+            left, right = right, left ^ (mix64(right ^ round_key[pending]) & mask)
         flat[pending] = (left << shift) | right
         pending = pending[flat[pending] >= np.uint64(size)]
     return out.reshape(np.shape(index)).astype(np.int64)

@@ -70,7 +70,7 @@ def write_page(shards: ShardSet, out: Path) -> None:
 
 def _read_statistics(shards: ShardSet) -> dict | None:
     """Return the lengths of the cells and its genes, most frequent first; None: not recorded."""
-    path, vocabulary = shards.folder / STATISTICS_NAME, shards.vocabulary
+    path, vocabulary = shards.find_statistics(), shards.vocabulary
     if not path.exists():
         return None
     if file_sha256(path) != shards.manifest.get("statistics_sha256"):
@@ -100,7 +100,7 @@ def _html(shards: ShardSet, statistics: dict | None) -> bytes:
     environment.filters["share"] = lambda value: "-" if value is None else f"{value:.1%}"
     environment.tests["ensembl"] = lambda gene: bool(ENSEMBL.match(gene))
     page = environment.from_string(_TEMPLATE.read_text()).render(
-        folder=shards.folder.resolve().name,
+        folder=shards.name,
         manifest=manifest,
         padding=padding_share(manifest["buckets"]),
         datasets=datasets,
@@ -133,7 +133,7 @@ def _png(shards: ShardSet, statistics: dict | None) -> bytes:
     panels = list(_panels(manifest, statistics).values())
     heights = [max(p[1] for p in panels[i : i + 2]) + 0.3 for i in range(0, len(panels), 2)]
     lines = [
-        f"{shards.folder.resolve().name}: {shards.num_cells:,} cells, "
+        f"{shards.name}: {shards.num_cells:,} cells, "
         f"{manifest['num_tokens']:,} tokens in the vocabulary, padding "
         f"{padding_share(manifest['buckets']):.2%}, shards {shards.fingerprint[:12]}"
     ]

@@ -2,10 +2,10 @@
 
 A folder of shards holds
 
-- ``{split}-L{length}-{number}.tar``: each member ``{number}.arrow`` is an Arrow IPC stream with one
-  record batch of cells of one length bucket: ``input_ids`` (list<uint16>), ``cell_id``, ``dataset``
-  and the metadata columns asked for. The tars are ordinary webdataset shards. All blocks of a
-  bucket but its last hold the same number of cells.
+- ``{split}-L{length}-{number}.tar``: each member ``{split}-L{length}-{block}.arrow`` is an Arrow
+  IPC stream with one record batch of cells of one length bucket: ``input_ids`` (list<uint16>),
+  ``cell_id``, ``dataset`` and the metadata columns asked for. The tars are ordinary webdataset
+  shards. All blocks of a bucket but its last hold the same number of cells.
 - ``index.parquet``: one row per member: where it is, which cells it holds, its crc32.
 - ``vocabulary.json``: the vocabulary the tokens were made with.
 - ``statistics.json``: cells of each length, cells with each token.
@@ -24,17 +24,22 @@ import os
 import shutil
 import tarfile
 import zlib
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
+from data_prep.members import IndexColumns, OpenFiles, is_intact
 from data_prep.vocab import Vocabulary, load_vocabulary
+
+if TYPE_CHECKING:
+    from data_prep.remote import ShardCache
 
 SHARD_FORMAT = "geneloom-shards/2"
 # /1 had metadata columns as plain strings and no statistics.json.
@@ -44,7 +49,9 @@ STATISTICS_NAME = "statistics.json"
 SPLITS = ("train", "heldout")
 _PARTIAL = ".partial"
 _TAR_BLOCK = 512
-_MAX_OPEN_FILES = 64
+_PLACE = ("offset", "bytes", "crc32")
+# 32 seconds in all: shorter than the patience of ranks that wait in a collective.
+RETRY_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -76,7 +83,7 @@ class TarWriter:
         self, folder: Path, split: str, bucket_length: int, number: int, first_block: int
     ) -> None:
         self.members: list[dict] = []
-        self._stem = f"{split}-L{bucket_length:04d}"
+        self._stem = _stem(split, bucket_length)
         self._name = f"{self._stem}-{number:05d}.tar"
         self._split, self._bucket_length, self._first_block = split, bucket_length, first_block
         self._file = (folder / self._name).open("wb")
@@ -89,8 +96,7 @@ class TarWriter:
         with pa.ipc.new_stream(sink, batch.schema) as stream:
             stream.write_batch(batch)
         payload = memoryview(sink.getvalue())
-        # webdataset groups members by the name up to the first dot: unique over all shards.
-        info = tarfile.TarInfo(f"{self._stem}-{self._first_block + len(self.members):08d}.arrow")
+        info = tarfile.TarInfo(_member_name(self._stem, self._first_block + len(self.members)))
         info.size, info.mode = len(payload), 0o644
         header = info.tobuf(format=tarfile.USTAR_FORMAT)
         self.members.append(
@@ -123,6 +129,15 @@ class TarWriter:
             "bytes": self._size,
             "sha256": self._sha256.hexdigest(),
         }
+
+
+def _stem(split: str, bucket_length: int) -> str:
+    return f"{split}-L{bucket_length:04d}"
+
+
+def _member_name(stem: str, block: int) -> str:
+    # webdataset groups members by the name up to the first dot: unique over all shards.
+    return f"{stem}-{block:08d}.arrow"
 
 
 def require_new(out: Path) -> None:
@@ -236,53 +251,115 @@ class BucketExtent:
     def num_blocks(self) -> int:
         return -(-self.num_cells // self.block_cells)
 
+    def locate(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (block number, place in the block) of cell numbers of this bucket."""
+        blocks, places = np.divmod(cells - self.first_cell, self.block_cells)
+        return self.first_block + blocks, places
+
+
+class DamagedBlock(ValueError):
+    """The bytes of a block are not those that were written.
+
+    `number` is that of the block, `shard` the name of the tar it is in.
+    """
+
+    def __init__(self, message: str, number: int, shard: str) -> None:
+        super().__init__(message)
+        self.number, self.shard = number, shard
+
+    def __reduce__(self) -> tuple:
+        return DamagedBlock, (self.args[0], self.number, self.shard)
+
 
 class ShardSet:
-    """A folder of shards, opened for reading any block without reading what comes before.
+    """Shards, opened for reading any block without reading what comes before.
+
+    Threads may share it. A forked or pickled one opens its own connections.
 
     Parameters
     ----------
-    folder
-        Output folder of ``geneloom prepare``.
+    location
+        Output folder of ``geneloom prepare``, or its URL: whatever has ``://`` and fsspec opens.
+    cache
+        Folder for the local copy of what is read from a URL, one folder in it for each corpus.
+    retry_pauses_s
+        For a URL: seconds to wait after each failure that may pass; one failure more is an error.
 
     Raises
     ------
     ValueError
-        No manifest, another format, or an index or vocabulary that does not belong to it.
+        No manifest, another format, or an index or vocabulary that does not belong to it; a URL
+        without a cache.
+    ConnectionError
+        The URL could not be read.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        path = folder / MANIFEST_NAME
-        if not path.exists():
-            raise ValueError(
-                f"{folder}: no {MANIFEST_NAME}; expected a folder made by `geneloom prepare`"
-            )
+    def __init__(
+        self,
+        location: str | Path,
+        cache: Path | None = None,
+        retry_pauses_s: Sequence[float] = RETRY_PAUSES_S,
+    ) -> None:
+        self.location = location
+        self._cache: ShardCache | None = None
+        if "://" in str(location):
+            # Imported where there is a URL: the network libraries take a third of a second.
+            from data_prep.remote import open_remote
+
+            self.manifest, self._cache = open_remote(str(location), cache, retry_pauses_s)
+            self.folder = self._cache.folder
+        else:
+            self.folder = Path(location)
+            self.manifest = _read_manifest(self.folder)
+        self._open_files = OpenFiles()
         try:
-            self.manifest: dict = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path}: damaged ({error}); prepare the folder again") from error
-        needed = {"format", "vocabulary_sha256", "index_sha256", "shards", "sources", "buckets"}
-        if not isinstance(self.manifest, dict) or not needed <= self.manifest.keys():
-            raise ValueError(f"{path}: is not the manifest of shards; prepare the folder again")
-        if self.manifest.get("format") not in READABLE_FORMATS:
+            self._extents, self._first_blocks = _lay_out(self.manifest)
+        except (KeyError, TypeError) as error:
             raise ValueError(
-                f"{path}: format {self.manifest.get('format')!r}, this version reads "
-                f"{READABLE_FORMATS}"
+                f"{location}: {MANIFEST_NAME} is incomplete or edited ({error!r})"
+            ) from error
+        self.vocabulary: Vocabulary = self._load_vocabulary()
+        self.index = IndexColumns(self._find_index())
+        # What every block needs is read before there are threads or forks: then all share it.
+        for name in _PLACE:
+            self.index[name]
+
+    def _load_vocabulary(self) -> Vocabulary:
+        wanted = self.manifest["vocabulary_sha256"]
+        if self._cache:
+            return load_vocabulary(
+                self._cache.file(VOCABULARY_NAME, lambda path: _is_vocabulary(path, wanted))
             )
-        self.vocabulary: Vocabulary = load_vocabulary(folder / VOCABULARY_NAME)
-        if self.vocabulary.sha256 != self.manifest["vocabulary_sha256"]:
+        vocabulary = load_vocabulary(self.folder / VOCABULARY_NAME)
+        if vocabulary.sha256 != wanted:
             raise ValueError(
-                f"{folder}: {VOCABULARY_NAME} has hash {self.vocabulary.sha256[:12]}, the shards "
-                f"were made with {self.manifest['vocabulary_sha256'][:12]}"
+                f"{self.folder}: {VOCABULARY_NAME} has hash {vocabulary.sha256[:12]}, the shards "
+                f"were made with {wanted[:12]}"
             )
-        index_path = folder / INDEX_NAME
+        return vocabulary
+
+    def _find_index(self) -> Path:
         wanted = self.manifest["index_sha256"]
-        if not index_path.exists() or file_sha256(index_path) != wanted:
-            raise ValueError(f"{index_path}: is missing or does not match the manifest; damaged?")
-        index = pq.read_table(index_path)
-        self.index = {name: index.column(name).to_numpy() for name in index.column_names}
-        self._open_files: OrderedDict[int, int] = OrderedDict()
+        if self._cache:
+            return self._cache.file(INDEX_NAME, lambda path: file_sha256(path) == wanted)
+        path = self.folder / INDEX_NAME
+        if not path.exists() or file_sha256(path) != wanted:
+            raise ValueError(f"{path}: is missing or does not match the manifest; damaged?")
+        return path
+
+    def find_statistics(self) -> Path:
+        """Return the path of ``statistics.json``, which may be missing or, in a folder, wrong."""
+        wanted = self.manifest.get("statistics_sha256")
+        if self._cache and wanted:
+            return self._cache.file(STATISTICS_NAME, lambda path: file_sha256(path) == wanted)
+        return self.folder / STATISTICS_NAME
+
+    @property
+    def name(self) -> str:
+        """Name of the folder, the last part of a URL."""
+        if self._cache:
+            return str(self.location).rstrip("/").rsplit("/", 1)[-1]
+        return self.folder.resolve().name
 
     @property
     def fingerprint(self) -> str:
@@ -290,77 +367,133 @@ class ShardSet:
 
     @property
     def num_cells(self) -> int:
-        return int(self.index["cells"].sum())
+        return sum(e.num_cells for _, e in self._extents)
 
     def extents(self, split: str) -> list[BucketExtent]:
         """Return where the buckets of a split are, by ascending length; from the manifest alone."""
-        block_cells = self.manifest["settings"]["block_cells"]
-        tars: dict[tuple[str, int], list[int]] = {}
-        for shard in self.manifest["shards"]:
-            tars.setdefault((shard["split"], shard["bucket_length"]), []).append(shard["cells"])
-        found, first_cell, first_block = [], 0, 0
-        for (owner, length), cells in tars.items():
-            uniform = len(set(cells[:-1])) <= 1 and cells[-1] <= cells[0]
-            run_cells = cells[0] if uniform and len(cells) > 1 else block_cells
-            extent = BucketExtent(
-                length, first_cell, sum(cells), first_block, block_cells, run_cells
-            )
-            if owner == split:
-                found.append(extent)
-            first_cell += extent.num_cells
-            first_block += extent.num_blocks
-        return sorted(found, key=lambda e: e.length)
+        return sorted((e for owner, e in self._extents if owner == split), key=lambda e: e.length)
 
     def bucket_lengths(self, split: str) -> list[int]:
         """Return the ascending padded lengths that have cells in a split."""
-        chosen = self.index["split"] == SPLITS.index(split)
-        return [int(n) for n in np.unique(self.index["bucket_length"][chosen])]
+        return [e.length for e in self.extents(split)]
 
     def block_numbers(self, split: str, bucket_length: int) -> np.ndarray:
         """Return the index rows of one bucket, in order."""
-        chosen = (self.index["split"] == SPLITS.index(split)) & (
-            self.index["bucket_length"] == bucket_length
-        )
-        return np.flatnonzero(chosen)
+        for extent in self.extents(split):
+            if extent.length == bucket_length:
+                return np.arange(extent.first_block, extent.first_block + extent.num_blocks)
+        return np.arange(0)
 
     def read_block(self, number: int) -> Block:
         """Return the decoded cells of one index row.
 
         Raises
         ------
+        DamagedBlock
+            The bytes do not have the recorded checksum, or there are too few; the message names
+            shard and member. With a URL: those at the source.
         ValueError
-            The shard is missing or short, or the bytes do not have the recorded checksum; the
-            message names shard and member.
+            The shard is missing.
+        ConnectionError
+            The URL could not be read.
         """
-        size = int(self.index["bytes"][number])
-        shard = int(self.index["shard"][number])
-        payload = os.pread(self._descriptor(shard), size, int(self.index["offset"][number]))
-        if len(payload) != size or zlib.crc32(payload) != int(self.index["crc32"][number]):
-            name = self.manifest["shards"][shard]["name"]
-            raise ValueError(
-                f"{self.folder / name}: the member at byte {self.index['offset'][number]} (block "
-                f"{number}) is damaged: its checksum is wrong; copy or prepare the shards again"
-            )
+        offset, size, crc32 = (int(self.index[name][number]) for name in _PLACE)
+        shard = int(np.searchsorted(self._first_blocks, number, side="right")) - 1
+        tar = self.manifest["shards"][shard]["name"]
+        if self._cache:
+            payload = self._cache.read(tar, offset, size, crc32)
+        else:
+            payload = self._read_local(tar, offset, size, crc32)
+        if payload is None:
+            raise self._damaged(number, shard, offset)
         batch = pa.ipc.open_stream(pa.py_buffer(payload)).read_next_batch()
         lists = batch.column("input_ids")
         offsets = np.asarray(lists.offsets, dtype=np.int64)
         return Block(np.asarray(lists.values), offsets, batch)
 
-    def _descriptor(self, shard: int) -> int:
-        if shard in self._open_files:
-            self._open_files.move_to_end(shard)
-            return self._open_files[shard]
-        path = self.folder / self.manifest["shards"][shard]["name"]
+    def _read_local(self, tar: str, offset: int, size: int, crc32: int) -> bytes | None:
+        path = self.folder / tar
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            file = self._open_files.get(tar, lambda: os.open(path, os.O_RDONLY))
         except FileNotFoundError as error:
             raise ValueError(f"{path}: shard is missing; copy or prepare it again") from error
-        self._open_files[shard] = descriptor
-        if len(self._open_files) > _MAX_OPEN_FILES:
-            os.close(self._open_files.popitem(last=False)[1])
-        return descriptor
+        payload = os.pread(file.number, size, offset)
+        return payload if is_intact(payload, size, crc32) else None
+
+    def _damaged(self, number: int, shard: int, offset: int) -> DamagedBlock:
+        entry = self.manifest["shards"][shard]
+        first_block = max(e.first_block for _, e in self._extents if e.first_block <= number)
+        member = _member_name(_stem(entry["split"], entry["bucket_length"]), number - first_block)
+        tar = entry["name"]
+        place = self._cache.address(tar) if self._cache else self.folder / tar
+        where = " at the source" if self._cache else ""
+        return DamagedBlock(
+            f"{place}: the member {member} at byte {offset} (block {number}) is damaged{where}: "
+            "its checksum is wrong; copy or prepare the shards again",
+            number,
+            tar,
+        )
 
     def iter_blocks(self, split: str) -> Iterator[Block]:
         """Yield all blocks of a split, in order."""
-        for number in np.flatnonzero(self.index["split"] == SPLITS.index(split)):
-            yield self.read_block(int(number))
+        for owner, extent in self._extents:
+            if owner == split:
+                for number in range(extent.first_block, extent.first_block + extent.num_blocks):
+                    yield self.read_block(number)
+
+
+def _read_manifest(folder: Path) -> dict:
+    path = folder / MANIFEST_NAME
+    if not path.exists():
+        raise ValueError(
+            f"{folder}: no {MANIFEST_NAME}; expected a folder made by `geneloom prepare`"
+        )
+    return parse_manifest(path.read_bytes(), path)
+
+
+def parse_manifest(text: bytes, path: str | Path) -> dict:
+    """Return the manifest of shards; ValueError, which names `path`, if it is none."""
+    try:
+        manifest = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}); prepare the folder again") from error
+    needed = {
+        "format", "vocabulary_sha256", "index_sha256", "shards", "sources", "buckets", "settings",
+        "fingerprint",
+    }  # fmt: skip
+    if not isinstance(manifest, dict) or not needed <= manifest.keys():
+        raise ValueError(f"{path}: is not the manifest of shards; prepare the folder again")
+    if manifest["format"] not in READABLE_FORMATS:
+        raise ValueError(
+            f"{path}: format {manifest['format']!r}, this version reads {READABLE_FORMATS}"
+        )
+    return manifest
+
+
+def _lay_out(manifest: dict) -> tuple[list[tuple[str, BucketExtent]], np.ndarray]:
+    """Return (split, extent) of all buckets in the order of cells, and the first block of each tar.
+
+    Computed from the manifest: all blocks of a bucket are full but the last.
+    """
+    block_cells = manifest["settings"]["block_cells"]
+    tars: dict[tuple[str, int], list[int]] = {}
+    for shard in manifest["shards"]:
+        tars.setdefault((shard["split"], shard["bucket_length"]), []).append(shard["cells"])
+    extents, first_cell, first_block = [], 0, 0
+    for (split, length), cells in tars.items():
+        uniform = len(set(cells[:-1])) <= 1 and cells[-1] <= cells[0]
+        run_cells = cells[0] if uniform and len(cells) > 1 else block_cells
+        extent = BucketExtent(length, first_cell, sum(cells), first_block, block_cells, run_cells)
+        extents.append((split, extent))
+        first_cell += extent.num_cells
+        first_block += extent.num_blocks
+    blocks = (-(-shard["cells"] // block_cells) for shard in manifest["shards"])
+    first_blocks = np.fromiter(accumulate(blocks, initial=0), np.int64)[:-1]
+    return extents, first_blocks
+
+
+def _is_vocabulary(path: Path, sha256: str) -> bool:
+    try:
+        return load_vocabulary(path).sha256 == sha256
+    except ValueError:
+        return False

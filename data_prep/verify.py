@@ -78,15 +78,14 @@ def _verify_records(shards: ShardSet) -> list[Problem]:
     wanted = manifest.get("statistics_sha256")
     if wanted and not (statistics.exists() and file_sha256(statistics) == wanted):
         problems.append(f"{STATISTICS_NAME} is missing or damaged (nothing trains on it)")
-    members = [
-        [{} for _ in range(int((shards.index["shard"] == n).sum()))]
-        for n in range(len(manifest["shards"]))
-    ]
+    counts = np.bincount(shards.index["shard"], minlength=len(manifest["shards"]))
+    members = [[{}] * int(n) for n in counts]
     if summarise_buckets(manifest["shards"], members) != manifest["buckets"]:
         problems.append(f"buckets do not add up from shards and {INDEX_NAME}")
     kept = sum(s["cells_kept"] for s in manifest["sources"])
-    if not kept == shards.num_cells == sum(s["cells"] for s in manifest["shards"]):
-        problems.append(f"sources keep {kept:,} cells, the index holds {shards.num_cells:,}")
+    indexed = int(shards.index["cells"].sum())
+    if not kept == indexed == shards.num_cells:
+        problems.append(f"sources keep {kept:,} cells, the index holds {indexed:,}")
     for name in ("num_tokens", "max_length"):
         if manifest[name] != getattr(shards.vocabulary, name):
             problems.append(f"{name} is not that of the vocabulary")

@@ -18,6 +18,7 @@ ALLOWED = {
         "pretrain",
         "data_prep.vocab",
         "data_prep.shards",
+        "data_prep.order",
         "data_prep.hashing",
         "data_prep.errors",
     },
@@ -68,14 +69,18 @@ def test_init_files_are_empty():
 
 # What no cell passes through: readers of foreign formats, and tools beside the path. Nobody reads
 # one of these before they need it.
-BESIDE = {"cli.py", "check.py", "verify.py", "page.py", "tables.py", "progress.py"}
+BESIDE = {
+    "cli.py", "check.py", "verify.py", "page.py", "tables.py", "progress.py", "shuffle.py",
+    "remote.py",
+}  # fmt: skip
 
 
 def test_core_fits_in_an_afternoon():
     paths = [p for f in ("data_prep", "pretrain", "launch") for p in modules(f)]
     lines = {p: len(p.read_text().splitlines()) for p in paths}
     core = [p for p in paths if p.parent.name != "formats" and p.name not in BESIDE]
-    assert sum(lines[p] for p in core) <= 7500
+    # Six thousand of them prepare cells; a reader of the training alone has half as much.
+    assert sum(lines[p] for p in core) <= 9500
     assert max(lines.values()) <= 500, max(lines, key=lambda p: lines[p])
     assert lines[ROOT / "pretrain" / "train.py"] <= 300
 
