@@ -1,9 +1,7 @@
-"""One self-contained page about a run: loss curve, UMAP, scores beside baselines, what was run."""
+"""One self-contained page about a run: its curves, UMAP, scores beside baselines, what was run."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from pathlib import Path
 
@@ -16,12 +14,14 @@ from matplotlib.figure import Figure
 
 from data_prep.tables import padding_share
 from eval.embed import OBSM_KEY
+from eval.figures import BLUE, GREY, as_image, new_figure, run_figures, style
 from eval.finetune.cells import RESULTS_NAME
 from eval.tables import SCORE_NAMES, format_interval
+from pretrain.baselines import BASELINE_NAMES
+from pretrain.evaluate import format_score, score_rows
 from pretrain.metrics import read_metrics
 
 _TEMPLATE = Path(__file__).parent / "report.html"
-_BASELINE_COLOURS = {"unigram": "#999999", "unigram_by_rank": "#d95f02", "mean_rank": "#1b9e77"}
 _MAX_UMAP_CELLS = 20_000
 
 
@@ -58,14 +58,17 @@ def write_report(
         raise ValueError(f"{run}: no metrics.jsonl with records; expected a run folder")
     environment = json.loads((run / "env.json").read_text())
     manifest = json.loads((run / "shards_manifest.json").read_text())
+    heldout = [m for m in metrics if m["kind"] == "heldout"]
     page = (
         jinja2.Environment(autoescape=True)
         .from_string(_TEMPLATE.read_text())
         .render(
             run=run.name,
-            loss_figure=_loss_figure(metrics),
-            decile_figure=_decile_figure(metrics),
-            heldout=next((m for m in reversed(metrics) if m["kind"] == "heldout"), None),
+            figures=run_figures(metrics),
+            remarks=[m["remark"] for m in heldout if "remark" in m],
+            heldout=heldout[-1] if heldout else None,
+            heldout_scores=score_rows(heldout[-1]) if heldout else [],
+            buckets=_bucket_rows(heldout[-1]) if heldout else [],
             last=next((m for m in reversed(metrics) if m["kind"] == "train"), None),
             umap_figure=_umap_figure(embedding, color) if embedding else None,
             embedding=embedding.name if embedding else None,
@@ -106,49 +109,31 @@ def _task(folder: Path) -> dict:
     }
 
 
-def _loss_figure(metrics: list[dict]) -> str:
-    train = [m for m in metrics if m["kind"] == "train"]
-    heldout = [m for m in metrics if m["kind"] == "heldout"]
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([m["step"] for m in train], [m["loss"] for m in train], lw=1, label="train")
-    axes.plot(
-        [m["step"] for m in heldout], [m["loss"] for m in heldout], "o-", ms=3, label="held out"
-    )
-    for name, colour in _BASELINE_COLOURS.items():
-        if heldout:
-            value = heldout[-1][f"baseline_{name}"]
-            axes.axhline(value, color=colour, ls="--", lw=1, label=name.replace("_", " "))
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("cross-entropy of hidden genes (nats)")
-    axes.legend(fontsize=8)
-    return _svg(figure)
-
-
-def _decile_figure(metrics: list[dict]) -> str | None:
-    heldout = [m for m in metrics if m["kind"] == "heldout"]
-    if not heldout:
-        return None
-    figure = Figure(figsize=(4.5, 3.6), layout="constrained")
-    axes = figure.subplots()
-    losses = heldout[-1]["loss_by_rank_decile"]
-    axes.bar(np.arange(1, len(losses) + 1), losses, color="#7570b3")
-    axes.set_xlabel("decile of rank (1: most characteristic genes)")
-    axes.set_ylabel("held-out loss (nats)")
-    return _svg(figure)
+def _bucket_rows(heldout: dict) -> list[list[str]]:
+    """Return what the page shows of each length bucket, the shortest first; older runs: nothing."""
+    curves = ["loss", *(f"baseline_{name}_loss" for name in BASELINE_NAMES), "accuracy", "top10"]
+    rows = []
+    for length in sorted(heldout.get("loss_by_bucket", {}), key=int):
+        values = [heldout[f"{curve}_by_bucket"][length] for curve in curves]
+        scores = [format_score(v, ".4f") for v in values[:-2]]
+        scores += [format_score(v, ".2%") for v in values[-2:]]
+        rows.append([f"{int(length):,}", f"{heldout['genes_by_bucket'][length]:,}", *scores])
+    return rows
 
 
 def _score_figure(summary: dict, ordered: list[str]) -> str:
-    figure = Figure(figsize=(7, 0.5 + 0.4 * len(ordered)), layout="constrained")
-    axes = figure.subplots()
-    means = [summary[n]["macro_f1"]["mean"] for n in ordered]
-    spread = [summary[n]["macro_f1"]["half_width"] for n in ordered]
-    colours = ["#7570b3" if n.endswith(", pretrained") else "#bbbbbb" for n in ordered]
-    axes.barh(ordered, means, xerr=spread, color=colours, capsize=3)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1)
-    axes.set_xlabel("macro-F1, mean and 95 % interval over seeds")
-    return _svg(figure)
+    with style():
+        figure = new_figure(0.7 + 0.33 * len(ordered))
+        axes = figure.subplots()
+        means = [summary[n]["macro_f1"]["mean"] for n in ordered]
+        spread = [summary[n]["macro_f1"]["half_width"] for n in ordered]
+        colours = [BLUE if n.endswith(", pretrained") else GREY for n in ordered]
+        axes.barh(ordered, means, xerr=spread, color=colours, capsize=3)
+        axes.invert_yaxis()
+        axes.grid(axis="x")
+        axes.grid(visible=False, axis="y")
+        axes.set(xlim=(0, 1), xlabel="macro-F1, mean and 95 % interval")
+        return as_image(figure)
 
 
 def _umap_figure(path: Path, color: str | None) -> str:
@@ -167,21 +152,20 @@ def _umap_figure(path: Path, color: str | None) -> str:
     scanpy.pp.neighbors(small, use_rep="X", random_state=0)
     scanpy.tl.umap(small, random_state=0)
     groups = data.obs[color].astype(str).to_numpy()[embedded] if color else np.full(small.n_obs, "")
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    with style():
+        return as_image(_draw_groups(small.obsm["X_umap"], groups))
+
+
+def _draw_groups(places: np.ndarray, groups: np.ndarray) -> Figure:
+    names = np.unique(groups)
+    lines = -(-len(names) // 2) if names[0] else 0
+    figure = new_figure(3.8 + 0.2 * lines)
     axes = figure.subplots()
     palette = matplotlib.colormaps["tab20"]
-    for number, group in enumerate(np.unique(groups)):
-        points = small.obsm["X_umap"][groups == group]
-        axes.scatter(*points.T, s=6, lw=0, color=palette(number % 20), label=group)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    if color:
-        axes.legend(fontsize=7, markerscale=2, loc="center left", bbox_to_anchor=(1, 0.5))
-    return _svg(figure)
-
-
-def _svg(figure: Figure) -> str:
-    """Return a figure as the source of an <img>."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    for number, name in enumerate(names):
+        points = places[groups == name]
+        axes.scatter(*points.T, s=6, lw=0, color=palette(number % 20), label=name)
+    axes.set(xticks=[], yticks=[])
+    if lines:
+        figure.legend(loc="outside lower center", ncols=2, markerscale=2)
+    return figure

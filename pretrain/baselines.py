@@ -12,6 +12,7 @@ import numpy as np
 
 from data_prep.shards import ShardSet
 
+BASELINE_NAMES = ("unigram", "unigram_by_rank", "mean_rank")
 RANK_BINS = 50
 _SMALLEST_SPREAD = 0.02  # of relative rank; a gene seen once has no spread
 
@@ -31,7 +32,7 @@ class RankBaselines:
         table = np.zeros((RANK_BINS, size))
         rank_sum, rank_square = np.zeros(size), np.zeros(size)
         for tokens, ranks in _train_tokens(shards, max_cells):
-            bins = np.minimum((ranks * RANK_BINS).astype(np.int64), RANK_BINS - 1)
+            bins = rank_bins(ranks)
             table += np.bincount(bins * size + tokens, minlength=table.size).reshape(table.shape)
             rank_sum += np.bincount(tokens, weights=ranks, minlength=size)
             rank_square += np.bincount(tokens, weights=ranks**2, minlength=size)
@@ -49,11 +50,11 @@ class RankBaselines:
         spread[counts < 2] = 0.3
         centre = (np.arange(RANK_BINS)[:, None] + 0.5) / RANK_BINS
         density = frequency * np.exp(-0.5 * ((centre - mean) / spread) ** 2) / spread
+        weights = np.broadcast_to(frequency, table.shape), by_rank, density
         self.log_probabilities = {
-            "unigram": _normalised_log(np.broadcast_to(frequency, table.shape)),
-            "unigram_by_rank": _normalised_log(by_rank),
-            "mean_rank": _normalised_log(density),
+            name: _normalised_log(w) for name, w in zip(BASELINE_NAMES, weights, strict=True)
         }
+        self._places = {k: _places(table) for k, table in self.log_probabilities.items()}
 
     def losses(self, labels: np.ndarray, relative_ranks: np.ndarray) -> dict[str, np.ndarray]:
         """Return for each baseline float64 [M], the cross-entropy (nats) of hidden genes.
@@ -65,14 +66,29 @@ class RankBaselines:
         relative_ranks
             float [M] in [0, 1), place of each in its cell over the cell's length.
         """
-        bins = np.minimum((relative_ranks * RANK_BINS).astype(np.int64), RANK_BINS - 1)
+        bins = rank_bins(relative_ranks)
         return {k: -table[bins, labels] for k, table in self.log_probabilities.items()}
 
-    def hits(self, labels: np.ndarray, relative_ranks: np.ndarray) -> dict[str, np.ndarray]:
-        """Return for each baseline bool [M]: is the hidden gene its first guess?"""
-        bins = np.minimum((relative_ranks * RANK_BINS).astype(np.int64), RANK_BINS - 1)
-        best = {k: table.argmax(axis=1) for k, table in self.log_probabilities.items()}
-        return {k: guess[bins] == labels for k, guess in best.items()}
+    def places(self, labels: np.ndarray, relative_ranks: np.ndarray) -> dict[str, np.ndarray]:
+        """Return for each baseline int32 [M]: how many genes it finds more likely than the label.
+
+        The label's place among the guesses, 0 = the first; equally likely genes share the best.
+        """
+        bins = rank_bins(relative_ranks)
+        return {k: table[bins, labels] for k, table in self._places.items()}
+
+
+def rank_bins(relative_ranks: np.ndarray) -> np.ndarray:
+    """Return int64 [M], the bin of each relative rank."""
+    return np.minimum((relative_ranks * RANK_BINS).astype(np.int64), RANK_BINS - 1)
+
+
+def _places(table: np.ndarray) -> np.ndarray:
+    """Return int32 [bins, V], the number of larger entries in an entry's row."""
+    places = np.empty(table.shape, dtype=np.int32)
+    for place, row in zip(places, table, strict=True):
+        place[:] = len(row) - np.searchsorted(np.sort(row), row, side="right")
+    return places
 
 
 def _train_tokens(shards: ShardSet, max_cells: int):

@@ -30,7 +30,7 @@ def pretrain_command(
     """Pretrain a masked encoder on prepared shards, alone or under a launcher."""
     settings = load_config(config, overrides or [])
     if dry_run:
-        print_plan(settings)
+        print_plan(settings, resume)
         return
     _log_to_console()
     # Heavy imports only now: a wrong setting is told in half a second.
@@ -43,21 +43,28 @@ def pretrain_command(
         raise SystemExit(EXIT_RESUMABLE)
 
 
-def print_plan(config: RunConfig) -> None:
-    """Print what a run would do: settings off their default first, then derived numbers."""
+def print_plan(config: RunConfig, resume: bool = False) -> None:
+    """Print what a run would do: settings off their default first, then derived numbers.
+
+    `resume`: its weights are a checkpoint's, whatever ``model.init_from`` says.
+    """
     from data_prep.shards import ShardSet
     from pretrain.data import EpochPlan
     from pretrain.ds_config import derive_ds_config, zero_stage
     from pretrain.model import build_model
     from pretrain.optim import require_reachable_peak
+    from pretrain.warm_start import describe, start_weights
 
     ds_config = derive_ds_config(config)
-    shards = ShardSet(config.data.shards)
+    shards = ShardSet(config.data.shards, config.data.cache)
     plan = EpochPlan(shards, "train", config.run.seed, config.batch.tokens_per_step)
     epoch_steps = plan.steps_per_epoch
     steps = min(config.run.epochs * epoch_steps, config.run.max_steps or sys.maxsize)
     require_reachable_peak(config.optim, steps)
     model = build_model(config.model, shards.vocabulary, config.run.seed)
+    weights = "weights of the newest checkpoint" if resume else "random weights"
+    if config.model.init_from and not resume:
+        weights = describe(start_weights(model, shards.vocabulary, config.model))
     console = Console()
     table = Table(title="settings (changed ones first)", title_justify="left")
     for name in ("setting", "value", "default"):
@@ -71,13 +78,14 @@ def print_plan(config: RunConfig) -> None:
     for same, *row in sorted(rows, key=lambda r: r[0]):
         table.add_row(*row, style="dim" if same else "")
     console.print(table)
-    sizes = ", ".join(f"{b.cells_per_step} of {b.length}" for b in plan.buckets)
+    sizes = ", ".join(f"{b.cells_per_step} of {b.extent.length}" for b in plan.buckets)
     console.print(
         f"parameters {sum(p.numel() for p in model.parameters()):,}; ZeRO stage "
         f"{zero_stage(ds_config)}; {epoch_steps:,} steps per epoch, {steps:,} in all\n"
         f"cells per step by bucket: {sizes}",
         highlight=False,
     )
+    console.print(weights, highlight=False, markup=False, soft_wrap=True)
 
 
 def export_command(

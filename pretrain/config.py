@@ -6,13 +6,37 @@ Order of precedence: defaults here < YAML file < ``section.field=value`` of the 
 from __future__ import annotations
 
 import difflib
+import json
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
+
+# Settings that the config.json of `model.init_from` decides, and Hugging Face's names for them.
+_FOLDER_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "activation": "hidden_act",
+    "layer_norm_eps": "layer_norm_eps",
+    "hidden_dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+    "initializer_range": "initializer_range",
+}
+# No stored weight depends on them: a run may choose others.
+_FREE_TO_DIFFER = {"hidden_dropout", "attention_dropout", "initializer_range"}
+# What the shapes and the meaning of weights depend on.
+ARCHITECTURE = _FOLDER_NAMES.keys() - _FREE_TO_DIFFER
+# What the model always is. Folders leave these out when they are so.
+_NOT_SETTABLE = {
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "tie_word_embeddings": True,
+}
 
 
 class _Section(BaseModel):
@@ -22,15 +46,35 @@ class _Section(BaseModel):
 class DataConfig(_Section):
     """Where the cells come from."""
 
-    shards: Path = Field(description="folder made by `geneloom prepare`")
-    num_workers: int = Field(
-        default=1, ge=0, description="loader processes per rank; changes no batch"
+    shards: str = Field(description="folder made by `geneloom prepare`, or its URL")
+    cache: Path | None = Field(
+        default=None, description="folder for a local copy of what is read from a URL"
     )
+    on_damage: Literal["stop", "quarantine"] = Field(
+        default="stop",
+        description="a block with a wrong checksum: stop, or leave its cells out and count them",
+    )
+    num_workers: int = Field(
+        default=1,
+        ge=0,
+        description="background threads per rank that read and mask; changes no batch",
+    )
+
+    @field_validator("shards", mode="before")
+    @classmethod
+    def _text_of_a_path(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
+    @model_validator(mode="after")
+    def _url_has_a_cache(self) -> DataConfig:
+        if "://" in self.shards and self.cache is None:
+            raise ValueError("shards is a URL, read through a local copy: give data.cache=FOLDER")
+        return self
 
 
 class ModelConfig(_Section):
     """The encoder: BERT, post-norm, learned positions, tied embeddings. Defaults: V1 6 layers
-    (Geneformer, Nature 2023)."""
+    (Geneformer, Nature 2023); with `init_from` the folder's config.json instead."""
 
     num_layers: int = Field(default=6, ge=1)
     hidden_size: int = Field(default=256, ge=8)
@@ -44,6 +88,20 @@ class ModelConfig(_Section):
     activation_checkpointing: bool = Field(
         default=False, description="recompute layers in backward"
     )
+    init_from: Path | None = Field(
+        default=None,
+        description="start from these weights: `geneloom export`'s folder, or a BERT's",
+    )
+    init_vocabulary: Path | None = Field(
+        default=None,
+        description="Geneformer's dictionaries, where init_from has no vocabulary.json",
+    )
+
+    @model_validator(mode="after")
+    def _vocabulary_of_something(self) -> ModelConfig:
+        if self.init_vocabulary and not self.init_from:
+            raise ValueError("init_vocabulary belongs to init_from, which is not given")
+        return self
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> ModelConfig:
@@ -110,6 +168,11 @@ class RunSection(_Section):
     collective_timeout_s: int = Field(
         default=600, ge=5, description="a hung collective fails after this"
     )
+    heartbeat_s: float = Field(
+        default=20,
+        ge=0,
+        description="a rank without a sign of life for this long ends the run; 0: nobody watches",
+    )
 
 
 class EvaluationConfig(_Section):
@@ -120,6 +183,9 @@ class EvaluationConfig(_Section):
     baseline_cells: int = Field(
         default=50_000, ge=1, description="train cells the baselines are made of"
     )
+    expect_below_baseline_by: float = Field(
+        default=0.25, gt=0, le=1, description="share of the steps; above them by then: a warning"
+    )
 
 
 class CheckpointConfig(_Section):
@@ -127,6 +193,18 @@ class CheckpointConfig(_Section):
 
     every_steps: int = Field(default=1000, ge=1)
     keep: int = Field(default=2, ge=1, description="newest complete checkpoints that stay")
+    keep_every_steps: int | None = Field(
+        default=None, ge=1, description="checkpoints of multiples of this stay for ever"
+    )
+
+    @model_validator(mode="after")
+    def _kept_ones_are_saved(self) -> CheckpointConfig:
+        if self.keep_every_steps and self.keep_every_steps % self.every_steps:
+            raise ValueError(
+                f"keep_every_steps {self.keep_every_steps} is no multiple of every_steps "
+                f"{self.every_steps}: those checkpoints would not exist"
+            )
+        return self
 
 
 class RunConfig(_Section):
@@ -142,9 +220,14 @@ class RunConfig(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     def recipe(self) -> dict[str, Any]:
-        """Return the settings that decide the weights, flat: a resumed run must agree on them."""
+        """Return the settings that decide the weights, flat: a resumed run must agree on them.
+
+        Without paths: the weights that a run started from have a hash in its record.
+        """
         decisive = {
-            "model": self.model.model_dump(exclude={"activation_checkpointing"}),
+            "model": self.model.model_dump(
+                exclude={"activation_checkpointing", "init_from", "init_vocabulary"}
+            ),
             "masking": self.masking.model_dump(),
             "batch": self.batch.model_dump(include={"tokens_per_step"}),
             "optim": self.optim.model_dump(),
@@ -171,7 +254,7 @@ def load_config(path: str | Path, overrides: list[str] = []) -> RunConfig:  # no
     ------
     ValueError
         All problems together: unknown settings with the nearest known name, wrong values, missing
-        required ones.
+        required ones, another architecture than that of ``model.init_from``.
     """
     file = _find_config(path)
     try:
@@ -182,11 +265,107 @@ def load_config(path: str | Path, overrides: list[str] = []) -> RunConfig:  # no
         raise ValueError(f"{file}: must hold sections (data, model, ...), found {content!r}")
     for override in overrides:
         _apply_override(content, override)
+    problems = _take_architecture(content)
     try:
-        return RunConfig.model_validate(content)
+        config = RunConfig.model_validate(content)
     except ValidationError as error:
-        problems = [_explain(e) for e in error.errors()]
+        problems += [_explain(e) for e in error.errors()]
         raise ValueError(f"{file}: " + "; ".join(problems)) from error
+    if problems:
+        raise ValueError(f"{file}: " + "; ".join(problems))
+    return config
+
+
+def read_bert_config(path: Path) -> dict[str, Any]:
+    """Return the content of a model folder's ``config.json``.
+
+    Raises
+    ------
+    ValueError
+        The file is missing or damaged, or describes a model that is no BERT.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        hint = "expected a folder of `geneloom export` or a Hugging Face BERT folder"
+        if (path.parent / "model_config.json").exists():
+            hint = "this is a run folder; `geneloom export` makes a model folder of it"
+        raise ValueError(f"{path.parent}: no {path.name}; {hint}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+    kind = content.get("model_type") if isinstance(content, dict) else None
+    if kind != "bert":
+        raise ValueError(
+            f"{path.parent}: {path.name} describes a model of type {kind!r}, not 'bert'"
+        )
+    return content
+
+
+def read_architecture(path: Path) -> dict[str, Any]:
+    """Return the model settings that a model folder's ``config.json`` describes.
+
+    Raises
+    ------
+    ValueError
+        As `read_bert_config`; or the file lacks a setting, or describes another kind of BERT.
+    """
+    content = read_bert_config(path)
+    missing = sorted(set(_FOLDER_NAMES.values()) - content.keys())
+    if missing:
+        raise ValueError(f"{path}: has no {', '.join(missing)}")
+    foreign = [
+        f"{k} {content[k]!r} instead of {v!r}"
+        for k, v in _NOT_SETTABLE.items()
+        if content.get(k, v) != v
+    ]
+    if foreign:
+        raise ValueError(f"{path}: another kind of BERT: {', '.join(foreign)}")
+    return {ours: content[theirs] for ours, theirs in _FOLDER_NAMES.items()}
+
+
+def architecture_conflicts(
+    given: dict[str, Any], folder: Path, theirs: dict[str, Any]
+) -> list[str]:
+    """Return one sentence if given model settings are not those of a folder's weights, or none.
+
+    Parameters
+    ----------
+    given
+        Any part of the model section.
+    theirs
+        What `read_architecture` says of `folder`.
+    """
+    differing = [
+        f"{k} {given[k]} given, {theirs[k]} there"
+        for k in _FOLDER_NAMES
+        if k in given and k not in _FREE_TO_DIFFER and _number_if_one(given[k]) != theirs[k]
+    ]
+    if not differing:
+        return []
+    return [
+        f"'model.init_from': {folder} has another architecture: {', '.join(differing)}; leave "
+        "these fields out (`--config continue` has none)"
+    ]
+
+
+def _take_architecture(content: dict) -> list[str]:
+    """Fill the model settings that only the folder of `init_from` gives; return what conflicts."""
+    given = content.get("model")
+    if not isinstance(given, dict) or not isinstance(given.get("init_from"), str):
+        return []
+    folder = Path(given["init_from"])
+    path = folder / "config.json"
+    run = content.get("run")
+    if not path.exists() and isinstance(run, dict):
+        # A run that goes on has its architecture itself, and needs the folder no more.
+        own = Path(str(run.get("out"))) / "model_config.json"
+        path = own if own.exists() else path
+    try:
+        theirs = read_architecture(path)
+    except ValueError as error:
+        return [f"'model.init_from': {error}"]
+    content["model"] = theirs | given
+    return architecture_conflicts(given, folder, theirs)
 
 
 def _find_config(path: str | Path) -> Path:

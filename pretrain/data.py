@@ -1,199 +1,32 @@
-"""The order of cells, as arithmetic, and the batches that follow from it.
+"""From the order of cells to tensors: what each rank computes in a step.
 
-Three layers, each a pure function of the one before:
-
-1. `EpochPlan.step`: (seed, epoch, step) -> length bucket and cell numbers of the global batch.
-2. `rank_rows`: the share of one rank, cut into micro-batches, equally many on every rank.
-3. `StepDataset`: reads the cells, masks them, returns tensors.
-
-Within an epoch the steps of a bucket come in order, spread evenly with jitter over the epoch, so
-that at any time the buckets are drawn in proportion to what is left of them, and neighbouring steps
-read neighbouring blocks. Every epoch permutes the blocks of a bucket and the cells in each block
-anew and starts at another cell. The cells were shuffled over the whole corpus when they were
-prepared.
+`data_prep.order` says which cells are in a step. Here a rank takes its range of them, cuts it into
+micro-batches, reads, pads and masks. Everything is a function of (seed, step, rank, world size):
+threads and history change nothing.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import logging
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
-from data_prep.hashing import keyed_hash, permute, stream_key, unit_interval
-from data_prep.shards import Block, ShardSet
+from data_prep.hashing import mix64
+from data_prep.order import EpochPlan, share
+from data_prep.shards import BucketExtent, DamagedBlock, ShardSet
 from pretrain.config import MaskingConfig
-from pretrain.masking import mask_rows, mask_stream, num_masked
+from pretrain.masking import Masks, mask_rows, masks_of
 
-NO_LABEL = -100  # what torch's cross_entropy leaves out
-# Blocks of one bucket that a worker keeps decoded: consecutive steps share at most two.
-_CACHED_BLOCKS_PER_BUCKET = 2
+logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class StepCells:
-    """The global batch of one step: padded length and cell numbers (int64).
-
-    The last step of a bucket in an epoch has what is left, which may be few.
-    """
-
-    epoch: int
-    bucket: int
-    length: int
-    cells: np.ndarray
-
-
-@dataclass(frozen=True)
-class _Bucket:
-    length: int
-    first_cell: int
-    num_cells: int
-    block_cells: int
-    cells_per_step: int
-
-    @property
-    def num_steps(self) -> int:
-        return -(-self.num_cells // self.cells_per_step)
-
-
-class EpochPlan:
-    """Which cells are in which step, computed, never stored.
-
-    Parameters
-    ----------
-    shards
-        Gives bucket sizes and block sizes.
-    split
-        ``train`` or ``heldout``.
-    seed
-        Of the order.
-    tokens_per_step
-        Padded tokens of a global batch; a bucket of length L gives ``tokens_per_step // L`` cells.
-
-    Raises
-    ------
-    ValueError
-        The budget does not hold one cell of the longest bucket.
-    """
-
-    def __init__(self, shards: ShardSet, split: str, seed: int, tokens_per_step: int) -> None:
-        self._key = stream_key(seed, "order", split)
-        self.buckets = []
-        for length in shards.bucket_lengths(split):
-            blocks = shards.block_numbers(split, length)
-            sizes = shards.index["cells"][blocks]
-            if tokens_per_step < length:
-                raise ValueError(
-                    f"batch.tokens_per_step={tokens_per_step}: below the longest bucket of the "
-                    f"shards ({shards.bucket_lengths(split)[-1]} tokens)"
-                )
-            self.buckets.append(
-                _Bucket(
-                    length,
-                    int(shards.index["first_cell"][blocks[0]]),
-                    int(sizes.sum()),
-                    int(sizes[0]),
-                    tokens_per_step // length,
-                )
-            )
-        self._steps = np.array([b.num_steps for b in self.buckets], dtype=np.int64)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return int(self._steps.sum())
-
-    @property
-    def num_cells(self) -> int:
-        return sum(b.num_cells for b in self.buckets)
-
-    def step(self, global_step: int) -> StepCells:
-        """Return the global batch of a step (0-based, over all epochs)."""
-        epoch, step = divmod(global_step, self.steps_per_epoch)
-        bucket, turn = self._bucket_turn(epoch, step)
-        chosen = self.buckets[bucket]
-        start = turn * chosen.cells_per_step
-        stop = min(start + chosen.cells_per_step, chosen.num_cells)
-        cells = self._cells(epoch, bucket, np.arange(start, stop))
-        return StepCells(epoch, bucket, chosen.length, cells)
-
-    def _bucket_turn(self, epoch: int, step: int) -> tuple[int, int]:
-        """Return (bucket, how many steps of it came before) of a step within its epoch.
-
-        Turn j of a bucket with S turns has the time (j + u) / S, u from a hash; the steps of the
-        epoch are all turns by time. How many turns lie before a time is a closed form, so the
-        time of the step's turn is found by bisection and nothing is stored.
-        """
-        low, high = 0.0, 1.0
-        while self._turns_before(epoch, high).sum() - self._turns_before(epoch, low).sum() > 64:
-            middle = (low + high) / 2
-            if self._turns_before(epoch, middle).sum() <= step:
-                low = middle
-            else:
-                high = middle
-        before, after = self._turns_before(epoch, low), self._turns_before(epoch, high)
-        turns = np.concatenate([np.arange(a, b) for a, b in zip(before, after, strict=True)])
-        owner = np.repeat(np.arange(len(self.buckets)), after - before)
-        order = np.lexsort((turns, owner, self._times(epoch, owner, turns)))
-        at = order[step - int(before.sum())]
-        return int(owner[at]), int(turns[at])
-
-    def _turns_before(self, epoch: int, time: float) -> np.ndarray:
-        """Return int64 [buckets], the number of turns of each bucket with a smaller time."""
-        if time >= 1.0:
-            return self._steps
-        owner = np.arange(len(self.buckets))
-        # Rounding can put a turn of the neighbouring stratum on either side: compare times only.
-        turn = np.minimum((time * self._steps).astype(np.int64), self._steps - 1)
-        return turn + (self._times(epoch, owner, turn) < time)
-
-    def _times(self, epoch: int, bucket: np.ndarray, turn: np.ndarray) -> np.ndarray:
-        key = stream_key(self._key, "turn", epoch)
-        jitter = unit_interval(keyed_hash(key, (bucket.astype(np.int64) << 48) + turn))
-        return (turn + jitter) / self._steps[bucket]
-
-    def _cells(self, epoch: int, bucket: int, positions: np.ndarray) -> np.ndarray:
-        """Return the cell numbers at positions of a bucket's order in an epoch."""
-        chosen = self.buckets[bucket]
-        key = stream_key(self._key, "cells", epoch, bucket)
-        # The last block may be short and keeps its slot; the rotation moves it through the epoch.
-        positions = (positions + int(key % chosen.num_cells)) % chosen.num_cells
-        full_blocks = chosen.num_cells // chosen.block_cells
-        slots, offsets = np.divmod(positions, chosen.block_cells)
-        cells = np.empty_like(positions)
-        for slot in np.unique(slots):
-            here = slots == slot
-            is_full = slot < full_blocks
-            block = int(permute(np.array([slot]), full_blocks, key)[0]) if is_full else full_blocks
-            size = min(chosen.block_cells, chosen.num_cells - block * chosen.block_cells)
-            inside = permute(offsets[here], size, stream_key(key, block))
-            cells[here] = chosen.first_cell + block * chosen.block_cells + inside
-        return cells
-
-
-def rank_rows(
-    cells: np.ndarray, length: int, rank: int, world_size: int, budget: int
-) -> list[np.ndarray]:
-    """Return the micro-batches of a rank: int64 cell numbers, its share of a global batch.
-
-    All ranks get the same number of micro-batches (ZeRO 2 and 3 hang otherwise), as even as can be.
-    A micro-batch without a cell is one row of -1: it is computed, and weighs nothing.
-
-    Parameters
-    ----------
-    cells
-        int64 [cells of the global batch].
-    length
-        Padded length of the bucket.
-    budget
-        Padded tokens of one micro-batch; at least one row is taken.
-    """
-    most = -(-len(cells) // world_size)
-    num_micro = -(-most // max(1, budget // length))
-    mine = np.array_split(cells, world_size)[rank]
-    filler = np.array([-1], dtype=np.int64)
-    return [part if part.size else filler for part in np.array_split(mine, num_micro)]
+# Steps made ahead of the one that trains, for each background thread.
+_STEPS_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -203,7 +36,8 @@ class MicroBatch:
     ``input_ids`` int64 [B, L]; ``attention_mask`` bool [B, L], None when nothing is padded;
     ``masked_places`` int64 [M], flat index into B x L; ``labels`` int64 [M], `NO_LABEL` behind the
     hidden genes, so that M depends on the bucket alone; ``relative_ranks`` float32 [M], place of
-    the hidden gene in its cell, 0 = highest expression.
+    the hidden gene in its cell, 0 = highest expression; ``cells`` int64 [B] numbers in the shards,
+    -1 for filler (numpy: it stays on the host).
     """
 
     input_ids: torch.Tensor
@@ -211,11 +45,16 @@ class MicroBatch:
     masked_places: torch.Tensor
     labels: torch.Tensor
     relative_ranks: torch.Tensor
+    cells: np.ndarray
 
 
 @dataclass(frozen=True)
 class RankStep:
-    """What one rank computes in one step: micro-batches, and what they hold."""
+    """What one rank computes in one step: micro-batches, and what they hold.
+
+    `cells_digest`: sum of a hash of every cell served, modulo 2**64, as int64; it adds up over
+    ranks and steps to the same number for the same cells, in any order.
+    """
 
     step: int
     micro_batches: list[MicroBatch]
@@ -223,32 +62,106 @@ class RankStep:
     tokens: int
     padded_tokens: int
     cells: int
+    cells_digest: int
+    quarantined: int
 
 
-class CellReader:
-    """Reads single cells by number; keeps the blocks in use decoded."""
+def micro_batch_slots(
+    num_cells: int, length: int, rank: int, world_size: int, budget: int
+) -> list[tuple[int, int]]:
+    """Return (start, stop) in the global batch of each micro-batch of a rank.
 
-    def __init__(self, shards: ShardSet, max_blocks: int) -> None:
+    All ranks get the same number of micro-batches (ZeRO 2 and 3 hang otherwise), as even as can be;
+    some may be empty.
+
+    Parameters
+    ----------
+    num_cells
+        Of the global batch.
+    length
+        Padded length of the bucket.
+    budget
+        Padded tokens of one micro-batch; at least one row is taken.
+    """
+    most = -(-num_cells // world_size)
+    num_micro = -(-most // max(1, budget // length))
+    start, stop = share(num_cells, world_size, rank)
+    parts = [share(stop - start, num_micro, i) for i in range(num_micro)]
+    return [(start + a, start + b) for a, b in parts]
+
+
+class BlockCache:
+    """Decoded blocks, read once while they are in use, by any number of threads.
+
+    Parameters
+    ----------
+    max_blocks
+        Blocks kept; the one unused for longest goes first.
+    quarantine
+        Leave the cells of a damaged block out, instead of raising.
+    """
+
+    def __init__(self, shards: ShardSet, max_blocks: int, quarantine: bool) -> None:
         self._shards = shards
-        self._starts = shards.index["first_cell"]
-        self._blocks: OrderedDict[int, Block] = OrderedDict()
         self._max_blocks = max_blocks
+        self._quarantine = quarantine
+        self._lock = threading.Lock()
+        self._blocks: OrderedDict[int, Future] = OrderedDict()
+        self.blocks_read = 0
 
-    def tokens(self, cell: int) -> np.ndarray:
-        """Return the tokens of a cell (uint16 or uint32)."""
-        number = int(np.searchsorted(self._starts, cell, side="right")) - 1
-        if number not in self._blocks:
-            self._blocks[number] = self._shards.read_block(number)
-            if len(self._blocks) > self._max_blocks:
-                self._blocks.popitem(last=False)
-        self._blocks.move_to_end(number)
-        block = self._blocks[number]
-        inside = cell - int(self._starts[number])
-        return block.tokens[block.offsets[inside] : block.offsets[inside + 1]]
+    def block(self, number: int) -> tuple[np.ndarray, list[int]] | None:
+        """Return (tokens, offsets) of a block; None if it is damaged and quarantined."""
+        with self._lock:
+            known = self._blocks.get(number)
+            if known is None:
+                mine = self._blocks[number] = Future()
+                if len(self._blocks) > self._max_blocks:
+                    self._blocks.popitem(last=False)
+            else:
+                self._blocks.move_to_end(number)
+        if known is not None:
+            return known.result()
+        try:
+            mine.set_result(self._read(number))
+        except BaseException as error:
+            mine.set_exception(error)
+            raise
+        return mine.result()
+
+    def _read(self, number: int) -> tuple[np.ndarray, list[int]] | None:
+        self.blocks_read += 1
+        try:
+            block = self._shards.read_block(number)
+        except DamagedBlock as error:
+            if not self._quarantine:
+                raise
+            logger.warning("quarantined: %s", error)
+            return None
+        return block.tokens, block.offsets.tolist()
+
+    def rows(self, extent: BucketExtent, cells: np.ndarray) -> list[np.ndarray | None]:
+        """Return the tokens of each cell of one bucket; None where they are quarantined."""
+        numbers, inside = extent.locate(cells)
+        blocks = {n: self.block(n) for n in np.unique(numbers).tolist()}
+        rows: list[np.ndarray | None] = []
+        for number, place in zip(numbers.tolist(), inside.tolist(), strict=True):
+            block = blocks[number]
+            rows.append(block and block[0][block[1][place] : block[1][place + 1]])
+        return rows
 
 
-class StepDataset(Dataset):
-    """Item i = what one rank computes in global step i. Nothing depends on worker or history."""
+class StepDataset:
+    """Item i = what one rank computes in global step i.
+
+    Parameters
+    ----------
+    tokens_per_micro_batch
+        Padded tokens of one forward pass.
+    pin_memory
+        Make tensors that a GPU copies from while it computes.
+    quarantine
+        Leave the cells of damaged blocks out (rows that weigh nothing), instead of raising.
+    """
 
     def __init__(
         self,
@@ -260,77 +173,117 @@ class StepDataset(Dataset):
         masking: MaskingConfig,
         rank: int,
         world_size: int,
-        num_steps: int,
+        pin_memory: bool = False,
+        quarantine: bool = False,
     ) -> None:
         self.plan = EpochPlan(shards, split, seed, tokens_per_step)
-        self._shards = shards
-        self._split = split
-        self._seed = seed
+        open_blocks = sum(b.open_blocks(world_size) for b in self.plan.buckets)
+        self.blocks = BlockCache(shards, open_blocks, quarantine)
+        self._vocabulary = shards.vocabulary
+        self._token_type = np.uint16 if shards.vocabulary.num_tokens <= 2**16 else np.uint32
+        self._split, self._seed, self._masking = split, seed, masking
         self._budget = tokens_per_micro_batch
-        self._masking = masking
         self._rank, self._world_size = rank, world_size
-        self._num_steps = num_steps
-        self._reader: CellReader | None = None
-
-    def __len__(self) -> int:
-        return self._num_steps
+        self._pin_memory = pin_memory
 
     def __getitem__(self, step: int) -> RankStep:
-        if self._reader is None:
-            blocks = _CACHED_BLOCKS_PER_BUCKET * len(self.plan.buckets)
-            self._reader = CellReader(self._shards, blocks)
         batch = self.plan.step(step)
-        rows = rank_rows(batch.cells, batch.length, self._rank, self._world_size, self._budget)
-        # Evaluation reads one "epoch"; its masks stay the same for ever.
-        stream = mask_stream(self._seed, self._split, batch.epoch)
-        micro_batches = []
-        tokens = 0
-        for cells in rows:
-            micro, real = self._micro_batch(cells, batch.length, stream)
+        masks = masks_of(self._seed, self._split, batch.epoch, self._vocabulary, self._masking)
+        slots = micro_batch_slots(
+            batch.num_cells, batch.length, self._rank, self._world_size, self._budget
+        )
+        # One range of cells for the whole rank: finding them costs the same for one or many.
+        first = slots[0][0]
+        cells = self.plan.cells(batch, first, slots[-1][1])
+        rows = self.blocks.rows(self.plan.buckets[batch.bucket].extent, cells)
+        micro_batches, masked = [], 0
+        for start, stop in slots:
+            part = slice(start - first, stop - first)
+            micro, hidden = self._micro_batch(cells[part], rows[part], batch.length, masks)
             micro_batches.append(micro)
-            tokens += real
+            masked += hidden
+        served = np.array([row is not None for row in rows], dtype=bool)
         return RankStep(
             step,
             micro_batches,
-            sum(int((m.labels != NO_LABEL).sum()) for m in micro_batches),
-            tokens,
+            masked,
+            sum(len(row) for row in rows if row is not None),
             sum(m.input_ids.numel() for m in micro_batches),
-            int(sum((cells >= 0).sum() for cells in rows)),
+            int(served.sum()),
+            int(mix64(cells[served]).sum(dtype=np.uint64).view(np.int64)),
+            int((~served).sum()),
         )
 
-    def _micro_batch(self, cells: np.ndarray, length: int, stream: int) -> tuple[MicroBatch, int]:
-        assert self._reader is not None
-        vocabulary = self._shards.vocabulary
-        tokens, lengths = padded_rows(
-            [self._reader.tokens(int(c)) if c >= 0 else None for c in cells],
-            length,
-            vocabulary.pad_token,
-        )
-        masked = mask_rows(tokens, lengths, cells, stream, vocabulary, self._masking)
-        row, place = np.divmod(masked.places, length)
+    def heaviest_micro_batch(self) -> MicroBatch:
+        """Return the largest shape that can come, of filler rows: computed, it weighs nothing."""
+        shapes = []
+        for bucket in self.plan.buckets:
+            most, length = min(bucket.cells_per_step, bucket.extent.num_cells), bucket.extent.length
+            slots = micro_batch_slots(most, length, 0, self._world_size, self._budget)
+            rows = slots[0][1] - slots[0][0]
+            shapes.append((rows * length, length, rows))
+        _, length, rows = max(shapes)
+        masks = masks_of(self._seed, self._split, 0, self._vocabulary, self._masking)
+        return self._micro_batch(np.full(rows, -1), [None] * rows, length, masks)[0]
+
+    def _micro_batch(
+        self, cells: np.ndarray, rows: list[np.ndarray | None], length: int, masks: Masks
+    ) -> tuple[MicroBatch, int]:
+        if len(rows) == 0:
+            # Computed like the others, and weighs nothing.
+            cells, rows = np.array([-1], dtype=np.int64), [None]
+        nothing = np.zeros(0, dtype=self._token_type)
+        filled = [nothing if row is None else row for row in rows]
+        lengths = np.array([len(row) for row in filled])
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
         # One shape per bucket: every new shape costs a kernel, and on CPU memory that is kept.
-        most = len(cells) * int(num_masked(np.array([length]), self._masking.probability)[0])
-        unused = (0, most - len(masked.places))
-        return MicroBatch(
-            torch.from_numpy(masked.inputs),
-            attention_mask(lengths, length),
-            torch.from_numpy(np.pad(masked.places, unused)),
-            torch.from_numpy(np.pad(masked.labels, unused, constant_values=NO_LABEL)),
-            torch.from_numpy(np.pad(place / lengths[row], unused).astype(np.float32)),
-        ), int(lengths.sum())
+        most = len(rows) * masks.most(length)
+        inputs = self._tensor((len(rows), length), torch.int64)
+        places, labels = self._tensor((most,), torch.int64), self._tensor((most,), torch.int64)
+        ranks = self._tensor((most,), torch.float32)
+        hidden = mask_rows(
+            np.concatenate(filled), offsets, cells, masks, self._vocabulary.pad_token,
+            inputs.numpy(), places.numpy(), labels.numpy(), ranks.numpy(),
+        )  # fmt: skip
+        mask = attention_mask(lengths, length)
+        if mask is not None and self._pin_memory:
+            mask = mask.pin_memory()
+        return MicroBatch(inputs, mask, places, labels, ranks, cells), hidden
+
+    def _tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, pin_memory=self._pin_memory)
+
+
+def steps_in_background(
+    dataset: StepDataset, first: int, stop: int, num_threads: int
+) -> Iterator[RankStep]:
+    """Yield steps in order, made ahead by threads; 0 threads: made when asked for.
+
+    Reading, checksums, copying and masking leave Python's lock, so threads do what processes would,
+    and share one cache: each block is read once per rank, not once per worker.
+    """
+    if num_threads == 0:
+        yield from (dataset[step] for step in range(first, stop))
+        return
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="loader")
+    ahead: deque[Future[RankStep]] = deque()
+    try:
+        for step in range(first, stop):
+            while len(ahead) < 1 + _STEPS_AHEAD * num_threads and step + len(ahead) < stop:
+                ahead.append(pool.submit(dataset.__getitem__, step + len(ahead)))
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def padded_rows(
-    cells: list[np.ndarray | None], length: int, pad_token: int
+    cells: list[np.ndarray], length: int, pad_token: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (int64 [rows, length] tokens, int64 [rows] lengths); None gives a row of padding."""
+    """Return (int64 [rows, length] tokens, int64 [rows] lengths)."""
     tokens = np.full((len(cells), length), pad_token, dtype=np.int64)
-    lengths = np.zeros(len(cells), dtype=np.int64)
     for row, cell in enumerate(cells):
-        if cell is not None:
-            tokens[row, : len(cell)] = cell
-            lengths[row] = len(cell)
-    return tokens, lengths
+        tokens[row, : len(cell)] = cell
+    return tokens, np.array([len(cell) for cell in cells], dtype=np.int64)
 
 
 def attention_mask(lengths: np.ndarray, length: int) -> torch.Tensor | None:

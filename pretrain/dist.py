@@ -104,6 +104,33 @@ def limit_waiting(timeout_s: int) -> None:
         distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
+# What a connection to the store raises when its other end is gone.
+STORE_ERRORS = (torch.distributed.DistError, RuntimeError, OSError)
+
+
+def open_store(timeout: timedelta) -> torch.distributed.PrefixStore:
+    """Return a new connection to the key-value store that the ranks met in."""
+    store = torch.distributed.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout
+    )
+    return torch.distributed.PrefixStore("geneloom", store)
+
+
+def may_be_a_lost_peer(error: BaseException) -> bool:
+    """Is an error of the kind that a collective raises when another rank is gone?
+
+    gloo raises plain RuntimeError.
+    """
+    return type(error) is RuntimeError or isinstance(error, torch.distributed.DistError)
+
+
+def count_over_ranks(values: dict[str, int], device: torch.device) -> dict[str, int]:
+    """Return the sums over all ranks, in int64: exact, and modulo 2**64."""
+    tensor = torch.tensor(list(values.values()), dtype=torch.int64, device=device)
+    torch.distributed.all_reduce(tensor)
+    return dict(zip(values, tensor.tolist(), strict=True))
+
+
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     """Return the sums over all ranks, in float64."""
     tensor = torch.tensor(values, dtype=torch.float64, device=device)

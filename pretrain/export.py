@@ -13,6 +13,8 @@ from transformers import BertConfig, BertForMaskedLM
 from data_prep.shards import complete_folder, require_new
 from data_prep.vocab import Vocabulary, load_vocabulary, open_vocabulary
 from pretrain import checkpoint, zero_state
+from pretrain.config import read_bert_config
+from pretrain.evaluate import score_rows
 from pretrain.metrics import read_metrics
 from pretrain.model import MaskedGeneModel
 
@@ -70,15 +72,25 @@ def load_exported(
     ValueError
         No model, no vocabulary, or the two do not belong together.
     """
-    if not (folder / "config.json").exists():
+    read_bert_config(folder / "config.json")
+    vocabulary = folder_vocabulary(folder, vocabulary_path)
+    model = _load_bert(folder)
+    require_belonging(folder, model.config.vocab_size, vocabulary)
+    if model.config.max_position_embeddings < vocabulary.max_length:
         raise ValueError(
-            f"{folder}: no config.json; expected a folder of `geneloom export` or a Hugging Face "
-            "BERT folder"
+            f"{folder}: the model has {model.config.max_position_embeddings} positions, the "
+            f"vocabulary makes sequences of {vocabulary.max_length}"
         )
+    return model.eval(), vocabulary
+
+
+def folder_vocabulary(folder: Path, vocabulary_path: Path | None) -> Vocabulary:
+    """Return the vocabulary of a model folder; arguments and errors as in `load_exported`."""
     own = folder / "vocabulary.json"
     if vocabulary_path is None and not own.exists():
         raise ValueError(
-            f"{folder}: has no vocabulary.json; give --vocab Geneformer's dictionaries"
+            f"{folder}: has no vocabulary.json; give --vocab (to pretrain: model.init_vocabulary=) "
+            "Geneformer's dictionaries"
         )
     vocabulary = open_vocabulary(vocabulary_path or own)
     if (folder / RECORD_NAME).exists():
@@ -89,9 +101,19 @@ def load_exported(
                 f"{record['vocabulary_sha256'][:12]}, {vocabulary_path or own} is "
                 f"{vocabulary.sha256[:12]}"
             )
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
-    if kind != "bert":
-        raise ValueError(f"{folder}: config.json describes a model of type {kind!r}, not 'bert'")
+    return vocabulary
+
+
+def require_belonging(folder: Path, num_tokens: int, vocabulary: Vocabulary) -> None:
+    """Raise ValueError if a folder's model of `num_tokens` tokens has another vocabulary."""
+    if num_tokens != vocabulary.num_tokens:
+        raise ValueError(
+            f"{folder}: the model has {num_tokens:,} tokens, the vocabulary "
+            f"{vocabulary.num_tokens:,}; they belong to different versions"
+        )
+
+
+def _load_bert(folder: Path) -> BertForMaskedLM:
     try:
         loaded: Any = BertForMaskedLM.from_pretrained(
             folder,
@@ -109,17 +131,7 @@ def load_exported(
             f"{folder}: the weights lack {len(missing)} encoder tensors, which would be random, "
             f"e.g. {missing[:2]}"
         )
-    if model.config.vocab_size != vocabulary.num_tokens:
-        raise ValueError(
-            f"{folder}: the model has {model.config.vocab_size:,} tokens, the vocabulary "
-            f"{vocabulary.num_tokens:,}; they belong to different versions"
-        )
-    if model.config.max_position_embeddings < vocabulary.max_length:
-        raise ValueError(
-            f"{folder}: the model has {model.config.max_position_embeddings} positions, the "
-            f"vocabulary makes sequences of {vocabulary.max_length}"
-        )
-    return model.eval(), vocabulary
+    return model
 
 
 def random_twin(model: BertForMaskedLM, seed: int) -> BertForMaskedLM:
@@ -128,13 +140,17 @@ def random_twin(model: BertForMaskedLM, seed: int) -> BertForMaskedLM:
     return BertForMaskedLM._from_config(model.config, attn_implementation="sdpa").eval()
 
 
-def _write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
-    vocabulary.save(folder / "vocabulary.json")
-    tokens = vocabulary.special_tokens | {
+def token_dictionary(vocabulary: Vocabulary) -> dict[str, int]:
+    """Return name -> token of special tokens and genes: Geneformer's token dictionary."""
+    return vocabulary.special_tokens | {
         g: i + vocabulary.first_gene_token for i, g in enumerate(vocabulary.genes)
     }
+
+
+def _write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
+    vocabulary.save(folder / "vocabulary.json")
     medians = dict(zip(vocabulary.genes, vocabulary.medians.tolist(), strict=True))
-    (folder / "token_dictionary.json").write_text(json.dumps(tokens))
+    (folder / "token_dictionary.json").write_text(json.dumps(token_dictionary(vocabulary)))
     (folder / "gene_median_dictionary.json").write_text(json.dumps(medians))
 
 
@@ -145,11 +161,22 @@ def _record(run: Path, last: checkpoint.Checkpoint) -> dict:
         "format": EXPORT_FORMAT,
         "step": last.step,
         **{k: last.record[k] for k in ("vocabulary_sha256", "shards_fingerprint", "recipe")},
+        # Absent in checkpoints of runs that could only start from random weights.
+        "init": last.record.get("init"),
         "heldout": heldout[-1] if heldout else None,
         "environment": json.loads((run / "env.json").read_text()),
         "sources": [{k: s[k] for k in ("name", "cells_kept")} for s in manifest["sources"]],
         "train_cells": sum(b["cells"] for b in manifest["buckets"] if b["split"] == "train"),
     }
+
+
+def _start_sentence(init: dict) -> str:
+    kept, new = init["genes"]["kept"]["count"], init["genes"]["new"]["count"]
+    return (
+        f"It started from the weights of `{Path(init['folder']).name}` (SHA-256 "
+        f"`{init['weights_sha256'][:12]}`): {kept:,} of {kept + new:,} genes had weights there, "
+        f"{new:,} were new."
+    )
 
 
 def _model_card(record: dict, bert: BertForMaskedLM) -> str:
@@ -163,16 +190,15 @@ def _model_card(record: dict, bert: BertForMaskedLM) -> str:
         f"{bert.config.max_position_embeddings:,} of them in a cell. Pretrained with Geneloom for "
         f"{record['step']:,} steps on {cells:,} cells ({names}).", "",
     ]  # fmt: skip
+    if record["init"]:
+        lines += [_start_sentence(record["init"]), ""]
     heldout = record["heldout"]
     if heldout:
         lines += [
             f"Held-out cells (n = {heldout['cells']}), 15 % of the genes hidden:", "",
-            "| | cross-entropy (nats) | top-1 |", "|---|---|---|",
-            f"| this model | {heldout['loss']:.4f} | {heldout['masked_accuracy']:.2%} |",
+            "| | cross-entropy (nats) | top-1 | top-10 |", "|---|---|---|---|",
+            *(f"| {' | '.join(row)} |" for row in score_rows(heldout)),
         ]  # fmt: skip
-        for name in ("unigram", "unigram_by_rank", "mean_rank"):
-            loss, hits = heldout[f"baseline_{name}"], heldout[f"baseline_{name}_accuracy"]
-            lines.append(f"| {name.replace('_', ' ')} | {loss:.4f} | {hits:.2%} |")
     lines += [
         "", "Input: ranked gene tokens. `vocabulary.json` holds genes, medians, special tokens and "
         f"encoding (hash `{record['vocabulary_sha256'][:12]}`); `geneloom embed` uses it. Settings "

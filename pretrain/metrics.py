@@ -7,6 +7,7 @@ import logging
 import math
 import resource
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -47,7 +48,7 @@ class Meter:
     window: Window = field(default_factory=Window)
     _seen: int = 0
 
-    def add(self, counts: dict[str, float], loss: float, hits: float, wait_s: float, step_s: float):
+    def add(self, counts: dict[str, int], loss: float, hits: float, wait_s: float, step_s: float):
         """Add one step; `counts` are sums over ranks of masked, tokens, padded_tokens, cells."""
         w = self.window
         w.loss, w.hits = w.loss + loss, w.hits + hits
@@ -96,29 +97,51 @@ class RunLog:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self._path = run / METRICS_NAME
-        kept = [m for m in read_metrics(run) if m["step"] <= resumed_step]
+        kept = read_metrics(run, resumed_step)
         self._path.write_text("".join(json.dumps(m) + "\n" for m in kept))
         self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Append one record (`kind`: train or heldout) to metrics.jsonl and TensorBoard."""
-        finite = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in values.items()
-        }
+        """Append one record (`kind`: train or heldout) to metrics.jsonl and TensorBoard.
+
+        A list or dict of numbers is one scalar per element there: ``heldout/loss_by_bucket/0512``,
+        ``heldout/loss_by_rank_decile/1``.
+        """
+        finite = _finite(values)
         record = {"kind": kind, "step": step, "time": time.time(), **finite}
         with self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        for name, value in finite.items():
-            if isinstance(value, int | float):
-                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        for name, value in _scalars(kind, finite):
+            self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
         self._tensorboard.close()
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the records of a run, in order; a torn last line is left out."""
+def _finite(value: Any) -> Any:
+    """Return a value of JSON with None for every number that JSON does not have."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scalars(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Yield (name, number) of all numbers in a value of JSON; places of a list count from 1."""
+    if isinstance(value, int | float):
+        yield name, value
+    elif isinstance(value, list):
+        for place, part in enumerate(value, 1):
+            yield from _scalars(f"{name}/{place}", part)
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            # Lengths of buckets in the order of numbers.
+            yield from _scalars(f"{name}/{key.zfill(4) if key.isdigit() else key}", part)
+
+
+def read_metrics(run: Path, last_step: int | None = None) -> list[dict[str, Any]]:
+    """Return the records of a run up to a step, in order; a torn last line is left out."""
     path = run / METRICS_NAME
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -126,7 +149,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             records.append(json.loads(line))
         except json.JSONDecodeError:
             logger.warning("%s: a torn line is skipped", path)
-    return records
+    return [m for m in records if last_step is None or m["step"] <= last_step]
 
 
 def console_line(step: int, total: int, values: dict[str, float]) -> str:

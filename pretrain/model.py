@@ -50,9 +50,10 @@ class MaskedGeneModel(nn.Module):
         masked_places: torch.Tensor,
         labels: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (float32 [M] cross-entropy in nats, bool [M] hit) of the hidden genes.
+        """Return (float32 [M] cross-entropy in nats, int64 [M] place) of the hidden genes.
 
-        Where the label is -100 the loss is 0 and nothing is a hit.
+        The place is that of the hidden gene among all guesses, 0 = the first. Where the label is
+        -100 the loss is 0 and the place V: no gene's.
 
         The head runs on M rows instead of B x L: at width 256 that is 51 instead of 84 MFLOP a
         token. M may be 0; the sum of the losses is then an attached zero.
@@ -63,8 +64,26 @@ class MaskedGeneModel(nn.Module):
         hidden_MD = hidden_BLD.flatten(0, 1)[masked_places]
         # Cross-entropy in float32: in bfloat16 a loss of 6 is quantised to 1/64.
         logits_MV = self.bert.cls(hidden_MD).float()
-        losses_M = functional.cross_entropy(logits_MV, labels, reduction="none")
-        return losses_M, logits_MV.detach().argmax(dim=-1) == labels
+        # Before the loss: what is counted in is freed again when the loss needs its memory.
+        places_M = guess_places(logits_MV.detach(), labels)
+        return functional.cross_entropy(logits_MV, labels, reduction="none"), places_M
+
+
+def guess_places(logits_MV: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return int64 [M]: how many genes have a higher logit than the label; V where it is -100.
+
+    Among T equal logits the label gets one of their T places, by its token modulo T. In bfloat16
+    ties are the rule: counted from the best place, a model that has learnt nothing has a top-1 of
+    100 %. A logit that is NaN gives V.
+    """
+    own_M1 = logits_MV.gather(1, labels.clamp(min=0)[:, None])
+    counted_MV = torch.empty_like(logits_MV)
+    # On a CPU the sum of floats takes a quarter of the time of a sum of booleans.
+    below_M = torch.lt(logits_MV, own_M1, out=counted_MV).sum(dim=-1).long()
+    not_above_M = torch.le(logits_MV, own_M1, out=counted_MV).sum(dim=-1).long()
+    tied_M = (not_above_M - below_M).clamp(min=1)
+    size = logits_MV.shape[1]
+    return torch.where(labels < 0, size, size - not_above_M + labels % tied_M)
 
 
 def build_model(config: ModelConfig, vocabulary: Vocabulary, seed: int) -> MaskedGeneModel:

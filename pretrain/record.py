@@ -19,20 +19,28 @@ from pretrain.config import RunConfig
 from pretrain.model import bert_config
 
 
-def run_record(config: RunConfig, shards: ShardSet, world_size: int, stage: int) -> dict[str, Any]:
-    """Return what every checkpoint says about its run."""
+def run_record(
+    config: RunConfig, shards: ShardSet, world_size: int, stage: int, init: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Return what every checkpoint says about its run.
+
+    `init` is what `start_weights` returned, None for a run from random weights.
+    """
     return {
         "vocabulary_sha256": shards.vocabulary.sha256,
         "shards_fingerprint": shards.fingerprint,
         "recipe": config.recipe(),
+        "init": init,
         "world_size": world_size,
         "zero_stage": stage,
         "versions": {p: version(p) for p in ("torch", "deepspeed", "transformers")},
     }
 
 
-def write_run_files(config: RunConfig, ds_config: dict, shards: ShardSet) -> None:
-    """Write the record of a run: settings, derived settings, vocabulary, environment."""
+def write_run_files(
+    config: RunConfig, ds_config: dict, shards: ShardSet, init: dict[str, Any] | None
+) -> None:
+    """Write the record of a run: settings, derived settings, vocabulary, start, environment."""
     out = config.run.out
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(config.to_yaml())
@@ -42,6 +50,8 @@ def write_run_files(config: RunConfig, ds_config: dict, shards: ShardSet) -> Non
     )
     shards.vocabulary.save(out / "vocabulary.json")
     (out / "shards_manifest.json").write_text(json.dumps(shards.manifest, indent=1))
+    if init:
+        (out / "init.json").write_text(json.dumps(init, indent=1))
     (out / "env.json").write_text(json.dumps(environment(), indent=1))
 
 

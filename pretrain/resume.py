@@ -11,6 +11,8 @@ from data_prep.shards import ShardSet
 from pretrain import checkpoint, dist
 from pretrain.config import RunConfig
 from pretrain.dist import Ranks
+from pretrain.publish import remove_partial
+from pretrain.warm_start import require_same_start
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,9 @@ def _find_start(
         "shards_fingerprint": shards.fingerprint,
         "recipe": config.recipe(),
     }
+    require_same_start(last.record, config.model, allow_changes)
     checkpoint.require_same(last.record, now, allow_changes)
+    remove_partial(out)
     if last.step >= steps:
         logger.warning("%s: all %d steps are done; nothing to do", out, steps)
     return last

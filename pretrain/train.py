@@ -6,47 +6,63 @@ import logging
 import math
 import signal
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader
-
-from data_prep.hashing import stream_key
+from data_prep.order import EpochPlan
 from data_prep.shards import ShardSet
-from pretrain import checkpoint, dist, zero_state
+from pretrain import dist
+from pretrain.checkpoint import Checkpoint
 from pretrain.config import RunConfig
-from pretrain.data import EpochPlan, RankStep, StepDataset
+from pretrain.data import RankStep, StepDataset, steps_in_background
 from pretrain.dist import Ranks
-from pretrain.ds_config import derive_ds_config, zero_stage
-from pretrain.evaluate import HeldoutEvaluation, to_device
-from pretrain.metrics import Meter, RunLog, console_line
-from pretrain.model import MaskedGeneModel, build_model
-from pretrain.optim import (
-    StageZeroClipper,
-    build_optimizer,
-    learning_rate_at,
-    require_reachable_peak,
-    set_learning_rate,
-)
+from pretrain.ds_config import derive_ds_config
+from pretrain.engine import Engine, StepLoss
+from pretrain.evaluate import HeldoutEvaluation, heldout_history, log_heldout
+from pretrain.faults import stop_not_finite
+from pretrain.metrics import Meter, RunLog, console_line, read_metrics
+from pretrain.optim import require_reachable_peak
+from pretrain.publish import CheckpointFailed, Publisher
 from pretrain.record import run_record, write_run_files
 from pretrain.resume import agreed_start
+from pretrain.watch import Watch
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class RunSummary:
-    """What a run did; `stopped` is True when a signal ended it early."""
+    """What a run did; `stopped` is True when a signal ended it early.
+
+    `cells_seen`, `cells_digest` (see `RankStep`) and `cells_quarantined` are of all steps of the
+    run, those before a resume included.
+    """
 
     first_step: int
     last_step: int
     total_steps: int
     losses: list[float] = field(default_factory=list)
     cells_seen: int = 0
+    cells_digest: int = 0
+    cells_quarantined: int = 0
     heldout: dict[str, Any] = field(default_factory=dict)
     stopped: bool = False
+
+    def add_cells(self, counts: dict[str, int]) -> None:
+        """Add what one step served."""
+        self.cells_seen += counts["cells"]
+        self.cells_digest = (self.cells_digest + counts["digest"]) % 2**64
+        self.cells_quarantined += counts["quarantined"]
+
+    def cells_record(self) -> dict[str, Any]:
+        """Return what checkpoints and metrics say of the cells so far."""
+        return {
+            "cells_seen": self.cells_seen,
+            "cells_digest": f"{self.cells_digest:016x}",
+            "cells_quarantined": self.cells_quarantined,
+        }
 
 
 class _StopRequest:
@@ -76,14 +92,14 @@ def total_steps(config: RunConfig, plan: EpochPlan) -> int:
 def train(config: RunConfig, resume: bool = False, allow_changes: bool = False) -> RunSummary:
     """Pretrain on this process's share of every batch, and return what was done.
 
-    Called by every rank. Between two lines of the log: read, forward, backward, agree, step.
+    Called by every rank.
 
     Parameters
     ----------
     resume
         Go on from the newest complete checkpoint of ``config.run.out``.
     allow_changes
-        Resume although the recipe changed.
+        Resume although the recipe or the shards changed.
 
     Raises
     ------
@@ -91,105 +107,28 @@ def train(config: RunConfig, resume: bool = False, allow_changes: bool = False) 
         Wrong settings or data, before anything is written.
     FloatingPointError
         Loss or gradient norm is not finite; nothing was saved after it.
+    CheckpointFailed
+        A checkpoint could not be written.
     """
-    ds_config = derive_ds_config(config)
-    stage = zero_stage(ds_config)
-    shards = ShardSet(config.data.shards)
-    plan = EpochPlan(shards, "train", config.run.seed, config.batch.tokens_per_step)
-    steps = total_steps(config, plan)
-    require_reachable_peak(config.optim, steps)
+    ds_config = derive_ds_config(config)  # first, for it may be refused
     stop = _StopRequest()
     ranks = dist.start(config.run.collective_timeout_s, config.run.threads)
-    last = agreed_start(config, shards, steps, resume, allow_changes, ranks)
-    first_step = last.step if last else 0
-    # Reads shards and may refuse them: before anything is written.
-    heldout = HeldoutEvaluation(shards, config, ranks)
-    model = build_model(config.model, shards.vocabulary, config.run.seed)
-    if last:
-        zero_state.load_weights(model, last.reader())
-    engine, clipper = _initialise(model, config, ds_config)
-    dist.limit_waiting(config.run.collective_timeout_s)
-    if last:
-        reader = last.reader()
-        zero_state.restore_training_state(engine, stage, ranks.rank, reader, first_step)
-    record = run_record(config, shards, ranks.world_size, stage)
-    log = None
-    if ranks.is_first:
-        write_run_files(config, ds_config, shards)
-        log = RunLog(config.run.out, first_step)
-        logger.info(
-            "%d of %d steps done; epoch: %d steps, %d cells; %d parameters; %d ranks, ZeRO %d, %s",
-            first_step, steps, plan.steps_per_epoch, plan.num_cells,
-            sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
-            ranks.world_size, stage, config.run.precision,
-        )  # fmt: skip
-    optimizer = zero_state.torch_optimizer(engine, stage)
-    meter = Meter(ranks.world_size, steps)
-    summary = RunSummary(first_step, first_step, steps)
-
-    def evaluate(step: int) -> None:
-        summary.heldout = heldout.run(engine)
-        if log:
-            _log_heldout(log, step, steps, summary.heldout, heldout)
-
-    def save(step: int) -> None:
-        content = record | {"step": step, "heldout": summary.heldout}
-        checkpoint.save(config.run.out, engine, stage, ranks, content, config.checkpoint.keep)
-
-    for step, data, wait_s in _rank_steps(config, shards, ranks, first_step, steps):
-        started = time.perf_counter()
-        rate = learning_rate_at(step, steps, config.optim)
-        set_learning_rate(optimizer, rate)
-        _seed_dropout(config.run.seed, step, ranks.rank)
-        counts = _agree(data, stop.asked, ranks)
-        loss, hits = _forward_backward(engine, data, counts["masked"], ranks)
-        _require_finite(loss / counts["masked"], "loss", step)
-        engine.step()
-        norm = clipper.last_norm if clipper else float(engine.get_global_grad_norm() or 0.0)
-        _require_finite(norm, "gradient norm", step)
-        done = step + 1
-        summary.last_step = done
-        summary.losses.append(loss / counts["masked"])
-        summary.cells_seen += int(counts["cells"])
-        meter.add(counts, loss, hits, wait_s, time.perf_counter() - started + wait_s)
-        if done % config.run.log_every_steps == 0 or done == steps:
-            values = meter.close_window(done) | {"grad_norm": norm, "learning_rate": rate}
-            values["epoch"] = done / plan.steps_per_epoch
-            if log:
-                log.write("train", done, values)
-                logger.info(console_line(done, steps, values))
-        summary.stopped = bool(counts["stop"]) and done < steps
-        if done % config.evaluation.every_steps == 0 or done == steps:
-            evaluate(done)
-        if done % config.checkpoint.every_steps == 0 or done == steps or summary.stopped:
-            save(done)
-        if summary.stopped:
-            logger.warning("stopped at step %d of %d; continue with --resume", done, steps)
-            break
-    if log:
-        log.close()
+    with Watch(ranks, config.run.heartbeat_s):
+        shards = ShardSet(config.data.shards, config.data.cache)
+        dataset = _dataset(config, shards, ranks)
+        steps = total_steps(config, dataset.plan)
+        require_reachable_peak(config.optim, steps)
+        last = agreed_start(config, shards, steps, resume, allow_changes, ranks)
+        # Reads shards and may refuse them: before anything is written.
+        heldout = HeldoutEvaluation(shards, config, ranks)
+        engine = Engine(config, ds_config, shards, ranks, last)
+        summary = _Run(config, shards, dataset, engine, heldout, ranks, steps, last).loop(stop)
     stop.close()
     return summary
 
 
-def _initialise(model: MaskedGeneModel, config: RunConfig, ds_config: dict):
-    """Return (DeepSpeed engine, gradient clipper at stage 0)."""
-    import deepspeed
-
-    optimizer = build_optimizer(model, config.optim)
-    clipper = None
-    if zero_stage(ds_config) == 0:
-        clipper = StageZeroClipper(optimizer, config.optim.max_grad_norm)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
-    engine.train()
-    return engine, clipper
-
-
-def _rank_steps(
-    config: RunConfig, shards: ShardSet, ranks: Ranks, first: int, steps: int
-) -> Iterator[tuple[int, RankStep, float]]:
-    """Yield (step, what this rank computes in it, seconds waited for it)."""
-    dataset = StepDataset(
+def _dataset(config: RunConfig, shards: ShardSet, ranks: Ranks) -> StepDataset:
+    return StepDataset(
         shards,
         "train",
         config.run.seed,
@@ -198,79 +137,156 @@ def _rank_steps(
         config.masking,
         ranks.rank,
         ranks.world_size,
-        steps,
-    )
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=range(first, steps),
-        num_workers=config.data.num_workers,
         pin_memory=ranks.device.type == "cuda",
-        worker_init_fn=_ignore_signals,
+        quarantine=config.data.on_damage == "quarantine",
     )
-    batches = iter(loader)
-    for step in range(first, steps):
-        started = time.perf_counter()
-        data = next(batches)
-        yield step, data, time.perf_counter() - started
 
 
-def _ignore_signals(_worker: int) -> None:
-    """Leave stopping to the rank: a signal to the whole process group must not end its loader."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
+class _Run:
+    """One start of a run on one rank: the loop, and what it writes."""
 
-
-def _seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Make dropout a function of (seed, step, rank), so that nothing has to be saved for it."""
-    torch.manual_seed(stream_key(seed, "dropout", step, rank))
-
-
-def _agree(data: RankStep, stop_asked: bool, ranks: Ranks) -> dict[str, float]:
-    """Return the sums over ranks of what the step holds, and whether any rank wants to stop."""
-    names = ("masked", "tokens", "padded_tokens", "cells", "stop")
-    values = [data.masked, data.tokens, data.padded_tokens, data.cells, float(stop_asked)]
-    return dict(zip(names, dist.sum_over_ranks(values, ranks.device), strict=True))
-
-
-def _forward_backward(engine, data: RankStep, masked: float, ranks: Ranks) -> tuple[float, float]:
-    """Accumulate gradients of the exact objective; return (loss sum, hits) over all ranks.
-
-    Each micro-batch counts with its sum of losses over the hidden genes of the whole global step;
-    the factor world_size undoes DeepSpeed's mean over ranks.
-    """
-    loss_sum = torch.zeros((), device=ranks.device)
-    hit_sum = torch.zeros((), device=ranks.device)
-    for micro in data.micro_batches:
-        losses, hits = engine(*to_device(micro, ranks.device))
-        total = losses.sum()
-        engine.backward(total * (ranks.world_size / masked), scale_wrt_gas=False)
-        loss_sum += total.detach()
-        hit_sum += hits.sum()
-    loss, hits = dist.sum_over_ranks([float(loss_sum), float(hit_sum)], ranks.device)
-    return loss, hits
-
-
-def _require_finite(value: float, what: str, step: int) -> None:
-    if not math.isfinite(value):
-        raise FloatingPointError(
-            f"{what} is {value} in step {step + 1}: stopped before anything was saved. Lower "
-            "optim.learning_rate or raise optim.warmup_steps, and --resume from the last checkpoint"
+    def __init__(
+        self,
+        config: RunConfig,
+        shards: ShardSet,
+        dataset: StepDataset,
+        engine: Engine,
+        heldout: HeldoutEvaluation,
+        ranks: Ranks,
+        steps: int,
+        last: Checkpoint | None,
+    ) -> None:
+        self._config, self._shards, self._dataset = config, shards, dataset
+        self._engine, self._heldout, self._ranks, self._steps = engine, heldout, ranks, steps
+        first = last.step if last else 0
+        self._summary = RunSummary(first, first, steps)
+        if last:
+            self._summary.cells_seen = last.record["cells_seen"]
+            self._summary.cells_digest = int(last.record["cells_digest"], 16)
+            self._summary.cells_quarantined = last.record["cells_quarantined"]
+        self._record = run_record(config, shards, ranks.world_size, engine.stage, engine.init)
+        self._publisher = Publisher(
+            config.run.out,
+            ranks,
+            config.checkpoint,
+            # Nobody writes into what an earlier start left behind.
+            dist.first_rank_says(uuid.uuid4().hex[:8]),
+            engine.num_parameters,
+            config.run.collective_timeout_s,
         )
+        self._meter = Meter(ranks.world_size, steps)
+        self._history = heldout_history(read_metrics(config.run.out, first))
+        self._log: RunLog | None = None
+        if ranks.is_first:
+            write_run_files(config, engine.ds_config, shards, engine.init)
+            self._log = RunLog(config.run.out, first)
 
+    def loop(self, stop: _StopRequest) -> RunSummary:
+        """Train from the first step to the last, or until asked to stop."""
+        config, summary, plan = self._config, self._summary, self._dataset.plan
+        first, steps = summary.first_step, self._steps
+        logger.info(
+            "%d of %d steps done; epoch: %d steps, %d cells; %d parameters; %d ranks, ZeRO %d, %s",
+            first, steps, plan.steps_per_epoch, plan.num_cells, self._engine.num_parameters,
+            self._ranks.world_size, self._engine.stage, config.run.precision,
+        )  # fmt: skip
+        if first < steps:
+            self._engine.dry_pass(self._dataset.heaviest_micro_batch())
+        for step, data, wait_s in self._steps_with_waits():
+            started = time.perf_counter()
+            counts = self._agree(data, stop.asked)
+            loss = self._engine.forward_backward(data, step, counts["masked"])
+            self._require_finite(loss.loss, "loss", step, data, loss)
+            rate, norm = self._engine.step(step, steps)
+            self._require_finite(norm, "gradient norm", step, data, loss)
+            done = summary.last_step = step + 1
+            summary.losses.append(loss.loss / counts["masked"])
+            summary.add_cells(counts)
+            seconds = time.perf_counter() - started + wait_s
+            self._meter.add(counts, loss.loss, loss.hits, wait_s, seconds)
+            if done % config.run.log_every_steps == 0 or done == steps:
+                self._log_window(done, {"grad_norm": norm, "learning_rate": rate})
+            summary.stopped = bool(counts["stop"]) and done < steps
+            if done % config.evaluation.every_steps == 0 or done == steps:
+                self._evaluate(done)
+            if done % config.checkpoint.every_steps == 0 or done == steps or summary.stopped:
+                self._save(done)
+            if summary.stopped:
+                break
+        self._publisher.close()
+        self._log_checkpoints()
+        if summary.stopped:
+            logger.warning(
+                "stopped at step %d of %d; continue with --resume", summary.last_step, steps
+            )
+        if self._log:
+            self._log.close()
+        return summary
 
-def _log_heldout(
-    log: RunLog, step: int, steps: int, result: dict[str, Any], heldout: HeldoutEvaluation
-) -> None:
-    values = {"loss": result["loss"], "masked_accuracy": result["accuracy"]}
-    values |= {f"baseline_{n}": b["loss"] for n, b in heldout.baselines.items()}
-    values |= {f"baseline_{n}_accuracy": b["accuracy"] for n, b in heldout.baselines.items()}
-    values["loss_by_rank_decile"] = result["loss_by_rank_decile"]
-    values["cells"] = heldout.num_cells
-    log.write("heldout", step, values)
-    beside = "  ".join(f"{n} {b['loss']:.4f}" for n, b in heldout.baselines.items())
-    logger.info(
-        "step %d/%d  held-out loss %.4f  acc %.2f%%  (%d cells; baselines: %s)",
-        step, steps, result["loss"], 100 * result["accuracy"], heldout.num_cells, beside,
-    )  # fmt: skip
+    def _steps_with_waits(self) -> Iterator[tuple[int, RankStep, float]]:
+        """Yield (step, what this rank computes in it, seconds waited for it)."""
+        threads = self._config.data.num_workers
+        batches = steps_in_background(self._dataset, self._summary.first_step, self._steps, threads)
+        started = time.perf_counter()
+        for data in batches:
+            yield data.step, data, time.perf_counter() - started
+            started = time.perf_counter()
+
+    def _agree(self, data: RankStep, stop_asked: bool) -> dict[str, int]:
+        """Return the sums over ranks of what the step holds, and how many ranks want to stop.
+
+        Raises
+        ------
+        CheckpointFailed
+            On every rank, if one of them could not write its part.
+        """
+        counts = dist.count_over_ranks(
+            {
+                "masked": data.masked,
+                "tokens": data.tokens,
+                "padded_tokens": data.padded_tokens,
+                "cells": data.cells,
+                "digest": data.cells_digest,
+                "quarantined": data.quarantined,
+                "stop": int(stop_asked),
+                "failed": int(self._publisher.has_failed),
+            },
+            self._ranks.device,
+        )
+        if counts["failed"]:
+            self._publisher.raise_if_failed()
+            raise CheckpointFailed("another rank could not write its part of a checkpoint")
+        return counts
+
+    def _require_finite(
+        self, value: float, what: str, step: int, data: RankStep, loss: StepLoss
+    ) -> None:
+        if not math.isfinite(value):
+            stop_not_finite(
+                f"{what} is {value}", step, data, loss.own, self._config.run.out, self._shards,
+                self._ranks,
+            )  # fmt: skip
+
+    def _log_window(self, done: int, values: dict[str, float]) -> None:
+        values = self._meter.close_window(done) | values
+        values["epoch"] = done / self._dataset.plan.steps_per_epoch
+        self._log_checkpoints()
+        if self._log:
+            self._log.write("train", done, values | self._summary.cells_record())
+            logger.info(console_line(done, self._steps, values))
+
+    def _evaluate(self, done: int) -> None:
+        result = self._summary.heldout = self._heldout.run(self._engine.deepspeed)
+        if self._log:
+            log_heldout(self._log, self._history, done, self._steps, result, self._heldout)
+
+    def _save(self, done: int) -> None:
+        content = self._record | self._summary.cells_record()
+        content |= {"step": done, "heldout": self._summary.heldout}
+        self._publisher.save(self._engine.deepspeed, self._engine.stage, content)
+
+    def _log_checkpoints(self) -> None:
+        """Record the checkpoints that were finished since."""
+        for values in self._publisher.take_finished():
+            if self._log:
+                self._log.write("checkpoint", int(values["step"]), values)

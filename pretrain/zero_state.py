@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
+BYTES_PER_PARAMETER = 4 * len(KINDS)
 
 
 @dataclass(frozen=True)
@@ -103,15 +104,37 @@ def ensure_moments(engine, stage: int, step: int | None = None) -> None:
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def save_fragments(path: Path, engine, stage: int, rank: int) -> None:
-    """Write this rank's fragments to one safetensors file."""
-    ensure_moments(engine, stage)
-    tensors, starts = {}, {}
-    for fragment in owned_fragments(engine, stage, rank):
-        starts[fragment.name] = fragment.start
-        for kind, tensor in fragment.tensors.items():
-            tensors[f"{kind}/{fragment.name}"] = tensor.detach().cpu().clone()
-    save_file(tensors, path, metadata={"starts": json.dumps(starts)})
+class Snapshot:
+    """A copy of this rank's fragments in host memory, which is used again by every copy."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._starts: dict[str, int] = {}
+
+    def take(self, engine, stage: int, rank: int) -> None:
+        """Copy the fragments of an engine; training may go on when this returns."""
+        ensure_moments(engine, stage)
+        on_gpu = False
+        for fragment in owned_fragments(engine, stage, rank):
+            self._starts[fragment.name] = fragment.start
+            for kind, tensor in fragment.tensors.items():
+                key = f"{kind}/{fragment.name}"
+                if key not in self._tensors:
+                    self._tensors[key] = torch.empty(
+                        tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
+                    )
+                self._tensors[key].copy_(tensor.detach(), non_blocking=True)
+                on_gpu |= tensor.is_cuda
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.nbytes for t in self._tensors.values())
+
+    def write(self, path: Path) -> None:
+        """Write the copy to one safetensors file."""
+        save_file(self._tensors, path, metadata={"starts": json.dumps(self._starts)})
 
 
 class FragmentReader:

@@ -49,7 +49,17 @@ def test_rank_helps_where_rank_decides(baselines):
     assert means["mean_rank"] < means["unigram"]
 
 
-def test_hits_are_the_most_likely_gene(baselines):
-    table = baselines.log_probabilities["mean_rank"]
-    ranks = (np.arange(RANK_BINS) + 0.5) / RANK_BINS
-    assert baselines.hits(table.argmax(axis=1), ranks)["mean_rank"].all()
+@pytest.mark.parametrize("name", ["unigram", "unigram_by_rank", "mean_rank"])
+def test_places_count_the_more_likely_genes(baselines, name):
+    """Every gene at every rank, one by one."""
+    table = baselines.log_probabilities[name]
+    genes = np.arange(table.shape[1])
+    for number, row in enumerate(table):
+        rank = (number + 0.5) / RANK_BINS
+        got = baselines.places(genes, np.full(len(genes), rank))[name]
+        assert got.tolist() == [sum(other > own for other in row) for own in row]
+
+
+def test_the_last_rank_is_in_the_last_bin(baselines):
+    best = baselines.log_probabilities["mean_rank"][-1].argmax(keepdims=True)
+    assert baselines.places(best, np.array([0.9999999]))["mean_rank"].tolist() == [0]

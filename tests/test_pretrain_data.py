@@ -1,13 +1,19 @@
-"""The order of cells, by arithmetic: no processes, no tensors."""
+"""From the order of cells to micro-batches: the same whatever reads them."""
 
+from __future__ import annotations
+
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from data_prep.shards import ShardSet
+from data_prep.hashing import mix64
+from data_prep.shards import DamagedBlock, ShardSet
 from pretrain.config import MaskingConfig
-from pretrain.data import EpochPlan, StepDataset, rank_rows
+from pretrain.data import MicroBatch, StepDataset, micro_batch_slots, steps_in_background
+from pretrain.masking import NO_LABEL
 from tests.synthetic import make_shards
 
 
@@ -17,107 +23,145 @@ def many_shards(tmp_path_factory) -> Path:
     return make_shards(folder, num_cells=900, num_genes=300, block_cells=32)
 
 
+def dataset(folder: Path, rank: int = 0, world_size: int = 1, **options) -> StepDataset:
+    shards = ShardSet(folder)
+    return StepDataset(
+        shards, "train", 0, 2048, 512, MaskingConfig(), rank, world_size, **options
+    )  # fmt: skip
+
+
+def assert_equal(a: MicroBatch, b: MicroBatch) -> None:
+    for name in ("input_ids", "masked_places", "labels", "relative_ranks", "attention_mask"):
+        one, other = getattr(a, name), getattr(b, name)
+        assert (one is None) == (other is None), name
+        assert one is None or torch.equal(one, other), name
+    np.testing.assert_array_equal(a.cells, b.cells)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("budget", [400, 1024])
-def test_each_cell_exactly_once_per_epoch(world_size, budget, many_shards):
-    shards = ShardSet(many_shards)
-    plan = EpochPlan(shards, "train", 3, 2048)
-    for epoch in range(2):
-        seen = []
-        for step in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch):
-            batch = plan.step(step)
-            parts = [
-                rank_rows(batch.cells, batch.length, r, world_size, budget)
-                for r in range(world_size)
-            ]
-            assert len({len(p) for p in parts}) == 1, "ranks must do the same number of passes"
-            micro_batches = [m for p in parts for m in p]
-            assert all(0 < len(m) <= max(1, budget // batch.length) for m in micro_batches)
-            together = np.concatenate(micro_batches)
-            np.testing.assert_array_equal(together[together >= 0], batch.cells)
-            assert (together < 0).sum() < len(parts) * len(parts[0])
-            seen.append(batch.cells)
-        np.testing.assert_array_equal(np.sort(np.concatenate(seen)), np.arange(plan.num_cells))
+@pytest.mark.parametrize("num_cells", [1, 2, 11, 32])
+def test_micro_batches_cover_the_batch(world_size, budget, num_cells):
+    length = 100
+    parts = [micro_batch_slots(num_cells, length, r, world_size, budget) for r in range(world_size)]
+    assert len({len(p) for p in parts}) == 1, "ranks must do the same number of passes"
+    slots = [s for p in parts for s in p]
+    assert np.concatenate([np.arange(*s) for s in slots]).tolist() == list(range(num_cells))
+    assert all(b - a <= budget // length for a, b in slots)
 
 
-def test_order_depends_on_seed_and_epoch_only(many_shards):
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_cell_is_served_once_with_its_tokens(world_size, many_shards):
     shards = ShardSet(many_shards)
-    plans = {s: EpochPlan(shards, "train", s, 2048) for s in (0, 1)}
-    steps = plans[0].steps_per_epoch
-    first = [plans[0].step(i).cells.tolist() for i in range(steps)]
-    assert first == [
-        EpochPlan(shards, "train", 0, 2048).step(i).cells.tolist() for i in range(steps)
+    ranks = [dataset(many_shards, r, world_size) for r in range(world_size)]
+    seen, digest = {}, 0
+    for step in range(ranks[0].plan.steps_per_epoch):
+        parts = [r[step] for r in ranks]
+        digest += sum(p.cells_digest for p in parts)
+        assert sum(p.cells for p in parts) == ranks[0].plan.step(step).num_cells
+        for micro in (m for p in parts for m in p.micro_batches):
+            tokens = micro.input_ids.numpy().copy()
+            hidden = micro.labels.numpy() != NO_LABEL
+            tokens.reshape(-1)[micro.masked_places.numpy()[hidden]] = micro.labels.numpy()[hidden]
+            for cell, row in zip(micro.cells, tokens, strict=True):
+                if cell >= 0:
+                    assert cell not in seen
+                    seen[int(cell)] = row[row != shards.vocabulary.pad_token]
+                else:
+                    assert (row == shards.vocabulary.pad_token).all()
+    expected = [
+        b.tokens[b.offsets[i] : b.offsets[i + 1]]
+        for b in shards.iter_blocks("train")
+        for i in range(len(b.offsets) - 1)
     ]
-    assert first != [plans[1].step(i).cells.tolist() for i in range(steps)]
-    assert first != [plans[0].step(i + steps).cells.tolist() for i in range(steps)]
+    assert len(seen) == len(expected)
+    for cell, tokens in enumerate(expected):
+        np.testing.assert_array_equal(seen[cell], tokens)
+    assert digest % 2**64 == int(mix64(np.arange(len(expected))).sum(dtype=np.uint64))
 
 
-def test_cells_are_in_the_bucket_of_their_step(many_shards):
-    shards = ShardSet(many_shards)
-    plan = EpochPlan(shards, "train", 0, 2048)
-    starts = shards.index["first_cell"]
-    for step in range(plan.steps_per_epoch):
-        batch = plan.step(step)
-        blocks = np.searchsorted(starts, batch.cells, side="right") - 1
-        assert (shards.index["bucket_length"][blocks] == batch.length).all()
-
-
-def test_buckets_are_spread_over_the_epoch(many_shards):
-    plan = EpochPlan(ShardSet(many_shards), "train", 0, 1024)
-    buckets = np.array([plan.step(i).bucket for i in range(plan.steps_per_epoch)])
-    for bucket, chosen in enumerate(plan.buckets):
-        if chosen.num_steps < 8:
-            continue
-        first_half = (buckets[: len(buckets) // 2] == bucket).sum()
-        assert abs(first_half - chosen.num_steps / 2) <= 2
-
-
-def test_any_step_of_a_large_corpus_at_once():
-    """A billion cells: the position is found, not replayed."""
-    import time
-
-    class Large:
-        """The part of a ShardSet that the plan reads: 20 buckets of 50 million cells."""
-
-        lengths = [64 * i for i in range(13, 33)]
-        blocks_per_bucket = 50_000_000 // 256
-        index = {
-            "cells": np.full(20 * blocks_per_bucket, 256, dtype=np.int32),
-            "first_cell": np.arange(20 * blocks_per_bucket, dtype=np.int64) * 256,
-        }
-
-        def bucket_lengths(self, _split):
-            return self.lengths
-
-        def block_numbers(self, _split, length):
-            start = self.lengths.index(length) * self.blocks_per_bucket
-            return np.arange(start, start + self.blocks_per_bucket)
-
-    plan = EpochPlan(Large(), "train", 0, 2**20)  # type: ignore[arg-type]
-    assert plan.num_cells > 990_000_000
-    plan.step(0)
-    started = time.process_time()
-    batch = plan.step(plan.steps_per_epoch * 3 // 2)
-    # 10 ms is the target (benchmarks); a factor of 20 guards against replaying only.
-    assert time.process_time() - started < 0.2
-    assert len(np.unique(batch.cells)) == len(batch.cells)
-
-
-def test_what_is_served_does_not_depend_on_history(shards):
-    def dataset(rank=0):
-        return StepDataset(ShardSet(shards), "train", 0, 1024, 512, MaskingConfig(), rank, 2, 100)
-
-    walked = dataset()
+def test_what_is_served_does_not_depend_on_history(many_shards):
+    walked = dataset(many_shards, 1, 2)
     for step in range(9):
         walked[step]
-    jumped = dataset()[9]
-    for a, b in zip(walked[9].micro_batches, jumped.micro_batches, strict=True):
-        assert (a.input_ids == b.input_ids).all()
-        assert (a.labels == b.labels).all()
-    other = dataset(rank=1)[9]
-    assert len(other.micro_batches) == len(jumped.micro_batches)
+    for a, b in zip(
+        walked[9].micro_batches, dataset(many_shards, 1, 2)[9].micro_batches, strict=True
+    ):
+        assert_equal(a, b)
 
 
-def test_budget_below_one_cell_is_refused(shards):
-    with pytest.raises(ValueError, match="tokens_per_step=64"):
-        EpochPlan(ShardSet(shards), "train", 0, 64)
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_change_nothing(threads, many_shards):
+    plain = list(steps_in_background(dataset(many_shards), 3, 40, 0))
+    ahead = list(steps_in_background(dataset(many_shards), 3, 40, threads))
+    assert [d.step for d in ahead] == list(range(3, 40))
+    for one, other in zip(plain, ahead, strict=True):
+        assert (one.masked, one.tokens, one.cells_digest) == (
+            other.masked, other.tokens, other.cells_digest,
+        )  # fmt: skip
+        for a, b in zip(one.micro_batches, other.micro_batches, strict=True):
+            assert_equal(a, b)
+
+
+def test_each_block_is_read_once_by_many_threads(many_shards):
+    read = dataset(many_shards)
+    steps = read.plan.steps_per_epoch
+    for _ in steps_in_background(read, 0, steps, 4):
+        pass
+    # Small buckets are kept whole; one reader for each thread would read four times as much.
+    assert read.blocks.blocks_read == sum(b.extent.num_blocks for b in read.plan.buckets)
+
+
+@pytest.fixture
+def damaged(many_shards, tmp_path) -> tuple[Path, ShardSet, int]:
+    """Shards with one flipped bit in the block of some training cells."""
+    folder = Path(shutil.copytree(many_shards, tmp_path / "damaged"))
+    shards = ShardSet(folder)
+    number = int(shards.extents("train")[0].first_block)
+    path = folder / shards.manifest["shards"][0]["name"]
+    data = bytearray(path.read_bytes())
+    data[int(shards.index["offset"][number]) + int(shards.index["bytes"][number]) - 20] ^= 4
+    path.write_bytes(data)
+    return folder, shards, number
+
+
+def test_damaged_block_stops_with_its_name(damaged):
+    folder, shards, _ = damaged
+    name = shards.manifest["shards"][0]["name"]
+    read = dataset(folder)
+    with pytest.raises(DamagedBlock, match=f"{name}.*member .*arrow.*damaged"):
+        list(steps_in_background(read, 0, read.plan.steps_per_epoch, 2))
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_damaged_block_is_quarantined_and_counted(threads, damaged, many_shards, caplog):
+    folder, shards, number = damaged
+    lost = int(shards.index["cells"][number])
+    read = dataset(folder, quarantine=True)
+    steps = read.plan.steps_per_epoch
+    served = list(steps_in_background(read, 0, steps, threads))
+    assert sum(s.quarantined for s in served) == lost
+    assert sum(s.cells for s in served) == read.plan.num_cells - lost
+    assert "quarantined" in caplog.text
+    assert shards.manifest["shards"][0]["name"] in caplog.text
+    whole = list(steps_in_background(dataset(many_shards), 0, steps, 0))
+    for one, other in zip(served, whole, strict=True):
+        # The other cells are masked as ever, and the shapes stay.
+        assert [m.input_ids.shape for m in one.micro_batches] == [
+            m.input_ids.shape for m in other.micro_batches
+        ]
+        if one.quarantined == 0:
+            for a, b in zip(one.micro_batches, other.micro_batches, strict=True):
+                assert_equal(a, b)
+
+
+def test_heaviest_micro_batch_is_the_largest_that_comes(many_shards):
+    read = dataset(many_shards)
+    heaviest = read.heaviest_micro_batch()
+    assert (heaviest.labels == NO_LABEL).all()
+    sizes = [
+        m.input_ids.numel()
+        for step in range(read.plan.steps_per_epoch)
+        for m in read[step].micro_batches
+    ]
+    assert heaviest.input_ids.numel() == max(sizes)

@@ -53,6 +53,8 @@ def test_record_and_card(run, exported, shards):
     assert record["step"] == 10
     card = (exported / "README.md").read_text()
     assert f"{record['heldout']['loss']:.4f}" in card
+    for score in ("top10", "baseline_unigram_by_rank_top10"):
+        assert f" {record['heldout'][score]:.2%} |" in card
     assert "unigram by rank" in card
     tokens = json.loads((exported / "token_dictionary.json").read_text())
     assert tokens["<mask>"] == 1

@@ -1,11 +1,16 @@
-"""15 % of the genes, 80/10/10, never a special token."""
+"""15 % of the genes, 80/10/10, never a special token; equal to plain numpy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
+from data_prep.hashing import keyed_hash, unit_interval
 from data_prep.vocab import from_dictionaries
 from pretrain.config import MaskingConfig
-from pretrain.masking import mask_rows, mask_stream, num_masked
+from pretrain.masking import NO_LABEL, Masks, mask_rows, masks_of, num_masked
 
 NUM_GENES = 500
 
@@ -24,18 +29,87 @@ def rows(has_cls: bool, num_rows: int = 400, width: int = 200):
     lengths[0] = 0
     tokens = np.zeros((num_rows, width), dtype=np.int64)
     for row, length in enumerate(lengths):
-        genes = rng.permutation(NUM_GENES)[:length] + vocab.first_gene_token
+        genes = rng.integers(0, NUM_GENES, length) + vocab.first_gene_token
         if has_cls and length:
             genes[0], genes[-1] = 2, 3
         tokens[row, :length] = genes
     return vocab, tokens, lengths
 
 
+@dataclass
+class Masked:
+    inputs: np.ndarray
+    places: np.ndarray
+    labels: np.ndarray
+    ranks: np.ndarray
+
+
+def mask(tokens: np.ndarray, lengths: np.ndarray, cells: np.ndarray, masks: Masks) -> Masked:
+    """Run the kernel on padded rows; return what is hidden, without what is unused behind it."""
+    num_rows, width = tokens.shape
+    flat = np.concatenate([row[:n] for row, n in zip(tokens, lengths, strict=True)])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    most = num_rows * masks.most(width)
+    out = Masked(
+        np.empty((num_rows, width), dtype=np.int64),
+        np.empty(most, dtype=np.int64),
+        np.empty(most, dtype=np.int64),
+        np.empty(most, dtype=np.float32),
+    )
+    found = mask_rows(
+        flat.astype(np.uint16), offsets, cells, masks, 0, out.inputs, out.places, out.labels,
+        out.ranks,
+    )  # fmt: skip
+    assert (out.labels[found:] == NO_LABEL).all()
+    assert (out.places[found:] == 0).all()
+    return Masked(out.inputs, out.places[:found], out.labels[:found], out.ranks[:found])
+
+
+def mask_in_numpy(tokens, lengths, cells, masks: Masks) -> Masked:
+    """Say what masks are, row by row, as plainly as possible."""
+    inputs, places, labels, ranks = tokens.copy(), [], [], []
+    width = tokens.shape[1]
+    first = int(masks.framed)
+    for row, (length, cell) in enumerate(zip(lengths, cells, strict=True)):
+        genes = np.arange(first, max(first, length - first))
+        identity = (np.int64(cell) << 16) + genes
+        order = np.argsort(keyed_hash(int(masks.place_key), identity))
+        hidden = int(num_masked(np.array([len(genes)]), masks.probability)[0])
+        for i in np.sort(order[:hidden]):
+            place = genes[i]
+            action = unit_interval(keyed_hash(int(masks.action_key), identity[i]))
+            gene = unit_interval(keyed_hash(int(masks.gene_key), identity[i]))
+            labels.append(tokens[row, place])
+            places.append(row * width + place)
+            ranks.append(np.float32(place / length))
+            if action < masks.mask_share:
+                inputs[row, place] = masks.mask_token
+            elif action < masks.mask_share + masks.random_share:
+                inputs[row, place] = masks.first_gene + int(gene * masks.num_genes)
+    return Masked(inputs, np.array(places), np.array(labels), np.array(ranks))
+
+
+@pytest.mark.parametrize("has_cls", [False, True])
+@pytest.mark.parametrize("width", [8, 40, 700])
+@pytest.mark.parametrize("probability", [0.15, 0.5, 0.9])
+def test_kernel_equals_numpy(has_cls, width, probability):
+    vocab, tokens, lengths = rows(has_cls, num_rows=60, width=width)
+    cells = np.random.default_rng(1).integers(0, 10**9, len(lengths))
+    config = MaskingConfig(probability=probability, mask_share=0.6, random_share=0.3)
+    masks = masks_of(5, "train", 2, vocab, config)
+    got, expected = (
+        mask(tokens, lengths, cells, masks),
+        mask_in_numpy(tokens, lengths, cells, masks),
+    )
+    for name in ("inputs", "places", "labels", "ranks"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name), err_msg=name)
+
+
 @pytest.mark.parametrize("has_cls", [False, True])
 def test_rates(has_cls):
     vocab, tokens, lengths = rows(has_cls)
-    cells = np.arange(len(lengths))
-    masked = mask_rows(tokens, lengths, cells, mask_stream(0, "train", 0), vocab, MaskingConfig())
+    masks = masks_of(0, "train", 0, vocab, MaskingConfig())
+    masked = mask(tokens, lengths, np.arange(len(lengths)), masks)
     genes = np.maximum(lengths - (2 if has_cls else 0), 0)
     row = masked.places // tokens.shape[1]
     counts = np.bincount(row, minlength=len(lengths))
@@ -61,13 +135,13 @@ def test_rates(has_cls):
 def test_masks_belong_to_the_cell_not_to_the_batch():
     vocab, tokens, lengths = rows(False)
     cells = np.arange(len(lengths)) + 10**9
-    stream = mask_stream(7, "train", 3)
-    whole = mask_rows(tokens, lengths, cells, stream, vocab, MaskingConfig())
+    masks = masks_of(7, "train", 3, vocab, MaskingConfig())
+    whole = mask(tokens, lengths, cells, masks)
     order = np.random.default_rng(1).permutation(len(lengths))[:50]
     wider = np.pad(tokens[order], ((0, 0), (0, 56)))
-    part = mask_rows(wider, lengths[order], cells[order], stream, vocab, MaskingConfig())
+    part = mask(wider, lengths[order], cells[order], masks)
     np.testing.assert_array_equal(part.inputs[:, : tokens.shape[1]], whole.inputs[order])
-    other = mask_rows(tokens, lengths, cells, mask_stream(7, "train", 4), vocab, MaskingConfig())
+    other = mask(tokens, lengths, cells, masks_of(7, "train", 4, vocab, MaskingConfig()))
     assert not np.array_equal(other.places, whole.places)
 
 

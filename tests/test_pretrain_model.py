@@ -1,11 +1,13 @@
 """The model's exactness, in one process."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from pretrain.config import ModelConfig, OptimConfig
-from pretrain.model import build_model
+from pretrain.model import build_model, guess_places
 from pretrain.optim import build_optimizer, learning_rate_at
 from tests.test_pretrain_masking import vocabulary
 
@@ -29,11 +31,42 @@ def batch(seed=0, rows=3, length=40):
 
 def test_head_on_masked_places_equals_the_full_head(model):
     ids, places, labels = batch()
-    losses, hits = model(ids, None, places, labels)
+    losses, guesses = model(ids, None, places, labels)
     logits = model.bert(input_ids=ids).logits.flatten(0, 1)[places]
     expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
-    assert (hits == (logits.argmax(-1) == labels)).all()
+    own = logits.gather(1, labels[:, None])
+    assert guesses.dtype == torch.int64
+    assert guesses.tolist() == (logits > own).sum(dim=-1).tolist()
+    assert (guesses == 0).tolist() == (logits.argmax(-1) == labels).tolist()
+
+
+def test_places_equal_a_sorted_list():
+    """Distinct logits: the place in the order of guesses, each gene asked for once."""
+    generator = np.random.default_rng(0)
+    logits = np.stack([generator.permutation(500) for _ in range(500)]).astype(np.float32)
+    labels = generator.permutation(500)
+    expected = [np.argsort(-row).tolist().index(g) for row, g in zip(logits, labels, strict=True)]
+    got = guess_places(torch.from_numpy(logits), torch.from_numpy(labels))
+    assert got.tolist() == expected
+
+
+def test_ties_are_shared_out():
+    """Equal logits, as bfloat16 makes them, must not make every one of them the first guess."""
+    labels = torch.arange(2, 502)
+    knows_nothing = guess_places(torch.zeros(500, 502), labels)
+    assert sorted(knows_nothing.tolist()) == list(range(2, 502)), "token modulo 502 tied genes"
+    logits = torch.zeros(4, 20)
+    logits[:, 3] = 5.0
+    logits[:, [6, 7, 8]] = 4.0
+    assert guess_places(logits, torch.tensor([3, 6, 7, 8])).tolist() == [0, 1, 2, 3]
+
+
+def test_no_label_and_no_number_have_no_place():
+    logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+    logits[2, 5] = math.nan
+    logits[1] = -9.0
+    assert guess_places(logits, torch.tensor([-100, -100, 5])).tolist() == [20, 20, 20]
 
 
 def test_padding_and_neighbours_change_nothing(model):

@@ -1,0 +1,140 @@
+"""The model inside DeepSpeed: made or restored, and one exact step of it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from data_prep.hashing import stream_key
+from data_prep.shards import ShardSet
+from pretrain import dist, zero_state
+from pretrain.checkpoint import Checkpoint
+from pretrain.config import RunConfig
+from pretrain.data import MicroBatch, RankStep
+from pretrain.dist import Ranks
+from pretrain.ds_config import zero_stage
+from pretrain.evaluate import to_device
+from pretrain.model import MaskedGeneModel, build_model
+from pretrain.optim import StageZeroClipper, build_optimizer, learning_rate_at, set_learning_rate
+from pretrain.warm_start import log_start, start_weights
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """Of a global step: sums over hidden genes of all ranks; `own` is float32 [M] of each of this
+    rank's micro-batches."""
+
+    loss: float
+    hits: float
+    own: list[torch.Tensor]
+
+
+class Engine:
+    """A model with its optimizer under one ZeRO stage.
+
+    `ds_config` is what DeepSpeed got; `init` the record of the weights it was started from, None if
+    they were random.
+
+    Parameters
+    ----------
+    last
+        Checkpoint to go on from, or None.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        ds_config: dict,
+        shards: ShardSet,
+        ranks: Ranks,
+        last: Checkpoint | None,
+    ) -> None:
+        self._config, self._ranks = config, ranks
+        self.ds_config, self.stage = ds_config, zero_stage(ds_config)
+        model = build_model(config.model, shards.vocabulary, config.run.seed)
+        self.num_parameters = sum(p.numel() for p in model.parameters())
+        # Absent in checkpoints of runs that could only start from random weights.
+        self.init = last.record.get("init") if last else None
+        if last:
+            zero_state.load_weights(model, last.reader())
+        elif config.model.init_from:
+            self.init = start_weights(model, shards.vocabulary, config.model)
+            if ranks.is_first:
+                log_start(self.init)
+        self._clipper: StageZeroClipper | None = None
+        self.deepspeed = self._initialise(model, ds_config)
+        dist.limit_waiting(config.run.collective_timeout_s)
+        if last:
+            zero_state.restore_training_state(
+                self.deepspeed, self.stage, ranks.rank, last.reader(), last.step
+            )
+        self._optimizer = zero_state.torch_optimizer(self.deepspeed, self.stage)
+
+    def _initialise(self, model: MaskedGeneModel, ds_config: dict):
+        import deepspeed
+
+        optimizer = build_optimizer(model, self._config.optim)
+        if self.stage == 0:
+            self._clipper = StageZeroClipper(optimizer, self._config.optim.max_grad_norm)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+        engine.train()
+        return engine
+
+    def dry_pass(self, heaviest: MicroBatch) -> None:
+        """Compute the largest micro-batch, which weighs nothing: what does not fit shows at once.
+
+        Its gradients are exact zeros, so the first step is what it would be without.
+        """
+        try:
+            losses, _ = self.deepspeed(*to_device(heaviest, self._ranks.device))
+            self.deepspeed.backward(losses.sum(), scale_wrt_gas=False)
+        except torch.OutOfMemoryError as error:
+            rows, length = heaviest.input_ids.shape
+            raise ValueError(
+                f"batch.tokens_per_micro_batch={self._config.batch.tokens_per_micro_batch}: a "
+                f"micro-batch of {rows} cells x {length} tokens does not fit into the memory of "
+                f"{self._ranks.device}; lower it (no result depends on it), or choose "
+                "model.activation_checkpointing=true or another run.deepspeed"
+            ) from error
+
+    def forward_backward(self, data: RankStep, step: int, masked: int) -> StepLoss:
+        """Accumulate the gradients of the exact objective.
+
+        Each micro-batch counts with its sum of losses over the hidden genes of the whole global
+        step; the factor world_size undoes DeepSpeed's mean over ranks.
+
+        Parameters
+        ----------
+        masked
+            Hidden genes of the global step, over all ranks.
+        """
+        # Dropout is a function of (seed, step, rank), so that nothing has to be saved for it.
+        torch.manual_seed(stream_key(self._config.run.seed, "dropout", step, self._ranks.rank))
+        device = self._ranks.device
+        loss_sum, hit_sum = torch.zeros((), device=device), torch.zeros((), device=device)
+        own = []
+        for micro in data.micro_batches:
+            losses, places = self.deepspeed(*to_device(micro, device))
+            total = losses.sum()
+            self.deepspeed.backward(total * (self._ranks.world_size / masked), scale_wrt_gas=False)
+            loss_sum += total.detach()
+            hit_sum += (places == 0).sum()
+            own.append(losses.detach())
+        loss, hits = dist.sum_over_ranks([float(loss_sum), float(hit_sum)], device)
+        return StepLoss(loss, hits, own)
+
+    def step(self, step: int, total_steps: int) -> tuple[float, float]:
+        """Apply the gradients; return (learning rate, their global norm before clipping).
+
+        Nothing is applied if the norm is not finite: DeepSpeed skips the step, the clipper raises.
+        """
+        rate = learning_rate_at(step, total_steps, self._config.optim)
+        set_learning_rate(self._optimizer, rate)
+        self.deepspeed.step()
+        if self._clipper:
+            return rate, self._clipper.last_norm
+        return rate, float(self.deepspeed.get_global_grad_norm() or 0.0)

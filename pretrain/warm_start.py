@@ -1,0 +1,276 @@
+"""Weights to start from: an exported or published model's, its genes matched by id."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from data_prep.shards import file_sha256
+from data_prep.vocab import Vocabulary
+from pretrain.config import ModelConfig, architecture_conflicts, read_architecture
+from pretrain.export import folder_vocabulary, require_belonging, token_dictionary
+from pretrain.model import MaskedGeneModel
+
+logger = logging.getLogger(__name__)
+
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+# AttributeError: what was pickled is no dictionary of tensors.
+_UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError)
+_LFS_POINTER = b"version https://git-lfs"
+_EMBEDDING = "bert.embeddings.word_embeddings.weight"
+_POSITIONS = "bert.embeddings.position_embeddings.weight"
+_BIAS = "cls.predictions.bias"
+# One row for each token of the vocabulary.
+_BY_TOKEN = (_EMBEDDING, _BIAS)
+# PyTorch files name the tied tensors twice.
+_TIED = {"cls.predictions.decoder.weight": _EMBEDDING, "cls.predictions.decoder.bias": _BIAS}
+# Heads of other objectives, and the buffer 0, 1, 2, ... that older versions stored.
+_NOT_USED = ("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids")
+_MAX_EXAMPLES = 10
+# A gene's median moved if it did more than rounding can; the scale of all medians is no matter.
+_MEDIAN_TOLERANCE = 1e-6
+
+
+def start_weights(
+    model: MaskedGeneModel, vocabulary: Vocabulary, config: ModelConfig
+) -> dict[str, Any]:
+    """Fill a freshly initialised model with the weights of ``config.init_from``; return the record.
+
+    Genes and special tokens keep their rows by name, whatever their token was. A new one gets the
+    mean row of the genes that are kept, plus its fresh initialisation; its bias is their mean bias.
+    With a fresh row alone its score would be near 0, where trained rows score an absent gene far
+    below: new genes would take the probability of all others. From the mean a new gene is no more
+    probable than the others on average (the exponential is convex), and the fresh part keeps new
+    genes apart. Positions are copied as far as there are any; the others stay fresh.
+
+    Every rank calls this, before DeepSpeed takes the model. With the same vocabulary the model then
+    equals the folder's exactly.
+
+    Raises
+    ------
+    ValueError
+        No model or vocabulary in the folder, another architecture, missing or foreign tensors, or
+        genes that hardly match.
+    """
+    folder = config.init_from
+    assert folder is not None
+    theirs = read_architecture(folder / "config.json")
+    for conflict in architecture_conflicts(config.model_dump(), folder, theirs):
+        raise ValueError(conflict)
+    source = folder_vocabulary(folder, config.init_vocabulary)
+    path = weight_file(folder)
+    tensors = _read_tensors(path)
+    parameters = dict(model.bert.named_parameters())
+    _require_complete(path, tensors, parameters)
+    require_belonging(folder, len(tensors[_EMBEDDING]), source)
+    rows = source_rows(vocabulary, source)
+    genes = _compare_genes(vocabulary, source, rows)
+    _require_related(folder, genes, min(len(vocabulary.genes), len(source.genes)))
+    _fill(parameters, tensors, torch.from_numpy(rows), vocabulary.first_gene_token)
+    own, stored = len(parameters[_POSITIONS]), len(tensors[_POSITIONS])
+    return {
+        "folder": str(folder.resolve()),
+        "weights_file": path.name,
+        "weights_sha256": file_sha256(path),
+        "vocabulary_sha256": source.sha256,
+        "genes": genes,
+        "medians": _compare_medians(vocabulary, source, rows),
+        "special_tokens": {
+            "new": sorted(vocabulary.special_tokens.keys() - source.special_tokens.keys()),
+            "dropped": sorted(source.special_tokens.keys() - vocabulary.special_tokens.keys()),
+        },
+        "positions": {
+            "copied": min(own, stored),
+            "new": max(0, own - stored),
+            "cut": max(0, stored - own),
+        },
+    }
+
+
+def source_rows(vocabulary: Vocabulary, source: Vocabulary) -> np.ndarray:
+    """Return int64 [num_tokens]: the token in `source` of each token here, -1 where it has none."""
+    tokens = token_dictionary(source)
+    names = sorted(vocabulary.special_tokens, key=lambda name: vocabulary.special_tokens[name])
+    return np.array([tokens.get(name, -1) for name in (*names, *vocabulary.genes)], dtype=np.int64)
+
+
+def describe(record: dict[str, Any]) -> str:
+    """Return in one line what `start_weights` did."""
+    genes, medians = record["genes"], record["medians"]
+    kept, new = genes["kept"]["count"], genes["new"]["count"]
+    parts = [f"{kept:,} of {kept + new:,} genes have weights"]
+    parts += [f"{genes[k]['count']:,} are {k}{_named(genes[k])}" for k in ("new", "dropped")]
+    for kind, names in record["special_tokens"].items():
+        parts += [f"special tokens {kind}: {' '.join(names)}"] if names else []
+    places = ", ".join(f"{n:,} {k}" for k, n in record["positions"].items() if n)
+    parts.append(f"positions: {places}")
+    if medians["changed"]:
+        parts.append(
+            f"medians of {medians['changed']:,} of these genes ({medians['changed'] / kept:.1%}) "
+            f"are others (half of them by more than {medians['typical_change']:.2g}): the same "
+            "cell gives another order of genes than the weights were trained on"
+        )
+    return f"start from {record['folder']} ({record['weights_sha256'][:12]}): " + "; ".join(parts)
+
+
+def log_start(record: dict[str, Any]) -> None:
+    """Log `describe`; as a warning if the genes' medians are not those of the weights."""
+    level = logging.WARNING if record["medians"]["changed"] else logging.INFO
+    logger.log(level, "%s", describe(record))
+
+
+def require_same_start(record: dict[str, Any], config: ModelConfig, allow_changes: bool) -> None:
+    """Raise ValueError if a resumed run is given other first weights than `record` names.
+
+    Its weights are the checkpoint's; but the settings would tell what is not so. The folder need
+    not exist any more. `allow_changes`: warn instead.
+    """
+    # Absent in checkpoints of runs that could only start from random weights.
+    before, folder = record.get("init"), config.init_from
+    problem = None
+    if before is None and folder is not None:
+        problem = f"from random weights, model.init_from={folder} would not be used; leave it out"
+    elif before is not None and folder is None:
+        problem = f"from {before['folder']}; give model.init_from={before['folder']} again"
+    elif before is not None and folder is not None:
+        problem = _other_weights(before, folder)
+    if problem and not allow_changes:
+        raise ValueError(f"resume: the run started {problem}")
+    if problem:
+        logger.warning("resume: the run started %s", problem)
+
+
+def _other_weights(before: dict[str, Any], folder: Path) -> str | None:
+    was = f"from {before['folder']} with weights {before['weights_sha256'][:12]}"
+    present = [folder / name for name in _WEIGHT_FILES if (folder / name).is_file()]
+    if not present:
+        same = str(folder.resolve()) == before["folder"]
+        return None if same else f"{was}; model.init_from={folder} holds no weights to compare"
+    found = file_sha256(present[0])
+    if found == before["weights_sha256"]:
+        return None
+    return f"{was}; model.init_from={folder} holds {found[:12]}; --allow-changes goes on regardless"
+
+
+def weight_file(folder: Path) -> Path:
+    """Return a model folder's file of weights; ValueError if there is none."""
+    for name in _WEIGHT_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"{folder}: has no weights; expected {' or '.join(_WEIGHT_FILES)}")
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Return float32 tensors by name, each once; pickled files may hold tensors only."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ValueError(f"{path}: is a git-lfs pointer, not the file; run `git lfs pull`")
+    try:
+        if path.suffix == ".safetensors":
+            stored = load_file(path)
+        else:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = {name: tensor.float() for name, tensor in stored.items()}
+    except _UNREADABLE as error:
+        raise ValueError(f"{path}: the weights cannot be read ({error})") from error
+    for copy, name in _TIED.items():
+        if copy in tensors:
+            twin = tensors.pop(copy)
+            if not torch.equal(tensors.setdefault(name, twin), twin):
+                raise ValueError(f"{path}: {copy} differs from {name}; only tied heads are known")
+    return {k: t for k, t in tensors.items() if not k.startswith(_NOT_USED)}
+
+
+def _require_complete(
+    path: Path, tensors: dict[str, torch.Tensor], parameters: dict[str, torch.nn.Parameter]
+) -> None:
+    """Raise ValueError, with all names, unless a file has the model's tensors and no others.
+
+    Rows of tokens and positions may be more or fewer.
+    """
+    problems = [f"{name} is missing" for name in sorted(parameters.keys() - tensors.keys())]
+    problems += [f"{name} is foreign" for name in sorted(tensors.keys() - parameters.keys())]
+    for name in sorted(parameters.keys() & tensors.keys()):
+        rows = 1 if name in (*_BY_TOKEN, _POSITIONS) else 0
+        stored, own = tensors[name].shape, parameters[name].shape
+        if len(stored) != len(own) or stored[rows:] != own[rows:]:
+            problems.append(f"{name} is {list(stored)} instead of {list(own)}")
+    if not problems and len(tensors[_EMBEDDING]) != len(tensors[_BIAS]):
+        problems.append(f"{_EMBEDDING} and {_BIAS} have different numbers of tokens")
+    if problems:
+        raise ValueError(f"{path}: the weights do not fit the model: {'; '.join(problems)}")
+
+
+def _fill(
+    parameters: dict[str, torch.nn.Parameter],
+    tensors: dict[str, torch.Tensor],
+    rows: torch.Tensor,
+    first_gene: int,
+) -> None:
+    """Copy tensors into the parameters; `rows` is what `source_rows` says."""
+    known = rows >= 0
+    genes = known & (torch.arange(len(rows)) >= first_gene)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            stored = tensors[name]
+            if name in _BY_TOKEN:
+                parameter[~known] += stored[rows[genes]].mean(dim=0)
+                parameter[known] = stored[rows[known]]
+            elif name == _POSITIONS:
+                shared = min(len(parameter), len(stored))
+                parameter[:shared] = stored[:shared]
+            else:
+                parameter.copy_(stored)
+
+
+def _compare_genes(vocabulary: Vocabulary, source: Vocabulary, rows: np.ndarray) -> dict[str, dict]:
+    """Return count and first examples of the genes kept, new and dropped."""
+    known = rows[vocabulary.first_gene_token :] >= 0
+    ours = set(vocabulary.genes)
+    groups = {
+        "kept": [g for g, k in zip(vocabulary.genes, known, strict=True) if k],
+        "new": [g for g, k in zip(vocabulary.genes, known, strict=True) if not k],
+        "dropped": [g for g in source.genes if g not in ours],
+    }
+    return {k: {"count": len(g), "examples": g[:_MAX_EXAMPLES]} for k, g in groups.items()}
+
+
+def _require_related(folder: Path, genes: dict[str, dict], smaller: int) -> None:
+    """Raise ValueError if less than half of the smaller vocabulary's genes are kept."""
+    if genes["kept"]["count"] < smaller / 2:
+        raise ValueError(
+            f"model.init_from: the shards have {genes['new']['count']:,} genes that {folder} does "
+            f"not know{_named(genes['new'])}, it has {genes['dropped']['count']:,} others"
+            f"{_named(genes['dropped'])}, and only {genes['kept']['count']:,} are the same; are "
+            "both Ensembl ids of one species, and the dictionaries the model's own?"
+        )
+
+
+def _compare_medians(
+    vocabulary: Vocabulary, source: Vocabulary, rows: np.ndarray
+) -> dict[str, float]:
+    """Return how many kept genes' medians changed, and by what half of these changed at least.
+
+    A common factor is left out: it changes no order of genes.
+    """
+    ours = np.flatnonzero(rows >= 0)
+    ours = ours[ours >= vocabulary.first_gene_token]
+    ratio = vocabulary.median_of_token[ours] / source.median_of_token[rows[ours]]
+    change = np.abs(ratio / np.median(ratio) - 1)
+    changed = change[change > _MEDIAN_TOLERANCE]
+    typical = float(np.median(changed)) if len(changed) else 0.0
+    return {"changed": len(changed), "typical_change": typical}
+
+
+def _named(group: dict) -> str:
+    """Return ``: first, second, third ...`` of a group of genes, nothing for an empty one."""
+    shown = group["examples"][:3]
+    more = " ..." if group["count"] > len(shown) else ""
+    return f": {', '.join(shown)}{more}" if shown else ""
