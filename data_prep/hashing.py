@@ -8,12 +8,28 @@ from __future__ import annotations
 
 import zlib
 
+import numba
 import numpy as np
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MULTIPLY_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MULTIPLY_2 = np.uint64(0x94D049BB133111EB)
+_WORD = 0xFFFFFFFFFFFFFFFF
 _FEISTEL_ROUNDS = 6
+
+
+@numba.njit("uint64(uint64)", inline="always", cache=True)
+def mix64_of(x):
+    """Return 64 well-mixed bits of one 64-bit integer (the splitmix64 finaliser), for kernels."""
+    x += np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@numba.njit(cache=True, nogil=True)
+def _mix64(values):
+    out = np.empty(len(values), dtype=np.uint64)
+    for i in range(len(values)):
+        out[i] = mix64_of(values[i])
+    return out
 
 
 def mix64(values: np.ndarray | int) -> np.ndarray:
@@ -28,20 +44,17 @@ def mix64(values: np.ndarray | int) -> np.ndarray:
     -------
     uint64 array of the same shape (0-d for a scalar). Source: Steele, Lea & Flood, OOPSLA 2014.
     """
-    bits = np.uint64(values & 0xFFFFFFFFFFFFFFFF) if isinstance(values, int) else values
-    with np.errstate(over="ignore"):
-        x = np.asarray(bits).astype(np.uint64) + _GOLDEN
-        x = (x ^ (x >> np.uint64(30))) * _MULTIPLY_1
-        x = (x ^ (x >> np.uint64(27))) * _MULTIPLY_2
-        return x ^ (x >> np.uint64(31))
+    bits = np.uint64(values & _WORD) if isinstance(values, int) else values
+    words = np.asarray(bits).astype(np.uint64)
+    return _mix64(words.reshape(-1)).reshape(words.shape)
 
 
 def stream_key(seed: int, *parts: int | str) -> int:
     """Return one 64-bit key for a named stream, e.g. ``stream_key(seed, "mask", epoch)``."""
-    key = mix64(seed)
+    key = mix64_of(np.uint64(seed & _WORD))
     for part in parts:
-        number = zlib.crc32(part.encode()) if isinstance(part, str) else part
-        key = mix64(key ^ mix64(number))
+        number = zlib.crc32(part.encode()) if isinstance(part, str) else int(part) & _WORD
+        key = mix64_of(np.uint64(key ^ mix64_of(np.uint64(number))))
     return int(key)
 
 
@@ -83,16 +96,27 @@ def permute(index: np.ndarray, size: int, key: int | np.ndarray) -> np.ndarray:
         64-bit key; each key is another permutation. An array (uint64) gives each index its own.
     """
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     out = np.array(index, dtype=np.uint64, ndmin=1)
-    mixed = np.broadcast_to(mix64(key), out.shape).reshape(-1)
-    round_keys = [mix64(mixed ^ mix64(r)) for r in range(_FEISTEL_ROUNDS)]
-    pending = np.arange(out.size)
-    flat = out.reshape(-1)
-    while pending.size:
-        left, right = flat[pending] >> shift, flat[pending] & mask
-        for round_key in round_keys:
-            left, right = right, left ^ (mix64(right ^ round_key[pending]) & mask)
-        flat[pending] = (left << shift) | right
-        pending = pending[flat[pending] >= np.uint64(size)]
+    keys = np.broadcast_to(np.asarray(key, dtype=np.uint64), out.shape)
+    _permute(out.reshape(-1), keys.reshape(-1), np.uint64(size), np.uint64(half_bits))
     return out.reshape(np.shape(index)).astype(np.int64)
+
+
+@numba.njit(cache=True, nogil=True)
+def _permute(index, keys, size, half_bits):
+    mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    round_keys = np.empty(_FEISTEL_ROUNDS, dtype=np.uint64)
+    for i in range(len(index)):
+        if i == 0 or keys[i] != keys[i - 1]:
+            mixed = mix64_of(keys[i])
+            for number in range(_FEISTEL_ROUNDS):
+                round_keys[number] = mix64_of(mixed ^ mix64_of(np.uint64(number)))
+        x = index[i]
+        while True:
+            left, right = x >> half_bits, x & mask
+            for round_key in round_keys:
+                left, right = right, left ^ (mix64_of(right ^ round_key) & mask)
+            x = (left << half_bits) | right
+            if x < size:
+                break
+        index[i] = x

@@ -27,6 +27,8 @@ MAX_LANES = 320
 _MIN_BLOCKS_PER_LANE = 8
 # But in a small bucket as many lanes as this, or the cells of a block would meet in every epoch.
 _MIN_LANES = 16
+# Turns among which the bisection over times ends and sorting begins.
+_SORTED_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -195,13 +197,14 @@ class EpochPlan:
         time of the step's turn is found by bisection and nothing is stored.
         """
         low, high = 0.0, 1.0
-        while self._turns_before(epoch, high).sum() - self._turns_before(epoch, low).sum() > 64:
+        before, after = np.zeros_like(self._steps), self._steps
+        while (after - before).sum() > _SORTED_AT_ONCE:
             middle = (low + high) / 2
-            if self._turns_before(epoch, middle).sum() <= step:
-                low = middle
+            turns = self._turns_before(epoch, middle)
+            if turns.sum() <= step:
+                low, before = middle, turns
             else:
-                high = middle
-        before, after = self._turns_before(epoch, low), self._turns_before(epoch, high)
+                high, after = middle, turns
         turns = np.concatenate([np.arange(a, b) for a, b in zip(before, after, strict=True)])
         owner = np.repeat(np.arange(len(self.buckets)), after - before)
         order = np.lexsort((turns, owner, self._times(epoch, owner, turns)))
@@ -210,8 +213,6 @@ class EpochPlan:
 
     def _turns_before(self, epoch: int, time: float) -> np.ndarray:
         """Return int64 [buckets], the number of turns of each bucket with a smaller time."""
-        if time >= 1.0:
-            return self._steps
         owner = np.arange(len(self.buckets))
         # Rounding can put a turn of the neighbouring stratum on either side: compare times only.
         turn = np.minimum((time * self._steps).astype(np.int64), self._steps - 1)

@@ -14,7 +14,6 @@ from transformers import BertModel
 from data_prep.sources import SourceOptions
 from data_prep.vocab import Vocabulary
 from eval.encode import encode_file
-from pretrain.data import attention_mask, padded_rows
 from pretrain.export import load_exported
 
 OBSM_KEY = "X_geneloom"
@@ -119,8 +118,11 @@ def encode_batch(
     """Return (hidden states [B, L, D], lengths int64 [B]) of cells, padded to a common length."""
     longest = max(len(c) for c in cells)
     width = min(-(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, vocabulary.max_length)
-    rows, lengths = padded_rows(list(cells), width, vocabulary.pad_token)
-    mask = attention_mask(lengths, width)
+    lengths = np.array([len(c) for c in cells], dtype=np.int64)
+    real = np.arange(width) < lengths[:, None]
+    rows = np.full(real.shape, vocabulary.pad_token, dtype=np.int64)
+    rows[real] = np.concatenate(cells)
+    mask = None if real.all() else torch.from_numpy(real)
     device = encoder.device
     hidden = encoder(
         input_ids=torch.from_numpy(rows).to(device),

@@ -33,7 +33,7 @@ _STEPS_AHEAD = 2
 class MicroBatch:
     """One forward pass.
 
-    ``input_ids`` int64 [B, L]; ``attention_mask`` bool [B, L], None when nothing is padded;
+    ``input_ids`` int32 [B, L]; ``attention_mask`` bool [B, L], None when nothing is padded;
     ``masked_places`` int64 [M], flat index into B x L; ``labels`` int64 [M], `NO_LABEL` behind the
     hidden genes, so that M depends on the bucket alone; ``relative_ranks`` float32 [M], place of
     the hidden gene in its cell, 0 = highest expression; ``cells`` int64 [B] numbers in the shards,
@@ -105,6 +105,7 @@ class BlockCache:
         self._shards = shards
         self._max_blocks = max_blocks
         self._quarantine = quarantine
+        self._token_type = np.uint16 if shards.vocabulary.num_tokens <= 2**16 else np.uint32
         self._lock = threading.Lock()
         self._blocks: OrderedDict[int, Future] = OrderedDict()
         self.blocks_read = 0
@@ -139,15 +140,22 @@ class BlockCache:
             return None
         return block.tokens, block.offsets.tolist()
 
-    def rows(self, extent: BucketExtent, cells: np.ndarray) -> list[np.ndarray | None]:
-        """Return the tokens of each cell of one bucket; None where they are quarantined."""
-        numbers, inside = extent.locate(cells)
+    def gather(self, extent: BucketExtent, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens of cells of one bucket, flat, and int64 [cells + 1] where each begins.
+
+        Cells of a quarantined block have no token; every other cell has.
+        """
+        numbers, places = extent.locate(cells)
         blocks = {n: self.block(n) for n in np.unique(numbers).tolist()}
-        rows: list[np.ndarray | None] = []
-        for number, place in zip(numbers.tolist(), inside.tolist(), strict=True):
-            block = blocks[number]
-            rows.append(block and block[0][block[1][place] : block[1][place + 1]])
-        return rows
+        parts = [np.zeros(0, dtype=self._token_type)]
+        offsets = np.zeros(len(cells) + 1, dtype=np.int64)
+        for i, (number, place) in enumerate(zip(numbers.tolist(), places.tolist(), strict=True)):
+            if block := blocks[number]:
+                tokens, starts = block
+                start, stop = starts[place], starts[place + 1]
+                parts.append(tokens[start:stop])
+                offsets[i + 1] = stop - start
+        return np.concatenate(parts), np.cumsum(offsets)
 
 
 class StepDataset:
@@ -180,7 +188,6 @@ class StepDataset:
         open_blocks = sum(b.open_blocks(world_size) for b in self.plan.buckets)
         self.blocks = BlockCache(shards, open_blocks, quarantine)
         self._vocabulary = shards.vocabulary
-        self._token_type = np.uint16 if shards.vocabulary.num_tokens <= 2**16 else np.uint32
         self._split, self._seed, self._masking = split, seed, masking
         self._budget = tokens_per_micro_batch
         self._rank, self._world_size = rank, world_size
@@ -195,19 +202,21 @@ class StepDataset:
         # One range of cells for the whole rank: finding them costs the same for one or many.
         first = slots[0][0]
         cells = self.plan.cells(batch, first, slots[-1][1])
-        rows = self.blocks.rows(self.plan.buckets[batch.bucket].extent, cells)
+        tokens, offsets = self.blocks.gather(self.plan.buckets[batch.bucket].extent, cells)
         micro_batches, masked = [], 0
         for start, stop in slots:
-            part = slice(start - first, stop - first)
-            micro, hidden = self._micro_batch(cells[part], rows[part], batch.length, masks)
+            start, stop = start - first, stop - first
+            micro, hidden = self._micro_batch(
+                cells[start:stop], tokens, offsets[start : stop + 1], batch.length, masks
+            )
             micro_batches.append(micro)
             masked += hidden
-        served = np.array([row is not None for row in rows], dtype=bool)
+        served = np.diff(offsets) > 0
         return RankStep(
             step,
             micro_batches,
             masked,
-            sum(len(row) for row in rows if row is not None),
+            len(tokens),
             sum(m.input_ids.numel() for m in micro_batches),
             int(served.sum()),
             int(mix64(cells[served]).sum(dtype=np.uint64).view(np.int64)),
@@ -224,30 +233,32 @@ class StepDataset:
             shapes.append((rows * length, length, rows))
         _, length, rows = max(shapes)
         masks = masks_of(self._seed, self._split, 0, self._vocabulary, self._masking)
-        return self._micro_batch(np.full(rows, -1), [None] * rows, length, masks)[0]
+        nothing, offsets = np.zeros(0, dtype=np.uint16), np.zeros(rows + 1, dtype=np.int64)
+        return self._micro_batch(np.full(rows, -1), nothing, offsets, length, masks)[0]
 
     def _micro_batch(
-        self, cells: np.ndarray, rows: list[np.ndarray | None], length: int, masks: Masks
+        self,
+        cells: np.ndarray,
+        tokens: np.ndarray,
+        offsets: np.ndarray,
+        length: int,
+        masks: Masks,
     ) -> tuple[MicroBatch, int]:
-        if len(rows) == 0:
+        if len(cells) == 0:
             # Computed like the others, and weighs nothing.
-            cells, rows = np.array([-1], dtype=np.int64), [None]
-        nothing = np.zeros(0, dtype=self._token_type)
-        filled = [nothing if row is None else row for row in rows]
-        lengths = np.array([len(row) for row in filled])
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
+            cells, offsets = np.array([-1], dtype=np.int64), np.zeros(2, dtype=np.int64)
+        shape = (len(cells), length)
         # One shape per bucket: every new shape costs a kernel, and on CPU memory that is kept.
-        most = len(rows) * masks.most(length)
-        inputs = self._tensor((len(rows), length), torch.int64)
+        most = len(cells) * masks.most(length)
+        inputs, real = self._tensor(shape, torch.int32), self._tensor(shape, torch.bool)
         places, labels = self._tensor((most,), torch.int64), self._tensor((most,), torch.int64)
         ranks = self._tensor((most,), torch.float32)
         hidden = mask_rows(
-            np.concatenate(filled), offsets, cells, masks, self._vocabulary.pad_token,
-            inputs.numpy(), places.numpy(), labels.numpy(), ranks.numpy(),
+            tokens, offsets, cells, masks, self._vocabulary.pad_token,
+            inputs.numpy(), real.numpy(), places.numpy(), labels.numpy(), ranks.numpy(),
         )  # fmt: skip
-        mask = attention_mask(lengths, length)
-        if mask is not None and self._pin_memory:
-            mask = mask.pin_memory()
+        is_padded = offsets[-1] - offsets[0] < len(cells) * length
+        mask = real if is_padded else None
         return MicroBatch(inputs, mask, places, labels, ranks, cells), hidden
 
     def _tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -274,23 +285,3 @@ def steps_in_background(
             yield ahead.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def padded_rows(
-    cells: list[np.ndarray], length: int, pad_token: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return (int64 [rows, length] tokens, int64 [rows] lengths)."""
-    tokens = np.full((len(cells), length), pad_token, dtype=np.int64)
-    for row, cell in enumerate(cells):
-        tokens[row, : len(cell)] = cell
-    return tokens, np.array([len(cell) for cell in cells], dtype=np.int64)
-
-
-def attention_mask(lengths: np.ndarray, length: int) -> torch.Tensor | None:
-    """Return bool [rows, length], True at real tokens; None if there is no padding at all.
-
-    Filler rows attend to their first place: a softmax over nothing would be NaN.
-    """
-    if lengths.min() == length:
-        return None
-    return torch.from_numpy(np.arange(length) < np.maximum(lengths, 1)[:, None])

@@ -163,7 +163,7 @@ def test_readers_read_what_was_computed(nodes, tokens_per_step, many_shards):
         for number in range(plan.steps_per_epoch):
             step = plan.step(number)
             cells = plan.cells(step, *share(step.num_cells, nodes, node))
-            cache.rows(plan.buckets[step.bucket].extent, cells)
+            cache.gather(plan.buckets[step.bucket].extent, cells)
         read += cache.blocks_read
     expected = read_amplification(shards, plan, nodes)
     # Lanes of two or three blocks share some in the cache; long ones read what is computed. It is

@@ -56,12 +56,14 @@ def mask(tokens: np.ndarray, lengths: np.ndarray, cells: np.ndarray, masks: Mask
         np.empty(most, dtype=np.int64),
         np.empty(most, dtype=np.float32),
     )
+    real = np.empty((num_rows, width), dtype=bool)
     found = mask_rows(
-        flat.astype(np.uint16), offsets, cells, masks, 0, out.inputs, out.places, out.labels,
+        flat.astype(np.uint16), offsets, cells, masks, 0, out.inputs, real, out.places, out.labels,
         out.ranks,
     )  # fmt: skip
     assert (out.labels[found:] == NO_LABEL).all()
     assert (out.places[found:] == 0).all()
+    np.testing.assert_array_equal(real, np.arange(width) < np.maximum(lengths, 1)[:, None])
     return Masked(out.inputs, out.places[:found], out.labels[:found], out.ranks[:found])
 
 
