@@ -27,8 +27,6 @@ MAX_LANES = 320
 _MIN_BLOCKS_PER_LANE = 8
 # But in a small bucket as many lanes as this, or the cells of a block would meet in every epoch.
 _MIN_LANES = 16
-# Turns among which the bisection over times ends and sorting begins.
-_SORTED_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -168,8 +166,9 @@ class EpochPlan:
         key = self._bucket_key(epoch, bucket)
         slots, inside = np.divmod(self.rotated(epoch, bucket, places), extent.run_cells)
         full_runs = extent.num_cells // extent.run_cells
-        runs = np.where(slots < full_runs, 0, full_runs)
-        runs[slots < full_runs] = permute(slots[slots < full_runs], full_runs, key)
+        is_full = slots < full_runs
+        runs = np.full_like(slots, full_runs)
+        runs[is_full] = permute(slots[is_full], full_runs, key)
         blocks, offsets = np.divmod(runs * extent.run_cells + inside, extent.block_cells)
         starts = blocks * extent.block_cells
         sizes = np.minimum(extent.block_cells, extent.num_cells - starts)
@@ -193,30 +192,25 @@ class EpochPlan:
         """Return (bucket, how many turns of it came before) of a step within its epoch.
 
         Turn j of a bucket with S turns has the time (j + u) / S, u from a hash; the steps of the
-        epoch are all turns by time. How many turns lie before a time is a closed form, so the
-        time of the step's turn is found by bisection and nothing is stored.
+        epoch are all turns by time. Before a time t a bucket has t S turns, give or take one: so
+        the wanted turn lies in a window of a few turns per bucket, which is sorted.
         """
-        low, high = 0.0, 1.0
-        before, after = np.zeros_like(self._steps), self._steps
-        while (after - before).sum() > _SORTED_AT_ONCE:
-            middle = (low + high) / 2
-            turns = self._turns_before(epoch, middle)
-            if turns.sum() <= step:
-                low, before = middle, turns
-            else:
-                high, after = middle, turns
-        turns = np.concatenate([np.arange(a, b) for a, b in zip(before, after, strict=True)])
+        margin = len(self.buckets) + 1
+        before = self._turns_before(epoch, (step - margin) / self.steps_per_epoch)
+        after = self._turns_before(epoch, (step + 1 + margin) / self.steps_per_epoch)
         owner = np.repeat(np.arange(len(self.buckets)), after - before)
+        turns = np.concatenate([np.arange(a, b) for a, b in zip(before, after, strict=True)])
         order = np.lexsort((turns, owner, self._times(epoch, owner, turns)))
         at = order[step - int(before.sum())]
         return int(owner[at]), int(turns[at])
 
     def _turns_before(self, epoch: int, time: float) -> np.ndarray:
         """Return int64 [buckets], the number of turns of each bucket with a smaller time."""
-        owner = np.arange(len(self.buckets))
+        if not 0 < time < 1:
+            return np.zeros_like(self._steps) if time <= 0 else self._steps
         # Rounding can put a turn of the neighbouring stratum on either side: compare times only.
         turn = np.minimum((time * self._steps).astype(np.int64), self._steps - 1)
-        return turn + (self._times(epoch, owner, turn) < time)
+        return turn + (self._times(epoch, np.arange(len(self._steps)), turn) < time)
 
     def _times(self, epoch: int, bucket: np.ndarray, turn: np.ndarray) -> np.ndarray:
         key = stream_key(self._key, "turn", epoch)
