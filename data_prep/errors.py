@@ -10,6 +10,10 @@ import typer
 EXIT_USAGE, EXIT_FAILED = 2, 1
 
 
+class SharedFailure(Exception):
+    """Raised by all ranks of a run together, with one text: rank 0 says it for all."""
+
+
 def run_app(app: typer.Typer) -> None:
     """Run a command line; ValueError exits with 2, a numerical or file error with 1.
 
@@ -18,19 +22,21 @@ def run_app(app: typer.Typer) -> None:
     try:
         app()
     except ValueError as error:
-        _fail(_with_notes(str(error), error), EXIT_USAGE)
+        _fail(_with_notes(str(error), error), EXIT_USAGE, isinstance(error, SharedFailure))
     except (FloatingPointError, OSError) as error:
-        _fail(_with_notes(f"{type(error).__name__}: {error}", error), EXIT_FAILED)
+        text = _with_notes(f"{type(error).__name__}: {error}", error)
+        _fail(text, EXIT_FAILED, isinstance(error, SharedFailure))
 
 
 def _with_notes(message: str, error: Exception) -> str:
     return "\n".join([message, *getattr(error, "__notes__", [])])
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int, is_shared: bool) -> None:
     rank = os.environ.get("RANK", "0")
     prefix = "error" if rank == "0" else f"error on rank {rank}"
-    print(f"{prefix}: {message}", file=sys.stderr, flush=True)
+    if rank == "0" or not is_shared:
+        print(f"{prefix}: {message}", file=sys.stderr, flush=True)
     # Not sys.exit: ranks that fail must not wait in a process group's or a worker's clean-up.
     sys.stdout.flush()
     if "WORLD_SIZE" in os.environ:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from data_prep.shards import ShardSet
+from pretrain.data import BlockCache
 
 BASELINE_NAMES = ("unigram", "unigram_by_rank", "mean_rank")
 RANK_BINS = 50
@@ -24,14 +25,16 @@ class RankBaselines:
     ----------
     shards
         Prepared cells; the train split is read, whole blocks until `max_cells` are reached.
+    quarantine
+        Leave damaged blocks out, instead of raising.
     """
 
-    def __init__(self, shards: ShardSet, max_cells: int) -> None:
+    def __init__(self, shards: ShardSet, max_cells: int, quarantine: bool = False) -> None:
         vocabulary = shards.vocabulary
         size, first = vocabulary.num_tokens, vocabulary.first_gene_token
         table = np.zeros((RANK_BINS, size))
         rank_sum, rank_square = np.zeros(size), np.zeros(size)
-        for tokens, ranks in _train_tokens(shards, max_cells):
+        for tokens, ranks in _train_tokens(shards, max_cells, quarantine):
             bins = rank_bins(ranks)
             table += np.bincount(bins * size + tokens, minlength=table.size).reshape(table.shape)
             rank_sum += np.bincount(tokens, weights=ranks, minlength=size)
@@ -91,16 +94,19 @@ def _places(table: np.ndarray) -> np.ndarray:
     return places
 
 
-def _train_tokens(shards: ShardSet, max_cells: int):
+def _train_tokens(shards: ShardSet, max_cells: int, quarantine: bool):
     """Yield (tokens int64, relative ranks float64) of train blocks, spread over the corpus."""
-    numbers = np.flatnonzero(shards.index["split"] == 0)
-    wanted = max(1, int(len(numbers) * min(1.0, max_cells / shards.index["cells"][numbers].sum())))
+    extents = shards.extents("train")
+    numbers = np.concatenate([shards.block_numbers("train", e.length) for e in extents])
+    share = min(1.0, max_cells / sum(e.num_cells for e in extents))
+    wanted = max(1, int(len(numbers) * share))
+    blocks = BlockCache(shards, 1, quarantine)
     for number in numbers[np.linspace(0, len(numbers) - 1, wanted).astype(np.int64)]:
-        block = shards.read_block(int(number))
-        lengths = np.diff(block.offsets)
-        starts = np.repeat(block.offsets[:-1], lengths)
-        places = np.arange(len(block.tokens)) - starts
-        yield block.tokens.astype(np.int64), places / np.repeat(lengths, lengths)
+        if block := blocks.block(int(number)):
+            tokens, offsets = block
+            lengths = np.diff(offsets)
+            places = np.arange(len(tokens)) - np.repeat(offsets[:-1], lengths)
+            yield tokens.astype(np.int64), places / np.repeat(lengths, lengths)
 
 
 def _normalised_log(weights: np.ndarray) -> np.ndarray:

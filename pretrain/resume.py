@@ -6,7 +6,7 @@ import json
 import logging
 from pathlib import Path
 
-from data_prep.errors import EXIT_USAGE
+from data_prep.errors import SharedFailure
 from data_prep.shards import ShardSet
 from pretrain import checkpoint, dist
 from pretrain.config import RunConfig
@@ -15,6 +15,10 @@ from pretrain.publish import remove_partial
 from pretrain.warm_start import require_same_start
 
 logger = logging.getLogger(__name__)
+
+
+class CannotStart(SharedFailure, ValueError):
+    """The run folder, or its checkpoints, are not what was asked for."""
 
 
 def agreed_start(
@@ -35,9 +39,7 @@ def agreed_start(
             decision = {"error": str(error)}
     decision = json.loads(dist.first_rank_says(json.dumps(decision)))
     if "error" in decision:
-        if not ranks.is_first:
-            raise SystemExit(EXIT_USAGE)  # rank 0 says it
-        raise ValueError(decision["error"])
+        raise CannotStart(decision["error"])
     return checkpoint.open_checkpoint(Path(decision["folder"])) if decision["folder"] else None
 
 

@@ -24,7 +24,7 @@ from pretrain.evaluate import HeldoutEvaluation, heldout_history, log_heldout
 from pretrain.faults import stop_not_finite
 from pretrain.metrics import Meter, RunLog, console_line, read_metrics
 from pretrain.optim import require_reachable_peak
-from pretrain.publish import CheckpointFailed, Publisher
+from pretrain.publish import Publisher
 from pretrain.record import run_record, write_run_files
 from pretrain.resume import agreed_start
 from pretrain.watch import Watch
@@ -79,8 +79,9 @@ class _StopRequest:
         self.asked = True
 
     def close(self) -> None:
-        """Ignore SIGUSR1 from now on: asked again while it exits, a process would die of it."""
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        """Ignore them from now on: asked again while it exits, a process would die of it."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def total_steps(config: RunConfig, plan: EpochPlan) -> int:
@@ -105,7 +106,7 @@ def train(config: RunConfig, resume: bool = False, allow_changes: bool = False) 
     ------
     ValueError
         Wrong settings or data, before anything is written.
-    FloatingPointError
+    NotFinite
         Loss or gradient norm is not finite; nothing was saved after it.
     CheckpointFailed
         A checkpoint could not be written.
@@ -216,7 +217,7 @@ class _Run:
         self._publisher.close()
         self._log_checkpoints()
         if summary.stopped:
-            logger.warning(
+            logger.info(
                 "stopped at step %d of %d; continue with --resume", summary.last_step, steps
             )
         if self._log:
@@ -238,7 +239,7 @@ class _Run:
         Raises
         ------
         CheckpointFailed
-            On every rank, if one of them could not write its part.
+            On all ranks, if one of them could not write its part of the last checkpoint.
         """
         counts = dist.count_over_ranks(
             {
@@ -254,14 +255,16 @@ class _Run:
             self._ranks.device,
         )
         if counts["failed"]:
-            self._publisher.raise_if_failed()
-            raise CheckpointFailed("another rank could not write its part of a checkpoint")
+            self._publisher.stop_if_failed()
+        # 0 if all cells of the step are quarantined: a step of momentum and decay alone.
+        counts["masked"] = max(counts["masked"], 1)
         return counts
 
     def _require_finite(
         self, value: float, what: str, step: int, data: RankStep, loss: StepLoss
     ) -> None:
         if not math.isfinite(value):
+            self._publisher.close()  # what is being written was made of good steps
             stop_not_finite(
                 f"{what} is {value}", step, data, loss.own, self._config.run.out, self._shards,
                 self._ranks,

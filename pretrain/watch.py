@@ -8,29 +8,36 @@ too long says so to all, through the store; everybody ends. The load does not gr
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import threading
 import time
-from datetime import timedelta
+import uuid
 from types import TracebackType
 
-from data_prep.errors import EXIT_FAILED
+from data_prep.errors import EXIT_FAILED, SharedFailure
 from pretrain import dist
 from pretrain.dist import Ranks
 
 logger = logging.getLogger(__name__)
 
-_BEATS_PER_LIMIT = 10
-# Missed beats that are enough when a collective has failed already.
-_HURRIED_BEATS = 4
-# A store that does not answer while everybody leaves is no failure.
-_LEAVING_S = 3.0
+# Rounds are counted, not seconds: a job that was suspended as a whole must not accuse anybody.
+_ROUNDS_PER_LIMIT = 10
+# Enough when a collective has failed already.
+_HURRIED_ROUNDS = 4
+# One for the news that a collective failed, one to find the culprit, one to hear of it; and some.
+_ROUNDS_TO_FIND_OUT = _HURRIED_ROUNDS + 6
+# Until every rank has read the reason why the run ends.
+_ROUNDS_TO_HEAR = 3
+_STORE_IS_GONE = "rank 0 (which all ranks talk through), or what started it, "
 
 
 class Watch:
     """Watches the other ranks inside a ``with`` block, and tells them how the block ended.
+
+    All ranks leave the block together, unless one of them failed.
 
     Parameters
     ----------
@@ -39,19 +46,26 @@ class Watch:
     """
 
     def __init__(self, ranks: Ranks, limit_s: float) -> None:
-        self._rank, self._next = ranks.rank, (ranks.rank + 1) % ranks.world_size
+        self._rank, self._others = ranks.rank, ranks.world_size - 1
+        self._next = (ranks.rank + 1) % ranks.world_size
+        self._interval_s = limit_s / _ROUNDS_PER_LIMIT
         self._limit_s = limit_s
-        self._interval_s = limit_s / _BEATS_PER_LIMIT
+        self._rounds = 0
+        self._is_hurried = False
         self._stopped = threading.Event()
-        self._thread: threading.Thread | None = None
-        if limit_s > 0 and ranks.world_size > 1:
-            # A connection of its own: the training's may be waiting in it.
-            self._store = dist.open_store(timedelta(seconds=limit_s))
-            self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._ending = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        if limit_s > 0 and self._others:
+            # Names of its own: torchrun's store outlives the processes that it starts again.
+            self._store = dist.open_store(dist.first_rank_says(uuid.uuid4().hex))
+            # With a slow name server a connection takes seconds, and the store answers nobody.
+            dist.wait_for_all()
+            for work in (self._talk, self._look_at_talk):
+                self._threads.append(threading.Thread(target=work, name="watch", daemon=True))
 
     def __enter__(self) -> Watch:
-        if self._thread:
-            self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(
@@ -60,51 +74,113 @@ class Watch:
         error: BaseException | None,
         _trace: TracebackType | None,
     ) -> None:
-        if self._thread is None:
-            return
-        if error is None:
-            # Nobody stops watching before everybody is through.
-            dist.wait_for_all()
-        elif dist.may_be_a_lost_peer(error):
-            # Who it was is known in a moment; the watching thread then ends this process.
-            logger.warning("rank %d: a collective failed; looking for the reason", self._rank)
-            self._limit_s = _HURRIED_BEATS * self._interval_s
-            self._thread.join(2 * self._limit_s)
+        if error is None or isinstance(error, SharedFailure):
+            try:
+                self._leave_together()
+            except RuntimeError as lost:
+                if error is None:
+                    self._find_reason(lost)
+        elif dist.is_from_a_collective(error):
+            self._find_reason(error)
         elif isinstance(error, Exception):
-            self._report(f"rank {self._rank} failed: {type(error).__name__}: {error}")
+            self._report_own(error)
         self._stopped.set()
 
-    def _run(self) -> None:
-        count, changed = -1, time.monotonic()
+    def _leave_together(self) -> None:
+        """Return when all ranks are through and none of them watches any more.
+
+        Nobody stops watching before everybody is through, and rank 0, which holds the store, does
+        not leave before nobody uses it.
+        """
+        if not self._others:
+            return
+        dist.wait_for_all()
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join()
+        dist.wait_for_all()
+
+    def _find_reason(self, error: BaseException) -> None:
+        """End this process with the name of the rank because of which a collective failed."""
+        if self._threads:
+            logger.warning("rank %d: a collective failed; looking for the reason", self._rank)
+            self._is_hurried = True
+            with contextlib.suppress(*dist.STORE_ERRORS):
+                self._store.add("suspicions", 1)
+            self._threads[0].join(_ROUNDS_TO_FIND_OUT * self._interval_s)
+        failure = ConnectionError(
+            f"a collective failed, another rank is gone or stands still ({error}). The last "
+            "complete checkpoint is as it was; start again with --resume"
+        )
+        self._report_own(failure)
+        raise failure from error
+
+    def _report_own(self, error: Exception) -> None:
+        # This process ends by itself.
+        self._stopped.set()
+        if self._threads:
+            text = f"rank {self._rank} failed: {type(error).__name__}: {error}"
+            self._report(text, self._others + 1)
+
+    def _talk(self) -> None:
+        """Give signs of life, look for those of the next rank, and listen."""
+        beats = unchanged = 0
         while not self._stopped.wait(self._interval_s):
             try:
                 self._store.add(f"beats/{self._rank}", 1)
-                beats = self._store.add(f"beats/{self._next}", 0)
+                now = self._store.add(f"beats/{self._next}", 0)
+                self._is_hurried |= self._store.add("suspicions", 0) > 0
                 if self._store.add("failures", 0):
-                    self._end(self._store.get("failure").decode())
+                    failure = self._store.get("failure").decode()
+                    self._store.add("heard", 1)
+                    self._end(failure)
             except dist.STORE_ERRORS:
-                if not self._stopped.wait(_LEAVING_S):
-                    self._end("rank 0, or the process that started the ranks, does not answer")
+                self._end(_STORE_IS_GONE + "is gone")
                 return
-            if beats != count:
-                count, changed = beats, time.monotonic()
-            elif time.monotonic() - changed > self._limit_s:
-                text = f"rank {self._next} gave no sign of life for {self._limit_s:.0f} s"
-                self._report(text)
+            self._rounds += 1
+            # Before its first sign a rank is starting its threads.
+            unchanged = unchanged + 1 if now == beats and (now or self._is_hurried) else 0
+            beats = now
+            if unchanged > self._patience():
+                text = self._silence(f"rank {self._next}")
+                self._report(text, self._others)
                 self._end(text)
 
-    def _report(self, text: str) -> None:
-        """Tell all ranks; the first report counts."""
+    def _look_at_talk(self) -> None:
+        """End if the store does not answer: the thread that asked it waits for ever."""
+        rounds = unchanged = 0
+        while not self._stopped.wait(self._interval_s):
+            now = self._rounds
+            unchanged = unchanged + 1 if now == rounds else 0
+            rounds = now
+            if unchanged > self._patience():
+                self._end(self._silence(_STORE_IS_GONE.rstrip(", ")))
+
+    def _patience(self) -> int:
+        return _HURRIED_ROUNDS if self._is_hurried else _ROUNDS_PER_LIMIT
+
+    def _silence(self, who: str) -> str:
+        return f"{who} gave no sign of life for {self._patience() * self._interval_s:.1f} s"
+
+    def _report(self, text: str, listeners: int) -> None:
+        """Tell all ranks; the first report counts. `listeners`: how many can hear it."""
         try:
             if self._store.add("reports", 1) == 1:
                 self._store.set("failure", text)
                 self._store.add("failures", 1)
+            heard = self._store.add("heard", 1)
+            for _ in range(4 * _ROUNDS_TO_HEAR):
+                # The store ends with rank 0; the others need not wait.
+                if self._rank > 0 or heard >= listeners:
+                    break
+                time.sleep(self._interval_s / 4)
+                heard = self._store.add("heard", 0)
         except dist.STORE_ERRORS:
             logger.warning("rank %d: nobody could be told: %s", self._rank, text)
 
     def _end(self, text: str) -> None:
         """End this process: its main thread may wait for ever in a collective."""
-        if self._stopped.is_set():
+        if self._stopped.is_set() or not self._ending.acquire(blocking=False):
             return
         print(
             f"rank {self._rank} ends: {text}. The last complete checkpoint is as it was; start "

@@ -1,11 +1,25 @@
-"""Short pretraining runs for tests; functions that a rank can be started with."""
+"""Short pretraining runs for tests: their settings, functions for ranks, the real command."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from pretrain import checkpoint
 from pretrain.config import RunConfig
+from pretrain.metrics import read_metrics
+from pretrain.zero_state import KINDS
+
+_ROOT = Path(__file__).resolve().parent.parent
+# Of one start of a run on a machine that does a lot beside it.
+LIMIT_S = 180
 
 
 def tiny_config(shards: Path, out: Path, **changes: Any) -> RunConfig:
@@ -34,13 +48,79 @@ def tiny_config(shards: Path, out: Path, **changes: Any) -> RunConfig:
 
 def run_training(config: RunConfig, resume: bool = False, allow_changes: bool = False):
     """Train and return the losses and the final fp32 weights, flat by name."""
-    from pretrain import checkpoint, dist
+    from pretrain import dist
     from pretrain.train import train
 
     summary = train(config, resume, allow_changes)
     dist.leave()
-    last = checkpoint.newest(config.run.out)
+    return summary, final_state(config.run.out)["weight"]
+
+
+def final_state(run: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Return weights and both moments of the newest checkpoint: kind -> name -> flat fp32."""
+    last = checkpoint.newest(run)
     assert last is not None
     reader = last.reader()
-    weights = {n: reader.read("weight", n, 0, reader.numel(n)).numpy() for n in reader.names}
-    return summary, weights
+    return {
+        kind: {n: reader.read(kind, n, 0, reader.numel(n)).numpy() for n in reader.names}
+        for kind in KINDS
+    }
+
+
+def require_same_state(run: Path, other: Path) -> None:
+    """Assert that the newest checkpoints of two runs hold the same bits."""
+    state, expected = final_state(run), final_state(other)
+    for kind in KINDS:
+        assert state[kind].keys() == expected[kind].keys()
+        for name, values in expected[kind].items():
+            np.testing.assert_array_equal(state[kind][name], values, err_msg=f"{kind}/{name}")
+
+
+def start_command(config: RunConfig, *arguments: str, ranks: int = 1) -> subprocess.Popen:
+    """Start ``geneloom [launch local --ranks N] pretrain`` as a user would.
+
+    What it says is added to `console`, a file: nobody empties a pipe while it runs.
+    """
+    path = _beside(config, "yaml")
+    path.write_text(config.to_yaml())
+    code = "import sys; from launch.cli import main; sys.argv[0] = 'geneloom'; main()"
+    launcher = ("launch", "local", "--ranks", str(ranks)) if ranks > 1 else ()
+    command = [sys.executable, "-c", code, *launcher, "pretrain", "--config", str(path), *arguments]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    with _beside(config, "log").open("a") as log:
+        return subprocess.Popen(
+            command, cwd=_ROOT, env=environment | {"OMP_NUM_THREADS": "1"},
+            stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+
+def console(config: RunConfig) -> str:
+    """Return what all starts of a run have said so far."""
+    return _beside(config, "log").read_text()
+
+
+def _beside(config: RunConfig, suffix: str) -> Path:
+    return config.run.out.with_name(f"{config.run.out.name}.{suffix}")
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> bool:
+    """Return True when a condition holds, False if the process ended before."""
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        if process.poll() is not None:
+            return False
+        assert time.monotonic() < deadline, "the run does not get on"
+        # Writing a checkpoint of these models takes 10 ms.
+        time.sleep(0.001)
+    return True
+
+
+def metrics(run: Path, kind: str) -> list[dict[str, Any]]:
+    """Return the records of one kind, of a run that may be writing them."""
+    return [m for m in read_metrics(run) if m["kind"] == kind]
+
+
+def last_step(run: Path) -> int:
+    """Return how many steps a run has logged."""
+    records = metrics(run, "train")
+    return records[-1]["step"] if records else 0
