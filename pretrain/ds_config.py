@@ -67,6 +67,8 @@ def derive_ds_config(config: RunConfig) -> dict:
         # At stage 0 DeepSpeed neither reports the norm nor stops at NaN: optim.py clips there.
         "gradient_clipping": 0.0 if stage == 0 else config.optim.max_grad_norm,
         "zero_allow_untested_optimizer": True,
+        # Offloaded too the optimizer is torch's: DeepSpeed's own resumes with other last bits.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000_000,
     }
     if config.run.precision == "bf16":
