@@ -39,10 +39,10 @@ def train_once(arguments: list[str], resume: bool, results) -> None:
     from pretrain.engine import Engine
 
     ends: list[float] = []
-    step = Engine.step
+    one_step = Engine.step
 
-    def timed(self, *numbers):
-        result = step(self, *numbers)
+    def timed(self: Engine, step: int, total_steps: int) -> tuple[float, float]:
+        result = one_step(self, step, total_steps)
         ends.append(time.perf_counter())
         return result
 
@@ -57,13 +57,13 @@ def train_with_deepspeed_saves(arguments: list[str], every: int, folder: Path, r
     """As `train_once`, saving with DeepSpeed's own engine after every so many steps."""
     from pretrain.engine import Engine
 
-    step, saved = Engine.step, []
+    one_step, saved = Engine.step, []
 
-    def saving(self, number, total):
-        result = step(self, number, total)
-        if (number + 1) % every == 0:
+    def saving(self: Engine, step: int, total_steps: int) -> tuple[float, float]:
+        result = one_step(self, step, total_steps)
+        if (step + 1) % every == 0:
             started = time.perf_counter()
-            self.deepspeed.save_checkpoint(str(folder), tag=f"step{number + 1}")
+            self.deepspeed.save_checkpoint(str(folder), tag=f"step{step + 1}")
             saved.append(time.perf_counter() - started)
         return result
 

@@ -141,13 +141,13 @@ def huggingface_batches(folder: Path) -> Callable:
 
 def webdataset_batches(folder: Path) -> Callable:
     """Return an iterator of padded batches of a webdataset with one cell a member."""
-    import webdataset
+    from webdataset.compat import WebDataset
 
     names = sorted(str(p) for p in folder.glob("*.tar"))
 
     def batches():
         held = []
-        for sample in webdataset.WebDataset(names, shardshuffle=False, empty_check=False):
+        for sample in WebDataset(names, shardshuffle=False, empty_check=False):
             held.append(np.load(io.BytesIO(sample["npy"])))
             if len(held) == _BATCH_CELLS:
                 yield padded(held)

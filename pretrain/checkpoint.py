@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,10 @@ def newest(run: Path, set_aside: bool = False) -> Checkpoint | None:
         if problem is None:
             if set_aside:
                 for path in torn:
-                    path.rename(path.with_name(f"torn-{path.name}"))
+                    aside = path.with_name(f"torn-{path.name}")
+                    # The same step may have been torn before.
+                    shutil.rmtree(aside, ignore_errors=True)
+                    path.rename(aside)
             return open_checkpoint(folder)
         logger.warning("checkpoint %s is skipped: %s", folder, problem)
         torn.append(folder)
@@ -110,6 +114,8 @@ def damage(folder: Path) -> str | None:
         return f"{_RECORD} has another SHA-256 than recorded"
     if record["format"] != CHECKPOINT_FORMAT:
         return f"format {record['format']!r}, this version reads {CHECKPOINT_FORMAT}"
+    if folder.name != folder_name(record["step"]):
+        return f"{_RECORD} is that of step {record['step']}"
     for file in record["files"]:
         path = folder / file["name"]
         if not path.exists():

@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed
 from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import PrefixStore
 
 from pretrain.ds_config import DEEPSPEED_VERSION
 
@@ -110,12 +111,14 @@ STORE_ERRORS = (RuntimeError, OSError)
 _STORE_TIMEOUT = timedelta(seconds=60)
 
 
-def open_store(prefix: str) -> torch.distributed.PrefixStore:
+def open_store(prefix: str) -> PrefixStore:
     """Return a new connection to the key-value store that the ranks met in."""
     # Not the training's: that may be waiting in it.
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = torch.distributed.TCPStore(address, port, is_master=False, timeout=_STORE_TIMEOUT)
-    return torch.distributed.PrefixStore(prefix, store)
+    store = torch.distributed.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        address, port, is_master=False, timeout=_STORE_TIMEOUT
+    )
+    return PrefixStore(prefix, store)
 
 
 def is_from_a_collective(error: BaseException) -> bool:

@@ -104,7 +104,7 @@ def _name(shards: ShardSet, cell: int) -> str:
     """Return a cell's number and its id in the shards."""
     extents = shards.extents("train")
     owner = next(e for e in extents if e.first_cell <= cell < e.first_cell + e.num_cells)
-    block, place = owner.locate(np.int64(cell))
+    block, place = owner.locate(np.array(cell))
     return f"{cell} = {shards.read_block(int(block)).batch.column('cell_id')[int(place)].as_py()}"
 
 
@@ -130,4 +130,4 @@ def _dump(path: Path, data: RankStep, rows: list[np.ndarray], losses: list[torch
             f"micro{number}/label": micro.labels.numpy()[hidden],
             f"micro{number}/loss": loss.cpu().numpy()[hidden],
         }
-    np.savez(path, **arrays)
+    np.savez(path, **arrays)  # type: ignore[arg-type]

@@ -98,12 +98,13 @@ def mask_rows(
         its rank over the cell's length. What is behind the last gets 0, `NO_LABEL`, 0. M must
         hold ``masks.most(L)`` for every row: not checked.
     """
-    return _mask_rows(
+    found = _mask_rows(
         tokens, offsets, cells.view(np.uint64), pad_token, masks.place_key, masks.action_key,
         masks.gene_key, masks.probability, masks.mask_share, masks.mask_share + masks.random_share,
         masks.mask_token, masks.first_gene, masks.num_genes, int(masks.framed),
         inputs, real, places, labels, relative_ranks,
     )  # fmt: skip
+    return int(found)
 
 
 @numba.njit(inline="always")

@@ -98,7 +98,10 @@ class RunLog:
 
         self._path = run / METRICS_NAME
         kept = read_metrics(run, resumed_step)
-        self._path.write_text("".join(json.dumps(m) + "\n" for m in kept))
+        # Aside: whoever is killed here has lost nothing.
+        aside = self._path.with_suffix(".partial")
+        aside.write_text("".join(json.dumps(m) + "\n" for m in kept))
+        aside.replace(self._path)
         self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:

@@ -244,6 +244,13 @@ def remove_partial(run: Path) -> None:
     (run / "checkpoints" / _LATEST_PARTIAL).unlink(missing_ok=True)
 
 
+def finish_interrupted(run: Path, newest: str, config: CheckpointConfig) -> None:
+    """Bring the checkpoints of a run in order that ended at any moment; `newest` is complete."""
+    remove_partial(run)
+    _point_latest(run / "checkpoints", newest)
+    _remove_old(run / "checkpoints", config)
+
+
 def _point_latest(root: Path, name: str) -> None:
     aside = root / _LATEST_PARTIAL
     aside.write_text(name + "\n")

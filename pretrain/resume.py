@@ -11,7 +11,7 @@ from data_prep.shards import ShardSet
 from pretrain import checkpoint, dist
 from pretrain.config import RunConfig
 from pretrain.dist import Ranks
-from pretrain.publish import remove_partial
+from pretrain.publish import finish_interrupted
 from pretrain.warm_start import require_same_start
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def _find_start(
     }
     require_same_start(last.record, config.model, allow_changes)
     checkpoint.require_same(last.record, now, allow_changes)
-    remove_partial(out)
+    finish_interrupted(out, last.folder.name, config.checkpoint)
     if last.step >= steps:
         logger.warning("%s: all %d steps are done; nothing to do", out, steps)
     return last

@@ -14,10 +14,13 @@ import numpy as np
 
 from pretrain import checkpoint
 from pretrain.config import RunConfig
+from pretrain.ds_config import DEEPSPEED_CONFIG_FOLDER
 from pretrain.metrics import read_metrics
 from pretrain.zero_state import KINDS
 
 _ROOT = Path(__file__).resolve().parent.parent
+# Only the slow tests take these too.
+OFFLOAD = tuple(sorted(p.stem for p in DEEPSPEED_CONFIG_FOLDER.glob("*offload*.json")))
 # Of one start of a run on a machine that does a lot beside it.
 LIMIT_S = 180
 

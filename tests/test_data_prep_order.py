@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from data_prep.order import EpochPlan, share
 from data_prep.shards import BucketExtent, ShardSet
 from data_prep.shuffle import label_mixing, read_amplification
+from launch.cli import build_app
 from pretrain.data import BlockCache
 from tests.synthetic import make_large_manifest, make_shards
 
@@ -125,6 +127,18 @@ def test_labels_are_mixed_as_in_a_permutation(many_shards):
     # The measure can fail: cells in the order of their type are not mixed at all.
     with pytest.raises(ValueError, match="--label nothing: .* they have"):
         label_mixing(shards, EpochPlan(shards, "train", 0, 2048), "nothing")
+
+
+def test_inspect_prints_the_measures(many_shards):
+    arguments = ["inspect", str(many_shards), "--shuffle", "--label", "donor"]
+    done = CliRunner().invoke(build_app("inspect"), [*arguments, "--tokens-per-step", "1024"])
+    assert done.exit_code == 0, done.output
+    plan = EpochPlan(ShardSet(many_shards), "train", 0, 1024)
+    assert f"{plan.num_cells:,} cells, {plan.steps_per_epoch:,} steps" in done.output
+    mixing = label_mixing(ShardSet(many_shards), plan, "donor")
+    assert f"label entropy in batches: {mixing.ratio:.4f} of a random permutation" in done.output
+    amplification = read_amplification(ShardSet(many_shards), plan, 2)
+    assert f"  2: {amplification:.3f}  " in done.output
 
 
 def test_sorted_cells_are_found_out(many_shards):

@@ -1,218 +1,269 @@
-"""Power cuts, signals, another world size, torn checkpoints: the run goes on as if nothing was."""
+"""Power cuts and signals: the real command, killed at random moments, loses and repeats nothing."""
 
-import json
-import os
+from __future__ import annotations
+
+import contextlib
+import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
+from data_prep.hashing import mix64
+from data_prep.order import EpochPlan
+from data_prep.shards import ShardSet
+from launch.local import rank_processes
 from pretrain import checkpoint
+from pretrain.config import RunConfig
 from tests.ranks import run_ranks
-from tests.runs import run_training, tiny_config
+from tests.runs import (
+    LIMIT_S,
+    console,
+    last_step,
+    metrics,
+    require_same_state,
+    run_training,
+    start_command,
+    tiny_config,
+    wait_until,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-_LIMIT_S = 90
+_EPOCHS = 2
+# When a start is killed: while it starts or resumes, while it trains, while it writes a checkpoint.
+_MOMENTS = ("starting", "training", "writing")
+_SHARES = (0.2, 0.3, 0.5)
+_STARTING_S = 6.0
+# Never killed on purpose: a busy machine lets a run get on while we look away.
+_LAST_STEPS = 30
 
 
-def wait_until(condition, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + _LIMIT_S
-    while not condition():
-        assert process.poll() is None, "the run ended by itself"
-        assert time.monotonic() < deadline, "the run does not get on"
-        time.sleep(0.02)
-
-
-def start_command(config, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
-    """Start ``geneloom [launch local --ranks N] pretrain`` as a user would."""
-    path = config.run.out.parent / f"{config.run.out.name}.yaml"
-    path.write_text(config.to_yaml())
-    command = [sys.executable, "-m", "launch.cli", *launcher, "pretrain", "--config", str(path)]
-    code = "import sys; from launch.cli import main; sys.argv[0] = 'geneloom'; main()"
-    command = [sys.executable, "-c", code, *command[3:], *arguments]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+def _config(shards: Path, out: Path, deepspeed: str) -> RunConfig:
+    """Return a run of two whole epochs; the model is wide, so that writing it takes a while."""
+    return tiny_config(
+        shards, out, data__num_workers=1, model__num_layers=1, model__hidden_size=256,
+        model__intermediate_size=256, model__hidden_dropout=0.1, batch__tokens_per_step=384,
+        batch__tokens_per_micro_batch=192, run__max_steps=None, run__epochs=_EPOCHS,
+        run__deepspeed=deepspeed, run__heartbeat_s=8, evaluation__every_steps=20,
+        checkpoint__every_steps=3,
     )  # fmt: skip
 
 
-def final_weights(run: Path) -> dict[str, np.ndarray]:
-    last = checkpoint.newest(run)
+@pytest.mark.parametrize(
+    ("ranks", "deepspeed", "kills"),
+    [
+        (1, "zero1", 3),
+        (2, "zero2", 3),
+        pytest.param(1, "zero0", 20, marks=pytest.mark.slow),
+        pytest.param(2, "zero3", 20, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_again_and_again_is_bit_exact(ranks, deepspeed, kills, shards, tmp_path):
+    """Weights, moments, losses and cells are those of the run that nobody disturbed."""
+    whole = _config(shards, tmp_path / "whole", deepspeed)
+    run_ranks(ranks, run_training, whole)
+    cut = _config(shards, tmp_path / "cut", deepspeed)
+    seed = time.time_ns() % 2**32
+    print(f"seed {seed}")
+    _kill_again_and_again(cut, ranks, kills, np.random.default_rng(seed))
+    process = _go_on(cut, ranks)
+    assert process.wait(LIMIT_S) == 0, console(cut)
+
+    require_same_state(cut.run.out, whole.run.out)
+    _require_same_metrics(cut.run.out, whole.run.out)
+    _require_every_cell_in_every_epoch(cut)
+    assert _names(cut.run.out / "checkpoints") == _names(whole.run.out / "checkpoints")
+    latest = cut.run.out / "checkpoints" / "latest"
+    assert latest.read_text() == (whole.run.out / "checkpoints" / "latest").read_text()
+
+
+def _kill_again_and_again(
+    config: RunConfig, ranks: int, kills: int, rng: np.random.Generator
+) -> None:
+    """Kill starts of a run: so many, and more until one was writing a checkpoint."""
+    plan = EpochPlan(
+        ShardSet(config.data.shards), "train", config.run.seed, config.batch.tokens_per_step
+    )
+    total = _EPOCHS * plan.steps_per_epoch
+    done = hits = 0
+    while done < kills or not hits:
+        assert done < kills + 10, "no kill came while a checkpoint was written"
+        # What is left of the run has to do for the kills that are left.
+        steps_left = total - _LAST_STEPS - _saved_step(config.run.out)
+        most = max(1, steps_left // max(1, kills + 1 - done))
+        # "starting" needs luck to hit anything: not in the first two.
+        moment = ("writing", "training")[done] if done < 2 else str(rng.choice(_MOMENTS, p=_SHARES))
+        before = _partial_folders(config.run.out)
+        process = _go_on(config, ranks)
+        of_ranks, others = _wait_for_moment(moment, process, config, ranks, most, before, rng)
+        # Of a launched run: one rank, and the others end by themselves; or all processes.
+        # With three kills both happen.
+        alone = len(of_ranks) == ranks > 1 and (done == 1 or (done > 1 and rng.random() < 0.5))
+        _kill([of_ranks[int(rng.integers(ranks))]] if alone else of_ranks + others)
+        _wait_for_the_end(process, config, alone)
+        hit = bool(_partial_folders(config.run.out) - before)
+        who = "one rank" if alone else "all"
+        print(f"killed while {moment}: {who}, {last_step(config.run.out)} steps, writing: {hit}")
+        done, hits = done + 1, hits + hit
+
+
+def _go_on(config: RunConfig, ranks: int) -> subprocess.Popen:
+    if _saved_step(config.run.out):
+        return start_command(config, "--resume", ranks=ranks)
+    # Nothing was saved yet: what the command asks a user to do.
+    shutil.rmtree(config.run.out, ignore_errors=True)
+    return start_command(config, ranks=ranks)
+
+
+def _wait_for_moment(
+    moment: str,
+    process: subprocess.Popen,
+    config: RunConfig,
+    ranks: int,
+    most: int,
+    before: set[Path],
+    rng: np.random.Generator,
+) -> tuple[list[psutil.Process], list[psutil.Process]]:
+    """Return the ranks and the other processes of a start when it is time to kill it.
+
+    Parameters
+    ----------
+    most
+        Steps that it may get on.
+    before
+        What was left of checkpoints when it started.
+    """
+    run, started, saved = config.run.out, time.time(), _saved_step(config.run.out)
+    if moment == "starting":
+        until = time.monotonic() + rng.uniform(0, _STARTING_S)
+        wait_until(lambda: time.monotonic() > until, process)
+        return _processes(process, ranks)
+
+    def steps_of_this_start() -> int:
+        records = metrics(run, "train")
+        return records[-1]["step"] if records and records[-1]["time"] > started else 0
+
+    def writes_after(step: int) -> bool:
+        return any(int(p.name.split(".")[1][5:]) > step for p in _partial_folders(run) - before)
+
+    assert wait_until(lambda: steps_of_this_start() > 0, process), console(config)
+    # Now, for it takes as long as writing a checkpoint does.
+    processes = _processes(process, ranks)
+    if moment == "training":
+        target = saved + int(rng.integers(1, most + 1))
+        in_time = wait_until(lambda: steps_of_this_start() >= target, process)
+        time.sleep(float(rng.uniform(0, 0.1)))
+    else:
+        target = saved + int(rng.integers(0, most + 1))
+        in_time = wait_until(lambda: writes_after(target), process)
+    assert in_time, f"the run has ended, too early to be killed:\n{console(config)}"
+    return processes
+
+
+def _processes(
+    process: subprocess.Popen, ranks: int
+) -> tuple[list[psutil.Process], list[psutil.Process]]:
+    """Return the ranks of a started command, and what else it runs."""
+    try:
+        root = psutil.Process(process.pid)
+        of_ranks = rank_processes(process.pid, "pretrain") if ranks > 1 else [root]
+        return of_ranks, [p for p in (root, *root.children(recursive=True)) if p not in of_ranks]
+    except psutil.NoSuchProcess:
+        return [], []
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _wait_for_the_end(process: subprocess.Popen, config: RunConfig, alone: bool) -> None:
+    """Return when no process of a run is left; if all were killed, kill one just started too."""
+    deadline = time.monotonic() + LIMIT_S
+    assert process.wait(LIMIT_S) != 0, console(config)
+    name = str(config.run.out)
+    while left := [
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if any(name in word for word in p.info["cmdline"] or [])
+    ]:
+        assert time.monotonic() < deadline, f"still running: {left}"
+        if not alone:
+            _kill(left)
+        time.sleep(0.05)
+
+
+def _partial_folders(run: Path) -> set[Path]:
+    return set((run / "checkpoints").glob(".step-*.partial"))
+
+
+def _saved_step(run: Path) -> int:
+    steps = [int(p.name.removeprefix("step-")) for p in (run / "checkpoints").glob("step-*")]
+    return max(steps, default=0)
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+def _require_same_metrics(run: Path, other: Path) -> None:
+    """Assert that two runs logged every step once, with the same numbers where time is no part."""
+    numbers = ("step", "loss", "masked_accuracy", "grad_norm", "learning_rate", "cells_seen",
+               "cells_digest")  # fmt: skip
+    for kind, fields in (("train", numbers), ("heldout", ("step", "loss"))):
+        mine, theirs = metrics(run, kind), metrics(other, kind)
+        assert [{k: m[k] for k in fields} for m in mine] == [
+            {k: m[k] for k in fields} for m in theirs
+        ]
+    steps = [m["step"] for m in metrics(run, "train")]
+    assert steps == list(range(1, len(steps) + 1))
+    saved = [m["step"] for m in metrics(run, "checkpoint")]
+    assert len(saved) == len(set(saved))
+
+
+def _require_every_cell_in_every_epoch(config: RunConfig) -> None:
+    """Assert that each step served the cells that belong to it, and each epoch the whole corpus."""
+    shards = ShardSet(config.data.shards)
+    corpus = np.concatenate(
+        [np.arange(e.first_cell, e.first_cell + e.num_cells) for e in shards.extents("train")]
+    )
+    plan = EpochPlan(shards, "train", config.run.seed, config.batch.tokens_per_step)
+    steps = [plan.cells(plan.step(s)) for s in range(_EPOCHS * plan.steps_per_epoch)]
+    for epoch in range(_EPOCHS):
+        of_epoch = steps[epoch * plan.steps_per_epoch : (epoch + 1) * plan.steps_per_epoch]
+        np.testing.assert_array_equal(np.sort(np.concatenate(of_epoch)), np.sort(corpus))
+
+    seen = digest = 0
+    records = metrics(config.run.out, "train")
+    for cells, record in zip(steps, records, strict=True):
+        assert record["cells_seen"] - seen == len(cells), f"step {record['step']}"
+        running = int(record["cells_digest"], 16)
+        assert (running - digest) % 2**64 == _digest(cells), f"step {record['step']}"
+        seen, digest = record["cells_seen"], running
+
+    last = checkpoint.newest(config.run.out)
     assert last is not None
-    reader = last.reader()
-    return {n: reader.read("weight", n, 0, reader.numel(n)).numpy() for n in reader.names}
+    assert last.record["cells_seen"] == _EPOCHS * len(corpus)
+    assert last.record["cells_digest"] == f"{_EPOCHS * _digest(corpus) % 2**64:016x}"
+    assert last.record["cells_quarantined"] == 0
 
 
-def test_kill_9_and_resume_is_bit_exact(shards, tmp_path):
-    settings = {"run__max_steps": 150, "checkpoint__every_steps": 7, "model__hidden_dropout": 0.1}
-    whole = tiny_config(shards, tmp_path / "whole", **settings)
-    _, weights = run_ranks(1, run_training, whole)[0]
-
-    cut = tiny_config(shards, tmp_path / "cut", **settings)
-    rng = np.random.default_rng(int(time.time()))
-    kills = []
-    for attempt in range(3):
-        arguments = ["--resume"] if checkpoint_exists(cut.run.out) else []
-        process = start_command(cut, *arguments)
-        saved = len(kills) and kills[-1]
-        target = int(saved) + int(rng.integers(8, 16))
-        wait_until(lambda at=target: last_step(cut.run.out) >= at, process)
-        time.sleep(float(rng.uniform(0, 0.2)))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills.append(last_step(cut.run.out))
-        assert kills[-1] < 150, f"attempt {attempt} came too late: {kills}"
-    process = start_command(cut, "--resume")
-    output, _ = process.communicate(timeout=_LIMIT_S)
-    assert process.returncode == 0, output
-    for name, weight in weights.items():
-        np.testing.assert_array_equal(final_weights(cut.run.out)[name], weight, err_msg=name)
-    steps = [m["step"] for m in metrics(cut.run.out, "train")]
-    assert steps == list(range(1, 151)), f"each step is logged once after kills at {kills}"
-    losses = [m["loss"] for m in metrics(cut.run.out, "train")]
-    assert losses == [m["loss"] for m in metrics(whole.run.out, "train")]
-
-
-def metrics(run: Path, kind: str) -> list[dict]:
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    records = []
-    for line in lines:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # the line that was being written
-    return [r for r in records if r["kind"] == kind]
-
-
-def last_step(run: Path) -> int:
-    records = metrics(run, "train")
-    return records[-1]["step"] if records else 0
-
-
-def checkpoint_exists(run: Path) -> bool:
-    return (run / "checkpoints" / "latest").exists()
+def _digest(cells: np.ndarray) -> int:
+    return int(mix64(cells).sum(dtype=np.uint64))
 
 
 def test_signal_through_the_launcher_saves_and_exits_75(shards, tmp_path):
-    config = tiny_config(shards, tmp_path / "run", run__max_steps=2000, run__epochs=500)
-    process = start_command(config, launcher=("launch", "local", "--ranks", "2"))
-    wait_until(lambda: last_step(config.run.out) >= 3, process)
+    config = tiny_config(shards, tmp_path / "run", run__max_steps=20000, run__epochs=5000)
+    process = start_command(config, ranks=2)
+    assert wait_until(lambda: last_step(config.run.out) >= 3, process), console(config)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=_LIMIT_S)
-    assert process.returncode == 75, output
+    assert process.wait(LIMIT_S) == 75, console(config)
     last = checkpoint.newest(config.run.out)
     assert last is not None
     assert last.step == last_step(config.run.out)
-    assert "continue with --resume" in output
+    assert "continue with --resume" in console(config)
     assert (config.run.out / "checkpoints" / "latest").read_text().strip() == last.folder.name
-
-
-@pytest.mark.parametrize(
-    ("ranks", "stages"), [((2, 1), (1, 1)), ((1, 2), (3, 3)), ((2, 2), (0, 2))]
-)
-def test_resume_at_another_world_size_or_stage(ranks, stages, shards, tmp_path):
-    whole = tiny_config(shards, tmp_path / "whole", run__deepspeed="zero1")
-    reference, _ = run_ranks(1, run_training, whole)[0]
-    out = tmp_path / "run"
-    first = tiny_config(shards, out, run__deepspeed=f"zero{stages[0]}", checkpoint__keep=5)
-    run_ranks(ranks[0], run_training, first)
-    for file in (out / "checkpoints" / "step-00000010").iterdir():
-        file.unlink()
-    second = tiny_config(shards, out, run__deepspeed=f"zero{stages[1]}", checkpoint__keep=5)
-    resumed, _ = run_ranks(ranks[1], run_training, second, True)[0]
-    assert resumed.first_step == 5
-    np.testing.assert_allclose(resumed.losses, reference.losses[5:], rtol=1e-5)
-
-
-@pytest.fixture(scope="module")
-def finished(shards, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("finished") / "run"
-    run_ranks(1, run_training, tiny_config(shards, out))
-    return out
-
-
-def copied(run: Path, to: Path) -> Path:
-    import shutil
-
-    return Path(shutil.copytree(run, to / "run"))
-
-
-def _truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def _flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [(_truncate, "bytes instead of"), (_flip, "another SHA-256"), (Path.unlink, "is missing")],
-)
-def test_torn_checkpoint_is_skipped_loudly(damage, reason, finished, tmp_path, caplog):
-    run = copied(finished, tmp_path)
-    damage(run / "checkpoints" / "step-00000010" / "rank-00000.safetensors")
-    last = checkpoint.newest(run)
-    assert last is not None
-    assert last.step == 5
-    assert "step-00000010 is skipped" in caplog.text
-    assert reason in caplog.text
-    record = run / "checkpoints" / "step-00000005" / "checkpoint.json"
-    record.write_text(record.read_text().replace('"step": 5', '"step": 6'))
-    with pytest.raises(ValueError, match="none of 2 checkpoints is complete"):
-        checkpoint.newest(run)
-
-
-def test_torn_checkpoints_do_not_crowd_out_good_ones(shards, finished, tmp_path):
-    run = copied(finished, tmp_path)
-    _flip(run / "checkpoints" / "step-00000010" / "rank-00000.safetensors")
-    config = tiny_config(shards, run, checkpoint__every_steps=1, checkpoint__keep=2)
-    run_ranks(1, run_training, config, True)
-    names = sorted(p.name for p in (run / "checkpoints").iterdir())
-    assert names == ["latest", "step-00000009", "step-00000010", "torn-step-00000010"]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"optim__learning_rate": 1e-3, "model__num_layers": 3},
-            "resume: the recipe changed: model.num_layers: 2 -> 3; optim.learning_rate: 0.005 -> "
-            "0.001; .*--allow-changes",
-        ),
-        (
-            {"batch__tokens_per_step": 2048},
-            "resume: the recipe changed: batch.tokens_per_step: 1024 -> 2048",
-        ),
-    ],
-)
-def test_changed_recipe_is_refused_by_name(change, message, shards, finished, tmp_path):
-    run = copied(finished, tmp_path)
-    config = tiny_config(shards, run, **change)
-    with pytest.raises(AssertionError, match=f"ValueError: {message}"):
-        run_ranks(1, run_training, config, True)
-
-
-def test_other_shards_are_refused(shards, finished, tmp_path):
-    from tests.synthetic import make_shards
-
-    run = copied(finished, tmp_path)
-    other = make_shards(tmp_path, seed=9)
-    with pytest.raises(AssertionError, match="checkpoint was trained on vocabulary"):
-        run_ranks(1, run_training, tiny_config(other, run), True)
-
-
-def test_run_folder_is_not_overwritten_nor_invented(shards, finished, tmp_path):
-    with pytest.raises(AssertionError, match="add --resume"):
-        run_ranks(1, run_training, tiny_config(shards, finished))
-    with pytest.raises(AssertionError, match="there is no checkpoint"):
-        run_ranks(1, run_training, tiny_config(shards, tmp_path / "new"), True)
-    assert not (tmp_path / "new").exists()

@@ -49,7 +49,10 @@ def user_folder(tmp_path: Path) -> Path:
 def test_commands_run_as_written(user_folder):
     if not (BIN / "geneloom").exists():
         pytest.skip(f"the console command is not installed beside {sys.executable}")
-    sections = ("Your own cells", "A large corpus", "Several ranks, stopping, resuming")
+    sections = (
+        "Your own cells", "A large corpus", "Several ranks, stopping, resuming",
+        "Going on from published weights",
+    )  # fmt: skip
     blocks = [block for section in sections for block in commands(section)]
     assert len(blocks) == 4
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
@@ -62,7 +65,7 @@ def test_commands_run_as_written(user_folder):
         assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
     for made in ("shards/manifest.json", "corpus/manifest.json", "corpus.html",
                  "model/model.safetensors", "embedded.h5ad", "scores/results.json",
-                 "runs/two/checkpoints/latest"):  # fmt: skip
+                 "runs/two/checkpoints/step-00000280", "runs/more/init.json"):  # fmt: skip
         assert (user_folder / made).exists(), made
 
 
@@ -73,5 +76,15 @@ def test_links_lead_somewhere():
 
 
 def test_tests_named_in_the_readme_exist():
-    for name in re.findall(r"`(test_\w+\.py)`", (ROOT / "README.md").read_text()):
-        assert (ROOT / "tests" / name).exists(), name
+    for document in ("README.md", "CONTRIBUTING.md", "docs/reliability.md"):
+        for name in re.findall(r"`(test_\w+\.py)`", (ROOT / document).read_text()):
+            assert (ROOT / "tests" / name).exists(), f"{document}: {name}"
+
+
+def test_tests_named_in_the_promises_exist():
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    named = re.findall(r"`(test_\w+)\.py`(?:: |, )`(test_\w+)`", text)
+    assert len(named) > 20
+    for module, function in named:
+        code = (ROOT / "tests" / f"{module}.py").read_text()
+        assert f"def {function}(" in code, f"{module}.{function}"
