@@ -8,6 +8,7 @@ machine share one copy without a lock.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -24,7 +25,7 @@ from data_prep.members import OpenFiles, is_intact
 from data_prep.shards import MANIFEST_NAME, fingerprint, parse_manifest
 
 # A server that sends nothing for this long is taken for dead; a whole file may take any time.
-_SILENCE_S = 60
+_SILENCE_S = 20
 _RANGE_BEHIND_END = 416
 # Too slow, too many requests: like 5xx, it may be better in a moment.
 _BUSY = (408, 429)
@@ -109,11 +110,10 @@ async def _http_client(**settings) -> aiohttp.ClientSession:
 
 
 def _may_pass(error: Exception) -> bool:
+    """Is trying again worth it? Every file system has errors of its own: all that are not known."""
     if isinstance(error, aiohttp.ClientResponseError):
         return error.status >= 500 or error.status in _BUSY
-    if isinstance(error, aiohttp.ClientError):
-        return not isinstance(error, aiohttp.InvalidURL)
-    return isinstance(error, OSError) and not isinstance(error, _LASTING)
+    return not isinstance(error, (*_LASTING, aiohttp.InvalidURL, ValueError, ImportError))
 
 
 class ShardCache:
@@ -197,20 +197,17 @@ class ShardCache:
         except OSError:
             descriptor = None
         if descriptor is not None:
-            payload = os.pread(descriptor.number, size, offset)
+            # A disk that cannot be read is a copy without this member.
+            with contextlib.suppress(OSError):
+                payload = os.pread(descriptor.number, size, offset)
+                if is_intact(payload, size, crc32):
+                    return payload
+        for _ in range(2):  # a wrong answer is asked for once more
+            first_byte, fetched = self._fetch(tar, offset, size)
+            payload = fetched[offset - first_byte : offset - first_byte + size]
             if is_intact(payload, size, crc32):
-                return payload
-        try:
-            fetched = self._remote.read(tar, offset, offset + size)
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"{self.address(tar)}: shard is missing; copy or prepare it again"
-            ) from error
-        first_byte, payload = offset, fetched
-        if len(fetched) > size:
-            self._warn_of_ranges()
-            first_byte, payload = 0, fetched[offset : offset + size]
-        if not is_intact(payload, size, crc32):
+                break
+        else:
             return None
         if descriptor is not None and self._writes:
             self._write(descriptor.number, fetched, first_byte)
@@ -244,6 +241,19 @@ class ShardCache:
                 "every time", self.folder, error, self._remote.url,
             )  # fmt: skip
         self._writes = False
+
+    def _fetch(self, tar: str, offset: int, size: int) -> tuple[int, bytes]:
+        """Return bytes of a tar that hold a member, and where they begin."""
+        try:
+            fetched = self._remote.read(tar, offset, offset + size)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{self.address(tar)}: shard is missing; copy or prepare it again"
+            ) from error
+        if len(fetched) > size:
+            self._warn_of_ranges()
+            return 0, fetched
+        return offset, fetched
 
     def _warn_of_ranges(self) -> None:
         if not self._has_warned_of_ranges:

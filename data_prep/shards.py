@@ -50,7 +50,8 @@ SPLITS = ("train", "heldout")
 _PARTIAL = ".partial"
 _TAR_BLOCK = 512
 _PLACE = ("offset", "bytes", "crc32")
-# 32 seconds in all: shorter than the patience of ranks that wait in a collective.
+# 32 seconds in all, and at most 20 s of silence before each: less than the 600 s that ranks wait
+# in a collective.
 RETRY_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 INDEX_SCHEMA = pa.schema(

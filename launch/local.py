@@ -125,12 +125,9 @@ def rank_processes(launcher_pid: int, module: str) -> list[psutil.Process]:
     for process in psutil.Process(launcher_pid).children(recursive=True):
         try:
             words = process.cmdline()
-            parent = process.parent()
-            # A rank's loader workers carry the same command line; their parent is the rank.
-            of_rank = parent is not None and ["-m", module] in _pairs(parent.cmdline())
         except psutil.NoSuchProcess:
             continue
-        if ["-m", module] in _pairs(words) and not of_rank:
+        if ["-m", module] in _pairs(words):
             found.append(process)
     return found
 

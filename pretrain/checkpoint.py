@@ -81,7 +81,7 @@ def newest(run: Path, set_aside: bool = False) -> Checkpoint | None:
         There are checkpoints, but none is complete: training from scratch would hide the loss.
     """
     folders = sorted((run / "checkpoints").glob("step-*"), reverse=True)
-    torn: list[Path] = []
+    torn: dict[Path, str] = {}
     for folder in folders:
         problem = damage(folder)
         if problem is None:
@@ -93,11 +93,11 @@ def newest(run: Path, set_aside: bool = False) -> Checkpoint | None:
                     path.rename(aside)
             return open_checkpoint(folder)
         logger.warning("checkpoint %s is skipped: %s", folder, problem)
-        torn.append(folder)
+        torn[folder] = problem
     if folders:
         raise ValueError(
             f"{run / 'checkpoints'}: none of {len(folders)} checkpoints is complete "
-            f"(newest: {damage(folders[0])}); restore one from a backup, or start a new run folder"
+            f"(newest: {torn[folders[0]]}); restore one from a backup, or start a new run folder"
         )
     return None
 

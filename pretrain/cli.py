@@ -50,8 +50,8 @@ def print_plan(config: RunConfig, resume: bool = False) -> None:
 
     `resume`: its weights are a checkpoint's, whatever ``model.init_from`` says.
     """
+    from data_prep.order import EpochPlan
     from data_prep.shards import ShardSet
-    from pretrain.data import EpochPlan
     from pretrain.ds_config import derive_ds_config, zero_stage
     from pretrain.model import build_model
     from pretrain.optim import require_reachable_peak

@@ -91,6 +91,8 @@ class Engine:
         Its gradients are exact zeros, so the first step is what it would be without.
         """
         try:
+            # Torch would make the moments in the first step: they must fit as well.
+            zero_state.ensure_moments(self.deepspeed, self.stage)
             losses, _ = self.deepspeed(*to_device(heaviest, self._ranks.device))
             self.deepspeed.backward(losses.sum(), scale_wrt_gas=False)
         except torch.OutOfMemoryError as error:

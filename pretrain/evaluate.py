@@ -65,6 +65,8 @@ class HeldoutEvaluation:
         self.baselines = self._score_baselines(
             RankBaselines(shards, config.evaluation.baseline_cells, quarantine)
         )
+        if next(iter(self.baselines.values()))["genes"] == 0:
+            raise ValueError(f"{shards.name}: no held-out cell can be read; copy the shards again")
 
     def _batches(self) -> Iterator[tuple[int, MicroBatch]]:
         """Yield (number of the bucket, micro-batch of this rank)."""

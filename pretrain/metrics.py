@@ -84,7 +84,7 @@ class Meter:
 
 def peak_memory_gib() -> float:
     """Return the peak memory of this process: on the GPU if there is one, else resident."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
@@ -105,7 +105,7 @@ class RunLog:
         self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Append one record (`kind`: train or heldout) to metrics.jsonl and TensorBoard.
+        """Append one record to metrics.jsonl and TensorBoard; kinds: train, heldout, checkpoint.
 
         A list or dict of numbers is one scalar per element there: ``heldout/loss_by_bucket/0512``,
         ``heldout/loss_by_rank_decile/1``.
@@ -144,7 +144,10 @@ def _scalars(name: str, value: Any) -> Iterator[tuple[str, float]]:
 
 
 def read_metrics(run: Path, last_step: int | None = None) -> list[dict[str, Any]]:
-    """Return the records of a run up to a step, in order; a torn last line is left out."""
+    """Return the records of a run up to a step, as written; a torn last line is left out.
+
+    The steps of each kind are in order; a checkpoint's record comes when it is finished.
+    """
     path = run / METRICS_NAME
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:

@@ -15,6 +15,7 @@ import logging
 import shutil
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,9 +51,6 @@ class Publisher:
     ----------
     run
         Run folder, shared by all ranks.
-    nonce
-        The same on all ranks of this start of the run: nobody writes into what an earlier start
-        left behind.
     num_parameters
         Of the model, over all ranks.
     timeout_s
@@ -69,12 +67,14 @@ class Publisher:
         run: Path,
         ranks: Ranks,
         config: CheckpointConfig,
-        nonce: str,
         num_parameters: int,
         timeout_s: float,
     ) -> None:
         self._root = run / "checkpoints"
-        self._ranks, self._config, self._nonce = ranks, config, nonce
+        self._ranks, self._config = ranks, config
+        # The same on all ranks of this start of the run: nobody writes into what an earlier start
+        # left behind.
+        self._nonce = dist.first_rank_says(uuid.uuid4().hex[:8])
         self._fragment_bytes, self._timeout_s = num_parameters * BYTES_PER_PARAMETER, timeout_s
         lack = dist.first_rank_says(self._lack_of_space())
         if lack:
@@ -108,7 +108,7 @@ class Publisher:
             On all ranks: the one before could not be written, or there is no room for this one.
         """
         started = time.perf_counter()
-        self._wait()
+        self._settle()
         self.stop_if_failed(self._lack_of_space() if self._ranks.is_first else "")
         self._snapshot.take(engine, stage, self._ranks.rank)
         blocked_s = time.perf_counter() - started
@@ -125,8 +125,16 @@ class Publisher:
         CheckpointFailed
             On all ranks: the last one could not be.
         """
-        self._wait()
+        self._settle()
         self.stop_if_failed()
+
+    def let_finish(self) -> None:
+        """Wait for what is being written, if this rank is alone: an error elsewhere ends the run.
+
+        With others nobody knows whether they still write.
+        """
+        if self._ranks.world_size == 1:
+            self._wait()
 
     def stop_if_failed(self, problem: str = "") -> None:
         """Raise on all ranks, with one text, if one of them has a problem. Called by all ranks.
@@ -162,6 +170,19 @@ class Publisher:
         if free >= needed:
             return ""
         return f"it needs {needed / 2**20:,.1f} MiB, {existing} has {free / 2**20:,.1f} MiB free"
+
+    def _settle(self) -> None:
+        """Return when no rank writes any more, or one has failed. Called by all ranks.
+
+        Not by joining first: a rank that could not even write its note would be waited for.
+        """
+        while True:
+            is_busy = self._thread is not None and self._thread.is_alive()
+            states = {"busy": int(is_busy), "failed": int(self.has_failed)}
+            counts = dist.count_over_ranks(states, self._ranks.device)
+            if counts["failed"] or not counts["busy"]:
+                return
+            time.sleep(_POLL_S)
 
     def _wait(self) -> None:
         if self._thread:

@@ -6,7 +6,6 @@ import logging
 import math
 import signal
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,14 +68,19 @@ class _StopRequest:
     """Remembers SIGTERM, SIGINT and SIGUSR1; the ranks agree on it in the next step."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self._name = ""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._ask)
 
     def _ask(self, number: int, _frame: object) -> None:
-        if not self.asked:
-            logger.warning("signal %s: stopping after this step", signal.Signals(number).name)
-        self.asked = True
+        # Not logged here: a signal can interrupt the writing of a log line, which must not nest.
+        self._name = self._name or signal.Signals(number).name
+
+    def was_asked(self) -> bool:
+        """Return whether a signal has come, and say so: it is asked once a step."""
+        if self._name:
+            logger.warning("signal %s: stopping after this step", self._name)
+        return bool(self._name)
 
     def close(self) -> None:
         """Ignore them from now on: asked again while it exits, a process would die of it."""
@@ -123,7 +127,11 @@ def train(config: RunConfig, resume: bool = False, allow_changes: bool = False) 
         # Reads shards and may refuse them: before anything is written.
         heldout = HeldoutEvaluation(shards, config, ranks)
         engine = Engine(config, ds_config, shards, ranks, last)
-        summary = _Run(config, shards, dataset, engine, heldout, ranks, steps, last).loop(stop)
+        run = _Run(config, shards, dataset, engine, heldout, ranks, steps, last)
+        try:
+            summary = run.loop(stop)
+        finally:
+            run.publisher.let_finish()
     stop.close()
     return summary
 
@@ -166,20 +174,16 @@ class _Run:
             self._summary.cells_digest = int(last.record["cells_digest"], 16)
             self._summary.cells_quarantined = last.record["cells_quarantined"]
         self._record = run_record(config, shards, ranks.world_size, engine.stage, engine.init)
-        self._publisher = Publisher(
-            config.run.out,
-            ranks,
-            config.checkpoint,
-            # Nobody writes into what an earlier start left behind.
-            dist.first_rank_says(uuid.uuid4().hex[:8]),
-            engine.num_parameters,
+        self.publisher = Publisher(
+            config.run.out, ranks, config.checkpoint, engine.num_parameters,
             config.run.collective_timeout_s,
-        )
+        )  # fmt: skip
         self._meter = Meter(ranks.world_size, steps)
-        self._history = heldout_history(read_metrics(config.run.out, first))
+        self._history: list[tuple[int, float]] = []
         self._log: RunLog | None = None
         if ranks.is_first:
             write_run_files(config, engine.ds_config, shards, engine.init)
+            self._history = heldout_history(read_metrics(config.run.out, first))
             self._log = RunLog(config.run.out, first)
 
     def loop(self, stop: _StopRequest) -> RunSummary:
@@ -195,7 +199,7 @@ class _Run:
             self._engine.dry_pass(self._dataset.heaviest_micro_batch())
         for step, data, wait_s in self._steps_with_waits():
             started = time.perf_counter()
-            counts = self._agree(data, stop.asked)
+            counts = self._agree(data, stop.was_asked())
             loss = self._engine.forward_backward(data, step, counts["masked"])
             self._require_finite(loss.loss, "loss", step, data, loss)
             rate, norm = self._engine.step(step, steps)
@@ -214,7 +218,7 @@ class _Run:
                 self._save(done)
             if summary.stopped:
                 break
-        self._publisher.close()
+        self.publisher.close()
         self._log_checkpoints()
         if summary.stopped:
             logger.info(
@@ -250,12 +254,12 @@ class _Run:
                 "digest": data.cells_digest,
                 "quarantined": data.quarantined,
                 "stop": int(stop_asked),
-                "failed": int(self._publisher.has_failed),
+                "failed": int(self.publisher.has_failed),
             },
             self._ranks.device,
         )
         if counts["failed"]:
-            self._publisher.stop_if_failed()
+            self.publisher.stop_if_failed()
         # 0 if all cells of the step are quarantined: a step of momentum and decay alone.
         counts["masked"] = max(counts["masked"], 1)
         return counts
@@ -264,7 +268,7 @@ class _Run:
         self, value: float, what: str, step: int, data: RankStep, loss: StepLoss
     ) -> None:
         if not math.isfinite(value):
-            self._publisher.close()  # what is being written was made of good steps
+            self.publisher.close()  # what is being written was made of good steps
             stop_not_finite(
                 f"{what} is {value}", step, data, loss.own, self._config.run.out, self._shards,
                 self._ranks,
@@ -286,10 +290,10 @@ class _Run:
     def _save(self, done: int) -> None:
         content = self._record | self._summary.cells_record()
         content |= {"step": done, "heldout": self._summary.heldout}
-        self._publisher.save(self._engine.deepspeed, self._engine.stage, content)
+        self.publisher.save(self._engine.deepspeed, self._engine.stage, content)
 
     def _log_checkpoints(self) -> None:
         """Record the checkpoints that were finished since."""
-        for values in self._publisher.take_finished():
+        for values in self.publisher.take_finished():
             if self._log:
                 self._log.write("checkpoint", int(values["step"]), values)

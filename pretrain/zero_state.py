@@ -128,10 +128,6 @@ class Snapshot:
         if on_gpu:
             torch.cuda.synchronize()
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(t.nbytes for t in self._tensors.values())
-
     def write(self, path: Path) -> None:
         """Write the copy to one safetensors file."""
         save_file(self._tensors, path, metadata={"starts": json.dumps(self._starts)})

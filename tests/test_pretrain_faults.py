@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import resource
 import shutil
 import signal
@@ -126,20 +125,51 @@ def test_signal_to_one_rank_stops_all_after_a_checkpoint(number, rank, shards, t
     assert "Traceback" not in said[0] + said[1]
 
 
-def test_signal_to_one_rank_below_the_launcher(shards, tmp_path):
-    config = endless(shards, tmp_path / "run")
-    process = start_command(config, ranks=2)
+@contextlib.contextmanager
+def launched(config: RunConfig, num_ranks: int) -> Iterator[subprocess.Popen]:
+    """Start ``geneloom launch local``; give it when it has trained three steps."""
+    process = start_command(config, ranks=num_ranks)
     try:
         deadline = time.monotonic() + _LIMIT_S
         while last_step(config.run.out) < 3:
             assert process.poll() is None, console(config)
-            assert time.monotonic() < deadline
+            assert time.monotonic() < deadline, console(config)
             time.sleep(0.02)
-        rank_processes(process.pid, "pretrain")[1].send_signal(signal.SIGTERM)
-        assert process.wait(_LIMIT_S) == _RESUMABLE, console(config)
+        yield process
     finally:
-        end_tree(process.pid)
+        for relative in family(process.pid):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                relative.kill()
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """Return a process and all it has started."""
+    try:
+        process = psutil.Process(pid)
+        return [*process.children(recursive=True), process]
+    except psutil.NoSuchProcess:
+        return []
+
+
+@pytest.mark.parametrize(
+    ("number", "rank"),
+    [
+        (signal.SIGTERM, 1),
+        pytest.param(signal.SIGINT, None, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, None, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow),
+    ],
+)
+def test_signal_to_the_launcher_or_a_rank_below_it(number, rank, shards, tmp_path):
+    config = endless(shards, tmp_path / "run")
+    with launched(config, 2) as process:
+        if rank is None:
+            process.send_signal(number)
+        else:
+            rank_processes(process.pid, "pretrain")[rank].send_signal(number)
+        assert process.wait(_LIMIT_S) == _RESUMABLE, console(config)
     require_saved(config)
+    assert "sign of life" not in console(config)
 
 
 def test_signal_during_evaluation(tmp_path):
@@ -181,21 +211,6 @@ def test_signals_during_checkpoints(shards, tmp_path):
 # Ranks that die or stand still
 
 
-def end_tree(pid: int) -> None:
-    """Kill what a launcher has left."""
-    for process in descendants(pid):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-
-
-def descendants(pid: int) -> list[psutil.Process]:
-    try:
-        parent = psutil.Process(pid)
-        return [*parent.children(recursive=True), parent]
-    except psutil.NoSuchProcess:
-        return []
-
-
 @pytest.mark.parametrize(
     ("number", "num_ranks", "rank", "heartbeat_s"),
     [
@@ -227,23 +242,25 @@ def test_a_lost_rank_ends_the_others_by_name(
             assert lost.process.is_alive()
 
 
-def test_a_lost_rank_below_the_launcher_leaves_no_orphans(shards, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "rank"),
+    [
+        (signal.SIGKILL, 1),
+        pytest.param(signal.SIGKILL, 0, marks=pytest.mark.slow),
+        pytest.param(signal.SIGSTOP, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_lost_rank_below_the_launcher_leaves_no_orphans(number, rank, shards, tmp_path):
     config = endless(shards, tmp_path / "run")
-    process = start_command(config, ranks=3)
-    try:
-        deadline = time.monotonic() + _LIMIT_S
-        while last_step(config.run.out) < 3:
-            assert process.poll() is None, console(config)
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        family = descendants(process.pid)
-        os.kill(rank_processes(process.pid, "pretrain")[1].pid, signal.SIGKILL)
-        assert process.wait(_END_S) not in (0, _RESUMABLE), console(config)
-        gone, alive = psutil.wait_procs(family, timeout=5)
+    with launched(config, 3) as process:
+        everybody = family(process.pid)
+        rank_processes(process.pid, "pretrain")[rank].send_signal(number)
+        # DeepSpeed's launcher gives a rank that stands still 30 s more.
+        limit_s = _END_S if number == signal.SIGKILL else 2 * _END_S + 15
+        assert process.wait(limit_s) not in (0, _RESUMABLE), console(config)
+        _, alive = psutil.wait_procs(everybody, timeout=5)
         assert not alive
-        assert "gave no sign of life" in console(config)
-    finally:
-        end_tree(process.pid)
+    assert f" ends: rank {rank} " in console(config)
 
 
 def test_without_watching_a_hung_collective_ends_in_time(shards, tmp_path):
@@ -267,7 +284,25 @@ def watch_again_and_again(times: int) -> int:
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_ranks_leave_without_a_false_alarm(num_ranks):
-    assert run_ranks(num_ranks, watch_again_and_again, 30) == [30] * num_ranks
+    assert run_ranks(num_ranks, watch_again_and_again, 15) == [15] * num_ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_ten_runs_and_ten_stops_end_quietly(num_ranks, shards, tmp_path):
+    for number in range(20):
+        is_stopped = number % 2 == 1
+        make = endless if is_stopped else tiny_config
+        config = make(shards, tmp_path / f"run{number}", run__heartbeat_s=1)
+        with commands([words(config)] * num_ranks, tmp_path / "logs") as ranks:
+            if is_stopped:
+                wait_until(lambda run=config.run.out: last_step(run) > 0, ranks)
+                ranks[number % num_ranks].signal(signal.SIGTERM)
+            assert [r.code() for r in ranks] == [_RESUMABLE * is_stopped] * num_ranks
+            for rank in ranks:
+                assert "sign of life" not in rank.said
+                assert "gone" not in rank.said
+                assert "failed" not in rank.said
 
 
 @pytest.mark.parametrize(("num_ranks", "rank"), [(2, 1), (3, 0)])
@@ -418,7 +453,7 @@ def test_loss_that_is_no_number_names_its_cells(half_way, shards, tmp_path):
     opened = ShardSet(shards)
     ids = [c for b in opened.iter_blocks("train") for c in b.batch.column("cell_id").to_pylist()]
     named = ", ".join(f"{cell} = {ids[cell]}" for cell in cells)
-    assert said[0].count("error: ") == 1
+    assert said[0].count("\nerror: ") == 1
     assert (
         f"error: NotFinite: loss is nan in step {_STEP + 1}: stopped before the optimizer's step, "
         f"nothing was changed or saved. rank 1: {len(cells)} cells ({named}). " in said[0]
@@ -497,7 +532,7 @@ _STAGES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 _ATTEMPTS = [
     *(Attempt("poison", stage, "fp32") for stage in _STAGES),
     *(Attempt("overflow", stage, "fp32") for stage in (*_STAGES[:3], "zero2_offload")),
-    *(Attempt("poison", stage, "bf16") for stage in _STAGES[:4]),
+    *(Attempt("poison", stage, "bf16") for stage in ("zero0", "zero1", "zero3")),
     Attempt("overflow", "zero1", "bf16"),
     *(Attempt("none", stage, "fp32") for stage in ("zero0", "zero1", "zero3_offload")),
 ]
@@ -621,7 +656,7 @@ def test_write_that_fails_half_way_leaves_nothing(rank, undisturbed, shards, tmp
     assert last is not None
     assert f"{last.folder.name} is complete. Make room" in said[0]
     assert "File too large" in said[0]
-    assert said[0].count("error: ") == 1
+    assert said[0].count("\nerror: ") == 1
     assert "error" not in said[1] and " ends: " not in said[1], said[1]
     assert not list((config.run.out / "checkpoints").glob(".*"))
     assert all(checkpoint.damage(f) is None for f in (config.run.out / "checkpoints").glob("step*"))

@@ -33,6 +33,7 @@ from tests.runs import (
 )
 
 _EPOCHS = 2
+_SAVE_EVERY = 3
 # When a start is killed: while it starts or resumes, while it trains, while it writes a checkpoint.
 _MOMENTS = ("starting", "training", "writing")
 _SHARES = (0.2, 0.3, 0.5)
@@ -48,7 +49,7 @@ def _config(shards: Path, out: Path, deepspeed: str) -> RunConfig:
         model__intermediate_size=256, model__hidden_dropout=0.1, batch__tokens_per_step=384,
         batch__tokens_per_micro_batch=192, run__max_steps=None, run__epochs=_EPOCHS,
         run__deepspeed=deepspeed, run__heartbeat_s=8, evaluation__every_steps=20,
-        checkpoint__every_steps=3,
+        checkpoint__every_steps=_SAVE_EVERY,
     )  # fmt: skip
 
 
@@ -93,7 +94,7 @@ def _kill_again_and_again(
         assert done < kills + 10, "no kill came while a checkpoint was written"
         # What is left of the run has to do for the kills that are left.
         steps_left = total - _LAST_STEPS - _saved_step(config.run.out)
-        most = max(1, steps_left // max(1, kills + 1 - done))
+        most = max(_SAVE_EVERY + 1, steps_left // max(1, kills + 1 - done)) if steps_left > 0 else 1
         # "starting" needs luck to hit anything: not in the first two.
         moment = ("writing", "training")[done] if done < 2 else str(rng.choice(_MOMENTS, p=_SHARES))
         before = _partial_folders(config.run.out)
