@@ -138,10 +138,6 @@ def _wait_for_moment(
         What was left of checkpoints when it started.
     """
     run, started, saved = config.run.out, time.time(), _saved_step(config.run.out)
-    if moment == "starting":
-        until = time.monotonic() + rng.uniform(0, _STARTING_S)
-        wait_until(lambda: time.monotonic() > until, process)
-        return _processes(process, ranks)
 
     def steps_of_this_start() -> int:
         records = metrics(run, "train")
@@ -150,6 +146,10 @@ def _wait_for_moment(
     def writes_after(step: int) -> bool:
         return any(int(p.name.split(".")[1][5:]) > step for p in _partial_folders(run) - before)
 
+    if moment == "starting":
+        until = time.monotonic() + rng.uniform(0, _STARTING_S)
+        wait_until(lambda: time.monotonic() > until or steps_of_this_start() > 0, process)
+        return _processes(process, ranks)
     assert wait_until(lambda: steps_of_this_start() > 0, process), console(config)
     # Now, for it takes as long as writing a checkpoint does.
     processes = _processes(process, ranks)
