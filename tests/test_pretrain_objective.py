@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from pretrain import checkpoint
 from pretrain.config import RunConfig
 from pretrain.ds_config import DEEPSPEED_CONFIG_FOLDER, derive_ds_config
 from tests.ranks import run_ranks
-from tests.runs import final_state, metrics, run_training, tiny_config
+from tests.runs import final_state, metrics, require_same_state, run_training, tiny_config
 
 _ALL_FILES = sorted(p.stem for p in DEEPSPEED_CONFIG_FOLDER.glob("*.json"))
 # A norm that is always exceeded, and a decay that shows after ten steps.
@@ -99,6 +101,20 @@ def test_equal_to_plain_pytorch(deepspeed, ranks, expected, shards, tmp_path):
         np.testing.assert_allclose(weights[name], weight, atol=2e-5, err_msg=name)
 
 
+def test_rate_and_norm_go_on_at_another_accumulation(expected, shards, tmp_path):
+    settings = _SETTINGS | {"checkpoint__every_steps": 3}
+    config = tiny_config(shards, tmp_path / "run", **settings)
+    run_ranks(1, run_training, config)
+    for step in (6, 8):
+        shutil.rmtree(config.run.out / "checkpoints" / f"step-{step:08d}")
+    other = tiny_config(shards, config.run.out, **settings, batch__tokens_per_micro_batch=1024)
+    summary, _ = run_ranks(2, run_training, other, True)[0]
+    assert summary.first_step == 3
+    records = metrics(config.run.out, "train")
+    np.testing.assert_allclose([m["learning_rate"] for m in records], expected["rates"], rtol=1e-12)
+    np.testing.assert_allclose([m["grad_norm"] for m in records], expected["norms"], rtol=1e-4)
+
+
 @pytest.mark.parametrize("deepspeed", ["zero1", "zero3"])
 def test_activation_checkpointing_changes_nothing(deepspeed, expected, shards, tmp_path):
     changes = _SETTINGS | {"model__activation_checkpointing": True, "run__deepspeed": deepspeed}
@@ -168,3 +184,23 @@ def test_every_file_gives_a_dictionary(deepspeed, precision):
     stage = derived["zero_optimization"]["stage"]
     assert derived["gradient_clipping"] == (0 if stage == 0 else config.optim.max_grad_norm)
     assert ("bf16" in derived) == (precision == "bf16" and stage > 0)
+
+
+@pytest.mark.slow
+def test_weights_divided_inside_groups_too_are_zero_3(shards, tmp_path):
+    """ZeRO++'s hpz, from a file of the user's own; groups of two stand for two nodes."""
+    content = json.loads((DEEPSPEED_CONFIG_FOLDER / "zero3.json").read_text())
+    content["zero_optimization"]["zero_hpz_partition_size"] = 2
+    own = tmp_path / "hpz.json"
+    own.write_text(json.dumps(content))
+    runs = [tiny_config(shards, tmp_path / "zero3", run__deepspeed="zero3")]
+    runs += [
+        tiny_config(shards, tmp_path / name, run__deepspeed=str(own)) for name in ("hpz", "cut")
+    ]
+    for config in runs[:2]:
+        run_ranks(4, run_training, config)
+    require_same_state(runs[1].run.out, runs[0].run.out)
+    shutil.copytree(runs[1].run.out, runs[2].run.out)
+    shutil.rmtree(runs[2].run.out / "checkpoints" / "step-00000010")
+    run_ranks(4, run_training, runs[2], True)
+    require_same_state(runs[2].run.out, runs[0].run.out)
