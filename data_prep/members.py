@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -38,20 +37,22 @@ class OpenFiles:
     """
 
     def __init__(self) -> None:
-        self._files: OrderedDict[str, _Descriptor] = OrderedDict()
+        self._files: dict[str, _Descriptor] = {}
 
     def __reduce__(self) -> tuple:
         return OpenFiles, ()
 
     def get(self, name: str, opener: Callable[[], int]) -> _Descriptor:
         """Return an open file; `opener` returns its descriptor if it is not open."""
-        # Taken out and put back, each in one piece: two threads at worst open a file twice.
+        # A plain dict keeps the order of insertion, and each of these operations is one piece for the
+        # interpreter: two threads at worst open a file twice. (OrderedDict's own are not: a closing
+        # descriptor lets another thread in halfway.)
         file = self._files.pop(name, None)
         if file is None:
             file = _Descriptor(opener())
         self._files[name] = file
-        while len(self._files) > _MAX_OPEN_FILES:
-            self._files.popitem(last=False)
+        for oldest in list(self._files)[:-_MAX_OPEN_FILES]:
+            self._files.pop(oldest, None)
         return file
 
 

@@ -427,6 +427,24 @@ def test_threads_share_shards(remote, served, corpus, tmp_path, monkeypatch):
     assert len([t for t in targets if t.endswith(".tar")]) <= 1, "descriptors are closed"
 
 
+def test_threads_that_take_turns_often_share_open_files(monkeypatch):
+    """Thousands of closing descriptors, with a switch of threads wherever one is possible."""
+    monkeypatch.setattr(members, "_MAX_OPEN_FILES", 1)
+    files = members.OpenFiles()
+
+    def read_often(seed: int) -> None:
+        for name in np.random.default_rng(seed).choice(["a", "b", "c"], 5000).tolist():
+            files.get(name, lambda: os.open("/dev/null", os.O_RDONLY))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(read_often, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+
+
 @pytest.mark.parametrize("protocol", ["file", "memory"])
 def test_other_protocols(protocol, corpus, tmp_path):
     url = f"file://{corpus}"

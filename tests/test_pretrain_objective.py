@@ -102,7 +102,7 @@ def test_equal_to_plain_pytorch(deepspeed, ranks, expected, shards, tmp_path):
 
 
 def test_rate_and_norm_go_on_at_another_accumulation(expected, shards, tmp_path):
-    settings = _SETTINGS | {"checkpoint__every_steps": 3}
+    settings = _SETTINGS | {"checkpoint__every_steps": 3, "checkpoint__keep": 3}
     config = tiny_config(shards, tmp_path / "run", **settings)
     run_ranks(1, run_training, config)
     for step in (6, 8):
