@@ -44,9 +44,9 @@ class OpenFiles:
 
     def get(self, name: str, opener: Callable[[], int]) -> _Descriptor:
         """Return an open file; `opener` returns its descriptor if it is not open."""
-        # A plain dict keeps the order of insertion, and each of these operations is one piece for the
-        # interpreter: two threads at worst open a file twice. (OrderedDict's own are not: a closing
-        # descriptor lets another thread in halfway.)
+        # A plain dict keeps the order of insertion, and each of these operations is one piece for
+        # the interpreter: two threads at worst open a file twice. (OrderedDict's own are not: a
+        # closing descriptor lets another thread in halfway.)
         file = self._files.pop(name, None)
         if file is None:
             file = _Descriptor(opener())

@@ -433,7 +433,7 @@ def test_threads_that_take_turns_often_share_open_files(monkeypatch):
     files = members.OpenFiles()
 
     def read_often(seed: int) -> None:
-        for name in np.random.default_rng(seed).choice(["a", "b", "c"], 5000).tolist():
+        for name in np.random.default_rng(seed).choice(["a", "b", "c"], 30_000).tolist():
             files.get(name, lambda: os.open("/dev/null", os.O_RDONLY))
 
     interval = sys.getswitchinterval()
