@@ -30,12 +30,15 @@ class CellSet:
         CSR float32 [cells, genes of the file], raw.
     metadata
         The asked-for columns of obs as strings, index: cell ids.
+    genes
+        Gene ids of the columns of `counts`, as the file has them; '' where it has none.
     """
 
     tokens: list[np.ndarray]
     has_genes: np.ndarray
     counts: scipy.sparse.csr_matrix
     metadata: pd.DataFrame
+    genes: list[str]
 
     @property
     def lengths(self) -> np.ndarray:
@@ -48,6 +51,7 @@ class CellSet:
             self.has_genes[cells],
             self.counts[cells],
             self.metadata.iloc[cells],
+            self.genes,
         )
 
 
@@ -93,4 +97,5 @@ def encode_file(
         np.concatenate(has_genes),
         scipy.sparse.vstack(counts).tocsr(),
         pd.DataFrame(metadata, index=pd.Index(ids)),
+        source.gene_ids,
     )
