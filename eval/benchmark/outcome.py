@@ -68,7 +68,17 @@ class TaskRun:
     outcomes
         Every contender in every fold.
     details
-        JSON values for the task's page that belong to no single contender.
+        JSON values for the task's page that belong to no single contender; each is optional.
+        ``test_share``: share of all examples that one fold scores (0.2 where it is missing); it
+        corrects intervals for folds that overlap (`eval.benchmark.compare`). Where folds are
+        subsamples that are scored whole, it is the subsample's share, such as 0.8.
+        By contender (keys: `compare.display_name`): ``roc``: ``{"fpr": [...], "tpr": [...]}``;
+        ``bootstrap``: ``{"low", "high"}`` over genes; ``few_shot``: shots ->
+        ``{"mean", "low", "high"}``; ``umap``: [[x, y], ...], with the lists ``labels`` and
+        ``batches`` beside it. ``genes``: model -> rows with ``gene``, ``label``, ``probability``
+        (of the positive class), ``cells`` and perhaps ``symbol``, out of fold.
+        In details of outcomes: ``confusion`` (int [classes, classes], rows are the truth),
+        ``f1_by_class`` and ``calibration`` (bins with ``confidence``, ``accuracy``, ``count``).
     """
 
     cells: int

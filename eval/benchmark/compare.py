@@ -1,0 +1,295 @@
+"""Verdicts: did pretraining help, does a model beat the baselines, and do the controls hold.
+
+Contenders of one task share their folds, so they are compared by their differences in each fold.
+Folds are no independent samples: their training examples overlap, and repeated ones share test
+examples too. The naive t-test calls far too many differences real (up to half of those that are
+none); here the variance of a mean is corrected by Nadeau & Bengio (Machine Learning 52, 2003),
+``(1 / folds + test / train) * variance``, and verdicts over tasks by Holm (1979).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from eval.benchmark.outcome import Outcome, Role, TaskRun
+from eval.metrics import CONFIDENCE
+
+# What stands for a model, decided before any score is seen: the first of these that a task has.
+# Embeddings without training are what integration is about; elsewhere it is the trained model.
+MAIN_CONTENDERS = ("zero-shot", "fine-tuned")
+# Fewer paired folds say nothing about the spread.
+FEWEST_FOLDS = 3
+NOT_TESTED = "not tested"
+# Question -> words for: better, worse, neither.
+WORDS = {
+    "pretraining": ("helps", "hurts", "no difference seen"),
+    "baselines": ("wins", "loses", "tie"),
+    "models": ("wins", "loses", "tie"),
+    "control": ("above chance", "below chance", "at chance"),
+}
+_TEST_SHARE = 0.2
+_NO_SPREAD = 1e-12  # differences of equal scores differ by rounding only
+
+Contender = tuple[str, Role, str | None]
+
+
+def display_name(contender: str, role: str, model: str | None) -> str:
+    """Return a contender's name in tables, and as a key of ``TaskRun.details``.
+
+    ``fine-tuned, NAME``, ``fine-tuned, NAME with random weights``, ``logistic regression``.
+    """
+    if model is None:
+        return contender
+    return f"{contender}, {model}" + (" with random weights" if role == "twin" else "")
+
+
+def main_contender(run: TaskRun) -> str:
+    """Return the contender that stands for a model in this task: see `MAIN_CONTENDERS`."""
+    present = {o.contender for o in run.outcomes if o.role == "model"}
+    return next((name for name in MAIN_CONTENDERS if name in present), MAIN_CONTENDERS[-1])
+
+
+def test_to_train(run: TaskRun) -> float:
+    """Return test examples / training examples of a fold, from ``details["test_share"]``.
+
+    Raises
+    ------
+    ValueError
+        The share is not between 0 and 1.
+    """
+    share = run.details.get("test_share", _TEST_SHARE)
+    if not 0 < share < 1:
+        raise ValueError(f"details['test_share'] is {share}; give the share, between 0 and 1")
+    return share / (1 - share)
+
+
+def corrected_interval(values: np.ndarray, ratio: float) -> dict[str, Any]:
+    """Return mean, 95 % interval and p of "the mean is 0", by the corrected resampled t-test.
+
+    Parameters
+    ----------
+    values
+        float64 [folds]; NaN folds do not count.
+    ratio
+        Test examples / training examples; 0 gives Student's test.
+
+    Returns
+    -------
+    dict
+        ``mean``, ``low``, ``high``, ``p`` (None where fewer folds than needed are known: one for
+        the mean, two for the others) and ``folds``, those that are known.
+    """
+    known = values[np.isfinite(values)]
+    found: dict[str, Any] = {"mean": None, "low": None, "high": None, "p": None, "folds": len(known)}
+    if len(known):
+        found["mean"] = mean = float(known.mean())
+    if len(known) < 2:
+        return found
+    error = float(np.sqrt((1 / len(known) + ratio) * known.var(ddof=1)))
+    if error < _NO_SPREAD:
+        return found | {"low": mean, "high": mean, "p": float(abs(mean) < _NO_SPREAD)}
+    freedom = len(known) - 1
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    p = 2 * float(stats.t.sf(abs(mean) / error, freedom))
+    return found | {"low": mean - half, "high": mean + half, "p": p}
+
+
+def summarise(run: TaskRun) -> list[dict[str, Any]]:
+    """Return every contender's scores over folds, the best mean headline first.
+
+    Each has ``contender``, ``role``, ``model``, ``name`` (see `display_name`), ``folds``,
+    ``seconds`` (mean of a fold) and ``scores``: score -> ``mean``, ``low``, ``high`` (corrected
+    95 % interval; None for a single fold) and ``folds``, those in which the score is defined.
+    """
+    ratio = test_to_train(run)
+    rows = []
+    for key in _contenders(run):
+        outcomes = [o for o in run.outcomes if (o.contender, o.role, o.model) == key]
+        scores = {}
+        for score in dict.fromkeys(s for o in outcomes for s in o.scores):
+            interval = corrected_interval(_values(outcomes, score), ratio)
+            scores[score] = {k: interval[k] for k in ("mean", "low", "high", "folds")}
+        rows.append(
+            {
+                "contender": key[0], "role": key[1], "model": key[2], "name": display_name(*key),
+                "folds": len(outcomes),
+                "seconds": float(np.mean([o.seconds for o in outcomes])),
+                "scores": scores,
+            }
+        )  # fmt: skip
+    return sorted(rows, key=lambda r: -_headline(r, run.headline))
+
+
+def verdicts(run: TaskRun, models: list[str]) -> list[dict[str, Any]]:
+    """Return what the task's outcomes say about each model, and whether its controls hold.
+
+    Parameters
+    ----------
+    models
+        Names of the models, in the order of the page.
+
+    Returns
+    -------
+    list of dict
+        ``question`` is ``pretraining`` (each contender against the same with random weights),
+        ``baselines`` (the main contender against the best baseline, best by its mean on the test
+        examples: this favours the baseline, so a win counts for more and a loss for less),
+        ``models`` (main contenders, each pair once) or ``control`` (shuffled labels against
+        chance). Then ``model``, ``contender``, ``against`` (a display name, or ``chance``),
+        ``main`` (is it the main contender?), ``folds`` (both scores known), ``difference``
+        (headline, the model's minus the other's), ``low``, ``high``, ``p`` and ``word``, which
+        is ``not tested`` with fewer than `FEWEST_FOLDS` folds.
+    """
+    found = []
+    main = main_contender(run)
+    rows = {(r["contender"], r["role"], r["model"]): r for r in summarise(run)}
+    baselines = [k for k, r in rows.items() if k[1] == "baseline" and _known(r, run.headline)]
+    for model in models:
+        for key in rows:
+            twin = (key[0], "twin", model)
+            if key[1:] == ("model", model) and twin in rows:
+                found.append(_compare(run, "pretraining", key, twin))
+        own = (main, "model", model)
+        if own in rows and baselines:
+            found.append(_compare(run, "baselines", own, baselines[0]))
+    for number, first in enumerate(models):
+        for second in models[number + 1 :]:
+            pair = ((main, "model", first), (main, "model", second))
+            if all(key in rows for key in pair):
+                found.append(_compare(run, "models", *pair))
+    if run.chance is not None:
+        found += [_compare(run, "control", key, None) for key in rows if key[1] == "control"]
+    return found
+
+
+def holm(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the tasks with ``holm_p`` and ``holm_word`` in each of their ``verdicts``.
+
+    One family is one question about one contender of one model (against one other model, where
+    models are compared), over all tasks in which it was tested. Controls stay as they are: their
+    correction would hide what they are there to show.
+    """
+    families: dict[tuple, list[float]] = {}
+    for verdict in (v for t in tasks for v in t["verdicts"]):
+        if verdict["word"] != NOT_TESTED:
+            families.setdefault(_family(verdict), []).append(verdict["p"])
+    corrected = {}
+    for family, values in families.items():
+        order = np.argsort(values, kind="stable")
+        steps = np.array(values)[order] * np.arange(len(values), 0, -1)
+        adjusted = np.minimum(np.maximum.accumulate(steps), 1.0)
+        corrected[family] = iter(adjusted[np.argsort(order)].tolist())
+    out = []
+    for task in tasks:
+        changed = []
+        for verdict in task["verdicts"]:
+            p = verdict["p"]
+            if verdict["word"] != NOT_TESTED:
+                adjusted = next(corrected[_family(verdict)])
+                p = p if verdict["question"] == "control" else adjusted
+            word = _word(verdict["question"], verdict["difference"], p, verdict["folds"])
+            changed.append(verdict | {"holm_p": p, "holm_word": word})
+        out.append(task | {"verdicts": changed})
+    return out
+
+
+def control_state(task: dict[str, Any]) -> str:
+    """Return ``failed``, ``held``, ``not tested`` or ``none`` for a task with its verdicts."""
+    words = [v["word"] for v in task["verdicts"] if v["question"] == "control"]
+    if any(w in WORDS["control"][:2] for w in words):
+        return "failed"
+    if not words:
+        return "none"
+    return NOT_TESTED if NOT_TESTED in words else "held"
+
+
+def count_words(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return how often each question came out how, over tasks that went through `holm`.
+
+    Tasks whose control failed are counted apart: their numbers are not to be trusted.
+
+    Returns
+    -------
+    list of dict
+        ``question``, ``model``, ``contender``, ``main``, ``against`` (the other model, for
+        ``models``; else ""), and the counts ``better``, ``worse``, ``neither``, ``not_tested`` and
+        ``control_failed``. Questions about the main contenders come first.
+    """
+    counts: dict[tuple, dict[str, Any]] = {}
+    for task in tasks:
+        failed = control_state(task) == "failed"
+        for verdict in task["verdicts"]:
+            question = verdict["question"]
+            if question == "control":
+                continue
+            row = counts.setdefault(
+                _family(verdict),
+                {k: verdict[k] for k in ("question", "model", "contender", "main")}
+                | {"against": verdict["against"] if question == "models" else ""}
+                | dict.fromkeys(("better", "worse", "neither", "not_tested", "control_failed"), 0),
+            )
+            states = dict(
+                zip((*WORDS[question], NOT_TESTED), ("better", "worse", "neither", "not_tested"),
+                    strict=True)
+            )  # fmt: skip
+            row["control_failed" if failed else states[verdict["holm_word"]]] += 1
+    return sorted(counts.values(), key=lambda row: not row["main"])
+
+
+def _contenders(run: TaskRun) -> list[Contender]:
+    return list(dict.fromkeys((o.contender, o.role, o.model) for o in run.outcomes))
+
+
+def _values(outcomes: list[Outcome], score: str) -> np.ndarray:
+    """Return float64 [outcomes], NaN where a score is not defined."""
+    return np.array([o.scores.get(score) for o in outcomes], dtype=np.float64)
+
+
+def _by_fold(run: TaskRun, key: Contender) -> dict[int, float]:
+    outcomes = [o for o in run.outcomes if (o.contender, o.role, o.model) == key]
+    values = _values(outcomes, run.headline)
+    return {o.fold: v for o, v in zip(outcomes, values, strict=True)}
+
+
+def _known(row: dict, headline: str) -> bool:
+    return row["scores"].get(headline, {"mean": None})["mean"] is not None
+
+
+def _headline(row: dict, headline: str) -> float:
+    return row["scores"][headline]["mean"] if _known(row, headline) else -np.inf
+
+
+def _compare(run: TaskRun, question: str, first: Contender, second: Contender | None) -> dict:
+    """Return one verdict; without `second`, against chance."""
+    own = _by_fold(run, first)
+    other = _by_fold(run, second) if second else dict.fromkeys(own, run.chance)
+    folds = sorted(own.keys() & other.keys())
+    differences = np.array([own[f] - other[f] for f in folds], dtype=np.float64)
+    interval = corrected_interval(differences, test_to_train(run))
+    return {
+        "question": question, "model": first[2], "contender": first[0],
+        "against": display_name(*second) if second else "chance",
+        "main": first[0] == main_contender(run), "folds": interval["folds"],
+        "difference": interval["mean"], "low": interval["low"], "high": interval["high"],
+        "p": interval["p"],
+        "word": _word(question, interval["mean"], interval["p"], interval["folds"]),
+    }  # fmt: skip
+
+
+def _word(question: str, difference: float | None, p: float | None, folds: int) -> str:
+    if difference is None or p is None or folds < FEWEST_FOLDS:
+        return NOT_TESTED
+    better, worse, neither = WORDS[question]
+    if p > 1 - CONFIDENCE:
+        return neither
+    return better if difference > 0 else worse
+
+
+def _family(verdict: dict) -> tuple:
+    against = verdict["against"] if verdict["question"] == "models" else ""
+    # The main contender has one family, whatever it is called in a task.
+    contender = "" if verdict["main"] else verdict["contender"]
+    return verdict["question"], verdict["model"], contender, against
