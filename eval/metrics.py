@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 from scipy import stats
-from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score
+from sklearn.metrics import (
+    average_precision_score,
+    balanced_accuracy_score,
+    confusion_matrix,
+    f1_score,
+)
 
 CONFIDENCE = 0.95
+CALIBRATION_BINS = 15
 
 
 def score_classes(truth: np.ndarray, predicted: np.ndarray, classes: list[str]) -> dict:
@@ -28,6 +34,65 @@ def score_classes(truth: np.ndarray, predicted: np.ndarray, classes: list[str]) 
         "f1_by_class": {classes[c]: float(v) for c, v in zip(present, f1, strict=True)},
         "confusion": confusion_matrix(truth, predicted, labels=range(len(classes))).tolist(),
     }
+
+
+def score_probabilities(truth: np.ndarray, probabilities: np.ndarray, classes: list[str]) -> dict:
+    """Return what `score_classes` does for the likeliest classes, and scores of probabilities.
+
+    ``auprc`` is the mean over classes of the area under the precision-recall curve, one class
+    against the others; NaN if the truth holds one class only. ``ece`` and ``calibration``: see
+    `calibration_error`.
+
+    Parameters
+    ----------
+    truth
+        int [cells], positions in `classes`.
+    probabilities
+        float [cells, classes], rows that sum to 1.
+
+    Raises
+    ------
+    ValueError
+        Shapes do not fit, a value is not finite, or rows do not sum to 1.
+    """
+    if probabilities.shape != (len(truth), len(classes)):
+        raise ValueError(
+            f"probabilities: shape {probabilities.shape}, expected {(len(truth), len(classes))}"
+        )
+    if not np.allclose(probabilities.sum(axis=1), 1, atol=1e-3):
+        raise ValueError("probabilities: not finite, or rows that do not sum to 1")
+    present = np.unique(truth)
+    areas = [average_precision_score(truth == c, probabilities[:, c]) for c in present]
+    error, bins = calibration_error(truth, probabilities)
+    return score_classes(truth, probabilities.argmax(axis=1), classes) | {
+        "auprc": float(np.mean(areas)) if len(present) > 1 else float("nan"),
+        "ece": error,
+        "calibration": bins,
+    }
+
+
+def calibration_error(
+    truth: np.ndarray, probabilities: np.ndarray, num_bins: int = CALIBRATION_BINS
+) -> tuple[float, list[dict[str, float]]]:
+    """Return the expected calibration error of the top probability, and the bins behind it.
+
+    Bins have equal width; the error is the mean over cells of the distance between a bin's mean
+    top probability and its accuracy. A bin is ``{cells, confidence, accuracy}``; empty ones are
+    left out.
+    """
+    top = probabilities.max(axis=1)
+    right = probabilities.argmax(axis=1) == truth
+    place = np.clip(np.ceil(top * num_bins).astype(int) - 1, 0, num_bins - 1)
+    bins = [
+        {
+            "cells": int((place == b).sum()),
+            "confidence": float(top[place == b].mean()),
+            "accuracy": float(right[place == b].mean()),
+        }
+        for b in np.unique(place)
+    ]
+    error = sum(b["cells"] * abs(b["confidence"] - b["accuracy"]) for b in bins) / len(truth)
+    return float(error), bins
 
 
 def mean_and_interval(values: list[float]) -> dict[str, float]:

@@ -1,21 +1,34 @@
-"""Training and test cells: by donor when donors are known, else stratified by class."""
+"""Training and test cells: groups (donors, batches, data sets) stay whole, else by class."""
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import math
+
 import numpy as np
+import scipy.sparse
 from sklearn.model_selection import train_test_split
 
-_TEST_SHARE = 0.3
+TEST_SHARE = 0.3
+_VALIDATION_SHARE = 0.15
+_MOST_ENUMERATED = 5_000
 _TRIALS = 200
 
 
 def split_cells(
-    labels: np.ndarray, donors: np.ndarray | None, seed: int
+    labels: np.ndarray,
+    donors: np.ndarray | None,
+    seed: int,
+    test_share: float = TEST_SHARE,
+    fewest_test_donors: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return int positions of training and test cells.
 
     With donors, no donor is on both sides (a random split then measures leakage: 0.96 instead of
     0.735 in one disease set), and every class must be on both; without, classes are stratified.
+    All possible sets of test donors are listed when they are few, and consecutive seeds take
+    different ones; the number of test donors is the possible one nearest to `test_share`.
 
     Parameters
     ----------
@@ -31,22 +44,73 @@ def split_cells(
     """
     if donors is None:
         train, test = train_test_split(
-            np.arange(len(labels)), test_size=_TEST_SHARE, stratify=labels, random_state=seed
+            np.arange(len(labels)), test_size=test_share, stratify=labels, random_state=seed
         )
         return np.sort(train), np.sort(test)
-    rng = np.random.default_rng(seed)
+    classes = np.unique(labels)
     names = np.unique(donors)
-    num_test = max(1, round(_TEST_SHARE * len(names)))
-    classes = set(labels.tolist())
-    for _ in range(_TRIALS):
-        held_out = rng.choice(names, num_test, replace=False)
-        is_test = np.isin(donors, held_out)
-        if set(labels[is_test].tolist()) == classes == set(labels[~is_test].tolist()):
+    has_class = np.array([np.isin(classes, labels[donors == d]) for d in names])
+    sizes = range(fewest_test_donors, len(names))
+    for num_test in sorted(sizes, key=lambda size: abs(size - test_share * len(names))):
+        held_out = _test_donors(has_class, num_test, seed)
+        if held_out is not None:
+            is_test = np.isin(donors, names[held_out])
             return np.flatnonzero(~is_test), np.flatnonzero(is_test)
     raise ValueError(
-        f"--donor: no choice of {num_test} of {len(names)} donors has all {len(classes)} classes "
-        "in training and in test cells; merge classes, or leave --donor out and say so"
+        f"--donor: no choice of {_counted(names)} has all {len(classes)} classes in training and "
+        "in test cells; merge classes, or leave --donor out and say so"
     )
+
+
+def _counted(names: np.ndarray) -> str:
+    return f"{len(names)} donors (or groups: {', '.join(names[:4])}{', ...' * (len(names) > 4)})"
+
+
+def _test_donors(has_class: np.ndarray, num_test: int, seed: int) -> np.ndarray | None:
+    """Return positions of test donors that leave every class on both sides; None: impossible.
+
+    Parameters
+    ----------
+    has_class
+        bool [donors, classes].
+    """
+
+    def both_sides(chosen: np.ndarray) -> bool:
+        is_test = np.isin(np.arange(len(has_class)), chosen)
+        return bool((has_class[is_test].any(axis=0) & has_class[~is_test].any(axis=0)).all())
+
+    if math.comb(len(has_class), num_test) <= _MOST_ENUMERATED:
+        every = (np.array(c) for c in itertools.combinations(range(len(has_class)), num_test))
+        possible = [c for c in every if both_sides(c)]
+        # One order for all seeds, so that consecutive seeds differ.
+        order = np.random.default_rng(len(possible)).permutation(len(possible))
+        return possible[order[seed % len(possible)]] if possible else None
+    rng = np.random.default_rng(seed)
+    for _ in range(_TRIALS):
+        chosen = rng.choice(len(has_class), num_test, replace=False)
+        if both_sides(chosen):
+            return chosen
+    return None
+
+
+def validation_cells(
+    train: np.ndarray, labels: np.ndarray, donors: np.ndarray | None, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return `train` as (cells to fit, cells for early stopping), by donor where that is possible.
+
+    Parameters
+    ----------
+    train
+        int positions in `labels` and `donors`.
+    """
+    if donors is not None:
+        try:
+            fit, held = split_cells(labels[train], donors[train], seed, _VALIDATION_SHARE)
+            return train[fit], train[held]
+        except ValueError:
+            pass  # A class has one training donor only: its cells are needed on both sides.
+    fit, held = split_cells(labels[train], None, seed, _VALIDATION_SHARE)
+    return train[fit], train[held]
 
 
 def limit_per_class(
@@ -58,3 +122,56 @@ def limit_per_class(
     rng = np.random.default_rng(seed)
     chosen = [rng.permutation(cells[labels[cells] == c])[:most] for c in np.unique(labels[cells])]
     return np.sort(np.concatenate(chosen))
+
+
+def seen_in_training(
+    train: np.ndarray, test: np.ndarray, counts: scipy.sparse.csr_matrix
+) -> np.ndarray:
+    """Return bool [test]: which test cells have exactly the counts of some training cell."""
+    known = {_row_hash(counts, cell) for cell in train}
+    return np.array([_row_hash(counts, cell) in known for cell in test], dtype=bool)
+
+
+def _row_hash(counts: scipy.sparse.csr_matrix, cell: int) -> bytes:
+    start, stop = counts.indptr[cell : cell + 2]
+    genes, values = counts.indices[start:stop], counts.data[start:stop]
+    order = np.argsort(genes, kind="stable")
+    order = order[values[order] != 0]
+    return hashlib.sha256(genes[order].tobytes() + values[order].tobytes()).digest()
+
+
+def require_clean_split(
+    train: np.ndarray,
+    test: np.ndarray,
+    groups: np.ndarray | None,
+    counts: scipy.sparse.csr_matrix,
+) -> None:
+    """Raise ValueError if test cells are known from training: by their group, or cell by cell.
+
+    Parameters
+    ----------
+    train, test
+        int positions of cells.
+    groups
+        str [cells], or None where there are none.
+    counts
+        CSR [cells, genes], raw; no gene twice in a cell.
+    """
+    if not len(train) or not len(test):
+        raise ValueError(f"split: {len(train)} training and {len(test)} test cells; both need some")
+    twice = np.intersect1d(train, test)
+    if len(twice):
+        raise ValueError(f"split: {len(twice)} cells are in training and in test, e.g. {twice[0]}")
+    if groups is not None:
+        both = np.intersect1d(groups[train], groups[test])
+        if len(both):
+            raise ValueError(
+                f"split: {len(both)} groups have cells in training and in test, e.g. '{both[0]}': "
+                "scores would measure what the group has in common; keep groups whole"
+            )
+    copies = int(seen_in_training(train, test, counts).sum())
+    if copies:
+        raise ValueError(
+            f"split: {copies} test cells have exactly the counts of a training cell; remove "
+            "repeated cells from the test side (`seen_in_training` finds them)"
+        )
