@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.shards import file_sha256
-from pretrain.config import ARCHITECTURE
+from pretrain.architecture import ARCHITECTURE
 from pretrain.zero_state import FragmentReader
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -61,7 +60,7 @@ def print_plan(config: RunConfig, resume: bool = False) -> None:
     shards = ShardSet(config.data.shards, config.data.cache)
     plan = EpochPlan(shards, "train", config.run.seed, config.batch.tokens_per_step)
     epoch_steps = plan.steps_per_epoch
-    steps = min(config.run.epochs * epoch_steps, config.run.max_steps or sys.maxsize)
+    steps = config.run.total_steps(epoch_steps)
     require_reachable_peak(config.optim, steps)
     model = build_model(config.model, shards.vocabulary, config.run.seed)
     weights = "weights of the newest checkpoint" if resume else "random weights"

@@ -6,37 +6,15 @@ Order of precedence: defaults here < YAML file < ``section.field=value`` of the 
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-CONFIG_FOLDER = Path(__file__).parent / "configs"
+from pretrain.architecture import number_if_one, take_architecture
 
-# Settings that the config.json of `model.init_from` decides, and Hugging Face's names for them.
-_FOLDER_NAMES = {
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "num_heads": "num_attention_heads",
-    "intermediate_size": "intermediate_size",
-    "activation": "hidden_act",
-    "layer_norm_eps": "layer_norm_eps",
-    "hidden_dropout": "hidden_dropout_prob",
-    "attention_dropout": "attention_probs_dropout_prob",
-    "initializer_range": "initializer_range",
-}
-# No stored weight depends on them: a run may choose others.
-_FREE_TO_DIFFER = {"hidden_dropout", "attention_dropout", "initializer_range"}
-# What the shapes and the meaning of weights depend on.
-ARCHITECTURE = _FOLDER_NAMES.keys() - _FREE_TO_DIFFER
-# What the model always is. Folders leave these out when they are so.
-_NOT_SETTABLE = {
-    "position_embedding_type": "absolute",
-    "is_decoder": False,
-    "tie_word_embeddings": True,
-}
+CONFIG_FOLDER = Path(__file__).parent / "configs"
 
 
 class _Section(BaseModel):
@@ -174,6 +152,11 @@ class RunSection(_Section):
         description="a rank without a sign of life for this long ends the run; 0: nobody watches",
     )
 
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Return how many optimizer steps the run has."""
+        steps = self.epochs * steps_per_epoch
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
 
 class EvaluationConfig(_Section):
     """Held-out loss at fixed masks."""
@@ -265,7 +248,7 @@ def load_config(path: str | Path, overrides: list[str] = []) -> RunConfig:  # no
         raise ValueError(f"{file}: must hold sections (data, model, ...), found {content!r}")
     for override in overrides:
         _apply_override(content, override)
-    problems = _take_architecture(content)
+    problems = take_architecture(content)
     try:
         config = RunConfig.model_validate(content)
     except ValidationError as error:
@@ -274,98 +257,6 @@ def load_config(path: str | Path, overrides: list[str] = []) -> RunConfig:  # no
     if problems:
         raise ValueError(f"{file}: " + "; ".join(problems))
     return config
-
-
-def read_bert_config(path: Path) -> dict[str, Any]:
-    """Return the content of a model folder's ``config.json``.
-
-    Raises
-    ------
-    ValueError
-        The file is missing or damaged, or describes a model that is no BERT.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        hint = "expected a folder of `geneloom export` or a Hugging Face BERT folder"
-        if (path.parent / "model_config.json").exists():
-            hint = "this is a run folder; `geneloom export` makes a model folder of it"
-        raise ValueError(f"{path.parent}: no {path.name}; {hint}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from error
-    kind = content.get("model_type") if isinstance(content, dict) else None
-    if kind != "bert":
-        raise ValueError(
-            f"{path.parent}: {path.name} describes a model of type {kind!r}, not 'bert'"
-        )
-    return content
-
-
-def read_architecture(path: Path) -> dict[str, Any]:
-    """Return the model settings that a model folder's ``config.json`` describes.
-
-    Raises
-    ------
-    ValueError
-        As `read_bert_config`; or the file lacks a setting, or describes another kind of BERT.
-    """
-    content = read_bert_config(path)
-    missing = sorted(set(_FOLDER_NAMES.values()) - content.keys())
-    if missing:
-        raise ValueError(f"{path}: has no {', '.join(missing)}")
-    foreign = [
-        f"{k} {content[k]!r} instead of {v!r}"
-        for k, v in _NOT_SETTABLE.items()
-        if content.get(k, v) != v
-    ]
-    if foreign:
-        raise ValueError(f"{path}: another kind of BERT: {', '.join(foreign)}")
-    return {ours: content[theirs] for ours, theirs in _FOLDER_NAMES.items()}
-
-
-def architecture_conflicts(
-    given: dict[str, Any], folder: Path, theirs: dict[str, Any]
-) -> list[str]:
-    """Return one sentence if given model settings are not those of a folder's weights, or none.
-
-    Parameters
-    ----------
-    given
-        Any part of the model section.
-    theirs
-        What `read_architecture` says of `folder`.
-    """
-    differing = [
-        f"{k} {given[k]} given, {theirs[k]} there"
-        for k in _FOLDER_NAMES
-        if k in given and k not in _FREE_TO_DIFFER and _number_if_one(given[k]) != theirs[k]
-    ]
-    if not differing:
-        return []
-    return [
-        f"'model.init_from': {folder} has another architecture: {', '.join(differing)}; leave "
-        "these fields out (`--config continue` has none)"
-    ]
-
-
-def _take_architecture(content: dict) -> list[str]:
-    """Fill the model settings that only the folder of `init_from` gives; return what conflicts."""
-    given = content.get("model")
-    if not isinstance(given, dict) or not isinstance(given.get("init_from"), str):
-        return []
-    folder = Path(given["init_from"])
-    path = folder / "config.json"
-    run = content.get("run")
-    if not path.exists() and isinstance(run, dict):
-        # A run that goes on has its architecture itself, and needs the folder no more.
-        own = Path(str(run.get("out"))) / "model_config.json"
-        path = own if own.exists() else path
-    try:
-        theirs = read_architecture(path)
-    except ValueError as error:
-        return [f"'model.init_from': {error}"]
-    content["model"] = theirs | given
-    return architecture_conflicts(given, folder, theirs)
 
 
 def _find_config(path: str | Path) -> Path:
@@ -390,17 +281,7 @@ def _apply_override(content: dict, override: str) -> None:
     section = content.setdefault(parts[0], {})
     if not isinstance(section, dict):
         raise ValueError(f"{override!r}: '{parts[0]}' is no section")
-    # YAML 1.1 reads 1e-3 as text; a number was meant.
-    section[parts[1]] = _number_if_one(value)
-
-
-def _number_if_one(value: Any) -> Any:
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    section[parts[1]] = number_if_one(value)
 
 
 def _explain(error: Any) -> str:

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForMaskedLM
 from data_prep.shards import complete_folder, require_new
 from data_prep.vocab import Vocabulary, load_vocabulary, open_vocabulary
 from pretrain import checkpoint, zero_state
-from pretrain.config import read_bert_config
+from pretrain.architecture import read_bert_config
 from pretrain.evaluate import score_rows
 from pretrain.metrics import read_metrics
 from pretrain.model import MaskedGeneModel

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_prep.order import EpochPlan
 from data_prep.shards import ShardSet
 from pretrain import dist
 from pretrain.checkpoint import Checkpoint
@@ -88,12 +87,6 @@ class _StopRequest:
             signal.signal(number, signal.SIG_IGN)
 
 
-def total_steps(config: RunConfig, plan: EpochPlan) -> int:
-    """Return how many optimizer steps a run has."""
-    steps = config.run.epochs * plan.steps_per_epoch
-    return steps if config.run.max_steps is None else min(steps, config.run.max_steps)
-
-
 def train(config: RunConfig, resume: bool = False, allow_changes: bool = False) -> RunSummary:
     """Pretrain on this process's share of every batch, and return what was done.
 
@@ -121,7 +114,7 @@ def train(config: RunConfig, resume: bool = False, allow_changes: bool = False) 
     with Watch(ranks, config.run.heartbeat_s):
         shards = ShardSet(config.data.shards, config.data.cache)
         dataset = _dataset(config, shards, ranks)
-        steps = total_steps(config, dataset.plan)
+        steps = config.run.total_steps(dataset.plan.steps_per_epoch)
         require_reachable_peak(config.optim, steps)
         last = agreed_start(config, shards, steps, resume, allow_changes, ranks)
         # Reads shards and may refuse them: before anything is written.
@@ -288,8 +281,7 @@ class _Run:
             log_heldout(self._log, self._history, done, self._steps, result, self._heldout)
 
     def _save(self, done: int) -> None:
-        content = self._record | self._summary.cells_record()
-        content |= {"step": done, "heldout": self._summary.heldout}
+        content = self._record | self._summary.cells_record() | {"step": done}
         self.publisher.save(self._engine.deepspeed, self._engine.stage, content)
 
     def _log_checkpoints(self) -> None:

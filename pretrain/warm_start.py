@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from data_prep.shards import file_sha256
 from data_prep.vocab import Vocabulary
-from pretrain.config import ModelConfig, architecture_conflicts, read_architecture
+from pretrain.architecture import architecture_conflicts, read_architecture
+from pretrain.config import ModelConfig
 from pretrain.export import folder_vocabulary, require_belonging, token_dictionary
 from pretrain.model import MaskedGeneModel
 

@@ -25,7 +25,13 @@ ALLOWED = {
     "launch": {"launch", "pretrain.config", "pretrain.ds_config", "data_prep.errors"},
     "eval": {"eval", "pretrain", "data_prep"},
 }
-NEVER_TORCH = ["data_prep", "launch", "pretrain/config.py", "pretrain/ds_config.py"]
+NEVER_TORCH = [
+    "data_prep",
+    "launch",
+    "pretrain/config.py",
+    "pretrain/architecture.py",
+    "pretrain/ds_config.py",
+]
 
 
 def modules(folder: str) -> list[Path]:
