@@ -52,7 +52,7 @@ def main_contender(run: TaskRun) -> str:
     return next((name for name in MAIN_CONTENDERS if name in present), MAIN_CONTENDERS[-1])
 
 
-def test_to_train(run: TaskRun) -> float:
+def overlap_ratio(run: TaskRun) -> float:
     """Return test examples / training examples of a fold, from ``details["test_share"]``.
 
     Raises
@@ -83,7 +83,7 @@ def corrected_interval(values: np.ndarray, ratio: float) -> dict[str, Any]:
         the mean, two for the others) and ``folds``, those that are known.
     """
     known = values[np.isfinite(values)]
-    found: dict[str, Any] = {"mean": None, "low": None, "high": None, "p": None, "folds": len(known)}
+    found: dict[str, Any] = dict.fromkeys(("mean", "low", "high", "p")) | {"folds": len(known)}
     if len(known):
         found["mean"] = mean = float(known.mean())
     if len(known) < 2:
@@ -104,7 +104,7 @@ def summarise(run: TaskRun) -> list[dict[str, Any]]:
     ``seconds`` (mean of a fold) and ``scores``: score -> ``mean``, ``low``, ``high`` (corrected
     95 % interval; None for a single fold) and ``folds``, those in which the score is defined.
     """
-    ratio = test_to_train(run)
+    ratio = overlap_ratio(run)
     rows = []
     for key in _contenders(run):
         outcomes = [o for o in run.outcomes if (o.contender, o.role, o.model) == key]
@@ -139,29 +139,30 @@ def verdicts(run: TaskRun, models: list[str]) -> list[dict[str, Any]]:
         examples: this favours the baseline, so a win counts for more and a loss for less),
         ``models`` (main contenders, each pair once) or ``control`` (shuffled labels against
         chance). Then ``model``, ``contender``, ``against`` (a display name, or ``chance``),
-        ``main`` (is it the main contender?), ``folds`` (both scores known), ``difference``
-        (headline, the model's minus the other's), ``low``, ``high``, ``p`` and ``word``, which
-        is ``not tested`` with fewer than `FEWEST_FOLDS` folds.
+        ``against_model``, ``main`` (is it the main contender?), ``folds`` (both scores known),
+        ``difference`` (headline, the model's minus the other's), ``low``, ``high``, ``p`` and
+        ``word``, which is ``not tested`` with fewer than `FEWEST_FOLDS` folds.
     """
     found = []
     main = main_contender(run)
     rows = {(r["contender"], r["role"], r["model"]): r for r in summarise(run)}
     baselines = [k for k, r in rows.items() if k[1] == "baseline" and _known(r, run.headline)]
     for model in models:
+        own: Contender = (main, "model", model)
         for key in rows:
-            twin = (key[0], "twin", model)
-            if key[1:] == ("model", model) and twin in rows:
+            twin: Contender = (key[0], "twin", model)
+            if key[1:] == own[1:] and twin in rows:
                 found.append(_compare(run, "pretraining", key, twin))
-        own = (main, "model", model)
         if own in rows and baselines:
             found.append(_compare(run, "baselines", own, baselines[0]))
     for number, first in enumerate(models):
         for second in models[number + 1 :]:
-            pair = ((main, "model", first), (main, "model", second))
-            if all(key in rows for key in pair):
-                found.append(_compare(run, "models", *pair))
+            one: Contender = (main, "model", first)
+            other: Contender = (main, "model", second)
+            if one in rows and other in rows:
+                found.append(_compare(run, "models", one, other))
     if run.chance is not None:
-        found += [_compare(run, "control", key, None) for key in rows if key[1] == "control"]
+        found += [_compare(run, "control", key, run.chance) for key in rows if key[1] == "control"]
     return found
 
 
@@ -172,27 +173,19 @@ def holm(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     models are compared), over all tasks in which it was tested. Controls stay as they are: their
     correction would hide what they are there to show.
     """
-    families: dict[tuple, list[float]] = {}
-    for verdict in (v for t in tasks for v in t["verdicts"]):
-        if verdict["word"] != NOT_TESTED:
-            families.setdefault(_family(verdict), []).append(verdict["p"])
-    corrected = {}
-    for family, values in families.items():
-        order = np.argsort(values, kind="stable")
-        steps = np.array(values)[order] * np.arange(len(values), 0, -1)
-        adjusted = np.minimum(np.maximum.accumulate(steps), 1.0)
-        corrected[family] = iter(adjusted[np.argsort(order)].tolist())
-    out = []
-    for task in tasks:
-        changed = []
-        for verdict in task["verdicts"]:
-            p = verdict["p"]
-            if verdict["word"] != NOT_TESTED:
-                adjusted = next(corrected[_family(verdict)])
-                p = p if verdict["question"] == "control" else adjusted
-            word = _word(verdict["question"], verdict["difference"], p, verdict["folds"])
-            changed.append(verdict | {"holm_p": p, "holm_word": word})
-        out.append(task | {"verdicts": changed})
+    out = [task | {"verdicts": [dict(v) for v in task["verdicts"]]} for task in tasks]
+    families: dict[tuple, list[dict]] = {}
+    for verdict in (v for task in out for v in task["verdicts"]):
+        verdict |= {"holm_p": verdict["p"], "holm_word": verdict["word"]}
+        if verdict["question"] != "control" and verdict["word"] != NOT_TESTED:
+            families.setdefault(_family(verdict), []).append(verdict)
+    for family in families.values():
+        family.sort(key=lambda v: v["p"])
+        adjusted = 0.0
+        for smaller, verdict in enumerate(family):
+            adjusted = max(adjusted, min(1.0, (len(family) - smaller) * verdict["p"]))
+            word = _word(verdict["question"], verdict["difference"], adjusted, verdict["folds"])
+            verdict |= {"holm_p": adjusted, "holm_word": word}
     return out
 
 
@@ -214,9 +207,10 @@ def count_words(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     Returns
     -------
     list of dict
-        ``question``, ``model``, ``contender``, ``main``, ``against`` (the other model, for
-        ``models``; else ""), and the counts ``better``, ``worse``, ``neither``, ``not_tested`` and
-        ``control_failed``. Questions about the main contenders come first.
+        ``question``, ``model``, ``contender`` ("" for the main one, which is called differently in
+        different tasks), ``main``, ``against_model`` and the counts ``better``, ``worse``,
+        ``neither``, ``not_tested`` and ``control_failed``. Questions about the main contenders
+        come first.
     """
     counts: dict[tuple, dict[str, Any]] = {}
     for task in tasks:
@@ -227,8 +221,9 @@ def count_words(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 continue
             row = counts.setdefault(
                 _family(verdict),
-                {k: verdict[k] for k in ("question", "model", "contender", "main")}
-                | {"against": verdict["against"] if question == "models" else ""}
+                {k: verdict[k] for k in ("question", "model", "main")}
+                | {"contender": "" if verdict["main"] else verdict["contender"]}
+                | {"against_model": verdict["against_model"]}
                 | dict.fromkeys(("better", "worse", "neither", "not_tested", "control_failed"), 0),
             )
             states = dict(
@@ -262,16 +257,20 @@ def _headline(row: dict, headline: str) -> float:
     return row["scores"][headline]["mean"] if _known(row, headline) else -np.inf
 
 
-def _compare(run: TaskRun, question: str, first: Contender, second: Contender | None) -> dict:
-    """Return one verdict; without `second`, against chance."""
+def _compare(run: TaskRun, question: str, first: Contender, second: Contender | float) -> dict:
+    """Return one verdict, against a contender or a number: chance."""
     own = _by_fold(run, first)
-    other = _by_fold(run, second) if second else dict.fromkeys(own, run.chance)
+    if isinstance(second, tuple):
+        other, against = _by_fold(run, second), display_name(*second)
+        against_model = second[2]
+    else:
+        other, against, against_model = dict.fromkeys(own, second), "chance", None
     folds = sorted(own.keys() & other.keys())
     differences = np.array([own[f] - other[f] for f in folds], dtype=np.float64)
-    interval = corrected_interval(differences, test_to_train(run))
+    interval = corrected_interval(differences, overlap_ratio(run))
     return {
         "question": question, "model": first[2], "contender": first[0],
-        "against": display_name(*second) if second else "chance",
+        "against": against, "against_model": against_model,
         "main": first[0] == main_contender(run), "folds": interval["folds"],
         "difference": interval["mean"], "low": interval["low"], "high": interval["high"],
         "p": interval["p"],
@@ -289,7 +288,6 @@ def _word(question: str, difference: float | None, p: float | None, folds: int) 
 
 
 def _family(verdict: dict) -> tuple:
-    against = verdict["against"] if verdict["question"] == "models" else ""
     # The main contender has one family, whatever it is called in a task.
     contender = "" if verdict["main"] else verdict["contender"]
-    return verdict["question"], verdict["model"], contender, against
+    return verdict["question"], verdict["model"], contender, verdict["against_model"]
