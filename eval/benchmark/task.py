@@ -123,11 +123,11 @@ class IntegrationTask(_Task):
     planted_batch: bool = False
 
 
-Task = Annotated[GeneTask | CellTask | IntegrationTask, Field(discriminator="kind")]
-_ADAPTER: TypeAdapter = TypeAdapter(Task)
+AnyTask = GeneTask | CellTask | IntegrationTask
+_ADAPTER: TypeAdapter = TypeAdapter(Annotated[AnyTask, Field(discriminator="kind")])
 
 
-def read_task(path: Path) -> GeneTask | CellTask | IntegrationTask:
+def read_task(path: Path) -> AnyTask:
     """Return the task of one YAML file; its name is the file's.
 
     Raises
@@ -142,21 +142,27 @@ def read_task(path: Path) -> GeneTask | CellTask | IntegrationTask:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a task is a YAML mapping with title, kind, cells, sizes, ...")
     try:
-        return _ADAPTER.validate_python({"name": path.stem} | content)
+        task: AnyTask = _ADAPTER.validate_python({"name": path.stem} | content)
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise ValueError(f"{path}: is no task: " + "; ".join(wrong)) from error
+    if isinstance(task, GeneTask) and path.parent != TASKS_FOLDER:
+        beside = path.parent.resolve() / task.labels
+        if beside.exists():
+            return task.model_copy(update={"labels": str(beside)})
+    return task
 
 
-def all_tasks() -> dict[str, GeneTask | CellTask | IntegrationTask]:
+def all_tasks() -> dict[str, AnyTask]:
     """Return name -> task of everything the package declares, by name."""
     tasks = [read_task(p) for p in sorted(TASKS_FOLDER.glob("*.yaml"))]
     return {t.name: t for t in tasks}
 
 
-def missing_files(task: GeneTask | CellTask | IntegrationTask, data: Path | None) -> list[str]:
+def missing_files(task: AnyTask, data: Path | None) -> list[str]:
     """Return the files that a task needs and that are not below the data folder."""
     wanted = list(task.cells.files)
+    # An absolute path stays what it is: labels beside a task's own file.
     if isinstance(task, GeneTask) and not (TASKS_FOLDER / task.labels).exists():
         wanted.append(task.labels)
     return [f for f in wanted if data is None or not any(data.glob(f))]

@@ -1,0 +1,237 @@
+"""All tasks of a suite, one after another: results.json after each of them, the page at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from data_prep.shards import file_sha256
+from eval.benchmark import cell_tasks, genes, integration
+from eval.benchmark.compare import holm, summarise, verdicts
+from eval.benchmark.inputs import Model, load_models
+from eval.benchmark.outcome import Store
+from eval.benchmark.task import (
+    TASKS_FOLDER,
+    AnyTask,
+    GeneTask,
+    Suite,
+    all_tasks,
+    missing_files,
+    read_task,
+)
+from pretrain.export import RECORD_NAME
+from pretrain.record import environment
+
+logger = logging.getLogger(__name__)
+
+RESULTS_FORMAT = "geneloom-benchmark/1"
+RESULTS_NAME = "results.json"
+_IDENTITY_NAME = "benchmark.json"
+_KINDS: dict[str, ModuleType] = {"genes": genes, "cells": cell_tasks, "integration": integration}
+_PACKAGES = ("scikit-learn", "scanpy", "scib-metrics", "harmonypy", "peft", "optuna")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is told while a benchmark runs.
+
+    `plan(units)` once, `task(title)` before each task, `unit(seconds)` after each contender in each
+    fold (0 seconds: it was done before).
+    """
+
+    plan: Callable[[int], None]
+    task: Callable[[str], None]
+    unit: Callable[[float], None]
+
+
+def choose_tasks(suite: Suite, names: list[str], files: list[Path]) -> list[AnyTask]:
+    """Return the tasks of a suite, or those of them that are named; `files` declare others.
+
+    Raises
+    ------
+    ValueError
+        An unknown name, a task that the suite does not have, or a file that is none.
+    """
+    known = all_tasks() | {t.name: t for t in map(read_task, files)}
+    unknown = [n for n in names if n not in known]
+    if unknown:
+        raise ValueError(f"--task {unknown[0]}: no such task; there are {', '.join(known)}")
+    chosen = [t for n, t in known.items() if suite in t.sizes and (not names or n in names)]
+    outside = [n for n in names if suite not in known[n].sizes]
+    if outside:
+        suites = ", ".join(known[outside[0]].sizes)
+        raise ValueError(f"--task {outside[0]}: suite {suite} does not have it, only {suites}")
+    return chosen
+
+
+def run_benchmark(
+    folders: list[Path],
+    suite: Suite,
+    out: Path,
+    data: Path | None = None,
+    names: list[str] = [],  # noqa: B006  read only
+    files: list[Path] = [],  # noqa: B006  read only
+    vocabulary: Path | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    bf16: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run a suite and return what ``out/results.json`` holds (docs/formats.md).
+
+    A benchmark that was killed goes on in its folder: what is done is read from ``out/units``.
+
+    Parameters
+    ----------
+    folders
+        Models: folders of ``geneloom export`` or published ones.
+    data
+        Folder that the tasks' files are below.
+    names, files
+        Only these tasks; tasks of the user's own, besides.
+    vocabulary
+        Geneformer's dictionaries, for folders without ``vocabulary.json``.
+
+    Raises
+    ------
+    ValueError
+        A model or task is none, `out` holds something else, or there are no data for any task.
+    """
+    tasks = choose_tasks(suite, names, files)
+    missing = {t.name: missing_files(t, data) for t in tasks}
+    runnable = [t for t in tasks if not missing[t.name]]
+    if not runnable:
+        raise ValueError(
+            f"--suite {suite}: there are no data for any of its {len(tasks)} tasks below "
+            f"{data or '(no --data given)'}; `geneloom benchmark --list` names what each needs"
+        )
+    models = load_models(folders, vocabulary)
+    _claim(out, suite, seed, bf16, models)
+    progress = progress or Progress(lambda units: None, lambda title: None, lambda seconds: None)
+    units = [_KINDS[t.kind].num_units(t, t.sizes[suite], models) for t in runnable]
+    progress.plan(sum(units))
+    results: dict[str, Any] = {
+        "format": RESULTS_FORMAT,
+        "suite": suite,
+        "seed": seed,
+        "bf16": bf16,
+        "device": device,
+        "command": environment()["command"],
+        "environment": environment() | {"evaluation": {p: version(p) for p in _PACKAGES}},
+        "models": [_describe(m) for m in models],
+        "tasks": [],
+        "skipped": [
+            {"name": t.name, "title": t.title, "reason": _what_is_missing(t, missing[t.name])}
+            for t in tasks
+            if missing[t.name]
+        ],
+    }
+    for task in runnable:
+        progress.task(task.title)
+        digest = _data_digest(task, data)
+        base = {"task": task.model_dump(mode="json"), "suite": suite, "data": digest, "seed": seed}
+        store = Store(out / "units", base | {"bf16": bf16}, lambda _, s: progress.unit(s))
+        try:
+            record = _run_task(task, suite, models, data, store, seed, device, bf16)
+        except ValueError as error:
+            # The other tasks' results are worth having; the command says it and fails at the end.
+            logger.error("%s: %s", task.name, error)
+            failed = {"name": task.name, "title": task.title, "reason": str(error), "failed": True}
+            results["skipped"].append(failed)
+        else:
+            results["tasks"].append(record)
+        _write(out, results)
+    results["tasks"] = holm(results["tasks"])
+    _write(out, results)
+    return results
+
+
+def _run_task(
+    task: AnyTask,
+    suite: Suite,
+    models: list[Model],
+    data: Path | None,
+    store: Store,
+    seed: int,
+    device: str,
+    bf16: bool,
+) -> dict[str, Any]:
+    """Return one entry of the results' tasks."""
+    started = time.perf_counter()
+    size = task.sizes[suite]
+    run = _KINDS[task.kind].run(task, size, models, data, store, seed, device, bf16)
+    return {
+        **task.model_dump(
+            mode="json", include={"name", "title", "kind", "applications", "published", "note"}
+        ),
+        "recipe": task.cells.recipe,
+        "size": size.model_dump(mode="json"),
+        "seconds": time.perf_counter() - started,
+        **asdict(run),
+        "summary": summarise(run),
+        "verdicts": verdicts(run, [m.name for m in models]),
+    }
+
+
+def _what_is_missing(task: AnyTask, files: list[str]) -> str:
+    return f"no {', '.join(files)} below the data folder. {task.cells.recipe}"
+
+
+def _describe(model: Model) -> dict[str, Any]:
+    record = model.folder / RECORD_NAME
+    return {
+        "name": model.name,
+        "folder": str(model.folder),
+        "digest": model.digest,
+        "vocabulary_sha256": model.vocabulary.sha256,
+        "parameters": model.network.num_parameters(),
+        "record": json.loads(record.read_text()) if record.exists() else None,
+    }
+
+
+def _claim(out: Path, suite: Suite, seed: int, bf16: bool, models: list[Model]) -> None:
+    """Make the folder, or see that it holds this same benchmark."""
+    own = {
+        "format": RESULTS_FORMAT,
+        "suite": suite,
+        "seed": seed,
+        "bf16": bf16,
+        "models": {m.name: m.digest for m in models},
+    }
+    path = out / _IDENTITY_NAME
+    if path.exists():
+        found = json.loads(path.read_text())
+        other = [k for k in own if found.get(k) != own[k]]
+        if other:
+            raise ValueError(
+                f"{out}: holds a benchmark with other {', '.join(other)}; give --out a new folder"
+            )
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: exists and holds no benchmark; give --out a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(own, indent=1) + "\n")
+
+
+def _data_digest(task: AnyTask, data: Path | None) -> str:
+    """Return a hash of the bytes of all files a task reads."""
+    paths = [p for pattern in task.cells.files if data for p in sorted(data.glob(pattern))]
+    if isinstance(task, GeneTask):
+        # Joined to an absolute path, a folder has no say.
+        paths += [r / task.labels for r in (TASKS_FOLDER, data) if r and (r / task.labels).exists()]
+    hashes = [file_sha256(p) for p in paths]
+    return hashlib.sha256("".join([*hashes, str(task.cells.package)]).encode()).hexdigest()
+
+
+def _write(out: Path, results: dict[str, Any]) -> None:
+    aside = out / f".{RESULTS_NAME}.partial"
+    aside.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    aside.replace(out / RESULTS_NAME)
