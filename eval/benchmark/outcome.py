@@ -72,8 +72,8 @@ class TaskRun:
         ``test_share``: share of all examples that one fold scores (0.2 where it is missing); it
         corrects intervals for folds that overlap (`eval.benchmark.compare`). Where folds are
         subsamples that are scored whole, it is the subsample's share, such as 0.8.
-        By contender (keys: `compare.display_name`): ``roc``: ``{"fpr": [...], "tpr": [...]}``;
-        ``bootstrap``: ``{"low", "high"}`` over genes; ``few_shot``: shots ->
+        By contender (keys: `compare.display_name`): ``roc``: [false positive rate, true
+        positive rate] points; ``bootstrap``: ``{"low", "high"}`` over genes; ``few_shot``: shots ->
         ``{"mean", "low", "high"}``; ``umap``: [[x, y], ...], with the lists ``labels`` and
         ``batches`` beside it. ``genes``: model -> rows with ``gene``, ``label``, ``probability``
         (of the positive class), ``cells`` and perhaps ``symbol``, out of fold.
