@@ -34,7 +34,7 @@ def embed_command(
     strip_gene_versions: StripOption = False,
 ) -> None:
     """Write cell embeddings beside the cells: every cell, in the file's order."""
-    _quiet()
+    quiet()
     from eval.embed import embed_file
 
     options = SourceOptions(counts, gene_column, strip_versions=strip_gene_versions)
@@ -80,7 +80,7 @@ def finetune_command(
     strip_gene_versions: StripOption = False,
 ) -> None:
     """Classify cells: pretrained against random weights and simple baselines, over seeds."""
-    _quiet()
+    quiet()
     from eval.finetune.cells import FinetuneSettings, finetune_cells
     from eval.tables import print_scores
 
@@ -112,7 +112,7 @@ def report_command(
     commands: Annotated[Path | None, typer.Option(help="text file of what was run")] = None,
 ) -> None:
     """Write one self-contained page: loss curve, UMAP, scores beside baselines, what was run."""
-    _quiet()
+    quiet()
     from eval.report import write_report
 
     print(write_report(run, out, scores or [], embedding, color, commands))
@@ -131,7 +131,7 @@ def choose_device(name: str) -> str:
     return name
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Only this project's own messages, no progress bars of libraries."""
     from transformers.utils.logging import disable_progress_bar
 

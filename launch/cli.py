@@ -21,6 +21,11 @@ VERBS = {
     "export": ("pretrain.cli", "export_command", "checkpoint -> Hugging Face folder"),
     "embed": ("eval.cli", "embed_command", "cells -> embeddings in an h5ad"),
     "finetune": ("eval.cli", "finetune_app", "fine-tune and score beside baselines"),
+    "benchmark": (
+        "eval.benchmark.cli",
+        "benchmark_command",
+        "did pretraining help? tasks, baselines",
+    ),
     "report": ("eval.cli", "report_command", "a run and its scores in one HTML page"),
 }
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from transformers import BertForMaskedLM
 
 from data_prep.shards import file_sha256
 from data_prep.sources import SourceOptions
-from data_prep.vocab import Vocabulary
+from data_prep.vocab import Vocabulary, read_dictionary
 from eval.benchmark.task import Cells
 from eval.demo_cells import recover_counts
 from eval.encode import CellSet, encode_file
@@ -23,13 +24,25 @@ from pretrain.export import load_exported
 
 @dataclass(frozen=True)
 class Model:
-    """A pretrained model under a name; `digest` is a hash of its weights and vocabulary."""
+    """A pretrained model under a name; `digest` is a hash of its weights and vocabulary.
+
+    `gene_names` maps other names of genes, such as symbols, to ids of the vocabulary: for reading
+    cells and labels only, no part of the model.
+    """
 
     name: str
     folder: Path
     network: BertForMaskedLM
     vocabulary: Vocabulary
     digest: str
+    gene_names: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def reading_vocabulary(self) -> Vocabulary:
+        """The vocabulary that also knows `gene_names`."""
+        known = set(self.vocabulary.genes)
+        names = {n: g for n, g in self.gene_names.items() if g in known and n not in known}
+        return replace(self.vocabulary, aliases=names | self.vocabulary.aliases)
 
 
 @dataclass(frozen=True)
@@ -73,15 +86,26 @@ class TaskCells:
         )
 
 
-def load_models(folders: list[Path], vocabulary: Path | None = None) -> list[Model]:
+def load_models(
+    folders: list[Path], vocabulary: Path | None = None, gene_names: Path | None = None
+) -> list[Model]:
     """Return the models of some folders, named by the folders.
+
+    Parameters
+    ----------
+    vocabulary
+        Geneformer's dictionaries, for folders without ``vocabulary.json``.
+    gene_names
+        Dictionary (JSON, or a pickle of plain values) from symbols to gene ids, such as
+        Geneformer's ``gene_name_id_dict``.
 
     Raises
     ------
     ValueError
         Two folders have one name, or one is no model (see `pretrain.export.load_exported`).
     """
-    models = []
+    models: list[Model] = []
+    names = read_dictionary(gene_names) if gene_names else {}
     for folder in folders:
         name = folder.resolve().name
         if name in [m.name for m in models]:
@@ -89,7 +113,7 @@ def load_models(folders: list[Path], vocabulary: Path | None = None) -> list[Mod
         network, vocab = load_exported(folder, vocabulary)
         weights = [file_sha256(p) for p in sorted(folder.glob("*.safetensors"))]
         digest = hashlib.sha256("".join([*weights, vocab.sha256]).encode()).hexdigest()
-        models.append(Model(name, folder, network, vocab, digest))
+        models.append(Model(name, folder, network, vocab, digest, names))
     return models
 
 
@@ -123,7 +147,9 @@ def load_cells(
     with tempfile.TemporaryDirectory() as scratch:
         paths = _paths(cells, data, Path(scratch))
         digests = [file_sha256(p) for p in paths]
-        by_model = {m.name: [encode_file(p, m.vocabulary, options) for p in paths] for m in models}
+        by_model = {
+            m.name: [encode_file(p, m.reading_vocabulary, options) for p in paths] for m in models
+        }
     sets = next(iter(by_model.values()))
     counts, genes = _join([s.counts for s in sets], [s.genes for s in sets])
     metadata = pd.concat(

@@ -6,12 +6,11 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 from data_prep.shards import file_sha256
 from eval.benchmark import cell_tasks, genes, integration
@@ -39,17 +38,26 @@ _KINDS: dict[str, ModuleType] = {"genes": genes, "cells": cell_tasks, "integrati
 _PACKAGES = ("scikit-learn", "scanpy", "scib-metrics", "harmonypy", "peft", "optuna")
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What is told while a benchmark runs.
+class Progress(Protocol):
+    """What is told while a benchmark runs."""
 
-    `plan(units)` once, `task(title)` before each task, `unit(seconds)` after each contender in each
-    fold (0 seconds: it was done before).
-    """
+    def plan(self, units: int) -> None:
+        """Take the number of outcomes to come; called once."""
 
-    plan: Callable[[int], None]
-    task: Callable[[str], None]
-    unit: Callable[[float], None]
+    def task(self, title: str) -> None:
+        """Take the title of the task that begins."""
+
+    def unit(self, seconds: float) -> None:
+        """Count one contender in one fold; 0 seconds: it was done before."""
+
+
+class _Silent:
+    def plan(self, units: int) -> None: ...
+    def task(self, title: str) -> None: ...
+    def unit(self, seconds: float) -> None: ...
+
+
+SILENT = _Silent()
 
 
 def choose_tasks(suite: Suite, names: list[str], files: list[Path]) -> list[AnyTask]:
@@ -80,10 +88,11 @@ def run_benchmark(
     names: list[str] = [],  # noqa: B006  read only
     files: list[Path] = [],  # noqa: B006  read only
     vocabulary: Path | None = None,
+    gene_names: Path | None = None,
     seed: int = 0,
     device: str = "cpu",
     bf16: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Run a suite and return what ``out/results.json`` holds (docs/formats.md).
 
@@ -97,8 +106,8 @@ def run_benchmark(
         Folder that the tasks' files are below.
     names, files
         Only these tasks; tasks of the user's own, besides.
-    vocabulary
-        Geneformer's dictionaries, for folders without ``vocabulary.json``.
+    vocabulary, gene_names
+        As in `eval.benchmark.inputs.load_models`.
 
     Raises
     ------
@@ -113,9 +122,8 @@ def run_benchmark(
             f"--suite {suite}: there are no data for any of its {len(tasks)} tasks below "
             f"{data or '(no --data given)'}; `geneloom benchmark --list` names what each needs"
         )
-    models = load_models(folders, vocabulary)
+    models = load_models(folders, vocabulary, gene_names)
     _claim(out, suite, seed, bf16, models)
-    progress = progress or Progress(lambda units: None, lambda title: None, lambda seconds: None)
     units = [_KINDS[t.kind].num_units(t, t.sizes[suite], models) for t in runnable]
     progress.plan(sum(units))
     results: dict[str, Any] = {

@@ -1,0 +1,155 @@
+"""``geneloom benchmark``: parse and call."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from eval.benchmark.task import SUITES, Suite, all_tasks, missing_files, read_task
+from eval.cli import DeviceOption, VocabOption, choose_device, quiet
+
+_LINE_EVERY_S = 30.0
+
+
+def benchmark_command(
+    model: Annotated[
+        list[Path] | None,
+        typer.Option(help="folder of `geneloom export`, or Geneformer's; repeat it to compare"),
+    ] = None,
+    suite: Annotated[str, typer.Option(help=", ".join(SUITES))] = "quick",
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the report; one that was stopped goes on")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="folder the tasks' files are below")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="only this one; may be repeated")] = None,
+    task_file: Annotated[list[Path] | None, typer.Option(help="YAML of a task of your own")] = None,
+    list_tasks: Annotated[bool, typer.Option("--list", help="show all tasks and end")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="splits, draws and heads follow from it")] = 0,
+    bf16: Annotated[bool, typer.Option(help="compute in bfloat16")] = False,
+    vocab: VocabOption = None,
+    gene_names: Annotated[
+        Path | None, typer.Option(help="symbol -> gene id (JSON), for cells named by symbols")
+    ] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Fine-tuning tasks beside the baselines that matter: did pretraining help?"""
+    names, files = task or [], task_file or []
+    chosen = suite_of(suite)
+    if list_tasks:
+        print_tasks(data, files)
+        return
+    if not model or out is None:
+        raise ValueError("--model and --out: a benchmark needs both (or only --list)")
+    quiet()
+    from eval.benchmark.report import print_results, write_report
+    from eval.benchmark.run import run_benchmark
+
+    with _Shown() as shown:
+        results = run_benchmark(
+            model, chosen, out, data, names, files, vocab, gene_names, seed,
+            choose_device(device), bf16, shown,
+        )  # fmt: skip
+    print_results(results)
+    print(write_report(results, out))
+    failed = [s for s in results["skipped"] if s.get("failed")]
+    if failed:
+        raise ValueError(
+            f"{len(failed)} tasks could not be run; the others' results stand. "
+            + "; ".join(f"{s['name']}: {s['reason']}" for s in failed)
+        )
+
+
+def print_tasks(data: Path | None, files: list[Path]) -> None:
+    """Print every task, its suites, and what of its data is there."""
+    console = Console()
+    table = Table(title="tasks", title_justify="left")
+    for column in ("task", "kind", "suites", "application", "data", "what it asks"):
+        table.add_column(column, overflow="fold")
+    tasks = all_tasks() | {t.name: t for t in map(read_task, files)}
+    absent = {}
+    for name, task in tasks.items():
+        missing = missing_files(task, data)
+        if missing:
+            absent[name] = missing
+        table.add_row(
+            name, task.kind, " ".join(task.sizes), ", ".join(task.applications),
+            "missing" if missing else "there", task.title,
+        )  # fmt: skip
+    console.print(table)
+    for name, missing in absent.items():
+        console.print(
+            f"[bold]{name}[/bold] lacks {', '.join(missing)}\n  {tasks[name].cells.recipe}",
+            highlight=False,
+        )
+    if absent and data is None:
+        console.print("Files are looked for below --data.", highlight=False)
+
+
+def suite_of(name: str) -> Suite:
+    """Return the suite of a name."""
+    found = [s for s in SUITES if s == name]
+    if not found:
+        raise ValueError(f"--suite {name}: must be one of {', '.join(SUITES)}")
+    return found[0]
+
+
+class _Shown:
+    """Progress on stderr: a bar with the time left, or a line now and then without a terminal."""
+
+    def __init__(self) -> None:
+        self._title, self._done, self._total = "", 0, 0
+        self._computed, self._seconds, self._last = 0, 0.0, time.monotonic()
+        self._bar: Bar | None = None
+
+    def __enter__(self) -> _Shown:
+        if sys.stderr.isatty():
+            self._bar = Bar(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                TimeRemainingColumn(), console=Console(stderr=True), transient=True,
+            )  # fmt: skip
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def plan(self, units: int) -> None:
+        self._total = units
+        if self._bar:
+            self._bar.add_task("", total=units)
+
+    def task(self, title: str) -> None:
+        self._title = title
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], description=title)
+        else:
+            self._line()
+
+    def unit(self, seconds: float) -> None:
+        self._done += 1
+        if seconds:  # what an earlier call had done says nothing about the time left
+            self._computed, self._seconds = self._computed + 1, self._seconds + seconds
+        if self._bar:
+            self._bar.advance(self._bar.task_ids[0])
+        elif time.monotonic() - self._last > _LINE_EVERY_S:
+            self._line()
+
+    def _line(self) -> None:
+        self._last = time.monotonic()
+        left = ""
+        if self._computed:
+            seconds = self._seconds / self._computed * (self._total - self._done)
+            left = f", about {seconds / 60:.0f} min left"
+        print(
+            f"{self._title}: {self._done} of {self._total} trainings and fits{left}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
