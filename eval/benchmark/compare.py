@@ -30,6 +30,8 @@ WORDS = {
     "models": ("wins", "loses", "tie"),
     "control": ("above chance", "below chance", "at chance"),
 }
+# What a verdict's word says of the model, in the order of `WORDS`.
+STATES = ("better", "worse", "neither", "not_tested")
 _TEST_SHARE = 0.2
 _NO_SPREAD = 1e-12  # differences of equal scores differ by rounding only
 
@@ -189,6 +191,12 @@ def holm(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
+def state_of(verdict: dict[str, Any]) -> str:
+    """Return ``better``, ``worse``, ``neither`` or ``not_tested``, after Holm's correction."""
+    words = (*WORDS[verdict["question"]], NOT_TESTED)
+    return STATES[words.index(verdict["holm_word"])]
+
+
 def control_state(task: dict[str, Any]) -> str:
     """Return ``failed``, ``held``, ``not tested`` or ``none`` for a task with its verdicts."""
     words = [v["word"] for v in task["verdicts"] if v["question"] == "control"]
@@ -224,13 +232,9 @@ def count_words(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 {k: verdict[k] for k in ("question", "model", "main")}
                 | {"contender": "" if verdict["main"] else verdict["contender"]}
                 | {"against_model": verdict["against_model"]}
-                | dict.fromkeys(("better", "worse", "neither", "not_tested", "control_failed"), 0),
+                | dict.fromkeys((*STATES, "control_failed"), 0),
             )
-            states = dict(
-                zip((*WORDS[question], NOT_TESTED), ("better", "worse", "neither", "not_tested"),
-                    strict=True)
-            )  # fmt: skip
-            row["control_failed" if failed else states[verdict["holm_word"]]] += 1
+            row["control_failed" if failed else state_of(verdict)] += 1
     return sorted(counts.values(), key=lambda row: not row["main"])
 
 

@@ -78,7 +78,7 @@ class TaskRun:
         ``batches`` beside it. ``genes``: model -> rows with ``gene``, ``label``, ``probability``
         (of the positive class), ``cells`` and perhaps ``symbol``, out of fold.
         In details of outcomes: ``confusion`` (int [classes, classes], rows are the truth),
-        ``f1_by_class`` and ``calibration`` (bins with ``confidence``, ``accuracy``, ``count``).
+        ``f1_by_class`` and ``calibration`` (bins with ``confidence``, ``accuracy``, ``cells``).
     """
 
     cells: int

@@ -1,0 +1,188 @@
+"""What a benchmark found, in words and as one line for each task: for the page and the console."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from eval.benchmark.compare import control_state, count_words, state_of
+
+SYMBOLS = {"better": "▲", "worse": "▼", "neither": "＝", "not_tested": "?"}
+# Contenders of a model that have a place in the overview, beside its main one.
+FROZEN = "frozen embedding"
+_SCORE_LABELS = {
+    "auroc": "AUROC", "auprc": "AUPRC", "auroc_occurrence": "AUROC of occurrences",
+    "macro_f1": "macro-F1", "ece": "calibration error", "ari": "ARI", "nmi": "NMI",
+    "ilisi": "iLISI", "kbet": "kBET", "avg_bio": "AvgBIO",
+}  # fmt: skip
+_STYLES = {"better": "green", "worse": "red", "neither": "default", "not_tested": "yellow"}
+
+
+def score_label(score: str) -> str:
+    """Return a score's name for readers."""
+    return _SCORE_LABELS.get(score, score.replace("_", " "))
+
+
+def format_mean(score: dict[str, Any] | None) -> str:
+    """Return ``0.914 ± 0.021`` (95 % half-width), without it for one fold, "-" for no value."""
+    if score is None or score["mean"] is None:
+        return "-"
+    if score["high"] is None:
+        return f"{score['mean']:.3f}"
+    return f"{score['mean']:.3f} ± {score['high'] - score['mean']:.3f}"
+
+
+def format_difference(verdict: dict[str, Any]) -> str:
+    """Return ``+0.052 (+0.010 to +0.094)``: the difference and its 95 % interval."""
+    if verdict["difference"] is None:
+        return "-"
+    if verdict["low"] is None:
+        return f"{verdict['difference']:+.3f}"
+    return f"{verdict['difference']:+.3f} ({verdict['low']:+.3f} to {verdict['high']:+.3f})"
+
+
+def format_p(p: float | None) -> str:
+    """Return ``p = 0.03``, or ``p < 0.001``."""
+    if p is None:
+        return "p unknown"
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
+def overview_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return one row for each task and model, in the order of the tasks.
+
+    Each has ``task`` (the task itself), ``model`` (its name), ``score`` (label of the headline),
+    ``main``, ``frozen``, ``twin`` and ``baseline`` (rows of the task's summary, or None), the
+    verdicts ``pretraining``, ``frozen_pretraining`` and ``baselines`` (or None), and ``control``
+    (see `compare.control_state`).
+    """
+    rows = []
+    for task in results["tasks"]:
+        summary = {(r["contender"], r["role"], r["model"]): r for r in task["summary"]}
+        baseline = next((r for r in task["summary"] if r["role"] == "baseline"), None)
+        for model in (m["name"] for m in results["models"]):
+            main = main_of(task, model)
+            rows.append(
+                {
+                    "task": task, "model": model, "score": score_label(task["headline"]),
+                    "main": summary.get((main, "model", model)),
+                    "frozen": summary.get((FROZEN, "model", model)),
+                    "twin": summary.get((main, "twin", model)),
+                    "baseline": baseline,
+                    "pretraining": verdict_of(task, "pretraining", model, main),
+                    "frozen_pretraining": verdict_of(task, "pretraining", model, FROZEN),
+                    "baselines": verdict_of(task, "baselines", model, main),
+                    "control": control_state(task),
+                }
+            )  # fmt: skip
+    return rows
+
+
+def main_of(task: dict[str, Any], model: str) -> str | None:
+    """Return the contender that stands for a model in the task's verdicts, if there is one."""
+    names = [v["contender"] for v in task["verdicts"] if v["main"] and v["model"] == model]
+    return names[0] if names else None
+
+
+def verdict_of(
+    task: dict[str, Any], question: str, model: str, contender: str | None
+) -> dict[str, Any] | None:
+    """Return the task's verdict on one contender of a model, if there is one."""
+    wanted = (question, model, contender)
+    found = (v for v in task["verdicts"] if (v["question"], v["model"], v["contender"]) == wanted)
+    return next(found, None)
+
+
+def conclusions(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what the counts say: one sentence for each question about main contenders.
+
+    Each has ``question``, ``model``, ``sentence`` and the counts of `compare.count_words`.
+    """
+    found = []
+    for count in count_words(results["tasks"]):
+        if not count["main"]:
+            continue
+        tested = count["better"] + count["worse"] + count["neither"]
+        sentence = _SENTENCES[count["question"]](count, tested) if tested else _untested(count)
+        found.append(count | {"sentence": sentence, "tested": tested})
+    return found
+
+
+def _pretraining(count: dict[str, Any], tested: int) -> str:
+    if not count["better"] and not count["worse"]:
+        return f"No difference from pretraining was seen in {_tasks(tested)}."
+    return (
+        f"Pretraining helped in {count['better']} of {_tasks(tested)}, hurt in {count['worse']}; "
+        f"no difference was seen in {count['neither']}."
+    )
+
+
+def _baselines(count: dict[str, Any], tested: int) -> str:
+    return (
+        f"Against the best baseline it won {count['better']} of {_tasks(tested)}, "
+        f"lost {count['worse']} and tied {count['neither']}."
+    )
+
+
+def _models(count: dict[str, Any], tested: int) -> str:
+    return (
+        f"Against {count['against_model']} it won {count['better']} of {_tasks(tested)}, "
+        f"lost {count['worse']} and tied {count['neither']}."
+    )
+
+
+_SENTENCES = {"pretraining": _pretraining, "baselines": _baselines, "models": _models}
+
+
+def _untested(count: dict[str, Any]) -> str:
+    what = {
+        "pretraining": "Whether pretraining helped",
+        "baselines": "How it does against baselines",
+    }
+    return f"{what.get(count['question'], 'How it does against the other model')} was not tested."
+
+
+def _tasks(count: int) -> str:
+    return f"{count} task{'' if count == 1 else 's'}"
+
+
+def print_results(results: dict[str, Any], console: Console | None = None) -> None:
+    """Print one line for each task and model, what was skipped, and the conclusions."""
+    console = console or Console()
+    several = len(results["models"]) > 1
+    table = Table(title=f"{results['suite']} suite, mean ± 95 % interval", title_justify="left")
+    for name in ("task", *(["model"] if several else []), "score"):
+        table.add_column(name)
+    for name in ("model", "random weights", "best baseline"):
+        table.add_column(name, justify="right")
+    for name in ("pretraining", "baselines", "control"):
+        table.add_column(name)
+    for row in overview_rows(results):
+        means = [_mean(row, part) for part in ("main", "twin", "baseline")]
+        words = [_word(row[question]) for question in ("pretraining", "baselines")]
+        names = [row["task"]["name"], *([row["model"]] if several else []), row["score"]]
+        control = Text(row["control"], style="bold red" if row["control"] == "failed" else "")
+        table.add_row(*names, *means, *words, control)
+    console.print(table)
+    for skipped in results["skipped"]:
+        console.print(f"skipped: {skipped['name']}: {skipped['reason']}", highlight=False)
+    for conclusion in conclusions(results):
+        console.print(f"{conclusion['model']}: {conclusion['sentence']}", highlight=False)
+
+
+def _mean(row: dict[str, Any], part: str) -> str:
+    summary = row[part]
+    if summary is None:
+        return "-"
+    mean = format_mean(summary["scores"].get(row["task"]["headline"]))
+    return f"{summary['contender']}  {mean}" if part == "baseline" else mean
+
+
+def _word(verdict: dict[str, Any] | None) -> Text:
+    if verdict is None:
+        return Text("-")
+    state = state_of(verdict)
+    return Text(f"{SYMBOLS[state]} {verdict['holm_word']}", style=_STYLES[state])
