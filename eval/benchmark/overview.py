@@ -10,7 +10,7 @@ from rich.text import Text
 
 from eval.benchmark.compare import control_state, count_words, state_of
 
-SYMBOLS = {"better": "▲", "worse": "▼", "neither": "＝", "not_tested": "?"}
+SYMBOLS = {"better": "▲", "worse": "▼", "neither": "=", "not_tested": "?"}
 # Contenders of a model that have a place in the overview, beside its main one.
 FROZEN = "frozen embedding"
 _SCORE_LABELS = {
@@ -153,13 +153,10 @@ def print_results(results: dict[str, Any], console: Console | None = None) -> No
     """Print one line for each task and model, what was skipped, and the conclusions."""
     console = console or Console()
     several = len(results["models"]) > 1
-    table = Table(title=f"{results['suite']} suite, mean ± 95 % interval", title_justify="left")
-    for name in ("task", *(["model"] if several else []), "score"):
-        table.add_column(name)
-    for name in ("model", "random weights", "best baseline"):
-        table.add_column(name, justify="right")
-    for name in ("pretraining", "baselines", "control"):
-        table.add_column(name)
+    table = Table(title=f"{results['suite']} suite, mean over folds", title_justify="left")
+    names = ["task", *(["model"] if several else []), "score", "model", "random weights"]
+    for name in (*names, "best baseline", "pretraining", "baselines", "control"):
+        table.add_column(name, no_wrap=True)
     for row in overview_rows(results):
         means = [_mean(row, part) for part in ("main", "twin", "baseline")]
         words = [_word(row[question]) for question in ("pretraining", "baselines")]
@@ -167,6 +164,9 @@ def print_results(results: dict[str, Any], console: Console | None = None) -> No
         control = Text(row["control"], style="bold red" if row["control"] == "failed" else "")
         table.add_row(*names, *means, *words, control)
     console.print(table)
+    failed = [t["name"] for t in results["tasks"] if control_state(t) == "failed"]
+    if failed:
+        console.print(f"control failed, not counted: {', '.join(failed)}", style="bold red")
     for skipped in results["skipped"]:
         console.print(f"skipped: {skipped['name']}: {skipped['reason']}", highlight=False)
     for conclusion in conclusions(results):
@@ -175,10 +175,10 @@ def print_results(results: dict[str, Any], console: Console | None = None) -> No
 
 def _mean(row: dict[str, Any], part: str) -> str:
     summary = row[part]
-    if summary is None:
+    score = summary["scores"].get(row["task"]["headline"]) if summary else None
+    if score is None or score["mean"] is None:
         return "-"
-    mean = format_mean(summary["scores"].get(row["task"]["headline"]))
-    return f"{summary['contender']}  {mean}" if part == "baseline" else mean
+    return f"{score['mean']:.3f}" + (f" {summary['contender']}" if part == "baseline" else "")
 
 
 def _word(verdict: dict[str, Any] | None) -> Text:
