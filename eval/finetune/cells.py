@@ -2,143 +2,39 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import nn
-from torch.nn import functional
 from transformers import BertModel
 
+from data_prep.shards import require_new
 from data_prep.sources import SourceOptions
 from data_prep.vocab import Vocabulary
 from eval.baselines import predict_baselines, predict_from_embedding
-from eval.embed import embed_cells, encode_batch, length_batches, pool_genes
+from eval.embed import embed_cells
 from eval.encode import CellSet, encode_file
+from eval.finetune.engine import (
+    Classifier,
+    FinetuneSettings,
+    Head,
+    Target,
+    finetune,
+    save_classifier,
+)
 from eval.metrics import mean_and_interval, score_classes
 from eval.splits import limit_per_class, split_cells
+from pretrain.dist import Ranks
 from pretrain.export import load_exported, random_twin
 
 logger = logging.getLogger(__name__)
 
 RESULTS_NAME = "results.json"
 _FEWEST_CELLS_OF_CLASS = 5
-_SORT_WINDOW_BATCHES = 16
 _NO_VALUE = ["", "nan", "None", "NA", "unlabelled"]
-
-
-@dataclass(frozen=True)
-class FinetuneSettings:
-    """How a classifier is trained; the same for pretrained and random weights.
-
-    Attributes
-    ----------
-    learning_rate
-        Peak of AdamW, linear warm-up over the first tenth, linear decay. Geneformer: 5e-5.
-    freeze_layers
-        Lowest encoder layers (and the embeddings) that are not trained; 0 trains everything.
-    batch_cells
-        Cells of one optimizer step.
-    token_budget
-        Padded tokens of one forward pass when predicting.
-    """
-
-    epochs: int = 5
-    learning_rate: float = 2e-4
-    batch_cells: int = 16
-    freeze_layers: int = 0
-    weight_decay: float = 0.001
-    dropout: float = 0.1
-    token_budget: int = 16_384
-    bf16: bool = False
-    device: str = "cpu"
-
-
-class CellClassifier(nn.Module):
-    """Encoder, mean over a cell's genes, linear layer."""
-
-    def __init__(self, encoder: BertModel, num_classes: int, dropout: float, has_cls: bool) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(encoder.config.hidden_size, num_classes)
-        self._has_cls = has_cls
-
-    def forward(self, cells: list[np.ndarray], vocabulary: Vocabulary) -> torch.Tensor:
-        """Return float32 [cells, classes] logits."""
-        hidden, lengths = encode_batch(self.encoder, cells, vocabulary)
-        pooled = pool_genes(hidden, lengths, self._has_cls, "mean")
-        return self.head(self.dropout(pooled))
-
-
-def train_classifier(
-    encoder: BertModel,
-    vocabulary: Vocabulary,
-    tokens: list[np.ndarray],
-    labels: np.ndarray,
-    num_classes: int,
-    settings: FinetuneSettings,
-    seed: int,
-) -> CellClassifier:
-    """Return a trained classifier; `encoder` itself is not changed.
-
-    Classes weigh alike in the loss (inverse frequency), since macro-F1 is the headline.
-    """
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    model = CellClassifier(
-        copy.deepcopy(encoder), num_classes, settings.dropout, vocabulary.has_cls
-    ).to(settings.device)
-    _freeze(model.encoder, settings.freeze_layers)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
-    steps = settings.epochs * -(-len(labels) // settings.batch_cells)
-    warmup = max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / warmup, (steps - s) / max(1, steps - warmup))
-    )
-    frequency = np.bincount(labels, minlength=num_classes) / len(labels)
-    weights = torch.tensor(1 / np.maximum(frequency * num_classes, 1e-12), dtype=torch.float32)
-    weights = weights.to(settings.device)
-    lengths = np.array([len(t) for t in tokens])
-    model.train()
-    for _ in range(settings.epochs):
-        for batch in _shuffled_batches(lengths, settings.batch_cells, rng):
-            with torch.autocast(settings.device, torch.bfloat16, enabled=settings.bf16):
-                logits = model([tokens[i] for i in batch], vocabulary)
-            target = torch.from_numpy(labels[batch]).to(settings.device)
-            loss = functional.cross_entropy(logits.float(), target, weight=weights)
-            loss.backward()
-            nn.utils.clip_grad_norm_(trainable, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-    return model.eval()
-
-
-def predict(
-    model: CellClassifier,
-    vocabulary: Vocabulary,
-    tokens: list[np.ndarray],
-    settings: FinetuneSettings,
-) -> np.ndarray:
-    """Return int [cells] predicted classes, in the order of `tokens`."""
-    lengths = np.array([len(t) for t in tokens], dtype=np.int64)
-    out = np.zeros(len(tokens), dtype=np.int64)
-    with (
-        torch.inference_mode(),
-        torch.autocast(settings.device, torch.bfloat16, enabled=settings.bf16),
-    ):
-        for batch in length_batches(lengths, settings.token_budget):
-            out[batch] = model([tokens[i] for i in batch], vocabulary).argmax(dim=-1).cpu()
-    return out
 
 
 def finetune_cells(
@@ -153,11 +49,21 @@ def finetune_cells(
     options: SourceOptions = SourceOptions(),  # noqa: B008  frozen
     max_train_per_class: int | None = None,
     max_test_per_class: int | None = None,
+    save_head: Path | None = None,
+    ranks: Ranks | None = None,
 ) -> dict:
     """Write and return the scores of a fine-tuned encoder beside its baselines.
 
     Every seed has its own split, drawn cells, head and random twin; all contenders of a seed see
     the same cells.
+
+    Parameters
+    ----------
+    save_head
+        Folder for a classifier to be applied to other cells. It is trained once more, on all
+        labelled cells (at most `max_train_per_class`): the scores say how well such a one does.
+    ranks
+        Of `pretrain.dist.start`: training is divided over them, and the first one writes.
 
     Raises
     ------
@@ -166,8 +72,9 @@ def finetune_cells(
     """
     if seeds < 3:
         raise ValueError(f"--seeds {seeds}: at least 3, or there is no interval to report")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: exists and is not an empty folder; give --out a new one")
+    require_new(out)
+    if save_head is not None:
+        require_new(save_head)
     network, vocabulary = load_exported(model_folder, vocabulary_path)
     columns = tuple(dict.fromkeys([*options.columns, label, *([donor] if donor else [])]))
     options = replace(options, columns=columns)
@@ -175,6 +82,7 @@ def finetune_cells(
     classes = sorted(set(cell_set.metadata[label]))
     labels = np.array([classes.index(v) for v in cell_set.metadata[label]])
     donors = cell_set.metadata[donor].to_numpy(dtype=str) if donor else None
+    target = Target(Head(label, "cells", tuple(classes)), labels)
     per_seed = []
     for seed in range(seeds):
         train, test = split_cells(labels, donors, seed)
@@ -187,8 +95,9 @@ def finetune_cells(
             ("random weights", random_twin(network, seed).bert),
         ):
             frozen, tuned = _predict_with(
-                encoder, vocabulary, cell_set.tokens, labels, train, test, settings, seed
-            )
+                encoder, vocabulary, cell_set.tokens, target, donors, train, test, settings, seed,
+                ranks,
+            )  # fmt: skip
             predictions[f"frozen embedding, {weights}"] = frozen
             predictions[f"fine-tuned, {weights}"] = tuned
         scores = {n: score_classes(labels[test], p, classes) for n, p in predictions.items()}
@@ -214,8 +123,26 @@ def finetune_cells(
         "summary": summarise(per_seed),
         "seeds": per_seed,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / RESULTS_NAME).write_text(json.dumps(results, indent=1) + "\n")
+    classifier = None
+    if save_head is not None:
+        everything = limit_per_class(np.arange(len(labels)), labels, max_train_per_class, 0)
+        classifier = _finetuned(
+            network.bert,
+            vocabulary,
+            cell_set.tokens,
+            target,
+            donors,
+            everything,
+            settings,
+            0,
+            ranks,
+        )
+    if ranks is None or ranks.is_first:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / RESULTS_NAME).write_text(json.dumps(results, indent=1) + "\n")
+        if classifier is not None and save_head is not None:
+            kept = ("task", "label", "cells", "split", "model", "summary")
+            save_classifier(classifier, save_head, {k: results[k] for k in kept})
     return results
 
 
@@ -223,11 +150,13 @@ def _predict_with(
     encoder: BertModel,
     vocabulary: Vocabulary,
     tokens: list[np.ndarray],
-    labels: np.ndarray,
+    target: Target,
+    donors: np.ndarray | None,
     train: np.ndarray,
     test: np.ndarray,
     settings: FinetuneSettings,
     seed: int,
+    ranks: Ranks | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return predictions of a linear layer on the frozen encoder, and of the fine-tuned one."""
     used = np.concatenate([train, test])
@@ -236,12 +165,36 @@ def _predict_with(
         [tokens[i] for i in used], encoder, vocabulary, layer=0,
         token_budget=settings.token_budget, device=settings.device, bf16=settings.bf16,
     )  # fmt: skip
-    frozen = predict_from_embedding(embedding, labels, train, test, seed)
-    classifier = train_classifier(
-        encoder, vocabulary, [tokens[i] for i in train], labels[train], int(labels.max()) + 1,
-        settings, seed,
-    )  # fmt: skip
-    return frozen, predict(classifier, vocabulary, [tokens[i] for i in test], settings)
+    frozen = predict_from_embedding(embedding, target.labels, train, test, seed)
+    classifier = _finetuned(
+        encoder, vocabulary, tokens, target, donors, train, settings, seed, ranks
+    )
+    probabilities = classifier.predict_cells([tokens[i] for i in test], target.head.name)
+    return frozen, probabilities.argmax(axis=1)
+
+
+def _finetuned(
+    encoder: BertModel,
+    vocabulary: Vocabulary,
+    tokens: list[np.ndarray],
+    target: Target,
+    donors: np.ndarray | None,
+    train: np.ndarray,
+    settings: FinetuneSettings,
+    seed: int,
+    ranks: Ranks | None,
+) -> Classifier:
+    """Return a classifier of the training cells; some of them decide when to stop, if asked to."""
+
+    def examples(cells: np.ndarray) -> tuple[list[np.ndarray], list[Target]]:
+        return [tokens[i] for i in cells], [Target(target.head, target.labels[cells])]
+
+    validation = None
+    if settings.patience:
+        labels, groups = target.labels[train], donors[train] if donors is not None else None
+        inner, held_out = split_cells(labels, groups, seed)
+        train, validation = train[inner], examples(train[held_out])
+    return finetune(encoder, vocabulary, *examples(train), settings, seed, validation, ranks=ranks)
 
 
 def summarise(per_seed: list[dict]) -> dict[str, dict]:
@@ -287,27 +240,3 @@ def _labelled(cell_set: CellSet, label: str, donor: str | None) -> tuple[CellSet
         "no gene of the vocabulary": int(empty.sum()),
     }
     return cell_set.subset(keep), {k: v for k, v in dropped.items() if v}
-
-
-def _freeze(encoder: BertModel, num_layers: int) -> None:
-    depth = len(encoder.encoder.layer)
-    if not 0 <= num_layers <= depth:
-        raise ValueError(f"--freeze-layers {num_layers}: the model has {depth} layers")
-    if num_layers:
-        frozen = [encoder.embeddings, *encoder.encoder.layer[:num_layers]]
-        for module in frozen:
-            module.requires_grad_(False)
-
-
-def _shuffled_batches(
-    lengths: np.ndarray, batch_cells: int, rng: np.random.Generator
-) -> list[np.ndarray]:
-    """Return batches in random order, sorted by length within windows of some batches."""
-    order = rng.permutation(len(lengths))
-    window = batch_cells * _SORT_WINDOW_BATCHES
-    batches = []
-    for start in range(0, len(order), window):
-        part = order[start : start + window]
-        part = part[np.argsort(lengths[part], kind="stable")]
-        batches += [part[i : i + batch_cells] for i in range(0, len(part), batch_cells)]
-    return [batches[i] for i in rng.permutation(len(batches))]

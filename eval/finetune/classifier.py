@@ -1,0 +1,384 @@
+"""An encoder with heads for cells and genes: what fine-tuning gives, in memory and on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import BertConfig, BertModel
+
+from data_prep.shards import complete_folder, file_sha256, require_new
+from data_prep.vocab import Vocabulary, load_vocabulary
+from eval.embed import encode_batch, length_batches, pool_genes
+
+CLASSIFIER_FORMAT = "geneloom-classifier/1"
+RECORD_NAME = "classifier.json"
+WEIGHTS_NAME = "classifier.safetensors"
+# What LoRA's authors adapt: the projections of queries and values.
+_LORA_TARGETS = ["query", "value"]
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """How a classifier is trained; the same for pretrained and random weights.
+
+    Attributes
+    ----------
+    epochs
+        Passes over the labelled cells.
+    learning_rate
+        Peak of AdamW; linear warm-up over `warmup_share` of all steps, linear decay to 0.
+        Geneformer: 5e-5.
+    batch_cells
+        Cells of one optimizer step, over all ranks.
+    freeze_layers
+        Lowest encoder layers (and the embeddings) that are not trained; 0 trains everything.
+    weight_decay, dropout
+        Of AdamW; before each head.
+    token_budget
+        Padded tokens of one forward pass; no result depends on it but by rounding.
+    bf16
+        Compute in bfloat16 (weights stay float32).
+    device
+        ``cpu`` or ``cuda``.
+    lora_rank, lora_alpha
+        Train low-rank adapters of queries and values (and the heads) instead of the encoder's own
+        weights; 0: off.
+    patience
+        Epochs without a better validation loss before training stops; the best weights are
+        returned. 0: all epochs, the last weights.
+    class_weights
+        Classes weigh alike in the loss (inverse frequency), since macro-F1 is the headline.
+    """
+
+    epochs: int = 5
+    learning_rate: float = 2e-4
+    batch_cells: int = 16
+    freeze_layers: int = 0
+    weight_decay: float = 0.001
+    dropout: float = 0.1
+    token_budget: int = 16_384
+    bf16: bool = False
+    device: str = "cpu"
+    warmup_share: float = 0.1
+    lora_rank: int = 0
+    lora_alpha: int = 16
+    patience: int = 0
+    class_weights: bool = True
+
+    def __post_init__(self) -> None:
+        least = {
+            "epochs": 1, "batch_cells": 1, "freeze_layers": 0, "weight_decay": 0, "token_budget": 1,
+            "lora_rank": 0, "lora_alpha": 1, "patience": 0, "warmup_share": 0, "dropout": 0,
+        }  # fmt: skip
+        wrong = [f"{k}={getattr(self, k)} (at least {v})" for k, v in least.items()
+                 if not getattr(self, k) >= v]  # fmt: skip
+        if not self.learning_rate > 0:
+            wrong.append(f"learning_rate={self.learning_rate} (above 0)")
+        wrong += [f"{k}={getattr(self, k)} (below 1)" for k in ("warmup_share", "dropout")
+                  if not getattr(self, k) < 1]  # fmt: skip
+        if wrong:
+            raise ValueError("fine-tuning settings: " + ", ".join(wrong))
+
+
+@dataclass(frozen=True)
+class Head:
+    """What is predicted: one class of each cell, or one of each gene in a cell."""
+
+    name: str
+    kind: Literal["cells", "genes"]
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("cells", "genes"):
+            raise ValueError(f"head {self.name}: kind must be cells or genes, not {self.kind!r}")
+        if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"head {self.name}: needs two classes or more, each once")
+
+
+@dataclass(frozen=True)
+class GenePredictions:
+    """One row for each wanted token of each cell, by cell and by rank in the cell.
+
+    Attributes
+    ----------
+    cell, token
+        int32 [rows]: position of the cell, token id of the gene.
+    probabilities
+        float32 [rows, classes].
+    """
+
+    cell: np.ndarray
+    token: np.ndarray
+    probabilities: np.ndarray
+
+
+@dataclass(frozen=True)
+class Items:
+    """Which states of a batch a head reads: those of `cell`, or of the token at `place` in it.
+
+    All int64 [items]; `place` counts from the cell's first token and is 0 for heads of cells.
+    """
+
+    cell: np.ndarray
+    place: np.ndarray
+    label: np.ndarray
+
+
+def gene_items(tokens: list[np.ndarray], labels: np.ndarray) -> Items:
+    """Return the tokens of cells that have a label.
+
+    Parameters
+    ----------
+    labels
+        int64 [num_tokens] of the vocabulary, -1 where a token has none.
+    """
+    lengths = np.array([len(t) for t in tokens], dtype=np.int64)
+    found = labels[np.concatenate(tokens)] if len(tokens) else np.zeros(0, dtype=np.int64)
+    at = np.flatnonzero(found >= 0)
+    cell = np.repeat(np.arange(len(tokens)), lengths)[at]
+    first = np.cumsum(lengths) - lengths
+    return Items(cell, at - first[cell], found[at])
+
+
+class Classifier(nn.Module):
+    """Encoder and one linear layer per head: over a cell's mean gene state, or a gene's own state.
+
+    Attributes
+    ----------
+    history
+        One entry per finished epoch: its number, training and validation loss.
+    """
+
+    def __init__(
+        self,
+        encoder: BertModel,
+        vocabulary: Vocabulary,
+        heads: tuple[Head, ...],
+        settings: FinetuneSettings,
+    ) -> None:
+        """Take `encoder` over: layers are frozen and adapters put into it as `settings` say."""
+        super().__init__()
+        if not heads or len({h.name for h in heads}) < len(heads):
+            raise ValueError("classifier: needs one head or more, each with a name of its own")
+        encoder.pooler = None  # reads the first token only; nothing here does
+        self.encoder = encoder
+        self.vocabulary, self.heads, self.settings = vocabulary, heads, settings
+        self.history: list[dict] = []
+        _freeze(encoder, settings)
+        self.dropout = nn.Dropout(settings.dropout)
+        self.outputs = nn.ModuleList(
+            nn.Linear(encoder.config.hidden_size, len(h.classes)) for h in heads
+        )
+        nn.Module.to(self, torch.device(settings.device))
+
+    def train(self, mode: bool = True) -> Classifier:
+        """Set the mode; what is frozen stays without dropout, it only makes features."""
+        super().train(mode)
+        for module in _frozen_modules(self.encoder, self.settings.freeze_layers):
+            module.eval()
+        return self
+
+    def forward(self, cells: list[np.ndarray], items: list[Items]) -> list[torch.Tensor]:
+        """Return float32 [items, classes] logits of each head; `items` in the order of heads."""
+        device = self.settings.device.split(":")[0]
+        with torch.autocast(device, torch.bfloat16, enabled=self.settings.bf16):
+            hidden_BLD, lengths = encode_batch(self.encoder, cells, self.vocabulary)
+        pooled_BD = None
+        logits = []
+        for head, output, chosen in zip(self.heads, self.outputs, items, strict=True):
+            cell = torch.from_numpy(chosen.cell).to(hidden_BLD.device)
+            if head.kind == "cells":
+                if pooled_BD is None:
+                    pooled_BD = pool_genes(hidden_BLD, lengths, self.vocabulary.has_cls, "mean")
+                state = pooled_BD[cell]
+            else:
+                state = hidden_BLD[cell, torch.from_numpy(chosen.place).to(cell.device)].float()
+            logits.append(output(self.dropout(state)))
+        return logits
+
+    def predict_cells(self, tokens: list[np.ndarray], head_name: str) -> np.ndarray:
+        """Return float32 [cells, classes] probabilities in input order; NaN without any gene."""
+        head = self._head(head_name, "cells")
+        out = np.full((len(tokens), len(head.classes)), np.nan, dtype=np.float32)
+        for batch in self._batches(tokens):
+            every = np.arange(len(batch))
+            items = Items(every, np.zeros_like(every), every)
+            out[batch] = self._probabilities([tokens[i] for i in batch], head, items)
+        return out
+
+    def predict_genes(
+        self, tokens: list[np.ndarray], head_name: str, wanted: np.ndarray
+    ) -> GenePredictions:
+        """Return the probabilities of every wanted token in every cell.
+
+        Parameters
+        ----------
+        wanted
+            bool [num_tokens] of the vocabulary. Cells without any of them are not computed.
+        """
+        head = self._head(head_name, "genes")
+        labels = np.where(wanted, 0, -1)
+        has_item = np.array([bool(wanted[t].any()) for t in tokens], dtype=bool)
+        cells, places, found = [], [], []
+        for batch in self._batches(tokens, has_item):
+            members = [tokens[i] for i in batch]
+            items = gene_items(members, labels)
+            found.append(self._probabilities(members, head, items))
+            cells.append(batch[items.cell])
+            places.append(items.place)
+        if not cells:
+            nothing = np.zeros(0, dtype=np.int32)
+            return GenePredictions(nothing, nothing, np.zeros((0, len(head.classes)), np.float32))
+        cell, place = np.concatenate(cells), np.concatenate(places)
+        order = np.lexsort((place, cell))
+        cell, place = cell[order], place[order]
+        token = np.array([tokens[c][p] for c, p in zip(cell, place, strict=True)], dtype=np.int32)
+        return GenePredictions(cell.astype(np.int32), token, np.concatenate(found)[order])
+
+    def _head(self, name: str, kind: str) -> Head:
+        for head in self.heads:
+            if head.name == name and head.kind == kind:
+                return head
+        known = [f"{h.name} ({h.kind})" for h in self.heads]
+        raise ValueError(f"head '{name}': this classifier has no such head of {kind}, only {known}")
+
+    def _batches(
+        self, tokens: list[np.ndarray], chosen: np.ndarray | None = None
+    ) -> Iterator[np.ndarray]:
+        lengths = np.array([len(t) for t in tokens], dtype=np.int64)
+        num_special = 2 if self.vocabulary.has_cls else 0
+        computed = lengths > num_special
+        if chosen is not None:
+            computed &= chosen
+        yield from length_batches(np.where(computed, lengths, 0), self.settings.token_budget)
+
+    @torch.inference_mode()
+    def _probabilities(self, cells: list[np.ndarray], head: Head, items: Items) -> np.ndarray:
+        self.eval()
+        nothing = Items(*(np.zeros(0, dtype=np.int64),) * 3)
+        logits = self(cells, [items if h is head else nothing for h in self.heads])
+        return logits[self.heads.index(head)].softmax(dim=-1).cpu().numpy()
+
+
+def _frozen_modules(encoder: BertModel, num_layers: int) -> list[nn.Module]:
+    return [encoder.embeddings, *encoder.encoder.layer[:num_layers]] if num_layers else []
+
+
+def _freeze(encoder: BertModel, settings: FinetuneSettings) -> None:
+    """Freeze the lowest layers; with LoRA everything but the adapters that are put in here."""
+    depth = len(encoder.encoder.layer)
+    if not 0 <= settings.freeze_layers <= depth:
+        raise ValueError(f"--freeze-layers {settings.freeze_layers}: the model has {depth} layers")
+    encoder.requires_grad_(True)
+    if settings.lora_rank and settings.freeze_layers == depth:
+        raise ValueError(f"--lora-rank: no layer is left for it, all {depth} are frozen")
+    if settings.lora_rank:
+        adapters = LoraConfig(
+            r=settings.lora_rank,
+            lora_alpha=settings.lora_alpha,
+            target_modules=_LORA_TARGETS,
+            layers_to_transform=list(range(settings.freeze_layers, depth)),
+            layers_pattern="layer",
+        )
+        inject_adapter_in_model(adapters, encoder)
+        for name, parameter in encoder.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+    for module in _frozen_modules(encoder, settings.freeze_layers):
+        module.requires_grad_(False)
+
+
+def save_classifier(classifier: Classifier, folder: Path, record: dict) -> None:
+    """Write a classifier as a folder that is complete or absent.
+
+    It holds all that is needed to predict: the encoder's ``config.json``, all weights (adapters
+    included) as safetensors, ``vocabulary.json``, and ``classifier.json`` with heads, settings,
+    history, hashes and `record`.
+
+    Parameters
+    ----------
+    record
+        What the classifier was trained on, as JSON values; kept under ``record``.
+
+    Raises
+    ------
+    ValueError
+        `folder` exists and is not empty.
+    """
+    require_new(folder)
+    with complete_folder(folder, RECORD_NAME) as partial:
+        # Contiguous: safetensors refuses views, and peft may hold some.
+        weights = {k: v.detach().cpu().contiguous() for k, v in classifier.state_dict().items()}
+        save_file(weights, partial / WEIGHTS_NAME)
+        classifier.encoder.config.to_json_file(partial / "config.json", use_diff=False)
+        classifier.vocabulary.save(partial / "vocabulary.json")
+        content = {
+            "format": CLASSIFIER_FORMAT,
+            "heads": [asdict(h) for h in classifier.heads],
+            "settings": asdict(classifier.settings),
+            "history": classifier.history,
+            "vocabulary_sha256": classifier.vocabulary.sha256,
+            "weights_sha256": file_sha256(partial / WEIGHTS_NAME),
+            "record": record,
+        }
+        (partial / RECORD_NAME).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_record(folder: Path) -> dict:
+    """Return the content of a classifier's ``classifier.json``.
+
+    Raises
+    ------
+    ValueError
+        The folder holds no classifier, or one of another format.
+    """
+    path = folder / RECORD_NAME
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{folder}: no {RECORD_NAME}; expected a folder of `geneloom finetune --save-head`"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(content, dict) or content.get("format") != CLASSIFIER_FORMAT:
+        raise ValueError(f"{path}: not of format {CLASSIFIER_FORMAT}")
+    return content
+
+
+def load_classifier(folder: Path, device: str = "cpu") -> Classifier:
+    """Return the classifier of a folder, with the very weights that were saved.
+
+    Raises
+    ------
+    ValueError
+        No classifier, or its weights or vocabulary are not those that were saved.
+    """
+    content = read_record(folder)
+    vocabulary = load_vocabulary(folder / "vocabulary.json")
+    if vocabulary.sha256 != content["vocabulary_sha256"]:
+        raise ValueError(f"{folder / 'vocabulary.json'}: is not the one of this classifier")
+    weights = folder / WEIGHTS_NAME
+    if not weights.exists() or file_sha256(weights) != content["weights_sha256"]:
+        raise ValueError(f"{weights}: is missing or damaged (another SHA-256 than recorded)")
+    config = BertConfig.from_json_file(str(folder / "config.json"))
+    encoder = BertModel._from_config(config, attn_implementation="sdpa", add_pooling_layer=False)
+    heads = tuple(Head(h["name"], h["kind"], tuple(h["classes"])) for h in content["heads"])
+    settings = replace(FinetuneSettings(**content["settings"]), device=device)
+    classifier = Classifier(encoder, vocabulary, heads, settings)
+    try:
+        # Strict: a tensor that is not found would stay random, and nobody would see it.
+        classifier.load_state_dict(load_file(weights), strict=True)
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{weights}: the weights cannot be read ({error})") from error
+    classifier.history = content["history"]
+    return classifier.eval()

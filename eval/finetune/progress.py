@@ -1,0 +1,148 @@
+"""A fine-tuning's progress on disk: complete or absent, written after each epoch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from data_prep.shards import file_sha256
+from data_prep.vocab import Vocabulary
+from eval.finetune.classifier import Classifier, FinetuneSettings
+
+if TYPE_CHECKING:
+    from eval.finetune.engine import Target
+
+PROGRESS_FORMAT = "geneloom-finetuning/1"
+_RECORD, _TENSORS = "progress.json", "progress.safetensors"
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Progress:
+    """Finished epochs, and the weights with the lowest validation loss (early stopping only)."""
+
+    history: list[dict] = field(default_factory=list)
+    best_epoch: int = -1
+    best_loss: float = float("inf")
+    best: dict[str, torch.Tensor] | None = None
+
+
+def identity_of(
+    encoder: nn.Module,
+    vocabulary: Vocabulary,
+    settings: FinetuneSettings,
+    seed: int,
+    examples: list[tuple[list[np.ndarray], list[Target]] | None],
+) -> str:
+    """Return a hash of everything that decides what a fine-tuning gives."""
+    # Where it is computed changes no more than the last bits.
+    chosen = {k: v for k, v in asdict(settings).items() if k != "device"}
+    digest = hashlib.sha256(json.dumps([chosen, seed, vocabulary.sha256]).encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    for part in examples:
+        if part is None:
+            digest.update(b"none")
+            continue
+        tokens, targets = part
+        digest.update(np.array([len(t) for t in tokens], dtype=np.int64).tobytes())
+        for cell in tokens:
+            digest.update(np.asarray(cell, dtype=np.int64).tobytes())
+        for target in targets:
+            digest.update(json.dumps(asdict(target.head)).encode())
+            digest.update(np.asarray(target.labels, dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def save_progress(
+    folder: Path,
+    key: str,
+    classifier: Classifier,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+) -> None:
+    """Write progress aside, rename it, then remove the older one."""
+    tensors = {}
+    for name, parameter in _trained(classifier):
+        tensors[f"weight/{name}"] = parameter.detach()
+        state = optimizer.state[parameter]
+        tensors |= {f"{kind}/{name}": state[kind] for kind in _MOMENTS}
+    for name, tensor in (progress.best or {}).items():
+        tensors[f"best/{name}"] = tensor
+    aside = folder / ".partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, aside / _TENSORS)
+    record = {
+        "format": PROGRESS_FORMAT,
+        "key": key,
+        "tensors_sha256": file_sha256(aside / _TENSORS),
+        "history": progress.history,
+        "best_epoch": progress.best_epoch,
+        "best_loss": progress.best_loss,
+    }
+    (aside / _RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    older = _epochs(folder)
+    aside.rename(folder / f"epoch-{len(progress.history):05d}")
+    for path in older:
+        shutil.rmtree(path)
+
+
+def load_progress(
+    folder: Path, key: str, classifier: Classifier, optimizer: torch.optim.Optimizer
+) -> Progress | None:
+    """Put the newest progress into classifier and optimizer and return it; None if there is none.
+
+    Raises
+    ------
+    ValueError
+        It is damaged, or that of another fine-tuning.
+    """
+    found = _epochs(folder)
+    if not found:
+        return None
+    path = found[-1]
+    try:
+        record = json.loads((path / _RECORD).read_text())
+        is_whole = (
+            record["format"] == PROGRESS_FORMAT
+            and file_sha256(path / _TENSORS) == record["tensors_sha256"]
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError(f"{path}: this progress is damaged; delete it to start again")
+    if record["key"] != key:
+        raise ValueError(
+            f"{folder}: holds the progress of another fine-tuning (other cells, labels, model, "
+            "settings or seed); give another folder, or delete it"
+        )
+    tensors = load_file(path / _TENSORS)
+    with torch.no_grad():
+        for name, parameter in _trained(classifier):
+            parameter.copy_(tensors[f"weight/{name}"])
+            # torch keeps the count of steps where its fused kernel wants it: at the parameter.
+            optimizer.state[parameter] = {
+                kind: tensors[f"{kind}/{name}"].to(parameter.device) for kind in _MOMENTS
+            }
+    device = classifier.settings.device
+    best = {k[len("best/") :]: v.to(device) for k, v in tensors.items() if k.startswith("best/")}
+    return Progress(record["history"], record["best_epoch"], record["best_loss"], best or None)
+
+
+def _trained(classifier: Classifier) -> list[tuple[str, nn.Parameter]]:
+    return [(n, p) for n, p in classifier.named_parameters() if p.requires_grad]
+
+
+def _epochs(folder: Path) -> list[Path]:
+    return sorted(folder.glob("epoch-*"))
