@@ -92,7 +92,8 @@ def make_results(models: list[str], tasks: list[dict[str, Any]]) -> dict[str, An
     about = [
         {
             "name": m, "folder": f"runs/{m}", "digest": "ab12" * 16,
-            "vocabulary_sha256": "cd34" * 16, "parameters": 10_316_544, "record": {"source_run": "6l", "step": 12_000},
+            "vocabulary_sha256": "cd34" * 16, "parameters": 10_316_544,
+            "record": {"source_run": "6l", "step": 12_000},
         }
         for m in models
     ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -153,16 +154,21 @@ def print_results(results: dict[str, Any], console: Console | None = None) -> No
     """Print one line for each task and model, what was skipped, and the conclusions."""
     console = console or Console()
     several = len(results["models"]) > 1
-    table = Table(title=f"{results['suite']} suite, mean over folds", title_justify="left")
-    names = ["task", *(["model"] if several else []), "score", "model", "random weights"]
-    for name in (*names, "best baseline", "pretraining", "baselines", "control"):
-        table.add_column(name, no_wrap=True)
+    title = f"{results['suite']} suite, mean over folds; verdicts at 95 %, corrected for all tasks"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    # Names may be cut; numbers and verdicts may not.
+    table.add_column("task", no_wrap=True)
+    if several:
+        table.add_column("model", no_wrap=True)
+    table.add_column("model's score" if several else "model", min_width=5)
+    table.add_column("random weights", min_width=7)
+    table.add_column("best baseline", no_wrap=True)
+    table.add_column("pretraining", min_width=20)
+    table.add_column("baselines", min_width=12)
     for row in overview_rows(results):
         means = [_mean(row, part) for part in ("main", "twin", "baseline")]
         words = [_word(row[question]) for question in ("pretraining", "baselines")]
-        names = [row["task"]["name"], *([row["model"]] if several else []), row["score"]]
-        control = Text(row["control"], style="bold red" if row["control"] == "failed" else "")
-        table.add_row(*names, *means, *words, control)
+        table.add_row(row["task"]["name"], *([row["model"]] if several else []), *means, *words)
     console.print(table)
     failed = [t["name"] for t in results["tasks"] if control_state(t) == "failed"]
     if failed:
