@@ -156,19 +156,21 @@ def print_results(results: dict[str, Any], console: Console | None = None) -> No
     several = len(results["models"]) > 1
     title = f"{results['suite']} suite, mean over folds; verdicts at 95 %, corrected for all tasks"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    # Names may be cut; numbers and verdicts may not.
     table.add_column("task", no_wrap=True)
     if several:
         table.add_column("model", no_wrap=True)
     table.add_column("model's score" if several else "model", min_width=5)
     table.add_column("random weights", min_width=7)
-    table.add_column("best baseline", no_wrap=True)
     table.add_column("pretraining", min_width=20)
-    table.add_column("baselines", min_width=12)
+    # Last, since what a console has no room for is cut off at the right.
+    table.add_column("best baseline", no_wrap=True, min_width=40)
     for row in overview_rows(results):
-        means = [_mean(row, part) for part in ("main", "twin", "baseline")]
-        words = [_word(row[question]) for question in ("pretraining", "baselines")]
-        table.add_row(row["task"]["name"], *([row["model"]] if several else []), *means, *words)
+        names = [row["task"]["name"], *([row["model"]] if several else [])]
+        means = [_mean(row["task"], row[part]) for part in ("main", "twin", "baseline")]
+        baseline = _word(row["baselines"])
+        if row["baseline"]:
+            baseline += Text(f"  {means[-1]} {row['baseline']['contender']}")
+        table.add_row(*names, *means[:2], _word(row["pretraining"]), baseline)
     console.print(table)
     failed = [t["name"] for t in results["tasks"] if control_state(t) == "failed"]
     if failed:
@@ -179,12 +181,9 @@ def print_results(results: dict[str, Any], console: Console | None = None) -> No
         console.print(f"{conclusion['model']}: {conclusion['sentence']}", highlight=False)
 
 
-def _mean(row: dict[str, Any], part: str) -> str:
-    summary = row[part]
-    score = summary["scores"].get(row["task"]["headline"]) if summary else None
-    if score is None or score["mean"] is None:
-        return "-"
-    return f"{score['mean']:.3f}" + (f" {summary['contender']}" if part == "baseline" else "")
+def _mean(task: dict[str, Any], summary: dict[str, Any] | None) -> str:
+    score = summary["scores"].get(task["headline"]) if summary else None
+    return "-" if score is None or score["mean"] is None else f"{score['mean']:.3f}"
 
 
 def _word(verdict: dict[str, Any] | None) -> Text:
