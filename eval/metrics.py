@@ -71,6 +71,17 @@ def score_probabilities(truth: np.ndarray, probabilities: np.ndarray, classes: l
     }
 
 
+def chance_macro_f1(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """Return the macro-F1 that these predictions have on average against the truth in any order.
+
+    Exact, since F1 is linear in the hits once the sizes of the classes are fixed. Only classes that
+    occur in `truth` count, as in `score_classes`.
+    """
+    classes, wanted = np.unique(truth, return_counts=True)
+    given = np.array([(predicted == c).sum() for c in classes])
+    return float(np.mean(2 * wanted * given / len(truth) / (wanted + given)))
+
+
 def calibration_error(
     truth: np.ndarray, probabilities: np.ndarray, num_bins: int = CALIBRATION_BINS
 ) -> tuple[float, list[dict[str, float]]]:

@@ -1,0 +1,143 @@
+"""What a model and its random twin make of cells: embeddings, and classifiers trained on them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from transformers import BertModel
+
+from eval.benchmark.inputs import Model
+from eval.benchmark.task import Size
+from eval.embed import embed_cells
+from eval.finetune.engine import Classifier, FinetuneSettings, Head, Target, finetune
+from eval.splits import validation_cells
+from pretrain.export import random_twin
+
+HEAD_NAME = "label"
+# Epochs without a better validation loss; with so few epochs in all there is nothing to stop early,
+# and all training cells are used for training.
+_PATIENCE = 2
+
+
+def encoder_of(model: Model, twin_seed: int | None) -> BertModel:
+    """Return the pretrained encoder (`twin_seed` None), or one of random weights."""
+    network = model.network if twin_seed is None else random_twin(model.network, twin_seed)
+    return network.bert
+
+
+class Embeddings:
+    """Mean gene states of cells, each computed once for each encoder."""
+
+    def __init__(
+        self, tokens: dict[str, list[np.ndarray]], layer: int, device: str, bf16: bool
+    ) -> None:
+        """Take model name -> token ids of every cell; `layer` as in `eval.embed.embed_cells`."""
+        self._tokens, self._layer = tokens, layer
+        self._device, self._bf16 = device, bf16
+        self._known: dict[tuple[str, int | None], tuple[np.ndarray, np.ndarray]] = {}
+
+    def of(
+        self, model: Model, twin_seed: int | None, cells: np.ndarray, of_fold: np.ndarray
+    ) -> np.ndarray:
+        """Return float32 [cells, width] of chosen cells (int positions).
+
+        The pretrained encoder embeds all cells at once: folds share them, and no number depends on
+        what was asked for first. A twin belongs to one fold and embeds that fold's cells
+        (`of_fold`, sorted).
+        """
+        key = (model.name, twin_seed)
+        tokens = self._tokens[model.name]
+        if key not in self._known:
+            wanted = np.arange(len(tokens)) if twin_seed is None else of_fold
+            self._known = {k: v for k, v in self._known.items() if k[1] in (None, twin_seed)}
+            states = self._compute(encoder_of(model, twin_seed), model, wanted)
+            self._known[key] = wanted, states
+        wanted, states = self._known[key]
+        place = np.searchsorted(wanted, cells)
+        assert np.array_equal(wanted[np.minimum(place, len(wanted) - 1)], cells), "other cells"
+        return states[place]
+
+    def embed(self, encoder: BertModel, model: Model, cells: np.ndarray) -> np.ndarray:
+        """Return float32 [cells, width] by an encoder of this model's vocabulary; not kept."""
+        return self._compute(encoder, model, cells)
+
+    def _compute(self, encoder: BertModel, model: Model, cells: np.ndarray) -> np.ndarray:
+        tokens = [self._tokens[model.name][i] for i in cells]
+        return embed_cells(
+            tokens, encoder, model.vocabulary,
+            layer=max(self._layer, 1 - encoder.config.num_hidden_layers),
+            device=self._device, bf16=self._bf16,
+        )  # fmt: skip
+
+
+def mean_of_inputs(
+    encoder: BertModel, model: Model, tokens: list[np.ndarray], cells: np.ndarray
+) -> np.ndarray:
+    """Return float32 [cells, width]: the mean input embedding of a cell's genes, no layer above."""
+    table = encoder.embeddings.word_embeddings.weight.detach().cpu().numpy()
+    first = model.vocabulary.first_gene_token
+    return np.stack([table[tokens[i][tokens[i] >= first]].mean(axis=0) for i in cells])
+
+
+def settings_of(size: Size, device: str, bf16: bool) -> FinetuneSettings:
+    """Return how a suite's size fine-tunes."""
+    return FinetuneSettings(
+        epochs=size.epochs,
+        learning_rate=size.learning_rate,
+        batch_cells=size.batch_cells,
+        freeze_layers=size.freeze_layers,
+        device=device,
+        bf16=bf16,
+        patience=_PATIENCE if size.epochs > _PATIENCE else 0,
+    )
+
+
+def train(
+    encoder: BertModel,
+    model: Model,
+    tokens: list[np.ndarray],
+    labels: np.ndarray,
+    groups: np.ndarray | None,
+    cells: np.ndarray,
+    classes: list[str],
+    settings: FinetuneSettings,
+    seed: int,
+    search_trials: int = 0,
+) -> Classifier:
+    """Return a classifier with the head `HEAD_NAME`, trained on `cells` and on nothing else.
+
+    Cells for early stopping, and those that settings are chosen by, are taken from `cells`.
+
+    Parameters
+    ----------
+    tokens, labels, groups
+        Of all cells; labels int64 [cells], groups str [cells] or None.
+    cells
+        int positions of the training cells.
+    search_trials
+        Trials of the search for settings, starting from `settings`; 0: none.
+    """
+    head = Head(HEAD_NAME, "cells", tuple(classes))
+
+    def examples(chosen: np.ndarray) -> tuple[list[np.ndarray], list[Target]]:
+        return [tokens[i] for i in chosen], [Target(head, labels[chosen].astype(np.int64))]
+
+    if search_trials:
+        from eval.finetune.search import search
+
+        known = groups[cells] if groups is not None else None
+        found, targets = examples(cells)
+        settings = search(
+            encoder, model.vocabulary, found, targets, settings, seed, search_trials, known, None
+        )
+    if not settings.patience:
+        return finetune(encoder, model.vocabulary, *examples(cells), settings, seed)
+    try:
+        fit, held = validation_cells(cells, labels, groups, seed)
+    except ValueError:  # Too few cells of a class to divide.
+        settings = replace(settings, patience=0)
+        return finetune(encoder, model.vocabulary, *examples(cells), settings, seed)
+    return finetune(
+        encoder, model.vocabulary, *examples(fit), settings, seed, validation=examples(held)
+    )
