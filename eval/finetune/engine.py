@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -125,13 +125,15 @@ def finetune(
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         classifier = Classifier(copy.deepcopy(encoder), vocabulary, heads, settings)
+        targets = _learnable(vocabulary, tokens, targets)
         weights = _class_weights(tokens, targets, settings)
-        examples = _Examples(tokens, targets, weights, settings, vocabulary.has_cls)
+        examples = _Examples(tokens, targets, weights, settings.device)
         if not len(examples.active):
             raise ValueError("fine-tuning: no cell has a labelled item")
         checks = None
         if validation is not None:
-            checks = _Examples(*validation, weights, settings, vocabulary.has_cls)
+            learnable = _learnable(vocabulary, *validation)
+            checks = _Examples(validation[0], learnable, weights, settings.device)
             if settings.patience and not len(checks.active):
                 raise ValueError("patience: no validation cell has a labelled item")
         key = ""
@@ -157,14 +159,11 @@ class _Examples:
         tokens: list[np.ndarray],
         targets: list[Target],
         weights: list[np.ndarray],
-        settings: FinetuneSettings,
-        has_cls: bool,
+        device: str,
     ) -> None:
         self.tokens, self._targets = tokens, targets
         self.lengths = np.array([len(t) for t in tokens], dtype=np.int64)
-        self._weights = [
-            torch.from_numpy(w.astype(np.float32)).to(settings.device) for w in weights
-        ]
+        self._weights = [torch.from_numpy(w.astype(np.float32)).to(device) for w in weights]
         columns = []
         for target, weight in zip(targets, weights, strict=True):
             of_label = np.append(weight, 0.0)  # the label -1 finds the 0
@@ -174,8 +173,6 @@ class _Examples:
                 of_token = of_label[target.labels]
                 columns.append(np.array([of_token[t].sum() for t in tokens]))
         self.mass = np.stack(columns, axis=1)
-        # A cell without genes has no state to learn from.
-        self.mass[self.lengths <= (2 if has_cls else 0)] = 0.0
         self.active = np.flatnonzero(self.mass.sum(axis=1) > 0)
 
     def scale(self, cells: np.ndarray) -> np.ndarray:
@@ -359,6 +356,18 @@ def _passes(
             found.append(cells[start:stop])
             start, real = stop, lengths[cells[stop]]
     return [*found, cells[start:]]
+
+
+def _learnable(
+    vocabulary: Vocabulary, tokens: list[np.ndarray], targets: list[Target]
+) -> list[Target]:
+    """Return targets without the labels of cells that have no gene, so no state to learn from."""
+    num_special = 2 if vocabulary.has_cls else 0
+    empty = np.array([len(t) <= num_special for t in tokens])
+    return [
+        replace(t, labels=np.where(empty, -1, t.labels)) if t.head.kind == "cells" else t
+        for t in targets
+    ]
 
 
 def _class_weights(
