@@ -28,6 +28,10 @@ STATE_COLOURS = {
 _INK, _GRID = "#222222", "#dcdddd"
 # A figure is an image: only its own style sheet can follow the reader's colour scheme.
 _DARK = {_INK: "#e6e7e8", _GRID: "#43474b", BLUE: "#3b9fdd", "#6b7075": "#a3a8ad"}
+_INKS: dict = {
+    "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK,
+    "ytick.color": _INK, "axes.facecolor": "none",
+}  # fmt: skip
 _MARKERS = "osD^v"
 _MOST_FIGURES_IN_ROW, _MOST_NUMBERED_CLASSES, _MOST_CLASSES = 3, 8, 40
 
@@ -45,10 +49,7 @@ def benchmark_style() -> AbstractContextManager:
     """Return the context in which these figures are made and saved."""
     stack = ExitStack()
     stack.enter_context(style())
-    inks = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    stack.enter_context(
-        matplotlib.rc_context(dict.fromkeys(inks, _INK) | {"axes.facecolor": "none"})
-    )
+    stack.enter_context(matplotlib.rc_context(_INKS))
     return stack
 
 

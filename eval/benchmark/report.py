@@ -1,0 +1,232 @@
+"""The page of a benchmark: the overall answer first, then every task; complete in one file."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from eval.benchmark.compare import STATES, control_state, holm, state_of
+from eval.benchmark.overview import (
+    SYMBOLS,
+    conclusions,
+    format_difference,
+    format_mean,
+    format_p,
+    overview_rows,
+    score_label,
+)
+from eval.benchmark.plots import (
+    ROLE_COLOURS,
+    ROLE_NAMES,
+    STATE_COLOURS,
+    Plot,
+    as_png,
+    as_svg,
+    benchmark_style,
+    f1_by_class,
+    overview_plot,
+    short_name,
+    shown_contenders,
+    task_plots,
+)
+
+REPORT_NAME, PLOTS_FOLDER = "report.html", "plots"
+_TEMPLATE = Path(__file__).parent / "report.html"
+_MOST_WRONG_GENES = 10
+_QUESTIONS = {
+    "pretraining": "Did pretraining help?",
+    "baselines": "Does it beat the baselines?",
+    "models": "Which model is better?",
+    "control": "Do the controls lie at chance?",
+}
+
+
+def write_report(results: dict[str, Any], out: Path) -> Path:
+    """Write the page and its figures into a folder, and return the page's path.
+
+    Parameters
+    ----------
+    results
+        Content of ``results.json``. Verdicts are corrected for the number of tasks here, whether
+        or not they were before.
+    out
+        Existing folder: gets ``report.html``, and ``plots/<task>_<figure>.png`` and ``.svg``.
+
+    Raises
+    ------
+    ValueError
+        The folder does not exist.
+    """
+    if not out.is_dir():
+        raise ValueError(f"{out}: no such folder; make it first")
+    results = results | {"tasks": holm(results["tasks"])}
+    models = [m["name"] for m in results["models"]]
+    folder = out / PLOTS_FOLDER
+    folder.mkdir(exist_ok=True)
+    with benchmark_style():
+        overview = _saved(overview_plot(results), "all", folder) if results["tasks"] else None
+        figures = {
+            t["name"]: [_saved(p, t["name"], folder) for p in task_plots(t, models)]
+            for t in results["tasks"]
+        }
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    page = environment.from_string(_TEMPLATE.read_text()).render(
+        results=results,
+        models=models,
+        about=json.dumps({k: results[k] for k in ("models", "environment")}, indent=1),
+        answers=_answers(results),
+        rows=[_overview_row(row, models) for row in overview_rows(results)],
+        has_frozen=any(row["frozen"] for row in overview_rows(results)),
+        failed=[t for t in results["tasks"] if control_state(t) == "failed"],
+        overview=overview,
+        tasks=[_task(task, models, figures[task["name"]]) for task in results["tasks"]],
+        role_colours=ROLE_COLOURS,
+        role_names=ROLE_NAMES,
+        state_colours=STATE_COLOURS,
+    )
+    path = out / REPORT_NAME
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(page)
+    aside.replace(path)
+    return path
+
+
+def _saved(plot: Plot, task: str, folder: Path) -> dict[str, str]:
+    """Write a figure into the folder, and return what the page needs of it."""
+    svg = as_svg(plot.figure)
+    (folder / f"{task}_{plot.name}.svg").write_text(svg)
+    (folder / f"{task}_{plot.name}.png").write_bytes(as_png(plot.figure))
+    source = "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+    width = round(96 * plot.figure.get_size_inches()[0])
+    return {"name": plot.name, "caption": plot.caption, "source": source, "width": f"{width}px"}
+
+
+def _answers(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return, for each model, its sentences with the counts behind them as shares of a bar."""
+    found = conclusions(results)
+    answers = []
+    for model in results["models"]:
+        mine = [c for c in found if c["model"] == model["name"]]
+        for answer in mine:
+            answer["bar"] = [(s, answer[s]) for s in STATES if answer[s]]
+            answer["title"] = _QUESTIONS[answer["question"]]
+        answers.append({"model": model, "answers": mine})
+    return answers
+
+
+def _overview_row(row: dict[str, Any], models: list[str]) -> dict[str, Any]:
+    task = row["task"]
+    shown = {"row": row, "task": task, "model": row["model"], "score": row["score"]}
+    for part in ("main", "frozen", "twin", "baseline"):
+        summary = row[part]
+        score = summary["scores"].get(task["headline"]) if summary else None
+        shown[part] = format_mean(score)
+        shown[f"{part}_name"] = summary["contender"] if summary else ""
+    for question in ("pretraining", "frozen_pretraining", "baselines"):
+        shown[question] = _verdict(row[question], models)
+    return shown
+
+
+def _verdict(verdict: dict[str, Any] | None, models: list[str]) -> dict[str, Any] | None:
+    """Return a verdict as texts."""
+    if verdict is None:
+        return None
+    state = state_of(verdict)
+    if verdict["question"] == "control" and state in ("better", "worse"):
+        state, symbol = "worse", "✖"
+    else:
+        symbol = SYMBOLS[state]
+    return verdict | {
+        "state": state,
+        "symbol": symbol,
+        "title": _QUESTIONS[verdict["question"]],
+        "text": format_difference(verdict),
+        "p_text": format_p(verdict["p"]),
+        "holm_text": format_p(verdict["holm_p"]),
+        "is_softened": verdict["word"] != verdict["holm_word"],
+        "against_text": short_name(verdict["against"], models),
+    }
+
+
+def _task(task: dict[str, Any], models: list[str], figures: list[dict[str, str]]) -> dict[str, Any]:
+    """Return what the page shows of one task."""
+    scores = list(dict.fromkeys(s for row in task["summary"] for s in row["scores"]))
+    scores.sort(key=lambda s: s != task["headline"])
+    bootstrap = task["details"].get("bootstrap", {})
+    table = [
+        {
+            "name": short_name(row["name"], models),
+            "role": row["role"],
+            "values": [format_mean(row["scores"].get(s)) for s in scores],
+            "over_genes": _range(bootstrap.get(row["name"])),
+            "folds": row["folds"],
+            "seconds": f"{row['seconds']:.1f}",
+        }
+        for row in task["summary"]
+    ]
+    return task | {
+        "score_names": [score_label(s) for s in scores],
+        "table": table,
+        "has_bootstrap": bool(bootstrap),
+        "verdict_rows": [_verdict(v, models) for v in task["verdicts"]],
+        "control": control_state(task),
+        "figures": figures,
+        "side_by_side": _side_by_side(task, models) if len(models) > 1 else [],
+        "wrong_genes": _wrong_genes(task),
+        "class_names": [short_name(r["name"], models) for r in shown_contenders(task, models)],
+        "class_rows": _class_rows(task, models),
+    }
+
+
+def _range(interval: dict[str, float] | None) -> str:
+    return f"{interval['low']:.3f} to {interval['high']:.3f}" if interval else "-"
+
+
+def _side_by_side(task: dict[str, Any], models: list[str]) -> list[tuple[str, list[str]]]:
+    """Return contender -> the headline of each model, where every model has the contender."""
+    by_key = {(r["contender"], r["role"], r["model"]): r for r in task["summary"]}
+    kinds = dict.fromkeys((c, role) for c, role, m in by_key if role in ("model", "twin") and m)
+    rows = []
+    for contender, role in kinds:
+        found = [by_key.get((contender, role, m)) for m in models]
+        if all(found):
+            values = [format_mean(r["scores"].get(task["headline"])) for r in found if r]
+            rows.append((contender + (", random weights" if role == "twin" else ""), values))
+    return rows
+
+
+def _wrong_genes(task: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return model -> genes whose prediction out of fold is furthest from their class."""
+    found = []
+    for model, genes in task["details"].get("genes", {}).items():
+        rows = [g for g in genes if g["probability"] is not None]
+        rows.sort(key=lambda g: -abs(g["label"] - g["probability"]))
+        found.append((model, [_wrong_gene(g, task["classes"]) for g in rows[:_MOST_WRONG_GENES]]))
+    return found
+
+
+def _wrong_gene(gene: dict[str, Any], classes: list[str]) -> dict[str, Any]:
+    symbol = gene.get("symbol") or ""
+    return {
+        "gene": f"{symbol} ({gene['gene']})" if symbol else gene["gene"],
+        "label": classes[gene["label"]],
+        "probability": f"{gene['probability']:.3f}",
+        "cells": f"{gene['cells']:,}",
+    }
+
+
+def _class_rows(task: dict[str, Any], models: list[str]) -> list[tuple[str, list[str]]]:
+    """Return class -> F1 of the contenders that are shown."""
+    columns = [f1_by_class(task, row) for row in shown_contenders(task, models)]
+    if not any(columns):
+        return []
+    return [
+        (c, [f"{column[c]:.3f}" if c in column else "-" for column in columns])
+        for c in task["classes"]
+    ]
