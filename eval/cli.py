@@ -58,6 +58,7 @@ def _finetune_group() -> None:
 
 @finetune_app.command("cells")
 def finetune_command(
+    context: typer.Context,
     cells: Annotated[Path, typer.Argument(help="h5ad with raw counts and labels")],
     model: Annotated[Path, typer.Option(help="folder of `geneloom export`, or Geneformer's")],
     label: Annotated[str, typer.Option(help="column of obs to predict")],
@@ -72,6 +73,16 @@ def finetune_command(
         int | None, typer.Option(min=1, help="few-shot; default all")
     ] = None,
     max_test_per_class: Annotated[int | None, typer.Option(min=1, help="default all")] = None,
+    patience: Annotated[
+        int, typer.Option(min=0, help="epochs without a better validation loss; 0: all epochs")
+    ] = 0,
+    lora_rank: Annotated[
+        int, typer.Option(min=0, help="train low-rank adapters instead of the encoder; 0: off")
+    ] = 0,
+    class_weights: Annotated[bool, typer.Option(help="classes weigh alike in the loss")] = True,
+    save_head: Annotated[
+        Path | None, typer.Option(help="new folder: a classifier of all labelled cells")
+    ] = None,
     bf16: Annotated[bool, typer.Option(help="compute in bfloat16")] = False,
     device: DeviceOption = "auto",
     vocab: VocabOption = None,
@@ -84,21 +95,43 @@ def finetune_command(
     from eval.finetune.cells import FinetuneSettings, finetune_cells
     from eval.tables import print_scores
 
+    ranks = context.obj  # of `eval.finetune.__main__`; None without a launcher
     settings = FinetuneSettings(
         epochs=epochs,
         learning_rate=learning_rate,
         batch_cells=batch_cells,
         freeze_layers=freeze_layers,
+        patience=patience,
+        lora_rank=lora_rank,
+        class_weights=class_weights,
         bf16=bf16,
-        device=choose_device(device),
+        device=choose_device(device) if ranks is None else str(ranks.device),
     )
     options = SourceOptions(counts, gene_column, strip_versions=strip_gene_versions)
     results = finetune_cells(
         cells, model, label, out, donor, seeds, vocab, settings, options,
-        max_train_per_class, max_test_per_class,
+        max_train_per_class, max_test_per_class, save_head, ranks,
     )  # fmt: skip
-    print_scores(results)
-    print(out / "results.json")
+    if ranks is None or ranks.is_first:
+        print_scores(results)
+        print(out / "results.json")
+
+
+def predict_command(
+    cells: Annotated[Path, typer.Argument(help="h5ad with raw counts")],
+    head: Annotated[Path, typer.Option(help="folder of `geneloom finetune cells --save-head`")],
+    out: Annotated[Path, typer.Option(help="new h5ad: the input and the predictions")],
+    device: DeviceOption = "auto",
+    counts: CountsOption = "X",
+    gene_column: GeneColumnOption = None,
+    strip_gene_versions: StripOption = False,
+) -> None:
+    """Write a trained head's classes and probabilities beside the cells: all, in their order."""
+    quiet()
+    from eval.finetune.predict import predict_file
+
+    options = SourceOptions(counts, gene_column, strip_versions=strip_gene_versions)
+    print(predict_file(cells, head, out, options, choose_device(device)))
 
 
 def report_command(

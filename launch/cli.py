@@ -26,6 +26,7 @@ VERBS = {
         "benchmark_command",
         "did pretraining help? tasks, baselines",
     ),
+    "predict": ("eval.cli", "predict_command", "a trained head's classes in an h5ad"),
     "report": ("eval.cli", "report_command", "a run and its scores in one HTML page"),
 }
 

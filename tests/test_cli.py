@@ -44,7 +44,7 @@ BUILD = ("--vocab", "build", "--out", "shards")
         (("pretrain", "--config", "tiny", "run.out=r", "data.shards=x"), "no manifest.json"),
         (("export", ".", "--out", "model"), "no model_config.json"),
         (("embed", "cells.h5ad", "--model", ".", "--out", "o.h5ad"), "no config.json"),
-        (("launch", "local", "finetune"), "does not run on several ranks"),
+        (("launch", "local", "embed"), "does not run on several ranks"),
     ],
 )
 def test_bad_input(arguments, message, tmp_path):

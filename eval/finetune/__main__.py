@@ -1,0 +1,32 @@
+"""What a launcher starts on each rank: ``geneloom launch local --ranks 2 finetune cells ...``."""
+
+import signal
+
+import typer
+
+from data_prep.errors import run_app
+
+_TIMEOUT_S = 1800  # how long ranks wait for one that still scores baselines
+
+
+def main() -> None:
+    """Join the ranks, then do as ``geneloom finetune``."""
+    from eval.cli import finetune_app
+    from pretrain import dist
+
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+    @app.callback()
+    def _join(context: typer.Context) -> None:
+        context.obj = dist.start(_TIMEOUT_S, threads=None)
+        context.call_on_close(dist.leave)
+
+    for command in finetune_app.registered_commands:
+        app.command(command.name)(command.callback)  # pyright: ignore[reportArgumentType]
+    run_app(app)
+
+
+if __name__ == "__main__":
+    # There is nothing to save in between: a request to stop ends the rank.
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    main()

@@ -1,0 +1,105 @@
+"""``geneloom predict``: a trained head's classes and probabilities, written beside the cells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+
+from data_prep.sources import SourceOptions
+from eval.encode import CellSet, encode_file
+from eval.finetune.classifier import Classifier, load_classifier
+
+_PREFIX = "geneloom"
+
+
+def predict_file(
+    cells: Path,
+    head: Path,
+    out: Path,
+    options: SourceOptions = SourceOptions(),  # noqa: B008  frozen
+    device: str = "cpu",
+) -> str:
+    """Write the input file with the predictions of every head, and return a sentence about it.
+
+    Cells stay in their order. A head of cells named H adds ``obs["geneloom_H"]`` (class; '' for a
+    cell without a gene of the vocabulary), ``obs["geneloom_H_probability"]`` (of that class) and
+    ``obsm["geneloom_H"]`` (float32, all classes; NaN without genes). A head of genes adds
+    ``var["geneloom_H_CLASS"]`` (the mean over cells that express the gene) and
+    ``var["geneloom_H_cells"]``, their number. ``uns["geneloom_predict"]`` says what predicted.
+
+    Raises
+    ------
+    ValueError
+        No classifier in `head`, cells that cannot be encoded with its vocabulary, or `out` exists.
+    """
+    if out.exists():
+        raise ValueError(f"{out}: exists; give --out another file")
+    if not out.parent.is_dir():
+        raise ValueError(f"{out}: the folder {out.parent} does not exist")
+    classifier = load_classifier(head, device)
+    found = encode_file(cells, classifier.vocabulary, options)
+    data = anndata.read_h5ad(cells)
+    for each in classifier.heads:
+        if each.kind == "cells":
+            probabilities = classifier.predict_cells(found.tokens, each.name)
+            _add_cells(data, each.name, each.classes, probabilities)
+        else:
+            table = gene_probabilities(classifier, found, each.name)
+            for column in table.columns:
+                data.var[f"{_PREFIX}_{each.name}_{column}"] = table[column].to_numpy()
+    data.uns["geneloom_predict"] = {
+        "head": head.resolve().name,
+        "vocabulary_sha256": classifier.vocabulary.sha256,
+        "classes": {h.name: list(h.classes) for h in classifier.heads},
+    }
+    aside = out.with_name(f".{out.name}.partial")
+    try:
+        data.write_h5ad(aside)
+        aside.replace(out)
+    finally:
+        aside.unlink(missing_ok=True)
+    empty = int((~found.has_genes).sum())
+    note = f"; {empty} cells without any gene of the vocabulary have none" if empty else ""
+    names = ", ".join(f"{h.name} (of {h.kind})" for h in classifier.heads)
+    return f"{out}: {data.n_obs:,} cells with predictions of {names}{note}"
+
+
+def gene_probabilities(classifier: Classifier, cells: CellSet, head_name: str) -> pd.DataFrame:
+    """Return each class's probability for the genes of a file, the mean over its cells.
+
+    One row for each column of the counts, in their order: a column per class (float32, NaN for a
+    gene that no cell's tokens hold) and ``cells`` (int64), how many hold it.
+    """
+    vocabulary = classifier.vocabulary
+    wanted = np.zeros(vocabulary.num_tokens, dtype=bool)
+    wanted[vocabulary.first_gene_token :] = True
+    found = classifier.predict_genes(cells.tokens, head_name, wanted)
+    (classes,) = (h.classes for h in classifier.heads if h.name == head_name)
+    num_cells = np.bincount(found.token, minlength=vocabulary.num_tokens)
+    token_of_column = vocabulary.tokens_of(cells.genes)
+    known = token_of_column >= 0
+    of_column = np.where(known, num_cells[token_of_column], 0)
+    table = {}
+    for position, name in enumerate(classes):
+        total = np.bincount(
+            found.token, found.probabilities[:, position], minlength=vocabulary.num_tokens
+        )
+        mean = np.full(len(known), np.nan, dtype=np.float32)
+        seen = of_column > 0
+        mean[seen] = (total / np.maximum(num_cells, 1))[token_of_column[seen]]
+        table[name] = mean
+    return pd.DataFrame({**table, "cells": of_column})
+
+
+def _add_cells(
+    data: anndata.AnnData, name: str, classes: tuple[str, ...], probabilities: np.ndarray
+) -> None:
+    has_any = ~np.isnan(probabilities).any(axis=1)
+    best = np.nan_to_num(probabilities).argmax(axis=1)
+    labels = np.where(has_any, np.array(classes, dtype=object)[best], "")
+    data.obs[f"{_PREFIX}_{name}"] = pd.Categorical(labels)
+    data.obs[f"{_PREFIX}_{name}_probability"] = probabilities.max(axis=1)
+    data.obsm[f"{_PREFIX}_{name}"] = probabilities

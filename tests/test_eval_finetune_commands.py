@@ -1,0 +1,130 @@
+"""``geneloom finetune cells --save-head``, ``predict`` and several ranks, as a user starts them."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+
+from data_prep.medians import gene_medians
+from data_prep.prepare import SERIAL
+from data_prep.sources import SourceOptions, source_at
+from eval.encode import encode_file
+from eval.finetune.cells import finetune_cells
+from eval.finetune.engine import FinetuneSettings, Head, Target, finetune, save_classifier
+from eval.finetune.predict import predict_file
+from pretrain.config import ModelConfig
+from pretrain.export import load_exported
+from pretrain.model import build_model
+from tests.synthetic import make_cells
+
+MODEL = ModelConfig(
+    num_layers=2, hidden_size=32, num_heads=2, intermediate_size=64,
+    hidden_dropout=0.0, attention_dropout=0.0,
+)  # fmt: skip
+SETTINGS = FinetuneSettings(epochs=3, learning_rate=5e-3)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A folder with a model of random weights, cells beside it."""
+    folder = tmp_path_factory.mktemp("model")
+    cells = make_cells(90)
+    cells.write_h5ad(folder / "cells.h5ad")
+    specs = [source_at(folder / "cells.h5ad", SourceOptions())]
+    found = gene_medians(specs, folder, SERIAL, lambda what, done, total: None)
+    vocabulary = found.vocabulary(1, 256, with_cls=False)
+    build_model(MODEL, vocabulary, 0).bert.save_pretrained(folder)
+    vocabulary.save(folder / "vocabulary.json")
+    return folder
+
+
+def test_saved_head_predicts_other_cells(model, tmp_path):
+    settings = replace(SETTINGS, patience=2)
+    finetune_cells(
+        model / "cells.h5ad", model, "cell_type", tmp_path / "scores", donor="donor",
+        settings=settings, save_head=tmp_path / "head",
+    )  # fmt: skip
+    record = json.loads((tmp_path / "head" / "classifier.json").read_text())
+    results = json.loads((tmp_path / "scores" / "results.json").read_text())
+    assert record["record"]["summary"] == results["summary"]
+    assert all("validation_loss" in h for h in record["history"])
+
+    others = make_cells(60, num_genes=200)
+    others.var["ensembl_id"], others.var_names = others.var_names, others.var["symbol"].to_list()
+    matrix = others.X.tolil()
+    matrix[5] = 0
+    others.X = matrix.tocsr()
+    others.write_h5ad(tmp_path / "others.h5ad")
+    said = predict_file(
+        tmp_path / "others.h5ad", tmp_path / "head", tmp_path / "out.h5ad",
+        SourceOptions(gene_column="ensembl_id"),
+    )  # fmt: skip
+    assert "60 cells" in said and "1 cells without any gene" in said
+    out = anndata.read_h5ad(tmp_path / "out.h5ad")
+    assert list(out.obs_names) == list(others.obs_names)
+    labels = out.obs["geneloom_cell_type"].astype(str).to_numpy()
+    probabilities = out.obsm["geneloom_cell_type"]
+    assert labels[5] == "" and np.flatnonzero(np.isnan(probabilities[:, 0])).tolist() == [5]
+    full = np.delete(np.arange(60), 5)
+    classes = np.array(out.uns["geneloom_predict"]["classes"]["cell_type"])
+    np.testing.assert_array_equal(classes[probabilities[full].argmax(axis=1)], labels[full])
+    np.testing.assert_array_equal(
+        out.obs["geneloom_cell_type_probability"].to_numpy(), probabilities.max(axis=1)
+    )
+    truth = others.obs["cell_type"].astype(str).to_numpy()
+    assert (labels == truth)[full].mean() > 0.8
+    with pytest.raises(ValueError, match="exists"):
+        predict_file(tmp_path / "others.h5ad", tmp_path / "head", tmp_path / "out.h5ad")
+    with pytest.raises(ValueError, match="no classifier.json"):
+        predict_file(tmp_path / "others.h5ad", model, tmp_path / "out2.h5ad")
+
+
+def test_gene_heads_are_means_over_cells(model, tmp_path):
+    network, vocabulary = load_exported(model)
+    cells = encode_file(model / "cells.h5ad", vocabulary)
+    labels = np.full(vocabulary.num_tokens, -1)
+    labels[2:80] = np.arange(78) % 2
+    target = Target(Head("dosage", "genes", ("no", "yes")), labels)
+    classifier = finetune(network.bert, vocabulary, cells.tokens, [target], SETTINGS, 0)
+    save_classifier(classifier, tmp_path / "head", {})
+    predict_file(model / "cells.h5ad", tmp_path / "head", tmp_path / "out.h5ad")
+    var = anndata.read_h5ad(tmp_path / "out.h5ad").var
+    found = classifier.predict_genes(cells.tokens, "dosage", np.ones(vocabulary.num_tokens, bool))
+    for gene in (0, 33, 199):
+        token = vocabulary.token_of.get(var.index[gene], -1)
+        rows = found.token == token
+        assert var["geneloom_dosage_cells"].iloc[gene] == rows.sum()
+        np.testing.assert_allclose(
+            var["geneloom_dosage_yes"].iloc[gene], found.probabilities[rows, 1].mean(), rtol=1e-5
+        )
+
+
+@pytest.mark.slow
+def test_two_ranks_by_the_launcher(model, tmp_path):
+    """Two ranks score and save once; the launcher and its ranks take 30 s to start and train."""
+    arguments = [
+        str(model / "cells.h5ad"), "--model", str(model), "--label", "cell_type", "--epochs", "2",
+        "--device", "cpu", "--learning-rate", "0.005",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", "from launch.cli import main; main()", "launch", "local",
+         "--ranks", "2", "--device", "cpu", "finetune", "cells", *arguments,
+         "--out", str(tmp_path / "two"), "--save-head", str(tmp_path / "head")],
+        cwd=Path(__file__).resolve().parent.parent, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("results.json") == 1
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    one = finetune_cells(
+        model / "cells.h5ad", model, "cell_type", tmp_path / "one",
+        settings=replace(SETTINGS, epochs=2, dropout=0.1),
+    )  # fmt: skip
+    frozen = "frozen embedding, pretrained"
+    assert two["summary"][frozen] == one["summary"][frozen]
+    assert two["summary"]["fine-tuned, pretrained"]["macro_f1"]["mean"] > 0.5
+    assert (tmp_path / "head" / "classifier.json").exists()
