@@ -23,7 +23,7 @@ _CLASSIFIERS: dict[str, Callable[[int], Any]] = {
         C=0.1, class_weight="balanced", max_iter=500, random_state=seed
     ),
     "random forest": lambda seed: RandomForestClassifier(
-        200, min_samples_leaf=2, class_weight="balanced_subsample", random_state=seed
+        100, min_samples_leaf=2, class_weight="balanced", random_state=seed
     ),
     "SVM": lambda seed: SVC(class_weight="balanced", random_state=seed),
     "MLP": lambda seed: MLPClassifier((32,), alpha=1.0, max_iter=100, random_state=seed),

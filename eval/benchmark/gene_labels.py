@@ -48,9 +48,7 @@ def read_labels(task: GeneTask, data: Path | None) -> LabelledGenes:
         neither true nor false, a class that does not occur, or no gene left in one.
     """
     path = _labels_path(task, data)
-    table = pd.read_csv(
-        path, sep="," if path.suffix == ".csv" else "\t", dtype=str, keep_default_na=False
-    )
+    table = _read_table(path)
     found = [c for c in _GENE_COLUMNS if c in table]
     if not found or "label" not in table:
         raise ValueError(
@@ -149,6 +147,18 @@ def _labels_path(task: GeneTask, data: Path | None) -> Path:
     if not (data / task.labels).is_file():
         raise ValueError(f"{data / task.labels}: no such file. {task.cells.recipe}")
     return data / task.labels
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    separator = "," if path.suffix == ".csv" else "\t"
+    try:
+        return pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
+    except pd.errors.EmptyDataError as error:
+        raise ValueError(
+            f"{path}: is empty; needed are the columns ensembl_id and label"
+        ) from error
+    except (pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as a table ({error})") from error
 
 
 def _flags(table: pd.DataFrame, path: Path) -> pd.Series:
