@@ -155,11 +155,11 @@ def _task_details(
                 n: np.column_stack([grid, grid ** (1 / (o.scores["auroc"] or 1) - 1)]).tolist()
                 for n, o in names.items()
             },
-            "bootstrap": {n: {"low": 0.8, "high": 0.9} for n in names},
-            "genes": {
-                m: [
+            "intervals_over_genes": {n: {"mean": 0.85, "low": 0.8, "high": 0.9} for n in names},
+            "predictions": {
+                display_name("fine-tuned", "model", m): [
                     {"gene": f"ENSG{i:011d}", "symbol": f"GENE{i}", "label": int(i % 4 == 0),
-                     "probability": float(rng.uniform()), "cells": int(rng.integers(1, 300))}
+                     "probability": float(rng.uniform()), "cells": float(rng.integers(1, 300))}
                     for i in range(60)
                 ]
                 for m in models
@@ -172,7 +172,8 @@ def _task_details(
                 n: {s: {"mean": v - d, "low": v - d - 0.05, "high": v - d + 0.05}
                     for s, v in curve.items()}
                 for d, n in enumerate_small(list(names)[:3])
-            }
+            },
+            "skipped": {"scVI": "the package scvi-tools is not installed"},
         }  # fmt: skip
     labels = rng.integers(0, 4, 300)
     batches = rng.integers(0, 2, 300)

@@ -109,7 +109,7 @@ def summarise(run: TaskRun) -> list[dict[str, Any]]:
     ratio = overlap_ratio(run)
     rows = []
     for key in _contenders(run):
-        outcomes = [o for o in run.outcomes if (o.contender, o.role, o.model) == key]
+        outcomes = _outcomes(run, key)
         scores = {}
         for score in dict.fromkeys(s for o in outcomes for s in o.scores):
             interval = corrected_interval(_values(outcomes, score), ratio)
@@ -247,8 +247,12 @@ def _values(outcomes: list[Outcome], score: str) -> np.ndarray:
     return np.array([o.scores.get(score) for o in outcomes], dtype=np.float64)
 
 
+def _outcomes(run: TaskRun, key: Contender) -> list[Outcome]:
+    return [o for o in run.outcomes if (o.contender, o.role, o.model) == key]
+
+
 def _by_fold(run: TaskRun, key: Contender) -> dict[int, float]:
-    outcomes = [o for o in run.outcomes if (o.contender, o.role, o.model) == key]
+    outcomes = _outcomes(run, key)
     values = _values(outcomes, run.headline)
     return {o.fold: v for o, v in zip(outcomes, values, strict=True)}
 
@@ -262,13 +266,14 @@ def _headline(row: dict, headline: str) -> float:
 
 
 def _compare(run: TaskRun, question: str, first: Contender, second: Contender | float) -> dict:
-    """Return one verdict, against a contender or a number: chance."""
+    """Return one verdict, against a contender or chance (that of each fold, where it is kept)."""
     own = _by_fold(run, first)
     if isinstance(second, tuple):
         other, against = _by_fold(run, second), display_name(*second)
         against_model = second[2]
     else:
-        other, against, against_model = dict.fromkeys(own, second), "chance", None
+        other = {o.fold: o.details.get("chance", second) for o in _outcomes(run, first)}
+        against, against_model = "chance", None
     folds = sorted(own.keys() & other.keys())
     differences = np.array([own[f] - other[f] for f in folds], dtype=np.float64)
     interval = corrected_interval(differences, overlap_ratio(run))

@@ -73,12 +73,14 @@ class TaskRun:
         corrects intervals for folds that overlap (`eval.benchmark.compare`). Where folds are
         subsamples that are scored whole, it is the subsample's share, such as 0.8.
         By contender (keys: `compare.display_name`): ``roc``: [false positive rate, true
-        positive rate] points; ``bootstrap``: ``{"low", "high"}`` over genes; ``few_shot``: shots ->
-        ``{"mean", "low", "high"}``; ``umap``: [[x, y], ...], with the lists ``labels`` and
-        ``batches`` beside it. ``genes``: model -> rows with ``gene``, ``label``, ``probability``
-        (of the positive class), ``cells`` and perhaps ``symbol``, out of fold.
+        positive rate] points; ``intervals_over_genes``: ``{"mean", "low", "high"}``;
+        ``predictions``: rows with ``gene``, ``label`` (0 or 1), ``probability`` (of 1, out of
+        fold), ``cells`` and perhaps ``symbol``; ``few_shot``: shots -> ``{"mean", "low", "high"}``;
+        ``umap``: [[x, y], ...], with the lists ``labels`` and ``batches`` beside it. ``skipped``:
+        contender -> why it did not run.
         In details of outcomes: ``confusion`` (int [classes, classes], rows are the truth),
-        ``f1_by_class`` and ``calibration`` (bins with ``confidence``, ``accuracy``, ``cells``).
+        ``f1_by_class``, ``calibration`` (bins with ``confidence``, ``accuracy``, ``cells``) and,
+        of controls, ``chance`` where it differs between folds.
     """
 
     cells: int

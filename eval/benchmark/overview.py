@@ -1,15 +1,10 @@
-"""What a benchmark found, in words and as one line for each task: for the page and the console."""
+"""What a benchmark found, as sentences and one row a task: for the page and the console."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from eval.benchmark.compare import control_state, count_words, state_of
+from eval.benchmark.compare import control_state, count_words
 
 SYMBOLS = {"better": "▲", "worse": "▼", "neither": "=", "not_tested": "?"}
 # Contenders of a model that have a place in the overview, beside its main one.
@@ -19,7 +14,6 @@ _SCORE_LABELS = {
     "macro_f1": "macro-F1", "ece": "calibration error", "ari": "ARI", "nmi": "NMI",
     "ilisi": "iLISI", "kbet": "kBET", "avg_bio": "AvgBIO",
 }  # fmt: skip
-_STYLES = {"better": "green", "worse": "red", "neither": "default", "not_tested": "yellow"}
 
 
 def score_label(score: str) -> str:
@@ -148,46 +142,3 @@ def _untested(count: dict[str, Any]) -> str:
 
 def _tasks(count: int) -> str:
     return f"{count} task{'' if count == 1 else 's'}"
-
-
-def print_results(results: dict[str, Any], console: Console | None = None) -> None:
-    """Print one line for each task and model, what was skipped, and the conclusions."""
-    console = console or Console()
-    several = len(results["models"]) > 1
-    title = f"{results['suite']} suite, mean over folds; verdicts at 95 %, corrected for all tasks"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("task", no_wrap=True)
-    if several:
-        table.add_column("model", no_wrap=True)
-    table.add_column("model's score" if several else "model", min_width=5)
-    table.add_column("random weights", min_width=7)
-    table.add_column("pretraining", min_width=20)
-    # Last, since what a console has no room for is cut off at the right.
-    table.add_column("best baseline", no_wrap=True, min_width=40)
-    for row in overview_rows(results):
-        names = [row["task"]["name"], *([row["model"]] if several else [])]
-        means = [_mean(row["task"], row[part]) for part in ("main", "twin", "baseline")]
-        baseline = _word(row["baselines"])
-        if row["baseline"]:
-            baseline += Text(f"  {means[-1]} {row['baseline']['contender']}")
-        table.add_row(*names, *means[:2], _word(row["pretraining"]), baseline)
-    console.print(table)
-    failed = [t["name"] for t in results["tasks"] if control_state(t) == "failed"]
-    if failed:
-        console.print(f"control failed, not counted: {', '.join(failed)}", style="bold red")
-    for skipped in results["skipped"]:
-        console.print(f"skipped: {skipped['name']}: {skipped['reason']}", highlight=False)
-    for conclusion in conclusions(results):
-        console.print(f"{conclusion['model']}: {conclusion['sentence']}", highlight=False)
-
-
-def _mean(task: dict[str, Any], summary: dict[str, Any] | None) -> str:
-    score = summary["scores"].get(task["headline"]) if summary else None
-    return "-" if score is None or score["mean"] is None else f"{score['mean']:.3f}"
-
-
-def _word(verdict: dict[str, Any] | None) -> Text:
-    if verdict is None:
-        return Text("-")
-    state = state_of(verdict)
-    return Text(f"{SYMBOLS[state]} {verdict['holm_word']}", style=_STYLES[state])

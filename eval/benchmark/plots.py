@@ -27,7 +27,9 @@ STATE_COLOURS = {
 }  # fmt: skip
 _INK, _GRID = "#222222", "#dcdddd"
 # A figure is an image: only its own style sheet can follow the reader's colour scheme.
-_DARK = {_INK: "#e6e7e8", _GRID: "#43474b", BLUE: "#3b9fdd", "#6b7075": "#a3a8ad"}
+DARK_COLOURS = {
+    _INK: "#e6e7e8", _GRID: "#43474b", BLUE: "#3b9fdd", LIGHT_BLUE: "#b3e0fa", "#6b7075": "#a3a8ad"
+}  # fmt: skip
 _INKS: dict = {
     "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK,
     "ytick.color": _INK, "axes.facecolor": "none",
@@ -59,7 +61,7 @@ def as_svg(figure: Figure) -> str:
     figure.savefig(buffer, format="svg", transparent=True, dpi=160, metadata={"Date": None})
     rules = "".join(
         f'[style*="{kind}: {light}"]{{{kind}:{dark} !important}}'
-        for light, dark in _DARK.items()
+        for light, dark in DARK_COLOURS.items()
         for kind in ("fill", "stroke")
     )
     sheet = f"<style>@media (prefers-color-scheme: dark) {{{rules}}}</style>"
@@ -90,10 +92,10 @@ def overview_plot(results: dict[str, Any]) -> Plot:
     names = [
         r["task"]["name"]
         + (f"  ({r['model']})" if several else "")
-        + ("  (control failed)" if r["control"] == "failed" else "")
+        + ("  ✖ control" if r["control"] == "failed" else "")
         for r in rows
     ]
-    figure = Figure(figsize=(8.6, 1.3 + 0.26 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(7.4, 1.3 + 0.26 * len(rows)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     titles = {"pretraining": "minus random weights", "baselines": "minus best baseline"}
     for axes, (question, title) in zip(panels, titles.items(), strict=True):

@@ -1,4 +1,4 @@
-"""The page of a benchmark: the overall answer first, then every task; complete in one file."""
+"""A benchmark on the console, and as one self-contained page: the answer first, then tasks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from eval.benchmark.compare import STATES, control_state, holm, state_of
 from eval.benchmark.overview import (
@@ -20,6 +24,7 @@ from eval.benchmark.overview import (
     score_label,
 )
 from eval.benchmark.plots import (
+    DARK_COLOURS,
     ROLE_COLOURS,
     ROLE_NAMES,
     STATE_COLOURS,
@@ -37,6 +42,7 @@ from eval.benchmark.plots import (
 REPORT_NAME, PLOTS_FOLDER = "report.html", "plots"
 _TEMPLATE = Path(__file__).parent / "report.html"
 _MOST_WRONG_GENES = 10
+_STYLES = {"better": "green", "worse": "red", "neither": "default", "not_tested": "yellow"}
 _QUESTIONS = {
     "pretraining": "Did pretraining help?",
     "baselines": "Does it beat the baselines?",
@@ -88,6 +94,7 @@ def write_report(results: dict[str, Any], out: Path) -> Path:
         tasks=[_task(task, models, figures[task["name"]]) for task in results["tasks"]],
         role_colours=ROLE_COLOURS,
         role_names=ROLE_NAMES,
+        dark_colours=DARK_COLOURS,
         state_colours=STATE_COLOURS,
     )
     path = out / REPORT_NAME
@@ -95,6 +102,49 @@ def write_report(results: dict[str, Any], out: Path) -> Path:
     aside.write_text(page)
     aside.replace(path)
     return path
+
+
+def print_results(results: dict[str, Any], console: Console | None = None) -> None:
+    """Print one line for each task and model, what was skipped, and the conclusions."""
+    console = console or Console()
+    several = len(results["models"]) > 1
+    title = f"{results['suite']} suite, mean over folds; verdicts at 95 %, corrected for all tasks"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("task", no_wrap=True)
+    if several:
+        table.add_column("model", no_wrap=True)
+    table.add_column("model's score" if several else "model", min_width=5)
+    table.add_column("random weights", min_width=7)
+    table.add_column("pretraining", min_width=20)
+    # Last, since what a console has no room for is cut off at the right.
+    table.add_column("best baseline", no_wrap=True, min_width=40)
+    for row in overview_rows(results):
+        names = [row["task"]["name"], *([row["model"]] if several else [])]
+        means = [_mean(row["task"], row[part]) for part in ("main", "twin", "baseline")]
+        baseline = _word(row["baselines"])
+        if row["baseline"]:
+            baseline += Text(f"  {means[-1]} {row['baseline']['contender']}")
+        table.add_row(*names, *means[:2], _word(row["pretraining"]), baseline)
+    console.print(table)
+    failed = [t["name"] for t in results["tasks"] if control_state(t) == "failed"]
+    if failed:
+        console.print(f"control failed, not counted: {', '.join(failed)}", style="bold red")
+    for skipped in results["skipped"]:
+        console.print(f"skipped: {skipped['name']}: {skipped['reason']}", highlight=False)
+    for conclusion in conclusions(results):
+        console.print(f"{conclusion['model']}: {conclusion['sentence']}", highlight=False)
+
+
+def _mean(task: dict[str, Any], summary: dict[str, Any] | None) -> str:
+    score = summary["scores"].get(task["headline"]) if summary else None
+    return "-" if score is None or score["mean"] is None else f"{score['mean']:.3f}"
+
+
+def _word(verdict: dict[str, Any] | None) -> Text:
+    if verdict is None:
+        return Text("-")
+    state = state_of(verdict)
+    return Text(f"{SYMBOLS[state]} {verdict['holm_word']}", style=_STYLES[state])
 
 
 def _saved(plot: Plot, task: str, folder: Path) -> dict[str, str]:
@@ -158,13 +208,13 @@ def _task(task: dict[str, Any], models: list[str], figures: list[dict[str, str]]
     """Return what the page shows of one task."""
     scores = list(dict.fromkeys(s for row in task["summary"] for s in row["scores"]))
     scores.sort(key=lambda s: s != task["headline"])
-    bootstrap = task["details"].get("bootstrap", {})
+    over_genes = task["details"].get("intervals_over_genes", {})
     table = [
         {
             "name": short_name(row["name"], models),
             "role": row["role"],
             "values": [format_mean(row["scores"].get(s)) for s in scores],
-            "over_genes": _range(bootstrap.get(row["name"])),
+            "over_genes": _range(over_genes.get(row["name"])),
             "folds": row["folds"],
             "seconds": f"{row['seconds']:.1f}",
         }
@@ -173,12 +223,13 @@ def _task(task: dict[str, Any], models: list[str], figures: list[dict[str, str]]
     return task | {
         "score_names": [score_label(s) for s in scores],
         "table": table,
-        "has_bootstrap": bool(bootstrap),
+        "has_intervals_over_genes": bool(over_genes),
         "verdict_rows": [_verdict(v, models) for v in task["verdicts"]],
         "control": control_state(task),
         "figures": figures,
         "side_by_side": _side_by_side(task, models) if len(models) > 1 else [],
-        "wrong_genes": _wrong_genes(task),
+        "wrong_genes": _wrong_genes(task, models),
+        "skipped": task["details"].get("skipped", {}),
         "class_names": [short_name(r["name"], models) for r in shown_contenders(task, models)],
         "class_rows": _class_rows(task, models),
     }
@@ -201,23 +252,23 @@ def _side_by_side(task: dict[str, Any], models: list[str]) -> list[tuple[str, li
     return rows
 
 
-def _wrong_genes(task: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Return model -> genes whose prediction out of fold is furthest from their class."""
+def _wrong_genes(task: dict[str, Any], models: list[str]) -> list[tuple[str, list[dict[str, str]]]]:
+    """Return contender -> genes whose prediction out of fold is furthest from their class."""
     found = []
-    for model, genes in task["details"].get("genes", {}).items():
-        rows = [g for g in genes if g["probability"] is not None]
-        rows.sort(key=lambda g: -abs(g["label"] - g["probability"]))
-        found.append((model, [_wrong_gene(g, task["classes"]) for g in rows[:_MOST_WRONG_GENES]]))
+    for name, genes in task["details"].get("predictions", {}).items():
+        rows = sorted(genes, key=lambda g: -abs(g["label"] - g["probability"]))
+        shown = [_wrong_gene(g, task["classes"]) for g in rows[:_MOST_WRONG_GENES]]
+        found.append((short_name(name, models), shown))
     return found
 
 
-def _wrong_gene(gene: dict[str, Any], classes: list[str]) -> dict[str, Any]:
+def _wrong_gene(gene: dict[str, Any], classes: list[str]) -> dict[str, str]:
     symbol = gene.get("symbol") or ""
     return {
         "gene": f"{symbol} ({gene['gene']})" if symbol else gene["gene"],
         "label": classes[gene["label"]],
         "probability": f"{gene['probability']:.3f}",
-        "cells": f"{gene['cells']:,}",
+        "cells": f"{gene['cells']:,.0f}",
     }
 
 
