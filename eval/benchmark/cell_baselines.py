@@ -172,7 +172,10 @@ def scvi_missing() -> str | None:
 
 
 def scvi_latent(
-    train: scipy.sparse.csr_matrix, test: scipy.sparse.csr_matrix, seed: int
+    train: scipy.sparse.csr_matrix,
+    test: scipy.sparse.csr_matrix,
+    seed: int,
+    batches: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return scVI's latent states of training and test cells, learnt from training cells only.
 
@@ -180,12 +183,17 @@ def scvi_latent(
     ----------
     train, test
         CSR [cells, genes], raw counts of the variable genes.
+    batches
+        str [cells], whose effect scVI takes out: of cells that are in both, `train` and `test`.
     """
     import scvi
 
     scvi.settings.seed = seed
     data = [anndata.AnnData(counts.astype(np.float32)) for counts in (train, test)]
-    scvi.model.SCVI.setup_anndata(data[0])
+    if batches is not None:
+        for part in data:
+            part.obs["batch"] = batches
+    scvi.model.SCVI.setup_anndata(data[0], batch_key=None if batches is None else "batch")
     model = scvi.model.SCVI(data[0])
     model.train(max_epochs=_SCVI_EPOCHS, enable_progress_bar=False, logger=False)
     fitted, new = (np.asarray(model.get_latent_representation(d)) for d in data)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+import anndata
 import numpy as np
 import pandas as pd
 import scipy.sparse
@@ -124,6 +126,7 @@ def load_cells(
     data: Path | None,
     max_cells: int | None,
     seed: int,
+    change: Callable[[anndata.AnnData], anndata.AnnData] | None = None,
 ) -> TaskCells:
     """Return a task's cells: those that pass `keep`, with genes for every model, at most so many.
 
@@ -135,6 +138,8 @@ def load_cells(
         Folder that `cells.files` are below.
     seed
         Which cells are drawn when there are more than `max_cells`.
+    change
+        What is done to the cells of each file before they are encoded.
 
     Raises
     ------
@@ -146,6 +151,8 @@ def load_cells(
     options = SourceOptions(cells.counts, cells.gene_column, wanted)
     with tempfile.TemporaryDirectory() as scratch:
         paths = _paths(cells, data, Path(scratch))
+        if change is not None:
+            paths = [_changed(p, change, Path(scratch)) for p in paths]
         digests = [file_sha256(p) for p in paths]
         by_model = {
             m.name: [encode_file(p, m.reading_vocabulary, options) for p in paths] for m in models
@@ -201,6 +208,15 @@ def _paths(cells: Cells, data: Path | None, scratch: Path) -> list[Path]:
             raise ValueError(f"{data / pattern}: no such file. {cells.recipe}")
         paths += found
     return paths
+
+
+def _changed(
+    path: Path, change: Callable[[anndata.AnnData], anndata.AnnData], scratch: Path
+) -> Path:
+    aside = scratch / "changed" / path.name
+    aside.parent.mkdir(exist_ok=True)
+    change(anndata.read_h5ad(path)).write_h5ad(aside)
+    return aside
 
 
 def _prefixed(cells: CellSet, path: Path) -> pd.DataFrame:
