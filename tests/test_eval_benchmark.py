@@ -1,0 +1,234 @@
+"""A suite as a whole, on planted truths: what is perfect comes first, what is constant last."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertForMaskedLM
+
+from data_prep.vocab import Vocabulary
+from eval.benchmark.run import RESULTS_NAME, choose_tasks, run_benchmark
+from eval.benchmark.task import SUITES, all_tasks, missing_files, read_task
+from pretrain.config import ModelConfig
+from pretrain.model import build_model
+from tests.synthetic import make_cells
+
+ROOT = Path(__file__).resolve().parent.parent
+GENELOOM = (sys.executable, "-c", "from launch.cli import main; main()")
+_GENES = 120
+_TASK = """
+title: planted classes of genes
+kind: genes
+labels: labels.tsv
+positive: "yes"
+negative: "no"
+cells: {files: [cells.h5ad], recipe: made by this test}
+sizes:
+  quick: {max_cells: 24, seeds: 1, epochs: 2, batch_cells: 4, learning_rate: 1.0e-2}
+"""
+
+
+def write_model(folder: Path, vocabulary: Vocabulary, embeddings: np.ndarray | None) -> Path:
+    """Write a model whose layers pass the given input embeddings on unchanged; None: all zeros."""
+    config = ModelConfig(
+        num_layers=2, hidden_size=16, num_heads=2, intermediate_size=16,
+        hidden_dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    network: BertForMaskedLM = build_model(config, vocabulary, 0).bert
+    with torch.no_grad():
+        for name, weight in network.bert.named_parameters():
+            is_scale = name.endswith("LayerNorm.weight")
+            weight.fill_(1.0 if is_scale and embeddings is not None else 0.0)
+        if embeddings is not None:
+            network.bert.embeddings.word_embeddings.weight.copy_(torch.from_numpy(embeddings))
+    network.save_pretrained(folder)
+    vocabulary.save(folder / "vocabulary.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> dict[str, Path]:
+    """Cells, random labels of genes, and models that know all of them, or nothing."""
+    folder = tmp_path_factory.mktemp("world")
+    cells = make_cells(40, _GENES)
+    cells.write_h5ad(folder / "cells.h5ad")
+    genes = tuple(cells.var_names)
+    vocabulary = Vocabulary(genes, np.ones(_GENES), {"<pad>": 0, "<mask>": 1}, 128)
+    rng = np.random.default_rng(3)
+    is_positive = rng.permutation(np.arange(_GENES) % 2 == 0)
+    rows = [f"{g}\t{'yes' if p else 'no'}" for g, p in zip(genes, is_positive, strict=True)]
+    (folder / "labels.tsv").write_text("ensembl_id\tlabel\n" + "\n".join(rows) + "\n")
+    (folder / "planted.yaml").write_text(_TASK)
+    embeddings = rng.normal(size=(vocabulary.num_tokens, 16)).astype(np.float32)
+    embeddings[2:, 0] = np.where(is_positive, 3.0, -3.0)
+    return {
+        "folder": folder,
+        "task": folder / "planted.yaml",
+        "perfect": write_model(folder / "perfect", vocabulary, embeddings),
+        "constant": write_model(folder / "constant", vocabulary, None),
+    }
+
+
+def run(world: dict[str, Path], out: Path, *models: str, **changes) -> dict:
+    settings = {"data": world["folder"], "names": ["planted"], "files": [world["task"]]} | changes
+    return run_benchmark([world[m] for m in models], "quick", out, **settings)
+
+
+def scores_of(results: dict) -> list[tuple]:
+    return [
+        (o["contender"], o["role"], o["model"], o["fold"], o["scores"])
+        for t in results["tasks"]
+        for o in t["outcomes"]
+    ]
+
+
+@pytest.fixture(scope="module")
+def planted(world, tmp_path_factory) -> tuple[Path, dict]:
+    out = tmp_path_factory.mktemp("out") / "report"
+    return out, run(world, out, "perfect", "constant")
+
+
+def test_a_perfect_model_is_first_and_a_constant_one_last(planted):
+    _, results = planted
+    (task,) = results["tasks"]
+    rows = {r["name"]: r["scores"]["auroc"]["mean"] for r in task["summary"]}
+    assert task["summary"][0]["model"] == "perfect"
+    assert task["summary"][0]["role"] == "model"
+    for contender in ("fine-tuned", "frozen embedding", "input embeddings"):
+        assert rows[f"{contender}, perfect"] > 0.95, contender
+        assert rows[f"{contender}, constant"] == pytest.approx(0.5, abs=1e-9), contender
+    words = {
+        (v["question"], v["model"]): v["word"]
+        for v in task["verdicts"]
+        if v["main"] and v["question"] in ("pretraining", "baselines")
+    }
+    assert words["pretraining", "perfect"] == "helps"
+    assert words["baselines", "perfect"] == "wins"
+    assert words["pretraining", "constant"] != "helps"
+    assert words["baselines", "constant"] != "wins"
+
+
+def test_shuffled_labels_give_chance(planted):
+    _, results = planted
+    (task,) = results["tasks"]
+    controls = [v for v in task["verdicts"] if v["question"] == "control"]
+    assert controls
+    assert {v["word"] for v in controls} == {"at chance"}
+    for row in task["summary"]:
+        if row["role"] == "control":
+            assert abs(row["scores"]["auroc"]["mean"] - 0.5) < 0.15
+
+
+def test_same_seed_same_numbers(planted, world, tmp_path):
+    """Nor do a model's numbers depend on the models beside it."""
+    _, results = planted
+    expected = [s for s in scores_of(results) if s[2] != "constant"]
+    again = run(world, tmp_path / "again", "perfect")
+    assert scores_of(again) == expected
+    other = run(world, tmp_path / "other", "perfect", seed=1)
+    assert scores_of(other) != expected
+
+
+def test_a_killed_benchmark_goes_on(planted, world, tmp_path):
+    _, results = planted
+    out = tmp_path / "killed"
+    command = [
+        *GENELOOM, "benchmark", "--suite", "quick",
+        "--model", str(world["perfect"]), "--model", str(world["constant"]),
+        "--data", str(world["folder"]), "--task", "planted", "--device", "cpu",
+        "--task-file", str(world["task"]), "--out", str(out),
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while len(list((out / "units").glob("*.json"))) < 3 and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert process.poll() is None, "it was to be killed on its way"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    done = {p: p.stat().st_mtime_ns for p in (out / "units").glob("*.json")}
+    assert done
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    assert {p: p.stat().st_mtime_ns for p in done} == done, "what is done is not done again"
+    written = json.loads((out / RESULTS_NAME).read_text())
+    assert scores_of(written) == scores_of(results)
+    assert (out / "report.html").exists()
+
+
+def test_a_folder_of_another_benchmark_is_refused(planted, world, tmp_path):
+    out, _ = planted
+    with pytest.raises(ValueError, match="holds a benchmark with other models"):
+        run(world, out, "perfect")
+    (tmp_path / "something").write_text("")
+    with pytest.raises(ValueError, match="holds no benchmark"):
+        run(world, tmp_path, "perfect")
+
+
+def test_a_task_that_fails_leaves_the_others(world, tmp_path):
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(_TASK.replace('"yes"', '"perhaps"'))
+    (tmp_path / "labels.tsv").write_text((world["folder"] / "labels.tsv").read_text())
+    results = run(
+        world, tmp_path / "out", "constant",
+        names=["planted", "broken"], files=[world["task"], broken],
+    )  # fmt: skip
+    assert [t["name"] for t in results["tasks"]] == ["planted"]
+    (skipped,) = results["skipped"]
+    assert skipped["failed"]
+    assert "perhaps" in skipped["reason"]
+
+
+def test_every_declared_task_is_complete():
+    tasks = all_tasks()
+    kinds = {t.kind for t in tasks.values()}
+    assert kinds == {"genes", "cells", "integration"}
+    for suite in SUITES:
+        assert {t.kind for t in choose_tasks(suite, [], [])} == kinds, suite
+    for task in choose_tasks("quick", [], []):
+        assert not missing_files(task, None), f"{task.name}: the quick suite needs no file"
+    for task in tasks.values():
+        assert task.sizes, task.name
+        assert len(task.cells.recipe) > 20, task.name
+        if "paper" in task.sizes:
+            assert task.applications, task.name
+
+
+def test_wrong_names_and_tasks_are_named(tmp_path, world):
+    with pytest.raises(ValueError, match="--task nothing: no such task"):
+        choose_tasks("quick", ["nothing"], [])
+    with pytest.raises(ValueError, match="suite paper does not have it, only quick"):
+        choose_tasks("paper", ["planted"], [world["task"]])
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(_TASK.replace("labels:", "lables:"))
+    with pytest.raises(ValueError, match=r"wrong.yaml: is no task: .*lables"):
+        read_task(wrong)
+    with pytest.raises(ValueError, match="there are no data for any"):
+        run(world, tmp_path / "out", "constant", data=tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_list_shows_what_is_missing():
+    done = subprocess.run(
+        [*GENELOOM, "benchmark", "--list"], cwd=ROOT,
+        env=os.environ | {"COLUMNS": "200"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for name, task in all_tasks().items():
+        assert name in done.stdout
+        for missing in missing_files(task, None):
+            assert missing.split("/")[-1] in done.stdout.replace("\n", "")
