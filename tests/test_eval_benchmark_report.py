@@ -15,6 +15,7 @@ from rich.console import Console
 
 from eval.benchmark.compare import holm
 from eval.benchmark.overview import conclusions, format_mean, overview_rows
+from eval.benchmark.plots import _pooled_bins, outcomes_of
 from eval.benchmark.report import print_results, write_report
 from tests.benchmark_results import CELLS, GENES, INTEGRATION, make_results, make_task
 from tests.test_data_prep_page import Reader
@@ -181,6 +182,22 @@ def test_a_benchmark_without_results(tmp_path):
         write_report(make_results(["a"], []), tmp_path / "absent")
 
 
+def test_bins_of_few_cells_are_left_out_of_calibration():
+    task = make_task("pairs", "cells", CELLS, ["a"], 1, folds=2)
+    row = summary_of(task, "fine-tuned, a")
+    pairs = [(0.95, 0.9, 30), (0.91, 0.6, 10), (0.15, 0.0, 12)]
+    for outcome in outcomes_of(task, row):
+        outcome["details"]["calibration"] = [
+            {"confidence": c, "accuracy": a, "cells": n} for c, a, n in pairs
+        ]
+    (low, high) = _pooled_bins(task, row).tolist()
+    assert low == pytest.approx([0.15, 0.0]), "24 cells of two folds"
+    assert high == pytest.approx([0.94, 0.825]), "weighed by cells"
+    for outcome in outcomes_of(task, row)[:1]:
+        outcome["details"]["calibration"] = []
+    assert len(_pooled_bins(task, row)) == 1, "12 cells are too few"
+
+
 def test_conclusions_in_words():
     tasks = [
         make_task("helped", "genes", GENES, ["a"], 1),
@@ -194,6 +211,10 @@ def test_conclusions_in_words():
     assert (
         baselines["sentence"] == "Against the best baseline it won 1 of 2 tasks, lost 1 and tied 0."
     )
+    assert pretraining["others"] == [
+        "frozen embedding: helped in 2 of 2 tasks, hurt in 0",
+        "input embeddings: helped in 1 of 1 task, hurt in 0",
+    ]
     only = make_results(["a"], tasks[2:])
     assert conclusions(only)[0]["sentence"] == "Whether pretraining helped was not tested."
 

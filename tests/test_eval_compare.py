@@ -187,6 +187,18 @@ def test_controls_have_to_lie_at_chance(center: float, word: str, state: str):
     assert control_state({"verdicts": found}) == state
 
 
+def test_chance_may_differ_between_folds():
+    """A guess's macro-F1 depends on what is guessed: controls keep the chance of their fold."""
+    run = task_run({("shuffled labels", "control", None): near(0.3, 5)})
+    assert [v["word"] for v in verdicts(run, [])] == ["below chance"]
+    for number, outcome in enumerate(run.outcomes):
+        outcome.details["chance"] = 0.29 + 0.005 * number
+    (found,) = verdicts(run, [])
+    scores = [o.scores["auroc"] for o in run.outcomes]
+    assert found["difference"] == pytest.approx(np.mean(scores) - 0.3)
+    assert found["word"] == "at chance"
+
+
 def test_a_test_share_has_to_be_one():
     run = task_run({("fine-tuned", "model", "m"): near(0.5, 1)}, test_share=1.0)
     with pytest.raises(ValueError, match="test_share"):

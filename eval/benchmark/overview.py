@@ -94,15 +94,21 @@ def verdict_of(
 def conclusions(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Return what the counts say: one sentence for each question about main contenders.
 
-    Each has ``question``, ``model``, ``sentence`` and the counts of `compare.count_words`.
+    Each has ``question``, ``model``, ``sentence``, the counts of `compare.count_words`, and
+    ``others``: the same of the model's other contenders (pretraining only), a text each.
     """
-    found = []
+    found, others = [], []
     for count in count_words(results["tasks"]):
-        if not count["main"]:
-            continue
         tested = count["better"] + count["worse"] + count["neither"]
+        if not count["main"]:
+            if tested:
+                others.append((count["model"], _other(count, tested)))
+            continue
         sentence = _SENTENCES[count["question"]](count, tested) if tested else _untested(count)
-        found.append(count | {"sentence": sentence, "tested": tested})
+        found.append(count | {"sentence": sentence, "tested": tested, "others": []})
+    for conclusion in found:
+        if conclusion["question"] == "pretraining":
+            conclusion["others"] = [text for m, text in others if m == conclusion["model"]]
     return found
 
 
@@ -112,6 +118,13 @@ def _pretraining(count: dict[str, Any], tested: int) -> str:
     return (
         f"Pretraining helped in {count['better']} of {_tasks(tested)}, hurt in {count['worse']}; "
         f"no difference was seen in {count['neither']}."
+    )
+
+
+def _other(count: dict[str, Any], tested: int) -> str:
+    return (
+        f"{count['contender']}: helped in {count['better']} of {_tasks(tested)}, "
+        f"hurt in {count['worse']}"
     )
 
 

@@ -35,6 +35,7 @@ _INKS: dict = {
     "ytick.color": _INK, "axes.facecolor": "none",
 }  # fmt: skip
 _MARKERS = "osD^v"
+_LONGEST_NAME, _FEWEST_CELLS_OF_BIN = 26, 20
 _MOST_FIGURES_IN_ROW, _MOST_NUMBERED_CLASSES, _MOST_CLASSES = 3, 8, 40
 
 
@@ -226,8 +227,11 @@ def _confusion_plot(task: dict[str, Any], models: list[str]) -> Plot | None:
     num_classes = len(task["classes"])
     if not counts or num_classes > _MOST_CLASSES:
         return None
-    side = 2.4 + 0.1 * num_classes
-    figure = Figure(figsize=(side * len(counts) + 1.2, side + 0.6), layout="constrained")
+    names = [_cut(c) for c in task["classes"]]
+    side = max(1.8, 0.22 * num_classes)
+    margin = 0.5 + 0.085 * max(map(len, names))  # inches of the labels
+    size = ((side + 0.25) * len(counts) + margin, side + 0.5 + margin)
+    figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, len(counts), sharey=True, squeeze=False)[0]
     for axes, (name, matrix) in zip(panels, counts.items(), strict=True):
         share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
@@ -236,13 +240,17 @@ def _confusion_plot(task: dict[str, Any], models: list[str]) -> Plot | None:
             for (y, x), value in np.ndenumerate(share):
                 ink = "white" if value > 0.5 else "black"
                 axes.text(x, y, f"{value:.0%}", ha="center", va="center", color=ink, fontsize=8.5)
-        axes.set_xticks(range(num_classes), task["classes"], rotation=90)
-        axes.set_yticks(range(num_classes), task["classes"])
+        axes.set_xticks(range(num_classes), names, rotation=90)
+        axes.set_yticks(range(num_classes), names)
         axes.grid(visible=False)
         axes.set_title(short_name(name, models), fontsize=10)
         axes.set_xlabel("predicted")
     panels[0].set_ylabel("truth")
     return Plot("confusion", "Share of each class's test cells by prediction, all folds", figure)
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
 
 
 def _summed(task: dict[str, Any], row: dict[str, Any]) -> np.ndarray | None:
@@ -265,12 +273,17 @@ def _calibration_plot(task: dict[str, Any], models: list[str]) -> Plot | None:
     axes.set(xlabel="probability of the prediction", ylabel="share that is right")
     figure.legend(loc="outside lower center", ncols=1)
     return Plot(
-        "calibration", "Calibration: on the dotted line, probabilities can be taken", figure
+        "calibration",
+        f"Calibration, tenths with {_FEWEST_CELLS_OF_BIN} cells or more: best on the dotted line",
+        figure,
     )
 
 
 def _pooled_bins(task: dict[str, Any], row: dict[str, Any]) -> np.ndarray:
-    """Return float64 [bins, 2]: mean probability and share right, bins of all folds in tenths."""
+    """Return float64 [bins, 2]: mean probability and share right, all folds together.
+
+    Bins are tenths; what a few cells say is noise, so smaller bins are left out.
+    """
     bins = [
         (b["confidence"], b["accuracy"], b["cells"])
         for o in outcomes_of(task, row)
@@ -280,12 +293,10 @@ def _pooled_bins(task: dict[str, Any], row: dict[str, Any]) -> np.ndarray:
         return np.empty((0, 2))
     values = np.array(bins)
     tenth = np.minimum(values[:, 0] * 10, 9).astype(int)
+    large = [t for t in np.unique(tenth) if values[tenth == t, 2].sum() >= _FEWEST_CELLS_OF_BIN]
     return np.array(
-        [
-            np.average(values[tenth == t, :2], axis=0, weights=values[tenth == t, 2])
-            for t in np.unique(tenth)
-        ]
-    )
+        [np.average(values[tenth == t, :2], axis=0, weights=values[tenth == t, 2]) for t in large]
+    ).reshape(-1, 2)
 
 
 def f1_by_class(task: dict[str, Any], row: dict[str, Any]) -> dict[str, float]:
@@ -310,7 +321,7 @@ def _class_plot(task: dict[str, Any], models: list[str]) -> Plot | None:
             _MARKERS[number % len(_MARKERS)], ms=6, alpha=0.9, color=ROLE_COLOURS[row["role"]],
             label=short_name(row["name"], models),
         )  # fmt: skip
-    axes.set_yticks(range(len(classes)), classes)
+    axes.set_yticks(range(len(classes)), [_cut(c) for c in classes])
     axes.set_ylim(len(classes) - 0.5, -0.5)
     axes.set(xlim=(-0.02, 1.02), xlabel="F1, mean over folds")
     axes.grid(axis="both")
