@@ -86,6 +86,7 @@ def test_a_failed_control_is_prominent_and_does_not_count(written):
     top = html[: html.index("<table")]
     assert 'role="alert"' in top
     assert '<a href="#leaky_cells">' in top[top.index('role="alert"') :]
+    assert "1 of 4 controls are not at chance; 0.2 would be by accident" in top
     found = conclusions(results)
     assert [c["tested"] for c in found] == [2, 2]
     assert [c["control_failed"] for c in found] == [1, 1]

@@ -38,6 +38,7 @@ from eval.benchmark.plots import (
     shown_contenders,
     task_plots,
 )
+from eval.metrics import CONFIDENCE
 
 REPORT_NAME, PLOTS_FOLDER = "report.html", "plots"
 _TEMPLATE = Path(__file__).parent / "report.html"
@@ -89,6 +90,7 @@ def write_report(results: dict[str, Any], out: Path) -> Path:
         answers=_answers(results),
         rows=[_overview_row(row, models) for row in overview_rows(results)],
         has_frozen=any(row["frozen"] for row in overview_rows(results)),
+        controls=_controls(results),
         failed=[t for t in results["tasks"] if control_state(t) == "failed"],
         overview=overview,
         tasks=[_task(task, models, figures[task["name"]]) for task in results["tasks"]],
@@ -168,6 +170,14 @@ def _answers(results: dict[str, Any]) -> list[dict[str, Any]]:
             answer["title"] = _QUESTIONS[answer["question"]]
         answers.append({"model": model, "answers": mine})
     return answers
+
+
+def _controls(results: dict[str, Any]) -> dict[str, float]:
+    """Return how many controls were tested, are not at chance, and would not be by accident."""
+    found = [v for t in results["tasks"] for v in t["verdicts"] if v["question"] == "control"]
+    states = [state_of(v) for v in found if state_of(v) != "not_tested"]
+    failed = sum(s != "neither" for s in states)
+    return {"tested": len(states), "failed": failed, "expected": (1 - CONFIDENCE) * len(states)}
 
 
 def _overview_row(row: dict[str, Any], models: list[str]) -> dict[str, Any]:
