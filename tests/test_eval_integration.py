@@ -110,7 +110,7 @@ def test_planted_batch_is_the_effect_it_says():
     cells = make_cells(400, num_genes=300, detected=2.0)
     before = cells.X.copy()
     changed = add_planted_batch(cells, "planted", 0)
-    assert (cells.X != before).nnz == 0 and "planted" not in cells.obs
+    assert (before != cells.X).nnz == 0 and "planted" not in cells.obs
     other = (changed.obs["planted"] == BATCHES[1]).to_numpy()
     assert other.sum() == 200
     assert (changed.X[~other] != before[~other].astype(np.int32)).nnz == 0
