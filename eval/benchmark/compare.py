@@ -2,9 +2,11 @@
 
 Contenders of one task share their folds, so they are compared by their differences in each fold.
 Folds are no independent samples: their training examples overlap, and repeated ones share test
-examples too. The naive t-test calls far too many differences real (up to half of those that are
-none); here the variance of a mean is corrected by Nadeau & Bengio (Machine Learning 52, 2003),
+examples too. Here the variance of a mean is corrected by Nadeau & Bengio (Machine Learning 52, 2003),
 ``(1 / folds + test / train) * variance``, and verdicts over tasks by Holm (1979).
+
+Simulated differences that are none, called real at p < 0.05 by the plain t-test and by this one:
+15 random fifths 35 % and 5 %, five times five folds 42 % and 4 %, one time five folds 5 % and 1 %.
 """
 
 from __future__ import annotations
