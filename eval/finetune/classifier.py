@@ -192,7 +192,7 @@ class Classifier(nn.Module):
         """Return float32 [items, classes] logits of each head; `items` in the order of heads."""
         device = self.settings.device.split(":")[0]
         with torch.autocast(device, torch.bfloat16, enabled=self.settings.bf16):
-            hidden_BLD, lengths = encode_batch(self.encoder, cells, self.vocabulary)
+            hidden_BLD, lengths = self._encode(cells)
         pooled_BD = None
         logits = []
         for head, output, chosen in zip(self.heads, self.outputs, items, strict=True):
@@ -205,6 +205,15 @@ class Classifier(nn.Module):
                 state = hidden_BLD[cell, torch.from_numpy(chosen.place).to(cell.device)].float()
             logits.append(output(self.dropout(state)))
         return logits
+
+    def _encode(self, cells: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+        lengths = {len(c) for c in cells}
+        if len(lengths) > 1:
+            return encode_batch(self.encoder, cells, self.vocabulary)
+        # No padding, so no mask, which every layer would turn into a float matrix of [L, L].
+        ids = torch.from_numpy(np.stack(cells).astype(np.int64)).to(self.encoder.device)
+        hidden_BLD = self.encoder(input_ids=ids).last_hidden_state
+        return hidden_BLD, torch.full((len(cells),), *lengths, device=ids.device)
 
     def predict_cells(self, tokens: list[np.ndarray], head_name: str) -> np.ndarray:
         """Return float32 [cells, classes] probabilities in input order; NaN without any gene."""

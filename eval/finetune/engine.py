@@ -44,9 +44,10 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _MAX_GRAD_NORM = 1.0
-# Share of padding above which cells of one step are computed apart. A CPU gains nothing from many
-# cells in a pass; a GPU loses more by small passes than by a quarter of padding.
-_MAX_PADDING = {"cpu": 0.03, "cuda": 0.25}
+# Cells of a step are computed together up to this many padded tokens. A CPU needs no more to be
+# busy, and a cell alone has neither padding nor a mask; a GPU takes what fits the token budget.
+_CPU_PASS_TOKENS = 1024
+_MAX_PADDING = 0.25
 _DEEPSPEED_CONFIG = {
     "train_micro_batch_size_per_gpu": 1,
     "gradient_accumulation_steps": 1,
@@ -290,9 +291,11 @@ class _Training:
             mine, scale = batch[:1], np.zeros_like(scale)
         # A function of (seed, step, rank), so that nothing has to be saved for dropout.
         torch.manual_seed(stream_key(self._seed, "dropout", step, self._rank))
-        padding = _MAX_PADDING[settings.device.split(":")[0]]
+        budget = settings.token_budget
+        if settings.device == "cpu":
+            budget = min(budget, _CPU_PASS_TOKENS)
         total = torch.zeros((), device=settings.device)
-        for cells in _passes(mine, examples.lengths, settings.token_budget, padding):
+        for cells in _passes(mine, examples.lengths, budget):
             loss = examples.loss(self._model, cells, scale)
             total += loss.detach()
             if self._deepspeed is None:
@@ -344,15 +347,13 @@ def learning_rate_at(step: int, total_steps: int, settings: FinetuneSettings) ->
     return settings.learning_rate * min(1.0, rising, falling)
 
 
-def _passes(
-    cells: np.ndarray, lengths: np.ndarray, token_budget: int, max_padding: float
-) -> list[np.ndarray]:
+def _passes(cells: np.ndarray, lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
     """Divide cells, given in ascending order of length, into those computed together."""
     found, start, real = [], 0, 0
     for stop in range(len(cells)):
         padded = lengths[cells[stop]] * (stop + 1 - start)
         real += lengths[cells[stop]]
-        if stop > start and (padded > token_budget or real < (1 - max_padding) * padded):
+        if stop > start and (padded > token_budget or real < (1 - _MAX_PADDING) * padded):
             found.append(cells[start:stop])
             start, real = stop, lengths[cells[stop]]
     return [*found, cells[start:]]
