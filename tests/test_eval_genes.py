@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import anndata
@@ -47,7 +47,7 @@ CONFIG = ModelConfig(
     num_layers=2, hidden_size=32, num_heads=2, intermediate_size=64,
     hidden_dropout=0.0, attention_dropout=0.0,
 )  # fmt: skip
-SIZE = Size(max_cells=40, seeds=1, epochs=3, batch_cells=4, learning_rate=2e-3)
+SIZE = Size(max_cells=24, seeds=1, epochs=3, batch_cells=4, learning_rate=2e-3)
 # Labels that no count tells, for they are drawn apart from the counts.
 IS_POSITIVE = np.random.default_rng(5).permutation(NUM_GENES) < 30
 
@@ -76,9 +76,8 @@ def write_data(folder: Path) -> Path:
     cells.obs_names = [f"cell{i}" for i in range(60)]
     cells.write_h5ad(folder / "cells.h5ad")
     labels = np.where(IS_POSITIVE, "yes", "no")
-    pd.DataFrame({"gene": GENES, "label": labels}).to_csv(
-        folder / "labels.tsv", sep="\t", index=False
-    )
+    table = pd.DataFrame({"gene": GENES, "label": labels, "symbol": [f"S{g}" for g in GENES]})
+    table.to_csv(folder / "labels.tsv", sep="\t", index=False)
     return folder
 
 
@@ -142,7 +141,7 @@ def test_a_model_that_knows_wins(planted):
         assert np.mean(planted.scores(contender, "twin", "knowing")) < 0.75, contender
     assert np.mean(planted.scores("fine-tuned", "model", "knowing", "auroc_occurrence")) > 0.9
     baselines = {o.contender for o in planted.run.outcomes if o.role == "baseline"}
-    assert len(baselines) == 11
+    assert len(baselines) == 12
     for name in baselines:
         assert np.mean(planted.scores(name, "baseline", None)) < 0.75, name
     intervals = planted.run.details["intervals_over_genes"]
@@ -173,8 +172,8 @@ def test_every_unit_is_counted_and_details_are_whole(planted):
     task_run = planted.run
     assert num_units(make_task(), SIZE, planted.models) == len(planted.units)
     assert len(planted.units) == len(task_run.outcomes)
-    assert (task_run.cells, task_run.chance, task_run.classes) == (40, 0.5, ["no", "yes"])
-    assert task_run.excluded["cells: not drawn"] == 20
+    assert (task_run.cells, task_run.chance, task_run.classes) == (24, 0.5, ["no", "yes"])
+    assert task_run.excluded["cells: not drawn"] == 36
     details = task_run.details
     assert sum(details["genes"]) + sum(
         v for k, v in task_run.excluded.items() if k.startswith("genes")
@@ -186,33 +185,30 @@ def test_every_unit_is_counted_and_details_are_whole(planted):
     probabilities = [g["probability"] for g in genes]
     assert probabilities == sorted(probabilities, reverse=True)
     assert all(g["label"] == IS_POSITIVE[GENES.index(g["gene"])] for g in genes)
-    assert all(0 < g["cells"] <= 40 for g in genes)
+    assert all(0 < g["cells"] <= 24 and g["symbol"] == f"S{g['gene']}" for g in genes)
     for name, points in details["roc"].items():
         assert len(points) <= 100 and points[0] == [0, 0] and points[-1] == [1, 1], name
     assert all("probability" not in o.details for o in task_run.outcomes)
 
 
 def test_again_from_the_store_and_from_nothing(planted, tmp_path):
-    """A stored run is not computed again, and a new one has the same numbers.
+    """A stored run is not computed again; a new one has the same numbers, whoever else takes part.
 
-    Some seconds: every contender trains, twice.
+    Some seconds: every contender trains.
     """
-
-    def scores(task_run: TaskRun) -> list:
-        return [(o.contender, o.role, o.model, o.fold, o.scores) for o in task_run.outcomes]
-
     spent = []
     store = Store(planted.folder / "store", {}, lambda name, seconds: spent.append(seconds))
     again = run(make_task(), SIZE, planted.models, planted.folder, store, 0, "cpu", False)
     assert again == planted.run
     assert set(spent) == {0.0}
-    task, size, models = make_task(folds=2), SIZE.model_copy(update={"epochs": 1}), planted.models
-    one, two = (
-        run(task, size, models[:1], planted.folder, Store(tmp_path / name, {}), 0, "cpu", False)
-        for name in ("one", "two")
-    )
-    assert scores(one) == scores(two)
-    assert one.details == two.details
+    store = Store(tmp_path, {})
+    alone = run(make_task(), SIZE, planted.models[:1], planted.folder, store, 0, "cpu", False)
+    before = {(o.contender, o.role, o.model, o.fold): o.scores for o in planted.run.outcomes}
+    for o in alone.outcomes:
+        assert o.scores == before[o.contender, o.role, o.model, o.fold]
+    assert len(alone.outcomes) == num_units(make_task(), SIZE, planted.models[:1])
+    for name, found in alone.details["intervals_over_genes"].items():
+        assert found == planted.run.details["intervals_over_genes"][name], name
 
 
 def test_folds_divide_the_genes():
@@ -236,6 +232,7 @@ def test_labels_are_read_and_what_is_left_out_is_counted(tmp_path):
     (tmp_path / "labels.tsv").write_text("\n".join(rows) + "\n")
     task = make_task(expected_genes={"yes": 3, "no": 2})
     found = read_labels(task, tmp_path)
+    assert found.symbols == ["", "", ""]
     assert (found.ids, found.labels.tolist()) == (["a", "b", "g"], [1, 0, 0])
     assert found.excluded == {
         "no label": 1, "label of neither class": 1, "ambiguous": 2, "repeated": 1,
@@ -286,11 +283,25 @@ def test_an_alias_does_not_put_a_gene_on_both_sides(tmp_path):
     data = write_data(tmp_path)
     model = make_model("one", make_vocabulary())
     with (data / "labels.tsv").open("a") as file:
-        file.write("RETIRED\tyes\n")
+        file.write("RETIRED\tyes\tOLD\n")
     cells = load_cells(make_task().cells, (), [model], data, None, 0)
     chosen = choose_genes(read_labels(make_task(), data), [model], [cells], make_task())
     assert "RETIRED" not in chosen.ids
     assert chosen.excluded["another id of a gene above"] == 1
+
+
+def test_symbols_are_read_by_a_model_that_has_names_for_its_genes(tmp_path):
+    data = write_data(tmp_path)
+    symbols = {f"G{i}": gene for i, gene in enumerate(GENES)}
+    rows = [f"{name}\t{'yes' if IS_POSITIVE[i] else 'no'}" for i, name in enumerate(symbols)]
+    (data / "labels.tsv").write_text("\n".join(["gene\tlabel", *rows]) + "\n")
+    model = make_model("one", make_vocabulary())
+    named = replace(model, gene_names=symbols)
+    cells = load_cells(make_task().cells, (), [named], data, None, 0)
+    labelled = read_labels(make_task(), data)
+    assert choose_genes(labelled, [named], [cells], make_task()).ids[:2] == ["G0", "G1"]
+    with pytest.raises(ValueError, match="0 genes of the class 'no' are left"):
+        choose_genes(labelled, [model], [cells], make_task())
 
 
 def test_features_by_hand():

@@ -26,20 +26,33 @@ class LabelledGenes:
         Gene ids, each once.
     labels
         int64 [genes], 1 for the task's positive class, else 0.
+    symbols
+        What a reader calls the genes; '' where the table does not say.
     excluded
         Reason -> genes that were left out.
     """
 
     ids: list[str]
     labels: np.ndarray
+    symbols: list[str]
     excluded: dict[str, int]
+
+    def subset(self, kept: np.ndarray, excluded: dict[str, int]) -> LabelledGenes:
+        """Return the genes where bool [genes] `kept` is True."""
+        chosen = np.flatnonzero(kept)
+        return LabelledGenes(
+            [self.ids[i] for i in chosen],
+            self.labels[chosen],
+            [self.symbols[i] for i in chosen],
+            excluded,
+        )
 
 
 def read_labels(task: GeneTask, data: Path | None) -> LabelledGenes:
     """Return the genes of a task's label table that belong to one of its two classes.
 
     The table is tab-separated (or comma-separated: ``.csv``), with the columns ``ensembl_id`` or
-    ``gene``, ``label``, and perhaps ``ambiguous`` (true or false).
+    ``gene``, ``label``, and perhaps ``symbol`` and ``ambiguous`` (true or false).
 
     Raises
     ------
@@ -81,9 +94,10 @@ def read_labels(task: GeneTask, data: Path | None) -> LabelledGenes:
     for name, expected in task.expected_genes.items():
         if counts.get(name, 0) != expected:
             excluded[f"(expected {expected:,} of '{name}', found {counts.get(name, 0):,})"] = 0
-    return LabelledGenes(
-        genes[kept].tolist(), (labels[kept] == task.positive).to_numpy(np.int64), excluded
-    )
+    symbols = table["symbol"] if "symbol" in table else pd.Series("", index=table.index)
+    positive = (labels == task.positive).to_numpy(np.int64)
+    every = LabelledGenes(genes.tolist(), positive, symbols.tolist(), {})
+    return every.subset(kept.to_numpy(), excluded)
 
 
 def choose_genes(
@@ -100,7 +114,7 @@ def choose_genes(
     """
     excluded = dict(labelled.excluded)
     kept = np.ones(len(labelled.ids), dtype=bool)
-    tokens = {m.name: m.vocabulary.tokens_of(labelled.ids) for m in models}
+    tokens = {m.name: m.reading_vocabulary.tokens_of(labelled.ids) for m in models}
 
     def drop(bad: np.ndarray, reason: str) -> None:
         excluded[reason] = int((kept & bad).sum())
@@ -128,8 +142,7 @@ def choose_genes(
                 f"{task.name}: {left} genes of the class '{name}' are left for {task.folds} folds "
                 f"({ {k: v for k, v in excluded.items() if v} }); use more cells or fewer folds"
             )
-    ids = [g for g, keep in zip(labelled.ids, kept, strict=True) if keep]
-    return LabelledGenes(ids, labels, {k: v for k, v in excluded.items() if v or k[0] == "("})
+    return labelled.subset(kept, {k: v for k, v in excluded.items() if v or k[0] == "("})
 
 
 def gene_folds(labels: np.ndarray, folds: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -182,7 +195,7 @@ def _in_both_classes(genes: pd.Series, labels: pd.Series) -> list[str]:
 def _detected(cells: TaskCells, model: Model) -> np.ndarray:
     """Return bool [num_tokens]: whether a cell has counts of the token's gene."""
     found = np.zeros(model.vocabulary.num_tokens, dtype=bool)
-    tokens = model.vocabulary.tokens_of(cells.genes)
+    tokens = model.reading_vocabulary.tokens_of(cells.genes)
     expressed = np.asarray(cells.counts.sum(axis=0)).ravel() > 0
     found[tokens[expressed & (tokens >= 0)]] = True
     return found

@@ -81,7 +81,7 @@ def _contenders(models: list[Model]) -> list[_Contender]:
         for classifier in (LOGISTIC, "random forest", "SVM", "MLP"):
             name = f"{classifier} on {features}"
             found.append(_Contender(name, "baseline", features, classifier))
-    for classifier in (LOGISTIC, "random forest"):
+    for classifier in (LOGISTIC, "random forest", "SVM"):
         name = f"{classifier} on static features"
         found.append(_Contender(name, "baseline", "static", classifier))
     found.append(_Contender("detection rate alone", "baseline", "detection", LOGISTIC))
@@ -111,9 +111,12 @@ class _Draw:
         seed: int,
     ) -> None:
         self.cells, self.genes, self.seed, self.settings = cells, genes, seed, settings
-        self.tokens = {m.name: m.vocabulary.tokens_of(genes.ids).astype(np.int64) for m in models}
+        self.tokens = {
+            m.name: m.reading_vocabulary.tokens_of(genes.ids).astype(np.int64) for m in models
+        }
         self.seconds: dict[tuple, float] = {}
         self._first = models[0]
+        self.vocabulary_sha256 = models[0].reading_vocabulary.sha256
         self._made: dict[tuple, Any] = {}
 
     def encoder(self, model: Model, role: Role) -> BertModel:
@@ -130,6 +133,10 @@ class _Draw:
     def share_of_seconds(self, contender: _Contender, folds: int) -> float:
         """Return the seconds that making its features took, per fold."""
         return self.seconds.get((contender.features, *_weights(contender)), 0.0) / folds
+
+    def forget(self) -> None:
+        """Free the features."""
+        self._made.clear()
 
     def _make(self, contender: _Contender) -> np.ndarray:
         model, kind = contender.model, contender.features
@@ -155,7 +162,7 @@ class _Draw:
         cells = self.cells
         return self._once(
             ("expression",),
-            lambda: expression_of_tokens(cells.counts, cells.genes, self._first.vocabulary),
+            lambda: expression_of_tokens(cells.counts, cells.genes, self._first.reading_vocabulary),
         )
 
     def _ranks(self) -> scipy.sparse.csr_matrix:
@@ -207,6 +214,12 @@ def run(
     bf16
         Compute the encoders in bfloat16.
 
+    Returns
+    -------
+    TaskRun
+        Where `size` freezes more layers than a model has, one is left to train; the outcome's
+        details name how many were frozen.
+
     Raises
     ------
     ValueError
@@ -217,15 +230,18 @@ def run(
     every = load_cells(task.cells, (), models, data, None, seed)
     draws = [_draw_cells(every, size.max_cells, seed + r) for r in range(size.seeds)]
     genes = choose_genes(labelled, models, draws, task)
-    folds = []
+    contenders = _contenders(models)
+    outcomes: dict[_Contender, list[Outcome]] = {c: [] for c in contenders}
+    folds: list[_Fold] = []
     for repetition, cells in enumerate(draws):
         draw = _Draw(cells, genes, models, settings, seed + repetition)
         for train, test in gene_folds(genes.labels, task.folds, draw.seed):
-            folds.append(_Fold(len(folds), draw, train, test))
-    outcomes = {
-        c: [store.outcome(_key(c, f), lambda c=c, f=f: _compute(c, f, task)) for f in folds]
-        for c in _contenders(models)
-    }
+            fold = _Fold(len(folds), draw, train, test)
+            folds.append(fold)
+            for c in contenders:
+                made = store.outcome(_key(c, fold), lambda c=c, f=fold: _compute(c, f, task))
+                outcomes[c].append(made)
+        draw.forget()
     cells_left_out = dict(every.excluded)
     not_drawn = every.counts.shape[0] - draws[0].counts.shape[0]
     if not_drawn:
@@ -233,8 +249,8 @@ def run(
     return TaskRun(
         cells=draws[0].counts.shape[0],
         classes=[task.negative, task.positive],
-        split=f"{task.folds} folds over genes, stratified by class, no gene on both sides; "
-        f"{size.seeds} repetition(s) with other folds and cells",
+        split=f"{task.folds} folds over genes, stratified by class, no gene on both sides"
+        + (f"; {size.seeds} repetitions with other folds and cells" if size.seeds > 1 else ""),
         headline=HEADLINE,
         chance=0.5,
         excluded={f"cells: {k}": v for k, v in cells_left_out.items()}
@@ -273,7 +289,7 @@ def _key(contender: _Contender, fold: _Fold) -> dict[str, Any]:
         "contender": contender.name,
         "role": contender.role,
         "model": contender.model.digest if contender.model else None,
-        "vocabulary": draw._first.vocabulary.sha256,
+        "vocabulary": draw.vocabulary_sha256,
         "fold": fold.number,
         "seed": draw.seed,
         "cells": draw.cells.digest,
@@ -429,7 +445,8 @@ def _predictions(
     }
     means = {k: mean_by_gene(tested, v, len(genes.ids)) for k, v in columns.items()}
     return [
-        {
+        ({"symbol": genes.symbols[g]} if genes.symbols[g] else {})
+        | {
             "gene": genes.ids[g],
             "label": int(genes.labels[g]),
             "probability": round(float(means["probability"][g]), 4),
