@@ -9,8 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from data_prep.vocab import Vocabulary
+from eval.demo_cells import recover_counts
+from pretrain.config import ModelConfig
+from pretrain.model import build_model
 from tests.synthetic import make_cells
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,6 +72,26 @@ def test_commands_run_as_written(user_folder):
                  "model/model.safetensors", "embedded.h5ad", "scores/results.json",
                  "runs/two/checkpoints/step-00000280", "runs/more/init.json"):  # fmt: skip
         assert (user_folder / made).exists(), made
+
+
+@pytest.mark.slow  # all tasks of the quick suite
+def test_the_quick_suite_runs_as_written(tmp_path):
+    """On a model like the demo's, with the symbols of the package's cells as vocabulary."""
+    genes = tuple(recover_counts().var_names)
+    vocabulary = Vocabulary(genes, np.ones(len(genes)), {"<pad>": 0, "<mask>": 1}, 512)
+    config = ModelConfig(num_layers=2, hidden_size=32, num_heads=2, intermediate_size=32)
+    build_model(config, vocabulary, 0).bert.save_pretrained(tmp_path / "demo_out" / "model")
+    vocabulary.save(tmp_path / "demo_out" / "model" / "vocabulary.json")
+    (block,) = commands("Did pretraining help?")
+    environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-e", "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    results = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert {t["kind"] for t in results["tasks"]} == {"genes", "cells", "integration"}
+    assert not results["skipped"]
+    assert (tmp_path / "report" / "report.html").exists()
 
 
 def test_links_lead_somewhere():
