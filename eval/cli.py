@@ -105,7 +105,7 @@ def finetune_command(
         lora_rank=lora_rank,
         class_weights=class_weights,
         bf16=bf16,
-        device=choose_device(device) if ranks is None else str(ranks.device),
+        device=choose_device(device) if ranks is None else ranks.device.type,
     )
     options = SourceOptions(counts, gene_column, strip_versions=strip_gene_versions)
     results = finetune_cells(

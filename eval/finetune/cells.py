@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from transformers import BertModel
+from transformers import BertForMaskedLM, BertModel
 
 from data_prep.shards import require_new
 from data_prep.sources import SourceOptions
@@ -35,6 +35,52 @@ logger = logging.getLogger(__name__)
 RESULTS_NAME = "results.json"
 _FEWEST_CELLS_OF_CLASS = 5
 _NO_VALUE = ["", "nan", "None", "NA", "unlabelled"]
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Labelled cells, and how they are learnt; `donors` is str [cells] or None."""
+
+    vocabulary: Vocabulary
+    cells: CellSet
+    target: Target
+    donors: np.ndarray | None
+    settings: FinetuneSettings
+    ranks: Ranks | None
+
+    def finetuned(self, encoder: BertModel, train: np.ndarray, seed: int) -> Classifier:
+        """Return a classifier of training cells; some of them decide when to stop, if asked to."""
+        validation = None
+        if self.settings.patience:
+            donors = None if self.donors is None else self.donors[train]
+            inner, held_out = split_cells(self.target.labels[train], donors, seed)
+            train, validation = train[inner], self._examples(train[held_out])
+        return finetune(
+            encoder, self.vocabulary, *self._examples(train), self.settings, seed, validation,
+            ranks=self.ranks,
+        )  # fmt: skip
+
+    def predict(
+        self, encoder: BertModel, train: np.ndarray, test: np.ndarray, seed: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return predictions of a linear layer on the frozen encoder, and of the fine-tuned one."""
+        used = np.concatenate([train, test])
+        embedding = np.zeros((len(self.cells.tokens), encoder.config.hidden_size), np.float32)
+        embedding[used] = embed_cells(
+            self._tokens(used), encoder, self.vocabulary, layer=0,
+            token_budget=self.settings.token_budget, device=self.settings.device,
+            bf16=self.settings.bf16,
+        )  # fmt: skip
+        frozen = predict_from_embedding(embedding, self.target.labels, train, test, seed)
+        classifier = self.finetuned(encoder, train, seed)
+        probabilities = classifier.predict_cells(self._tokens(test), self.target.head.name)
+        return frozen, probabilities.argmax(axis=1)
+
+    def _tokens(self, cells: np.ndarray) -> list[np.ndarray]:
+        return [self.cells.tokens[i] for i in cells]
+
+    def _examples(self, cells: np.ndarray) -> tuple[list[np.ndarray], list[Target]]:
+        return self._tokens(cells), [replace(self.target, labels=self.target.labels[cells])]
 
 
 def finetune_cells(
@@ -68,47 +114,25 @@ def finetune_cells(
     Raises
     ------
     ValueError
-        Missing columns, fewer than two classes, fewer than three seeds, or `out` is not empty.
+        Missing columns, fewer than two classes, fewer than three seeds, or `out` or `save_head` is
+        not empty.
     """
     if seeds < 3:
         raise ValueError(f"--seeds {seeds}: at least 3, or there is no interval to report")
-    require_new(out)
-    if save_head is not None:
-        require_new(save_head)
+    for folder in (out, save_head):
+        if folder is not None:
+            require_new(folder)
     network, vocabulary = load_exported(model_folder, vocabulary_path)
     columns = tuple(dict.fromkeys([*options.columns, label, *([donor] if donor else [])]))
-    options = replace(options, columns=columns)
-    cell_set, dropped = _labelled(encode_file(cells, vocabulary, options), label, donor)
+    encoded = encode_file(cells, vocabulary, replace(options, columns=columns))
+    cell_set, dropped = _labelled(encoded, label, donor)
     classes = sorted(set(cell_set.metadata[label]))
     labels = np.array([classes.index(v) for v in cell_set.metadata[label]])
     donors = cell_set.metadata[donor].to_numpy(dtype=str) if donor else None
     target = Target(Head(label, "cells", tuple(classes)), labels)
-    per_seed = []
-    for seed in range(seeds):
-        train, test = split_cells(labels, donors, seed)
-        train = limit_per_class(train, labels, max_train_per_class, seed)
-        test = limit_per_class(test, labels, max_test_per_class, seed)
-        started = time.perf_counter()
-        predictions = predict_baselines(cell_set.counts, labels, train, test, seed)
-        for weights, encoder in (
-            ("pretrained", network.bert),
-            ("random weights", random_twin(network, seed).bert),
-        ):
-            frozen, tuned = _predict_with(
-                encoder, vocabulary, cell_set.tokens, target, donors, train, test, settings, seed,
-                ranks,
-            )  # fmt: skip
-            predictions[f"frozen embedding, {weights}"] = frozen
-            predictions[f"fine-tuned, {weights}"] = tuned
-        scores = {n: score_classes(labels[test], p, classes) for n, p in predictions.items()}
-        per_seed.append(
-            {"seed": seed, "train_cells": len(train), "test_cells": len(test), "scores": scores}
-        )
-        logger.info(
-            "seed %d: macro-F1 %s (%.0f s)", seed,
-            ", ".join(f"{s['macro_f1']:.3f} {n}" for n, s in scores.items()),
-            time.perf_counter() - started,
-        )  # fmt: skip
+    problem = _Problem(vocabulary, cell_set, target, donors, settings, ranks)
+    limits = (max_train_per_class, max_test_per_class)
+    per_seed = [_score_seed(problem, network, seed, limits) for seed in range(seeds)]
     results = {
         "task": f"{label} of {cells.name}",
         "label": label,
@@ -123,78 +147,47 @@ def finetune_cells(
         "summary": summarise(per_seed),
         "seeds": per_seed,
     }
-    classifier = None
-    if save_head is not None:
-        everything = limit_per_class(np.arange(len(labels)), labels, max_train_per_class, 0)
-        classifier = _finetuned(
-            network.bert,
-            vocabulary,
-            cell_set.tokens,
-            target,
-            donors,
-            everything,
-            settings,
-            0,
-            ranks,
-        )
-    if ranks is None or ranks.is_first:
+    is_first = ranks is None or ranks.is_first
+    if is_first:
         out.mkdir(parents=True, exist_ok=True)
         (out / RESULTS_NAME).write_text(json.dumps(results, indent=1) + "\n")
-        if classifier is not None and save_head is not None:
+    if save_head is not None:
+        every = limit_per_class(np.arange(len(labels)), labels, max_train_per_class, 0)
+        classifier = problem.finetuned(network.bert, every, 0)
+        if is_first:
             kept = ("task", "label", "cells", "split", "model", "summary")
             save_classifier(classifier, save_head, {k: results[k] for k in kept})
     return results
 
 
-def _predict_with(
-    encoder: BertModel,
-    vocabulary: Vocabulary,
-    tokens: list[np.ndarray],
-    target: Target,
-    donors: np.ndarray | None,
-    train: np.ndarray,
-    test: np.ndarray,
-    settings: FinetuneSettings,
+def _score_seed(
+    problem: _Problem,
+    network: BertForMaskedLM,
     seed: int,
-    ranks: Ranks | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return predictions of a linear layer on the frozen encoder, and of the fine-tuned one."""
-    used = np.concatenate([train, test])
-    embedding = np.zeros((len(tokens), encoder.config.hidden_size), dtype=np.float32)
-    embedding[used] = embed_cells(
-        [tokens[i] for i in used], encoder, vocabulary, layer=0,
-        token_budget=settings.token_budget, device=settings.device, bf16=settings.bf16,
+    most_per_class: tuple[int | None, int | None],
+) -> dict:
+    """Return the scores of all contenders on the split of one seed."""
+    labels = problem.target.labels
+    train, test = split_cells(labels, problem.donors, seed)
+    train = limit_per_class(train, labels, most_per_class[0], seed)
+    test = limit_per_class(test, labels, most_per_class[1], seed)
+    started = time.perf_counter()
+    predictions = predict_baselines(problem.cells.counts, labels, train, test, seed)
+    for weights, encoder in (
+        ("pretrained", network.bert),
+        ("random weights", random_twin(network, seed).bert),
+    ):
+        frozen, tuned = problem.predict(encoder, train, test, seed)
+        predictions[f"frozen embedding, {weights}"] = frozen
+        predictions[f"fine-tuned, {weights}"] = tuned
+    classes = list(problem.target.head.classes)
+    scores = {n: score_classes(labels[test], p, classes) for n, p in predictions.items()}
+    logger.info(
+        "seed %d: macro-F1 %s (%.0f s)", seed,
+        ", ".join(f"{s['macro_f1']:.3f} {n}" for n, s in scores.items()),
+        time.perf_counter() - started,
     )  # fmt: skip
-    frozen = predict_from_embedding(embedding, target.labels, train, test, seed)
-    classifier = _finetuned(
-        encoder, vocabulary, tokens, target, donors, train, settings, seed, ranks
-    )
-    probabilities = classifier.predict_cells([tokens[i] for i in test], target.head.name)
-    return frozen, probabilities.argmax(axis=1)
-
-
-def _finetuned(
-    encoder: BertModel,
-    vocabulary: Vocabulary,
-    tokens: list[np.ndarray],
-    target: Target,
-    donors: np.ndarray | None,
-    train: np.ndarray,
-    settings: FinetuneSettings,
-    seed: int,
-    ranks: Ranks | None,
-) -> Classifier:
-    """Return a classifier of the training cells; some of them decide when to stop, if asked to."""
-
-    def examples(cells: np.ndarray) -> tuple[list[np.ndarray], list[Target]]:
-        return [tokens[i] for i in cells], [Target(target.head, target.labels[cells])]
-
-    validation = None
-    if settings.patience:
-        labels, groups = target.labels[train], donors[train] if donors is not None else None
-        inner, held_out = split_cells(labels, groups, seed)
-        train, validation = train[inner], examples(train[held_out])
-    return finetune(encoder, vocabulary, *examples(train), settings, seed, validation, ranks=ranks)
+    return {"seed": seed, "train_cells": len(train), "test_cells": len(test), "scores": scores}
 
 
 def summarise(per_seed: list[dict]) -> dict[str, dict]:

@@ -86,6 +86,8 @@ class FinetuneSettings:
             wrong.append(f"learning_rate={self.learning_rate} (above 0)")
         wrong += [f"{k}={getattr(self, k)} (below 1)" for k in ("warmup_share", "dropout")
                   if not getattr(self, k) < 1]  # fmt: skip
+        if self.device not in ("cpu", "cuda"):
+            wrong.append(f"device={self.device} (cpu or cuda)")
         if wrong:
             raise ValueError("fine-tuning settings: " + ", ".join(wrong))
 
@@ -190,8 +192,7 @@ class Classifier(nn.Module):
 
     def forward(self, cells: list[np.ndarray], items: list[Items]) -> list[torch.Tensor]:
         """Return float32 [items, classes] logits of each head; `items` in the order of heads."""
-        device = self.settings.device.split(":")[0]
-        with torch.autocast(device, torch.bfloat16, enabled=self.settings.bf16):
+        with torch.autocast(self.settings.device, torch.bfloat16, enabled=self.settings.bf16):
             hidden_BLD, lengths = self._encode(cells)
         pooled_BD = None
         logits = []

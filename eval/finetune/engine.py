@@ -122,7 +122,7 @@ def finetune(
             raise ValueError("validation: its heads are not those of the training, in their order")
     elif settings.patience:
         raise ValueError("patience: early stopping needs validation cells")
-    devices = [torch.cuda.current_device()] if settings.device.startswith("cuda") else []
+    devices = [torch.cuda.current_device()] if settings.device == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         classifier = Classifier(copy.deepcopy(encoder), vocabulary, heads, settings)
