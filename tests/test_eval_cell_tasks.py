@@ -14,6 +14,7 @@ import torch
 
 from eval.benchmark.cell_baselines import BASELINES, gene_features, predict_probabilities
 from eval.benchmark.cell_tasks import divide, num_units, run, usable_cells
+from eval.benchmark.encoders import kept_threads
 from eval.benchmark.inputs import Model, TaskCells
 from eval.benchmark.outcome import Outcome, Store, TaskRun
 from eval.benchmark.task import Cells, CellTask, Size
@@ -295,6 +296,13 @@ def test_genes_are_chosen_by_training_cells():
     assert fitted.shape == (40, 2_000) and changed.shape == (20, 2_000)
     with pytest.raises(ValueError, match="0 genes are detected"):
         gene_features(scipy.sparse.csr_matrix((60, 30), dtype=np.float32), train, test)
+
+
+def test_torch_keeps_its_threads():
+    before = torch.get_num_threads()
+    with kept_threads():
+        torch.set_num_threads(before + 1)
+    assert torch.get_num_threads() == before
 
 
 def test_absent_classes_get_no_probability():

@@ -23,6 +23,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import MaxAbsScaler, StandardScaler
+from threadpoolctl import threadpool_limits
 
 from eval.baselines import log_normalise
 
@@ -65,7 +66,7 @@ def _l2(labels: np.ndarray, width: int, seed: int) -> BaseEstimator:
 
 
 def _l1(labels: np.ndarray, width: int, seed: int) -> BaseEstimator:
-    # A loose tolerance: the same scores as at 1e-4, ten times sooner.
+    # A loose tolerance: the scores are settled long before the last digits of weights.
     sparse = LogisticRegression(
         l1_ratio=1.0, C=10.0, solver="saga", tol=1e-2, max_iter=200, random_state=seed
     )
@@ -77,7 +78,8 @@ def _forest(labels: np.ndarray, width: int, seed: int) -> BaseEstimator:
 
 
 def _boosting(labels: np.ndarray, width: int, seed: int) -> BaseEstimator:
-    # On components: on 2,000 genes it takes 15 times as long and is no better.
+    # On components: on 2,000 genes it takes 15 times as long and is no better (60 cells a type of
+    # PBMC 3k: macro-F1 0.950 in 17 s, 0.948 in 1 s).
     trees = HistGradientBoostingClassifier(
         max_iter=100, min_samples_leaf=5, early_stopping=False, random_state=seed
     )
@@ -146,7 +148,9 @@ def predict_probabilities(
     labels
         int [training cells]; classes that do not occur get probability 0.
     """
-    with warnings.catch_warnings():
+    # One thread: boosting has thousands of tiny loops, and two threads that wait for each other on
+    # a busy machine took 50 s for what one does in 0.3 s.
+    with threadpool_limits(1, user_api="openmp"), warnings.catch_warnings():
         # A stopped optimisation is a weaker baseline, not a wrong one; the cap is on purpose.
         warnings.simplefilter("ignore", ConvergenceWarning)
         estimator.fit(train, labels)

@@ -29,6 +29,7 @@ from eval.benchmark.encoders import (
     HEAD_NAME,
     Embeddings,
     encoder_of,
+    kept_threads,
     mean_of_inputs,
     settings_of,
     train,
@@ -275,7 +276,8 @@ def _compete(contender: Contender, fold: Fold) -> Outcome:
     if contender.shots is not None:
         fold = fold.few(contender.shots)
     started = time.perf_counter()
-    probabilities = contender.predict(fold)
+    with kept_threads():
+        probabilities = contender.predict(fold)
     seconds = time.perf_counter() - started
     truth = fold.labels[fold.test]
     found = score_probabilities(truth, probabilities, fold.classes)

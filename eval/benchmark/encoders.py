@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
+import torch
 from transformers import BertModel
 
 from eval.benchmark.inputs import Model
@@ -18,6 +21,20 @@ HEAD_NAME = "label"
 # Epochs without a better validation loss; with so few epochs in all there is nothing to stop early,
 # and all training cells are used for training.
 _PATIENCE = 2
+
+
+@contextmanager
+def kept_threads() -> Iterator[None]:
+    """Give torch its number of threads back at the end.
+
+    Numba, which scanpy and UMAP use, sets OpenMP's for the whole process when it starts: with
+    OMP_NUM_THREADS=1 torch had two afterwards, and waited for the second on a busy machine.
+    """
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def encoder_of(model: Model, twin_seed: int | None) -> BertModel:

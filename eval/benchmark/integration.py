@@ -22,7 +22,7 @@ from eval.baselines import log_normalise
 from eval.benchmark.cell_baselines import scvi_latent, scvi_missing, variable_genes
 from eval.benchmark.cell_tasks import usable_cells
 from eval.benchmark.compare import display_name
-from eval.benchmark.encoders import Embeddings, encoder_of, settings_of, train
+from eval.benchmark.encoders import Embeddings, encoder_of, kept_threads, settings_of, train
 from eval.benchmark.inputs import Model, TaskCells, load_cells
 from eval.benchmark.integration_scores import HEADLINE, score_embedding
 from eval.benchmark.outcome import Outcome, Role, Store, TaskRun
@@ -231,16 +231,17 @@ def _skipped() -> dict[str, str]:
 
 
 def _compete(contender: Contender, fold: Fold) -> Outcome:
-    started = time.perf_counter()
-    embedding = contender.embed(fold)
-    seconds = time.perf_counter() - started
-    scores = score_embedding(
-        embedding, fold.labels[fold.scored], fold.scored_batches, fold.components
-    )
-    details: dict[str, Any] = {"width": embedding.shape[1]}
-    if fold.number == 0:
-        place = np.searchsorted(fold.scored, _drawn(fold))
-        details["umap"] = _umap(embedding[place], fold.seed)
+    with kept_threads():
+        started = time.perf_counter()
+        embedding = contender.embed(fold)
+        seconds = time.perf_counter() - started
+        scores = score_embedding(
+            embedding, fold.labels[fold.scored], fold.scored_batches, fold.components
+        )
+        details: dict[str, Any] = {"width": embedding.shape[1]}
+        if fold.number == 0:
+            place = np.searchsorted(fold.scored, _drawn(fold))
+            details["umap"] = _umap(embedding[place], fold.seed)
     return Outcome(
         contender=contender.name,
         role=contender.role,
