@@ -190,7 +190,7 @@ def scvi_latent(
     batches
         str [cells], whose effect scVI takes out: of cells that are in both, `train` and `test`.
     """
-    import scvi
+    import scvi  # pyright: ignore[reportMissingImports]  optional
 
     scvi.settings.seed = seed
     data = [anndata.AnnData(counts.astype(np.float32)) for counts in (train, test)]
