@@ -80,12 +80,18 @@ def run_ranks(world_size: int, function: Callable, *arguments: Any) -> list[Any]
     return [values[r] for r in range(world_size)]
 
 
+_queues: dict[int | None, Any] = {}
+
+
 def start_rank(function: Callable, *arguments: Any) -> BaseProcess:
     """Start one rank in the background, to be killed."""
+    results = _CONTEXT.Queue()
     process = _CONTEXT.Process(
-        target=_enter, args=(function, arguments, 0, 1, _free_port(), _CONTEXT.Queue())
+        target=_enter, args=(function, arguments, 0, 1, _free_port(), results)
     )
     process.start()
+    # The child opens the queue by its name when it gets there; until then somebody has to hold it.
+    _queues[process.pid] = results
     return process
 
 
