@@ -95,10 +95,10 @@ def print_tasks(data: Path | None, files: list[Path]) -> None:
 
 def suite_of(name: str) -> Suite:
     """Return the suite of a name."""
-    found = [s for s in SUITES if s == name]
-    if not found:
+    by_name: dict[str, Suite] = {s: s for s in SUITES}
+    if name not in by_name:
         raise ValueError(f"--suite {name}: must be one of {', '.join(SUITES)}")
-    return found[0]
+    return by_name[name]
 
 
 class _Shown:
