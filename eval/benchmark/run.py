@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import json
 import logging
 import time
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -36,7 +37,7 @@ RESULTS_NAME = "results.json"
 _IDENTITY_NAME = "benchmark.json"
 # Imported when a suite has such a task: the metrics of integration load jax.
 _MODULES = {"genes": "genes", "cells": "cell_tasks", "integration": "integration"}
-_PACKAGES = ("scikit-learn", "scanpy", "scib-metrics", "harmonypy", "peft", "optuna")
+_PACKAGES = ("scikit-learn", "scanpy", "scib-metrics", "harmonypy", "scvi-tools", "peft", "optuna")
 
 
 class Progress(Protocol):
@@ -134,7 +135,7 @@ def run_benchmark(
         "bf16": bf16,
         "device": device,
         "command": environment()["command"],
-        "environment": environment() | {"evaluation": {p: version(p) for p in _PACKAGES}},
+        "environment": environment() | {"evaluation": _versions()},
         "models": [_describe(m) for m in models],
         "tasks": [],
         "skipped": [
@@ -193,6 +194,15 @@ def _run_task(
         "summary": summarise(run),
         "verdicts": verdicts(run, [m.name for m in models]),
     }
+
+
+def _versions() -> dict[str, str | None]:
+    """Return the versions of packages that scores depend on; None for an extra that is absent."""
+    found: dict[str, str | None] = dict.fromkeys(_PACKAGES)
+    for package in found:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _what_is_missing(task: AnyTask, files: list[str]) -> str:
