@@ -82,6 +82,7 @@ def make_task(
         "applications": [f"application {seed}"],
         "published": [PUBLISHED] if kind == "genes" else [],
         "note": "Other cells than the paper's." if kind == "genes" else "",
+        "pretrained_on": {"model": ["some_cells"]} if kind == "cells" else {},
         "recipe": "GEO accession, file, columns.", "size": {"seeds": 1, "epochs": 1},
         "seconds": 218.4,
     } | asdict(run) | found  # fmt: skip

@@ -143,8 +143,7 @@ def test_a_killed_benchmark_goes_on(planted, world, tmp_path):
     out = tmp_path / "killed"
     command = [
         *GENELOOM, "benchmark", "--suite", "quick",
-        "--model", str(world["perfect"]), "--model", str(world["constant"]),
-        "--data", str(world["folder"]), "--task", "planted", "--device", "cpu",
+        "--model", str(world["perfect"]), "--data", str(world["folder"]), "--task", "planted", "--device", "cpu",
         "--task-file", str(world["task"]), "--out", str(out),
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -167,7 +166,7 @@ def test_a_killed_benchmark_goes_on(planted, world, tmp_path):
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
     assert {p: p.stat().st_mtime_ns for p in done} == done, "what is done is not done again"
     written = json.loads((out / RESULTS_NAME).read_text())
-    assert scores_of(written) == scores_of(results)
+    assert scores_of(written) == [s for s in scores_of(results) if s[2] != "constant"]
     assert (out / "report.html").exists()
 
 

@@ -146,9 +146,12 @@ def run_benchmark(
     }
     for task in runnable:
         progress.task(task.title)
-        digest = _data_digest(task, data)
-        base = {"task": task.model_dump(mode="json"), "suite": suite, "data": digest, "seed": seed}
-        store = Store(out / "units", base | {"bf16": bf16}, lambda _, s: progress.unit(s))
+        base = _what_decides(task, suite) | {
+            "data": _data_digest(task, data),
+            "seed": seed,
+            "bf16": bf16,
+        }
+        store = Store(out / "units", base, lambda _, s: progress.unit(s))
         try:
             record = _run_task(task, suite, models, data, store, seed, device, bf16)
         except ValueError as error:
@@ -190,10 +193,33 @@ def _run_task(
         "recipe": task.cells.recipe,
         "size": size.model_dump(mode="json"),
         "seconds": time.perf_counter() - started,
+        "pretrained_on": {m.name: _seen(m, _cell_files(task, data)) for m in models},
         **asdict(run),
         "summary": summarise(run),
         "verdicts": verdicts(run, [m.name for m in models]),
     }
+
+
+def _what_decides(task: AnyTask, suite: Suite) -> dict[str, Any]:
+    """Return what of a task's file changes its outcomes; no text does, nor another suite's size."""
+    shown = {"title", "note", "published", "applications", "expected_genes", "sizes"}
+    about_cells = {"recipe", "expected_cells"}
+    exclude: dict[str, Any] = dict.fromkeys(shown, True) | {"cells": about_cells}
+    # More seeds are more folds; those that are there stay.
+    size = task.sizes[suite].model_dump(mode="json", exclude={"seeds"})
+    return {"task": task.model_dump(mode="json", exclude=exclude), "size": size}
+
+
+def _seen(model: Model, files: list[Path]) -> list[str]:
+    """Return the sources of a model's pretraining that are called like these files."""
+    record = _record(model) or {}
+    return sorted({p.stem for p in files} & {s["name"] for s in record.get("sources", [])})
+
+
+def _record(model: Model) -> dict[str, Any] | None:
+    """Return what `geneloom export` wrote about a model; None for published folders."""
+    path = model.folder / RECORD_NAME
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def _versions() -> dict[str, str | None]:
@@ -210,14 +236,13 @@ def _what_is_missing(task: AnyTask, files: list[str]) -> str:
 
 
 def _describe(model: Model) -> dict[str, Any]:
-    record = model.folder / RECORD_NAME
     return {
         "name": model.name,
         "folder": str(model.folder),
         "digest": model.digest,
         "vocabulary_sha256": model.vocabulary.sha256,
         "parameters": model.network.num_parameters(),
-        "record": json.loads(record.read_text()) if record.exists() else None,
+        "record": _record(model),
     }
 
 
@@ -245,9 +270,13 @@ def _claim(out: Path, suite: Suite, seed: int, bf16: bool, models: list[Model]) 
     path.write_text(json.dumps(own, indent=1) + "\n")
 
 
+def _cell_files(task: AnyTask, data: Path | None) -> list[Path]:
+    return [p for pattern in task.cells.files if data for p in sorted(data.glob(pattern))]
+
+
 def _data_digest(task: AnyTask, data: Path | None) -> str:
     """Return a hash of the bytes of all files a task reads."""
-    paths = [p for pattern in task.cells.files if data for p in sorted(data.glob(pattern))]
+    paths = _cell_files(task, data)
     if isinstance(task, GeneTask):
         # Joined to an absolute path, a folder has no say.
         paths += [r / task.labels for r in (TASKS_FOLDER, data) if r and (r / task.labels).exists()]
