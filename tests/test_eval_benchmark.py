@@ -143,8 +143,8 @@ def test_a_killed_benchmark_goes_on(planted, world, tmp_path):
     out = tmp_path / "killed"
     command = [
         *GENELOOM, "benchmark", "--suite", "quick",
-        "--model", str(world["perfect"]), "--data", str(world["folder"]),
-        "--task", "planted", "--device", "cpu", "--task-file", str(world["task"]), "--out", str(out),
+        "--model", str(world["perfect"]), "--data", str(world["folder"]), "--device", "cpu",
+        "--task", "planted", "--task-file", str(world["task"]), "--out", str(out),
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
