@@ -18,6 +18,7 @@ from sklearn.metrics import roc_auc_score
 from transformers import BertModel
 
 from eval.benchmark.compare import display_name
+from eval.benchmark.encoders import settings_of
 from eval.benchmark.gene_baselines import LOGISTIC, predict_classes
 from eval.benchmark.gene_features import (
     STATIC_NAMES,
@@ -225,7 +226,8 @@ def run(
     ValueError
         As `read_labels`, `choose_genes` and `load_cells`.
     """
-    settings = _settings(size, device, bf16)
+    # Without early stopping: there are no genes to spare for a validation.
+    settings = replace(settings_of(size, device, bf16), patience=0)
     labelled = read_labels(task, data)
     every = load_cells(task.cells, (), models, data, None, seed)
     draws = [_draw_cells(every, size.max_cells, seed + r) for r in range(size.seeds)]
@@ -259,17 +261,6 @@ def run(
         details={"test_share": 1 / task.folds, "prevalence": float(genes.labels.mean())}
         | {"genes": np.bincount(genes.labels, minlength=2).tolist(), "settings": asdict(settings)}
         | _gene_details(outcomes, folds, genes, seed),
-    )
-
-
-def _settings(size: Size, device: str, bf16: bool) -> FinetuneSettings:
-    return FinetuneSettings(
-        epochs=size.epochs,
-        learning_rate=size.learning_rate,
-        batch_cells=size.batch_cells,
-        freeze_layers=size.freeze_layers,
-        device=device,
-        bf16=bf16,
     )
 
 
