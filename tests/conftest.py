@@ -7,6 +7,8 @@ from pathlib import Path
 
 # Before numpy and torch start their threads: the tests' own ranks share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Numba, once started, gives its number of threads to torch too.
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -31,9 +29,9 @@ from eval.benchmark.encoders import (
     encoder_of,
     kept_threads,
     mean_of_inputs,
-    settings_of,
     train,
 )
+from eval.benchmark.folds import CellContender, CellFold
 from eval.benchmark.inputs import Model, TaskCells, load_cells
 from eval.benchmark.outcome import Outcome, Role, Store, TaskRun
 from eval.benchmark.task import CellTask, Size
@@ -55,35 +53,23 @@ _SEED_STRIDE = 1_000
 
 
 @dataclass(frozen=True)
-class Fold:
-    """Training and test cells that all contenders see, with what they have in common.
+class Fold(CellFold):
+    """A fold with what its contenders share.
 
     Attributes
     ----------
-    labels, groups
-        int64 and str [cells]; groups may be None.
-    train, test
-        int positions in `cells`.
+    groups
+        str [cells], or None.
     capped
         Those of `train` that scikit-learn and scVI get.
     embedded
         Sorted positions of the cells that may be embedded.
     """
 
-    number: int
-    seed: int
-    cells: TaskCells
-    labels: np.ndarray
     groups: np.ndarray | None
-    classes: list[str]
-    train: np.ndarray
-    test: np.ndarray
     capped: np.ndarray
     embedded: np.ndarray
-    size: Size
     embeddings: Embeddings
-    device: str
-    bf16: bool
 
     @cached_property
     def genes(self) -> tuple[np.ndarray, np.ndarray]:
@@ -104,12 +90,9 @@ class Fold:
 
 
 @dataclass(frozen=True)
-class Contender:
+class Contender(CellContender):
     """A row of the table, or a point of the few-shot curve; `predict` gives [test, classes]."""
 
-    name: str
-    role: Role
-    model: Model | None
     predict: Callable[[Fold], np.ndarray]
     shots: int | None = None
 
@@ -154,12 +137,13 @@ def run(
         copies += removed
         capped = _capped(training, fold_seed)
         fold = Fold(
-            number, fold_seed, cells, labels, groups, classes, training, test, capped,
-            np.sort(np.concatenate([capped, test])), size, embeddings, device, bf16,
+            number, fold_seed, cells, labels, classes, training, test, size, device, bf16,
+            groups, capped, np.sort(np.concatenate([capped, test])), embeddings,
         )  # fmt: skip
         divided.append(_described(fold))
         for contender in contenders(size, models):
-            outcome = store.outcome(_key(contender, fold), partial(_compete, contender, fold))
+            key = contender.key(fold) | {"shots": contender.shots}
+            outcome = store.outcome(key, partial(_compete, contender, fold))
             (outcomes if contender.shots is None else few_shot).append(outcome)
     if copies:
         excluded["test cells with the counts of a training cell (over all folds)"] = copies
@@ -284,33 +268,7 @@ def _compete(contender: Contender, fold: Fold) -> Outcome:
     details = {k: found[k] for k in ("f1_by_class", "confusion", "calibration")}
     if contender.role == "control":
         details["chance"] = chance_macro_f1(truth, probabilities.argmax(axis=1))
-    return Outcome(
-        contender=contender.name,
-        role=contender.role,
-        model=contender.model.name if contender.model else None,
-        fold=fold.number,
-        scores={s: found[s] if math.isfinite(found[s]) else None for s in _SCORES},
-        seconds=seconds,
-        details=details,
-    )
-
-
-def _key(contender: Contender, fold: Fold) -> dict[str, Any]:
-    """Return everything that decides an outcome, beside the store's base."""
-    chosen = hashlib.sha256(fold.train.astype(np.int64).tobytes() + b"|")
-    chosen.update(fold.test.astype(np.int64).tobytes())
-    return {
-        "contender": contender.name,
-        "role": contender.role,
-        "model": [contender.model.name, contender.model.digest] if contender.model else None,
-        "cells": fold.cells.digest,
-        "fold": fold.number,
-        "seed": fold.seed,
-        "split": chosen.hexdigest(),
-        "shots": contender.shots,
-        "settings": asdict(settings_of(fold.size, fold.device, fold.bf16)),
-        "search_trials": fold.size.search_trials,
-    }
+    return contender.outcome(fold, {s: found[s] for s in _SCORES}, seconds, details)
 
 
 def _baseline(name: str, fold: Fold) -> np.ndarray:
@@ -370,7 +328,7 @@ def _bag_of_genes(model: Model, role: Role, fold: Fold) -> np.ndarray:
 
 
 def _fine_tuned(model: Model, role: Role, fold: Fold) -> np.ndarray:
-    settings = settings_of(fold.size, fold.device, fold.bf16)
+    settings = fold.settings
     steps = -(-len(fold.train) // settings.batch_cells) * settings.epochs
     if steps < _FEWEST_STEPS:
         epochs = -(-_FEWEST_STEPS * settings.batch_cells // len(fold.train))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,9 @@ from eval.baselines import log_normalise
 from eval.benchmark.cell_baselines import scvi_latent, scvi_missing, variable_genes
 from eval.benchmark.cell_tasks import usable_cells
 from eval.benchmark.compare import display_name
-from eval.benchmark.encoders import Embeddings, encoder_of, kept_threads, settings_of, train
-from eval.benchmark.inputs import Model, TaskCells, load_cells
+from eval.benchmark.encoders import Embeddings, encoder_of, kept_threads, train
+from eval.benchmark.folds import CellContender, CellFold
+from eval.benchmark.inputs import Model, load_cells
 from eval.benchmark.integration_scores import HEADLINE, score_embedding
 from eval.benchmark.outcome import Outcome, Role, Store, TaskRun
 from eval.benchmark.planted import add_planted_batch
@@ -42,34 +42,19 @@ _SEED_STRIDE = 1_000
 
 
 @dataclass(frozen=True)
-class Fold:
-    """Cells that are scored, and others that a fine-tuned model may learn labels from.
+class Fold(CellFold):
+    """Cells that are scored (`test`), and others that a fine-tuned model may learn labels from.
 
-    Attributes
-    ----------
-    labels, batches
-        int64 [cells], positions in `classes`; str [cells].
-    train, scored
-        int positions in `cells`, sorted, none in both.
+    `batches` is str [cells].
     """
 
-    number: int
-    seed: int
-    cells: TaskCells
-    labels: np.ndarray
     batches: np.ndarray
-    classes: list[str]
-    train: np.ndarray
-    scored: np.ndarray
-    size: Size
     zero_shot: Embeddings
-    device: str
-    bf16: bool
 
     @cached_property
     def genes(self) -> np.ndarray:
         """float32 [scored cells, genes], log-normalised variable genes."""
-        features = log_normalise(self.cells.counts[self.scored])
+        features = log_normalise(self.cells.counts[self.test])
         return features[:, variable_genes(features)].toarray()
 
     @cached_property
@@ -79,16 +64,13 @@ class Fold:
 
     @property
     def scored_batches(self) -> np.ndarray:
-        return self.batches[self.scored]
+        return self.batches[self.test]
 
 
 @dataclass(frozen=True)
-class Contender:
+class Contender(CellContender):
     """A row of the table; `embed` gives float32 [scored cells, width]."""
 
-    name: str
-    role: Role
-    model: Model | None
     embed: Callable[[Fold], np.ndarray]
 
 
@@ -133,12 +115,12 @@ def run(
         training, scored = divide(labels, batches, size, fold_seed)
         require_clean_split(training, scored, _held_out(batches), cells.counts)
         fold = Fold(
-            number, fold_seed, cells, labels, batches, classes, training, scored, size, zero_shot,
-            device, bf16,
+            number, fold_seed, cells, labels, classes, training, scored, size, device, bf16,
+            batches, zero_shot,
         )  # fmt: skip
         folds.append(fold)
         for contender in contenders(models):
-            outcome = store.outcome(_key(contender, fold), partial(_compete, contender, fold))
+            outcome = store.outcome(contender.key(fold), partial(_compete, contender, fold))
             name = display_name(outcome.contender, outcome.role, outcome.model)
             details = dict(outcome.details)
             if "umap" in details:
@@ -154,7 +136,7 @@ def run(
         excluded=excluded,
         outcomes=outcomes,
         details={
-            "test_share": float(np.mean([len(f.scored) for f in folds]) / len(labels)),
+            "test_share": float(np.mean([len(f.test) for f in folds]) / len(labels)),
             "folds": [_described(f) for f in folds],
             "umap": places,
             "labels": [classes[i] for i in labels[shown]],
@@ -236,38 +218,13 @@ def _compete(contender: Contender, fold: Fold) -> Outcome:
         embedding = contender.embed(fold)
         seconds = time.perf_counter() - started
         scores = score_embedding(
-            embedding, fold.labels[fold.scored], fold.scored_batches, fold.components
+            embedding, fold.labels[fold.test], fold.scored_batches, fold.components
         )
         details: dict[str, Any] = {"width": embedding.shape[1]}
         if fold.number == 0:
-            place = np.searchsorted(fold.scored, _drawn(fold))
+            place = np.searchsorted(fold.test, _drawn(fold))
             details["umap"] = _umap(embedding[place], fold.seed)
-    return Outcome(
-        contender=contender.name,
-        role=contender.role,
-        model=contender.model.name if contender.model else None,
-        fold=fold.number,
-        scores={k: v if math.isfinite(v) else None for k, v in scores.items()},
-        seconds=seconds,
-        details=details,
-    )
-
-
-def _key(contender: Contender, fold: Fold) -> dict[str, Any]:
-    """Return everything that decides an outcome, beside the store's base."""
-    chosen = hashlib.sha256(fold.train.astype(np.int64).tobytes() + b"|")
-    chosen.update(fold.scored.astype(np.int64).tobytes())
-    return {
-        "contender": contender.name,
-        "role": contender.role,
-        "model": [contender.model.name, contender.model.digest] if contender.model else None,
-        "cells": fold.cells.digest,
-        "fold": fold.number,
-        "seed": fold.seed,
-        "split": chosen.hexdigest(),
-        "settings": asdict(settings_of(fold.size, fold.device, fold.bf16)),
-        "search_trials": fold.size.search_trials,
-    }
+    return contender.outcome(fold, scores, seconds, details)
 
 
 def _pca(features: np.ndarray, seed: int) -> np.ndarray:
@@ -293,7 +250,7 @@ def _harmony(fold: Fold) -> np.ndarray:
     )
     corrected = np.asarray(found.Z_corr, dtype=np.float32)
     # Cells are rows in new versions and columns in old ones.
-    return corrected if len(corrected) == len(fold.scored) else corrected.T
+    return corrected if len(corrected) == len(fold.test) else corrected.T
 
 
 def _combat(fold: Fold) -> np.ndarray:
@@ -307,7 +264,7 @@ def _combat(fold: Fold) -> np.ndarray:
 
 
 def _scvi(fold: Fold) -> np.ndarray:
-    counts = fold.cells.counts[fold.scored]
+    counts = fold.cells.counts[fold.test]
     counts = counts[:, variable_genes(log_normalise(counts))]
     return scvi_latent(counts, counts, fold.seed, fold.scored_batches)[1]
 
@@ -326,18 +283,18 @@ def _twin_seed(role: Role, fold: Fold) -> int | None:
 
 
 def _zero_shot(model: Model, role: Role, fold: Fold) -> np.ndarray:
-    return fold.zero_shot.of(model, _twin_seed(role, fold), fold.scored, fold.scored)
+    return fold.zero_shot.of(model, _twin_seed(role, fold), fold.test, fold.test)
 
 
 def _fine_tuned(model: Model, role: Role, fold: Fold) -> np.ndarray:
     classifier = train(
         encoder_of(model, _twin_seed(role, fold)), model, fold.cells.tokens[model.name],
         fold.labels, _held_out(fold.batches), fold.train, fold.classes,
-        settings_of(fold.size, fold.device, fold.bf16), fold.seed, fold.size.search_trials,
+        fold.settings, fold.seed, fold.size.search_trials,
     )  # fmt: skip
     # The last layer: it is what the head read.
     states = Embeddings(fold.cells.tokens, 0, fold.device, fold.bf16)
-    return states.embed(classifier.encoder, model, fold.scored)
+    return states.embed(classifier.encoder, model, fold.test)
 
 
 def _held_out(batches: np.ndarray) -> np.ndarray | None:
@@ -347,10 +304,10 @@ def _held_out(batches: np.ndarray) -> np.ndarray | None:
 
 def _drawn(fold: Fold) -> np.ndarray:
     """Return the scored cells that UMAPs show (int positions, sorted)."""
-    if len(fold.scored) <= _MOST_DRAWN_CELLS:
-        return fold.scored
+    if len(fold.test) <= _MOST_DRAWN_CELLS:
+        return fold.test
     rng = np.random.default_rng(fold.seed)
-    return np.sort(rng.choice(fold.scored, _MOST_DRAWN_CELLS, replace=False))
+    return np.sort(rng.choice(fold.test, _MOST_DRAWN_CELLS, replace=False))
 
 
 def _umap(embedding: np.ndarray, seed: int) -> list[list[float]]:
@@ -364,7 +321,7 @@ def _umap(embedding: np.ndarray, seed: int) -> list[list[float]]:
 def _described(fold: Fold) -> dict[str, Any]:
     return {
         "train_cells": len(fold.train),
-        "test_cells": len(fold.scored),
+        "test_cells": len(fold.test),
         "test_groups": np.unique(fold.scored_batches).tolist(),
     }
 
