@@ -56,7 +56,7 @@ def _config(shards: Path, out: Path, deepspeed: str) -> RunConfig:
 @pytest.mark.parametrize(
     ("ranks", "deepspeed", "kills"),
     [
-        (1, "zero1", 3),
+        pytest.param(1, "zero1", 3, marks=pytest.mark.slow),
         (2, "zero2", 3),
         pytest.param(1, "zero0", 20, marks=pytest.mark.slow),
         pytest.param(2, "zero3", 20, marks=pytest.mark.slow),
