@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
+from data_prep.files import complete_file
 from data_prep.filters import REASONS
 from data_prep.genes import ENSEMBL, mitochondrial_columns
 from data_prep.shards import SPLITS, STATISTICS_NAME, ShardSet, file_sha256
@@ -60,12 +61,8 @@ def write_page(shards: ShardSet, out: Path) -> None:
     if not out.parent.is_dir():
         raise ValueError(f"{out}: the folder {out.parent} does not exist")
     content = writers[out.suffix](shards, _read_statistics(shards))
-    aside = out.with_name(f".{out.name}.partial")
-    try:
+    with complete_file(out) as aside:
         aside.write_bytes(content)
-        aside.replace(out)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _read_statistics(shards: ShardSet) -> dict | None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import BertModel
 
+from data_prep.files import complete_file, require_new_file
 from data_prep.sources import SourceOptions
 from data_prep.vocab import Vocabulary
 from eval.encode import encode_file
@@ -144,10 +145,7 @@ def embed_file(
     Adds ``obsm["X_geneloom"]``, ``obs["geneloom_tokens"]`` and ``uns["geneloom"]``; nothing else
     is changed. `settings` are those of `embed_cells`.
     """
-    if out.exists():
-        raise ValueError(f"{out}: exists; give --out another file")
-    if not out.parent.is_dir():
-        raise ValueError(f"{out}: the folder {out.parent} does not exist")
+    require_new_file(out)
     network, vocab = load_exported(model, vocabulary)
     cell_set = encode_file(cells, vocab, options)
     embeddings = embed_cells(cell_set.tokens, network.bert, vocab, **settings)
@@ -160,12 +158,8 @@ def embed_file(
         "pooling": settings.get("pooling", "mean"),
         "layer": settings.get("layer", -1),
     }
-    aside = out.with_name(f".{out.name}.partial")
-    try:
+    with complete_file(out) as aside:
         data.write_h5ad(aside)
-        aside.replace(out)
-    finally:
-        aside.unlink(missing_ok=True)
     empty = int((~cell_set.has_genes).sum())
     note = f"; {empty} cells without any gene of the vocabulary are NaN" if empty else ""
     return f"{out}: {len(embeddings):,} cells x {embeddings.shape[1]} in obsm['{OBSM_KEY}']{note}"

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from data_prep.files import complete_file
 from data_prep.tables import padding_share
 from eval.embed import OBSM_KEY
 from eval.figures import BLUE, GREY, as_image, new_figure, run_figures, style
@@ -82,9 +83,8 @@ def write_report(
             padding=padding_share(manifest["buckets"]),
         )
     )
-    aside = out.with_name(f".{out.name}.partial")
-    aside.write_text(page)
-    aside.replace(out)
+    with complete_file(out) as aside:
+        aside.write_text(page)
     return str(out)
 
 

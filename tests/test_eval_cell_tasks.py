@@ -15,7 +15,7 @@ import torch
 from eval.benchmark.cell_baselines import BASELINES, gene_features, predict_probabilities
 from eval.benchmark.cell_tasks import divide, num_units, run, usable_cells
 from eval.benchmark.encoders import kept_threads
-from eval.benchmark.inputs import Model, TaskCells
+from eval.benchmark.inputs import Bench, Model, TaskCells
 from eval.benchmark.outcome import Outcome, Store, TaskRun
 from eval.benchmark.task import Cells, CellTask, Size
 from eval.metrics import (
@@ -82,7 +82,7 @@ def found(folder: Path, models: list[Model]) -> tuple[TaskRun, list[str]]:
     """A whole run of two folds, and the names of its units."""
     units: list[str] = []
     store = Store(folder / "units", {}, lambda name, seconds: units.append(name))
-    return run(TASK, SIZE, models, folder, store, 0, "cpu", False), units
+    return run(TASK, SIZE, Bench(models, folder, store, 0, "cpu", False)), units
 
 
 def mean_score(outcomes: list[Outcome], contender: str, model: str | None = None, role=None):
@@ -160,9 +160,9 @@ def test_same_seed_same_numbers_and_stored_ones_are_taken(found, folder, models,
     size = SIZE.model_copy(update={"seeds": 1, "shots": ()})
     first = [o for o in found[0].outcomes if o.fold == 0 and o.model != "constant"]
     only = [models[0]]
-    stored = run(TASK, size, only, folder, Store(folder / "units", {}), 0, "cpu", False)
+    stored = run(TASK, size, Bench(only, folder, Store(folder / "units", {}), 0, "cpu", False))
     assert stored.outcomes == first
-    new = run(TASK, size, only, folder, Store(tmp_path / "units", {}), 0, "cpu", False)
+    new = run(TASK, size, Bench(only, folder, Store(tmp_path / "units", {}), 0, "cpu", False))
     assert [o.scores for o in new.outcomes] == [o.scores for o in first]
 
 

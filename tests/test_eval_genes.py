@@ -34,7 +34,7 @@ from eval.benchmark.gene_scores import (
     score_genes,
 )
 from eval.benchmark.genes import num_units, run
-from eval.benchmark.inputs import Model, load_cells
+from eval.benchmark.inputs import Bench, Model, load_cells
 from eval.benchmark.outcome import Store, TaskRun
 from eval.benchmark.task import Cells, GeneTask, Size, all_tasks
 from eval.demo_cells import recover_counts
@@ -131,7 +131,7 @@ def planted(tmp_path_factory) -> Planted:
     models = [knowing_model(vocabulary), constant_model(vocabulary)]
     units = []
     store = Store(folder / "store", {}, lambda name, seconds: units.append(name))
-    found = run(make_task(), SIZE, models, folder, store, 0, "cpu", False)
+    found = run(make_task(), SIZE, Bench(models, folder, store, 0, "cpu", False))
     return Planted(found, units, folder, models)
 
 
@@ -198,11 +198,13 @@ def test_again_from_the_store_and_from_nothing(planted, tmp_path):
     """
     spent = []
     store = Store(planted.folder / "store", {}, lambda name, seconds: spent.append(seconds))
-    again = run(make_task(), SIZE, planted.models, planted.folder, store, 0, "cpu", False)
+    again = run(make_task(), SIZE, Bench(planted.models, planted.folder, store, 0, "cpu", False))
     assert again == planted.run
     assert set(spent) == {0.0}
     store = Store(tmp_path, {})
-    alone = run(make_task(), SIZE, planted.models[:1], planted.folder, store, 0, "cpu", False)
+    alone = run(
+        make_task(), SIZE, Bench(planted.models[:1], planted.folder, store, 0, "cpu", False)
+    )
     before = {(o.contender, o.role, o.model, o.fold): o.scores for o in planted.run.outcomes}
     for o in alone.outcomes:
         assert o.scores == before[o.contender, o.role, o.model, o.fold]

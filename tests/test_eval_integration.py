@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from eval.benchmark.inputs import Model, load_cells
+from eval.benchmark.inputs import Bench, Model, load_cells
 from eval.benchmark.integration import divide, num_units, run
 from eval.benchmark.integration_scores import kbet_by_label, score_embedding
 from eval.benchmark.outcome import Store
@@ -161,7 +161,7 @@ def test_run_of_an_integration_task(folder, tmp_path):
     size = Size(seeds=2, epochs=2, learning_rate=5e-3)
     units: list[str] = []
     store = Store(tmp_path / "units", {}, lambda name, seconds: units.append(name))
-    result = run(TASK, size, [model], folder, store, 0, "cpu", False)
+    result = run(TASK, size, Bench([model], folder, store, 0, "cpu", False))
     assert len(units) == num_units(TASK, size, [model])
     assert result.chance is None and result.headline == "overall"
     places = result.details["umap"]
@@ -176,9 +176,9 @@ def test_run_of_an_integration_task(folder, tmp_path):
     assert score["PCA", "baseline"]["pcr_comparison"] == 0
     assert score["ComBat", "baseline"]["batch"] > score["PCA", "baseline"]["batch"]
     assert score["PCA", "baseline"]["ari"] > 0.5
-    again = run(TASK, size, [model], folder, Store(tmp_path / "units", {}), 0, "cpu", False)
+    again = run(TASK, size, Bench([model], folder, Store(tmp_path / "units", {}), 0, "cpu", False))
     assert again == result, "all stored"
     one = size.model_copy(update={"seeds": 1})
-    new = run(TASK, one, [model], folder, Store(tmp_path / "new", {}), 0, "cpu", False)
+    new = run(TASK, one, Bench([model], folder, Store(tmp_path / "new", {}), 0, "cpu", False))
     first = [o.scores for o in result.outcomes if o.fold == 0]
     assert [o.scores for o in new.outcomes] == first, "same seed, same numbers"

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,30 +25,25 @@ from eval.benchmark.compare import corrected_interval, display_name
 from eval.benchmark.encoders import (
     HEAD_NAME,
     Embeddings,
-    encoder_of,
     kept_threads,
     mean_of_inputs,
     train,
 )
-from eval.benchmark.folds import CellContender, CellFold
-from eval.benchmark.inputs import Model, TaskCells, load_cells
-from eval.benchmark.outcome import Outcome, Role, Store, TaskRun
+from eval.benchmark.folds import FINE_TUNED, CellContender, CellFold, seed_of_fold
+from eval.benchmark.inputs import Bench, Model, TaskCells, load_cells
+from eval.benchmark.outcome import Outcome, Role, TaskRun
 from eval.benchmark.task import CellTask, Size
+from eval.finetune.cells import FEWEST_CELLS_OF_CLASS, NO_VALUE
 from eval.metrics import chance_macro_f1, score_probabilities
 from eval.splits import limit_per_class, require_clean_split, seen_in_training, split_cells
 
 HEADLINE = "macro_f1"
-FINE_TUNED = "fine-tuned"
 FROZEN = "frozen embedding"
 BAG_OF_GENES = "bag of genes"
 SHUFFLED = "shuffled labels"
 _SCORES = ("macro_f1", "balanced_accuracy", "accuracy", "auprc", "ece")
-_FEWEST_CELLS_OF_CLASS = 5
-_NO_VALUE = ["", "nan", "None", "NA", "unlabelled"]
 # A handful of training cells gives a handful of steps; so many are taken at least.
 _FEWEST_STEPS = 20
-# Seeds of a fold: folds of two runs with other seeds share none.
-_SEED_STRIDE = 1_000
 
 
 @dataclass(frozen=True)
@@ -97,24 +91,8 @@ class Contender(CellContender):
     shots: int | None = None
 
 
-def run(
-    task: CellTask,
-    size: Size,
-    models: list[Model],
-    data: Path | None,
-    store: Store,
-    seed: int,
-    device: str,
-    bf16: bool,
-) -> TaskRun:
+def run(task: CellTask, size: Size, bench: Bench) -> TaskRun:
     """Return the outcomes of all contenders of a cell task, one fold a seed.
-
-    Parameters
-    ----------
-    data
-        Folder that the task's files are below; None for cells of a package.
-    seed
-        First of the seeds: of the cells that are drawn, splits, heads and random twins.
 
     Raises
     ------
@@ -123,27 +101,27 @@ def run(
         with every class on both sides.
     """
     columns = (task.label, *([task.group] if task.group else []))
-    loaded = load_cells(task.cells, columns, models, data, size.max_cells, seed)
+    loaded = load_cells(task.cells, columns, bench.models, bench.data, size.max_cells, bench.seed)
     cells, excluded = usable_cells(loaded, task.label, task.group)
     classes = sorted(set(cells.metadata[task.label]))
     labels = np.array([classes.index(v) for v in cells.metadata[task.label]], dtype=np.int64)
     groups = cells.metadata[task.group].to_numpy(dtype=str) if task.group else None
-    embeddings = Embeddings(cells.tokens, 0, device, bf16)
+    embeddings = Embeddings(cells.tokens, 0, bench.device, bench.bf16)
     outcomes, few_shot, divided = [], [], []
     copies = 0
     for number in range(size.seeds):
-        fold_seed = _SEED_STRIDE * seed + number
+        fold_seed = seed_of_fold(bench.seed, number)
         training, test, removed = divide(cells, labels, groups, size, fold_seed)
         copies += removed
         capped = _capped(training, fold_seed)
         fold = Fold(
-            number, fold_seed, cells, labels, classes, training, test, size, device, bf16,
-            groups, capped, np.sort(np.concatenate([capped, test])), embeddings,
+            number, fold_seed, cells, labels, classes, training, test, size, bench.device,
+            bench.bf16, groups, capped, np.sort(np.concatenate([capped, test])), embeddings,
         )  # fmt: skip
         divided.append(_described(fold))
-        for contender in contenders(size, models):
+        for contender in contenders(size, bench.models):
             key = contender.key(fold) | {"shots": contender.shots}
-            outcome = store.outcome(key, partial(_compete, contender, fold))
+            outcome = bench.store.outcome(key, partial(_compete, contender, fold))
             (outcomes if contender.shots is None else few_shot).append(outcome)
     if copies:
         excluded["test cells with the counts of a training cell (over all folds)"] = copies
@@ -187,13 +165,13 @@ def usable_cells(
         Fewer than two classes are left.
     """
     labels = cells.metadata[label]
-    reasons = {"no label": labels.isin(_NO_VALUE).to_numpy()}
+    reasons = {"no label": labels.isin(NO_VALUE).to_numpy()}
     if group:
-        reasons["no group"] = cells.metadata[group].isin(_NO_VALUE).to_numpy()
+        reasons["no group"] = cells.metadata[group].isin(NO_VALUE).to_numpy()
     kept = ~np.any(list(reasons.values()), axis=0)
     sizes = labels[kept].value_counts()
-    small = sizes.index[sizes < _FEWEST_CELLS_OF_CLASS]
-    reasons[f"class below {_FEWEST_CELLS_OF_CLASS} cells"] = labels.isin(small).to_numpy()
+    small = sizes.index[sizes < FEWEST_CELLS_OF_CLASS]
+    reasons[f"class below {FEWEST_CELLS_OF_CLASS} cells"] = labels.isin(small).to_numpy()
     if group:
         spread = cells.metadata[kept].groupby(label, observed=True)[group].nunique()
         alone = spread.index[spread < 2].difference(small)
@@ -291,10 +269,6 @@ def _shuffled_genes(fold: Fold) -> np.ndarray:
     return predict_probabilities(estimator, fitted, known, test, len(fold.classes))
 
 
-def _twin_seed(role: Role, fold: Fold) -> int | None:
-    return fold.seed if role == "twin" else None
-
-
 def _from_states(
     fold: Fold, fitted: np.ndarray, test: np.ndarray, labels: np.ndarray
 ) -> np.ndarray:
@@ -316,12 +290,12 @@ def _shuffled_frozen(model: Model, fold: Fold) -> np.ndarray:
 def _states(model: Model, role: Role, fold: Fold) -> tuple[np.ndarray, np.ndarray]:
     """Return embeddings of training and test cells."""
     used = np.concatenate([fold.capped, fold.test])
-    states = fold.embeddings.of(model, _twin_seed(role, fold), used, fold.embedded)
+    states = fold.embeddings.of(model, fold.twin_seed(role), used, fold.embedded)
     return states[: len(fold.capped)], states[len(fold.capped) :]
 
 
 def _bag_of_genes(model: Model, role: Role, fold: Fold) -> np.ndarray:
-    encoder = encoder_of(model, _twin_seed(role, fold))
+    encoder = fold.encoder(model, role)
     tokens = fold.cells.tokens[model.name]
     fitted, test = (mean_of_inputs(encoder, model, tokens, c) for c in (fold.capped, fold.test))
     return _from_states(fold, fitted, test, fold.labels)
@@ -335,7 +309,7 @@ def _fine_tuned(model: Model, role: Role, fold: Fold) -> np.ndarray:
         settings = replace(settings, epochs=max(epochs, settings.epochs))
     tokens = fold.cells.tokens[model.name]
     classifier = train(
-        encoder_of(model, _twin_seed(role, fold)), model, tokens, fold.labels, fold.groups,
+        fold.encoder(model, role), model, tokens, fold.labels, fold.groups,
         fold.train, fold.classes, settings, fold.seed, fold.size.search_trials,
     )  # fmt: skip
     return classifier.predict_cells([tokens[i] for i in fold.test], HEAD_NAME)

@@ -68,7 +68,7 @@ class Embeddings:
         if key not in self._known:
             wanted = np.arange(len(tokens)) if twin_seed is None else of_fold
             self._known = {k: v for k, v in self._known.items() if k[1] in (None, twin_seed)}
-            states = self._compute(encoder_of(model, twin_seed), model, wanted)
+            states = self.embed(encoder_of(model, twin_seed), model, wanted)
             self._known[key] = wanted, states
         wanted, states = self._known[key]
         place = np.searchsorted(wanted, cells)
@@ -77,9 +77,6 @@ class Embeddings:
 
     def embed(self, encoder: BertModel, model: Model, cells: np.ndarray) -> np.ndarray:
         """Return float32 [cells, width] by an encoder of this model's vocabulary; not kept."""
-        return self._compute(encoder, model, cells)
-
-    def _compute(self, encoder: BertModel, model: Model, cells: np.ndarray) -> np.ndarray:
         tokens = [self._tokens[model.name][i] for i in cells]
         return embed_cells(
             tokens, encoder, model.vocabulary,

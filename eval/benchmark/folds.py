@@ -8,12 +8,22 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from transformers import BertModel
 
-from eval.benchmark.encoders import settings_of
+from eval.benchmark.encoders import encoder_of, settings_of
 from eval.benchmark.inputs import Model, TaskCells
 from eval.benchmark.outcome import Outcome, Role
 from eval.benchmark.task import Size
 from eval.finetune.engine import FinetuneSettings
+
+FINE_TUNED = "fine-tuned"
+# Folds of two benchmarks with other seeds share none.
+_SEED_STRIDE = 1_000
+
+
+def seed_of_fold(seed: int, number: int) -> int:
+    """Return what a fold's split, heads and random twins follow from."""
+    return _SEED_STRIDE * seed + number
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,14 @@ class CellFold:
     def settings(self) -> FinetuneSettings:
         """How a model is fine-tuned in this fold."""
         return settings_of(self.size, self.device, self.bf16)
+
+    def encoder(self, model: Model, role: Role) -> BertModel:
+        """Return a model's encoder, or its twin of this fold."""
+        return encoder_of(model, self.twin_seed(role))
+
+    def twin_seed(self, role: Role) -> int | None:
+        """Return the seed of a twin's random weights; None: pretrained ones."""
+        return self.seed if role == "twin" else None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from transformers import BertModel
 
 from eval.benchmark.compare import display_name
 from eval.benchmark.encoders import settings_of
+from eval.benchmark.folds import FINE_TUNED
 from eval.benchmark.gene_baselines import LOGISTIC, predict_classes
 from eval.benchmark.gene_features import (
     STATIC_NAMES,
@@ -38,14 +38,13 @@ from eval.benchmark.gene_scores import (
     resampled_auroc,
     score_genes,
 )
-from eval.benchmark.inputs import Model, TaskCells, load_cells
-from eval.benchmark.outcome import Outcome, Role, Store, TaskRun
+from eval.benchmark.inputs import Bench, Model, TaskCells, load_cells
+from eval.benchmark.outcome import Outcome, Role, TaskRun
 from eval.benchmark.task import GeneTask, Size
 from eval.finetune.classifier import FinetuneSettings, Head
 from eval.finetune.engine import Target, finetune
 from pretrain.export import random_twin
 
-FINETUNED = "fine-tuned"
 _SHUFFLED = "shuffled labels"
 # Mean of so many shuffles in each fold: a single one of some dozen test genes is off by 0.1.
 _NUM_SHUFFLES = 10
@@ -72,7 +71,7 @@ def _contenders(models: list[Model]) -> list[_Contender]:
     for model in models:
         for role in ("model", "twin"):
             found += [
-                _Contender(FINETUNED, role, "", "", model),
+                _Contender(FINE_TUNED, role, "", "", model),
                 _Contender("frozen embedding", role, "frozen", LOGISTIC, model),
                 _Contender("input embeddings", role, "input", LOGISTIC, model),
             ]
@@ -191,35 +190,18 @@ class _Fold:
     test: np.ndarray
 
 
-def run(
-    task: GeneTask,
-    size: Size,
-    models: list[Model],
-    data: Path | None,
-    store: Store,
-    seed: int,
-    device: str,
-    bf16: bool,
-) -> TaskRun:
+def run(task: GeneTask, size: Size, bench: Bench) -> TaskRun:
     """Return the outcomes of every contender in every fold of a gene task.
 
     Fold number: repetition x folds + fold; each repetition has its own folds, cells, heads and
     random weights.
 
-    Parameters
-    ----------
-    models
-        At least one. Ranks and medians of the baselines are those of the first one's vocabulary.
-    device
-        ``cpu`` or ``cuda``.
-    bf16
-        Compute the encoders in bfloat16.
-
     Returns
     -------
     TaskRun
-        Where `size` freezes more layers than a model has, one is left to train; the outcome's
-        details name how many were frozen.
+        Ranks and medians of the baselines are those of the first model's vocabulary. Where `size`
+        freezes more layers than a model has, one is left to train; the outcome's details name how
+        many were frozen.
 
     Raises
     ------
@@ -227,21 +209,21 @@ def run(
         As `read_labels`, `choose_genes` and `load_cells`.
     """
     # Without early stopping: there are no genes to spare for a validation.
-    settings = replace(settings_of(size, device, bf16), patience=0)
-    labelled = read_labels(task, data)
-    every = load_cells(task.cells, (), models, data, None, seed)
-    draws = [_draw_cells(every, size.max_cells, seed + r) for r in range(size.seeds)]
-    genes = choose_genes(labelled, models, draws, task)
-    contenders = _contenders(models)
+    settings = replace(settings_of(size, bench.device, bench.bf16), patience=0)
+    labelled = read_labels(task, bench.data)
+    every = load_cells(task.cells, (), bench.models, bench.data, None, bench.seed)
+    draws = [_draw_cells(every, size.max_cells, bench.seed + r) for r in range(size.seeds)]
+    genes = choose_genes(labelled, bench.models, draws, task)
+    contenders = _contenders(bench.models)
     outcomes: dict[_Contender, list[Outcome]] = {c: [] for c in contenders}
     folds: list[_Fold] = []
     for repetition, cells in enumerate(draws):
-        draw = _Draw(cells, genes, models, settings, seed + repetition)
+        draw = _Draw(cells, genes, bench.models, settings, bench.seed + repetition)
         for train, test in gene_folds(genes.labels, task.folds, draw.seed):
             fold = _Fold(len(folds), draw, train, test)
             folds.append(fold)
             for c in contenders:
-                made = store.outcome(_key(c, fold), lambda c=c, f=fold: _compute(c, f, task))
+                made = bench.store.outcome(_key(c, fold), lambda c=c, f=fold: _compute(c, f, task))
                 outcomes[c].append(made)
         draw.forget()
     cells_left_out = dict(every.excluded)
@@ -260,7 +242,7 @@ def run(
         outcomes=[_without_predictions(o) for found in outcomes.values() for o in found],
         details={"test_share": 1 / task.folds, "prevalence": float(genes.labels.mean())}
         | {"genes": np.bincount(genes.labels, minlength=2).tolist(), "settings": asdict(settings)}
-        | _gene_details(outcomes, folds, genes, seed),
+        | _gene_details(outcomes, folds, genes, bench.seed),
     )
 
 
@@ -403,7 +385,7 @@ def _gene_details(
     truth = [genes.labels[t] for t in tested]
     weights = resample_genes(genes.labels, seed)
     resampled = {c: resampled_auroc(genes.labels, tested, p, weights) for c, p in predicted.items()}
-    main = next(c for c in predicted if c.name == FINETUNED)
+    main = next(c for c in predicted if c.name == FINE_TUNED)
     intervals = {}
     for contender, values in resampled.items():
         scores = np.array([o.scores[HEADLINE] for o in outcomes[contender]], dtype=np.float64)
@@ -417,7 +399,7 @@ def _gene_details(
         "predictions": {
             c.display_name: _predictions(outcomes[c], folds, genes)
             for c in predicted
-            if c.name == FINETUNED and c.role == "model"
+            if c.name == FINE_TUNED and c.role == "model"
         },
     }
 

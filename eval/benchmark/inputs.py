@@ -18,6 +18,7 @@ from transformers import BertForMaskedLM
 from data_prep.shards import file_sha256
 from data_prep.sources import SourceOptions
 from data_prep.vocab import Vocabulary, read_dictionary
+from eval.benchmark.outcome import Store
 from eval.benchmark.task import Cells
 from eval.demo_cells import recover_counts
 from eval.encode import CellSet, encode_file
@@ -45,6 +46,30 @@ class Model:
         known = set(self.vocabulary.genes)
         names = {n: g for n, g in self.gene_names.items() if g in known and n not in known}
         return replace(self.vocabulary, aliases=names | self.vocabulary.aliases)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every task of a benchmark is run with.
+
+    Attributes
+    ----------
+    models
+        At least one.
+    data
+        Folder that files of tasks are below; None for cells of a package.
+    seed
+        Of the cells that are drawn, splits, heads and random twins.
+    device, bf16
+        ``cpu`` or ``cuda``; compute the encoders in bfloat16.
+    """
+
+    models: list[Model]
+    data: Path | None
+    store: Store
+    seed: int
+    device: str
+    bf16: bool
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import anndata
@@ -21,24 +20,22 @@ from eval.baselines import log_normalise
 from eval.benchmark.cell_baselines import scvi_latent, scvi_missing, variable_genes
 from eval.benchmark.cell_tasks import usable_cells
 from eval.benchmark.compare import display_name
-from eval.benchmark.encoders import Embeddings, encoder_of, kept_threads, train
-from eval.benchmark.folds import CellContender, CellFold
-from eval.benchmark.inputs import Model, load_cells
+from eval.benchmark.encoders import Embeddings, kept_threads, train
+from eval.benchmark.folds import FINE_TUNED, CellContender, CellFold, seed_of_fold
+from eval.benchmark.inputs import Bench, Model, load_cells
 from eval.benchmark.integration_scores import HEADLINE, score_embedding
-from eval.benchmark.outcome import Outcome, Role, Store, TaskRun
+from eval.benchmark.outcome import Outcome, Role, TaskRun
 from eval.benchmark.planted import add_planted_batch
 from eval.benchmark.task import IntegrationTask, Size
 from eval.splits import limit_per_class, require_clean_split, split_cells
 
 ZERO_SHOT = "zero-shot"
-FINE_TUNED = "fine-tuned"
 _COMPONENTS = 50
 _SCORED_SHARE = 0.5
 # Of the held-out cells, so that seeds differ even where batches can be held out in one way only.
 _DRAWN_SHARE = 0.8
 _FEWEST_BATCHES_TO_HOLD_OUT = 3
 _MOST_DRAWN_CELLS = 2_000
-_SEED_STRIDE = 1_000
 
 
 @dataclass(frozen=True)
@@ -74,53 +71,40 @@ class Contender(CellContender):
     embed: Callable[[Fold], np.ndarray]
 
 
-def run(
-    task: IntegrationTask,
-    size: Size,
-    models: list[Model],
-    data: Path | None,
-    store: Store,
-    seed: int,
-    device: str,
-    bf16: bool,
-) -> TaskRun:
+def run(task: IntegrationTask, size: Size, bench: Bench) -> TaskRun:
     """Return the outcomes of all contenders of an integration task, one fold a seed.
 
     Every contender of a fold embeds the same cells and is scored on all of them. A fine-tuned model
     has learnt the labels of other cells: of other batches, where there are three or more.
-
-    Parameters
-    ----------
-    data, seed
-        As in `eval.benchmark.cell_tasks.run`.
 
     Raises
     ------
     ValueError
         The cells cannot be had, or fewer than two classes or batches are left.
     """
-    change = partial(add_planted_batch, column=task.batch, seed=seed)
+    change = partial(add_planted_batch, column=task.batch, seed=bench.seed)
     loaded = load_cells(
-        task.cells, (task.label, task.batch), models, data, size.max_cells, seed,
+        task.cells, (task.label, task.batch), bench.models, bench.data,
+        size.max_cells, bench.seed,
         change if task.planted_batch else None,
     )  # fmt: skip
     cells, excluded = usable_cells(loaded, task.label, task.batch)
     classes = sorted(set(cells.metadata[task.label]))
     labels = np.array([classes.index(v) for v in cells.metadata[task.label]], dtype=np.int64)
     batches = cells.metadata[task.batch].to_numpy(dtype=str)
-    zero_shot = Embeddings(cells.tokens, -1, device, bf16)
+    zero_shot = Embeddings(cells.tokens, -1, bench.device, bench.bf16)
     outcomes, places, folds = [], {}, []
     for number in range(size.seeds):
-        fold_seed = _SEED_STRIDE * seed + number
+        fold_seed = seed_of_fold(bench.seed, number)
         training, scored = divide(labels, batches, size, fold_seed)
         require_clean_split(training, scored, _held_out(batches), cells.counts)
         fold = Fold(
-            number, fold_seed, cells, labels, classes, training, scored, size, device, bf16,
-            batches, zero_shot,
+            number, fold_seed, cells, labels, classes, training, scored, size, bench.device,
+            bench.bf16, batches, zero_shot,
         )  # fmt: skip
         folds.append(fold)
-        for contender in contenders(models):
-            outcome = store.outcome(contender.key(fold), partial(_compete, contender, fold))
+        for contender in contenders(bench.models):
+            outcome = bench.store.outcome(contender.key(fold), partial(_compete, contender, fold))
             name = display_name(outcome.contender, outcome.role, outcome.model)
             details = dict(outcome.details)
             if "umap" in details:
@@ -278,17 +262,13 @@ _BASELINES: dict[str, Callable[[Fold], np.ndarray]] = {
 }
 
 
-def _twin_seed(role: Role, fold: Fold) -> int | None:
-    return fold.seed if role == "twin" else None
-
-
 def _zero_shot(model: Model, role: Role, fold: Fold) -> np.ndarray:
-    return fold.zero_shot.of(model, _twin_seed(role, fold), fold.test, fold.test)
+    return fold.zero_shot.of(model, fold.twin_seed(role), fold.test, fold.test)
 
 
 def _fine_tuned(model: Model, role: Role, fold: Fold) -> np.ndarray:
     classifier = train(
-        encoder_of(model, _twin_seed(role, fold)), model, fold.cells.tokens[model.name],
+        fold.encoder(model, role), model, fold.cells.tokens[model.name],
         fold.labels, _held_out(fold.batches), fold.train, fold.classes,
         fold.settings, fold.seed, fold.size.search_trials,
     )  # fmt: skip

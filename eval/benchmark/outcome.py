@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from data_prep.files import complete_file
+
 logger = logging.getLogger(__name__)
 
 # model: pretrained weights · twin: the same with random weights · baseline: knows nothing of
@@ -100,7 +102,7 @@ class Store:
     def __init__(
         self, folder: Path, base: dict[str, Any], done: Callable[[str, float], None] | None = None
     ) -> None:
-        """Take `base` (suite, task, data, seed, ...) as part of every key; `done` counts units."""
+        """Take `base` (the task, its size) as part of every key; `done` counts units."""
         self._folder, self._base = folder, base
         self._done = done or (lambda name, seconds: None)
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,8 +121,7 @@ class Store:
             return outcome
         started = time.perf_counter()
         outcome = compute()
-        aside = path.with_suffix(".partial")
-        aside.write_text(json.dumps({"key": json.loads(whole), "outcome": asdict(outcome)}))
-        aside.replace(path)
+        with complete_file(path) as aside:
+            aside.write_text(json.dumps({"key": json.loads(whole), "outcome": asdict(outcome)}))
         self._done(outcome.contender, time.perf_counter() - started)
         return outcome

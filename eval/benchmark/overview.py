@@ -128,21 +128,15 @@ def _other(count: dict[str, Any], tested: int) -> str:
     )
 
 
-def _baselines(count: dict[str, Any], tested: int) -> str:
+def _against(count: dict[str, Any], tested: int) -> str:
+    other = count["against_model"] if count["question"] == "models" else "the best baseline"
     return (
-        f"Against the best baseline it won {count['better']} of {_tasks(tested)}, "
+        f"Against {other} it won {count['better']} of {_tasks(tested)}, "
         f"lost {count['worse']} and tied {count['neither']}."
     )
 
 
-def _models(count: dict[str, Any], tested: int) -> str:
-    return (
-        f"Against {count['against_model']} it won {count['better']} of {_tasks(tested)}, "
-        f"lost {count['worse']} and tied {count['neither']}."
-    )
-
-
-_SENTENCES = {"pretraining": _pretraining, "baselines": _baselines, "models": _models}
+_SENTENCES = {"pretraining": _pretraining, "baselines": _against, "models": _against}
 
 
 def _untested(count: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from data_prep.files import complete_file
 from eval.benchmark.compare import STATES, control_state, holm, state_of
 from eval.benchmark.overview import (
     SYMBOLS,
@@ -72,6 +73,7 @@ def write_report(results: dict[str, Any], out: Path) -> Path:
         raise ValueError(f"{out}: no such folder; make it first")
     results = results | {"tasks": holm(results["tasks"])}
     models = [m["name"] for m in results["models"]]
+    rows = overview_rows(results)
     folder = out / PLOTS_FOLDER
     folder.mkdir(exist_ok=True)
     with benchmark_style():
@@ -88,8 +90,8 @@ def write_report(results: dict[str, Any], out: Path) -> Path:
         models=models,
         about=json.dumps({k: results[k] for k in ("models", "environment")}, indent=1),
         answers=_answers(results),
-        rows=[_overview_row(row, models) for row in overview_rows(results)],
-        has_frozen=any(row["frozen"] for row in overview_rows(results)),
+        rows=[_overview_row(row, models) for row in rows],
+        has_frozen=any(row["frozen"] for row in rows),
         controls=_controls(results),
         failed=[t for t in results["tasks"] if control_state(t) == "failed"],
         overview=overview,
@@ -100,9 +102,8 @@ def write_report(results: dict[str, Any], out: Path) -> Path:
         state_colours=STATE_COLOURS,
     )
     path = out / REPORT_NAME
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(page)
-    aside.replace(path)
+    with complete_file(path) as aside:
+        aside.write_text(page)
     return path
 
 

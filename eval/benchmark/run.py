@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 import json
 import logging
@@ -14,14 +13,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from data_prep.shards import file_sha256
+from data_prep.files import complete_file
 from eval.benchmark.compare import holm, summarise, verdicts
-from eval.benchmark.inputs import Model, load_models
+from eval.benchmark.inputs import Bench, Model, load_models
 from eval.benchmark.outcome import Store
 from eval.benchmark.task import (
-    TASKS_FOLDER,
     AnyTask,
-    GeneTask,
     Suite,
     all_tasks,
     missing_files,
@@ -126,39 +123,31 @@ def run_benchmark(
         )
     models = load_models(folders, vocabulary, gene_names)
     _claim(out, suite, seed, bf16, models)
-    units = [_module(t).num_units(t, t.sizes[suite], models) for t in runnable]
-    progress.plan(sum(units))
+    progress.plan(sum(_module(t).num_units(t, t.sizes[suite], models) for t in runnable))
+    found = environment()
     results: dict[str, Any] = {
         "format": RESULTS_FORMAT,
         "suite": suite,
         "seed": seed,
         "bf16": bf16,
         "device": device,
-        "command": environment()["command"],
-        "environment": environment() | {"evaluation": _versions()},
+        "command": found["command"],
+        "environment": found | {"evaluation": _versions()},
         "models": [_describe(m) for m in models],
         "tasks": [],
         "skipped": [
-            {"name": t.name, "title": t.title, "reason": _what_is_missing(t, missing[t.name])}
-            for t in tasks
-            if missing[t.name]
+            _skipped(t, _what_is_missing(t, missing[t.name])) for t in tasks if missing[t.name]
         ],
     }
     for task in runnable:
         progress.task(task.title)
-        base = _what_decides(task, suite) | {
-            "data": _data_digest(task, data),
-            "seed": seed,
-            "bf16": bf16,
-        }
-        store = Store(out / "units", base, lambda _, s: progress.unit(s))
+        store = Store(out / "units", _what_decides(task, suite), lambda _, s: progress.unit(s))
         try:
-            record = _run_task(task, suite, models, data, store, seed, device, bf16)
+            record = _run_task(task, suite, Bench(models, data, store, seed, device, bf16))
         except ValueError as error:
             # The other tasks' results are worth having; the command says it and fails at the end.
             logger.error("%s: %s", task.name, error)
-            failed = {"name": task.name, "title": task.title, "reason": str(error), "failed": True}
-            results["skipped"].append(failed)
+            results["skipped"].append(_skipped(task, str(error)) | {"failed": True})
         else:
             results["tasks"].append(record)
         _write(out, results)
@@ -172,20 +161,12 @@ def _module(task: AnyTask) -> ModuleType:
     return importlib.import_module(f"eval.benchmark.{_MODULES[task.kind]}")
 
 
-def _run_task(
-    task: AnyTask,
-    suite: Suite,
-    models: list[Model],
-    data: Path | None,
-    store: Store,
-    seed: int,
-    device: str,
-    bf16: bool,
-) -> dict[str, Any]:
+def _run_task(task: AnyTask, suite: Suite, bench: Bench) -> dict[str, Any]:
     """Return one entry of the results' tasks."""
     started = time.perf_counter()
     size = task.sizes[suite]
-    run = _module(task).run(task, size, models, data, store, seed, device, bf16)
+    run = _module(task).run(task, size, bench)
+    files = {p.stem for pattern in task.cells.files if bench.data for p in bench.data.glob(pattern)}
     return {
         **task.model_dump(
             mode="json", include={"name", "title", "kind", "applications", "published", "note"}
@@ -193,15 +174,18 @@ def _run_task(
         "recipe": task.cells.recipe,
         "size": size.model_dump(mode="json"),
         "seconds": time.perf_counter() - started,
-        "pretrained_on": {m.name: _seen(m, _cell_files(task, data)) for m in models},
+        "pretrained_on": {m.name: _seen(m, files) for m in bench.models},
         **asdict(run),
         "summary": summarise(run),
-        "verdicts": verdicts(run, [m.name for m in models]),
+        "verdicts": verdicts(run, [m.name for m in bench.models]),
     }
 
 
 def _what_decides(task: AnyTask, suite: Suite) -> dict[str, Any]:
-    """Return what of a task's file changes its outcomes; no text does, nor another suite's size."""
+    """Return what of a task's file changes its outcomes; no text does, nor another suite's size.
+
+    Cells, labels, models and seeds are in the keys that each kind of task adds.
+    """
     shown = {"title", "note", "published", "applications", "expected_genes", "sizes"}
     about_cells = {"recipe", "expected_cells"}
     exclude: dict[str, Any] = dict.fromkeys(shown, True) | {"cells": about_cells}
@@ -210,10 +194,10 @@ def _what_decides(task: AnyTask, suite: Suite) -> dict[str, Any]:
     return {"task": task.model_dump(mode="json", exclude=exclude), "size": size}
 
 
-def _seen(model: Model, files: list[Path]) -> list[str]:
+def _seen(model: Model, files: set[str]) -> list[str]:
     """Return the sources of a model's pretraining that are called like these files."""
     record = _record(model) or {}
-    return sorted({p.stem for p in files} & {s["name"] for s in record.get("sources", [])})
+    return sorted(files & {s["name"] for s in record.get("sources", [])})
 
 
 def _record(model: Model) -> dict[str, Any] | None:
@@ -229,6 +213,10 @@ def _versions() -> dict[str, str | None]:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
+
+
+def _skipped(task: AnyTask, reason: str) -> dict[str, Any]:
+    return {"name": task.name, "title": task.title, "reason": reason}
 
 
 def _what_is_missing(task: AnyTask, files: list[str]) -> str:
@@ -270,21 +258,6 @@ def _claim(out: Path, suite: Suite, seed: int, bf16: bool, models: list[Model]) 
     path.write_text(json.dumps(own, indent=1) + "\n")
 
 
-def _cell_files(task: AnyTask, data: Path | None) -> list[Path]:
-    return [p for pattern in task.cells.files if data for p in sorted(data.glob(pattern))]
-
-
-def _data_digest(task: AnyTask, data: Path | None) -> str:
-    """Return a hash of the bytes of all files a task reads."""
-    paths = _cell_files(task, data)
-    if isinstance(task, GeneTask):
-        # Joined to an absolute path, a folder has no say.
-        paths += [r / task.labels for r in (TASKS_FOLDER, data) if r and (r / task.labels).exists()]
-    hashes = [file_sha256(p) for p in paths]
-    return hashlib.sha256("".join([*hashes, str(task.cells.package)]).encode()).hexdigest()
-
-
 def _write(out: Path, results: dict[str, Any]) -> None:
-    aside = out / f".{RESULTS_NAME}.partial"
-    aside.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-    aside.replace(out / RESULTS_NAME)
+    with complete_file(out / RESULTS_NAME) as aside:
+        aside.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")

@@ -33,8 +33,8 @@ from pretrain.export import load_exported, random_twin
 logger = logging.getLogger(__name__)
 
 RESULTS_NAME = "results.json"
-_FEWEST_CELLS_OF_CLASS = 5
-_NO_VALUE = ["", "nan", "None", "NA", "unlabelled"]
+FEWEST_CELLS_OF_CLASS = 5
+NO_VALUE = ["", "nan", "None", "NA", "unlabelled"]
 
 
 @dataclass(frozen=True)
@@ -210,26 +210,24 @@ def summarise(per_seed: list[dict]) -> dict[str, dict]:
 def _labelled(cell_set: CellSet, label: str, donor: str | None) -> tuple[CellSet, dict[str, int]]:
     """Return the cells that can be classified, and how many were dropped for which reason."""
     values = cell_set.metadata[label]
-    unlabelled = values.isin(_NO_VALUE).to_numpy()
+    unlabelled = values.isin(NO_VALUE).to_numpy()
     no_donor = np.zeros(len(values), dtype=bool)
     if donor:
-        no_donor = cell_set.metadata[donor].isin(_NO_VALUE).to_numpy() & ~unlabelled
+        no_donor = cell_set.metadata[donor].isin(NO_VALUE).to_numpy() & ~unlabelled
     unlabelled |= no_donor
     counts = values[~unlabelled].value_counts()
-    rare = (
-        ~unlabelled & values.map(counts.to_dict()).fillna(0).lt(_FEWEST_CELLS_OF_CLASS).to_numpy()
-    )
+    rare = ~unlabelled & values.map(counts.to_dict()).fillna(0).lt(FEWEST_CELLS_OF_CLASS).to_numpy()
     empty = ~cell_set.has_genes & ~unlabelled & ~rare
     keep = np.flatnonzero(~(unlabelled | rare | empty))
     if values.iloc[keep].nunique() < 2:
         raise ValueError(
-            f"column '{label}': fewer than two classes with at least {_FEWEST_CELLS_OF_CLASS} "
+            f"column '{label}': fewer than two classes with at least {FEWEST_CELLS_OF_CLASS} "
             f"cells; it holds {values.value_counts().head(5).to_dict()}"
         )
     dropped = {
         "no label": int((unlabelled & ~no_donor).sum()),
         "no donor": int(no_donor.sum()),
-        f"class below {_FEWEST_CELLS_OF_CLASS} cells": int(rare.sum()),
+        f"class below {FEWEST_CELLS_OF_CLASS} cells": int(rare.sum()),
         "no gene of the vocabulary": int(empty.sum()),
     }
     return cell_set.subset(keep), {k: v for k, v in dropped.items() if v}

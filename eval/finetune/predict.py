@@ -8,6 +8,7 @@ import anndata
 import numpy as np
 import pandas as pd
 
+from data_prep.files import complete_file, require_new_file
 from data_prep.sources import SourceOptions
 from eval.encode import CellSet, encode_file
 from eval.finetune.classifier import Classifier, load_classifier
@@ -35,10 +36,7 @@ def predict_file(
     ValueError
         No classifier in `head`, cells that cannot be encoded with its vocabulary, or `out` exists.
     """
-    if out.exists():
-        raise ValueError(f"{out}: exists; give --out another file")
-    if not out.parent.is_dir():
-        raise ValueError(f"{out}: the folder {out.parent} does not exist")
+    require_new_file(out)
     classifier = load_classifier(head, device)
     found = encode_file(cells, classifier.vocabulary, options)
     data = anndata.read_h5ad(cells)
@@ -55,12 +53,8 @@ def predict_file(
         "vocabulary_sha256": classifier.vocabulary.sha256,
         "classes": {h.name: list(h.classes) for h in classifier.heads},
     }
-    aside = out.with_name(f".{out.name}.partial")
-    try:
+    with complete_file(out) as aside:
         data.write_h5ad(aside)
-        aside.replace(out)
-    finally:
-        aside.unlink(missing_ok=True)
     empty = int((~found.has_genes).sum())
     note = f"; {empty} cells without any gene of the vocabulary have none" if empty else ""
     names = ", ".join(f"{h.name} (of {h.kind})" for h in classifier.heads)

@@ -1,0 +1,26 @@
+"""Files that are complete or absent."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def require_new_file(out: Path) -> None:
+    """Raise ValueError if a file exists, or its folder does not."""
+    if out.exists():
+        raise ValueError(f"{out}: exists; give --out another file")
+    if not out.parent.is_dir():
+        raise ValueError(f"{out}: the folder {out.parent} does not exist")
+
+
+@contextlib.contextmanager
+def complete_file(out: Path) -> Iterator[Path]:
+    """Give a path whose file becomes `out` at the end, and is removed after an error."""
+    aside = out.with_name(f".{out.name}.partial")
+    try:
+        yield aside
+        aside.replace(out)
+    finally:
+        aside.unlink(missing_ok=True)
