@@ -17,6 +17,7 @@ setup(
         "eval",
         "eval.benchmark",
         "eval.finetune",
+        "eval.perturb",
         "deepspeed_configs",
     ],
     package_data={

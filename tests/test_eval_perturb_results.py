@@ -1,0 +1,103 @@
+"""The folder of a perturbation screen: written in parts, read in parts, one job at a time."""
+
+import os
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from eval.perturb.results import Results, ResultsWriter, locked_folder
+from tests.perturb_results import make_results
+
+
+def test_what_is_written_is_read(tmp_path):
+    results = Results.open(make_results(tmp_path / "screen", num_cells=24, cells_per_part=5))
+    assert results.columns == ["shift", "toward_start", "toward_goal"]
+    assert results.cells["cell"].tolist() == list(range(24))
+    assert results.perturbations["perturbation"].tolist() == list(range(10))
+    assert results.perturbations["genes"].iloc[3].tolist() == ["G3"]
+    parts = list(results.shifts())
+    assert len(parts) == 5
+    every = pd.concat(parts)
+    assert every["cell"].is_monotonic_increasing
+    assert (every.groupby("perturbation").size() == results.perturbations["cells"]).all()
+    assert list(next(results.shifts(["shift"]))) == ["cell", "perturbation", "changed", "shift"]
+    assert not results.has_gene_shifts and not (tmp_path / "screen" / "cells").exists()
+    with pytest.raises(ValueError, match="no value 'toward_x', only shift"):
+        next(results.shifts(["toward_x"]))
+
+
+def test_donor_means_are_those_of_pandas(tmp_path):
+    results = Results.open(make_results(tmp_path / "screen"))
+    every = pd.concat(results.shifts()).merge(results.cells[["cell", "donor"]], on="cell")
+    grouped = every.groupby(["perturbation", "donor"])["toward_goal"]
+    expected = grouped.agg(lambda v: v.astype(np.float64).mean())
+    found = results.donor_means("toward_goal").set_index(["perturbation", "donor"])
+    assert found.index.tolist() == expected.index.tolist()
+    np.testing.assert_allclose(found["mean"], expected, rtol=1e-12)
+    assert found["cells"].tolist() == grouped.size().tolist()
+
+
+def writer(folder, **settings) -> ResultsWriter:
+    return ResultsWriter(folder, {"settings": {"kind": "delete"} | settings, "model": "m"}, 2)
+
+
+def begin(made: ResultsWriter) -> None:
+    table = pd.DataFrame({"kind": ["delete"], "genes": [["A"]], "name": ["A"]})
+    made.begin(table, ["shift"], {})
+
+
+def part(made: ResultsWriter, number: int) -> None:
+    cells = pa.table({"cell": pa.array([number], pa.int32()), "donor": [""]})
+    shifts = {"cell": [number], "perturbation": [0], "changed": [True], "shift": [0.5]}
+    made.write_part(number, cells, pa.table(shifts))
+
+
+def test_an_unfinished_screen_goes_on_with_the_same_settings_only(tmp_path):
+    first = writer(tmp_path / "s")
+    begin(first)
+    part(first, 0)
+    with pytest.raises(ValueError, match=r"not finished \(1 of 2 parts\)"):
+        Results.open(tmp_path / "s")
+    assert Results.open(tmp_path / "s", unfinished=True).cells["cell"].tolist() == [0]
+    with pytest.raises(ValueError, match="kind: delete there, overexpress here"):
+        begin(writer(tmp_path / "s", kind="overexpress"))
+    again = writer(tmp_path / "s")
+    begin(again)
+    assert again.has_part(0) and not again.has_part(1)
+    assert not writer(tmp_path / "s", layer=0).has_part(0)
+    part(again, 1)
+    again.finish()
+    assert Results.open(tmp_path / "s").cells["cell"].tolist() == [0, 1]
+    begin(again)
+    again.finish()
+    assert Results.open(tmp_path / "s").cells["cell"].tolist() == [0, 1], "nothing to do"
+
+
+def test_folders_that_are_no_screen(tmp_path):
+    with pytest.raises(ValueError, match="no folder of `geneloom perturb`"):
+        Results.open(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds other files"):
+        begin(writer(tmp_path))
+    (tmp_path / "manifest.json").write_text('{"format": "else"}')
+    with pytest.raises(ValueError, match="not of format geneloom-perturb/1"):
+        Results.open(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="not readable as JSON"):
+        Results.open(tmp_path)
+
+
+def test_one_job_at_a_time(tmp_path):
+    with locked_folder(tmp_path / "a" / "s"):
+        message = f"another job is writing.*process {os.getpid()} on"
+        with pytest.raises(ValueError, match=message), locked_folder(tmp_path / "a" / "s"):
+            pass
+        assert (tmp_path / "a" / "s").exists()
+    assert not (tmp_path / "a").exists(), "what nothing was written into is removed"
+    with locked_folder(tmp_path / "a"):
+        (tmp_path / "a" / "manifest.json").write_text("{}")
+    with locked_folder(tmp_path / "a"):
+        pass
+    assert (tmp_path / "a" / "manifest.json").exists()
