@@ -76,7 +76,7 @@ def test_an_unfinished_screen_goes_on_with_the_same_settings_only(tmp_path):
 
 
 def test_folders_that_are_no_screen(tmp_path):
-    with pytest.raises(ValueError, match="no folder of `geneloom perturb`"):
+    with pytest.raises(ValueError, match="expected a folder of `geneloom perturb`"):
         Results.open(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds other files"):
