@@ -47,7 +47,7 @@ READABLE_FORMATS = ("geneloom-shards/1", SHARD_FORMAT)
 MANIFEST_NAME, INDEX_NAME, VOCABULARY_NAME = "manifest.json", "index.parquet", "vocabulary.json"
 STATISTICS_NAME = "statistics.json"
 SPLITS = ("train", "heldout")
-_PARTIAL = ".partial"
+PARTIAL = ".partial"
 _TAR_BLOCK = 512
 _PLACE = ("offset", "bytes", "crc32")
 # 32 seconds in all, and at most 20 s of silence before each: less than the 600 s that ranks wait
@@ -146,7 +146,7 @@ def require_new(out: Path) -> None:
 
     What a killed writer left behind does not count.
     """
-    if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {_PARTIAL}):
+    if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {PARTIAL}):
         raise ValueError(f"{out}: exists and is not an empty folder; give --out a new one")
 
 
@@ -160,7 +160,7 @@ def complete_folder(out: Path, record: str) -> Iterator[Path]:
     an error it is removed, with the folders that were made for it.
     """
     made = [p for p in (out, *out.parents) if not p.exists()]
-    partial = out / _PARTIAL
+    partial = out / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import BertConfig, BertForMaskedLM
 
-from data_prep.shards import complete_folder, require_new
+from data_prep.shards import complete_folder, file_sha256, require_new
 from data_prep.vocab import Vocabulary, load_vocabulary, open_vocabulary
 from pretrain import checkpoint, zero_state
 from pretrain.architecture import read_bert_config
@@ -82,6 +83,12 @@ def load_exported(
             f"vocabulary makes sequences of {vocabulary.max_length}"
         )
     return model.eval(), vocabulary
+
+
+def model_digest(folder: Path, vocabulary: Vocabulary) -> str:
+    """Return a hash of a model folder's weights and of the vocabulary it is used with."""
+    weights = [file_sha256(p) for p in sorted(folder.glob("*.safetensors"))]
+    return hashlib.sha256("".join([*weights, vocabulary.sha256]).encode()).hexdigest()
 
 
 def folder_vocabulary(folder: Path, vocabulary_path: Path | None) -> Vocabulary:

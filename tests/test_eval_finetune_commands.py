@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,6 +103,40 @@ def test_gene_heads_are_means_over_cells(model, tmp_path):
         np.testing.assert_allclose(
             var["geneloom_dosage_yes"].iloc[gene], found.probabilities[rows, 1].mean(), rtol=1e-5
         )
+
+
+def test_killed_command_goes_on(model, tmp_path):
+    """Killed with SIGKILL in the second seed: the same bytes as a run that was left alone."""
+    command = [
+        sys.executable, "-c", "from launch.cli import main; main()", "finetune", "cells",
+        str(model / "cells.h5ad"), "--model", str(model), "--label", "cell_type", "--epochs", "6",
+        "--device", "cpu", "--learning-rate", "0.005", "--out",
+    ]  # fmt: skip
+    root = Path(__file__).resolve().parent.parent
+    out = tmp_path / "killed"
+    process = subprocess.Popen([*command, str(out)], cwd=root, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not list(out.glob(".partial/*/seed-1, */epoch-*")):
+        assert process.poll() is None, "finished before it could be killed"
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not (out / "results.json").exists()
+    (seed,) = out.glob(".partial/*/seed-0.json")
+    written = seed.stat().st_mtime_ns
+    (work,) = out.glob(".partial/*")
+    other = finetune_cells(model / "cells.h5ad", model, "cell_type", tmp_path / "alone",
+                           settings=FinetuneSettings(epochs=6, learning_rate=5e-3))  # fmt: skip
+    done = subprocess.Popen([*command, str(out)], cwd=root, stderr=subprocess.DEVNULL)
+    while seed.exists():
+        assert seed.stat().st_mtime_ns == written, "a finished seed was computed again"
+        if done.poll() is not None:
+            break
+        time.sleep(0.02)
+    assert done.wait(timeout=120) == 0
+    assert json.loads((out / "results.json").read_text()) == other
+    assert not work.parent.exists()
 
 
 @pytest.mark.slow

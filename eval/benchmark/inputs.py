@@ -22,7 +22,7 @@ from eval.benchmark.outcome import Store
 from eval.benchmark.task import Cells
 from eval.demo_cells import recover_counts
 from eval.encode import CellSet, encode_file
-from pretrain.export import load_exported
+from pretrain.export import load_exported, model_digest
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,7 @@ def load_models(
         if name in [m.name for m in models]:
             raise ValueError(f"--model {folder}: another model is called '{name}' too; rename one")
         network, vocab = load_exported(folder, vocabulary)
-        weights = [file_sha256(p) for p in sorted(folder.glob("*.safetensors"))]
-        digest = hashlib.sha256("".join([*weights, vocab.sha256]).encode()).hexdigest()
-        models.append(Model(name, folder, network, vocab, digest, names))
+        models.append(Model(name, folder, network, vocab, model_digest(folder, vocab), names))
     return models
 
 

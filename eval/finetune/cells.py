@@ -6,12 +6,14 @@ import json
 import logging
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from transformers import BertForMaskedLM, BertModel
 
-from data_prep.shards import require_new
+from data_prep.files import complete_file
+from data_prep.shards import file_sha256, require_new
 from data_prep.sources import SourceOptions
 from data_prep.vocab import Vocabulary
 from eval.baselines import predict_baselines, predict_from_embedding
@@ -25,10 +27,11 @@ from eval.finetune.engine import (
     finetune,
     save_classifier,
 )
+from eval.finetune.unfinished import Unfinished
 from eval.metrics import mean_and_interval, score_classes
 from eval.splits import limit_per_class, split_cells
 from pretrain.dist import Ranks
-from pretrain.export import load_exported, random_twin
+from pretrain.export import load_exported, model_digest, random_twin
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +50,13 @@ class _Problem:
     donors: np.ndarray | None
     settings: FinetuneSettings
     ranks: Ranks | None
+    unfinished: Unfinished
 
-    def finetuned(self, encoder: BertModel, train: np.ndarray, seed: int) -> Classifier:
-        """Return a classifier of training cells; some of them decide when to stop, if asked to."""
+    def finetuned(self, encoder: BertModel, train: np.ndarray, seed: int, name: str) -> Classifier:
+        """Return a classifier of training cells; some of them decide when to stop, if asked to.
+
+        `name` tells this training's progress from that of the others.
+        """
         validation = None
         if self.settings.patience:
             donors = None if self.donors is None else self.donors[train]
@@ -57,11 +64,11 @@ class _Problem:
             train, validation = train[inner], self._examples(train[held_out])
         return finetune(
             encoder, self.vocabulary, *self._examples(train), self.settings, seed, validation,
-            ranks=self.ranks,
+            self.unfinished.training(name), self.ranks,
         )  # fmt: skip
 
     def predict(
-        self, encoder: BertModel, train: np.ndarray, test: np.ndarray, seed: int
+        self, encoder: BertModel, train: np.ndarray, test: np.ndarray, seed: int, name: str
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return predictions of a linear layer on the frozen encoder, and of the fine-tuned one."""
         used = np.concatenate([train, test])
@@ -72,7 +79,7 @@ class _Problem:
             bf16=self.settings.bf16,
         )  # fmt: skip
         frozen = predict_from_embedding(embedding, self.target.labels, train, test, seed)
-        classifier = self.finetuned(encoder, train, seed)
+        classifier = self.finetuned(encoder, train, seed, name)
         probabilities = classifier.predict_cells(self._tokens(test), self.target.head.name)
         return frozen, probabilities.argmax(axis=1)
 
@@ -100,6 +107,9 @@ def finetune_cells(
 ) -> dict:
     """Write and return the scores of a fine-tuned encoder beside its baselines.
 
+    A killed run that is started again with the same settings goes on: seeds that are done are
+    read, and the training that it was in continues after its last epoch, to the same bits.
+
     Every seed has its own split, drawn cells, head and random twin; all contenders of a seed see
     the same cells.
 
@@ -123,20 +133,23 @@ def finetune_cells(
         if folder is not None:
             require_new(folder)
     network, vocabulary = load_exported(model_folder, vocabulary_path)
+    is_first = ranks is None or ranks.is_first
+    limits = (max_train_per_class, max_test_per_class)
+    identity = _what_decides(cells, model_folder, vocabulary, label, donor, settings, options)
+    unfinished = Unfinished(out, identity | {"limits": limits}, writes=is_first)
     columns = tuple(dict.fromkeys([*options.columns, label, *([donor] if donor else [])]))
     encoded = encode_file(cells, vocabulary, replace(options, columns=columns))
-    cell_set, dropped = _labelled(encoded, label, donor)
-    classes = sorted(set(cell_set.metadata[label]))
-    labels = np.array([classes.index(v) for v in cell_set.metadata[label]])
-    donors = cell_set.metadata[donor].to_numpy(dtype=str) if donor else None
-    target = Target(Head(label, "cells", tuple(classes)), labels)
-    problem = _Problem(vocabulary, cell_set, target, donors, settings, ranks)
-    limits = (max_train_per_class, max_test_per_class)
-    per_seed = [_score_seed(problem, network, seed, limits) for seed in range(seeds)]
+    labelled, dropped = _labelled(encoded, label, donor)
+    problem = _problem(vocabulary, labelled, label, donor, settings, ranks, unfinished)
+    labels = problem.target.labels
+    per_seed = [
+        unfinished.seed(seed, partial(_score_seed, problem, network, seed, limits))
+        for seed in range(seeds)
+    ]
     results = {
         "task": f"{label} of {cells.name}",
         "label": label,
-        "classes": classes,
+        "classes": list(problem.target.head.classes),
         "cells": len(labels),
         "dropped": dropped,
         "split": f"by {donor}" if donor else "stratified by class, cells of a donor on both sides",
@@ -147,17 +160,53 @@ def finetune_cells(
         "summary": summarise(per_seed),
         "seeds": per_seed,
     }
-    is_first = ranks is None or ranks.is_first
-    if is_first:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / RESULTS_NAME).write_text(json.dumps(results, indent=1) + "\n")
     if save_head is not None:
         every = limit_per_class(np.arange(len(labels)), labels, max_train_per_class, 0)
-        classifier = problem.finetuned(network.bert, every, 0)
+        classifier = problem.finetuned(network.bert, every, 0, "head")
         if is_first:
             kept = ("task", "label", "cells", "split", "model", "summary")
             save_classifier(classifier, save_head, {k: results[k] for k in kept})
+    if is_first:
+        out.mkdir(parents=True, exist_ok=True)
+        with complete_file(out / RESULTS_NAME) as aside:
+            aside.write_text(json.dumps(results, indent=1) + "\n")
+        unfinished.remove()
     return results
+
+
+def _what_decides(
+    cells: Path,
+    model: Path,
+    vocabulary: Vocabulary,
+    label: str,
+    donor: str | None,
+    settings: FinetuneSettings,
+    options: SourceOptions,
+) -> dict:
+    return {
+        "cells": file_sha256(cells),
+        "options": repr(options),
+        "model": model_digest(model, vocabulary),
+        "columns": [label, donor],
+        # Where it is computed changes no more than the last bits.
+        "settings": asdict(replace(settings, device="cpu")),
+    }
+
+
+def _problem(
+    vocabulary: Vocabulary,
+    cells: CellSet,
+    label: str,
+    donor: str | None,
+    settings: FinetuneSettings,
+    ranks: Ranks | None,
+    unfinished: Unfinished,
+) -> _Problem:
+    classes = sorted(set(cells.metadata[label]))
+    labels = np.array([classes.index(v) for v in cells.metadata[label]])
+    donors = cells.metadata[donor].to_numpy(dtype=str) if donor else None
+    target = Target(Head(label, "cells", tuple(classes)), labels)
+    return _Problem(vocabulary, cells, target, donors, settings, ranks, unfinished)
 
 
 def _score_seed(
@@ -177,7 +226,8 @@ def _score_seed(
         ("pretrained", network.bert),
         ("random weights", random_twin(network, seed).bert),
     ):
-        frozen, tuned = problem.predict(encoder, train, test, seed)
+        name = f"seed-{seed}, {weights}"
+        frozen, tuned = problem.predict(encoder, train, test, seed, name)
         predictions[f"frozen embedding, {weights}"] = frozen
         predictions[f"fine-tuned, {weights}"] = tuned
     classes = list(problem.target.head.classes)
