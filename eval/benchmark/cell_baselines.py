@@ -29,6 +29,7 @@ from eval.baselines import log_normalise
 
 NUM_VARIABLE_GENES = 2_000
 LOGISTIC_REGRESSION = "logistic regression"
+KNN_ON_PCA = "kNN on PCA"
 SCVI = "scVI + kNN"
 # Above this, more cells no longer change these classifiers much, and some would take longer than
 # the model itself.
@@ -47,10 +48,11 @@ def _nearest_centroid(labels: np.ndarray, width: int, seed: int) -> BaseEstimato
     return NearestCentroid()
 
 
-def _neighbours(labels: np.ndarray) -> KNeighborsClassifier:
+def nearest_neighbours(labels: np.ndarray, metric: str = "euclidean") -> KNeighborsClassifier:
+    """Return a vote of at most 15 neighbours, near ones weighing more, for these labels."""
     # More neighbours than the smallest class has cells could never vote for it.
     smallest = int(np.unique(labels, return_counts=True)[1].min())
-    return KNeighborsClassifier(min(_MOST_NEIGHBOURS, smallest), weights="distance")
+    return KNeighborsClassifier(min(_MOST_NEIGHBOURS, smallest), weights="distance", metric=metric)
 
 
 def _pca(labels: np.ndarray, width: int, seed: int) -> PCA:
@@ -58,7 +60,7 @@ def _pca(labels: np.ndarray, width: int, seed: int) -> PCA:
 
 
 def _knn(labels: np.ndarray, width: int, seed: int) -> BaseEstimator:
-    return make_pipeline(_pca(labels, width, seed), _neighbours(labels))
+    return make_pipeline(_pca(labels, width, seed), nearest_neighbours(labels))
 
 
 def _l2(labels: np.ndarray, width: int, seed: int) -> BaseEstimator:
@@ -90,7 +92,7 @@ def _boosting(labels: np.ndarray, width: int, seed: int) -> BaseEstimator:
 BASELINES: dict[str, Callable[[np.ndarray, int, int], BaseEstimator]] = {
     "majority class": _majority,
     "nearest centroid": _nearest_centroid,
-    "kNN on PCA": _knn,
+    KNN_ON_PCA: _knn,
     "L1 logistic regression": _l1,
     LOGISTIC_REGRESSION: _l2,
     "random forest": _forest,
@@ -222,4 +224,4 @@ def predict_scvi(
     genes = variable_genes(log_normalise(counts[train]))
     fitted, new = scvi_latent(counts[train][:, genes], counts[test][:, genes], seed)
     known = labels[train]
-    return predict_probabilities(_neighbours(known), fitted, known, new, num_classes)
+    return predict_probabilities(nearest_neighbours(known), fitted, known, new, num_classes)

@@ -32,7 +32,7 @@ from eval.benchmark.encoders import (
 from eval.benchmark.folds import FINE_TUNED, CellContender, CellFold, seed_of_fold
 from eval.benchmark.inputs import Bench, Model, TaskCells, load_cells
 from eval.benchmark.outcome import Outcome, Role, TaskRun
-from eval.benchmark.task import CellTask, Size
+from eval.benchmark.task import AnnotationTask, CellTask, Size
 from eval.finetune.cells import FEWEST_CELLS_OF_CLASS, NO_VALUE
 from eval.metrics import chance_macro_f1, score_probabilities
 from eval.splits import limit_per_class, require_clean_split, seen_in_training, split_cells
@@ -92,7 +92,19 @@ class Contender(CellContender):
 
 
 def run(task: CellTask, size: Size, bench: Bench) -> TaskRun:
-    """Return the outcomes of all contenders of a cell task, one fold a seed.
+    """Return the outcomes of all contenders of a cell task, one fold a seed; see `compete`."""
+    return compete(task, size, bench, contenders(size, bench.models), 0)
+
+
+def compete(
+    task: CellTask | AnnotationTask, size: Size, bench: Bench, rows: list[Contender], layer: int
+) -> TaskRun:
+    """Return the outcomes of contenders on the same training and test cells, one fold a seed.
+
+    Parameters
+    ----------
+    layer
+        Of the embeddings, as in `eval.embed.embed_cells`.
 
     Raises
     ------
@@ -106,7 +118,7 @@ def run(task: CellTask, size: Size, bench: Bench) -> TaskRun:
     classes = sorted(set(cells.metadata[task.label]))
     labels = np.array([classes.index(v) for v in cells.metadata[task.label]], dtype=np.int64)
     groups = cells.metadata[task.group].to_numpy(dtype=str) if task.group else None
-    embeddings = Embeddings(cells.tokens, 0, bench.device, bench.bf16)
+    embeddings = Embeddings(cells.tokens, layer, bench.device, bench.bf16)
     outcomes, few_shot, divided = [], [], []
     copies = 0
     for number in range(size.seeds):
@@ -119,7 +131,7 @@ def run(task: CellTask, size: Size, bench: Bench) -> TaskRun:
             bench.bf16, groups, capped, np.sort(np.concatenate([capped, test])), embeddings,
         )  # fmt: skip
         divided.append(_described(fold))
-        for contender in contenders(size, bench.models):
+        for contender in rows:
             key = contender.key(fold) | {"shots": contender.shots}
             outcome = bench.store.outcome(key, partial(_compete, contender, fold))
             (outcomes if contender.shots is None else few_shot).append(outcome)
@@ -217,7 +229,7 @@ def contenders(size: Size, models: list[Model]) -> list[Contender]:
     """Return who takes part in every fold: the table's rows, then the few-shot curve."""
     rows = [Contender(n, "baseline", None, partial(_baseline, n)) for n in BASELINES]
     if scvi_missing() is None:
-        rows.append(Contender(SCVI, "baseline", None, _scvi))
+        rows.append(Contender(SCVI, "baseline", None, scvi_neighbours))
     rows.append(Contender(SHUFFLED, "control", None, _shuffled_genes))
     roles: tuple[Role, ...] = ("model", "twin")
     for model in models:
@@ -256,7 +268,7 @@ def _baseline(name: str, fold: Fold) -> np.ndarray:
     return predict_probabilities(estimator, fitted, known, test, len(fold.classes))
 
 
-def _scvi(fold: Fold) -> np.ndarray:
+def scvi_neighbours(fold: Fold) -> np.ndarray:
     return predict_scvi(
         fold.cells.counts, fold.labels, fold.capped, fold.test, len(fold.classes), fold.seed
     )
@@ -278,16 +290,16 @@ def _from_states(
 
 
 def _frozen(model: Model, role: Role, fold: Fold) -> np.ndarray:
-    fitted, test = _states(model, role, fold)
+    fitted, test = states(model, role, fold)
     return _from_states(fold, fitted, test, fold.labels)
 
 
 def _shuffled_frozen(model: Model, fold: Fold) -> np.ndarray:
-    fitted, test = _states(model, "model", fold)
+    fitted, test = states(model, "model", fold)
     return _from_states(fold, fitted, test, fold.shuffled)
 
 
-def _states(model: Model, role: Role, fold: Fold) -> tuple[np.ndarray, np.ndarray]:
+def states(model: Model, role: Role, fold: Fold) -> tuple[np.ndarray, np.ndarray]:
     """Return embeddings of training and test cells."""
     used = np.concatenate([fold.capped, fold.test])
     states = fold.embeddings.of(model, fold.twin_seed(role), used, fold.embedded)
@@ -330,7 +342,7 @@ def _described(fold: Fold) -> dict[str, Any]:
     return found
 
 
-def _split_sentence(task: CellTask, size: Size, divided: list[dict]) -> str:
+def _split_sentence(task: CellTask | AnnotationTask, size: Size, divided: list[dict]) -> str:
     if task.group is None:
         return (
             f"{size.seeds} seeds, stratified by class; cells of a donor may be on both sides: "

@@ -21,7 +21,8 @@ from eval.metrics import CONFIDENCE
 
 # What stands for a model, decided before any score is seen: the first of these that a task has.
 # Embeddings without training are what integration is about; elsewhere it is the trained model.
-MAIN_CONTENDERS = ("zero-shot", "fine-tuned")
+ZERO_SHOT = "zero-shot"
+MAIN_CONTENDERS = (ZERO_SHOT, "fine-tuned")
 # Fewer paired folds say nothing about the spread.
 FEWEST_FOLDS = 3
 NOT_TESTED = "not tested"

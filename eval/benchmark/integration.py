@@ -19,7 +19,7 @@ from sklearn.model_selection import train_test_split
 from eval.baselines import log_normalise
 from eval.benchmark.cell_baselines import scvi_latent, scvi_missing, variable_genes
 from eval.benchmark.cell_tasks import usable_cells
-from eval.benchmark.compare import display_name
+from eval.benchmark.compare import ZERO_SHOT, display_name
 from eval.benchmark.encoders import Embeddings, kept_threads, train
 from eval.benchmark.folds import FINE_TUNED, CellContender, CellFold, seed_of_fold
 from eval.benchmark.inputs import Bench, Model, load_cells
@@ -29,7 +29,6 @@ from eval.benchmark.planted import add_planted_batch
 from eval.benchmark.task import IntegrationTask, Size
 from eval.splits import limit_per_class, require_clean_split, split_cells
 
-ZERO_SHOT = "zero-shot"
 _COMPONENTS = 50
 _SCORED_SHARE = 0.5
 # Of the held-out cells, so that seeds differ even where batches can be held out in one way only.

@@ -128,9 +128,12 @@ def task_plots(task: dict[str, Any], models: list[str]) -> list[Plot]:
     makers: dict[str, list[Callable]] = {
         "genes": [_score_plot, _roc_plot],
         "cells": [_score_plot, _confusion_plot, _calibration_plot, _class_plot, _few_shot_plot],
+        "annotation": [_score_plot, _confusion_plot, _class_plot],
         "integration": [_score_plot, _umap_by_label, _umap_by_batch],
+        "context": [_score_plot, _roc_plot],
+        "attention": [_score_plot, _roc_plot],
     }
-    plots = (make(task, models) for make in makers[task["kind"]])
+    plots = (make(task, models) for make in makers.get(task["kind"], [_score_plot]))
     return [plot for plot in plots if plot is not None]
 
 

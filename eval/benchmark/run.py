@@ -33,7 +33,15 @@ RESULTS_FORMAT = "geneloom-benchmark/1"
 RESULTS_NAME = "results.json"
 _IDENTITY_NAME = "benchmark.json"
 # Imported when a suite has such a task: the metrics of integration load jax.
-_MODULES = {"genes": "genes", "cells": "cell_tasks", "integration": "integration"}
+_MODULES = {
+    "genes": "genes",
+    "cells": "cell_tasks",
+    "integration": "integration",
+    "annotation": "annotation",
+    "context": "context",
+    "attention": "attention_task",
+    "perturb_seq": "perturb_seq",
+}
 _PACKAGES = ("scikit-learn", "scanpy", "scib-metrics", "harmonypy", "scvi-tools", "peft", "optuna")
 
 

@@ -71,6 +71,19 @@ class Size(_Section):
     search_trials: int = Field(0, ge=0)
 
 
+class Edges(_Section):
+    """A table of pairs of genes: regulators and targets, or perturbed genes and what follows."""
+
+    # Below the data folder: .tsv, .csv (perhaps .gz) or .parquet.
+    file: str
+    # Columns that hold gene ids.
+    source: str
+    target: str
+    # Column -> values of the rows that are pairs; the others only say which genes were looked at.
+    keep: dict[str, tuple[str, ...]] = {}
+    recipe: str
+
+
 class _Task(_Section):
     name: str
     title: str
@@ -81,6 +94,11 @@ class _Task(_Section):
     # What each suite does; a task is part of the suites that are named here.
     sizes: dict[Suite, Size]
     note: str = ""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Paths or globs below the data folder that the task needs."""
+        return self.cells.files
 
 
 class GeneTask(_Task):
@@ -96,10 +114,9 @@ class GeneTask(_Task):
     folds: int = Field(5, ge=2)
 
 
-class CellTask(_Task):
+class _LabelledCells(_Task):
     """Classes of cells; donors, batches or data sets stay whole."""
 
-    kind: Literal["cells"]
     label: str
     # Column of obs whose groups stay whole; None: stratified by class, and the report says so.
     group: str | None = None
@@ -107,10 +124,22 @@ class CellTask(_Task):
     group_missing: str = ""
 
     @model_validator(mode="after")
-    def _reason(self) -> CellTask:
+    def _reason(self) -> _LabelledCells:
         if self.group is None and not self.group_missing:
-            raise ValueError("cells: without `group`, `group_missing` has to say why")
+            raise ValueError(f"{self.label}: without `group`, `group_missing` has to say why")
         return self
+
+
+class CellTask(_LabelledCells):
+    """A classifier is trained on cells of each class."""
+
+    kind: Literal["cells"]
+
+
+class AnnotationTask(_LabelledCells):
+    """Cells get the class of the nearest reference cells; nothing is trained."""
+
+    kind: Literal["annotation"]
 
 
 class IntegrationTask(_Task):
@@ -123,7 +152,96 @@ class IntegrationTask(_Task):
     planted_batch: bool = False
 
 
-AnyTask = GeneTask | CellTask | IntegrationTask
+class GeneList(_Section):
+    """Genes that belong together: a table with the column ensembl_id (or gene), perhaps symbol."""
+
+    # What the page calls them.
+    name: str
+    # Below the data folder, or beside the task's file.
+    file: str
+    # Column -> values of the rows that are meant.
+    keep: dict[str, tuple[str, ...]] = {}
+
+
+class _MatchedGenesTask(_Task):
+    """Listed genes against others of equal rank, expression and detection, ordered by a score."""
+
+    positive: GeneList
+    # None: every other gene of the cells.
+    negative: GeneList | None = None
+    # Column of obs: donors are looked at one by one.
+    donor: str | None = None
+
+    @property
+    def lists(self) -> tuple[GeneList, ...]:
+        return (self.positive, self.negative) if self.negative else (self.positive,)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        own = (lst.file for lst in self.lists if not (TASKS_FOLDER / lst.file).exists())
+        return (*self.cells.files, *own)
+
+
+class ContextTask(_MatchedGenesTask):
+    """Which genes' states differ between types of cells?"""
+
+    kind: Literal["context"]
+    # Column of obs: types of cells.
+    label: str
+
+
+class AttentionTask(_MatchedGenesTask):
+    """Which genes are attended to?"""
+
+    kind: Literal["attention"]
+
+
+class PerturbSeqTask(_Task):
+    """Measured shifts of expression after perturbations, predicted for genes not trained on.
+
+    With `signatures` the shifts come from a table (1 for a gene that a knock-down moves, else 0),
+    and `cells` are only looked at; without it they are measured in `cells`.
+    """
+
+    kind: Literal["perturb_seq"]
+    # Column of obs that names a cell's perturbation ("A", or "A+B" for two genes).
+    perturbation: str = ""
+    # Its value for cells that were not perturbed.
+    control: str = ""
+    # Column of obs: shifts are measured in each replicate, then averaged. None: no replicates.
+    replicate: str | None = None
+    # Names in `perturbation` -> gene ids; a name that is not here is a gene id.
+    gene_ids: dict[str, str] = {}
+    # Cells that features of the perturbed genes come from; None: the controls among `cells`.
+    context: Cells | None = None
+    signatures: Edges | None = None
+    # genes: test perturbations have a gene that training never saw. combinations: folds over
+    # perturbations of several genes; all single ones are in the training.
+    split: Literal["genes", "combinations"] = "genes"
+    folds: int = Field(5, ge=2)
+    # Perturbations of fewer cells in a replicate are not measured there.
+    min_cells: int = Field(10, ge=1)
+
+    @model_validator(mode="after")
+    def _one_truth(self) -> PerturbSeqTask:
+        if (self.signatures is None) == (not self.perturbation):
+            raise ValueError("perturb_seq: give perturbation, or signatures, and not both")
+        if self.perturbation and not self.control:
+            raise ValueError("perturb_seq: `control` has to name the cells without perturbation")
+        return self
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Cells, those of the context, and the table of signatures."""
+        context = self.context.files if self.context else ()
+        table = (self.signatures.file,) if self.signatures else ()
+        return (*self.cells.files, *context, *table)
+
+
+AnyTask = (
+    GeneTask | CellTask | AnnotationTask | IntegrationTask | ContextTask | AttentionTask
+    | PerturbSeqTask
+)  # fmt: skip
 _ADAPTER: TypeAdapter = TypeAdapter(Annotated[AnyTask, Field(discriminator="kind")])
 
 
@@ -146,11 +264,21 @@ def read_task(path: Path) -> AnyTask:
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise ValueError(f"{path}: is no task: " + "; ".join(wrong)) from error
+    if isinstance(task, ContextTask | AttentionTask) and path.parent != TASKS_FOLDER:
+        lists = {n: _beside(getattr(task, n), path.parent) for n in ("positive", "negative")}
+        return task.model_copy(update=lists)
     if isinstance(task, GeneTask) and path.parent != TASKS_FOLDER:
         beside = path.parent.resolve() / task.labels
         if beside.exists():
             return task.model_copy(update={"labels": str(beside)})
     return task
+
+
+def _beside(genes: GeneList | None, folder: Path) -> GeneList | None:
+    """Return a list with its full path, if it lies in this folder."""
+    if genes is None or not (folder / genes.file).exists():
+        return genes
+    return genes.model_copy(update={"file": str(folder.resolve() / genes.file)})
 
 
 def all_tasks() -> dict[str, AnyTask]:
@@ -161,7 +289,7 @@ def all_tasks() -> dict[str, AnyTask]:
 
 def missing_files(task: AnyTask, data: Path | None) -> list[str]:
     """Return the files that a task needs and that are not below the data folder."""
-    wanted = list(task.cells.files)
+    wanted = list(task.files)
     # An absolute path stays what it is: labels beside a task's own file.
     if isinstance(task, GeneTask) and not (TASKS_FOLDER / task.labels).exists():
         wanted.append(task.labels)
