@@ -134,9 +134,9 @@ def variable_genes(features: scipy.sparse.csr_matrix) -> np.ndarray:
 
 def predict_probabilities(
     estimator: Any,
-    train: np.ndarray,
+    train: np.ndarray | scipy.sparse.csr_matrix,
     labels: np.ndarray,
-    test: np.ndarray,
+    test: np.ndarray | scipy.sparse.csr_matrix,
     num_classes: int,
 ) -> np.ndarray:
     """Return float64 [test cells, classes] probabilities of an estimator fitted here.
@@ -156,7 +156,7 @@ def predict_probabilities(
         # A stopped optimisation is a weaker baseline, not a wrong one; the cap is on purpose.
         warnings.simplefilter("ignore", ConvergenceWarning)
         estimator.fit(train, labels)
-    out = np.zeros((len(test), num_classes))
+    out = np.zeros((test.shape[0], num_classes))
     out[:, estimator.classes_] = estimator.predict_proba(test)
     return out
 

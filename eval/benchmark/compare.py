@@ -22,7 +22,9 @@ from eval.metrics import CONFIDENCE
 # What stands for a model, decided before any score is seen: the first of these that a task has.
 # Embeddings without training are what integration is about; elsewhere it is the trained model.
 ZERO_SHOT = "zero-shot"
-MAIN_CONTENDERS = (ZERO_SHOT, "fine-tuned")
+# Measured shifts of expression are predicted by a linear map from a gene's embedding.
+RIDGE = "ridge on input embedding"
+MAIN_CONTENDERS = (ZERO_SHOT, RIDGE, "fine-tuned")
 # Fewer paired folds say nothing about the spread.
 FEWEST_FOLDS = 3
 NOT_TESTED = "not tested"
