@@ -1,4 +1,4 @@
-"""A results folder of `geneloom perturb` with planted effects, written by the real writer."""
+"""Screens with a known truth, written as `geneloom perturb` writes them."""
 
 from __future__ import annotations
 
@@ -8,71 +8,59 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from eval.perturb.results import ResultsWriter
+from eval.perturb.results import Results, ResultsWriter
 
 
-def make_results(
+def write_screen(
     folder: Path,
-    num_cells: int = 24,
-    num_donors: int = 3,
-    effects: dict[str, float] | None = None,
+    values: np.ndarray,
+    donors: list[str],
+    genes: list[list[str]],
     kind: str = "delete",
-    detection: float = 0.7,
-    cells_per_part: int = 5,
-    noise: float = 0.01,
-    seed: int = 0,
-) -> Path:
-    """Write a finished screen and return its folder.
-
-    Parameters
-    ----------
-    effects
-        Name of a perturbation ('+'-joined gene ids) -> mean of ``toward_goal`` in cells where it
-        applies; None: G0 .. G9, of which G0 has 0.1. Donors have offsets of a fifth of `noise`.
-    """
-    rng = np.random.default_rng(seed)
-    effects = {f"G{i}": 0.1 * (i == 0) for i in range(10)} if effects is None else effects
-    applies = rng.random((num_cells, len(effects))) < detection
-    offsets = rng.normal(0, noise / 5, num_donors)
-    ranks = rng.integers(0, 500, len(effects))
+    column: str = "toward_goal",
+    mean_rank: np.ndarray | None = None,
+    detection: np.ndarray | None = None,
+    parts: int = 3,
+) -> Results:
+    """Write values [cells, perturbations] (NaN: does not apply) and open the finished screen."""
+    applies = np.isfinite(values)
+    detected = applies.mean(axis=0) if detection is None else detection
+    ranks = np.arange(len(genes), dtype=float) if mean_rank is None else mean_rank
     table = pd.DataFrame(
         {
-            "kind": kind,
-            "genes": [n.split("+") for n in effects],
-            "name": list(effects),
-            "cells": applies.sum(axis=0).astype(np.int32),
-            "mean_rank": ranks.astype(np.float32),
-            "detection": applies.mean(axis=0).astype(np.float32),
+            "kind": kind, "genes": genes, "name": ["+".join(g).lower() for g in genes],
+            "cells": applies.sum(axis=0).astype(np.int64), "mean_rank": ranks,
+            "detection": detected,
         }
-    )
-    parts = -(-num_cells // cells_per_part)
-    writer = ResultsWriter(
-        folder, {"settings": {"kind": kind, "states": ["start", "goal"]}, "model": "none"}, parts
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    writer.begin(table, ["shift", "toward_start", "toward_goal"], {"cells": num_cells})
-    for part in range(parts):
-        chosen = np.arange(part * cells_per_part, min(num_cells, (part + 1) * cells_per_part))
-        cell, perturbation = np.nonzero(applies[chosen])
-        toward = np.array(list(effects.values()))[perturbation] + offsets[chosen[cell] % num_donors]
-        toward = toward + rng.normal(0, noise, len(cell))
+    )  # fmt: skip
+    writer = ResultsWriter(folder, {"settings": {"kind": kind}, "model": "m"}, parts)
+    writer.begin(table, [column], {"cells": len(values)})
+    for part, rows in enumerate(np.array_split(np.arange(len(values)), parts)):
+        cell, perturbation = np.nonzero(applies[rows])
         shifts = {
-            "cell": chosen[cell].astype(np.int32),
+            "cell": rows[cell].astype(np.int32),
             "perturbation": perturbation.astype(np.int32),
             "changed": np.ones(len(cell), dtype=bool),
-            "shift": np.abs(toward).astype(np.float32),
-            "toward_start": -toward.astype(np.float32),
-            "toward_goal": toward.astype(np.float32),
+            column: values[rows[cell], perturbation].astype(np.float32),
         }
         cells = {
-            "cell": chosen.astype(np.int32),
-            "cell_id": [f"cell{i}" for i in chosen],
-            "donor": [f"donor{i % num_donors}" for i in chosen],
-            "state": ["start"] * len(chosen),
-            "tokens": np.full(len(chosen), 500, dtype=np.int32),
-            "cosine_start": np.full(len(chosen), 0.9, dtype=np.float32),
-            "cosine_goal": np.full(len(chosen), 0.8, dtype=np.float32),
+            "cell": rows.astype(np.int32),
+            "cell_id": [f"cell{r}" for r in rows],
+            "donor": [donors[r] for r in rows],
         }
         writer.write_part(part, pa.table(cells), pa.table(shifts))
     writer.finish()
-    return folder
+    return Results.open(folder)
+
+
+def noise(
+    rng: np.random.Generator, num_genes: int, num_donors: int, cells_of_donor: int, donor_sd: float
+) -> tuple[np.ndarray, list[str]]:
+    """Return values [cells, genes] without any effect, whose donors differ, and the donors."""
+    donors = [f"d{i}" for i in range(num_donors) for _ in range(cells_of_donor)]
+    of_donor = rng.normal(0, donor_sd, (num_donors, num_genes)).repeat(cells_of_donor, axis=0)
+    return of_donor + rng.normal(0, 1, (len(donors), num_genes)), donors
+
+
+def names(num: int) -> list[list[str]]:
+    return [[f"G{i:04d}"] for i in range(num)]
