@@ -17,6 +17,7 @@ setup(
         "eval",
         "eval.benchmark",
         "eval.finetune",
+        "eval.simulate",
         "eval.perturb",
         "deepspeed_configs",
     ],

@@ -26,6 +26,7 @@ VERBS = {
         "benchmark_command",
         "did pretraining help? tasks, baselines",
     ),
+    "simulate": ("eval.simulate.cli", "simulate_command", "cells with a known gene network"),
     "predict": ("eval.cli", "predict_command", "a trained head's classes in an h5ad"),
     "report": ("eval.cli", "report_command", "a run and its scores in one HTML page"),
 }

@@ -1,0 +1,182 @@
+"""Cells of a simulated tissue, block by block: latent state, expected and drawn counts.
+
+Every random number comes from a stream named by the seed, its purpose and its block, so that the
+same settings give the same cells in whatever order blocks are made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from eval.simulate.network import HALF, Network, draw_network
+from eval.simulate.settings import SimulationSettings
+
+BLOCK_CELLS = 512
+_STREAMS = ("network", "genes", "types", "donors", "batches", "cells", "block", "perturbation",
+            "origins", "ids")  # fmt: skip
+# PBMC of 10x Genomics (pbmc3k): median counts of a cell, genes with at least one count.
+PBMC_COUNTS, PBMC_GENES = 2197.0, 16_634
+_DISPERSION_SLOPE = -0.5  # on the logarithm of a gene's mean count
+_ON, _OFF, _TYPE_SD, _ON_SHARE = 1.2, -1.2, 0.3, 0.4
+
+
+def stream(seed: int, purpose: str, *keys: int) -> np.random.Generator:
+    """Return the random numbers of one purpose."""
+    return np.random.default_rng([seed, _STREAMS.index(purpose), *keys])
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive cells.
+
+    Attributes
+    ----------
+    cells
+        int64 [cells], positions.
+    drives
+        float64 [cells, T], as `Network.activities` takes them.
+    active
+        float64 [cells, T], activities of the TFs.
+    state
+        float64 [cells, genes], logarithm of expression without donor's and batch's gene effects.
+    expected
+        float64 [cells, genes], counts without noise.
+    gains
+        float64 [cells, genes], the gamma noise; mean 1.
+    counts
+        int32 [cells, genes].
+    """
+
+    cells: np.ndarray
+    drives: np.ndarray
+    active: np.ndarray
+    state: np.ndarray
+    expected: np.ndarray
+    gains: np.ndarray
+    counts: np.ndarray
+
+
+class Simulation:
+    """Everything that is drawn once: network, genes, types, donors, batches, the table of cells.
+
+    Attributes
+    ----------
+    network
+        The truth.
+    basal, dispersion
+        float64 [genes], logarithm of expression with all regulators half active; variance of the
+        gamma noise.
+    parents
+        int64 [types], the type that each one comes from; the root is its own.
+    programs
+        float64 [types, T], drives of the TFs in mature cells of a type.
+    cells
+        One row a cell: branch, position on it (0 parent to 1 mature), type, donor, batch (all
+        int), pseudotime, depth (expected counts).
+    """
+
+    network: Network
+    basal: np.ndarray
+    dispersion: np.ndarray
+    parents: np.ndarray
+    programs: np.ndarray
+    cells: pd.DataFrame
+
+    def __init__(self, settings: SimulationSettings) -> None:
+        self.settings = settings
+        self._draw_genes(stream(settings.seed, "genes"))
+        self.network = draw_network(settings, self.basal, stream(settings.seed, "network"))
+        self._draw_types(stream(settings.seed, "types"))
+        rng = stream(settings.seed, "donors")
+        self._donor_genes = settings.donor_sd * rng.normal(size=(settings.donors, settings.genes))
+        self._donor_tfs = settings.donor_tf_sd * rng.normal(size=(settings.donors, settings.tfs))
+        mixture = rng.dirichlet(np.full(settings.types, 5.0))
+        self._mixtures = rng.dirichlet(20 * mixture + 0.5, size=settings.donors)
+        rng = stream(settings.seed, "batches")
+        self._batch_genes = settings.batch_sd * rng.normal(size=(settings.batches, settings.genes))
+        self._batch_depths = settings.batch_depth_sd * rng.normal(size=settings.batches)
+        self._batch_depths -= self._batch_depths.mean()
+        self._draw_cells(stream(settings.seed, "cells"))
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.settings.cells // BLOCK_CELLS)
+
+    def block(self, number: int) -> Block:
+        """Return cells number x 512 onwards."""
+        settings = self.settings
+        rng = stream(settings.seed, "block", number)
+        table = self.cells.iloc[number * BLOCK_CELLS : (number + 1) * BLOCK_CELLS]
+        branch, donor = table["branch"].to_numpy(), table["donor"].to_numpy()
+        position = table["position"].to_numpy()[:, None]
+        noise = settings.tf_noise_sd * rng.normal(size=(len(table), settings.tfs))
+        drives = (1 - position) * self.programs[self.parents[branch]]
+        drives += position * self.programs[branch] + self._donor_tfs[donor] + noise
+        active = self.network.activities(drives)
+        state = self.log_expression(drives, active)
+        expressed = np.exp(state + self._donor_genes[donor] + self._batch_genes[table["batch"]])
+        expected = expressed * (table["depth"].to_numpy() / expressed.sum(axis=1))[:, None]
+        gains = rng.gamma(1 / self.dispersion, self.dispersion, size=expected.shape)
+        counts = rng.poisson(expected * gains).astype(np.int32)
+        return Block(table.index.to_numpy(), drives, active, state, expected, gains, counts)
+
+    def log_expression(self, drives: np.ndarray, active: np.ndarray) -> np.ndarray:
+        """Return the logarithm of expression of cells in a state, float64 [cells, genes]."""
+        state = self.basal + self.network.log_effect(active - HALF)
+        state[:, self.network.tfs] += drives
+        return state
+
+    def centroids(self) -> np.ndarray:
+        """Return the logarithm of expression of mature cells of each type, [types, genes]."""
+        return self.log_expression(self.programs, self.network.activities(self.programs))
+
+    def _draw_genes(self, rng: np.random.Generator) -> None:
+        settings = self.settings
+        genome = max(PBMC_GENES, settings.genes)
+        ordered = np.sort(settings.basal_sd * rng.normal(size=genome))[::-1]
+        self.basal = rng.permutation(ordered[: settings.genes])
+        share = np.exp(self.basal).sum() / np.exp(ordered).sum()
+        self.depth = settings.depth or PBMC_COUNTS * share
+        spread = settings.dispersion_sd * rng.normal(size=settings.genes)
+        mean = self.depth * np.exp(self.basal) / np.exp(self.basal).sum()
+        self.dispersion = settings.dispersion * mean**_DISPERSION_SLOPE * np.exp(spread)
+
+    def _draw_types(self, rng: np.random.Generator) -> None:
+        settings = self.settings
+        self.parents = np.array([rng.integers(0, max(k, 1)) for k in range(settings.types)])
+        is_on = np.empty((settings.types, settings.tfs), dtype=bool)
+        is_on[0] = rng.random(settings.tfs) < _ON_SHARE
+        for kind in range(1, settings.types):
+            switched = rng.random(settings.tfs) < settings.switched_share
+            is_on[kind] = is_on[self.parents[kind]] ^ switched
+        # One offset for each TF and state: types that share a state share its level.
+        levels = np.array([_OFF, _ON])[:, None] + _TYPE_SD * rng.normal(size=(2, settings.tfs))
+        self.programs = np.where(is_on, levels[1], levels[0])
+
+    def _draw_cells(self, rng: np.random.Generator) -> None:
+        settings = self.settings
+        size = settings.cells
+        donor = rng.integers(0, settings.donors, size)
+        batch = rng.integers(0, settings.batches, size)
+        edges = np.cumsum(self._mixtures, axis=1)[donor]
+        branch = (rng.random(size)[:, None] >= edges[:, :-1]).sum(axis=1)
+        is_mature = (rng.random(size) < settings.mature_share) | (branch == 0)
+        position = np.where(is_mature, 1.0, rng.random(size))
+        steps = np.zeros(settings.types, dtype=int)
+        for kind in range(1, settings.types):
+            steps[kind] = steps[self.parents[kind]] + 1
+        log_depth = self._batch_depths[batch] + settings.library_sd * rng.normal(size=size)
+        self.cells = pd.DataFrame(
+            {
+                "branch": branch,
+                "position": position,
+                "type": np.where(position < HALF, self.parents[branch], branch),
+                "donor": donor,
+                "batch": batch,
+                "pseudotime": steps[branch] - 1 + position,  # 0: mature cells of the root
+                "depth": self.depth * np.exp(log_depth),
+            }
+        )

@@ -1,0 +1,68 @@
+"""``geneloom simulate``: parse and call."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+
+from eval.simulate.settings import make_settings
+
+
+def simulate_command(
+    out: Annotated[Path, typer.Option(help="new folder for cells and truth")],
+    cells: Annotated[int, typer.Option(help="cells")] = 2_000,
+    genes: Annotated[int, typer.Option(help="genes: the most expressed ones of a genome")] = 1_000,
+    tfs: Annotated[int, typer.Option(help="genes that regulate others")] = 50,
+    types: Annotated[int, typer.Option(help="cell types on one differentiation tree")] = 5,
+    donors: Annotated[int, typer.Option(help="donors")] = 4,
+    batches: Annotated[int, typer.Option(help="batches, each with cells of all donors")] = 2,
+    depth: Annotated[
+        float | None, typer.Option(help="median counts of a cell [as in PBMC for these genes]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="the same seed gives the same bytes")] = 0,
+    perturb: Annotated[str, typer.Option(help="none, all (each TF), or gene ids: A,B,A+B")] = "all",
+    perturb_cells: Annotated[
+        int, typer.Option(help="at most so many cells of origin, evenly over the types")
+    ] = 200,
+    gene_ids: Annotated[
+        Path | None,
+        typer.Option(help="take gene ids of: .txt with one a line, vocabulary.json or its folder"),
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="real cells whose moments stand beside the simulated ones")
+    ] = None,
+    other: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="another setting of eval/simulate/settings.py, NAME=VALUE"),
+    ] = None,
+) -> None:
+    """Simulate cells with a known gene regulatory network, and true perturbations of them."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    from eval.simulate.compare import print_moments
+    from eval.simulate.write import simulate
+
+    settings = make_settings(
+        cells=cells, genes=genes, tfs=tfs, types=types, donors=donors, batches=batches,
+        depth=depth, seed=seed, perturb_cells=perturb_cells, **_named(other or []),
+    )  # fmt: skip
+    start = time.monotonic()
+    record = simulate(settings, out, perturb, gene_ids, compare)
+    print_moments(record["moments"])
+    print(
+        f"{out}: {cells:,} cells x {genes:,} genes, {record['regulations']:,} regulations by {tfs} "
+        f"TFs, {len(record['perturbations'])} perturbations; {time.monotonic() - start:.1f} s"
+    )
+
+
+def _named(texts: list[str]) -> dict[str, object]:
+    """Return NAME=VALUE as a dictionary."""
+    for text in texts:
+        if "=" not in text:
+            raise ValueError(f"--set {text}: write NAME=VALUE, e.g. donor_sd=0.3")
+    pairs = [text.split("=", 1) for text in texts]
+    return {name: yaml.safe_load(value) for name, value in pairs}

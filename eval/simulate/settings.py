@@ -1,0 +1,85 @@
+"""All settings of a simulation, refused early. Where each default was measured: docs/simulator.md.
+
+Standard deviations and effects are on the scale of natural logarithms of expression.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class SimulationSettings(BaseModel):
+    """What is simulated; with the seed it determines every byte."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    cells: int = Field(default=2_000, ge=1)
+    genes: int = Field(default=1_000, ge=2, description="the most expressed ones of a genome")
+    tfs: int = Field(default=50, ge=1, description="genes that regulate others")
+    types: int = Field(default=5, ge=1, description="cell types, leaves and nodes of one tree")
+    donors: int = Field(default=4, ge=1)
+    batches: int = Field(default=2, ge=1, description="each with cells of all donors")
+    depth: float | None = Field(
+        default=None, gt=0, description="median counts of a cell; default as in PBMC"
+    )
+    seed: int = Field(default=0, ge=0)
+
+    regulators_per_gene: float = Field(default=3.0, gt=0, description="mean over genes")
+    activator_share: float = Field(default=0.7, ge=0, le=1)
+    mean_effect: float = Field(default=1.0, gt=0, description="of a TF going from idle to full")
+    switched_share: float = Field(
+        default=0.35, ge=0, le=1, description="TFs switched between a type and its parent"
+    )
+    mature_share: float = Field(
+        default=0.6, ge=0, le=1, description="cells at the end of their branch, not on the way"
+    )
+    tf_noise_sd: float = Field(default=0.5, ge=0, description="of a TF, cell by cell")
+    basal_sd: float = Field(default=2.14, ge=0, description="of mean expression over all genes")
+    dispersion: float = Field(
+        default=0.4, gt=0, description="median over genes with a mean of one count"
+    )
+    dispersion_sd: float = Field(default=1.0, ge=0)
+    library_sd: float = Field(default=0.43, ge=0, description="of counts per cell")
+    donor_sd: float = Field(default=0.17, ge=0, description="of a gene between donors")
+    donor_tf_sd: float = Field(default=0.15, ge=0, description="of a TF between donors")
+    batch_sd: float = Field(default=0.15, ge=0, description="of a gene between batches")
+    batch_depth_sd: float = Field(default=0.3, ge=0, description="of depth between batches")
+
+    perturb_cells: int = Field(
+        default=200, ge=1, description="at most so many cells of origin, evenly over the types"
+    )
+    overexpression_fold: float = Field(default=8.0, gt=1)
+
+    @model_validator(mode="after")
+    def _leaves_genes_to_regulate(self) -> SimulationSettings:
+        if self.tfs >= self.genes:
+            raise ValueError(
+                f"tfs={self.tfs} of genes={self.genes}: there must be more genes than "
+                "transcription factors"
+            )
+        return self
+
+
+def make_settings(**values: Any) -> SimulationSettings:
+    """Return settings.
+
+    Raises
+    ------
+    ValueError
+        An unknown name or a value out of its range; all problems in one message.
+    """
+    try:
+        return SimulationSettings(**values)
+    except ValidationError as error:
+        problems = []
+        for problem in error.errors():
+            name = ".".join(map(str, problem["loc"]))
+            text = problem["msg"].removeprefix("Value error, ")
+            problems.append(f"{name}={problem['input']}: {text}" if name else text)
+        known = ", ".join(SimulationSettings.model_fields)
+        unknown = any(p["type"] == "extra_forbidden" for p in error.errors())
+        raise ValueError(
+            "simulation settings: " + "; ".join(problems) + (f" (known: {known})" * unknown)
+        ) from error
