@@ -1,4 +1,4 @@
-"""``geneloom embed``, ``finetune`` and ``report``: parse and call."""
+"""``geneloom embed``, ``finetune``, ``attention`` and ``report``: parse and call."""
 
 from __future__ import annotations
 
@@ -132,6 +132,34 @@ def predict_command(
 
     options = SourceOptions(counts, gene_column, strip_versions=strip_gene_versions)
     print(predict_file(cells, head, out, options, choose_device(device)))
+
+
+def attention_command(
+    cells: Annotated[Path, typer.Argument(help="h5ad with raw counts")],
+    model: Annotated[Path, typer.Option(help="folder of `geneloom export`, or Geneformer's")],
+    out: Annotated[Path, typer.Option(help="new folder for the tables")],
+    genes: Annotated[
+        Path | None, typer.Option(help="list of genes; default: the 300 that most cells have")
+    ] = None,
+    group: Annotated[str | None, typer.Option(help="column of obs to average apart")] = None,
+    pairs: Annotated[bool, typer.Option(help="also each pair of the genes")] = False,
+    vocab: VocabOption = None,
+    bf16: Annotated[bool, typer.Option(help="compute in bfloat16")] = False,
+    tokens_per_batch: Annotated[int, typer.Option(min=64, help="padded tokens")] = 4_096,
+    device: DeviceOption = "auto",
+    counts: CountsOption = "X",
+    gene_column: GeneColumnOption = None,
+    strip_gene_versions: StripOption = False,
+) -> None:
+    """Write how much each gene is attended to, head by head, over all cells."""
+    quiet()
+    from eval.attention_tables import attention_file
+
+    options = SourceOptions(counts, gene_column, strip_versions=strip_gene_versions)
+    settings = {
+        "token_budget": tokens_per_batch, "device": choose_device(device), "bf16": bf16
+    }  # fmt: skip
+    print(attention_file(cells, model, out, genes, group, pairs, vocab, options, **settings))
 
 
 def report_command(

@@ -28,6 +28,7 @@ VERBS = {
     ),
     "simulate": ("eval.simulate.cli", "simulate_command", "cells with a known gene network"),
     "predict": ("eval.cli", "predict_command", "a trained head's classes in an h5ad"),
+    "attention": ("eval.cli", "attention_command", "who attends to whom, over all cells"),
     "report": ("eval.cli", "report_command", "a run and its scores in one HTML page"),
 }
 

@@ -1,0 +1,202 @@
+"""Attention summed over cells: equal to a plain loop, whatever the batches; and its task."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import BertForMaskedLM
+
+from data_prep.vocab import Vocabulary
+from eval.attention import mean_attention
+from eval.attention_tables import attention_file
+from eval.encode import encode_file
+from eval.gene_lists import read_genes
+from pretrain.config import ModelConfig
+from pretrain.model import build_model
+from tests.synthetic import write_cells
+from tests.test_eval import vocabulary_of
+
+MODEL = ModelConfig(
+    num_layers=2, hidden_size=16, num_heads=2, intermediate_size=32,
+    hidden_dropout=0.1, attention_dropout=0.1,
+)  # fmt: skip
+
+
+def plain_attention(cells, encoder, vocabulary: Vocabulary, genes, groups):
+    """One cell at a time, all weights of all layers, pair by pair into dictionaries."""
+    received, pairs = defaultdict(list), defaultdict(list)
+    encoder.set_attn_implementation("eager")
+    first, wanted = vocabulary.first_gene_token, set(genes.tolist())
+    with torch.no_grad():
+        for cell, group in zip(cells, groups, strict=True):
+            ids = torch.from_numpy(cell.astype(np.int64))[None]
+            layers = encoder(input_ids=ids, output_attentions=True).attentions
+            tokens = cell.tolist()
+            for layer, weights in enumerate(layers):
+                for head, matrix in enumerate(weights[0].double().numpy()):
+                    for key, gene in enumerate(tokens):
+                        if gene not in wanted:
+                            continue
+                        rows = [q for q, t in enumerate(tokens) if t >= first]
+                        mean = np.mean([matrix[q, key] for q in rows]) * len(tokens)
+                        received[group, layer, head, gene].append(mean)
+                        for query in (q for q, t in enumerate(tokens) if t in wanted):
+                            relative = matrix[query, key] * len(tokens)
+                            pairs[layer, head, tokens[query], gene].append(relative)
+    encoder.set_attn_implementation("sdpa")
+    return received, pairs
+
+
+def random_weights(vocabulary: Vocabulary) -> BertForMaskedLM:
+    """Return a model whose attention is far from uniform."""
+    network = build_model(MODEL, vocabulary, 0).bert.eval()
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            if "query" in name or "key" in name:
+                weight.mul_(20)
+    return network
+
+
+@pytest.mark.parametrize("has_cls", [False, True])
+@pytest.mark.parametrize("token_budget", [1, 300, 10_000])
+def test_sums_equal_a_plain_loop_in_any_batches(has_cls, token_budget, tmp_path):
+    path = write_cells(tmp_path / "cells.h5ad", num_cells=12, num_genes=40)
+    vocabulary = vocabulary_of(path, has_cls)
+    encoder = random_weights(vocabulary).bert
+    cells = encode_file(path, vocabulary).tokens
+    genes = vocabulary.first_gene_token + np.array([30, 2, 7, 11, 25])
+    groups = np.arange(12) % 3
+    found = mean_attention(
+        cells, encoder, vocabulary, genes, groups, with_pairs=True, token_budget=token_budget
+    )
+    received, pairs = plain_attention(cells, encoder, vocabulary, genes, groups)
+    assert found.received.shape == (3, 2, 2, 5)
+    for (group, layer, head, gene), values in np.ndenumerate(found.received):
+        expected = received.get((group, layer, head, genes[gene]), [])
+        assert found.cells[group, gene] == len(expected)
+        if expected:
+            assert values == pytest.approx(np.mean(expected), rel=1e-4)
+        else:
+            assert np.isnan(values)
+    assert found.pairs is not None and found.pair_cells is not None
+    for (layer, head, query, key), value in np.ndenumerate(found.pairs):
+        expected = pairs.get((layer, head, genes[query], genes[key]), [])
+        assert found.pair_cells[query, key] == len(expected)
+        if expected:
+            assert value == pytest.approx(np.mean(expected), rel=1e-4)
+    whole = mean_attention(cells, encoder, vocabulary, genes, token_budget=token_budget)
+    np.testing.assert_allclose(found.over_groups(), whole.received[0], rtol=1e-9)
+
+
+def test_uniform_attention_is_one_and_the_model_is_left_as_it_was(tmp_path):
+    path = write_cells(tmp_path / "cells.h5ad", num_cells=12, num_genes=40)
+    vocabulary = vocabulary_of(path, True)
+    encoder = build_model(MODEL, vocabulary, 0).bert.bert
+    with torch.no_grad():
+        for name, weight in encoder.named_parameters():
+            if "query" in name:
+                weight.zero_()
+    before = encoder.config._attn_implementation
+    cells = encode_file(path, vocabulary).tokens
+    genes = np.arange(vocabulary.first_gene_token, vocabulary.num_tokens)
+    found = mean_attention(cells, encoder, vocabulary, genes)
+    np.testing.assert_allclose(found.received[found.received == found.received], 1, rtol=1e-5)
+    assert encoder.config._attn_implementation == before != "eager"
+    assert not any(m._forward_hooks for m in encoder.modules())
+    with pytest.raises(ValueError, match="none of the 1 genes is among the tokens"):
+        mean_attention(cells[:1], encoder, vocabulary, np.setdiff1d(genes, cells[0])[:1])
+
+
+def test_too_many_pairs_are_refused(tmp_path):
+    path = write_cells(tmp_path / "cells.h5ad", num_cells=3, num_genes=40)
+    vocabulary = vocabulary_of(path)
+    encoder = build_model(MODEL, vocabulary, 0).bert.bert
+    cells = encode_file(path, vocabulary).tokens
+    many = np.resize(cells[0], 20_000)
+    with pytest.raises(ValueError, match=r"20,000 genes: .* give 11,585 at most"):
+        mean_attention(cells, encoder, vocabulary, many, with_pairs=True)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("files")
+    path = write_cells(folder / "cells.h5ad", num_cells=12, num_genes=40)
+    vocabulary = vocabulary_of(path)
+    random_weights(vocabulary).save_pretrained(folder / "model")
+    vocabulary.save(folder / "model" / "vocabulary.json")
+    (folder / "few.txt").write_text(f"{vocabulary.genes[3]}  # one\n{vocabulary.genes[9]}\nENSG0\n")
+    (folder / "unknown.txt").write_text("ENSG0\n")
+    (folder / "empty.tsv").write_text("ensembl_id\tsymbol\n\tA\n")
+    (folder / "wrong.csv").write_text("name,symbol\nENSG0,A\n")
+    return {"folder": folder, "cells": path, "model": folder / "model"}
+
+
+def test_tables_hold_what_was_summed(files, tmp_path):
+    sentence = attention_file(
+        files["cells"], files["model"], tmp_path / "out", files["folder"] / "few.txt",
+        group="donor", with_pairs=True, token_budget=200,
+    )  # fmt: skip
+    assert "2 layers x 2 heads, 2 genes in 12 cells; 1 genes are not in the vocabulary" in sentence
+    received = pd.read_parquet(tmp_path / "out" / "received.parquet")
+    assert set(received["group"]) == {f"donor{i}" for i in range(4)}
+    assert set(zip(received["layer"], received["head"], strict=True)) == {
+        (1, 1), (1, 2), (2, 1), (2, 2)
+    }  # fmt: skip
+    vocabulary = vocabulary_of(files["cells"])
+    cells = encode_file(files["cells"], vocabulary).tokens
+    encoder = BertForMaskedLM.from_pretrained(files["model"]).bert.eval()
+    tokens = vocabulary.tokens_of([vocabulary.genes[3], vocabulary.genes[9]])
+    found = mean_attention(cells, encoder, vocabulary, tokens, with_pairs=True)
+    rows = received[(received["layer"] == 2) & (received["head"] == 1)]
+    mean = rows.groupby("gene")[["cells", "attention"]].apply(
+        lambda r: (r["attention"] * r["cells"]).sum() / r["cells"].sum()
+    )
+    for place, gene in enumerate((vocabulary.genes[3], vocabulary.genes[9])):
+        assert mean[gene] == pytest.approx(found.received[0, 1, 0, place], rel=1e-4)
+    pairs = pd.read_parquet(tmp_path / "out" / "pairs.parquet")
+    keys = ["layer", "head", "gene", "attended"]
+    row = pairs.set_index(keys).loc[(1, 2, vocabulary.genes[9], vocabulary.genes[3])]
+    assert found.pairs is not None
+    assert row["attention"] == pytest.approx(found.pairs[0, 1, 1, 0], rel=1e-4)
+
+
+def test_without_a_list_the_most_common_genes_are_taken(files, tmp_path):
+    attention_file(files["cells"], files["model"], tmp_path / "out")
+    received = pd.read_parquet(tmp_path / "out" / "received.parquet")
+    assert set(received["gene"]) == set(vocabulary_of(files["cells"]).genes)
+    assert set(received["group"]) == {"all"}
+    assert received["cells"][received["head"] == 1][: len(received) // 4].is_monotonic_decreasing
+    assert not (tmp_path / "out" / "pairs.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("genes", "message"),
+    [
+        ("unknown.txt", "none of 1 genes is in the vocabulary"),
+        ("empty.tsv", "no gene; a list needs one"),
+        ("wrong.csv", "needed are ensembl_id"),
+        ("absent.txt", "cannot be read as a list of genes"),
+    ],
+)
+def test_bad_lists_write_nothing(genes, message, files, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        attention_file(
+            files["cells"], files["model"], tmp_path / "out", files["folder"] / genes
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_lists_of_genes_are_read_by_column_and_value(tmp_path):
+    table = tmp_path / "genes.tsv"
+    table.write_text("set\tensembl_id\tsymbol\na\tE1\tA\nb\tE2\tB\na\tE1\tA\na\tE3\t\n")
+    assert read_genes(table) == {"E1": "A", "E2": "B", "E3": ""}
+    assert read_genes(table, {"set": ("a",)}) == {"E1": "A", "E3": ""}
+    with pytest.raises(ValueError, match="no gene with"):
+        read_genes(table, {"set": ("c",)})
+    with pytest.raises(ValueError, match="and place"):
+        read_genes(table, {"place": ("c",)})
