@@ -221,6 +221,8 @@ class PerturbSeqTask(_Task):
     folds: int = Field(5, ge=2)
     # Perturbations of fewer cells in a replicate are not measured there.
     min_cells: int = Field(10, ge=1)
+    # Genes in a smaller share of the cells are not measured.
+    min_detection: float = Field(0.05, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _one_truth(self) -> PerturbSeqTask:
