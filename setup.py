@@ -27,6 +27,7 @@ setup(
         "deepspeed_configs": ["*.json"],
         "eval": ["*.html"],
         "eval.benchmark": ["*.html", "tasks/*"],
+        "eval.perturb": ["*.html"],
     },
     install_requires=[
         "aiohttp",

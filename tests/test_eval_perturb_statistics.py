@@ -9,13 +9,12 @@ from scipy import stats
 
 from eval.perturb.analysis import (
     FOUND,
-    GENE_COLUMNS,
     LIKE_OTHERS,
     NOT_TESTED,
     AnalysisSettings,
     analyse,
 )
-from eval.perturb.combinations import COMBINATION_COLUMNS
+from eval.perturb.columns import COMBINATION_COLUMNS, GENE_COLUMNS
 from eval.perturb.impact import impact_groups
 from eval.perturb.matched import against_matched, match_genes
 from eval.perturb.results import Results

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from eval.perturb.agreement import compare_screens
+from eval.perturb.columns import GENE_COLUMNS, GENE_SET_COLUMNS
 from eval.perturb.combinations import combination_table
+from eval.perturb.gene_sets import gene_set_table
 from eval.perturb.impact import impact_groups
 from eval.perturb.matched import FEWEST_MATCHED, against_matched
 from eval.perturb.results import Results
@@ -24,13 +26,6 @@ from eval.perturb.statistics import (
 
 UNSIGNED = "shift"
 FOUND, LIKE_OTHERS, NOT_TESTED = "found", "like matched genes", "not tested"
-GENE_COLUMNS = (
-    "perturbation", "name", "genes", "kind", "cells", "mean_rank", "detection", "donors",
-    "effect", "effect_low", "effect_high", "effect_size", "effect_size_low", "effect_size_high",
-    "p", "fdr", "num_matched", "matched_null", "matched_effect", "matched_low", "matched_high",
-    "matched_size", "matched_size_low", "matched_size_high", "matched_z", "empirical_p",
-    "donor_p", "null_p", "matched_p", "matched_fdr", "verdict", "impact_probability",
-)  # fmt: skip
 _SUMMARY = ("mean", "low", "high", "size", "size_low", "size_high")
 
 
@@ -82,6 +77,10 @@ class Analysis:
         Effect minus matched genes' by donor: rows are perturbations, in the order of `genes`.
     combinations
         See `combination_table`; empty where nothing was combined.
+    agreement
+        See `compare_screens`; empty without a second screen.
+    gene_sets
+        See `gene_set_table`; empty without sets.
     """
 
     effect: str
@@ -93,7 +92,8 @@ class Analysis:
     impact: dict[str, Any]
     power: list[dict[str, float]]
     warnings: list[str]
-    agreement: dict[str, Any] = field(default_factory=dict)
+    agreement: dict[str, Any]
+    gene_sets: pd.DataFrame
 
     @property
     def signed(self) -> bool:
@@ -105,13 +105,20 @@ class Analysis:
         return len(self.donors) > 1
 
 
-def analyse(results: Results, settings: AnalysisSettings, other: Results | None = None) -> Analysis:
+def analyse(
+    results: Results,
+    settings: AnalysisSettings,
+    other: Results | None = None,
+    gene_sets: dict[str, list[str]] | None = None,
+) -> Analysis:
     """Return the statistics of one value of a screen.
 
     Parameters
     ----------
     other
         A second screen of the same genes, to compare with: the opposite kind, or other donors.
+    gene_sets
+        Name -> gene ids or symbols, to hold against their matched genes.
 
     Memory: perturbations x donors, and one part of the screen.
 
@@ -138,6 +145,11 @@ def analyse(results: Results, settings: AnalysisSettings, other: Results | None 
     names = counted or ["all cells"]
     by_donor = pd.DataFrame(differences[order], columns=names)
     combined = combination_table(results, effect, counted, settings.min_cells, settings.test)
+    sets = pd.DataFrame(columns=list(GENE_SET_COLUMNS))
+    if gene_sets:
+        sets = gene_set_table(
+            gene_sets, genes, by_donor.to_numpy(), settings.num_matched, settings.test
+        )
     agreement: dict[str, Any] = {}
     if other is not None:
         second = analyse(other, replace(settings, effect=effect))
@@ -147,7 +159,7 @@ def analyse(results: Results, settings: AnalysisSettings, other: Results | None 
     return Analysis(
         effect, settings, donors, genes, by_donor, combined, fit,
         power_table(len(donors), tested, settings.rate) if counted else [],
-        _warnings(results, donors, genes, combined, settings), agreement,
+        _warnings(results, donors, genes, combined, settings), agreement, sets,
     )  # fmt: skip
 
 
@@ -210,7 +222,7 @@ def _effects(
     settings: AnalysisSettings,
 ) -> pd.DataFrame:
     """Return the perturbations with their effects, and tests against 0 where that is a question."""
-    genes = results.perturbations.copy()
+    genes = results.perturbations.reset_index(drop=True)
     genes["genes"] = [list(g) for g in genes["genes"]]
     summary = over_donors(values, settings.test)
     if not donors:

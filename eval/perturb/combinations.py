@@ -5,14 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from eval.perturb.columns import COMBINATION_COLUMNS
 from eval.perturb.results import Results
 from eval.perturb.statistics import Test, false_discovery_rate, over_donors
-
-COMBINATION_COLUMNS = (
-    "perturbation", "name", "genes", "kind", "cells", "donors", "combined", "sum_of_singles",
-    "synergy", "synergy_low", "synergy_high", "synergy_size", "synergy_size_low",
-    "synergy_size_high", "p", "fdr",
-)  # fmt: skip
 
 
 def combination_table(
