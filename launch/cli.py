@@ -27,8 +27,14 @@ VERBS = {
         "did pretraining help? tasks, baselines",
     ),
     "simulate": ("eval.simulate.cli", "simulate_command", "cells with a known gene network"),
+    "perturb": ("eval.perturb.cli", "perturb_command", "delete or activate genes in silico"),
     "predict": ("eval.cli", "predict_command", "a trained head's classes in an h5ad"),
     "attention": ("eval.cli", "attention_command", "who attends to whom, over all cells"),
+    "perturb-report": (
+        "eval.perturb.report_cli",
+        "perturb_report_command",
+        "a screen's effects by donors, beside matched genes",
+    ),
     "report": ("eval.cli", "report_command", "a run and its scores in one HTML page"),
 }
 
