@@ -46,16 +46,17 @@ def simulate_command(
     from eval.simulate.compare import print_moments
     from eval.simulate.write import simulate
 
-    settings = make_settings(
-        cells=cells, genes=genes, tfs=tfs, types=types, donors=donors, batches=batches,
-        depth=depth, seed=seed, perturb_cells=perturb_cells, **_named(other or []),
-    )  # fmt: skip
+    named = {
+        "cells": cells, "genes": genes, "tfs": tfs, "types": types, "donors": donors,
+        "batches": batches, "depth": depth, "seed": seed, "perturb_cells": perturb_cells,
+    }  # fmt: skip
+    settings = make_settings(**named | _named(other or []))
     start = time.monotonic()
     record = simulate(settings, out, perturb, gene_ids, compare)
     print_moments(record["moments"])
     print(
-        f"{out}: {cells:,} cells x {genes:,} genes, {record['regulations']:,} regulations by {tfs} "
-        f"TFs, {len(record['perturbations'])} perturbations; {time.monotonic() - start:.1f} s"
+        f"{out}: {settings.cells:,} cells x {settings.genes:,} genes, {record['regulations']:,} "
+        f"regulations by {settings.tfs} TFs, {len(record['perturbations'])} perturbations; {time.monotonic() - start:.1f} s"
     )
 
 

@@ -13,9 +13,8 @@ from rich.table import Table
 
 from data_prep.open import open_path
 from data_prep.sources import CountSource, SourceOptions
-from eval.figures import BLUE, new_figure, style
 
-_COLOURS = {"real": "#e69f00", "simulated": BLUE}
+_COLOURS = {"real": "#e69f00", "simulated": "#0072b2"}
 _PLAIN = FuncFormatter(lambda value, _: f"{value:,g}")  # the style's text knows no powers
 _LEAST_MEAN = 0.1  # below, a gene's dispersion is mostly sampling noise
 
@@ -116,6 +115,8 @@ def print_moments(moments: dict[str, dict[str, float]]) -> None:
 
 def write_plot(path: Path, moments: dict[str, Moments]) -> None:
     """Write a figure: detection and variance against the mean; genes against counts of cells."""
+    from eval.figures import new_figure, style  # brings torch, which nothing else here needs
+
     with style():
         figure = new_figure(9.0)
         detection, variance, cells = figure.subplots(3)

@@ -38,7 +38,7 @@ class SimulationSettings(BaseModel):
     tf_noise_sd: float = Field(default=0.5, ge=0, description="of a TF, cell by cell")
     basal_sd: float = Field(default=2.14, ge=0, description="of mean expression over all genes")
     dispersion: float = Field(
-        default=0.4, gt=0, description="median over genes with a mean of one count"
+        default=0.5, gt=0, description="median over genes with a mean of one count"
     )
     dispersion_sd: float = Field(default=1.0, ge=0)
     library_sd: float = Field(default=0.43, ge=0, description="of counts per cell")

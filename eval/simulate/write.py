@@ -177,7 +177,8 @@ def write_perturbed(
     table = cell_table(simulation, origins.cells)
     with GrowingFile(folder / "controls.h5ad", len(ids), "expected") as file:
         file.add(origins.counts, origins.expected)
-        file.finish(table.assign(n_counts=origins.counts.sum(axis=1)), genes)
+        control = {"perturbation": "none", "kind": "control", "origin": table.index}
+        file.finish(table.assign(**control, n_counts=origins.counts.sum(axis=1)), genes)
     kinds = simulation.cells["type"].to_numpy()[origins.cells]
     tables = []
     with (
@@ -254,6 +255,7 @@ class GrowingFile:
 
     def __init__(self, path: Path, num_genes: int, layer: str | None = None) -> None:
         self._file = h5py.File(path, "w")
+        write_elem(self._file, "layers", {})
         self._keys = ["X"] if layer is None else ["X", f"layers/{layer}"]
         for key, dtype in zip(self._keys, (np.int32, np.float32), strict=False):
             empty = scipy.sparse.csr_matrix((0, num_genes), dtype=dtype)
