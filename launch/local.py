@@ -22,7 +22,7 @@ from pretrain.ds_config import derive_ds_config
 app = typer.Typer(help="Start a verb on several ranks.", no_args_is_help=True)
 
 # Verbs that run on several ranks, and the module that holds them.
-_MODULES = {"pretrain": "pretrain", "finetune": "eval.finetune"}
+_MODULES = {"pretrain": "pretrain", "finetune": "eval.finetune", "perturb": "eval.perturb"}
 _POLL_S = 0.2
 _RESEND_S = 2.0
 _ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +36,7 @@ def _group() -> None:
 @app.command("local", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def launch_local(
     context: typer.Context,
-    verb: Annotated[str, typer.Argument(help="what to run: pretrain or finetune")],
+    verb: Annotated[str, typer.Argument(help="what to run: pretrain, finetune or perturb")],
     ranks: Annotated[int, typer.Option(min=1, help="processes; on GPUs one per GPU")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or gpu")] = "auto",
 ) -> None:

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 PERTURB_FORMAT = "geneloom-perturb/1"
 MANIFEST_NAME = "manifest.json"
 _LOCK_NAME = ".lock"
+_BEFORE_MANIFEST = ("perturbations", "states", "screen")
 _KEYS = ("cell", "perturbation", "changed")
 _IDENTITY = b"geneloom_screen"
 
@@ -188,13 +189,16 @@ class ResultsWriter:
         ValueError
             The folder holds another screen or other files.
         """
-        self._require_own()
+        self.require_own()
         if self.is_complete:
             return
         (self.folder / "shifts").mkdir(parents=True, exist_ok=True)
         numbered = perturbations.reset_index(drop=True)
         numbered.insert(0, "perturbation", np.arange(len(numbered), dtype=np.int32))
-        self._write(self.folder / "perturbations.parquet", pa.Table.from_pandas(numbered))
+        self._write(
+            self.folder / "perturbations.parquet",
+            pa.Table.from_pandas(numbered, preserve_index=False),
+        )
         manifest = {"format": PERTURB_FORMAT, "screen": self.digest, **self.identity, **about}
         manifest |= {"columns": columns, "parts": self.parts, "complete": False}
         _write_manifest(self.folder, manifest)
@@ -204,12 +208,13 @@ class ResultsWriter:
         manifest = _read_manifest(self.folder)
         return manifest is not None and manifest["complete"]
 
-    def _require_own(self) -> None:
+    def require_own(self) -> None:
+        """Raise ValueError if the folder holds another screen or other files."""
         manifest = _read_manifest(self.folder)
         if manifest is None:
             names = {p.name for p in self.folder.iterdir()} if self.folder.exists() else set()
             # What a job leaves that is killed before it has written the manifest.
-            left = {_LOCK_NAME, "perturbations.parquet", "shifts"}
+            left = {_LOCK_NAME, "shifts", *(f"{n}.parquet" for n in _BEFORE_MANIFEST)}
             if {n for n in names if not n.endswith(".partial")} - left:
                 raise ValueError(f"{self.folder}: holds other files; give --out a new folder")
         elif manifest["screen"] != self.digest:

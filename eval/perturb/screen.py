@@ -1,0 +1,176 @@
+"""First-order estimate of all single deletions of a cell from one backward pass.
+
+A deleted gene is no longer attended to, and all genes behind it move up by one rank. Both are
+followed to first order. Every token has a gate on its attention weights as a key, in all layers:
+a bias added to the attention scores is the gate's logarithm, so the derivative by that bias, with
+its sign turned, estimates the effect of closing the gate. The derivative by the embeddings, times
+the difference of neighbouring position embeddings, summed over all later tokens, is the effect of
+moving up. What is estimated is the change toward the goal state, or of the first class of a head.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from scipy.stats import spearmanr
+
+from data_prep.files import complete_file
+from eval.perturb.edits import ABSENT, GeneSets
+from eval.perturb.engine import Engine
+
+if TYPE_CHECKING:
+    from eval.perturb.run import Screen, Subject
+
+logger = logging.getLogger(__name__)
+
+_CHECKED_CELLS = 3
+_TOP = 50
+
+
+def require_screenable(screen: Screen, subject: Subject) -> None:
+    """Raise ValueError unless the screen deletes single genes toward a goal or in a classifier."""
+    genes = screen.genes
+    if screen.edit.kind != "delete" or genes.group or genes.anchor or genes.set_size > 1:
+        raise ValueError("--screen: estimates deletions of single genes; leave it out for others")
+    if not screen.cells.states and subject.engine.head is None:
+        raise ValueError("--screen: orders genes by a goal; give --start and --goal, or --head")
+
+
+def estimate(engine: Engine, genes: np.ndarray) -> np.ndarray:
+    """Return float64 [columns, n]: estimated changes by deleting each gene of one cell.
+
+    Rows: the first state after the start (the goal), or the classes of the head if there are no
+    states.
+
+    Parameters
+    ----------
+    genes
+        int64 [n] tokens by rank, without special ones.
+    """
+    embeddings, has_cls = engine.encoder.embeddings, engine.vocabulary.has_cls
+    sequence = torch.from_numpy(engine.sequences(genes[None])).to(engine.encoder.device)
+    length = sequence.shape[1]
+    words = embeddings.word_embeddings(sequence).detach().requires_grad_()
+    gates = torch.zeros(length, device=words.device, requires_grad=True)
+    with torch.enable_grad():
+        bias = gates[None, None, None].expand(1, 1, length, length)
+        states = engine.forward(inputs_embeds=words, attention_mask=bias)
+        if engine.states:
+            # Before and after, the mean is over the genes that stay: no gate is on it.
+            values = [engine.cosines(engine.embedding(states))[0, 1]]
+        else:
+            share = (gates[1:-1] if has_cls else gates).softmax(dim=0)
+            values = list(engine.probabilities(states, share)[0])
+        found = [torch.autograd.grad(v, (gates, words), retain_graph=True) for v in values]
+    positions = embeddings.position_embeddings.weight[:length].double()
+    steps = positions[:-1] - positions[1:]
+    rows = []
+    for by_gate, by_word in found:
+        moved = (by_word[0, 1:].double() * steps).sum(dim=1)
+        # All that stands behind a gene moves up by one.
+        behind = torch.cat([moved.flip(0).cumsum(0).flip(0), moved.new_zeros(1)])
+        rows.append(behind - by_gate.double())
+    effects = torch.stack(rows).cpu().numpy()
+    return effects[:, 1:-1] if has_cls else effects
+
+
+def screened_sets(
+    path: Path,
+    subject: Subject,
+    screen: Screen,
+    sets: GeneSets,
+    digest: str,
+    show: Callable[[str, int, int], None],
+) -> tuple[GeneSets, dict[str, Any]]:
+    """Return the sets of the genes with the largest estimates, and how well these agree.
+
+    Both are kept in a file, and read from it if it is of the same screen.
+    """
+    if path.exists():
+        stored = pq.read_table(path)
+        if (stored.schema.metadata or {}).get(b"geneloom_screen") != digest.encode():
+            raise ValueError(f"{path}: is of another screen; give --out a new folder")
+    else:
+        _write_estimates(path, subject, screen, digest, show)
+        stored = pq.read_table(path)
+    chosen = {subject.vocabulary.token_of[g] for g in stored["gene"].to_pylist()[: screen.top]}
+    rows = np.flatnonzero(np.isin(sets.members[:, 0], list(chosen)))
+    agreement = {
+        k: float(stored.schema.metadata[k.encode()]) for k in ("spearman", "overlap_of_top")
+    }
+    return GeneSets(sets.members[rows], sets.required[rows]), agreement
+
+
+def _write_estimates(
+    path: Path,
+    subject: Subject,
+    screen: Screen,
+    digest: str,
+    show: Callable[[str, int, int], None],
+) -> None:
+    """Estimate all genes in all cells; the mean over donors of each donor's mean orders them."""
+    engine, genes = subject.engine, subject.cells.genes
+    donors, codes = np.unique(subject.cells.table["donor"], return_inverse=True)
+    rows = 1 if engine.states else len(engine.head.classes if engine.head else ())
+    sums = np.zeros((len(donors), rows, subject.vocabulary.num_tokens))
+    counts = np.zeros((len(donors), subject.vocabulary.num_tokens))
+    for i, cell in enumerate(genes):
+        sums[codes[i]][:, cell] += estimate(engine, cell)
+        counts[codes[i], cell] += 1
+        show("estimates", i + 1, len(genes))
+    with np.errstate(invalid="ignore"):
+        means = np.nanmean(np.where(counts[:, None] > 0, sums / counts[:, None], np.nan), axis=0)
+    tokens = np.flatnonzero(counts.any(axis=0))
+    size = np.abs(means[:, tokens]).max(axis=0)
+    order = np.argsort(-size, kind="stable")
+    table = pa.table(
+        {
+            "gene": [subject.names.gene_id(t) for t in tokens[order]],
+            "name": [subject.names.name(t) for t in tokens[order]],
+            "cells": counts.sum(axis=0)[tokens[order]].astype(np.int32),
+            "estimate": means[:, tokens[order]].T.tolist(),
+        }
+    )
+    agreement = agree(subject, screen)
+    logger.info(
+        "first-order estimate against exact deletions in %d cells: Spearman %.3f, %.0f %% of the "
+        "top %d in common", min(_CHECKED_CELLS, len(genes)), agreement["spearman"],
+        100 * agreement["overlap_of_top"], _TOP,
+    )  # fmt: skip
+    metadata = {"geneloom_screen": digest} | {k: str(v) for k, v in agreement.items()}
+    with complete_file(path) as aside:
+        pq.write_table(table.replace_schema_metadata(metadata), aside)
+
+
+def agree(subject: Subject, screen: Screen) -> dict[str, float]:
+    """Return how well estimates agree with exact deletions in some cells: means over them.
+
+    ``spearman`` of the values, and ``overlap_of_top``: the share of the 50 largest in common.
+    """
+    engine, genes = subject.engine, subject.cells.genes
+    chosen = np.linspace(0, len(genes) - 1, min(_CHECKED_CELLS, len(genes))).astype(int)
+    found: list[tuple[float, float]] = []
+    for cell in chosen:
+        members = genes[cell][:, None]
+        sets = GeneSets(members, members != ABSENT)
+        exact = engine.perturb(genes[cell], sets, screen.edit)
+        for row, column in zip(estimate(engine, genes[cell]), _columns(engine), strict=True):
+            true, guess = exact.values[column], row[exact.sets]
+            k = min(_TOP, len(true))
+            top = [set(np.argsort(-np.abs(v), kind="stable")[:k]) for v in (true, guess)]
+            found.append((float(spearmanr(true, guess).statistic), len(top[0] & top[1]) / k))
+    spearman, overlap = np.mean(found, axis=0).tolist()
+    return {"spearman": spearman, "overlap_of_top": overlap}
+
+
+def _columns(engine: Engine) -> list[str]:
+    if engine.states:
+        return [f"toward_{engine.states[1]}"]
+    return [f"class_{c}" for c in (engine.head.classes if engine.head else ())]
