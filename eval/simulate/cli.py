@@ -56,7 +56,8 @@ def simulate_command(
     print_moments(record["moments"])
     print(
         f"{out}: {settings.cells:,} cells x {settings.genes:,} genes, {record['regulations']:,} "
-        f"regulations by {settings.tfs} TFs, {len(record['perturbations'])} perturbations; {time.monotonic() - start:.1f} s"
+        f"regulations by {settings.tfs} TFs, {len(record['perturbations'])} perturbations; "
+        f"{time.monotonic() - start:.1f} s"
     )
 
 

@@ -46,7 +46,6 @@ class Moments:
 
     def summary(self) -> dict[str, float]:
         """Return the numbers that are compared."""
-        slope, _ = np.polyfit(np.log(self.mean), np.log(self.variance), 1)
         low, middle, high = np.percentile(self.detected, [5, 50, 95])
         values = {
             "cells": len(self.total),
@@ -58,8 +57,11 @@ class Moments:
             "genes per cell, 95 %": high,
             "share of zeros": 1 - self.detection.mean(),
             "gene means, sd of ln": np.log(self.mean).std(),
-            "slope of ln variance on ln mean": slope,
         }
+        varies = self.variance > 0
+        if np.count_nonzero(varies) > 2:
+            points = np.log(self.mean[varies]), np.log(self.variance[varies])
+            values["slope of ln variance on ln mean"] = np.polyfit(*points, 1)[0]
         if len(self.dispersion):
             values["dispersion, median"] = np.median(self.dispersion)
         return {name: float(f"{value:.4g}") for name, value in values.items()}
@@ -85,7 +87,7 @@ def measure_cells(path: Path, num_genes: int) -> Moments:
         cells += len(block.cell_ids)
     top = np.sort(np.argsort(-sums, kind="stable")[: min(num_genes, np.count_nonzero(sums))])
     if not len(top):
-        raise ValueError(f"{path}: holds no counts")
+        raise ValueError(f"{path}: holds no counts; more cells or a greater depth are needed")
     total, detected = [], []
     for block in source.blocks():
         shape = (len(block.cell_ids), source.num_genes)
