@@ -34,7 +34,7 @@ CONFIG = ModelConfig(
     num_layers=1, hidden_size=16, num_heads=2, intermediate_size=16,
     hidden_dropout=0.0, attention_dropout=0.0,
 )  # fmt: skip
-SIZE = Size(max_cells=60, seeds=1)
+SIZE = Size.model_validate({"max_cells": 60, "seeds": 1})
 CELLS = Cells(files=("cells.h5ad",), recipe="made by the tests")
 # What a perturbation does follows from two hidden numbers of the perturbed gene.
 HIDDEN = np.random.default_rng(3).normal(size=(NUM_PERTURBED, 2))
@@ -150,7 +150,8 @@ def test_pseudobulk_by_hand():
 
 
 def test_no_test_perturbation_was_trained_on():
-    perturbed = [(g,) for g in "abcdefgh"] + [("a", "b"), ("c", "h")]
+    perturbed: list[tuple[str, ...]] = [(g,) for g in "abcdefgh"]
+    perturbed += [("a", "b"), ("c", "h")]
     shifts = Shifts(["+".join(p) for p in perturbed], perturbed, ["x"], np.ones((10, 1)), None, {})
     tested = []
     for train, test in perturbation_folds(shifts, "genes", 4, 0):
@@ -205,7 +206,7 @@ def test_train_mean_is_that_of_the_training(planted, tmp_path):
     shift = {
         n: np.mean([bulk[n, b] - bulk["none", b] for b in ("b0", "b1")], axis=0) for n in names
     }
-    perturbed = [(GENES[int(n[1:])],) for n in names]
+    perturbed: list[tuple[str, ...]] = [(GENES[int(n[1:])],) for n in names]
     folds = perturbation_folds(
         Shifts(names, perturbed, ["x"], np.ones((len(names), 1)), None, {}), "genes", 4, 0
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import scipy.sparse
@@ -45,20 +46,26 @@ class Shifts:
     agreement: float | None
     excluded: dict[str, int]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Hash of everything that scores depend on."""
         names = repr((self.names, self.perturbed, self.genes)).encode()
         return hashlib.sha256(names + self.values.tobytes()).hexdigest()
 
-    @property
+    @cached_property
     def are_memberships(self) -> bool:
         """Whether values only say which genes moved."""
         return set(np.unique(self.values)) <= {0.0, 1.0}
 
+    @cached_property
+    def _place(self) -> dict[str, int]:
+        return {g: i for i, g in enumerate(self.genes)}
+
     def scored_genes(self, perturbation: int) -> np.ndarray:
         """Return bool [genes]: all but the perturbed ones, whose own shift is the intervention."""
-        return ~np.isin(self.genes, self.perturbed[perturbation])
+        scored = np.ones(len(self.genes), dtype=bool)
+        scored[[self._place[g] for g in self.perturbed[perturbation] if g in self._place]] = False
+        return scored
 
     def restrict(self, genes: np.ndarray, perturbations: np.ndarray, why: dict) -> Shifts:
         """Return chosen genes and perturbations (bool), with reasons added to `excluded`."""
