@@ -17,6 +17,7 @@ VERBS = {
     "inspect": ("data_prep.cli", "inspect_command", "show what a shard folder holds"),
     "verify": ("data_prep.cli", "verify_command", "check every byte of a shard folder; repair"),
     "pretrain": ("pretrain.cli", "pretrain_command", "shards -> checkpoints"),
+    "plan": ("pretrain.cli", "plan_command", "memory, hours and cost of a run, before it starts"),
     "launch": ("launch.local", "app", "pretrain on several ranks"),
     "export": ("pretrain.cli", "export_command", "checkpoint -> Hugging Face folder"),
     "embed": ("eval.cli", "embed_command", "cells -> embeddings in an h5ad"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import warnings
@@ -87,6 +88,40 @@ def print_plan(config: RunConfig, resume: bool = False) -> None:
         highlight=False,
     )
     console.print(weights, highlight=False, markup=False, soft_wrap=True)
+
+
+def plan_command(
+    config: Annotated[str, typer.Option(help="YAML file, or the name of a supplied one")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.field=value")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs in all")] = 1,
+    gpu: Annotated[str, typer.Option(help="a100, a100-40, l40s, h100, h200 or b200")] = "h100",
+    cells: Annotated[int, typer.Option(min=1, help="without data.shards: how many")] = 27_400_000,
+    mean_tokens: Annotated[int, typer.Option(min=1, help="without data.shards: a cell")] = 1_100,
+    max_tokens: Annotated[int, typer.Option(min=64, help="without data.shards")] = 2_048,
+    vocabulary_size: Annotated[int, typer.Option(min=10, help="without data.shards")] = 25_426,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(min=1, help="of one GPU, measured; default: from --mfu")
+    ] = None,
+    mfu: Annotated[
+        float | None, typer.Option(min=0.001, max=1, help="share of peak; default: published")
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="of a GPU for an hour")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Memory, steps, hours, traffic and cost of a pretraining, before it is started."""
+    from pretrain import plan
+
+    settings = plan.read_config(config, overrides or [])
+    if gpu not in plan.GPUS:
+        raise ValueError(f"--gpu {gpu}: known are {', '.join(plan.GPUS)}")
+    corpus, max_length = plan.read_corpus(settings, cells, mean_tokens, max_tokens, vocabulary_size)
+    found = plan.make_plan(
+        settings, corpus, max_length, plan.GPUS[gpu], gpus, tokens_per_second, mfu, price
+    )
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        plan.print_plan(found, Console())
 
 
 def export_command(

@@ -1,0 +1,388 @@
+"""What a pretraining will need, before anything is started: memory, steps, hours, traffic, cost.
+
+Arithmetic only, no torch. Symbols: P parameters, d width, i intermediate width, h heads, L padded
+length of a cell, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_prep.shards import ShardSet
+from pretrain.config import ModelConfig, RunConfig, load_config
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+GIB = 2**30
+# Sum of weights and Adam's two moments in float32: what a checkpoint holds of each parameter.
+_STATE_BYTES = 12
+# The CUDA context, NCCL's buffers and the allocator's waste.
+_OVERHEAD_GIB = 3.0
+_LAYER_NORM_BYTES = 16
+_SHARE_OF_MEMORY = 0.92
+_NOT_GIVEN = "."
+_BUCKET = 64
+# Recorded runs: docs/results.md.
+_BYTES_PER_TOKEN = 2.05
+_LOG_SD = 0.5
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU of the makers' data sheets: dense bfloat16 and TF32 FLOP/s, memory in GiB."""
+
+    name: str
+    bf16_flops: float
+    fp32_flops: float
+    memory_gib: float
+
+    def flops(self, precision: str) -> float:
+        return self.bf16_flops if precision == "bf16" else self.fp32_flops
+
+
+GPUS = {
+    g.name: g
+    for g in (
+        Gpu("a100", 312e12, 156e12, 79.2),
+        Gpu("a100-40", 312e12, 156e12, 39.4),
+        Gpu("l40s", 362e12, 183e12, 44.5),
+        Gpu("h100", 989e12, 495e12, 79.6),
+        Gpu("h200", 989e12, 495e12, 139.8),
+        Gpu("b200", 2250e12, 1125e12, 178.0),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What is trained on: cells, real tokens, and (padded length, cells) of each bucket."""
+
+    cells: int
+    tokens: int
+    buckets: Sequence[tuple[int, int]]
+    num_tokens: int
+    bytes_per_token: float
+
+    @property
+    def padded_tokens(self) -> int:
+        return sum(length * cells for length, cells in self.buckets)
+
+    @property
+    def longest(self) -> int:
+        return max(length for length, _ in self.buckets)
+
+    def num_steps(self, tokens_per_step: int) -> int:
+        """Return optimizer steps an epoch, as `data_prep.order` cuts them."""
+        return sum(-(-cells // max(1, tokens_per_step // length)) for length, cells in self.buckets)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at the peak of a step."""
+
+    stage: int
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        states = self.weights + self.gradients + self.optimizer
+        return states + self.activations + self.logits + _OVERHEAD_GIB * GIB
+
+    def fits(self, gpu: Gpu) -> bool:
+        return self.total <= _SHARE_OF_MEMORY * gpu.memory_gib * GIB
+
+
+def num_parameters(model: ModelConfig, num_tokens: int, max_length: int) -> int:
+    """Return the parameters of `pretrain.model.build_model`, tied embeddings counted once."""
+    d, i = model.hidden_size, model.intermediate_size
+    embeddings = (num_tokens + max_length + 2) * d + 2 * d
+    layer = 4 * (d * d + d) + 2 * d * i + i + d + 4 * d
+    head = d * d + d + 2 * d + num_tokens
+    return embeddings + model.num_layers * layer + head
+
+
+def flops_per_token(config: RunConfig, num_tokens: int, length: float) -> float:
+    """Return floating point operations, forward and backward, of a token in a cell of this length.
+
+    6 for each weight of the layers' matrices, 12 L d a layer for attention, and the head at hidden
+    genes only.
+    """
+    model = config.model
+    d = model.hidden_size
+    matrices = model.num_layers * (4 * d * d + 2 * d * model.intermediate_size)
+    attention = 12 * model.num_layers * d * length
+    head = 6 * config.masking.probability * (d * num_tokens + d * d)
+    recomputed = (2 * matrices + attention / 3) if model.activation_checkpointing else 0
+    return 6 * matrices + attention + head + recomputed
+
+
+def memory_per_gpu(
+    config: RunConfig,
+    corpus: Corpus,
+    max_length: int,
+    stage: int,
+    gpus: int,
+    micro_batch: int,
+    fused_attention: bool = True,
+) -> Memory:
+    """Return what one GPU holds in a step of ZeRO `stage` with `micro_batch` padded tokens.
+
+    Parameters
+    ----------
+    fused_attention
+        Flash or memory-efficient attention, which GPUs have with and without dropout. False: the
+        L x L weights are kept, as on a CPU with attention dropout.
+    """
+    p = num_parameters(config.model, corpus.num_tokens, max_length)
+    if config.run.precision == "fp32":
+        weights, gradients, optimizer = 4 * p, 4 * p, 8 * p
+    elif stage == 0:
+        # Autocast: float32 weights and gradients, and the bfloat16 copies it keeps for a step.
+        weights, gradients, optimizer = 6 * p, 4 * p, 8 * p
+    else:
+        # bfloat16 weights and gradients, summed in float32; the optimizer's own float32 weights.
+        weights, gradients, optimizer = 2 * p, 6 * p, 12 * p
+    activations = micro_batch * activation_bytes(config, corpus.longest, fused_attention)
+    # The head's input, logits as computed and in float32, their log-softmax and its gradient.
+    hidden = micro_batch * config.masking.probability
+    size = 2 if config.run.precision == "bf16" else 4
+    logits = hidden * (4 * size * config.model.hidden_size + (size + 12) * corpus.num_tokens)
+    return Memory(
+        stage,
+        weights / (gpus if stage == 3 else 1),
+        gradients / (gpus if stage >= 2 else 1),
+        optimizer / (gpus if stage >= 1 else 1),
+        activations,
+        logits,
+    )
+
+
+def activation_bytes(config: RunConfig, length: int, fused_attention: bool) -> float:
+    """Return bytes that the layers keep of a token for backward, the head not included.
+
+    A layer keeps 8 d + i values and its dropout masks (measured: hooks on the saved tensors of the
+    model, `tests/test_pretrain_plan.py`). With checkpointing, layers keep their input alone and one
+    layer at a time is recomputed.
+    """
+    model = config.model
+    size = 2 if config.run.precision == "bf16" else 4
+    d = model.hidden_size
+    masks = 2 * d * (1 if fused_attention else size) if model.hidden_dropout else 0
+    between = model.intermediate_size * (2 if model.activation == "gelu" else 1)
+    layer = size * (8 * d + between) + masks + 2 * _LAYER_NORM_BYTES
+    if not fused_attention and model.attention_dropout:
+        layer += 12 * model.num_heads * length
+    embeddings = 4 * size * d
+    if model.activation_checkpointing:
+        return embeddings + model.num_layers * size * d + layer
+    return embeddings + model.num_layers * layer
+
+
+def checkpoint_bytes(parameters: int, precision: str, stage: int) -> int:
+    """Return the size of one checkpoint: float32 weights and moments, and bfloat16 weights."""
+    return parameters * (_STATE_BYTES + (2 if precision == "bf16" and stage else 0))
+
+
+def traffic_bytes(parameters: int, precision: str, stage: int, gpus: int, passes: int) -> float:
+    """Return the least that one GPU sends in a step of `passes` micro-batches, by a ring.
+
+    Gradients once in the weights' precision at stages 0 and 1; at stages 2 and 3 once for every
+    micro-batch, for a rank keeps only its part of the sum. Weights are collected once after the
+    step (1, 2), or twice for every micro-batch (3). An all-reduce is both, 2 (N - 1) / N.
+    """
+    size = 4 if precision == "fp32" or stage == 0 else 2
+    part = (gpus - 1) / gpus * parameters * size
+    if stage <= 1:
+        return 2 * part
+    return part * (passes + 1) if stage == 2 else part * 3 * passes
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A ZeRO stage and the padded tokens of a micro-batch that fit."""
+
+    memory: Memory
+    micro_batch: int
+
+
+def choose(
+    config: RunConfig, corpus: Corpus, max_length: int, gpu: Gpu, gpus: int
+) -> Choice | None:
+    """Return the lowest stage that fits, with its largest useful micro-batch; None if none does.
+
+    Lower stages send less. Stage 1 comes before stage 0: it sends as much and keeps a part of the
+    optimizer only (the default; measured in docs/benchmarks.md). Useful are at most a rank's share
+    of a step and 131,072 tokens, by halves.
+    """
+    share = max(config.batch.tokens_per_step // gpus, corpus.longest)
+    sizes = [s for s in (2**n for n in range(17, 5, -1)) if corpus.longest <= s <= share]
+    for stage in (1, 2, 3):
+        for size in [*sizes, corpus.longest]:
+            memory = memory_per_gpu(config, corpus, max_length, stage, gpus, size)
+            if memory.fits(gpu):
+                return Choice(memory, size)
+    return None
+
+
+def published_mfu(model: ModelConfig) -> float:
+    """Return the share of peak that a published trainer of such models reached (NVIDIA BioNeMo).
+
+    Its chart for A100 gives 11.5 % at 10 million parameters and 32 % at 106 million, of the
+    floating point operations counted here.
+    """
+    return 0.115 if model.hidden_size < 512 else 0.32
+
+
+def read_config(config: str, overrides: list[str]) -> RunConfig:
+    """Return a run configuration; a plan needs neither shards nor a run folder."""
+    try:
+        return load_config(config, overrides)
+    except ValueError:
+        given = {o.split("=")[0] for o in overrides}
+        needed = ("data.shards", "run.out")
+        assumed = [f"{k}={_NOT_GIVEN}" for k in needed if k not in given]
+        return load_config(config, [*overrides, *assumed])
+
+
+def read_corpus(
+    config: RunConfig, cells: int, mean_tokens: int, max_tokens: int, vocabulary_size: int
+) -> tuple[Corpus, int]:
+    """Return the corpus of data.shards and its maximum length, or one of so many cells.
+
+    Lengths of an assumed corpus are log-normal, cut at the maximum, in buckets of 64: with a mean
+    of 1,100 about 7 % of the cells reach 2,048, as the paper says of Genecorpus-30M.
+    """
+    if config.data.shards != _NOT_GIVEN:
+        shards = ShardSet(config.data.shards, config.data.cache)
+        train = [b for b in shards.manifest["buckets"] if b["split"] == "train"]
+        cells, tokens = (sum(b[k] for b in train) for k in ("cells", "tokens"))
+        lengths = [(b["length"], b["cells"]) for b in train]
+        size = sum(b["bytes"] for b in train) / tokens
+        corpus = Corpus(cells, tokens, lengths, shards.vocabulary.num_tokens, size)
+        return corpus, shards.vocabulary.max_length
+    if mean_tokens >= max_tokens:
+        raise ValueError(f"--mean-tokens {mean_tokens}: must be below --max-tokens {max_tokens}")
+    lengths = _assumed_lengths(mean_tokens, max_tokens)
+    buckets = np.unique(-(-lengths // _BUCKET) * _BUCKET, return_counts=True)
+    counted = [(int(b), round(n * cells / len(lengths))) for b, n in zip(*buckets, strict=True)]
+    tokens = round(cells * float(lengths.mean()))
+    return Corpus(cells, tokens, counted, vocabulary_size, _BYTES_PER_TOKEN), max_tokens
+
+
+def _assumed_lengths(mean_tokens: int, max_tokens: int) -> np.ndarray:
+    """Return int64 [2000] lengths of cells with a mean: log-normal, cut at the maximum."""
+    places = (np.arange(2000) + 0.5) / 2000
+    shape = np.exp(_LOG_SD * np.array([NormalDist().inv_cdf(p) for p in places]))
+    low, high = 0.0, float(max_tokens) * 100
+    for _ in range(100):
+        middle = (low + high) / 2
+        is_low = np.minimum(middle * shape, max_tokens).mean() < mean_tokens
+        low, high = (middle, high) if is_low else (low, middle)
+    return np.clip(np.rint(low * shape), 1, max_tokens).astype(np.int64)
+
+
+def make_plan(
+    config: RunConfig,
+    corpus: Corpus,
+    max_length: int,
+    gpu: Gpu,
+    gpus: int,
+    tokens_per_second: float | None = None,
+    mfu: float | None = None,
+    price: float | None = None,
+) -> dict[str, Any]:
+    """Return everything that `geneloom plan --json` prints.
+
+    Raises
+    ------
+    ValueError
+        The shards hold no training cells.
+    """
+    if not corpus.tokens:
+        raise ValueError("the shards hold no training cells")
+    precision = config.run.precision
+    parameters = num_parameters(config.model, corpus.num_tokens, max_length)
+    chosen = choose(config, corpus, max_length, gpu, gpus)
+    mean_square = sum(n * length**2 for length, n in corpus.buckets)
+    # Attention costs what the padded length does, cell by cell.
+    flops = flops_per_token(config, corpus.num_tokens, mean_square / corpus.padded_tokens)
+    share = published_mfu(config.model) if mfu is None else mfu
+    rate = tokens_per_second or share * gpu.flops(precision) / flops * (
+        corpus.tokens / corpus.padded_tokens
+    )
+    steps = config.run.total_steps(corpus.num_steps(config.batch.tokens_per_step))
+    tokens = corpus.tokens / corpus.num_steps(config.batch.tokens_per_step) * steps
+    hours = tokens / (rate * gpus) / 3600
+    micro_batch = chosen.micro_batch if chosen else corpus.longest
+    passes = -(-config.batch.tokens_per_step // (gpus * micro_batch))
+    return {
+        "gpu": gpu.name,
+        "gpus": gpus,
+        "precision": precision,
+        "parameters": parameters,
+        "cells": corpus.cells,
+        "tokens_per_epoch": corpus.tokens,
+        "padding": 1 - corpus.tokens / corpus.padded_tokens,
+        "steps": steps,
+        "tokens": round(tokens),
+        "flops_per_padded_token": flops,
+        "tokens_per_second_and_gpu": rate,
+        "rate_from": "given" if tokens_per_second else f"{share:.1%} of {gpu.name}'s peak",
+        "hours": hours,
+        "cost": None if price is None else hours * gpus * price,
+        "suggested": asdict(chosen) if chosen else None,
+        "memory": [
+            asdict(m) | {"total": m.total, "fits": m.fits(gpu)}
+            for stage in (0, 1, 2, 3)
+            for m in [memory_per_gpu(config, corpus, max_length, stage, gpus, micro_batch)]
+        ],
+        "checkpoint_bytes": checkpoint_bytes(parameters, precision, 1),
+        "traffic_bytes_per_step": {
+            stage: traffic_bytes(parameters, precision, stage, gpus, passes) for stage in range(4)
+        },
+        "loader_bytes_per_second": rate * gpus * corpus.bytes_per_token,
+    }
+
+
+def print_plan(plan: dict[str, Any], console: Console) -> None:
+    """Print a plan as a table of memory and a few sentences."""
+    from rich.table import Table
+
+    table = Table(title=f"GiB on each of {plan['gpus']} {plan['gpu']}", title_justify="left")
+    for name in ("ZeRO", "weights", "gradients", "optimizer", "activations", "logits", "all", ""):
+        table.add_column(name, justify="right")
+    parts = ("weights", "gradients", "optimizer", "activations", "logits", "total")
+    for row in plan["memory"]:
+        sizes = [f"{row[k] / GIB:,.2f}" for k in parts]
+        table.add_row(str(row["stage"]), *sizes, "fits" if row["fits"] else "too much")
+    console.print(table)
+    chosen = plan["suggested"]
+    suggestion = "no stage fits: more GPUs, larger ones, or model.activation_checkpointing=true"
+    if chosen:
+        suggestion = (
+            f"suggested: run.deepspeed=zero{chosen['memory']['stage']} "
+            f"batch.tokens_per_micro_batch={chosen['micro_batch']}"
+        )
+    traffic = ", ".join(f"{s}: {b / 2**20:,.0f}" for s, b in plan["traffic_bytes_per_step"].items())
+    cost = "" if plan["cost"] is None else f", cost {plan['cost']:,.0f}"
+    console.print(
+        f"{plan['parameters']:,} parameters, {plan['precision']}; {plan['cells']:,} cells, "
+        f"{plan['tokens_per_epoch']:,} tokens an epoch, padding {plan['padding']:.1%}\n"
+        f"{suggestion}\n"
+        f"{plan['steps']:,} steps, {plan['tokens']:,} tokens, {plan['hours']:,.1f} hours{cost}: "
+        f"{plan['tokens_per_second_and_gpu']:,.0f} tokens/s and GPU ({plan['rate_from']})\n"
+        f"a checkpoint {plan['checkpoint_bytes'] / GIB:,.2f} GiB; sent by a GPU each step, MiB by "
+        f"ZeRO stage: {traffic}; read {plan['loader_bytes_per_second'] / 2**20:,.1f} MiB/s in all",
+        highlight=False,
+        soft_wrap=True,
+    )

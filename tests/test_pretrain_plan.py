@@ -1,0 +1,191 @@
+"""``geneloom plan``: arithmetic against real models, saved tensors and DeepSpeed's estimator."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+from transformers import BertForMaskedLM
+
+from data_prep.order import EpochPlan
+from data_prep.shards import ShardSet
+from pretrain.config import CONFIG_FOLDER
+from pretrain.model import MaskedGeneModel
+from pretrain.plan import (
+    GPUS,
+    Corpus,
+    activation_bytes,
+    choose,
+    flops_per_token,
+    make_plan,
+    memory_per_gpu,
+    num_parameters,
+    read_config,
+    read_corpus,
+    traffic_bytes,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+CORPUS = Corpus(1000, 1_000_000, [(1024, 900), (2048, 100)], 25_426, 2.05)
+
+
+def bert_of(config, num_tokens, max_length):
+    from transformers import BertConfig
+
+    model = config.model
+    return BertConfig(
+        vocab_size=num_tokens,
+        hidden_size=model.hidden_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
+        intermediate_size=model.intermediate_size,
+        hidden_act=model.activation,
+        hidden_dropout_prob=model.hidden_dropout,
+        attention_probs_dropout_prob=model.attention_dropout,
+        max_position_embeddings=max_length,
+        pad_token_id=0,
+    )
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in CONFIG_FOLDER.glob("geneformer*.yaml")))
+def test_parameters_are_those_of_the_model(name):
+    config = read_config(name, [])
+    with torch.device("meta"):
+        model = BertForMaskedLM(bert_of(config, 20_275, 4096))
+    assert num_parameters(config.model, 20_275, 4096) == model.num_parameters()
+
+
+def saved_bytes(config, length, cells):
+    """Return bytes that a real forward pass keeps for backward, weights apart."""
+    bert = BertForMaskedLM._from_config(bert_of(config, 300, length), attn_implementation="sdpa")
+    dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
+    torch.nn.Module.to(bert.train(), dtype=dtype)
+    model = MaskedGeneModel(bert)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = torch.randint(5, 300, (cells, length))
+    hidden = torch.arange(4)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        losses, _ = model(tokens, None, hidden, tokens.flatten()[hidden])
+    assert losses.requires_grad
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("hidden", "attention"), [(0.0, 0.0), (0.02, 0.0), (0.02, 0.02)])
+def test_activations_are_what_autograd_keeps(precision, hidden, attention):
+    def config(layers):
+        return read_config("tiny", [
+            f"run.precision={precision}", f"model.num_layers={layers}", "model.hidden_size=64",
+            "model.num_heads=4", "model.intermediate_size=128",
+            f"model.hidden_dropout={hidden}", f"model.attention_dropout={attention}",
+        ])  # fmt: skip
+
+    # The difference of two depths: what lies outside of the layers is no multiple of them.
+    kept = saved_bytes(config(6), 256, 2) - saved_bytes(config(2), 256, 2)
+    planned = activation_bytes(config(6), 256, False) - activation_bytes(config(2), 256, False)
+    assert planned * 2 * 256 == pytest.approx(kept, rel=0.1)
+
+
+def test_states_are_those_of_the_estimator_of_deepspeed():
+    """It counts 16-bit weights and gradients, and 16 B of optimizer and copies a parameter.
+
+    Ours sum the gradients in float32 as well and have no float32 copy of a 16-bit gradient beside:
+    4 B more, 4 B less, of which stage 2 divides both.
+    """
+    config = read_config("geneformer_v2_104m", ["run.precision=bf16"])
+    parameters = num_parameters(config.model, CORPUS.num_tokens, 4096)
+    for stage, estimate in (
+        (2, estimate_zero2_model_states_mem_needs(parameters, 8, 1, False, 1.0)),
+        (3, estimate_zero3_model_states_mem_needs(
+            parameters, 0, 8, 1, cpu_offload=False, cpu_offload_params=False,
+            zero_init=True, additional_buffer_factor=1.0)),
+    ):  # fmt: skip
+        found = memory_per_gpu(config, CORPUS, 4096, stage, 8, 4096)
+        ours = found.weights + found.gradients + found.optimizer
+        theirs = estimate[1]
+        assert ours == pytest.approx(theirs, rel=0.35), stage
+
+
+def test_memory_falls_with_the_stage_and_grows_with_the_micro_batch():
+    config = read_config("geneformer_v2_316m", ["run.precision=bf16"])
+    totals = [memory_per_gpu(config, CORPUS, 4096, s, 16, 8192).total for s in (0, 1, 2, 3)]
+    assert totals == sorted(totals, reverse=True)
+    assert len(set(totals)) == 4
+    small, large = (memory_per_gpu(config, CORPUS, 4096, 1, 16, n) for n in (8192, 16_384))
+    assert large.activations == 2 * small.activations
+    assert large.optimizer == small.optimizer
+
+
+def test_choice_fits_and_the_next_larger_does_not():
+    config = read_config("geneformer_v2_316m", [
+        "run.precision=bf16", "batch.tokens_per_step=4194304",
+    ])  # fmt: skip
+    gpu = GPUS["a100-40"]
+    found = choose(config, CORPUS, 4096, gpu, 8)
+    assert found and found.memory.fits(gpu)
+    assert found.memory.stage == 1
+    twice = memory_per_gpu(config, CORPUS, 4096, 1, 8, 2 * found.micro_batch)
+    assert found.micro_batch == 131_072 or not twice.fits(gpu)
+    huge = read_config("geneformer_v2_316m", ["model.hidden_size=16128", "model.num_layers=96"])
+    assert choose(huge, CORPUS, 4096, gpu, 1) is None
+
+
+def test_flops_of_the_published_model():
+    """Geneformer V1 at 1,400 tokens: 51 MFLOP a token with the head at 15 % of them, 84 with all.
+
+    The same count by hand (6 a weight, attention 12 L d, head 6 d V).
+    """
+    config = read_config("geneformer_v1_6l", [])
+    assert flops_per_token(config, 25_426, 1400) == pytest.approx(50.6e6, rel=0.01)
+    everywhere = read_config("geneformer_v1_6l", ["masking.probability=0.999"])
+    assert flops_per_token(everywhere, 25_426, 1400) == pytest.approx(84.1e6, rel=0.01)
+
+
+def test_traffic_of_a_ring():
+    assert traffic_bytes(100, "fp32", 1, 1, 3) == 0
+    assert traffic_bytes(100, "fp32", 0, 2, 3) == 400
+    assert traffic_bytes(100, "bf16", 1, 4, 1) == 300
+    assert traffic_bytes(100, "bf16", 3, 4, 2) == 3 * 2 * 150
+
+
+def test_steps_are_those_of_the_run(shards):
+    config = read_config("tiny", [f"data.shards={shards}"])
+    corpus, max_length = read_corpus(config, 1, 1, 64, 10)
+    opened = ShardSet(shards)
+    plan = EpochPlan(opened, "train", 0, config.batch.tokens_per_step)
+    found = make_plan(config, corpus, max_length, GPUS["h100"], 1)
+    assert found["steps"] == config.run.total_steps(plan.steps_per_epoch)
+    assert found["cells"] == sum(b.extent.num_cells for b in plan.buckets)
+
+
+def test_command_without_shards():
+    command = [
+        sys.executable, "-c", "from launch.cli import main; main()", "plan",
+        "--config", "geneformer_v1_6l", "run.precision=bf16", "--gpus", "8", "--gpu", "h200",
+        "--price", "3",
+    ]  # fmt: skip
+    done = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["cost"] == pytest.approx(found["hours"] * 24)
+    assert found["cells"] == 27_400_000
+    assert 0.02 < found["padding"] < 0.03
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    assert "suggested: run.deepspeed=zero1" in shown
+    wrong = subprocess.run(
+        [*command[:-4], "--gpu", "tpu"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert wrong.returncode != 0
+    assert "known are" in wrong.stderr
