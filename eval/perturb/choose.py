@@ -121,7 +121,9 @@ def read_cells(
     for column, value in choice.keep.items():
         matches = (cells.metadata[column] == value).to_numpy()
         if not matches.any():
-            raise ValueError(f"--cells {column}={value}: no such cell; {_values(cells, column)}")
+            raise ValueError(
+                f"--cells {column}={value}: no such cell; {_values(cells, column, kept)}"
+            )
         kept &= matches
     state_cells, perturbed = {}, kept
     if choice.states:
@@ -131,7 +133,7 @@ def read_cells(
             if not len(members):
                 raise ValueError(
                     f"state {choice.states.key}={name}: has no cells; "
-                    + _values(cells, choice.states.key)
+                    + _values(cells, choice.states.key, kept)
                 )
             state_cells[name] = (
                 _genes_of(cells, members, vocabulary), _column(cells, choice.donor)[members]
@@ -169,8 +171,8 @@ def _column(cells: CellSet, name: str | None) -> np.ndarray:
     return cells.metadata[name].to_numpy(dtype=object)
 
 
-def _values(cells: CellSet, column: str) -> str:
-    counts = cells.metadata[column].value_counts().head(8)
+def _values(cells: CellSet, column: str, kept: np.ndarray) -> str:
+    counts = cells.metadata[column][kept].value_counts().head(8)
     return f"'{column}' holds " + ", ".join(f"{v} ({n} cells)" for v, n in counts.items())
 
 
@@ -315,7 +317,7 @@ def _require_few(num_genes: int, set_size: int) -> None:
 
 
 def describe_sets(
-    sets: GeneSets, names: GeneNames, genes: list[np.ndarray], kind: Kind
+    sets: GeneSets, names: GeneNames, genes: list[np.ndarray], kind: Kind, max_genes: int
 ) -> pd.DataFrame:
     """Return a row for each set: what it is, and in how many cells it applies.
 
@@ -334,7 +336,7 @@ def describe_sets(
     is_none = sets.members == ABSENT
     for cell in genes:
         places = places_in(cell, sets.members, num_tokens)
-        applies += applicable(sets, places, kind, len(cell))
+        applies += applicable(sets, places, kind, len(cell), max_genes)
         detected += ((places != ABSENT) | is_none).all(axis=1)
         ranks[cell] += np.arange(len(cell))
         counts[cell] += 1

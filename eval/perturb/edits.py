@@ -122,13 +122,18 @@ def places_in(genes: np.ndarray, members: np.ndarray, num_tokens: int) -> np.nda
     return place_of[members]  # the token ABSENT finds the last entry
 
 
-def applicable(sets: GeneSets, places: np.ndarray, kind: Kind, num_genes: int) -> np.ndarray:
+def applicable(
+    sets: GeneSets, places: np.ndarray, kind: Kind, num_genes: int, max_genes: int
+) -> np.ndarray:
     """Return bool [sets]: can this be done to a cell, and is a gene left to compare it by?"""
     found = places != ABSENT
     possible = (found | ~sets.required).all(axis=1)
-    if kind != "overexpress":
+    left = num_genes - found.sum(axis=1)
+    if kind == "overexpress":
+        left -= (sets.sizes + left - max_genes).clip(min=0)
+    else:
         possible &= found.any(axis=1)
-    return possible & (found.sum(axis=1) < num_genes)
+    return possible & (left > 0)
 
 
 def copies_of(
@@ -152,7 +157,7 @@ def copies_of(
     """
     places = places_in(genes, sets.members, num_tokens)
     found = places != ABSENT
-    chosen = np.flatnonzero(applicable(sets, places, edit.kind, len(genes)))
+    chosen = np.flatnonzero(applicable(sets, places, edit.kind, len(genes), max_genes))
     # Sets with equally many genes, of which equally many are in the cell, give equal lengths.
     kinds = np.stack([sets.sizes, found.sum(axis=1)], axis=1)[chosen]
     for size, num_found in np.unique(kinds, axis=0):
@@ -161,9 +166,7 @@ def copies_of(
         for start in range(0, len(group), step):
             batch = group[start : start + step]
             members, at = sets.members[batch, :size], places[batch, :size]
-            copies = _copies(genes, batch, members, at, edit, max_genes)
-            comparable = copies.compared.any(axis=1)
-            yield copies if comparable.all() else copies.take(np.flatnonzero(comparable))
+            yield _copies(genes, batch, members, at, edit, max_genes)
 
 
 def _copies(

@@ -174,13 +174,13 @@ class Engine:
             Also compare every gene's own state.
         """
         places = places_in(genes, sets.members, self.vocabulary.num_tokens)
-        possible = np.flatnonzero(applicable(sets, places, edit.kind, len(genes)))
+        possible = np.flatnonzero(applicable(sets, places, edit.kind, len(genes), self.max_genes))
         row_of = np.full(len(sets), -1)
         row_of[possible] = np.arange(len(possible))
         originals = {len(genes): self._run(genes[None])}
         before = self._before(originals[len(genes)])
         values = np.zeros((len(possible), len(self.columns)))
-        done, changed = np.zeros((2, len(possible)), dtype=bool)
+        changed = np.zeros(len(possible), dtype=bool)
         by_gene = []
         for copies in copies_of(
             genes, sets, edit, self.max_genes, self.vocabulary.num_tokens,
@@ -189,7 +189,6 @@ class Engine:
             kept = copies.num_kept
             if kept not in originals:
                 originals[kept] = self._run(genes[None, :kept])
-            done[row_of[copies.sets]] = True
             if gene_shifts and not copies.changed.all():
                 same = copies.take(np.flatnonzero(~copies.changed))
                 nothing = np.zeros(same.genes.shape, dtype=np.float32)
@@ -206,8 +205,8 @@ class Engine:
             if gene_shifts:
                 shift = self._gene_shifts(originals[kept], states, differ)
                 by_gene.append((differ.sets, differ.genes, differ.compared, shift))
-        columns = {c: values[done, i].astype(np.float32) for i, c in enumerate(self.columns)}
-        return CellShifts(possible[done], columns, changed[done], before, by_gene)
+        columns = {c: values[:, i].astype(np.float32) for i, c in enumerate(self.columns)}
+        return CellShifts(possible, columns, changed, before, by_gene)
 
     def _remember(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._wanted = output[0] if isinstance(output, tuple) else output

@@ -206,7 +206,9 @@ def _begin(
         if about is not None:
             about |= {"screen_agreement": found}
     if about is not None:
-        table = describe_sets(sets, subject.names, cells.genes, screen.edit.kind)
+        table = describe_sets(
+            sets, subject.names, cells.genes, screen.edit.kind, subject.engine.max_genes
+        )
         about |= {"cells": len(cells.genes), "cells_per_part": per_part}
         about |= {"environment": environment()}
         writer.begin(table, subject.engine.columns, about)
