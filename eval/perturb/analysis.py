@@ -165,10 +165,10 @@ def analyse(
 
 def default_effect(results: Results) -> str:
     """Return the value that a report is about unless asked otherwise: toward the goal."""
-    goal = (results.manifest.get("settings") or {}).get("goal")
-    toward = [c for c in results.columns if c.startswith("toward_")]
-    named = [c for c in toward if goal is not None and c == f"toward_{goal}"]
-    return (named + toward + results.columns)[0]
+    states = results.manifest["settings"].get("states") or {}
+    preferred = [f"toward_{states.get('goal')}"]
+    preferred += [c for c in results.columns if c.startswith(("toward_", "class_"))]
+    return next((c for c in preferred if c in results.columns), results.columns[0])
 
 
 def _require_columns(results: Results) -> None:
@@ -285,7 +285,7 @@ def _warnings(
         found.append(
             f"The screen has {having}. Intervals are over cells and say nothing about other "
             "people; nothing is tested, and nothing is called significant. Give `geneloom perturb` "
-            "cells of several donors, with the column that names them."
+            "cells of several donors, and --donor COLUMN."
         )
     elif len(donors) < FEW_DONORS:
         found.append(
@@ -295,6 +295,11 @@ def _warnings(
     nameless = int((results.cells["donor"] == "").sum())
     if len(donors) > 1 and nameless:
         found.append(f"{nameless} of {len(results.cells)} cells have no donor and do not count.")
+    if results.manifest["settings"].get("top"):
+        found.append(
+            "The genes were chosen by an estimate of this same effect: matched genes are strong "
+            "ones as well, so that fewer genes are found than in a screen of all."
+        )
     singles = genes[genes["genes"].map(len) == 1]
     if len(singles) and singles["matched_effect"].isna().all():
         found.append(

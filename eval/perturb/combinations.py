@@ -51,6 +51,7 @@ def combination_table(
     summary = over_donors(both[0] - both[1], test)
     levels = [over_donors(x)["mean"].to_numpy() for x in both]
     found = table.iloc[combined][["perturbation", "name", "genes", "kind"]].reset_index(drop=True)
+    found["genes"] = [list(genes) for genes in found["genes"]]
     found["cells"] = counts.reshape(shape).sum(axis=1).astype(np.int64)
     found["donors"] = summary["donors"] if donors else np.int32(0)
     found["combined"], found["sum_of_singles"] = levels

@@ -98,7 +98,7 @@ def _write_table(table: pd.DataFrame, path: Path, meanings: dict[str, str]) -> N
     with complete_file(path.with_suffix(".parquet")) as aside:
         pq.write_table(arrow, aside)
     flat = table.copy()
-    if "name" in flat and flat["genes"].map(lambda g: isinstance(g, list)).any():
+    if "perturbation" in flat:
         flat["genes"] = flat["genes"].map(";".join)
     with complete_file(path.with_suffix(".csv")) as aside:
         flat.to_csv(aside, index=False)
