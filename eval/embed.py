@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,27 +91,39 @@ def embed_cells(
         raise ValueError(f"--pooling {pooling}: must be mean or cls")
     if pooling == "cls" and not vocabulary.has_cls:
         raise ValueError("--pooling cls: this vocabulary has no <cls> token; use mean")
-    depth = encoder.config.num_hidden_layers
-    if not -depth < layer <= 0:
-        raise ValueError(f"--layer {layer}: the model has layers 0 (last) to {1 - depth} (first)")
     nn.Module.to(encoder, device=torch.device(device))
     encoder.eval()
-    layers = encoder.encoder.layer
     lengths = np.array([len(t) for t in tokens], dtype=np.int64)
     genes = lengths - (2 if vocabulary.has_cls else 0)
     out = np.full((len(tokens), encoder.config.hidden_size), np.nan, dtype=np.float32)
+    with (
+        layers_up_to(encoder, layer),
+        torch.inference_mode(),
+        torch.autocast(device, torch.bfloat16, enabled=bf16),
+    ):
+        for batch in length_batches(np.where(genes > 0, lengths, 0), token_budget):
+            hidden, batch_lengths = encode_batch(encoder, [tokens[i] for i in batch], vocabulary)
+            out[batch] = pool_genes(hidden, batch_lengths, vocabulary.has_cls, pooling).cpu()
+    return out
+
+
+@contextlib.contextmanager
+def layers_up_to(encoder: BertModel, layer: int) -> Iterator[None]:
+    """Compute no layer above the wanted one; then the encoder has all of them again.
+
+    Raises
+    ------
+    ValueError
+        The model has no such layer (0: last, -1: second-to-last, ...).
+    """
+    layers, depth = encoder.encoder.layer, encoder.config.num_hidden_layers
+    if not -depth < layer <= 0:
+        raise ValueError(f"--layer {layer}: the model has layers 0 (last) to {1 - depth} (first)")
     try:
-        # Layers above the wanted one are not computed.
         encoder.encoder.layer = nn.ModuleList(layers[: depth + layer])
-        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=bf16):
-            for batch in length_batches(np.where(genes > 0, lengths, 0), token_budget):
-                hidden, batch_lengths = encode_batch(
-                    encoder, [tokens[i] for i in batch], vocabulary
-                )
-                out[batch] = pool_genes(hidden, batch_lengths, vocabulary.has_cls, pooling).cpu()
+        yield
     finally:
         encoder.encoder.layer = layers
-    return out
 
 
 def encode_batch(

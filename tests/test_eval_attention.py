@@ -14,16 +14,25 @@ from transformers import BertForMaskedLM
 from data_prep.vocab import Vocabulary
 from eval.attention import mean_attention
 from eval.attention_tables import attention_file
+from eval.benchmark.attention_task import num_units, run
+from eval.benchmark.outcome import TaskRun
+from eval.benchmark.task import AttentionTask, Cells, GeneList, Size
 from eval.encode import encode_file
 from eval.gene_lists import read_genes
 from pretrain.config import ModelConfig
 from pretrain.model import build_model
+from tests.matched_worlds import bench_of, is_listed, passing_model, score_of, write_world
 from tests.synthetic import write_cells
 from tests.test_eval import vocabulary_of
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=16, num_heads=2, intermediate_size=32,
     hidden_dropout=0.1, attention_dropout=0.1,
+)  # fmt: skip
+TASK = AttentionTask(
+    name="attended", title="Attended", kind="attention", donor="donor", sizes={},
+    positive=GeneList(name="listed", file="genes.tsv", keep={"listed": ("yes",)}),
+    cells=Cells(files=("cells.h5ad",), recipe="made by the tests"),
 )  # fmt: skip
 
 
@@ -200,3 +209,62 @@ def test_lists_of_genes_are_read_by_column_and_value(tmp_path):
         read_genes(table, {"set": ("c",)})
     with pytest.raises(ValueError, match="and place"):
         read_genes(table, {"place": ("c",)})
+
+
+def attending_model(vocabulary: Vocabulary) -> BertForMaskedLM:
+    """Return a model whose first head attends to listed genes, and all others evenly."""
+    network = passing_model(vocabulary)
+    words = np.random.default_rng(0).normal(size=(vocabulary.num_tokens, 16))
+    words[vocabulary.first_gene_token :, 0] = np.where(is_listed(vocabulary), 4, -4)
+    with torch.no_grad():
+        network.bert.embeddings.word_embeddings.weight.copy_(torch.from_numpy(words))
+        first = network.bert.get_submodule("encoder.layer.0.attention.self")
+        first.get_parameter("key.weight")[0, 0] = 1.0
+        first.get_parameter("query.bias")[0] = 2.0
+    return network
+
+
+@pytest.fixture(scope="module")
+def task_run(tmp_path_factory) -> TaskRun:
+    folder = tmp_path_factory.mktemp("world")
+    vocabulary = write_world(folder)
+    bench = bench_of(
+        folder, vocabulary, attending=attending_model(vocabulary), zeros=passing_model(vocabulary)
+    )
+    found = run(TASK, Size(seeds=3), bench)
+    assert len(found.outcomes) == num_units(TASK, Size(seeds=3), bench.models)
+    return found
+
+
+def test_planted_attention_is_found_and_even_attention_is_at_chance(task_run):
+    for name in ("zero-shot", "zero-shot, early layers"):
+        assert score_of(task_run, name, "model", "attending") > 0.99
+        assert score_of(task_run, name, "model", "zeros") == 0.5
+    assert score_of(task_run, "zero-shot", "model", "attending", "heads_more") == 0.25
+    assert score_of(task_run, "zero-shot", "model", "attending", "heads_more_early") == 0.5
+    assert score_of(task_run, "zero-shot", "model", "attending", "heads_less") == 0
+    assert score_of(task_run, "zero-shot", "model", "zeros", "heads_more") == 0
+    for name in ("mean rank", "mean expression", "detection rate"):
+        assert abs(score_of(task_run, f"{name} alone", "baseline", None) - 0.5) < 0.1
+    for model in ("attending", "zeros"):
+        control = score_of(task_run, "shuffled labels, zero-shot", "control", model)
+        assert abs(control - 0.5) < 0.05
+
+
+def test_heads_are_kept_one_by_one(task_run):
+    (outcome,) = (
+        o for o in task_run.outcomes
+        if (o.contender, o.role, o.model, o.fold) == ("zero-shot", "model", "attending", 0)
+    )  # fmt: skip
+    heads = np.array(outcome.details["heads"])
+    assert heads.shape == (2, 2)
+    assert heads[0, 0] > 0.1
+    assert np.abs(heads[[0, 1, 1], [1, 0, 1]]).max() < 1e-5
+    assert outcome.details["heads_q"][0][0] < 0.05
+    assert outcome.details["donors_agree"][0][0] == 1.0
+
+
+def test_pairs_are_expressed_alike(task_run):
+    for name, (listed, partner) in task_run.details["matched"].items():
+        assert abs(listed - partner) < 0.1 * max(listed, partner), name
+    assert task_run.details["pairs"] >= 10

@@ -196,7 +196,7 @@ def test_a_task_that_fails_leaves_the_others(world, tmp_path):
 def test_every_declared_task_is_complete():
     tasks = all_tasks()
     kinds = {t.kind for t in tasks.values()}
-    everywhere = {"genes", "cells", "integration", "annotation"}
+    everywhere = {"genes", "cells", "integration", "annotation", "context", "attention"}
     assert kinds <= set(_MODULES)
     for suite in SUITES:
         assert {t.kind for t in choose_tasks(suite, [], [])} >= everywhere, suite

@@ -11,8 +11,8 @@ from sklearn.model_selection import StratifiedKFold
 
 from eval.benchmark.inputs import Model, TaskCells
 from eval.benchmark.task import TASKS_FOLDER, GeneTask
+from eval.gene_lists import GENE_COLUMNS
 
-_GENE_COLUMNS = ("ensembl_id", "gene")
 _YES, _NO = ("true", "1", "yes"), ("false", "0", "no", "")
 
 
@@ -60,9 +60,9 @@ def read_labels(task: GeneTask, data: Path | None) -> LabelledGenes:
         No such file, missing columns, a row without a gene, a value of ``ambiguous`` that is
         neither true nor false, a class that does not occur, or no gene left in one.
     """
-    path = _labels_path(task, data)
+    path = table_path(task.labels, data, task.cells.recipe)
     table = _read_table(path)
-    found = [c for c in _GENE_COLUMNS if c in table]
+    found = [c for c in GENE_COLUMNS if c in table]
     if not found or "label" not in table:
         raise ValueError(
             f"{path}: has the columns {list(table)}; needed are ensembl_id (or gene) and label"
@@ -151,15 +151,22 @@ def gene_folds(labels: np.ndarray, folds: int, seed: int) -> list[tuple[np.ndarr
     return list(splitter.split(np.zeros(len(labels)), labels))
 
 
-def _labels_path(task: GeneTask, data: Path | None) -> Path:
-    own = TASKS_FOLDER / task.labels
+def table_path(file: str, data: Path | None, recipe: str) -> Path:
+    """Return where a table of a task is: among the tasks, at its full path, or below the data.
+
+    Raises
+    ------
+    ValueError
+        It is in none of these places.
+    """
+    own = TASKS_FOLDER / file
     if own.exists():
         return own
     if data is None:
-        raise ValueError(f"--data: the labels {task.labels} are below it; give the folder")
-    if not (data / task.labels).is_file():
-        raise ValueError(f"{data / task.labels}: no such file. {task.cells.recipe}")
-    return data / task.labels
+        raise ValueError(f"--data: the labels {file} are below it; give the folder")
+    if not (data / file).is_file():
+        raise ValueError(f"{data / file}: no such file. {recipe}")
+    return data / file
 
 
 def _read_table(path: Path) -> pd.DataFrame:
