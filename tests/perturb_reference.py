@@ -15,7 +15,7 @@ from transformers import BertForMaskedLM
 from data_prep.vocab import CLS, EOS, Vocabulary
 
 
-def cut(genes: list[int], length: int) -> list[int]:
+def cut(genes: list, length: int) -> list:
     return genes[:length]
 
 

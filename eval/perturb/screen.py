@@ -125,8 +125,8 @@ def _write_estimates(
         sums[codes[i]][:, cell] += estimate(engine, cell)
         counts[codes[i], cell] += 1
         show("estimates", i + 1, len(genes))
-    with np.errstate(invalid="ignore"):
-        means = np.nanmean(np.where(counts[:, None] > 0, sums / counts[:, None], np.nan), axis=0)
+    means = sums / np.maximum(counts, 1)[:, None]
+    means = means.sum(axis=0) / np.maximum((counts > 0).sum(axis=0), 1)
     tokens = np.flatnonzero(counts.any(axis=0))
     size = np.abs(means[:, tokens]).max(axis=0)
     order = np.argsort(-size, kind="stable")
