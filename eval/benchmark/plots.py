@@ -131,7 +131,7 @@ def task_plots(task: dict[str, Any], models: list[str]) -> list[Plot]:
         "annotation": [_score_plot, _confusion_plot, _class_plot],
         "integration": [_score_plot, _umap_by_label, _umap_by_batch],
         "context": [_score_plot, _roc_plot],
-        "attention": [_score_plot, _roc_plot],
+        "attention": [_score_plot, _heads_plot, _roc_plot],
     }
     plots = (make(task, models) for make in makers.get(task["kind"], [_score_plot]))
     return [plot for plot in plots if plot is not None]
@@ -300,6 +300,33 @@ def _pooled_bins(task: dict[str, Any], row: dict[str, Any]) -> np.ndarray:
     return np.array(
         [np.average(values[tenth == t, :2], axis=0, weights=values[tenth == t, 2]) for t in large]
     ).reshape(-1, 2)
+
+
+def _heads_plot(task: dict[str, Any], models: list[str]) -> Plot | None:
+    heads = {}
+    for row in shown_contenders(task, models):
+        found = [o["details"]["heads"] for o in outcomes_of(task, row) if "heads" in o["details"]]
+        if found:
+            heads[row["name"]] = np.mean(found, axis=0)
+    if not heads:
+        return None
+    layers, width = next(iter(heads.values())).shape
+    size = (1.2 + len(heads) * max(1.9, 0.25 * width), 1.8 + 0.25 * layers)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(heads), squeeze=False)[0]
+    most = max(float(np.abs(h).max()) for h in heads.values()) or 1.0
+    image = None
+    for axes, (name, values) in zip(panels, heads.items(), strict=True):
+        image = axes.imshow(values, cmap="PuOr_r", vmin=-most, vmax=most, aspect="auto")
+        axes.set_xticks(range(values.shape[1]), [str(h + 1) for h in range(values.shape[1])])
+        axes.set_yticks(range(len(values)), [str(layer + 1) for layer in range(len(values))])
+        axes.grid(visible=False)
+        axes.set_title(short_name(name, models), fontsize=9)
+        axes.set(xlabel="head", ylabel="layer, 1 is the first")
+    assert image is not None
+    figure.colorbar(image, ax=list(panels), label="more attention")
+    what = f"Attention to a {task['classes'][1]}, minus that to its partner"
+    return Plot("heads", f"{what}: median pair, mean over folds; 1 is the mean of a cell", figure)
 
 
 def f1_by_class(task: dict[str, Any], row: dict[str, Any]) -> dict[str, float]:
