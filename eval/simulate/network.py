@@ -110,9 +110,11 @@ def draw_network(
     num_genes, num_tfs = settings.genes, settings.tfs
     tfs = rng.choice(num_genes, num_tfs, replace=False)
     mean_targets = settings.regulators_per_gene * num_genes / num_tfs
-    pareto = (1 + rng.pareto(_PARETO, num_tfs)) * (_PARETO - 1) / _PARETO
+    pareto = 1 + rng.pareto(_PARETO, num_tfs)
     most = max(1, int(_MOST_TARGETS_SHARE * num_genes))
-    wanted = np.clip(np.rint(mean_targets * pareto).astype(int), _FEWEST_TARGETS, most)
+    wanted = np.clip(
+        np.rint(mean_targets * pareto / pareto.mean()).astype(int), _FEWEST_TARGETS, most
+    )
     attraction = rng.gamma(2.0, size=num_genes) * np.exp(-_HOUSEKEEPING * (basal - basal.min()))
     attraction[tfs] *= _TF_PREFERENCE
     rows, columns = [], []

@@ -26,7 +26,9 @@ class SimulationSettings(BaseModel):
     )
     seed: int = Field(default=0, ge=0)
 
-    regulators_per_gene: float = Field(default=3.0, gt=0, description="mean over genes")
+    regulators_per_gene: float = Field(
+        default=3.0, gt=0, description="mean, but for hubs cut short"
+    )
     activator_share: float = Field(default=0.7, ge=0, le=1)
     mean_effect: float = Field(default=1.0, gt=0, description="of a TF going from idle to full")
     switched_share: float = Field(
