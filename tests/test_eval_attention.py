@@ -16,6 +16,8 @@ from eval.attention import mean_attention
 from eval.attention_tables import attention_file
 from eval.benchmark.attention_task import num_units, run
 from eval.benchmark.outcome import TaskRun
+from eval.benchmark.report import write_report
+from eval.benchmark.run import run_benchmark
 from eval.benchmark.task import AttentionTask, Cells, GeneList, Size
 from eval.encode import encode_file
 from eval.gene_lists import read_genes
@@ -268,3 +270,28 @@ def test_pairs_are_expressed_alike(task_run):
     for name, (listed, partner) in task_run.details["matched"].items():
         assert abs(listed - partner) < 0.1 * max(listed, partner), name
     assert task_run.details["pairs"] >= 10
+
+
+def test_the_page_shows_the_heads_and_a_second_run_repeats_nothing(tmp_path):
+    vocabulary = write_world(tmp_path)
+    attending_model(vocabulary).save_pretrained(tmp_path / "model")
+    vocabulary.save(tmp_path / "model" / "vocabulary.json")
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        "title: Attended genes\nkind: attention\n"
+        "positive: {name: listed, file: genes.tsv, keep: {listed: ['yes']}}\n"
+        "cells: {files: [cells.h5ad], recipe: made by this test}\n"
+        "sizes: {quick: {max_cells: 40, seeds: 3}}\n"
+    )
+    out = tmp_path / "report"
+    settings = {"data": tmp_path, "names": ["own"], "files": [own]}
+    results = run_benchmark([tmp_path / "model"], "quick", out, **settings)
+    page = write_report(results, out).read_text()
+    assert "Attended genes" in page
+    assert "Attention to a listed, minus that to its partner" in page
+    assert list((out / "plots").glob("*heads.png"))
+    done = {p: p.stat().st_mtime_ns for p in (out / "units").glob("*.json")}
+    assert len(done) == 24
+    again = run_benchmark([tmp_path / "model"], "quick", out, **settings)
+    assert again["tasks"][0]["summary"] == results["tasks"][0]["summary"]
+    assert {p: p.stat().st_mtime_ns for p in done} == done
