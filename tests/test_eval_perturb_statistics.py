@@ -187,6 +187,8 @@ def test_few_donors_few_genes_and_cells_without_a_donor_are_named(tmp_path):
     assert "Only 3 donors" in warnings[0]
     assert "5 of 30 cells have no donor" in warnings[1]
     assert "half of them or more" in warnings[2]
+    exact = analyse(Results.open(tmp_path / "s"), settings(test="wilcoxon"))
+    assert any("no p below 0.25" in w for w in exact.warnings)
     few = write_screen(tmp_path / "few", values[:, :5], donors, names(5))
     analysis = analyse(few, settings())
     assert any("too few to match" in w for w in analysis.warnings)

@@ -292,6 +292,11 @@ def _warnings(
             f"Only {len(donors)} donors: below {FEW_DONORS} only very large, very even effects "
             "can be found. What is not found here is not thereby absent."
         )
+    if len(donors) > 1 and settings.test == "wilcoxon" and 2 / 2 ** len(donors) > settings.rate:
+        found.append(
+            f"Wilcoxon's test over {len(donors)} donors has no p below {2 / 2 ** len(donors):.3g}: "
+            "nothing can be found. Use --test t."
+        )
     nameless = int((results.cells["donor"] == "").sum())
     if len(donors) > 1 and nameless:
         found.append(f"{nameless} of {len(results.cells)} cells have no donor and do not count.")

@@ -75,16 +75,16 @@ def _singles_of(table: pd.DataFrame, combined: np.ndarray) -> np.ndarray:
 
     -1 beyond its genes; -2 throughout where one of its genes was not perturbed alone.
     """
+    kinds, sets = table["kind"].tolist(), table["genes"].tolist()
     alone = {
         (kind, genes[0]): number
-        for number, (kind, genes) in enumerate(zip(table["kind"], table["genes"], strict=True))
+        for number, (kind, genes) in enumerate(zip(kinds, sets, strict=True))
         if len(genes) == 1
     }
-    largest = max((len(table["genes"].iloc[c]) for c in combined), default=1)
+    largest = max((len(sets[number]) for number in combined), default=1)
     singles = np.full((len(table), largest), -1, dtype=np.int64)
     for number in combined:
-        row = table.iloc[number]
-        found = [alone.get((row["kind"], gene), -2) for gene in row["genes"]]
+        found = [alone.get((kinds[number], gene), -2) for gene in sets[number]]
         singles[number, : len(found)] = found
         if min(found) == -2:
             singles[number] = -2
