@@ -44,6 +44,7 @@ BUILD = ("--vocab", "build", "--out", "shards")
         (("pretrain", "--config", "tiny", "run.out=r", "data.shards=x"), "no manifest.json"),
         (("export", ".", "--out", "model"), "no model_config.json"),
         (("embed", "cells.h5ad", "--model", ".", "--out", "o.h5ad"), "no config.json"),
+        (("attention", "cells.h5ad", "--model", ".", "--out", "o"), "no config.json"),
         (("launch", "local", "embed"), "does not run on several ranks"),
     ],
 )
