@@ -1,4 +1,10 @@
-"""``geneloom attention``: tables of what genes receive in each head, in Parquet."""
+"""``geneloom attention``: tables of what genes receive in each head, in Parquet.
+
+``received.parquet``: ``layer`` (1 is the first), ``head`` (from 1), ``gene``, ``symbol``, ``group``,
+``cells``, ``attention`` (see `eval.attention.Attention`); rows without cells are left out.
+``pairs.parquet``: ``layer``, ``head``, ``gene`` that attends, ``attended``, ``cells``,
+``attention``, over all groups. ``attention.json``: model, cells, genes and settings.
+"""
 
 from __future__ import annotations
 
@@ -38,12 +44,6 @@ def attention_file(
 ) -> str:
     """Write a folder of tables of the attention that genes receive; return a sentence about it.
 
-    ``received.parquet``: ``layer`` (1 is the first), ``head`` (from 1), ``gene``, ``symbol``,
-    ``group``, ``cells``, ``attention`` (see `eval.attention.Attention`); rows without cells are
-    left out. ``pairs.parquet`` (`with_pairs`): ``layer``, ``head``, ``gene`` that attends,
-    ``attended``, ``cells``, ``attention``, over all groups. ``attention.json``: model, cells, genes
-    and settings.
-
     Parameters
     ----------
     genes
@@ -71,31 +71,47 @@ def attention_file(
     attention = mean_attention(
         found.tokens, network.bert, vocab, np.array(list(known)), numbers, with_pairs, **settings
     )
-    labels = (list(known.values()), [asked[g] for g in known.values()])
-    without = [g for g, n in zip(labels[0], attention.cells.sum(axis=0), strict=True) if not n]
+    ids = list(known.values())
+    unknown = [g for g, t in zip(asked, tokens, strict=True) if t < 0]
+    absent = [g for g, n in zip(ids, attention.cells.sum(axis=0), strict=True) if not n]
     record = {
         "format": ATTENTION_FORMAT,
         "model": model.resolve().name,
         "vocabulary_sha256": vocab.sha256,
         "cells": {"file": cells.name, "sha256": file_sha256(cells), "number": len(found.tokens)},
         "genes": len(known),
-        "not_in_vocabulary": [g for g, t in zip(asked, tokens, strict=True) if t < 0],
-        "in_no_cell": without,
+        "not_in_vocabulary": unknown,
+        "in_no_cell": absent,
         "group": group,
         "settings": settings,
     }
-    with complete_folder(out, RECORD_NAME) as partial:
-        _write_received(partial / "received.parquet", attention, names, *labels)
-        if with_pairs:
-            _write_pairs(partial / "pairs.parquet", attention, labels[0])
-        (partial / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n")
+    _write(out, attention, names, ids, [asked[g] for g in ids], record)
+    return _sentence(out, attention, record)
+
+
+def _sentence(out: Path, attention: Attention, record: dict[str, Any]) -> str:
     layers, heads = attention.received.shape[1:3]
-    left_out = len(record["not_in_vocabulary"])
+    absent, unknown = len(record["in_no_cell"]), len(record["not_in_vocabulary"])
     return (
-        f"{out}: {layers} layers x {heads} heads, {len(known) - len(without):,} genes in "
-        f"{len(found.tokens):,} cells; {left_out} genes are not in the vocabulary, "
-        f"{len(without)} in no cell"
+        f"{out}: {layers} layers x {heads} heads, {record['genes'] - absent:,} genes in "
+        f"{record['cells']['number']:,} cells; {unknown} genes are not in the vocabulary, "
+        f"{absent} in no cell"
     )
+
+
+def _write(
+    out: Path,
+    attention: Attention,
+    groups: list[str],
+    genes: list[str],
+    symbols: list[str],
+    record: dict[str, Any],
+) -> None:
+    with complete_folder(out, RECORD_NAME) as partial:
+        _write_received(partial / "received.parquet", attention, groups, genes, symbols)
+        if attention.pairs is not None:
+            _write_pairs(partial / "pairs.parquet", attention, genes)
+        (partial / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _most_detected(cells: CellSet, vocabulary: Vocabulary) -> dict[str, str]:
