@@ -20,6 +20,8 @@ class GenePairs:
     ----------
     source, target
         str [pairs].
+    others
+        Source -> genes that other rows of the table list for it, and that are no targets.
     looked_at
         str, sorted: targets of all rows of the table, pairs or not.
     digest
@@ -28,6 +30,7 @@ class GenePairs:
 
     source: np.ndarray
     target: np.ndarray
+    others: dict[str, list[str]]
     looked_at: np.ndarray
     digest: str
 
@@ -64,9 +67,15 @@ def read_edges(edges: Edges, data: Path | None) -> GenePairs:
     pairs = table.loc[kept, [edges.source, edges.target]].drop_duplicates()
     if pairs.empty:
         raise ValueError(f"{path}: no row has {edges.keep}; change `keep` or the file")
+    # A target may be listed in several rows: one that is a pair is enough.
+    rest = table.loc[~kept & (table[edges.source] != table[edges.target])]
+    known = pd.MultiIndex.from_frame(pairs)
+    rest = rest[~pd.MultiIndex.from_frame(rest[[edges.source, edges.target]]).isin(known)]
+    others = rest.groupby(edges.source)[edges.target].agg(lambda t: sorted(set(t))).to_dict()
     return GenePairs(
         pairs[edges.source].to_numpy(dtype=str),
         pairs[edges.target].to_numpy(dtype=str),
+        others,
         looked_at,
         file_sha256(path),
     )

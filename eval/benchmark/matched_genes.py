@@ -39,7 +39,7 @@ from eval.benchmark.gene_scores import (
 )
 from eval.benchmark.inputs import Bench, Model, TaskCells
 from eval.benchmark.outcome import Outcome, Role, TaskRun
-from eval.benchmark.task import AttentionTask, ContextTask, Size
+from eval.benchmark.task import MatchedGenesTask, Size
 from eval.gene_lists import read_genes
 
 MATCHED = ("mean rank", "mean expression", "detection rate")
@@ -132,7 +132,7 @@ class Contender:
 
 
 def pair_genes(
-    task: ContextTask | AttentionTask,
+    task: MatchedGenesTask,
     cells: TaskCells,
     bench: Bench,
     is_usable: Callable[[Model], np.ndarray],
@@ -242,7 +242,7 @@ def shuffled_control(contender: Contender) -> Contender:
 
 
 def compete(
-    task: ContextTask | AttentionTask,
+    task: MatchedGenesTask,
     size: Size,
     bench: Bench,
     cells: TaskCells,

@@ -41,6 +41,8 @@ _MODULES = {
     "context": "context",
     "attention": "attention_task",
     "perturb_seq": "perturb_seq",
+    "perturbation": "perturbation",
+    "targets": "targets",
 }
 _PACKAGES = ("scikit-learn", "scanpy", "scib-metrics", "harmonypy", "scvi-tools", "peft", "optuna")
 

@@ -69,6 +69,9 @@ class Size(_Section):
     shots: tuple[int, ...] = ()
     # Trials of the nested search for settings; 0: the settings above are used as they are.
     search_trials: int = Field(0, ge=0)
+    # Genes that are perturbed in silico, and cells in which each of them is. None: all.
+    max_perturbed: int | None = Field(None, ge=2)
+    max_cells_per_gene: int | None = Field(None, ge=1)
 
 
 class Edges(_Section):
@@ -163,7 +166,7 @@ class GeneList(_Section):
     keep: dict[str, tuple[str, ...]] = {}
 
 
-class _MatchedGenesTask(_Task):
+class MatchedGenesTask(_Task):
     """Listed genes against others of equal rank, expression and detection, ordered by a score."""
 
     positive: GeneList
@@ -182,7 +185,7 @@ class _MatchedGenesTask(_Task):
         return (*self.cells.files, *own)
 
 
-class ContextTask(_MatchedGenesTask):
+class ContextTask(MatchedGenesTask):
     """Which genes' states differ between types of cells?"""
 
     kind: Literal["context"]
@@ -190,10 +193,33 @@ class ContextTask(_MatchedGenesTask):
     label: str
 
 
-class AttentionTask(_MatchedGenesTask):
+class AttentionTask(MatchedGenesTask):
     """Which genes are attended to?"""
 
     kind: Literal["attention"]
+
+
+class CellStates(_Section):
+    """Cells between which a perturbation is to move: values of a column of obs."""
+
+    key: str
+    # These cells are perturbed.
+    start: str
+    goal: str
+
+
+class PerturbationTask(MatchedGenesTask):
+    """Which genes, edited one by one in silico, move cells toward a goal, or at all?
+
+    The goal may be worse than the start: genes that drive a disease move healthy cells toward it.
+    """
+
+    kind: Literal["perturbation"]
+    edit: Literal["delete", "overexpress", "inhibit", "activate"]
+    # None: by how far the cells move, wherever to.
+    states: CellStates | None = None
+    # Cells of the start (of any state, if a gene is inserted) that hold it.
+    min_cells: int = Field(5, ge=1)
 
 
 class PerturbSeqTask(_Task):
@@ -240,9 +266,29 @@ class PerturbSeqTask(_Task):
         return (*self.cells.files, *context, *table)
 
 
+class TargetsTask(_Task):
+    """Known targets of regulators against genes expressed alike: which move on a deletion?"""
+
+    kind: Literal["targets"]
+    edges: Edges
+    # Partners of targets: any other gene, or those that the table lists for the same regulator in
+    # rows that `keep` turns away, such as indirect targets.
+    partners: Literal["any", "listed"] = "any"
+    # Regulators with fewer targets, each with a partner, are left out; of more, so many are drawn.
+    min_targets: int = Field(10, ge=2)
+    max_targets: int = Field(40, ge=2)
+    # Cells that hold both regulator and gene.
+    min_cells: int = Field(5, ge=1)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Cells and the table of targets."""
+        return (*self.cells.files, self.edges.file)
+
+
 AnyTask = (
     GeneTask | CellTask | AnnotationTask | IntegrationTask | ContextTask | AttentionTask
-    | PerturbSeqTask
+    | PerturbationTask | PerturbSeqTask | TargetsTask
 )  # fmt: skip
 _ADAPTER: TypeAdapter = TypeAdapter(Annotated[AnyTask, Field(discriminator="kind")])
 
@@ -266,7 +312,8 @@ def read_task(path: Path) -> AnyTask:
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise ValueError(f"{path}: is no task: " + "; ".join(wrong)) from error
-    if isinstance(task, ContextTask | AttentionTask) and path.parent != TASKS_FOLDER:
+    matched = ContextTask | AttentionTask | PerturbationTask
+    if isinstance(task, matched) and path.parent != TASKS_FOLDER:
         lists = {n: _beside(getattr(task, n), path.parent) for n in ("positive", "negative")}
         return task.model_copy(update=lists)
     if isinstance(task, GeneTask) and path.parent != TASKS_FOLDER:

@@ -1,0 +1,375 @@
+"""Targets tasks: which genes does a deleted regulator move, and are they its known targets?
+
+Every target has a partner of nearly the same rank, expression and detection (`matched_genes`), for
+any deletion moves highly ranked genes most, whoever regulates them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+from sklearn.ensemble import RandomForestRegressor
+
+from eval.benchmark.compare import ZERO_SHOT
+from eval.benchmark.edges import GenePairs, read_edges
+from eval.benchmark.encoders import kept_threads
+from eval.benchmark.folds import seed_of_fold
+from eval.benchmark.gene_correlation import correlations
+from eval.benchmark.gene_features import expression_of_tokens
+from eval.benchmark.in_silico import chosen_holders, engine_of, gene_effects, genes_of
+from eval.benchmark.inputs import Bench, Model, TaskCells, load_cells
+from eval.benchmark.matched_genes import MATCHED, matched_features, nearest_pairs
+from eval.benchmark.outcome import Outcome, Role, TaskRun
+from eval.benchmark.shift_scores import score_ranking
+from eval.benchmark.task import Size, TargetsTask
+
+_DRAWN_SHARE = 0.8
+_FEWEST_REGULATORS = 3
+_NUM_SHUFFLES = 20
+_TREES = 30
+
+
+@dataclass(frozen=True)
+class Regulator:
+    """A regulator with targets, then the targets' partners in the same order: gene ids.
+
+    `static` is float64 [genes, 3], columns as in `matched_genes.MATCHED`.
+    """
+
+    gene: str
+    genes: list[str]
+    static: np.ndarray
+
+    @property
+    def is_target(self) -> np.ndarray:
+        """bool [genes]."""
+        return np.arange(len(self.genes)) < len(self.genes) // 2
+
+
+@dataclass(frozen=True)
+class Question:
+    """All that contenders are asked about, the same for every fold."""
+
+    regulators: list[Regulator]
+    cells: TaskCells
+    bench: Bench
+    most_cells: int | None
+
+    def tokens(self, model: Model, genes: list[str]) -> np.ndarray:
+        """Return int64 tokens of gene ids."""
+        return model.reading_vocabulary.tokens_of(genes).astype(np.int64)
+
+    @property
+    def digest(self) -> str:
+        """Hash of regulators, targets and partners."""
+        whole = repr([(r.gene, r.genes) for r in self.regulators])
+        return hashlib.sha256(whole.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A row of the table; `rank` gives, for chosen regulators, how much each gene is moved."""
+
+    name: str
+    role: Role
+    model: Model | None
+    rank: Callable[[np.ndarray, int], list[np.ndarray]]
+
+
+def run(task: TargetsTask, size: Size, bench: Bench) -> TaskRun:
+    """Return the outcomes of all contenders; a fold is a draw of 80 % of the regulators.
+
+    Raises
+    ------
+    ValueError
+        As `load_cells` and `read_edges`; fewer than 3 regulators with enough targets.
+    """
+    cells = load_cells(task.cells, (), bench.models, bench.data, size.max_cells, bench.seed)
+    pairs = read_edges(task.edges, bench.data)
+    regulators, excluded = choose_regulators(task, size, cells, pairs, bench)
+    question = Question(regulators, cells, bench, size.max_cells_per_gene)
+    rows = contenders(question)
+    outcomes = []
+    for number in range(size.seeds):
+        seed = seed_of_fold(bench.seed, number)
+        drawn = np.random.default_rng(seed).permutation(len(regulators))
+        drawn = np.sort(drawn[: math.ceil(_DRAWN_SHARE * len(regulators))])
+        for row in rows:
+            key = _key(row, number, seed, drawn, question)
+            compute = partial(_compete, row, number, seed, drawn, question)
+            outcomes.append(bench.store.outcome(key, compute))
+    return TaskRun(
+        cells=cells.counts.shape[0],
+        classes=["expressed alike", "target"],
+        split=f"{len(regulators)} regulators with {task.min_targets} to {task.max_targets} known "
+        f"targets, each beside a gene of nearly the same mean rank, mean expression and detection "
+        f"rate; {size.seeds} seeds draw 80 % of the regulators each, the cells are the same. "
+        "Nothing is trained. Subsamples overlap: intervals say how scores vary with regulators",
+        headline="auroc",
+        chance=0.5,
+        excluded=cells.excluded | excluded,
+        outcomes=outcomes,
+        details={
+            "test_share": _DRAWN_SHARE,
+            "regulators": {r.gene: len(r.genes) // 2 for r in regulators},
+        },
+    )
+
+
+def num_units(task: TargetsTask, size: Size, models: list[Model]) -> int:
+    """Return how many outcomes `run` asks its store for."""
+    return size.seeds * (len(_BASELINES) + len(MATCHED) + 3 * len(models))
+
+
+def choose_regulators(
+    task: TargetsTask, size: Size, cells: TaskCells, pairs: GenePairs, bench: Bench
+) -> tuple[list[Regulator], dict[str, int]]:
+    """Return regulators with the most usable targets, and what was left out.
+
+    Usable: known to every vocabulary, and read in the same cells as the regulator, for every model
+    in `min_cells` of those in which it is deleted. Partners are genes that are as usable and that
+    the table does not name as targets of this regulator.
+
+    Raises
+    ------
+    ValueError
+        Fewer than 3 regulators are left.
+    """
+    first = bench.models[0]
+    start = first.vocabulary.first_gene_token
+    genes = {m.name: genes_of(m, cells.tokens[m.name]) for m in bench.models}
+    every = np.array(first.vocabulary.genes, dtype=str)
+    tokens = {m.name: m.reading_vocabulary.tokens_of(every.tolist()) for m in bench.models}
+    known = np.all([t >= 0 for t in tokens.values()], axis=0)
+    read = known & np.isin(np.arange(len(every)) + start, np.concatenate(genes[first.name]))
+    static = np.full((len(every), len(MATCHED)), np.nan)
+    place = np.flatnonzero(read)
+    static[place] = matched_features(cells, first, place + start)
+    possible: list[tuple[int, np.ndarray, np.ndarray]] = []
+    sources = np.unique(pairs.source)
+    for source in sources:
+        own = int(first.reading_vocabulary.tokens_of([source])[0]) - start
+        if own < 0 or not read[own]:
+            continue
+        usable = known.copy()
+        usable[own] = False
+        for model in bench.models:
+            of_model = tokens[model.name]
+            (held,) = chosen_holders(
+                genes[model.name], of_model[[own]], size.max_cells_per_gene, bench.seed
+            )
+            together = np.zeros(model.vocabulary.num_tokens, dtype=int)
+            for cell in held:
+                together[genes[model.name][cell]] += 1
+            usable &= together[of_model] >= task.min_cells
+        is_target = _flags(first, pairs.targets_of(source).tolist())
+        is_partner = ~is_target
+        if task.partners == "listed":
+            is_partner &= _flags(first, pairs.others.get(str(source), []))
+        positive, negative = np.flatnonzero(usable & is_target), np.flatnonzero(usable & is_partner)
+        if len(positive) >= task.min_targets:
+            possible.append((own, positive, negative))
+    possible.sort(key=lambda p: -len(p[1]))
+    found = []
+    for own, positive, negative in possible:
+        if len(found) == size.max_perturbed:
+            break
+        paired = nearest_pairs(static[positive], static[negative])
+        if len(paired) < task.min_targets:
+            continue
+        paired = np.random.default_rng([bench.seed, own]).permutation(paired)[: task.max_targets]
+        chosen = np.concatenate([positive[paired[:, 0]], negative[paired[:, 1]]])
+        found.append(Regulator(every[own].item(), every[chosen].tolist(), static[chosen]))
+    if len(found) < _FEWEST_REGULATORS:
+        raise ValueError(
+            f"{task.name}: {len(found)} regulators have {task.min_targets} targets with partners "
+            f"in these cells; {_FEWEST_REGULATORS} are needed. Use more cells, or another "
+            "`min_targets` or `min_cells`"
+        )
+    excluded = {
+        "regulators: too few targets in these cells": len(sources) - len(possible),
+        "regulators: not among those with the most targets": len(possible) - len(found),
+    }
+    return found, {k: v for k, v in excluded.items() if v}
+
+
+def _flags(model: Model, ids: list[str]) -> np.ndarray:
+    """Return bool [genes of the vocabulary]: those with these ids."""
+    tokens = model.reading_vocabulary.tokens_of(ids) - model.vocabulary.first_gene_token
+    found = np.zeros(len(model.vocabulary.genes), dtype=bool)
+    found[tokens[tokens >= 0]] = True
+    return found
+
+
+def contenders(question: Question) -> list[Contender]:
+    """Return who takes part in every fold."""
+    matrices: dict[str, list[np.ndarray]] = {}
+
+    def once(name: str, make: Callable[[], list[np.ndarray]]) -> list[np.ndarray]:
+        if name not in matrices:
+            matrices[name] = make()
+        return matrices[name]
+
+    def baseline(name: str, drawn: np.ndarray, seed: int) -> list[np.ndarray]:
+        every = once(name, lambda: _BASELINES[name](question))
+        return [every[i] for i in drawn]
+
+    def static(column: int, drawn: np.ndarray, seed: int) -> list[np.ndarray]:
+        return [question.regulators[i].static[:, column] for i in drawn]
+
+    def zero_shot(model: Model, drawn: np.ndarray, seed: int) -> list[np.ndarray]:
+        everything = np.arange(len(question.regulators))
+        every = once(model.name, lambda: _deleted(question, model, None, everything))
+        return [every[i] for i in drawn]
+
+    def of_twin(model: Model, drawn: np.ndarray, seed: int) -> list[np.ndarray]:
+        return _deleted(question, model, seed, drawn)
+
+    rows = [Contender(n, "baseline", None, partial(baseline, n)) for n in _BASELINES]
+    for column, name in enumerate(MATCHED):
+        rows.append(Contender(f"{name} alone", "baseline", None, partial(static, column)))
+    for model in question.bench.models:
+        rows.append(Contender(ZERO_SHOT, "model", model, partial(zero_shot, model)))
+        rows.append(Contender(ZERO_SHOT, "twin", model, partial(of_twin, model)))
+        name = f"shuffled targets, {ZERO_SHOT}"
+        rows.append(Contender(name, "control", model, partial(zero_shot, model)))
+    return rows
+
+
+def _key(
+    row: Contender, number: int, seed: int, drawn: np.ndarray, question: Question
+) -> dict[str, Any]:
+    """Return everything that decides an outcome, beside the store's base."""
+    return {
+        "contender": row.name,
+        "role": row.role,
+        "model": [row.model.name, row.model.digest] if row.model else None,
+        "bf16": question.bench.bf16 if row.model else None,
+        "fold": number,
+        "seed": [question.bench.seed, seed],
+        "drawn": drawn.tolist(),
+        "cells": question.cells.digest,
+        "question": question.digest,
+    }
+
+
+def _compete(
+    row: Contender, number: int, seed: int, drawn: np.ndarray, question: Question
+) -> Outcome:
+    started = time.perf_counter()
+    with kept_threads():
+        ranked = row.rank(drawn, seed)
+    seconds = time.perf_counter() - started
+    asked = [question.regulators[i] for i in drawn]
+    truths = [r.is_target for r in asked]
+    scores = score_regulators(truths, ranked)
+    details: dict[str, Any] = {}
+    if row.role == "control":
+        rng = np.random.default_rng([seed, number])
+        found = [
+            score_regulators([_exchanged(t, rng) for t in truths], ranked)
+            for _ in range(_NUM_SHUFFLES)
+        ]
+        scores = {k: float(np.mean([f[k] for f in found])) for k in scores}
+    else:
+        details["auroc_by_regulator"] = {
+            r.gene: round(score_ranking(t, v)["auroc"], 4)
+            for r, t, v in zip(asked, truths, ranked, strict=True)
+        }
+    name = row.model.name if row.model else None
+    return Outcome(row.name, row.role, name, number, dict(scores), seconds, details)
+
+
+def score_regulators(truths: list[np.ndarray], ranked: list[np.ndarray]) -> dict[str, float]:
+    """Return the means over regulators of AUROC and AUPRC; each regulator counts once."""
+    found = [score_ranking(t, v) for t, v in zip(truths, ranked, strict=True)]
+    return {k: float(np.mean([f[k] for f in found])) for k in found[0]}
+
+
+def _exchanged(is_target: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return labels in which about half of the targets have changed places with their partners."""
+    half = len(is_target) // 2
+    stays = rng.random(half) < 0.5
+    return np.concatenate([stays, ~stays])
+
+
+def _deleted(
+    question: Question, model: Model, twin_seed: int | None, drawn: np.ndarray
+) -> list[np.ndarray]:
+    """Return the mean shift of each gene's state when its regulator is deleted."""
+    bench = question.bench
+    asked = [question.regulators[i] for i in drawn]
+    genes = genes_of(model, question.cells.tokens[model.name])
+    tokens = question.tokens(model, [r.gene for r in asked])
+    cells = chosen_holders(genes, tokens, question.most_cells, bench.seed)
+    moved = gene_effects(engine_of(model, twin_seed, bench), genes, tokens, cells)
+    return [row[question.tokens(model, r.genes)] for row, r in zip(moved, asked, strict=True)]
+
+
+def _expression(question: Question) -> scipy.sparse.csr_matrix:
+    cells, first = question.cells, question.bench.models[0]
+    return expression_of_tokens(cells.counts, cells.genes, first.reading_vocabulary)
+
+
+def _together(question: Question, profiles: scipy.sparse.csr_matrix) -> list[np.ndarray]:
+    """Return absolute correlations: a regulator may raise or lower its targets."""
+    first = question.bench.models[0]
+    return [
+        np.abs(
+            correlations(
+                profiles, question.tokens(first, [r.gene]), question.tokens(first, r.genes)
+            )[0]
+        )
+        for r in question.regulators
+    ]
+
+
+def _correlation(question: Question) -> list[np.ndarray]:
+    return _together(question, _expression(question))
+
+
+def _codetection(question: Question) -> list[np.ndarray]:
+    detected = _expression(question)
+    detected.data[:] = 1
+    return _together(question, detected)
+
+
+def _random_forest(question: Question) -> list[np.ndarray]:
+    """Return how much a regulator helps to predict a gene from all regulators' expression.
+
+    As GENIE3 (Huynh-Thu et al., PLoS ONE 2010), with fewer trees; a gene's own expression is left
+    out where it is a regulator itself.
+    """
+    first = question.bench.models[0]
+    profiles = _expression(question)
+    regulators = question.tokens(first, [r.gene for r in question.regulators])
+    x = profiles[regulators].toarray().T
+    importance: dict[str, np.ndarray] = {}
+    for gene in sorted({g for r in question.regulators for g in r.genes}):
+        (token,) = question.tokens(first, [gene])
+        others = np.flatnonzero(regulators != token)
+        forest = RandomForestRegressor(
+            _TREES, max_features="sqrt", min_samples_leaf=3, random_state=question.bench.seed
+        )
+        y = profiles[[token]].toarray()[0]
+        found = np.zeros(len(regulators))
+        found[others] = forest.fit(x[:, others], y).feature_importances_
+        importance[gene] = found
+    return [
+        np.array([importance[g][i] for g in r.genes]) for i, r in enumerate(question.regulators)
+    ]
+
+
+_BASELINES: dict[str, Callable[[Question], list[np.ndarray]]] = {
+    "correlation": _correlation,
+    "co-detection": _codetection,
+    "random forest importance": _random_forest,
+}
