@@ -1,7 +1,8 @@
 """``geneloom attention``: tables of what genes receive in each head, in Parquet.
 
-``received.parquet``: ``layer`` (1 is the first), ``head`` (from 1), ``gene``, ``symbol``, ``group``,
-``cells``, ``attention`` (see `eval.attention.Attention`); rows without cells are left out.
+``received.parquet``: ``layer`` (1 is the first), ``head`` (from 1), ``gene``, ``symbol``,
+``group``, ``cells``, ``attention`` (see `eval.attention.Attention`); rows without cells are left
+out.
 ``pairs.parquet``: ``layer``, ``head``, ``gene`` that attends, ``attended``, ``cells``,
 ``attention``, over all groups. ``attention.json``: model, cells, genes and settings.
 """
