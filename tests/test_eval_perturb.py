@@ -203,35 +203,43 @@ def test_gene_sums_are_sums_over_cells():
         np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)
 
 
-def test_first_order_estimates_are_derivatives():
-    """Of a gate at 1 - h on a gene's attention weight, and of what stands behind it."""
-    vocab = vocabulary(False)
+@pytest.mark.parametrize("with_cls", [False, True])
+def test_estimates_are_derivatives_and_exact_moves(with_cls):
+    """The derivative by a gate on a gene's attention, and what moving all behind it up does."""
+    vocab = vocabulary(with_cls)
     model, every = network(vocab), cells(vocab)
-    cell = every[1]
-    states = embed_cells(every, model.bert, vocab)
+    tokens = [np.r_[2, c, 3] if with_cls else c for c in every]
+    states = embed_cells(tokens, model.bert, vocab)
     centroids = {"a": states[0].astype(float), "b": states[2].astype(float)}
     engine = Engine(copy.deepcopy(model.bert), vocab, centroids=centroids)
-    found = estimate(engine, cell)[0]
-    bert = copy.deepcopy(model.bert).double()
-    step = 1e-4
+    bert, cell, step = copy.deepcopy(model.bert).double(), tokens[1], 1e-4
+    found = estimate(engine, every[1], num_breaks=len(cell))[0]
+    inner = slice(1, -1) if with_cls else slice(None)
 
-    def toward(gate_of: int, share: float) -> float:
+    def toward(place: int, gate: float, moved: bool) -> float:
         bias = torch.zeros(len(cell), dtype=torch.float64)
-        bias[gate_of] = np.log1p(-share)
-        table = bert.embeddings.position_embeddings.weight
-        words = bert.embeddings.word_embeddings(torch.from_numpy(cell)).clone()
-        at = torch.arange(gate_of + 1, len(cell))
-        words[at] += share * (table[at - 1] - table[at])
+        bias[place] = np.log(gate)
+        ranks = torch.arange(len(cell))
+        ranks[place + 1 :] -= int(moved)
         out = bert(
-            inputs_embeds=words[None], output_hidden_states=True,
+            input_ids=torch.from_numpy(cell)[None], position_ids=ranks[None],
+            output_hidden_states=True,
             attention_mask=bias[None, None, None].expand(1, 1, len(cell), len(cell)),
         )  # fmt: skip
-        pooled = out.hidden_states[-2][0].mean(dim=0).detach().numpy()
+        pooled = out.hidden_states[-2][0, inner].mean(dim=0).detach().numpy()
         return cosine(pooled, centroids["b"])
 
-    for place in (0, 3, len(cell) - 1):
-        slope = (toward(place, step) - toward(place, -step)) / (2 * step)
-        assert found[place] == pytest.approx(slope, abs=1e-5, rel=1e-3)
+    for gene in range(len(every[1])):
+        place = gene + int(with_cls)
+        up, down = toward(place, 1 + step, False), toward(place, 1 - step, False)
+        expected = toward(place, 1, True) - toward(place, 1, False) - (up - down) / (2 * step)
+        assert found[gene] == pytest.approx(expected, abs=1e-5, rel=1e-3)
+    fewer = estimate(engine, every[1], num_breaks=4)[0]
+    breaks = np.linspace(1, len(cell), 4).round().astype(int)
+    at = [b - 1 - int(with_cls) for b in breaks if 0 <= b - 1 - int(with_cls) < len(found)]
+    assert len(at) >= 2
+    np.testing.assert_allclose(fewer[at], found[at], atol=1e-6, err_msg="exact at breaks")
+    assert abs(fewer - found).max() > 1e-5, "and only there"
 
 
 @st.composite

@@ -1,11 +1,13 @@
-"""First-order estimate of all single deletions of a cell from one backward pass.
+"""Estimate of all single deletions of a cell from a handful of backward passes.
 
-A deleted gene is no longer attended to, and all genes behind it move up by one rank. Both are
-followed to first order. Every token has a gate on its attention weights as a key, in all layers:
-a bias added to the attention scores is the gate's logarithm, so the derivative by that bias, with
-its sign turned, estimates the effect of closing the gate. The derivative by the embeddings, times
-the difference of neighbouring position embeddings, summed over all later tokens, is the effect of
-moving up. What is estimated is the change toward the goal state, or of the first class of a head.
+A deleted gene is no longer attended to, and all genes behind it move up by one rank. The first is
+followed to first order: every token has a gate on its attention weights as a key, in all layers (a
+bias added to the attention scores is the gate's logarithm), and the derivative by that bias, with
+its sign turned, estimates the effect of closing it. The second is no small step: position
+embeddings of neighbouring ranks may be as far apart as any two. So the cell is computed with all
+genes behind a break moved up, for some breaks; there the effect of moving is known, and between
+them the derivatives by the embeddings, times the step of the position embedding, say how it goes.
+What is estimated is the change toward the goal state, or of the classes of a head.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CHECKED_CELLS = 3
+_BREAKS = 17
 _TOP = 50
 
 
@@ -43,7 +46,7 @@ def require_screenable(screen: Screen, subject: Subject) -> None:
         raise ValueError("--screen: orders genes by a goal; give --start and --goal, or --head")
 
 
-def estimate(engine: Engine, genes: np.ndarray) -> np.ndarray:
+def estimate(engine: Engine, genes: np.ndarray, num_breaks: int = _BREAKS) -> np.ndarray:
     """Return float64 [columns, n]: estimated changes by deleting each gene of one cell.
 
     Rows: the first state after the start (the goal), or the classes of the head if there are no
@@ -53,32 +56,75 @@ def estimate(engine: Engine, genes: np.ndarray) -> np.ndarray:
     ----------
     genes
         int64 [n] tokens by rank, without special ones.
+    num_breaks
+        Backward passes for the moving up; with as many as tokens it is exact.
     """
     embeddings, has_cls = engine.encoder.embeddings, engine.vocabulary.has_cls
     sequence = torch.from_numpy(engine.sequences(genes[None])).to(engine.encoder.device)
     length = sequence.shape[1]
-    words = embeddings.word_embeddings(sequence).detach().requires_grad_()
+    words = embeddings.word_embeddings(sequence).detach()
+    positions = embeddings.position_embeddings.weight[:length].detach()
+    steps = torch.zeros_like(positions)
+    steps[1:] = positions[:-1] - positions[1:]
     gates = torch.zeros(length, device=words.device, requires_grad=True)
     with torch.enable_grad():
-        bias = gates[None, None, None].expand(1, 1, length, length)
-        states = engine.forward(inputs_embeds=words, attention_mask=bias)
-        if engine.states:
-            # Before and after, the mean is over the genes that stay: no gate is on it.
-            values = [engine.cosines(engine.embedding(states))[0, 1]]
-        else:
-            share = (gates[1:-1] if has_cls else gates).softmax(dim=0)
-            values = list(engine.probabilities(states, share)[0])
-        found = [torch.autograd.grad(v, (gates, words), retain_graph=True) for v in values]
-    positions = embeddings.position_embeddings.weight[:length].double()
-    steps = positions[:-1] - positions[1:]
-    rows = []
-    for by_gate, by_word in found:
-        moved = (by_word[0, 1:].double() * steps).sum(dim=1)
-        # All that stands behind a gene moves up by one.
-        behind = torch.cat([moved.flip(0).cumsum(0).flip(0), moved.new_zeros(1)])
-        rows.append(behind - by_gate.double())
-    effects = torch.stack(rows).cpu().numpy()
-    return effects[:, 1:-1] if has_cls else effects
+        by_gate = _derivatives(engine, words, gates, gates)[1]
+    breaks = np.unique(np.linspace(1, length, max(2, num_breaks)).round().astype(int))
+    values, slopes = [], []
+    for first_moved in breaks:
+        moved = words.clone()
+        moved[0, first_moved:] += steps[first_moved:]
+        moved.requires_grad_()
+        with torch.enable_grad():
+            value, by_word = _derivatives(engine, moved, moved, None)
+        values.append(value)
+        slopes.append((by_word[:, 0] * steps).sum(dim=2).double().cpu().numpy())
+    # effect[:, b]: all tokens from place b on moved up; nothing is at b = length.
+    effect = _between(breaks, np.stack(values), np.stack(slopes), length)
+    found = effect[:, 1:] - by_gate.double().cpu().numpy()
+    return found[:, 1:-1] if has_cls else found
+
+
+def _derivatives(
+    engine: Engine, words: torch.Tensor, by: torch.Tensor, gates: torch.Tensor | None
+) -> tuple[np.ndarray, torch.Tensor]:
+    """Return what is estimated, float64 [columns], and its derivative by a tensor."""
+    inputs, share = {"inputs_embeds": words}, None
+    if gates is not None:
+        inputs["attention_mask"] = gates[None, None, None].expand(1, 1, len(gates), len(gates))
+        share = (gates[1:-1] if engine.vocabulary.has_cls else gates).softmax(dim=0)
+    states = engine.forward(**inputs)
+    if engine.states:
+        # Before and after, the mean is over the genes that stay: no gate is on it.
+        columns = engine.cosines(engine.embedding(states))[:1, 1]
+    else:
+        columns = engine.probabilities(states, share)[0]
+    found = [torch.autograd.grad(c, by, retain_graph=True)[0] for c in columns]
+    return columns.detach().cpu().numpy(), torch.stack(found)
+
+
+def _between(breaks: np.ndarray, values: np.ndarray, slopes: np.ndarray, length: int) -> np.ndarray:
+    """Return float64 [columns, length + 1]: the value at each break between the computed ones.
+
+    Parameters
+    ----------
+    values
+        float64 [breaks, columns].
+    slopes
+        float64 [breaks, columns, length]: change by moving one token more.
+    """
+    places = np.arange(length)
+    after = np.searchsorted(breaks, places, side="right").clip(1, len(breaks) - 1)
+    rows = np.arange(values.shape[1])[:, None]
+    # A token's own step is large too: half of it with the slope before, half with that after it.
+    steps = (slopes[after - 1, rows, places] + slopes[after, rows, places]) / 2
+    effect = np.zeros((values.shape[1], length + 1))
+    effect[:, :-1] = steps[:, ::-1].cumsum(axis=1)[:, ::-1]
+    known = values - values[-1]
+    for row in range(len(effect)):
+        wrong = known[:, row] - effect[row, breaks]
+        effect[row] += np.interp(np.arange(length + 1), breaks, wrong)
+    return effect
 
 
 def screened_sets(
