@@ -12,7 +12,7 @@ FROZEN = "frozen embedding"
 _SCORE_LABELS = {
     "auroc": "AUROC", "auprc": "AUPRC", "auroc_occurrence": "AUROC of occurrences",
     "macro_f1": "macro-F1", "ece": "calibration error", "ari": "ARI", "nmi": "NMI",
-    "ilisi": "iLISI", "kbet": "kBET", "avg_bio": "AvgBIO",
+    "ilisi": "iLISI", "kbet": "kBET", "avg_bio": "AvgBIO", "l2": "L2",
 }  # fmt: skip
 
 
