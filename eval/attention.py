@@ -176,8 +176,10 @@ class _Sums:
     def add(self, layer: int, weights_BHLL: torch.Tensor) -> None:
         """Add what a layer of the batch attends to; padding is right of `place`'s width."""
         width = self.attends_BL.shape[1]
-        weights_BHLL = weights_BHLL[:, :, :width, :width].float()
-        received_BHL = torch.einsum("bhqk,bq->bhk", weights_BHLL, self.attends_BL)
+        weights_BHLL = weights_BHLL.float()
+        # A product, and no slice of the weights before it: neither copies them.
+        attends_BL = nn.functional.pad(self.attends_BL, (0, weights_BHLL.shape[-1] - width))
+        received_BHL = (attends_BL[:, None, None] @ weights_BHLL)[:, :, 0, :width]
         received_BLH = (received_BHL * self.scale_B[:, None, None]).transpose(1, 2)
         self.received[layer].index_add_(0, self.row_M, received_BLH[self.wanted_BL].double())
         for row, (places, genes, length) in enumerate(self.in_cell):
