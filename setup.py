@@ -67,7 +67,16 @@ setup(
         # Imported only where they are installed: harmonypy is GPL-3.0, scvi-tools is large.
         "harmony": ["harmonypy"],
         "scvi": ["scvi-tools"],
-        "dev": ["harmonypy", "hypothesis", "pyright", "pytest", "ruff"],
+        "dev": [
+            "harmonypy",
+            "hypothesis",
+            "ipykernel",
+            "nbclient",
+            "pyright",
+            "pytest",
+            "ruff",
+            "statsmodels",
+        ],
     },
     entry_points={"console_scripts": ["geneloom = launch.cli:main"]},
 )
