@@ -14,7 +14,8 @@ from eval.benchmark.plots import Plot
 from eval.figures import BLUE, GREY, new_figure
 from eval.perturb.analysis import FOUND, Analysis
 
-ABOVE, BELOW, INK = "#d55e00", BLUE, "#222222"
+# The points are pixels, which do not follow the reader's colour scheme: seen on black and white.
+ABOVE, BELOW, EXPECTED, INK = "#d55e00", BLUE, "#009e73", "#222222"
 _MOST_LABELS, _MOST_ROWS, _MOST_DONORS, _MOST_INTERVALS = 12, 30, 40, 200
 _LABEL_HEIGHT, _LABEL_WIDTH = 0.042, 0.017  # of the axes, for a line and for a letter
 _SMALLEST_FDR = 1e-12
@@ -150,12 +151,14 @@ def _expression(analysis: Analysis) -> Plot | None:
     figure = new_figure(4.2)
     axes = figure.subplots()
     _points(axes, genes["mean_rank"], genes["effect"], genes)
-    axes.plot(genes["mean_rank"], genes["matched_null"], ".", color=INK, ms=1.5, rasterized=True)
+    axes.plot(
+        genes["mean_rank"], genes["matched_null"], ".", color=EXPECTED, ms=1.5, rasterized=True
+    )
     shown = genes[genes["verdict"] == FOUND].sort_index()
     _label(axes, shown["mean_rank"], shown["effect"], shown["name"])
     axes.set(xlabel="mean rank of the gene (0: highest)", ylabel=effect_name(analysis.effect))
     _legend(figure, analysis)
-    caption = "Effect by rank; small black points: expected of a gene of this rank and detection"
+    caption = "Effect by rank; small green points: expected of a gene of this rank and detection"
     return Plot("by_rank", caption, figure)
 
 
