@@ -1,6 +1,8 @@
 """``geneloom perturb``: kill and resume, several ranks, the Python API, wrong input."""
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -286,3 +288,19 @@ def test_two_jobs_on_one_folder(model, tmp_path):
         pytest.raises(ValueError, match="another job is writing into this folder"),
     ):
         by_command(model, "--out", str(tmp_path / "s"), "--genes", "G1")
+
+
+@pytest.mark.slow
+def test_two_ranks_by_the_launcher(model, tmp_path):
+    """The launcher starts ranks that share one screen; starting them takes some 20 s."""
+    words = [str(model / "cells.h5ad"), "--model", str(model), "--genes", "G1,G2", "--pairs"]
+    done = subprocess.run(
+        [sys.executable, "-c", "from launch.cli import main; main()", "launch", "local",
+         "--ranks", "2", "--device", "cpu", "perturb", *words, "--out", str(tmp_path / "two")],
+        cwd=Path(__file__).resolve().parent.parent, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("3 perturbations (delete) of 24 cells") == 1
+    by_command(model, *words[3:], "--out", str(tmp_path / "one"))
+    two, one = (pd.concat(Results.open(tmp_path / n).shifts()) for n in ("two", "one"))
+    pd.testing.assert_frame_equal(two, one, atol=1e-6)
