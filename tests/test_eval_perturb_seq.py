@@ -34,7 +34,7 @@ CONFIG = ModelConfig(
     num_layers=1, hidden_size=16, num_heads=2, intermediate_size=16,
     hidden_dropout=0.0, attention_dropout=0.0,
 )  # fmt: skip
-SIZE = Size.model_validate({"max_cells": 60, "seeds": 1})
+SIZE = Size.model_validate({"max_cells": 60, "seeds": 1, "max_cells_per_gene": 2})
 CELLS = Cells(files=("cells.h5ad",), recipe="made by the tests")
 # What a perturbation does follows from two hidden numbers of the perturbed gene.
 HIDDEN = np.random.default_rng(3).normal(size=(NUM_PERTURBED, 2))
@@ -189,6 +189,11 @@ def test_planted_truth_wins(planted):
     np.testing.assert_allclose(
         means(result, name, "l2", "constant"), means(result, "train mean", "l2")
     )
+    deleted = [o for o in result.outcomes if o.contender == "in silico deletion"]
+    assert {o.role for o in deleted} == {"model", "twin"}
+    assert all(set(o.scores) == {"auroc", "auprc"} for o in deleted), "ranks are no shifts"
+    nothing = means(result, "in silico deletion", "auroc", "constant")
+    assert (nothing == 0.5).all(), "where nothing moves, all genes are alike"
     agreement = result.details["replicate_agreement"]
     assert 0.6 < agreement <= 1
 

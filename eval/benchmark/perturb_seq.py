@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from eval.benchmark.encoders import encoder_of
 from eval.benchmark.folds import seed_of_fold
 from eval.benchmark.gene_correlation import correlations
 from eval.benchmark.gene_features import embed_genes, expression_of_tokens, reduce_profiles
+from eval.benchmark.in_silico import chosen_holders, engine_of, gene_effects, genes_of
 from eval.benchmark.inputs import Bench, Model, TaskCells, load_cells
 from eval.benchmark.measured_shifts import (
     Shifts,
@@ -49,16 +50,21 @@ class Genes:
     ----------
     cells
         The context: cells of the task or of others.
-    device, bf16, seed
-        Of the encoders, and of random twins.
+    seed
+        Of random twins.
+    most_cells
+        Cells in which a gene is deleted in silico.
     """
 
     cells: TaskCells
-    models: list[Model]
+    bench: Bench
     seed: int
-    device: str
-    bf16: bool
+    most_cells: int | None
     _states: dict[tuple[str, Role], np.ndarray] = field(default_factory=dict)
+
+    @property
+    def models(self) -> list[Model]:
+        return self.bench.models
 
     def tokens(self, model: Model, genes: list[str]) -> np.ndarray:
         """Return int64 tokens of gene ids, -1 where the vocabulary lacks one."""
@@ -98,7 +104,7 @@ class Genes:
             if (model.name, role) not in self._states:
                 self._states[model.name, role] = embed_genes(
                     self.cells.tokens[model.name], encoder, model.vocabulary,
-                    device=self.device, bf16=self.bf16,
+                    device=self.bench.device, bf16=self.bench.bf16,
                 )  # fmt: skip
             states = self._states[model.name, role]
         tokens = self.tokens(model, genes)
@@ -152,8 +158,8 @@ def run(task: PerturbSeqTask, size: Size, bench: Bench) -> TaskRun:
     outcomes: list[Outcome] = []
     for repetition in range(size.seeds):
         seed = seed_of_fold(bench.seed, repetition)
-        genes = Genes(context, bench.models, seed, bench.device, bench.bf16)
-        rows = contenders(bench.models, task)
+        genes = Genes(context, bench, seed, size.max_cells_per_gene)
+        rows = contenders(bench.models, task, size)
         for place, (train, test) in enumerate(
             perturbation_folds(shifts, task.split, task.folds, seed)
         ):
@@ -181,11 +187,11 @@ def run(task: PerturbSeqTask, size: Size, bench: Bench) -> TaskRun:
 
 def num_units(task: PerturbSeqTask, size: Size, models: list[Model]) -> int:
     """Return how many outcomes `run` asks its store for."""
-    return len(contenders(models, task)) * size.seeds * task.folds
+    return len(contenders(models, task, size)) * size.seeds * task.folds
 
 
-def contenders(models: list[Model], task: PerturbSeqTask) -> list[Contender]:
-    """Return who takes part in every fold."""
+def contenders(models: list[Model], task: PerturbSeqTask, size: Size) -> list[Contender]:
+    """Return who takes part in every fold; deletions in silico only where the size says so."""
     rows = [
         Contender("no change", "baseline", None, _no_change),
         Contender("train mean", "baseline", None, _train_mean),
@@ -201,6 +207,9 @@ def contenders(models: list[Model], task: PerturbSeqTask) -> list[Contender]:
         for role in roles:
             for name, kind in ((RIDGE, "input"), ("ridge on contextual embedding", "context")):
                 rows.append(Contender(name, role, model, _ridge_on(model, role, kind)))
+            if size.max_cells_per_gene is not None:
+                deleted = partial(_deletion, model, role)
+                rows.append(Contender("in silico deletion", role, model, deleted, only_ranks=True))
         name = f"shuffled genes, {RIDGE}"
         rows.append(Contender(name, "control", model, _ridge_on(model, "model", "input")))
     return rows
@@ -306,7 +315,7 @@ def _key(row: Contender, fold: Fold) -> dict[str, Any]:
         "split": chosen.hexdigest(),
         "context": genes.cells.digest,
         "shifts": fold.shifts.digest,
-        "bf16": genes.bf16 if row.model else None,
+        "bf16": genes.bench.bf16 if row.model else None,
     }
 
 
@@ -428,6 +437,26 @@ def _ridge_on(model: Model, role: Role, kind: str) -> Callable[[Fold], np.ndarra
         return _ridge(fold, lambda genes: fold.genes.embedding(model, role, kind, genes))
 
     return predict
+
+
+def _deletion(model: Model, role: Role, fold: Fold) -> np.ndarray:
+    """Return how far the states of genes move when the perturbed gene is deleted from cells.
+
+    Nothing is trained. Sums over several perturbed genes; 0 where two genes are never met together.
+    """
+    context = fold.genes
+    perturbed = sorted({g for i in fold.test for g in fold.shifts.perturbed[i]})
+    cells = genes_of(model, context.cells.tokens[model.name])
+    tokens = context.tokens(model, perturbed)
+    held = chosen_holders(cells, tokens, context.most_cells, context.seed)
+    engine = engine_of(model, context.seed if role == "twin" else None, context.bench)
+    moved = np.nan_to_num(gene_effects(engine, cells, tokens, held))
+    wanted = context.tokens(model, fold.shifts.genes)
+    found = np.where(wanted >= 0, moved[:, np.maximum(wanted, 0)], 0)
+    place = {g: i for i, g in enumerate(perturbed)}
+    return np.stack(
+        [found[[place[g] for g in fold.shifts.perturbed[i]]].sum(axis=0) for i in fold.test]
+    )
 
 
 def _correlation(fold: Fold) -> np.ndarray:
