@@ -186,11 +186,13 @@ def test_inserted_genes_and_all_detected_ones(model, tmp_path):
     assert len(every) == 60
 
 
-def test_screen_computes_the_top_of_an_estimate(model, tmp_path, caplog):
+def test_screen_computes_the_top_of_an_estimate(model, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(run, "_PART_COPIES", 100)
     caplog.set_level("INFO", logger="eval")
     perturb_file(model / "cells.h5ad", tmp_path / "top", screen(states=TOWARD, top=8), model)
     perturb_file(model / "cells.h5ad", tmp_path / "all", screen(states=TOWARD), model)
     top, every = Results.open(tmp_path / "top"), Results.open(tmp_path / "all")
+    assert top.manifest["parts"] == 1 and every.manifest["parts"] > 1
     assert len(top.perturbations) == 8 and "Spearman" in caplog.text
     assert -1 <= top.manifest["screen_agreement"]["spearman"] <= 1
     estimates = pd.read_parquet(tmp_path / "top" / "screen.parquet")
@@ -277,8 +279,9 @@ def test_wrong_input_writes_nothing(model, tmp_path, words, message):
 
 def test_a_group_that_leaves_no_gene(model, tmp_path):
     every = ",".join(f"G{i}" for i in range(60))
+    toward = ("--state-key", "state", "--start", "sick", "--goal", "well")
     with pytest.raises(ValueError, match="no perturbation applies"):
-        by_command(model, "--out", str(tmp_path / "s"), "--genes", every, "--group")
+        by_command(model, "--out", str(tmp_path / "s"), "--genes", every, "--group", *toward)
     assert not (tmp_path / "s").exists()
 
 

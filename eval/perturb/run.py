@@ -70,6 +70,10 @@ class Screen:
     gene_shifts: bool = False
     top: int = 0
 
+    def num_computed(self, num_sets: int) -> int:
+        """Return how many of so many sets are computed exactly."""
+        return min(num_sets, self.top) if self.top else num_sets
+
     def settings(self) -> dict[str, Any]:
         """Return them as JSON values."""
         found = asdict(self.edit) | asdict(self.genes) | asdict(self.cells)
@@ -154,13 +158,12 @@ def perturb_file(
         require_screenable(screen, subject)
     is_first = ranks is None or ranks.is_first
     with locked_folder(out) if is_first else contextlib.nullcontext():
-        about: dict[str, Any] = {}
         if is_first:
-            writer, sets = _begin(out, subject, screen, sets, about, show)
+            writer, sets = _begin(out, subject, screen, sets, True, show)
         if ranks is not None:
             dist.wait_for_all()
         if not is_first:
-            writer, sets = _begin(out, subject, screen, sets, None, show)
+            writer, sets = _begin(out, subject, screen, sets, False, show)
         if writer.is_complete:
             return f"{out}: this screen is complete already"
         _write_parts(writer, subject, screen, sets, ranks, show)
@@ -177,24 +180,27 @@ def _begin(
     subject: Subject,
     screen: Screen,
     sets: GeneSets,
-    about: dict[str, Any] | None,
+    is_first: bool,
     show: Show,
 ) -> tuple[ResultsWriter, GeneSets]:
-    """Return the writer and the sets to compute; the first rank (`about` given) writes the start.
+    """Return the writer and the sets to compute; the first rank writes what comes before the parts.
 
     The others come after it and read what it has found.
     """
-    cells = subject.cells
+    cells, most_genes = subject.cells, subject.engine.max_genes
     identity = {
         "settings": screen.settings(),
         "model": subject.digest,
         "vocabulary_sha256": subject.vocabulary.sha256,
         "cells_sha256": cells.digest(),
     }
-    per_part = cells_per_part(cells.genes, len(sets), screen.gene_shifts)
+    per_part = cells_per_part(cells.genes, screen.num_computed(len(sets)), screen.gene_shifts)
     writer = ResultsWriter(out, identity, -(-len(cells.genes) // per_part))
-    if about is not None:
+    about: dict[str, Any] = {"cells": len(cells.genes), "cells_per_part": per_part}
+    if is_first:
         writer.require_own()
+        # Before anything is written: it refuses a screen in which nothing applies.
+        describe_sets(sets, subject.names, cells.genes, screen.edit.kind, most_genes)
     if screen.cells.states:
         subject.engine.set_centroids(
             _centroids(out / STATES_NAME, subject, screen.cells.states, writer.digest)
@@ -203,14 +209,10 @@ def _begin(
         from eval.perturb.screen import screened_sets
 
         sets, found = screened_sets(out / SCREEN_NAME, subject, screen, sets, writer.digest, show)
-        if about is not None:
-            about |= {"screen_agreement": found}
-    if about is not None:
-        table = describe_sets(
-            sets, subject.names, cells.genes, screen.edit.kind, subject.engine.max_genes
-        )
-        about |= {"cells": len(cells.genes), "cells_per_part": per_part}
-        about |= {"environment": environment()}
+        about["screen_agreement"] = found
+    if is_first:
+        table = describe_sets(sets, subject.names, cells.genes, screen.edit.kind, most_genes)
+        about["environment"] = environment()
         writer.begin(table, subject.engine.columns, about)
         absent = [n for n, k in zip(table["name"], table["cells"], strict=True) if k == 0]
         if absent:
@@ -262,7 +264,7 @@ def _write_parts(
     rank, world = (0, 1) if ranks is None else (ranks.rank, ranks.world_size)
     mine = range(rank, writer.parts, world)
     cells = subject.cells
-    per_part = cells_per_part(cells.genes, len(sets), screen.gene_shifts)
+    per_part = cells_per_part(cells.genes, screen.num_computed(len(sets)), screen.gene_shifts)
     positions = np.arange(len(cells.genes))
     stretches = {p: positions[p * per_part : (p + 1) * per_part] for p in mine}
     # All copies, where each gene of a cell is perturbed once; else a measure of the work as good.
