@@ -145,31 +145,26 @@ def choose_regulators(
     """
     first = bench.models[0]
     start = first.vocabulary.first_gene_token
-    genes = {m.name: genes_of(m, cells.tokens[m.name]) for m in bench.models}
     every = np.array(first.vocabulary.genes, dtype=str)
+    read = np.zeros(len(every), dtype=bool)
+    genes = {m.name: genes_of(m, cells.tokens[m.name]) for m in bench.models}
+    read[np.unique(np.concatenate(genes[first.name])) - start] = True
     tokens = {m.name: m.reading_vocabulary.tokens_of(every.tolist()) for m in bench.models}
-    known = np.all([t >= 0 for t in tokens.values()], axis=0)
-    read = known & np.isin(np.arange(len(every)) + start, np.concatenate(genes[first.name]))
     static = np.full((len(every), len(MATCHED)), np.nan)
-    place = np.flatnonzero(read)
-    static[place] = matched_features(cells, first, place + start)
-    possible: list[tuple[int, np.ndarray, np.ndarray]] = []
+    static[read] = matched_features(cells, first, np.flatnonzero(read) + start)
     sources = np.unique(pairs.source)
+    possible = []
     for source in sources:
         own = int(first.reading_vocabulary.tokens_of([source])[0]) - start
         if own < 0 or not read[own]:
             continue
-        usable = known.copy()
+        usable = read.copy()
         usable[own] = False
-        for model in bench.models:
-            of_model = tokens[model.name]
+        for name, of_model in tokens.items():
             (held,) = chosen_holders(
-                genes[model.name], of_model[[own]], size.max_cells_per_gene, bench.seed
+                genes[name], of_model[[own]], size.max_cells_per_gene, bench.seed
             )
-            together = np.zeros(model.vocabulary.num_tokens, dtype=int)
-            for cell in held:
-                together[genes[model.name][cell]] += 1
-            usable &= together[of_model] >= task.min_cells
+            usable &= _met([genes[name][c] for c in held], of_model, task.min_cells)
         is_target = _flags(first, pairs.targets_of(source).tolist())
         is_partner = ~is_target
         if task.partners == "listed":
@@ -178,7 +173,7 @@ def choose_regulators(
         if len(positive) >= task.min_targets:
             possible.append((own, positive, negative))
     possible.sort(key=lambda p: -len(p[1]))
-    found = []
+    found: list[Regulator] = []
     for own, positive, negative in possible:
         if len(found) == size.max_perturbed:
             break
@@ -199,6 +194,14 @@ def choose_regulators(
         "regulators: not among those with the most targets": len(possible) - len(found),
     }
     return found, {k: v for k, v in excluded.items() if v}
+
+
+def _met(cells: list[np.ndarray], tokens: np.ndarray, min_cells: int) -> np.ndarray:
+    """Return bool [genes]: genes that are among so many cells' tokens; -1 is no token."""
+    together = np.zeros(int(tokens.max()) + 1, dtype=int)
+    for cell in cells:
+        together[cell[cell < len(together)]] += 1
+    return (tokens >= 0) & (together[tokens] >= min_cells)
 
 
 def _flags(model: Model, ids: list[str]) -> np.ndarray:
