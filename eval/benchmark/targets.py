@@ -173,16 +173,7 @@ def choose_regulators(
         if len(positive) >= task.min_targets:
             possible.append((own, positive, negative))
     possible.sort(key=lambda p: -len(p[1]))
-    found: list[Regulator] = []
-    for own, positive, negative in possible:
-        if len(found) == size.max_perturbed:
-            break
-        paired = nearest_pairs(static[positive], static[negative])
-        if len(paired) < task.min_targets:
-            continue
-        paired = np.random.default_rng([bench.seed, own]).permutation(paired)[: task.max_targets]
-        chosen = np.concatenate([positive[paired[:, 0]], negative[paired[:, 1]]])
-        found.append(Regulator(every[own].item(), every[chosen].tolist(), static[chosen]))
+    found = _with_partners(possible, every, static, task, size.max_perturbed, bench.seed)
     if len(found) < _FEWEST_REGULATORS:
         raise ValueError(
             f"{task.name}: {len(found)} regulators have {task.min_targets} targets with partners "
@@ -194,6 +185,28 @@ def choose_regulators(
         "regulators: not among those with the most targets": len(possible) - len(found),
     }
     return found, {k: v for k, v in excluded.items() if v}
+
+
+def _with_partners(
+    possible: list[tuple[int, np.ndarray, np.ndarray]],
+    every: np.ndarray,
+    static: np.ndarray,
+    task: TargetsTask,
+    most: int | None,
+    seed: int,
+) -> list[Regulator]:
+    """Return the first regulators, at most so many, whose targets find enough partners."""
+    found: list[Regulator] = []
+    for own, positive, negative in possible:
+        if len(found) == most:
+            break
+        paired = nearest_pairs(static[positive], static[negative])
+        if len(paired) < task.min_targets:
+            continue
+        paired = np.random.default_rng([seed, own]).permutation(paired)[: task.max_targets]
+        chosen = np.concatenate([positive[paired[:, 0]], negative[paired[:, 1]]])
+        found.append(Regulator(every[own].item(), every[chosen].tolist(), static[chosen]))
+    return found
 
 
 def _met(cells: list[np.ndarray], tokens: np.ndarray, min_cells: int) -> np.ndarray:
