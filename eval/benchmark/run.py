@@ -200,8 +200,8 @@ def _what_decides(task: AnyTask, suite: Suite) -> dict[str, Any]:
     about_cells = {"recipe", "expected_cells"}
     exclude: dict[str, Any] = dict.fromkeys(shown, True) | {"cells": about_cells}
     # More seeds are more folds; those that are there stay.
-    size = task.sizes[suite].model_dump(mode="json", exclude={"seeds"})
-    return {"task": task.model_dump(mode="json", exclude=exclude), "size": size}
+    size = task.sizes[suite].model_dump(mode="json", exclude={"seeds"}, exclude_none=True)
+    return {"task": task.model_dump(mode="json", exclude=exclude, exclude_none=True), "size": size}
 
 
 def _seen(model: Model, files: set[str]) -> list[str]:
