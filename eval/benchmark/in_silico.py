@@ -28,9 +28,11 @@ def genes_of(model: Model, tokens: list[np.ndarray]) -> list[np.ndarray]:
     return [t[t >= first].astype(np.int64) for t in tokens]
 
 
-def holders(genes: list[np.ndarray], token: int) -> np.ndarray:
-    """Return int positions of the cells that hold a gene."""
-    return np.array([i for i, cell in enumerate(genes) if (cell == token).any()], dtype=np.int64)
+def holders(genes: list[np.ndarray], tokens: np.ndarray) -> np.ndarray:
+    """Return int positions of the cells that hold a gene, or all of several."""
+    wanted = np.atleast_1d(tokens)
+    found = [i for i, cell in enumerate(genes) if np.isin(wanted, cell).all()]
+    return np.array(found, dtype=np.int64)
 
 
 def chosen_holders(
@@ -38,20 +40,21 @@ def chosen_holders(
 ) -> list[np.ndarray]:
     """Return for each gene the cells it is perturbed in: those that hold it, at most so many.
 
-    Cells come in one order, drawn with `seed`, so that genes share cells as far as they can.
+    `tokens` are int [genes], or [sets, genes] for genes that are perturbed together. Cells come in
+    one order, drawn with `seed`, so that genes share cells as far as they can.
     """
     order = np.random.default_rng(seed).permutation(len(genes))
     place = np.argsort(order)
     found = []
     for token in tokens:
-        cells = holders(genes, int(token))
+        cells = holders(genes, token)
         found.append(np.sort(cells[np.argsort(place[cells])][:most]))
     return found
 
 
-def single_sets(tokens: np.ndarray) -> GeneSets:
-    """Return each gene as a set of its own."""
-    members = np.asarray(tokens, dtype=np.int32)[:, None]
+def sets_of(tokens: np.ndarray) -> GeneSets:
+    """Return each gene as a set of its own; of tokens [sets, genes], each row as a set."""
+    members = np.asarray(tokens, dtype=np.int32).reshape(len(tokens), -1)
     return GeneSets(members, np.ones(members.shape, dtype=bool))
 
 
@@ -67,7 +70,7 @@ def gene_effects(
     genes
         Gene tokens of every cell.
     tokens
-        Genes that are deleted, one by one.
+        int [genes] that are deleted one by one, or [sets, genes], each row together.
     cells
         For each of them the cells it is deleted in.
     """
@@ -75,7 +78,7 @@ def gene_effects(
     sums, counts = np.zeros((2, len(tokens), width))
     for cell in sorted({int(c) for chosen in cells for c in chosen}):
         rows = np.array([i for i, chosen in enumerate(cells) if cell in chosen])
-        found = engine.perturb(genes[cell], single_sets(tokens[rows]), Edit("delete"), True)
+        found = engine.perturb(genes[cell], sets_of(tokens[rows]), Edit("delete"), True)
         for sets, moved, compared, shift in found.genes:
             for row, other, known, by in zip(rows[sets], moved, compared, shift, strict=True):
                 sums[row, other[known]] += by[known]
@@ -109,7 +112,7 @@ def cell_effects(
     sums, counts = np.zeros((2, len(tokens), place.max() + 1))
     for cell in sorted({int(c) for chosen in cells for c in chosen}):
         rows = np.array([i for i, chosen in enumerate(cells) if cell in chosen])
-        sets = single_sets(tokens[rows])
+        sets = sets_of(tokens[rows])
         if edit.kind == "overexpress":
             sets = GeneSets(sets.members, np.zeros(sets.members.shape, dtype=bool))
         found = engine.perturb(genes[cell], sets, edit)

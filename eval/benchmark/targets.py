@@ -19,39 +19,22 @@ import scipy.sparse
 from sklearn.ensemble import RandomForestRegressor
 
 from eval.benchmark.compare import ZERO_SHOT
-from eval.benchmark.edges import GenePairs, read_edges
+from eval.benchmark.edges import read_edges
 from eval.benchmark.encoders import kept_threads
 from eval.benchmark.folds import seed_of_fold
 from eval.benchmark.gene_correlation import correlations
 from eval.benchmark.gene_features import expression_of_tokens
 from eval.benchmark.in_silico import chosen_holders, engine_of, gene_effects, genes_of
 from eval.benchmark.inputs import Bench, Model, TaskCells, load_cells
-from eval.benchmark.matched_genes import MATCHED, matched_features, nearest_pairs
+from eval.benchmark.matched_genes import MATCHED
 from eval.benchmark.outcome import Outcome, Role, TaskRun
+from eval.benchmark.regulators import Regulator, choose_regulators
 from eval.benchmark.shift_scores import score_ranking
 from eval.benchmark.task import Size, TargetsTask
 
-_DRAWN_SHARE = 0.8
-_FEWEST_REGULATORS = 3
+DRAWN_SHARE = 0.8
 _NUM_SHUFFLES = 20
 _TREES = 30
-
-
-@dataclass(frozen=True)
-class Regulator:
-    """A regulator with targets, then the targets' partners in the same order: gene ids.
-
-    `static` is float64 [genes, 3], columns as in `matched_genes.MATCHED`.
-    """
-
-    gene: str
-    genes: list[str]
-    static: np.ndarray
-
-    @property
-    def is_target(self) -> np.ndarray:
-        """bool [genes]."""
-        return np.arange(len(self.genes)) < len(self.genes) // 2
 
 
 @dataclass(frozen=True)
@@ -72,6 +55,19 @@ class Question:
         """Hash of regulators, targets and partners."""
         whole = repr([(r.gene, r.genes) for r in self.regulators])
         return hashlib.sha256(whole.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one fold asks about: some regulators, and of each some targets with their partners.
+
+    `genes` holds int positions among a regulator's genes: targets, then their partners.
+    """
+
+    number: int
+    seed: int
+    regulators: np.ndarray
+    genes: list[np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -96,16 +92,7 @@ def run(task: TargetsTask, size: Size, bench: Bench) -> TaskRun:
     pairs = read_edges(task.edges, bench.data)
     regulators, excluded = choose_regulators(task, size, cells, pairs, bench)
     question = Question(regulators, cells, bench, size.max_cells_per_gene)
-    rows = contenders(question)
-    outcomes = []
-    for number in range(size.seeds):
-        seed = seed_of_fold(bench.seed, number)
-        drawn = np.random.default_rng(seed).permutation(len(regulators))
-        drawn = np.sort(drawn[: math.ceil(_DRAWN_SHARE * len(regulators))])
-        for row in rows:
-            key = _key(row, number, seed, drawn, question)
-            compute = partial(_compete, row, number, seed, drawn, question)
-            outcomes.append(bench.store.outcome(key, compute))
+    draws = [draw_regulators(question, number) for number in range(size.seeds)]
     return TaskRun(
         cells=cells.counts.shape[0],
         classes=["expressed alike", "target"],
@@ -116,113 +103,36 @@ def run(task: TargetsTask, size: Size, bench: Bench) -> TaskRun:
         headline="auroc",
         chance=0.5,
         excluded=cells.excluded | excluded,
-        outcomes=outcomes,
+        outcomes=outcomes_of(question, contenders(question), draws),
         details={
-            "test_share": _DRAWN_SHARE,
+            "test_share": DRAWN_SHARE,
             "regulators": {r.gene: len(r.genes) // 2 for r in regulators},
         },
     )
 
 
+def draw_regulators(question: Question, number: int) -> Draw:
+    """Return a fold of 80 % of the regulators, with all of their targets."""
+    seed, total = seed_of_fold(question.bench.seed, number), len(question.regulators)
+    drawn = np.random.default_rng(seed).permutation(total)
+    drawn = np.sort(drawn[: math.ceil(DRAWN_SHARE * total)])
+    genes = [np.arange(len(question.regulators[i].genes)) for i in drawn]
+    return Draw(number, seed, drawn, genes)
+
+
+def outcomes_of(question: Question, rows: list[Contender], draws: list[Draw]) -> list[Outcome]:
+    """Return the outcomes of all contenders in all folds, from the store where it has them."""
+    store = question.bench.store
+    return [
+        store.outcome(_key(row, draw, question), partial(_compete, row, draw, question))
+        for draw in draws
+        for row in rows
+    ]
+
+
 def num_units(task: TargetsTask, size: Size, models: list[Model]) -> int:
     """Return how many outcomes `run` asks its store for."""
     return size.seeds * (len(_BASELINES) + len(MATCHED) + 3 * len(models))
-
-
-def choose_regulators(
-    task: TargetsTask, size: Size, cells: TaskCells, pairs: GenePairs, bench: Bench
-) -> tuple[list[Regulator], dict[str, int]]:
-    """Return regulators with the most usable targets, and what was left out.
-
-    Usable: known to every vocabulary, and read in the same cells as the regulator, for every model
-    in `min_cells` of those in which it is deleted. Partners are genes that are as usable and that
-    the table does not name as targets of this regulator.
-
-    Raises
-    ------
-    ValueError
-        Fewer than 3 regulators are left.
-    """
-    first = bench.models[0]
-    start = first.vocabulary.first_gene_token
-    every = np.array(first.vocabulary.genes, dtype=str)
-    read = np.zeros(len(every), dtype=bool)
-    genes = {m.name: genes_of(m, cells.tokens[m.name]) for m in bench.models}
-    read[np.unique(np.concatenate(genes[first.name])) - start] = True
-    tokens = {m.name: m.reading_vocabulary.tokens_of(every.tolist()) for m in bench.models}
-    static = np.full((len(every), len(MATCHED)), np.nan)
-    static[read] = matched_features(cells, first, np.flatnonzero(read) + start)
-    sources = np.unique(pairs.source)
-    possible = []
-    for source in sources:
-        own = int(first.reading_vocabulary.tokens_of([source])[0]) - start
-        if own < 0 or not read[own]:
-            continue
-        usable = read.copy()
-        usable[own] = False
-        for name, of_model in tokens.items():
-            (held,) = chosen_holders(
-                genes[name], of_model[[own]], size.max_cells_per_gene, bench.seed
-            )
-            usable &= _met([genes[name][c] for c in held], of_model, task.min_cells)
-        is_target = _flags(first, pairs.targets_of(source).tolist())
-        is_partner = ~is_target
-        if task.partners == "listed":
-            is_partner &= _flags(first, pairs.others.get(str(source), []))
-        positive, negative = np.flatnonzero(usable & is_target), np.flatnonzero(usable & is_partner)
-        if len(positive) >= task.min_targets:
-            possible.append((own, positive, negative))
-    possible.sort(key=lambda p: -len(p[1]))
-    found = _with_partners(possible, every, static, task, size.max_perturbed, bench.seed)
-    if len(found) < _FEWEST_REGULATORS:
-        raise ValueError(
-            f"{task.name}: {len(found)} regulators have {task.min_targets} targets with partners "
-            f"in these cells; {_FEWEST_REGULATORS} are needed. Use more cells, or another "
-            "`min_targets` or `min_cells`"
-        )
-    excluded = {
-        "regulators: too few targets in these cells": len(sources) - len(possible),
-        "regulators: not among those with the most targets": len(possible) - len(found),
-    }
-    return found, {k: v for k, v in excluded.items() if v}
-
-
-def _with_partners(
-    possible: list[tuple[int, np.ndarray, np.ndarray]],
-    every: np.ndarray,
-    static: np.ndarray,
-    task: TargetsTask,
-    most: int | None,
-    seed: int,
-) -> list[Regulator]:
-    """Return the first regulators, at most so many, whose targets find enough partners."""
-    found: list[Regulator] = []
-    for own, positive, negative in possible:
-        if len(found) == most:
-            break
-        paired = nearest_pairs(static[positive], static[negative])
-        if len(paired) < task.min_targets:
-            continue
-        paired = np.random.default_rng([seed, own]).permutation(paired)[: task.max_targets]
-        chosen = np.concatenate([positive[paired[:, 0]], negative[paired[:, 1]]])
-        found.append(Regulator(every[own].item(), every[chosen].tolist(), static[chosen]))
-    return found
-
-
-def _met(cells: list[np.ndarray], tokens: np.ndarray, min_cells: int) -> np.ndarray:
-    """Return bool [genes]: genes that are among so many cells' tokens; -1 is no token."""
-    together = np.zeros(int(tokens.max()) + 1, dtype=int)
-    for cell in cells:
-        together[cell[cell < len(together)]] += 1
-    return (tokens >= 0) & (together[tokens] >= min_cells)
-
-
-def _flags(model: Model, ids: list[str]) -> np.ndarray:
-    """Return bool [genes of the vocabulary]: those with these ids."""
-    tokens = model.reading_vocabulary.tokens_of(ids) - model.vocabulary.first_gene_token
-    found = np.zeros(len(model.vocabulary.genes), dtype=bool)
-    found[tokens[tokens >= 0]] = True
-    return found
 
 
 def contenders(question: Question) -> list[Contender]:
@@ -260,36 +170,34 @@ def contenders(question: Question) -> list[Contender]:
     return rows
 
 
-def _key(
-    row: Contender, number: int, seed: int, drawn: np.ndarray, question: Question
-) -> dict[str, Any]:
+def _key(row: Contender, draw: Draw, question: Question) -> dict[str, Any]:
     """Return everything that decides an outcome, beside the store's base."""
     return {
         "contender": row.name,
         "role": row.role,
         "model": [row.model.name, row.model.digest] if row.model else None,
         "bf16": question.bench.bf16 if row.model else None,
-        "fold": number,
-        "seed": [question.bench.seed, seed],
-        "drawn": drawn.tolist(),
+        "fold": draw.number,
+        "seed": [question.bench.seed, draw.seed],
+        "drawn": draw.regulators.tolist(),
+        "genes": hashlib.sha256(repr([g.tolist() for g in draw.genes]).encode()).hexdigest(),
         "cells": question.cells.digest,
         "question": question.digest,
     }
 
 
-def _compete(
-    row: Contender, number: int, seed: int, drawn: np.ndarray, question: Question
-) -> Outcome:
+def _compete(row: Contender, draw: Draw, question: Question) -> Outcome:
     started = time.perf_counter()
     with kept_threads():
-        ranked = row.rank(drawn, seed)
+        every = row.rank(draw.regulators, draw.seed)
     seconds = time.perf_counter() - started
-    asked = [question.regulators[i] for i in drawn]
-    truths = [r.is_target for r in asked]
+    asked = [question.regulators[i] for i in draw.regulators]
+    truths = [r.is_target[g] for r, g in zip(asked, draw.genes, strict=True)]
+    ranked = [values[g] for values, g in zip(every, draw.genes, strict=True)]
     scores = score_regulators(truths, ranked)
     details: dict[str, Any] = {}
     if row.role == "control":
-        rng = np.random.default_rng([seed, number])
+        rng = np.random.default_rng([draw.seed, draw.number])
         found = [
             score_regulators([_exchanged(t, rng) for t in truths], ranked)
             for _ in range(_NUM_SHUFFLES)
@@ -301,7 +209,7 @@ def _compete(
             for r, t, v in zip(asked, truths, ranked, strict=True)
         }
     name = row.model.name if row.model else None
-    return Outcome(row.name, row.role, name, number, dict(scores), seconds, details)
+    return Outcome(row.name, row.role, name, draw.number, dict(scores), seconds, details)
 
 
 def score_regulators(truths: list[np.ndarray], ranked: list[np.ndarray]) -> dict[str, float]:

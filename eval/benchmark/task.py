@@ -266,14 +266,10 @@ class PerturbSeqTask(_Task):
         return (*self.cells.files, *context, *table)
 
 
-class TargetsTask(_Task):
-    """Known targets of regulators against genes expressed alike: which move on a deletion?"""
+class RegulatorsTask(_Task):
+    """Known targets of regulators against genes expressed alike."""
 
-    kind: Literal["targets"]
     edges: Edges
-    # Partners of targets: any other gene, or those that the table lists for the same regulator in
-    # rows that `keep` turns away, such as indirect targets.
-    partners: Literal["any", "listed"] = "any"
     # Regulators with fewer targets, each with a partner, are left out; of more, so many are drawn.
     min_targets: int = Field(10, ge=2)
     max_targets: int = Field(40, ge=2)
@@ -284,6 +280,15 @@ class TargetsTask(_Task):
     def files(self) -> tuple[str, ...]:
         """Cells and the table of targets."""
         return (*self.cells.files, self.edges.file)
+
+
+class TargetsTask(RegulatorsTask):
+    """Which genes move when a regulator is deleted?"""
+
+    kind: Literal["targets"]
+    # Partners of targets: any other gene, or those that the table lists for the same regulator in
+    # rows that `keep` turns away, such as indirect targets.
+    partners: Literal["any", "listed"] = "any"
 
 
 AnyTask = (
