@@ -41,9 +41,10 @@ from pretrain.record import environment
 logger = logging.getLogger(__name__)
 
 STATES_NAME, SCREEN_NAME = "states.parquet", "screen.parquet"
-# Copies, and pairs of genes where those are compared, of one part: what a kill loses, and what is
-# held in memory.
-_PART_COPIES, _PART_PAIRS = 8192, 8_000_000
+# What a kill loses: so many copies (a minute on a CPU core), or a thousandth of a larger screen.
+_PART_COPIES, _MOST_PARTS = 1024, 1000
+# Pairs of genes that one part holds in memory, where genes are compared.
+_PART_PAIRS = 8_000_000
 _MOST_CELLS = 4096
 _COMPACT_ROWS = 4_000_000
 
@@ -227,7 +228,7 @@ def cells_per_part(genes: list[np.ndarray], num_sets: int, gene_shifts: bool) ->
     """Return how many cells a part holds: a function of the cells and sets only."""
     typical = max(1.0, float(np.median([len(g) for g in genes])))
     copies = max(1.0, min(num_sets, typical))
-    found = _PART_COPIES / copies
+    found = max(_PART_COPIES / copies, len(genes) / _MOST_PARTS)
     if gene_shifts:
         found = min(found, _PART_PAIRS / (copies * typical))
     return int(np.clip(found, 1, _MOST_CELLS))
