@@ -18,7 +18,7 @@ VERBS = {
     "verify": ("data_prep.cli", "verify_command", "check every byte of a shard folder; repair"),
     "pretrain": ("pretrain.cli", "pretrain_command", "shards -> checkpoints"),
     "plan": ("pretrain.cli", "plan_command", "memory, hours and cost of a run, before it starts"),
-    "launch": ("launch.local", "app", "pretrain on several ranks"),
+    "launch": ("launch.commands", "app", "pretrain on several ranks"),
     "export": ("pretrain.cli", "export_command", "checkpoint -> Hugging Face folder"),
     "embed": ("eval.cli", "embed_command", "cells -> embeddings in an h5ad"),
     "finetune": ("eval.cli", "finetune_app", "fine-tune and score beside baselines"),

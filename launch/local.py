@@ -19,24 +19,16 @@ import typer
 from pretrain.config import load_config
 from pretrain.ds_config import derive_ds_config
 
-app = typer.Typer(help="Start a verb on several ranks.", no_args_is_help=True)
-
 # Verbs that run on several ranks, and the module that holds them.
-_MODULES = {"pretrain": "pretrain", "finetune": "eval.finetune", "perturb": "eval.perturb"}
+MODULES = {"pretrain": "pretrain", "finetune": "eval.finetune", "perturb": "eval.perturb"}
 _POLL_S = 0.2
 _RESEND_S = 2.0
 _ROOT = Path(__file__).resolve().parent.parent
 
 
-@app.callback()
-def _group() -> None:
-    """Start a verb on several ranks."""
-
-
-@app.command("local", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def launch_local(
     context: typer.Context,
-    verb: Annotated[str, typer.Argument(help="what to run: pretrain, finetune or perturb")],
+    verb: Annotated[str, typer.Argument(help=f"what to run: {', '.join(MODULES)}")],
     ranks: Annotated[int, typer.Option(min=1, help="processes; on GPUs one per GPU")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or gpu")] = "auto",
 ) -> None:
@@ -48,18 +40,18 @@ def launch_local(
     check_settings(context.args)
     environment = local_environment(ranks, device, command)
     print(shlex.join(command), flush=True)
-    raise SystemExit(run_and_forward_signals(command, environment, _MODULES[verb]))
+    raise SystemExit(run_and_forward_signals(command, environment, MODULES[verb]))
 
 
 def local_command(verb: str, arguments: list[str], ranks: int) -> list[str]:
     """Return the command line of the DeepSpeed launcher."""
-    if verb not in _MODULES:
-        raise ValueError(f"launch: '{verb}' does not run on several ranks; {sorted(_MODULES)} do")
+    if verb not in MODULES:
+        raise ValueError(f"launch: '{verb}' does not run on several ranks; {sorted(MODULES)} do")
     return [
         sys.executable, "-m", "deepspeed.launcher.runner",
-        "--num_gpus", str(ranks), "--master_port", str(_free_port()),
+        "--num_gpus", str(ranks), "--master_port", str(free_port()),
         "--no_local_rank", "--log_level", "error",
-        "--module", _MODULES[verb], *arguments,
+        "--module", MODULES[verb], *arguments,
     ]  # fmt: skip
 
 
@@ -136,7 +128,7 @@ def _pairs(words: list[str]) -> list[list[str]]:
     return [list(pair) for pair in zip(words, words[1:], strict=False)]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -16,6 +17,15 @@ from torch.distributed.distributed_c10d import PrefixStore
 from pretrain.ds_config import DEEPSPEED_VERSION
 
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# What other launchers call RANK, WORLD_SIZE and LOCAL_RANK. A batch script of SLURM has these too
+# but for the step, which only srun's processes are in.
+_OTHER_LAUNCHERS = {
+    "mpirun of Open MPI": (
+        "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
+    ),
+    "mpirun of MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,7 @@ def start(timeout_s: int, threads: int | None) -> Ranks:
     ValueError
         Only some of the launcher's variables are set, or DeepSpeed has another version.
     """
+    os.environ |= _of_other_launchers(os.environ)
     given = [v for v in _RANK_VARIABLES if v in os.environ]
     if "RANK" in given and len(given) < len(_RANK_VARIABLES):
         missing = sorted(set(_RANK_VARIABLES) - set(given))
@@ -73,6 +84,25 @@ def start(timeout_s: int, threads: int | None) -> Ranks:
     )
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, device)
+
+
+def _of_other_launchers(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return RANK, WORLD_SIZE and LOCAL_RANK where mpirun or srun started several processes."""
+    if "RANK" in environment:
+        return {}
+    for launcher, names in _OTHER_LAUNCHERS.items():
+        found = [environment.get(name, "") for name in names]
+        if not all(found) or found[1] == "1":
+            continue
+        missing = [v for v in ("MASTER_ADDR", "MASTER_PORT") if v not in environment]
+        if missing:
+            raise ValueError(
+                f"environment: {launcher} started rank {found[0]} of {found[1]}, but "
+                f"{' and '.join(missing)} are not set; start with `geneloom launch`, or export the "
+                "first host's name and a free port of it to all ranks"
+            )
+        return dict(zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), found, strict=True))
+    return {}
 
 
 def _import_deepspeed():

@@ -1,0 +1,126 @@
+"""``geneloom launch mpi``: real ranks under mpirun; hostfiles; the variables of other launchers."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launch.mpi import mpi_command, read_hostfile
+from pretrain.dist import _of_other_launchers
+
+ROOT = Path(__file__).resolve().parent.parent
+GENELOOM = [sys.executable, "-c", "from launch.cli import main; main()"]
+SMALL = [
+    "pretrain", "--config", "tiny", "run.epochs=1", "run.max_steps=4", "run.log_every_steps=1",
+    "optim.warmup_steps=2", "checkpoint.every_steps=4", "evaluation.every_steps=4",
+    "model.hidden_dropout=0", "model.attention_dropout=0",
+]  # fmt: skip
+
+
+def train(shards: Path, out: Path, *launch: str) -> list[float]:
+    """Return the losses of a run's steps."""
+    done = subprocess.run(
+        [*GENELOOM, *launch, *SMALL, f"data.shards={shards}", f"run.out={out}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [r["loss"] for r in rows if r["kind"] == "train"]
+
+
+def test_two_ranks_under_mpirun_are_one_run(shards, tmp_path):
+    one = train(shards, tmp_path / "one")
+    two = train(shards, tmp_path / "two", "launch", "mpi", "--ranks", "2", "--device", "cpu")
+    assert len(two) == 4
+    assert two == pytest.approx(one, rel=1e-5)
+    record = json.loads((tmp_path / "two" / "env.json").read_text())
+    assert "launch mpi --ranks 2" in record["command"]
+
+
+def test_request_to_stop_reaches_the_ranks(shards, tmp_path):
+    """SIGTERM to the launcher: a checkpoint, exit code 75, no process left behind."""
+    out = tmp_path / "run"
+    settings = [s for s in SMALL if not s.startswith(("run.epochs", "run.max_steps"))]
+    process = subprocess.Popen(
+        [*GENELOOM, "launch", "mpi", "--ranks", "2", "--device", "cpu", *settings,
+         "run.epochs=500", f"data.shards={shards}", f"run.out={out}"],
+        cwd=ROOT,
+    )  # fmt: skip
+    until = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists():
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    below = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    assert list((out / "checkpoints").glob("step*"))
+    assert not psutil.wait_procs(below, timeout=10)[1]
+
+
+def test_hostfile_is_read(tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text("# the cluster\nnode1 slots=8\n\nnode2 slots=4  # half of it\n")
+    assert read_hostfile(path) == {"node1": 8, "node2": 4}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "names no host"),
+        ("node1\n", "line 1: 'node1' is not"),
+        ("node1 slots=0\n", "is not `host slots=N`"),
+        ("node1 slots=2\nnode1 slots=2\n", "line 2: node1 stands twice"),
+        ("node1 slots=two\n", "is not `host slots=N`"),
+    ],
+)
+def test_hostfile_is_refused(text, message, tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_hostfile(path)
+
+
+def test_command_exports_what_ranks_need(tmp_path):
+    environment = {"PYTHONPATH": "/x", "HOME": "/root", "NCCL_DEBUG": "INFO", "MASTER_ADDR": "a"}
+    command = mpi_command("pretrain", ["--config", "tiny"], 3, tmp_path / "hosts", environment)
+    exported = [b for a, b in zip(command, command[1:], strict=False) if a == "-x"]
+    assert exported == ["MASTER_ADDR", "NCCL_DEBUG", "PYTHONPATH"]
+    assert command[-6:] == [sys.executable, "-u", "-m", "pretrain", "--config", "tiny"]
+    assert command[command.index("-n") : command.index("-n") + 2] == ["-n", "3"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", "3", "--hostfile", "HOSTS", "pretrain"], "2 slots; one rank needs one"),
+        (["benchmark"], "does not run on several ranks"),
+        (["--hostfile", "nowhere", "pretrain"], "cannot be read"),
+    ],
+)
+def test_wrong_launches_are_refused(arguments, message, tmp_path):
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
+    given = [str(tmp_path / "hosts") if a == "HOSTS" else a for a in arguments]
+    done = subprocess.run(
+        [*GENELOOM, "launch", "mpi", *given], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+def test_variables_of_other_launchers():
+    slurm = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}
+    meet = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+    assert _of_other_launchers(slurm | meet) == {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+    # In a batch script, before srun, there is no step.
+    assert _of_other_launchers({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"} | meet) == {}
+    assert _of_other_launchers(slurm | meet | {"RANK": "0"}) == {}
+    alone = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}
+    assert _of_other_launchers(alone | {"OMPI_COMM_WORLD_LOCAL_RANK": "0"}) == {}
+    with pytest.raises(ValueError, match="srun started rank 3 of 4, but MASTER_ADDR and"):
+        _of_other_launchers(slurm)
