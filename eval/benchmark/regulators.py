@@ -5,6 +5,7 @@ A regulator may be a set of genes that are deleted together.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,13 +146,15 @@ def choose_regulators(
 
 
 def with_partners(
-    possible: list[Candidate], panel: Panel, task: RegulatorsTask, most: int | None, seed: int
+    possible: Iterable[Candidate],
+    panel: Panel,
+    task: RegulatorsTask,
+    most: int | None,
+    seed: int,
 ) -> list[Regulator]:
     """Return the first regulators, at most so many, whose targets find enough partners."""
     found: list[Regulator] = []
     for one in possible:
-        if len(found) == most:
-            break
         paired = nearest_pairs(panel.static[one.positive], panel.static[one.negative])
         if len(paired) < task.min_targets:
             continue
@@ -159,6 +162,8 @@ def with_partners(
         chosen = np.concatenate([one.positive[paired[:, 0]], one.negative[paired[:, 1]]])
         name = "+".join(panel.ids[list(one.own)])
         found.append(Regulator(name, panel.ids[chosen].tolist(), panel.static[chosen]))
+        if len(found) == most:  # the next candidate may be dear to look at
+            break
     return found
 
 

@@ -43,6 +43,8 @@ _MODULES = {
     "perturb_seq": "perturb_seq",
     "perturbation": "perturbation",
     "targets": "targets",
+    "cooperativity": "cooperativity",
+    "simulated_shifts": "simulated_shifts",
 }
 _PACKAGES = ("scikit-learn", "scanpy", "scib-metrics", "harmonypy", "scvi-tools", "peft", "optuna")
 

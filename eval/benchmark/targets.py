@@ -50,6 +50,11 @@ class Question:
         """Return int64 tokens of gene ids."""
         return model.reading_vocabulary.tokens_of(genes).astype(np.int64)
 
+    def expression(self) -> scipy.sparse.csr_matrix:
+        """Return log-normalised expression, CSR float32 [tokens of the first model, cells]."""
+        first = self.bench.models[0]
+        return expression_of_tokens(self.cells.counts, self.cells.genes, first.reading_vocabulary)
+
     @property
     def digest(self) -> str:
         """Hash of regulators, targets and partners."""
@@ -80,6 +85,9 @@ class Contender:
     rank: Callable[[np.ndarray, int], list[np.ndarray]]
 
 
+Baseline = Callable[[Question], list[np.ndarray]]
+
+
 def run(task: TargetsTask, size: Size, bench: Bench) -> TaskRun:
     """Return the outcomes of all contenders; a fold is a draw of 80 % of the regulators.
 
@@ -92,6 +100,7 @@ def run(task: TargetsTask, size: Size, bench: Bench) -> TaskRun:
     pairs = read_edges(task.edges, bench.data)
     regulators, excluded = choose_regulators(task, size, cells, pairs, bench)
     question = Question(regulators, cells, bench, size.max_cells_per_gene)
+    rows = contenders(question, _BASELINES, (ZERO_SHOT,), _deleted)
     draws = [draw_regulators(question, number) for number in range(size.seeds)]
     return TaskRun(
         cells=cells.counts.shape[0],
@@ -103,7 +112,7 @@ def run(task: TargetsTask, size: Size, bench: Bench) -> TaskRun:
         headline="auroc",
         chance=0.5,
         excluded=cells.excluded | excluded,
-        outcomes=outcomes_of(question, contenders(question), draws),
+        outcomes=outcomes_of(question, rows, draws),
         details={
             "test_share": DRAWN_SHARE,
             "regulators": {r.gene: len(r.genes) // 2 for r in regulators},
@@ -135,38 +144,54 @@ def num_units(task: TargetsTask, size: Size, models: list[Model]) -> int:
     return size.seeds * (len(_BASELINES) + len(MATCHED) + 3 * len(models))
 
 
-def contenders(question: Question) -> list[Contender]:
-    """Return who takes part in every fold."""
-    matrices: dict[str, list[np.ndarray]] = {}
+def contenders(
+    question: Question,
+    baselines: dict[str, Baseline],
+    readings: tuple[str, ...],
+    delete: Callable[[Question, Model, int | None, np.ndarray], list[list[np.ndarray]]],
+) -> list[Contender]:
+    """Return who takes part in every fold.
 
-    def once(name: str, make: Callable[[], list[np.ndarray]]) -> list[np.ndarray]:
-        if name not in matrices:
-            matrices[name] = make()
-        return matrices[name]
+    Parameters
+    ----------
+    baselines
+        Name -> how much each gene of each regulator is moved.
+    readings, delete
+        Names of what a model says of a deletion, the first with a control; and for a model, a
+        twin's seed and chosen regulators the values of each reading.
+    """
+    known: dict[object, list] = {}
+
+    def once(key: object, make: Callable[[], list]) -> list:
+        if key not in known:
+            known[key] = make()
+        return known[key]
 
     def baseline(name: str, drawn: np.ndarray, seed: int) -> list[np.ndarray]:
-        every = once(name, lambda: _BASELINES[name](question))
+        every = once(name, lambda: baselines[name](question))
         return [every[i] for i in drawn]
 
     def static(column: int, drawn: np.ndarray, seed: int) -> list[np.ndarray]:
         return [question.regulators[i].static[:, column] for i in drawn]
 
-    def zero_shot(model: Model, drawn: np.ndarray, seed: int) -> list[np.ndarray]:
+    def zero_shot(model: Model, number: int, drawn: np.ndarray, seed: int) -> list[np.ndarray]:
         everything = np.arange(len(question.regulators))
-        every = once(model.name, lambda: _deleted(question, model, None, everything))
-        return [every[i] for i in drawn]
+        every = once((model.name, None), lambda: delete(question, model, None, everything))
+        return [every[number][i] for i in drawn]
 
-    def of_twin(model: Model, drawn: np.ndarray, seed: int) -> list[np.ndarray]:
-        return _deleted(question, model, seed, drawn)
+    def of_twin(model: Model, number: int, drawn: np.ndarray, seed: int) -> list[np.ndarray]:
+        key = (model.name, seed)  # a seed draws its regulators
+        return once(key, lambda: delete(question, model, seed, drawn))[number]
 
-    rows = [Contender(n, "baseline", None, partial(baseline, n)) for n in _BASELINES]
+    rows = [Contender(n, "baseline", None, partial(baseline, n)) for n in baselines]
     for column, name in enumerate(MATCHED):
         rows.append(Contender(f"{name} alone", "baseline", None, partial(static, column)))
     for model in question.bench.models:
-        rows.append(Contender(ZERO_SHOT, "model", model, partial(zero_shot, model)))
-        rows.append(Contender(ZERO_SHOT, "twin", model, partial(of_twin, model)))
-        name = f"shuffled targets, {ZERO_SHOT}"
-        rows.append(Contender(name, "control", model, partial(zero_shot, model)))
+        for number, name in enumerate(readings):
+            rows.append(Contender(name, "model", model, partial(zero_shot, model, number)))
+            rows.append(Contender(name, "twin", model, partial(of_twin, model, number)))
+        name = f"shuffled targets, {readings[0]}"
+        rows.append(Contender(name, "control", model, partial(zero_shot, model, 0)))
     return rows
 
 
@@ -227,7 +252,7 @@ def _exchanged(is_target: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def _deleted(
     question: Question, model: Model, twin_seed: int | None, drawn: np.ndarray
-) -> list[np.ndarray]:
+) -> list[list[np.ndarray]]:
     """Return the mean shift of each gene's state when its regulator is deleted."""
     bench = question.bench
     asked = [question.regulators[i] for i in drawn]
@@ -235,12 +260,7 @@ def _deleted(
     tokens = question.tokens(model, [r.gene for r in asked])
     cells = chosen_holders(genes, tokens, question.most_cells, bench.seed)
     moved = gene_effects(engine_of(model, twin_seed, bench), genes, tokens, cells)
-    return [row[question.tokens(model, r.genes)] for row, r in zip(moved, asked, strict=True)]
-
-
-def _expression(question: Question) -> scipy.sparse.csr_matrix:
-    cells, first = question.cells, question.bench.models[0]
-    return expression_of_tokens(cells.counts, cells.genes, first.reading_vocabulary)
+    return [[row[question.tokens(model, r.genes)] for row, r in zip(moved, asked, strict=True)]]
 
 
 def _together(question: Question, profiles: scipy.sparse.csr_matrix) -> list[np.ndarray]:
@@ -257,11 +277,11 @@ def _together(question: Question, profiles: scipy.sparse.csr_matrix) -> list[np.
 
 
 def _correlation(question: Question) -> list[np.ndarray]:
-    return _together(question, _expression(question))
+    return _together(question, question.expression())
 
 
 def _codetection(question: Question) -> list[np.ndarray]:
-    detected = _expression(question)
+    detected = question.expression()
     detected.data[:] = 1
     return _together(question, detected)
 
@@ -273,7 +293,7 @@ def _random_forest(question: Question) -> list[np.ndarray]:
     out where it is a regulator itself.
     """
     first = question.bench.models[0]
-    profiles = _expression(question)
+    profiles = question.expression()
     regulators = question.tokens(first, [r.gene for r in question.regulators])
     x = profiles[regulators].toarray().T
     importance: dict[str, np.ndarray] = {}
@@ -292,7 +312,7 @@ def _random_forest(question: Question) -> list[np.ndarray]:
     ]
 
 
-_BASELINES: dict[str, Callable[[Question], list[np.ndarray]]] = {
+_BASELINES: dict[str, Baseline] = {
     "correlation": _correlation,
     "co-detection": _codetection,
     "random forest importance": _random_forest,

@@ -291,9 +291,41 @@ class TargetsTask(RegulatorsTask):
     partners: Literal["any", "listed"] = "any"
 
 
+class CooperativityTask(RegulatorsTask):
+    """Which genes does the deletion of two regulators move by more than both deletions alone?"""
+
+    kind: Literal["cooperativity"]
+    # Pairs of regulators, as the table of edges names them. Empty: drawn from all that share
+    # enough targets.
+    pairs: tuple[tuple[str, str], ...] = ()
+
+
+class SimulatedShiftsTask(_Task):
+    """How far does each cell move, and toward which types, when a regulator is edited?
+
+    `cells` are a simulation's cells of origin, `shifts` its table of how they truly move.
+    """
+
+    kind: Literal["simulated_shifts"]
+    shifts: str
+    edits: tuple[Literal["delete", "overexpress"], ...] = ("delete",)
+    # Column of obs: types of cells.
+    label: str = "cell_type"
+    # Cells that correlations come from; None: `cells`.
+    context: Cells | None = None
+    # Cells that hold a regulator.
+    min_cells: int = Field(5, ge=3)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Cells, those of the context, and the table of shifts."""
+        context = self.context.files if self.context else ()
+        return (*self.cells.files, *context, self.shifts)
+
+
 AnyTask = (
     GeneTask | CellTask | AnnotationTask | IntegrationTask | ContextTask | AttentionTask
-    | PerturbationTask | PerturbSeqTask | TargetsTask
+    | PerturbationTask | PerturbSeqTask | TargetsTask | CooperativityTask | SimulatedShiftsTask
 )  # fmt: skip
 _ADAPTER: TypeAdapter = TypeAdapter(Annotated[AnyTask, Field(discriminator="kind")])
 
