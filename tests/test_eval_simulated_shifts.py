@@ -127,7 +127,7 @@ def test_run_of_shifts(data, model, tmp_path):
     assert all(set(s) == set(own[0]) and len(s) == 12 and None not in s.values() for s in own)
     for s in own:
         both = [s["spearman_delete"], s["spearman_overexpress"]]
-        assert s["spearman"] == pytest.approx(np.mean(both))
+        assert s["spearman"] == pytest.approx(np.mean(np.array(both, dtype=float)))
     control = [o.scores["spearman"] for o in result.outcomes if o.role == "control"]
     assert np.abs(np.mean(np.array(control, dtype=float))) < 0.15
 

@@ -93,9 +93,9 @@ def candidate_pairs(
         A regulator of the task's own pairs has no target in the table, or is in no cell.
     """
     wanted = {g for pair in task.pairs for g in pair} or set(np.unique(edges.source).tolist())
-    place = {g: panel.place(g) for g in sorted(wanted)}
+    place = {g: own for g in sorted(wanted) if (own := panel.place(g)) is not None}
     targets = {g: panel.flags(edges.targets_of(g).tolist()) for g in place}
-    missing = [g for g, own in place.items() if own is None or not targets[g].any()]
+    missing = [g for g in sorted(wanted) if g not in place or not targets[g].any()]
     if task.pairs and missing:
         raise ValueError(
             f"{task.name}: {', '.join(missing)} of `pairs` has no target in {task.edges.file} or "
@@ -103,12 +103,12 @@ def candidate_pairs(
         )
     pairs = list(task.pairs)
     if not pairs:
-        every = list(combinations([g for g in place if g not in missing], 2))
+        every = list(combinations(place, 2))
         pairs = [every[i] for i in np.random.default_rng(seed).permutation(len(every))]
     for first, second in pairs:
         both = targets[first] & targets[second]
         own = (place[first], place[second])
-        if both.sum() < task.min_targets or None in own:
+        if both.sum() < task.min_targets:
             continue
         usable = panel.usable(own, task.min_cells)
         positive = np.flatnonzero(usable & both)
