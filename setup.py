@@ -74,6 +74,7 @@ setup(
             "nbclient",
             "pyright",
             "pytest",
+            "pytest-xdist",
             "ruff",
             "statsmodels",
         ],
