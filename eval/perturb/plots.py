@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from eval.benchmark.plots import Plot
 from eval.figures import BLUE, GREY, new_figure
@@ -99,6 +100,7 @@ def _volcano(analysis: Analysis) -> Plot | None:
     axes.axhline(line, color=INK, ls=":", lw=1)
     axes.axvline(0, color=INK, lw=0.8)
     axes.margins(x=0.12)
+    axes.xaxis.set_major_locator(MaxNLocator(5))  # small effects have long numbers
     axes.set_ylim(-0.04 * max(height.max(), line), 1.15 * max(height.max(), line))
     shown = genes[genes["verdict"] == FOUND]
     _label(axes, shown["matched_effect"], height[shown.index], shown["name"])
