@@ -31,7 +31,7 @@ class EngineSettings:
     layer
         0: last, -1: second-to-last (Geneformer's count and default), ...
     bf16
-        Compute in bfloat16; residual stream, norms and all that is compared stay float32.
+        Compute the encoder in bfloat16; all that is compared stays float32 or float64.
     token_budget
         Tokens of one forward pass; no result depends on it but by rounding. 0: 4,096 on a CPU,
         whose cache they fit, 65,536 on a GPU.
@@ -127,10 +127,10 @@ class Engine:
         nn.Module.to(encoder, self._device)
         encoder.eval().requires_grad_(False)
         self._wanted: torch.Tensor | None = None
-        if settings.bf16:  # once, not in every pass; norms and embeddings stay float32
-            for module in encoder.modules():
-                if isinstance(module, nn.Linear):
-                    module.to(torch.bfloat16)
+        if settings.bf16:
+            # Norms and the residual stream too: in float32 they and the conversions took a quarter
+            # of the time, for a rank correlation of 0.9998 instead of 0.999 with float32.
+            nn.Module.to(encoder, torch.bfloat16)
         layers = encoder.encoder.layer
         if self.head is None:
             encoder.encoder.layer = nn.ModuleList(layers[: depth + settings.layer])
