@@ -16,7 +16,7 @@ from torch import nn
 from transformers import BertModel
 
 from data_prep.vocab import Vocabulary
-from eval.embed import encode_batch, length_batches
+from eval.embed import computing, encode_batch, length_batches
 
 # Weights of a layer: batch x heads x length x length.
 _TOKEN_BUDGET = 4_096
@@ -97,14 +97,8 @@ def mean_attention(
     sums = _Sums(heads, len(genes), int(groups.max()) + 1, with_pairs, device)
     gene_of_token = torch.full((vocabulary.num_tokens,), -1)
     gene_of_token[torch.from_numpy(np.asarray(genes, np.int64))] = torch.arange(len(genes))
-    nn.Module.to(encoder, device=torch.device(device))
-    encoder.eval()
     lengths = np.array([len(c) for c in cells], dtype=np.int64)
-    with (
-        _seen(encoder, sums.add),
-        torch.inference_mode(),
-        torch.autocast(device, torch.bfloat16, enabled=bf16),
-    ):
+    with _seen(encoder, sums.add), computing(encoder, 0, device, bf16):
         for batch in length_batches(lengths, token_budget):
             chosen = [cells[i] for i in batch]
             sums.place(chosen, groups[batch], gene_of_token, vocabulary)

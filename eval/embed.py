@@ -87,41 +87,57 @@ def embed_cells(
     ValueError
         Unknown pooling, ``cls`` without ``<cls>`` tokens, or a layer the model does not have.
     """
-    if pooling not in ("mean", "cls"):
-        raise ValueError(f"--pooling {pooling}: must be mean or cls")
-    if pooling == "cls" and not vocabulary.has_cls:
-        raise ValueError("--pooling cls: this vocabulary has no <cls> token; use mean")
-    nn.Module.to(encoder, device=torch.device(device))
-    encoder.eval()
+    require_pooling(pooling, vocabulary)
     lengths = np.array([len(t) for t in tokens], dtype=np.int64)
     genes = lengths - (2 if vocabulary.has_cls else 0)
     out = np.full((len(tokens), encoder.config.hidden_size), np.nan, dtype=np.float32)
-    with (
-        layers_up_to(encoder, layer),
-        torch.inference_mode(),
-        torch.autocast(device, torch.bfloat16, enabled=bf16),
-    ):
+    with computing(encoder, layer, device, bf16):
         for batch in length_batches(np.where(genes > 0, lengths, 0), token_budget):
             hidden, batch_lengths = encode_batch(encoder, [tokens[i] for i in batch], vocabulary)
             out[batch] = pool_genes(hidden, batch_lengths, vocabulary.has_cls, pooling).cpu()
     return out
 
 
-@contextlib.contextmanager
-def layers_up_to(encoder: BertModel, layer: int) -> Iterator[None]:
-    """Compute no layer above the wanted one; then the encoder has all of them again.
+def require_pooling(pooling: str, vocabulary: Vocabulary) -> None:
+    """Raise ValueError unless this pooling exists, and ``<cls>`` where it is asked for."""
+    if pooling not in ("mean", "cls"):
+        raise ValueError(f"--pooling {pooling}: must be mean or cls")
+    if pooling == "cls" and not vocabulary.has_cls:
+        raise ValueError("--pooling cls: this vocabulary has no <cls> token; use mean")
+
+
+def num_layers_up_to(encoder: BertModel, layer: int) -> int:
+    """Return how many layers are computed for one of them (0: last, -1: second-to-last, ...).
 
     Raises
     ------
     ValueError
-        The model has no such layer (0: last, -1: second-to-last, ...).
+        The model has no such layer.
     """
-    layers, depth = encoder.encoder.layer, encoder.config.num_hidden_layers
+    depth = encoder.config.num_hidden_layers
     if not -depth < layer <= 0:
         raise ValueError(f"--layer {layer}: the model has layers 0 (last) to {1 - depth} (first)")
+    return depth + layer
+
+
+@contextlib.contextmanager
+def computing(encoder: BertModel, layer: int, device: str, bf16: bool) -> Iterator[None]:
+    """Let an encoder compute states on a device, without gradients and dropout.
+
+    No layer above the wanted one is computed; at the end the encoder has all of them again.
+
+    Raises
+    ------
+    ValueError
+        As `num_layers_up_to`.
+    """
+    layers, number = encoder.encoder.layer, num_layers_up_to(encoder, layer)
+    nn.Module.to(encoder, device=torch.device(device))
+    encoder.eval()
     try:
-        encoder.encoder.layer = nn.ModuleList(layers[: depth + layer])
-        yield
+        encoder.encoder.layer = nn.ModuleList(layers[:number])
+        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=bf16):
+            yield
     finally:
         encoder.encoder.layer = layers
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import BertModel
 
 from data_prep.vocab import Vocabulary
-from eval.embed import encode_batch, layers_up_to, length_batches
+from eval.embed import computing, encode_batch, length_batches
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,11 @@ def gene_states(
     layer
         As in `eval.embed.embed_cells`.
     """
-    nn.Module.to(encoder, device=torch.device(device))
-    encoder.eval()
     gene_of_token = np.full(vocabulary.num_tokens, -1)
     gene_of_token[genes] = np.arange(len(genes))
     lengths = np.array([len(c) for c in cells], dtype=np.int64)
     found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    with (
-        layers_up_to(encoder, layer),
-        torch.inference_mode(),
-        torch.autocast(device, torch.bfloat16, enabled=bf16),
-    ):
+    with computing(encoder, layer, device, bf16):
         for batch in length_batches(lengths, token_budget):
             hidden_BLD, _ = encode_batch(encoder, [cells[i] for i in batch], vocabulary)
             for row, cell in enumerate(batch):

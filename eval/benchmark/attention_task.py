@@ -13,7 +13,7 @@ from scipy.stats import false_discovery_control, wilcoxon
 
 from eval.attention import Attention, mean_attention
 from eval.benchmark.compare import ZERO_SHOT
-from eval.benchmark.encoders import encoder_of
+from eval.benchmark.encoders import OncePerEncoder, encoder_of
 from eval.benchmark.inputs import Bench, Model, TaskCells, load_cells
 from eval.benchmark.matched_genes import (
     MATCHED,
@@ -40,10 +40,8 @@ class _World:
 
     def __init__(self, cells: TaskCells, task: AttentionTask, bench: Bench) -> None:
         self.cells, self.bench = cells, bench
-        self.donors = np.zeros(cells.counts.shape[0], dtype=np.int64)
-        if task.donor:
-            self.donors = np.unique(cells.metadata[task.donor], return_inverse=True)[1]
-        self._known: dict[tuple[str, int | None], Attention] = {}
+        self.donors = cells.codes(task.donor)
+        self._known: OncePerEncoder[Attention] = OncePerEncoder()
 
     def is_usable(self, model: Model) -> np.ndarray:
         """Return bool [num_tokens]: in 10 cells."""
@@ -51,16 +49,15 @@ class _World:
         return np.bincount(tokens, minlength=model.vocabulary.num_tokens) >= _FEWEST_CELLS
 
     def attention(self, model: Model, twin_seed: int | None, pairs: GenePairs) -> Attention:
-        key = (model.name, twin_seed)
-        if key not in self._known:
-            # A twin belongs to one fold.
-            self._known = {k: v for k, v in self._known.items() if k[1] in (None, twin_seed)}
-            self._known[key] = mean_attention(
+        return self._known.get(
+            model,
+            twin_seed,
+            lambda: mean_attention(
                 self.cells.tokens[model.name], encoder_of(model, twin_seed), model.vocabulary,
                 pairs.tokens[model.name], self.donors,
                 device=self.bench.device, bf16=self.bench.bf16,
-            )  # fmt: skip
-        return self._known[key]
+            ),
+        )  # fmt: skip
 
 
 def run(task: AttentionTask, size: Size, bench: Bench) -> TaskRun:

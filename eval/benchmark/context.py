@@ -7,7 +7,6 @@ their states are in cells of different types, beyond what they are within a type
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import numpy as np
 import scipy.sparse
@@ -15,7 +14,7 @@ from scipy.stats import false_discovery_control
 
 from eval.benchmark.cell_tasks import usable_cells
 from eval.benchmark.compare import ZERO_SHOT
-from eval.benchmark.encoders import encoder_of
+from eval.benchmark.encoders import OncePerEncoder, encoder_of
 from eval.benchmark.gene_features import expression_of_tokens, ranks_of_tokens
 from eval.benchmark.gene_scores import HEADLINE
 from eval.benchmark.inputs import Bench, Model, TaskCells, load_cells
@@ -53,11 +52,10 @@ class _World:
 
     def __init__(self, cells: TaskCells, task: ContextTask, bench: Bench) -> None:
         self.cells, self.bench = cells, bench
-        self.types = np.unique(cells.metadata[task.label], return_inverse=True)[1]
-        self.donors = np.zeros(len(self.types), dtype=np.int64)
-        if task.donor:
-            self.donors = np.unique(cells.metadata[task.donor], return_inverse=True)[1]
-        self._known: dict[tuple[str, int | None], Any] = {}
+        self.types = cells.codes(task.label)
+        self.donors = cells.codes(task.donor)
+        self._states: OncePerEncoder[GeneStates] = OncePerEncoder()
+        self._permuted: OncePerEncoder[np.ndarray] = OncePerEncoder()
 
     def is_usable(self, model: Model) -> np.ndarray:
         """Return bool [num_tokens]: in 3 cells of each of two types of one donor."""
@@ -69,8 +67,9 @@ class _World:
         return np.any(per_donor, axis=0)
 
     def states(self, model: Model, twin_seed: int | None, tokens: np.ndarray) -> GeneStates:
-        return self._once(
-            (model.name, twin_seed),
+        return self._states.get(
+            model,
+            twin_seed,
             lambda: gene_states(
                 self.cells.tokens[model.name], encoder_of(model, twin_seed), model.vocabulary,
                 tokens, max(_LAYER, 1 - model.network.config.num_hidden_layers),
@@ -88,7 +87,7 @@ class _World:
                 [self._specificity(found, g, rng) for g in range(len(pairs.ids))]
             )
 
-        return self._once((f"permuted {model.name}", None), compute)
+        return self._permuted.get(model, None, compute)
 
     def specificity(self, found: GeneStates, genes: np.ndarray) -> np.ndarray:
         """Return float64 [genes]."""
@@ -101,13 +100,6 @@ class _World:
         types, donors = self.types[cells], self.donors[cells]
         labellings = permuted_types(types, donors, _NUM_PERMUTATIONS, rng) if rng else types[None]
         return between_minus_within(states, labellings, donors)
-
-    def _once(self, key: tuple[str, int | None], make: Any) -> Any:
-        if key not in self._known:
-            # A twin belongs to one fold.
-            self._known = {k: v for k, v in self._known.items() if k[1] in (None, key[1])}
-            self._known[key] = make()
-        return self._known[key]
 
 
 def run(task: ContextTask, size: Size, bench: Bench) -> TaskRun:

@@ -156,7 +156,7 @@ def _two(regulator: Regulator) -> list[str]:
 
 def _correlations(question: Question) -> list[np.ndarray]:
     """Return float64 [2, genes] for each pair: absolute correlations with its two regulators."""
-    first, profiles = question.bench.models[0], question.expression()
+    first, profiles = question.bench.models[0], question.expression
     return [
         np.abs(
             correlations(profiles, question.tokens(first, _two(r)), question.tokens(first, r.genes))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from eval.splits import validation_cells
 from pretrain.export import random_twin
 
 HEAD_NAME = "label"
+Value = TypeVar("Value")
 # Epochs without a better validation loss; with so few epochs in all there is nothing to stop early,
 # and all training cells are used for training.
 _PATIENCE = 2
@@ -43,6 +45,24 @@ def encoder_of(model: Model, twin_seed: int | None) -> BertModel:
     return network.bert
 
 
+class OncePerEncoder(Generic[Value]):
+    """Values that are computed once for each encoder; those of a twin until another one is asked.
+
+    A twin belongs to one fold, and is not needed any more in the next.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int | None], Value] = {}
+
+    def get(self, model: Model, twin_seed: int | None, make: Callable[[], Value]) -> Value:
+        """Return what `make` gives for a model (`twin_seed` None) or one of its twins."""
+        key = (model.name, twin_seed)
+        if key not in self._known:
+            self._known = {k: v for k, v in self._known.items() if k[1] in (None, twin_seed)}
+            self._known[key] = make()
+        return self._known[key]
+
+
 class Embeddings:
     """Mean gene states of cells, each computed once for each encoder."""
 
@@ -52,7 +72,7 @@ class Embeddings:
         """Take model name -> token ids of every cell; `layer` as in `eval.embed.embed_cells`."""
         self._tokens, self._layer = tokens, layer
         self._device, self._bf16 = device, bf16
-        self._known: dict[tuple[str, int | None], tuple[np.ndarray, np.ndarray]] = {}
+        self._known: OncePerEncoder[tuple[np.ndarray, np.ndarray]] = OncePerEncoder()
 
     def of(
         self, model: Model, twin_seed: int | None, cells: np.ndarray, of_fold: np.ndarray
@@ -63,14 +83,12 @@ class Embeddings:
         what was asked for first. A twin belongs to one fold and embeds that fold's cells
         (`of_fold`, sorted).
         """
-        key = (model.name, twin_seed)
-        tokens = self._tokens[model.name]
-        if key not in self._known:
-            wanted = np.arange(len(tokens)) if twin_seed is None else of_fold
-            self._known = {k: v for k, v in self._known.items() if k[1] in (None, twin_seed)}
-            states = self.embed(encoder_of(model, twin_seed), model, wanted)
-            self._known[key] = wanted, states
-        wanted, states = self._known[key]
+        every = np.arange(len(self._tokens[model.name])) if twin_seed is None else of_fold
+        wanted, states = self._known.get(
+            model,
+            twin_seed,
+            lambda: (every, self.embed(encoder_of(model, twin_seed), model, every)),
+        )
         place = np.searchsorted(wanted, cells)
         assert np.array_equal(wanted[np.minimum(place, len(wanted) - 1)], cells), "other cells"
         return states[place]

@@ -6,12 +6,11 @@ import numpy as np
 import scipy.sparse
 import torch
 from sklearn.decomposition import TruncatedSVD
-from torch import nn
 from transformers import BertModel
 
 from data_prep.vocab import Vocabulary
 from eval.baselines import log_normalise
-from eval.embed import encode_batch, length_batches
+from eval.embed import computing, encode_batch, length_batches
 
 _COMPONENTS = 50
 STATIC_NAMES = (
@@ -107,12 +106,10 @@ def embed_genes(
 
     NaN for tokens that occur in no cell.
     """
-    nn.Module.to(encoder, device=torch.device(device))
-    encoder.eval()
     lengths = np.array([len(c) for c in cells], dtype=np.int64)
     sums = torch.zeros(vocabulary.num_tokens, encoder.config.hidden_size, device=device)
     occurrences = torch.zeros(vocabulary.num_tokens, device=device)
-    with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=bf16):
+    with computing(encoder, 0, device, bf16):
         for batch in length_batches(lengths, token_budget):
             chosen = [cells[i] for i in batch]
             hidden_BLD, lengths_B = encode_batch(encoder, chosen, vocabulary)

@@ -100,6 +100,12 @@ class TaskCells:
     excluded: dict[str, int]
     digest: str
 
+    def codes(self, column: str | None) -> np.ndarray:
+        """Return int64 [cells]: number of each cell's value in a column; 0 for all without one."""
+        if column is None:
+            return np.zeros(len(self.metadata), dtype=np.int64)
+        return np.unique(self.metadata[column], return_inverse=True)[1].astype(np.int64)
+
     def subset(self, cells: np.ndarray) -> TaskCells:
         """Return chosen cells (int positions), in the given order."""
         chosen = hashlib.sha256(self.digest.encode() + np.asarray(cells, np.int64).tobytes())

@@ -15,6 +15,7 @@ import scipy.sparse
 from sklearn.linear_model import LogisticRegression
 
 from eval.benchmark.compare import ZERO_SHOT
+from eval.benchmark.encoders import OncePerEncoder
 from eval.benchmark.gene_correlation import correlations
 from eval.benchmark.gene_features import expression_of_tokens
 from eval.benchmark.in_silico import cell_effects, chosen_holders, engine_of, genes_of
@@ -60,9 +61,7 @@ class World:
         """
         self.task, self.size, self.cells, self.bench = task, size, cells, bench
         number = cells.counts.shape[0]
-        self.donors = np.zeros(number, dtype=int)
-        if task.donor:
-            self.donors = np.unique(cells.metadata[task.donor], return_inverse=True)[1]
+        self.donors = cells.codes(task.donor)
         self.in_start = np.ones(number, dtype=bool)
         self.in_goal = np.zeros(number, dtype=bool)
         if task.states:
@@ -78,7 +77,7 @@ class World:
                         f"{', '.join(sorted(set(state))[:8])}); correct `states`"
                     )
         self.start = np.flatnonzero(self.in_start)
-        self._known: dict[tuple[str, int | None], np.ndarray] = {}
+        self._known: OncePerEncoder[np.ndarray] = OncePerEncoder()
 
     def is_usable(self, model: Model) -> np.ndarray:
         """Return bool [num_tokens]: genes in enough of the cells that are edited.
@@ -120,10 +119,7 @@ class World:
 
     def model_effects(self, model: Model, tokens: np.ndarray) -> np.ndarray:
         """Return `effects` of the pretrained model, computed once for all folds."""
-        key = (model.name, None)
-        if key not in self._known:
-            self._known[key] = self.effects(model, None, tokens)
-        return self._known[key]
+        return self._known.get(model, None, lambda: self.effects(model, None, tokens))
 
     @cached_property
     def expression(self) -> scipy.sparse.csr_matrix:

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -50,8 +50,9 @@ class Question:
         """Return int64 tokens of gene ids."""
         return model.reading_vocabulary.tokens_of(genes).astype(np.int64)
 
+    @cached_property
     def expression(self) -> scipy.sparse.csr_matrix:
-        """Return log-normalised expression, CSR float32 [tokens of the first model, cells]."""
+        """Log-normalised, CSR float32 [tokens of the first model, cells]."""
         first = self.bench.models[0]
         return expression_of_tokens(self.cells.counts, self.cells.genes, first.reading_vocabulary)
 
@@ -277,11 +278,11 @@ def _together(question: Question, profiles: scipy.sparse.csr_matrix) -> list[np.
 
 
 def _correlation(question: Question) -> list[np.ndarray]:
-    return _together(question, question.expression())
+    return _together(question, question.expression)
 
 
 def _codetection(question: Question) -> list[np.ndarray]:
-    detected = question.expression()
+    detected = question.expression.copy()
     detected.data[:] = 1
     return _together(question, detected)
 
@@ -293,7 +294,7 @@ def _random_forest(question: Question) -> list[np.ndarray]:
     out where it is a regulator itself.
     """
     first = question.bench.models[0]
-    profiles = question.expression()
+    profiles = question.expression
     regulators = question.tokens(first, [r.gene for r in question.regulators])
     x = profiles[regulators].toarray().T
     importance: dict[str, np.ndarray] = {}

@@ -136,8 +136,12 @@ def analyse(
     _require_columns(results)
     donors = sorted(set(results.cells["donor"]) - {""})
     counted = donors if len(donors) > 1 else []
-    values = _donor_values(results, effect, counted, settings.min_cells)
-    genes = _effects(results, effect, values, counted, settings)
+    if counted:
+        values = _donor_values(results, effect, counted, settings.min_cells)
+        summary = over_donors(values, settings.test)
+    else:
+        values, summary = _over_cells(results, effect, settings.test)
+    genes = _effects(results, effect, summary)
     genes, differences = _matched(genes, values, settings, bool(counted))
     fit, genes["impact_probability"] = impact_groups(genes["matched_z"].to_numpy())
     order = genes["matched_z"].abs().sort_values(ascending=False, kind="stable").index
@@ -191,11 +195,7 @@ def _require_columns(results: Results) -> None:
 
 
 def _donor_values(results: Results, effect: str, donors: list[str], min_cells: int) -> np.ndarray:
-    """Return float64 [perturbations, donors]: means over cells; without donors, one column."""
-    if not donors:
-        count, total, _ = _cell_sums(results, effect)
-        with np.errstate(invalid="ignore"):
-            return (total / count)[:, None]
+    """Return float64 [perturbations, donors]: means over cells."""
     means = results.donor_means(effect)
     means = means[(means["cells"] >= min_cells) & means["donor"].isin(donors)]
     values = np.full((len(results.perturbations), len(donors)), np.nan)
@@ -214,20 +214,21 @@ def _cell_sums(results: Results, effect: str) -> tuple[np.ndarray, np.ndarray, n
     return sums[0], sums[1], sums[2]
 
 
-def _effects(
-    results: Results,
-    effect: str,
-    values: np.ndarray,
-    donors: list[str],
-    settings: AnalysisSettings,
-) -> pd.DataFrame:
+def _over_cells(results: Results, effect: str, test: Test) -> tuple[np.ndarray, pd.DataFrame]:
+    """Return means over all cells, float64 [perturbations, 1], and what `over_donors` gives."""
+    count, total, squares = _cell_sums(results, effect)
+    with np.errstate(invalid="ignore"):
+        values = (total / count)[:, None]
+    summary = over_donors(values, test)
+    summary[["mean", "low", "high"]] = over_cells(count, total, squares)
+    summary["donors"] = np.int32(0)
+    return values, summary
+
+
+def _effects(results: Results, effect: str, summary: pd.DataFrame) -> pd.DataFrame:
     """Return the perturbations with their effects, and tests against 0 where that is a question."""
     genes = results.perturbations.reset_index(drop=True)
     genes["genes"] = [list(g) for g in genes["genes"]]
-    summary = over_donors(values, settings.test)
-    if not donors:
-        summary[["mean", "low", "high"]] = over_cells(*_cell_sums(results, effect))
-        summary["donors"] = np.int32(0)
     genes["donors"] = summary["donors"]
     for name in _SUMMARY:
         genes["effect" + f"_{name}".replace("_mean", "")] = summary[name]

@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.files import complete_file
-from data_prep.shards import file_sha256
 from data_prep.sources import SourceOptions
 from data_prep.vocab import Vocabulary
 from eval.finetune.classifier import load_classifier, read_record
@@ -35,7 +34,7 @@ from eval.perturb.engine import CellShifts, Engine, EngineSettings, centroid
 from eval.perturb.results import ResultsWriter, locked_folder
 from pretrain import dist
 from pretrain.dist import Ranks
-from pretrain.export import load_exported
+from pretrain.export import load_exported, model_digest
 from pretrain.record import environment
 
 logger = logging.getLogger(__name__)
@@ -118,7 +117,7 @@ def load_subject(
         assert model is not None
         network, vocabulary = load_exported(model, vocabulary_path)
         classifier, encoder = None, network.bert
-        digest = "+".join(file_sha256(p) for p in sorted(model.glob("*.safetensors")))
+        digest = model_digest(model, vocabulary)
     cells = read_cells(path, vocabulary, options, screen.cells)
     engine = Engine(encoder, vocabulary, screen.engine, classifier)
     names = gene_names(path, vocabulary, options)
@@ -189,6 +188,7 @@ def _begin(
     The others come after it and read what it has found.
     """
     cells, most_genes = subject.cells, subject.engine.max_genes
+    table = pd.DataFrame()
     identity = {
         "settings": screen.settings(),
         "model": subject.digest,
@@ -201,7 +201,7 @@ def _begin(
     if is_first:
         writer.require_own()
         # Before anything is written: it refuses a screen in which nothing applies.
-        describe_sets(sets, subject.names, cells.genes, screen.edit.kind, most_genes)
+        table = describe_sets(sets, subject.names, cells.genes, screen.edit.kind, most_genes)
     if screen.cells.states:
         subject.engine.set_centroids(
             _centroids(out / STATES_NAME, subject, screen.cells.states, writer.digest)
@@ -209,10 +209,11 @@ def _begin(
     if screen.top:
         from eval.perturb.screen import screened_sets
 
-        sets, found = screened_sets(out / SCREEN_NAME, subject, screen, sets, writer.digest, show)
+        rows, found = screened_sets(out / SCREEN_NAME, subject, screen, sets, writer.digest, show)
+        sets = GeneSets(sets.members[rows], sets.required[rows])
         about["screen_agreement"] = found
+        table = table.iloc[rows] if is_first else table
     if is_first:
-        table = describe_sets(sets, subject.names, cells.genes, screen.edit.kind, most_genes)
         about["environment"] = environment()
         writer.begin(table, subject.engine.columns, about)
         absent = [n for n, k in zip(table["name"], table["cells"], strict=True) if k == 0]

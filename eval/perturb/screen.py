@@ -134,8 +134,8 @@ def screened_sets(
     sets: GeneSets,
     digest: str,
     show: Callable[[str, int, int], None],
-) -> tuple[GeneSets, dict[str, Any]]:
-    """Return the sets of the genes with the largest estimates, and how well these agree.
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return which sets are of the genes with the largest estimates, and how well these agree.
 
     Both are kept in a file, and read from it if it is of the same screen.
     """
@@ -151,7 +151,7 @@ def screened_sets(
     agreement = {
         k: float(stored.schema.metadata[k.encode()]) for k in ("spearman", "overlap_of_top")
     }
-    return GeneSets(sets.members[rows], sets.required[rows]), agreement
+    return rows, agreement
 
 
 def _write_estimates(
