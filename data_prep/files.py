@@ -6,6 +6,9 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+# In a folder that a command fills: what started it, what its ranks said. No part of the result.
+LAUNCH_FOLDER = "launch"
+
 
 def require_new_file(out: Path) -> None:
     """Raise ValueError if a file exists, or its folder does not."""

@@ -35,6 +35,7 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
+from data_prep.files import LAUNCH_FOLDER
 from data_prep.members import IndexColumns, OpenFiles, is_intact
 from data_prep.vocab import Vocabulary, load_vocabulary
 
@@ -146,7 +147,9 @@ def require_new(out: Path) -> None:
 
     What a killed writer left behind does not count.
     """
-    if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {PARTIAL}):
+    if out.exists() and (
+        not out.is_dir() or {p.name for p in out.iterdir()} - {PARTIAL, LAUNCH_FOLDER}
+    ):
         raise ValueError(f"{out}: exists and is not an empty folder; give --out a new one")
 
 

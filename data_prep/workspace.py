@@ -16,11 +16,13 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_prep.files import LAUNCH_FOLDER
 from data_prep.formats.staging import ROWS_DONE
 
 logger = logging.getLogger(__name__)
 
 PARTIAL, _LOCK = ".partial", ".lock"
+_NOT_OURS = {PARTIAL, _LOCK, LAUNCH_FOLDER}
 _SPARE_BYTES = 64 << 20
 
 
@@ -32,7 +34,7 @@ def require_free(out: Path, manifest_name: str) -> None:
         raise ValueError(f"{out}: exists and is no folder; give --out a new one")
     if (out / manifest_name).exists():
         raise ValueError(f"{out}: holds complete shards already; give --out a new folder")
-    if not _moving(out, manifest_name) and {p.name for p in out.iterdir()} - {PARTIAL, _LOCK}:
+    if not _moving(out, manifest_name) and {p.name for p in out.iterdir()} - _NOT_OURS:
         raise ValueError(f"{out}: exists and is not an empty folder; give --out a new one")
 
 
@@ -64,7 +66,7 @@ def locked_workspace(out: Path, manifest_name: str) -> Iterator[Path]:
         moving = _moving(out, manifest_name)
         if moving is not None:
             for path in out.iterdir():
-                if path.name not in (PARTIAL, _LOCK):
+                if path.name not in _NOT_OURS:
                     path.rename(moving / path.name)
         for path in work.glob("rows-*"):  # copies that a killed run did not finish
             if not (path / ROWS_DONE).exists():

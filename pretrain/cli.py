@@ -23,6 +23,9 @@ def pretrain_command(
     config: Annotated[str, typer.Option(help="YAML file, or the name of a supplied one")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.field=value")] = None,
     resume: Annotated[bool, typer.Option(help="go on from the newest checkpoint")] = False,
+    restart: Annotated[
+        bool, typer.Option(help="as --resume; from step 0 if this run has no checkpoint yet")
+    ] = False,
     allow_changes: Annotated[bool, typer.Option(help="resume with a changed recipe")] = False,
     dry_run: Annotated[bool, typer.Option(help="print the resolved settings and stop")] = False,
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
@@ -30,7 +33,7 @@ def pretrain_command(
     """Pretrain a masked encoder on prepared shards, alone or under a launcher."""
     settings = load_config(config, overrides or [])
     if dry_run:
-        print_plan(settings, resume)
+        print_plan(settings, resume or restart)
         return
     _log_to_console()
     # A connection that ends is told in one line here, with torch's own warnings in thirty.
@@ -39,7 +42,7 @@ def pretrain_command(
     from pretrain import dist
     from pretrain.train import train
 
-    summary = train(settings, resume, allow_changes)
+    summary = train(settings, "if-saved" if restart else resume, allow_changes)
     dist.leave()
     if summary.stopped:
         raise SystemExit(EXIT_RESUMABLE)

@@ -55,6 +55,11 @@ def write_run_files(
     (out / "env.json").write_text(json.dumps(environment(), indent=1))
 
 
+def is_run_folder(out: Path) -> bool:
+    """Has a run written its settings here?"""
+    return (out / "config.yaml").is_file()
+
+
 def environment() -> dict[str, Any]:
     """Return what a run ran on: commit, versions, machine."""
     packages = ("torch", "deepspeed", "transformers", "numpy", "pyarrow", "safetensors")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Literal
 
 from data_prep.errors import SharedFailure
+from data_prep.files import LAUNCH_FOLDER
 from data_prep.shards import ShardSet
 from pretrain import checkpoint, dist
 from pretrain.config import RunConfig
 from pretrain.dist import Ranks
 from pretrain.publish import finish_interrupted
+from pretrain.record import is_run_folder
 from pretrain.warm_start import require_same_start
 
 logger = logging.getLogger(__name__)
@@ -25,11 +28,14 @@ def agreed_start(
     config: RunConfig,
     shards: ShardSet,
     steps: int,
-    resume: bool,
+    resume: bool | Literal["if-saved"],
     allow_changes: bool,
     ranks: Ranks,
 ) -> checkpoint.Checkpoint | None:
-    """Return where to start, chosen by rank 0 for all: they must not see the disk differently."""
+    """Return where to start, chosen by rank 0 for all: they must not see the disk differently.
+
+    `resume`: go on from the newest checkpoint; "if-saved": or begin again without one.
+    """
     decision: dict[str, str] = {}
     if ranks.is_first:
         try:
@@ -44,18 +50,25 @@ def agreed_start(
 
 
 def _find_start(
-    config: RunConfig, shards: ShardSet, steps: int, resume: bool, allow_changes: bool
+    config: RunConfig,
+    shards: ShardSet,
+    steps: int,
+    resume: bool | Literal["if-saved"],
+    allow_changes: bool,
 ) -> checkpoint.Checkpoint | None:
     """Return the checkpoint to go on from; None for a fresh run in a fresh folder."""
     out = config.run.out
     if not resume:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or _names(out)):
             raise ValueError(
                 f"{out}: exists and is not empty; add --resume to go on with this run, or give "
                 "run.out another folder"
             )
         return None
     last = checkpoint.newest(out, set_aside=True)
+    if last is None and resume == "if-saved" and (not _names(out) or is_run_folder(out)):
+        logger.warning("%s: no checkpoint yet; the run begins at step 0", out)
+        return None
     if last is None:
         raise ValueError(
             f"{out}: --resume was asked for, but there is no checkpoint; start without --resume "
@@ -72,3 +85,8 @@ def _find_start(
     if last.step >= steps:
         logger.warning("%s: all %d steps are done; nothing to do", out, steps)
     return last
+
+
+def _names(out: Path) -> set[str]:
+    """Return what a folder holds but for its launcher's files."""
+    return {p.name for p in out.iterdir()} - {LAUNCH_FOLDER} if out.is_dir() else set()

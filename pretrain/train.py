@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from data_prep.shards import ShardSet
 from pretrain import dist
@@ -87,7 +87,11 @@ class _StopRequest:
             signal.signal(number, signal.SIG_IGN)
 
 
-def train(config: RunConfig, resume: bool = False, allow_changes: bool = False) -> RunSummary:
+def train(
+    config: RunConfig,
+    resume: bool | Literal["if-saved"] = False,
+    allow_changes: bool = False,
+) -> RunSummary:
     """Pretrain on this process's share of every batch, and return what was done.
 
     Called by every rank.
@@ -95,7 +99,8 @@ def train(config: RunConfig, resume: bool = False, allow_changes: bool = False) 
     Parameters
     ----------
     resume
-        Go on from the newest complete checkpoint of ``config.run.out``.
+        Go on from the newest complete checkpoint of ``config.run.out``; "if-saved": or begin
+        again, if the run was ended before its first.
     allow_changes
         Resume although the recipe or the shards changed.
 

@@ -21,8 +21,15 @@ ALLOWED = {
         "data_prep.order",
         "data_prep.hashing",
         "data_prep.errors",
+        "data_prep.files",
     },
-    "launch": {"launch", "pretrain.config", "pretrain.ds_config", "data_prep.errors"},
+    "launch": {
+        "launch",
+        "pretrain.config",
+        "pretrain.ds_config",
+        "data_prep.errors",
+        "data_prep.files",
+    },
     "eval": {"eval", "pretrain", "data_prep"},
 }
 NEVER_TORCH = [

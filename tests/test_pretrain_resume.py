@@ -332,3 +332,24 @@ def test_run_folder_is_not_overwritten_nor_invented(shards, finished, tmp_path):
     with pytest.raises(AssertionError, match="there is no checkpoint"):
         run_ranks(1, run_training, tiny_config(shards, tmp_path / "new"), True)
     assert not (tmp_path / "new").exists()
+
+
+def test_restart_begins_again_only_what_was_begun(shards, finished, tmp_path):
+    """Ended before its first checkpoint: from step 0; anything else in the folder: refused."""
+    out = tmp_path / "run"
+    (out / "launch").mkdir(parents=True)
+    (out / "launch" / "command.sh").write_text("what started it")
+    config = tiny_config(shards, out, run__max_steps=3, optim__warmup_steps=1)
+    summary, _ = run_ranks(1, run_training, config, "if-saved")[0]
+    assert (summary.first_step, summary.last_step) == (0, 3)
+    shutil.rmtree(out / "checkpoints")
+    with pytest.raises(AssertionError, match="there is no checkpoint"):
+        run_ranks(1, run_training, config, True)
+    summary, _ = run_ranks(1, run_training, config, "if-saved")[0]
+    assert (summary.first_step, summary.last_step) == (0, 3)
+    assert [m["step"] for m in metrics(out, "train")] == [1, 2, 3]
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("not a run")
+    with pytest.raises(AssertionError, match="there is no checkpoint"):
+        run_ranks(1, run_training, tiny_config(shards, other), "if-saved")

@@ -28,7 +28,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.files import complete_file
+from data_prep.files import LAUNCH_FOLDER, complete_file
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +214,12 @@ class ResultsWriter:
         if manifest is None:
             names = {p.name for p in self.folder.iterdir()} if self.folder.exists() else set()
             # What a job leaves that is killed before it has written the manifest.
-            left = {_LOCK_NAME, "shifts", *(f"{n}.parquet" for n in _BEFORE_MANIFEST)}
+            left = {
+                _LOCK_NAME,
+                LAUNCH_FOLDER,
+                "shifts",
+                *(f"{n}.parquet" for n in _BEFORE_MANIFEST),
+            }
             if {n for n in names if not n.endswith(".partial")} - left:
                 raise ValueError(f"{self.folder}: holds other files; give --out a new folder")
         elif manifest["screen"] != self.digest:
