@@ -54,15 +54,23 @@ class ModelConfig(_Section):
     """The encoder: BERT, post-norm, learned positions, tied embeddings. Defaults: V1 6 layers
     (Geneformer, Nature 2023); with `init_from` the folder's config.json instead."""
 
-    num_layers: int = Field(default=6, ge=1)
-    hidden_size: int = Field(default=256, ge=8)
-    num_heads: int = Field(default=4, ge=1)
-    intermediate_size: int = Field(default=512, ge=8)
-    hidden_dropout: float = Field(default=0.02, ge=0, lt=1)
-    attention_dropout: float = Field(default=0.02, ge=0, lt=1)
-    activation: Literal["relu", "gelu"] = "relu"
-    initializer_range: float = Field(default=0.02, gt=0)
-    layer_norm_eps: float = Field(default=1e-12, gt=0)
+    num_layers: int = Field(default=6, ge=1, description="encoder layers")
+    hidden_size: int = Field(default=256, ge=8, description="width of a token's state")
+    num_heads: int = Field(default=4, ge=1, description="attention heads of a layer; divides width")
+    intermediate_size: int = Field(default=512, ge=8, description="width of the feed-forward part")
+    hidden_dropout: float = Field(
+        default=0.02, ge=0, lt=1, description="share of states set to zero in training"
+    )
+    attention_dropout: float = Field(
+        default=0.02, ge=0, lt=1, description="share of attention weights set to zero in training"
+    )
+    activation: Literal["relu", "gelu"] = Field(
+        default="relu", description="of the feed-forward part"
+    )
+    initializer_range: float = Field(
+        default=0.02, gt=0, description="standard deviation of random weights"
+    )
+    layer_norm_eps: float = Field(default=1e-12, gt=0, description="added to the variance")
     activation_checkpointing: bool = Field(
         default=False, description="recompute layers in backward"
     )
@@ -121,12 +129,14 @@ class OptimConfig(_Section):
     """AdamW with warm-up and decay as functions of the global step. Defaults: Geneformer V1."""
 
     learning_rate: float = Field(default=1e-3, gt=0, description="peak")
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_steps: int = Field(default=10_000, ge=0)
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="of the learning rate from the peak to the last step"
+    )
+    warmup_steps: int = Field(default=10_000, ge=0, description="optimizer steps up to the peak")
     weight_decay: float = Field(default=0.001, ge=0, description="not on biases and LayerNorm")
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.999, ge=0, lt=1)
-    eps: float = Field(default=1e-8, gt=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment, a step")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="decay of the second moment, a step")
+    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
     max_grad_norm: float = Field(default=1.0, ge=0, description="global norm; 0: no clipping")
 
 
@@ -134,14 +144,16 @@ class RunSection(_Section):
     """One run: where, how long, how precise."""
 
     out: Path = Field(description="run folder")
-    seed: int = Field(default=0, ge=0)
-    epochs: int = Field(default=3, ge=1)
+    seed: int = Field(default=0, ge=0, description="of weights, order of cells, masks and dropout")
+    epochs: int = Field(default=3, ge=1, description="how often each cell is seen")
     max_steps: int | None = Field(
         default=None, ge=1, description="stop earlier; the decay ends here too"
     )
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="of the arithmetic; weights and moments are kept in fp32"
+    )
     deepspeed: str = Field(default="zero1", description="file of deepspeed_configs/, or a path")
-    log_every_steps: int = Field(default=10, ge=1)
+    log_every_steps: int = Field(default=10, ge=1, description="optimizer steps of a logged line")
     threads: int | None = Field(default=None, ge=1, description="torch threads per rank on CPU")
     collective_timeout_s: int = Field(
         default=600, ge=5, description="a hung collective fails after this"
@@ -161,8 +173,8 @@ class RunSection(_Section):
 class EvaluationConfig(_Section):
     """Held-out loss at fixed masks."""
 
-    every_steps: int = Field(default=1000, ge=1)
-    max_cells: int = Field(default=2000, ge=1)
+    every_steps: int = Field(default=1000, ge=1, description="and after the last step")
+    max_cells: int = Field(default=2000, ge=1, description="held-out cells that are scored")
     baseline_cells: int = Field(
         default=50_000, ge=1, description="train cells the baselines are made of"
     )
@@ -174,7 +186,9 @@ class EvaluationConfig(_Section):
 class CheckpointConfig(_Section):
     """When to save and how many to keep."""
 
-    every_steps: int = Field(default=1000, ge=1)
+    every_steps: int = Field(
+        default=1000, ge=1, description="and after the last step, and on a signal"
+    )
     keep: int = Field(default=2, ge=1, description="newest complete checkpoints that stay")
     keep_every_steps: int | None = Field(
         default=None, ge=1, description="checkpoints of multiples of this stay for ever"
