@@ -135,7 +135,9 @@ class OptimConfig(_Section):
     warmup_steps: int = Field(default=10_000, ge=0, description="optimizer steps up to the peak")
     weight_decay: float = Field(default=0.001, ge=0, description="not on biases and LayerNorm")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment, a step")
-    beta2: float = Field(default=0.999, ge=0, lt=1, description="decay of the second moment, a step")
+    beta2: float = Field(
+        default=0.999, ge=0, lt=1, description="decay of the second moment, a step"
+    )
     eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
     max_grad_norm: float = Field(default=1.0, ge=0, description="global norm; 0: no clipping")
 
