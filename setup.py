@@ -71,6 +71,7 @@ setup(
             "harmonypy",
             "hypothesis",
             "ipykernel",
+            "mkdocs-material",
             "nbclient",
             "pyright",
             "pytest",
