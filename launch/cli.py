@@ -19,6 +19,7 @@ VERBS = {
     "pretrain": ("pretrain.cli", "pretrain_command", "shards -> checkpoints"),
     "plan": ("pretrain.cli", "plan_command", "memory, hours and cost of a run, before it starts"),
     "launch": ("launch.commands", "app", "pretrain on several ranks"),
+    "runs": ("launch.runs", "runs_command", "what lies in a folder, and how far it is"),
     "export": ("pretrain.cli", "export_command", "checkpoint -> Hugging Face folder"),
     "embed": ("eval.cli", "embed_command", "cells -> embeddings in an h5ad"),
     "finetune": ("eval.cli", "finetune_app", "fine-tune and score beside baselines"),

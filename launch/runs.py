@@ -1,0 +1,253 @@
+"""``geneloom runs``: what lies below a folder, and how far it is, as honestly as its files tell."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+State = Literal["running", "finished", "stopped", "failed", "silent"]
+# A run that writes a record every second may still evaluate for minutes.
+_LEAST_SILENCE_S = 120.0
+_INTERVALS = 3
+_RECENT = 20
+_STATE_STYLES = {"running": "green", "failed": "red", "silent": "yellow"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One folder that a command filled; `step` counts optimizer steps, cells, parts or tasks."""
+
+    folder: str
+    kind: str
+    state: State
+    step: int | None = None
+    of: int | None = None
+    unit: str = ""
+    loss: float | None = None
+    heldout_loss: float | None = None
+    tokens_per_s: float | None = None
+    age_s: float | None = None
+
+
+def runs_command(
+    folder: Annotated[Path, typer.Argument(help="looked at with two levels below it")] = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """List runs, shards, screens and scores below a folder: state, step, loss, speed, age.
+
+    running: it wrote something within three of its usual intervals, or two minutes. stopped: on a
+    signal, after a checkpoint. failed: its loss was not finite. silent: neither finished nor heard
+    of; killed, hanging, or on a machine whose clock differs.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    found = find_runs(folder)
+    if as_json:
+        print(json.dumps([asdict(run) for run in found], indent=1))
+    elif not found:
+        print(f"{folder}: nothing here, nor two levels below, was made by geneloom")
+    else:
+        print_runs(found, folder)
+
+
+def find_runs(folder: Path, now: float | None = None) -> list[Run]:
+    """Return what lies in a folder and at most two levels below, in the order of names."""
+    now = time.time() if now is None else now
+    found = []
+    for path in _folders(folder, 2):
+        run = look_at(path, now)
+        if run:
+            found.append(run)
+    return found
+
+
+def _folders(folder: Path, levels: int) -> Iterator[Path]:
+    """Yield a folder and those below; nothing below what is a run itself."""
+    yield folder
+    if levels and (levels == 2 or look_at(folder, 0) is None):
+        for below in sorted(folder.iterdir()):
+            if below.is_dir() and not below.is_symlink() and not below.name.startswith("."):
+                yield from _folders(below, levels - 1)
+
+
+def look_at(folder: Path, now: float) -> Run | None:
+    """Return what a folder holds and its state at a time, None if no command made it."""
+    if (folder / "config.yaml").exists() and (folder / "shards_manifest.json").exists():
+        return _pretraining(folder, now)
+    manifest, results = _read(folder / "manifest.json"), _read(folder / "results.json")
+    made_by = str((manifest or results or {}).get("format", ""))
+    if manifest and made_by.startswith("geneloom-shards/"):
+        cells = sum(b["cells"] for b in manifest["buckets"])
+        age = _age(folder / "manifest.json", now)
+        return Run(str(folder), "shards", "finished", cells, cells, "cells", age_s=age)
+    if manifest and made_by.startswith("geneloom-perturb/"):
+        return _screen(folder, manifest, now)
+    if results and made_by.startswith("geneloom-benchmark/"):
+        return _benchmark(folder, results, now)
+    if results and {"seeds", "summary"} <= results.keys():
+        done = len(results["seeds"])
+        age = _age(folder / "results.json", now)
+        return Run(str(folder), "finetune", "finished", done, done, "seeds", age_s=age)
+    if (folder / ".partial").is_dir():
+        files = (folder / ".partial", *(folder / ".partial").glob("*"))
+        age = min(_age(path, now) for path in files)
+        return Run(str(folder), "unfinished", _alive(age), age_s=age)
+    return None
+
+
+def _pretraining(folder: Path, now: float) -> Run:
+    records = _records(folder / "metrics.jsonl")
+    train = [r for r in records if r["kind"] == "train"]
+    heldout = [r for r in records if r["kind"] == "heldout"]
+    last: dict[str, Any] = train[-1] if train else {}
+    saved = max((_step(p) for p in folder.glob("checkpoints/step-*")), default=0)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    of = _total_steps(config["run"], last)
+    step = max(last.get("step", 0), saved)
+    age = min(_age(folder / name, now) for name in ("env.json", "metrics.jsonl"))
+    return Run(
+        str(folder),
+        "pretrain",
+        _state(folder, records, step, saved, of, age, config["checkpoint"]["every_steps"]),
+        step,
+        of,
+        "steps",
+        last.get("loss"),
+        heldout[-1]["loss"] if heldout else None,
+        last.get("tokens_per_s"),
+        age,
+    )
+
+
+def _total_steps(run: dict[str, Any], last: dict[str, Any]) -> int | None:
+    """Return how many steps a run will have; None before its first record."""
+    if not last:
+        return run["max_steps"]
+    steps = run["epochs"] * round(last["step"] / last["epoch"])
+    return steps if run["max_steps"] is None else min(steps, run["max_steps"])
+
+
+def _state(
+    folder: Path,
+    records: list[dict[str, Any]],
+    step: int,
+    saved: int,
+    of: int | None,
+    age: float,
+    every_steps: int,
+) -> State:
+    if of is not None and saved >= of:
+        return "finished"
+    dumps = [int(p.name.split("-")[3]) for p in folder.glob("not-finite-step-*.npz")]
+    if any(dump > step for dump in dumps):
+        return "failed"
+    # Between the usual steps one is saved only when the run was asked to stop.
+    if saved == step and saved % every_steps:
+        return "stopped"
+    times = [r["time"] for r in records[-_RECENT:]]
+    longest = max((b - a for a, b in itertools.pairwise(times)), default=0.0)
+    return _alive(age, _INTERVALS * longest)
+
+
+def _alive(age: float, patience: float = 0.0) -> State:
+    return "running" if age < max(patience, _LEAST_SILENCE_S) else "silent"
+
+
+def _screen(folder: Path, manifest: dict[str, Any], now: float) -> Run:
+    parts = list(folder.glob("shifts/part-*.parquet"))
+    age = min(_age(path, now) for path in (folder / "manifest.json", *parts))
+    state: State = "finished" if manifest["complete"] else _alive(age)
+    return Run(str(folder), "perturb", state, len(parts), manifest["parts"], "parts", age_s=age)
+
+
+def _benchmark(folder: Path, results: dict[str, Any], now: float) -> Run:
+    """The page is written last: one that is older than the results is an earlier call's."""
+    page, table = folder / "report.html", folder / "results.json"
+    age = min(_age(path, now) for path in (table, *folder.glob("units/*")))
+    is_done = page.exists() and page.stat().st_mtime >= table.stat().st_mtime
+    state: State = "finished" if is_done else _alive(age)
+    tasks = len(results["tasks"])
+    return Run(
+        str(folder), "benchmark", state, tasks, tasks if is_done else None, "tasks", age_s=age
+    )
+
+
+def print_runs(runs: list[Run], below: Path, console: Console | None = None) -> None:
+    """Print one line for each run, with its place below a folder."""
+    # Lines of a file are not cut to the width of a terminal.
+    console = console or (Console() if sys.stdout.isatty() else Console(width=160))
+    table = Table(box=None, pad_edge=False)
+    table.add_column("folder", overflow="fold", min_width=12)
+    for name in ("kind", "state"):
+        table.add_column(name, no_wrap=True)
+    for name in ("done", "loss", "held out", "tokens/s", "age"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for run in runs:
+        style = _STATE_STYLES.get(run.state, "")
+        table.add_row(
+            escape(str(Path(run.folder).relative_to(below))),
+            run.kind,
+            f"[{style}]{run.state}[/{style}]" if style else run.state,
+            _done(run),
+            "-" if run.loss is None else f"{run.loss:.4f}",
+            "-" if run.heldout_loss is None else f"{run.heldout_loss:.4f}",
+            "-" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}",
+            "-" if run.age_s is None else format_age(run.age_s),
+        )
+    console.print(table)
+
+
+def _done(run: Run) -> str:
+    if run.step is None:
+        return "-"
+    of = "" if run.of in (None, run.step) else f"/{run.of:,}"
+    return f"{run.step:,}{of} {run.unit}"
+
+
+def format_age(seconds: float) -> str:
+    """Return ``12 s``, ``5 min``, ``3 h`` or ``2 d``."""
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of metrics.jsonl; a torn line is left out."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return a JSON object, None if there is none (any other file of this name, too)."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _step(checkpoint: Path) -> int:
+    number = checkpoint.name.removeprefix("step-")
+    return int(number) if number.isdigit() else 0
+
+
+def _age(path: Path, now: float) -> float:
+    return now - path.stat().st_mtime if path.exists() else float("inf")
