@@ -1,0 +1,177 @@
+"""``geneloom launch slurm``: a batch file for SLURM, shown, stored in the run folder, submitted."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.slurm_script import RankCommand, SlurmJob, render
+from launch.verbs import MODULES, check_and_find_folder, module_of, to_go_on
+
+
+def launch_slurm(
+    context: typer.Context,
+    verb: Annotated[str, typer.Argument(help=f"what to run: {', '.join(MODULES)}")],
+    time: Annotated[str, typer.Option(help="limit of one start, e.g. 1-00:00:00 for a day")],
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="a rank for each; 0: CPU nodes")] = 0,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="default: one per GPU; 1 on CPU nodes")
+    ] = None,
+    partition: Annotated[str | None, typer.Option()] = None,
+    account: Annotated[str | None, typer.Option()] = None,
+    qos: Annotated[str | None, typer.Option()] = None,
+    cpus_per_task: Annotated[int | None, typer.Option(min=1, help="cores of a rank")] = None,
+    mem: Annotated[str | None, typer.Option(help="memory of a node, e.g. 200G; 0: all")] = None,
+    container: Annotated[str | None, typer.Option(help="image with geneloom in it")] = None,
+    runtime: Annotated[
+        str, typer.Option(help="of the container: apptainer or pyxis")
+    ] = "apptainer",
+    mount: Annotated[
+        list[str] | None, typer.Option(help="folder the container sees; may be repeated")
+    ] = None,
+    setup: Annotated[
+        list[str] | None,
+        typer.Option(help="line run first, e.g. 'module load cuda'; may be repeated"),
+    ] = None,
+    env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of every rank")] = None,
+    signal_before: Annotated[
+        int, typer.Option(min=1, help="seconds before the limit: save, requeue, resume")
+    ] = 120,
+    restarts: Annotated[
+        int, typer.Option(min=0, help="starts of a job that may crash without a new checkpoint")
+    ] = 3,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(help="another #SBATCH option; may be repeated")
+    ] = None,
+    show: Annotated[bool, typer.Option("--show", help="print the file and stop")] = False,
+) -> None:
+    """Submit a verb to SLURM: ``geneloom launch slurm --nodes 2 --gpus-per-node 8 --time
+    1-00:00:00 pretrain --config geneformer_v1_6l ...``.
+
+    Before the time limit the ranks save and the job is requeued; so it is after a crash, unless
+    it crashes at the same step twice. It resumes by itself until it is done.
+    """
+    arguments, module = context.args, module_of(verb)
+    out = check_and_find_folder(verb, arguments)
+    tasks = ranks_per_node or gpus_per_node or 1
+    if verb == "prepare":
+        nodes, tasks, arguments = _one_task(nodes, ranks_per_node, cpus_per_task, arguments)
+    job = SlurmJob(
+        name=f"geneloom-{verb}", nodes=nodes, tasks_per_node=tasks, time=time,
+        gpus_per_node=gpus_per_node, cpus_per_task=cpus_per_task, mem=mem, partition=partition,
+        account=account, qos=qos, signal_before_s=signal_before, restarts=restarts,
+        container=container, runtime=runtime, mounts=mount or [], setup=setup or [],
+        sbatch=[f"--chdir={_quoted(str(Path.cwd()))}", *(sbatch or [])],
+    )  # fmt: skip
+    made_by = shlex.join(["geneloom", *sys.argv[1:]])
+    command = RankCommand(sys.executable, module, arguments, to_go_on(verb, arguments))
+    text = render(job, command, out, made_by)
+    settings = rank_settings(job, _variables(env or []), made_by)
+    print(text, end="", flush=True)
+    if show:
+        return
+    _require_free(verb, arguments, out)
+    path = store(text, settings, out)
+    number = submit(path)
+    print(
+        f"submitted job {number} ({path})\n"
+        f"  what it says      tail -F {shlex.quote(str(path.parent / f'job-{number}.log'))}\n"
+        f"  save and requeue  scancel --signal=USR1 {number}\n"
+        f"  save and stop     scancel {number}"
+    )
+
+
+def _one_task(
+    nodes: int, ranks_per_node: int | None, cpus: int | None, arguments: list[str]
+) -> tuple[int, int, list[str]]:
+    """Return nodes, tasks and arguments of ``prepare``: one task, whose processes share a node."""
+    if nodes > 1 or (ranks_per_node or 1) > 1:
+        raise ValueError(
+            "launch slurm prepare: runs as one task on one node, with as many processes as "
+            "--cpus-per-task; on several nodes use `geneloom launch mpi` inside an allocation"
+        )
+    if cpus and not any(a.split("=")[0] == "--processes" for a in arguments):
+        arguments = [*arguments, "--processes", str(cpus)]
+    return 1, 1, arguments
+
+
+def _quoted(path: str) -> str:
+    return '"' + path.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _variables(given: list[str]) -> dict[str, str]:
+    pairs = [pair.partition("=") for pair in given]
+    wrong = [f"{n}{s}{v}" for n, s, v in pairs if not s or not n.isidentifier()]
+    if wrong:
+        raise ValueError(f"--env {wrong[0]}: must be NAME=VALUE")
+    return {name: value for name, _, value in pairs}
+
+
+def rank_settings(job: SlurmJob, variables: dict[str, str], made_by: str) -> dict:
+    """Return what `launch.rank` reads on every node."""
+    environment = {"GENELOOM_LAUNCH_COMMAND": made_by}
+    if job.cpus_per_task and not job.gpus_per_node:
+        environment["OMP_NUM_THREADS"] = str(job.cpus_per_task)
+    return {
+        "environment": environment | variables,
+        "device": "gpu" if job.gpus_per_node else "cpu",
+        "nodes": job.nodes,
+    }
+
+
+def _require_free(verb: str, arguments: list[str], out: Path) -> None:
+    """Raise ValueError where ``pretrain`` would, on the cluster, hours later."""
+    goes_on = {"--resume", "--restart"} & set(arguments)
+    if verb == "pretrain" and not goes_on and out.is_dir():
+        names = {p.name for p in out.iterdir()} - {"launch"}
+        if names:
+            raise ValueError(
+                f"{out}: exists and is not empty; add --resume to go on with this run, or give "
+                "run.out another folder"
+            )
+
+
+def store(text: str, settings: dict, out: Path) -> Path:
+    """Write the batch file and its settings into the run folder; return the file's path."""
+    folder = out / "launch"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "settings.json").write_text(json.dumps(settings, indent=1))
+    path = folder / "job.sbatch"
+    path.write_text(text)
+    return path
+
+
+def submit(path: Path) -> str:
+    """Submit a batch file and return the number of the job.
+
+    Raises
+    ------
+    ValueError
+        There is no sbatch here, or SLURM refused.
+    """
+    if shutil.which("sbatch") is None:
+        raise ValueError(
+            f"launch slurm: no sbatch on this machine; run `sbatch {path}` where it is"
+        )
+    # Of an allocation that this may run in: the new job has its own.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SRUN_"))}
+    done = subprocess.run(
+        ["sbatch", "--parsable", str(path)],
+        capture_output=True, text=True, env=environment | _kept(os.environ),
+    )  # fmt: skip
+    if done.returncode:
+        raise ValueError(f"launch slurm: sbatch refused {path}: {done.stderr.strip()}")
+    return done.stdout.strip().partition(";")[0]
+
+
+def _kept(environment: os._Environ[str]) -> dict[str, str]:
+    return {k: environment[k] for k in ("SLURM_CONF",) if k in environment}
