@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import typer
 
+from launch.hostfile import launch_hostfile
 from launch.local import launch_local
 from launch.mpi import launch_mpi
+from launch.slurm import launch_slurm
 
 app = typer.Typer(help="Start a verb on several ranks.", no_args_is_help=True)
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("local", context_settings=_PASSED_ON)(launch_local)
+app.command("hostfile", context_settings=_PASSED_ON)(launch_hostfile)
 app.command("mpi", context_settings=_PASSED_ON)(launch_mpi)
+app.command("slurm", context_settings=_PASSED_ON)(launch_slurm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from pretrain import checkpoint
 from pretrain.config import RunConfig
@@ -95,6 +97,17 @@ def start_command(config: RunConfig, *arguments: str, ranks: int = 1) -> subproc
             command, cwd=_ROOT, env=environment | {"OMP_NUM_THREADS": "1"},
             stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
+
+
+def rank_processes(launcher_pid: int, module: str) -> list[psutil.Process]:
+    """Return the rank processes below a launcher: those whose command is ``python -m module``."""
+    found = []
+    for process in psutil.Process(launcher_pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            words = process.cmdline()
+            if ("-m", module) in zip(words, words[1:], strict=False):
+                found.append(process)
+    return found
 
 
 def console(config: RunConfig) -> str:

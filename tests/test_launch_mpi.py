@@ -86,11 +86,14 @@ def test_hostfile_is_refused(text, message, tmp_path):
         read_hostfile(path)
 
 
-def test_command_exports_what_ranks_need(tmp_path):
-    environment = {"PYTHONPATH": "/x", "HOME": "/root", "NCCL_DEBUG": "INFO", "MASTER_ADDR": "a"}
-    command = mpi_command("pretrain", ["--config", "tiny"], 3, tmp_path / "hosts", environment)
+def test_command_exports_what_ranks_need(monkeypatch):
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    monkeypatch.setenv("SECRET", "stays here")
+    given = {"PYTHONPATH": "/x", "MASTER_ADDR": "a"}
+    command = mpi_command(["pretrain", "--config", "tiny"], 3, ["--host", "a:3"], given)
     exported = [b for a, b in zip(command, command[1:], strict=False) if a == "-x"]
-    assert exported == ["MASTER_ADDR", "NCCL_DEBUG", "PYTHONPATH"]
+    assert {"NCCL_DEBUG", "PATH", "PYTHONPATH=/x", "MASTER_ADDR=a"} <= set(exported)
+    assert "SECRET" not in exported
     assert command[-6:] == [sys.executable, "-u", "-m", "pretrain", "--config", "tiny"]
     assert command[command.index("-n") : command.index("-n") + 2] == ["-n", "3"]
 
@@ -98,7 +101,7 @@ def test_command_exports_what_ranks_need(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ranks", "3", "--hostfile", "HOSTS", "pretrain"], "2 slots; one rank needs one"),
+        (["--ranks", "3", "--hostfile", "HOSTS", *SMALL], "2 slots; one rank needs one"),
         (["benchmark"], "does not run on several ranks"),
         (["--hostfile", "nowhere", "pretrain"], "cannot be read"),
     ],
@@ -106,6 +109,7 @@ def test_command_exports_what_ranks_need(tmp_path):
 def test_wrong_launches_are_refused(arguments, message, tmp_path):
     (tmp_path / "hosts").write_text("localhost slots=2\n")
     given = [str(tmp_path / "hosts") if a == "HOSTS" else a for a in arguments]
+    given += [f"data.shards={tmp_path}", f"run.out={tmp_path / 'run'}"]
     done = subprocess.run(
         [*GENELOOM, "launch", "mpi", *given], cwd=ROOT, capture_output=True, text=True, timeout=60
     )

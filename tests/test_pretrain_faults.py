@@ -23,7 +23,6 @@ import torch
 from safetensors.torch import save_file
 
 from data_prep.shards import ShardSet, file_sha256
-from launch.local import rank_processes
 from pretrain import checkpoint, dist
 from pretrain.config import RunConfig
 from pretrain.data import MicroBatch, StepDataset
@@ -38,6 +37,7 @@ from tests.runs import (
     final_state,
     last_step,
     metrics,
+    rank_processes,
     require_same_state,
     run_training,
     start_command,

@@ -16,7 +16,6 @@ import pytest
 from data_prep.hashing import mix64
 from data_prep.order import EpochPlan
 from data_prep.shards import ShardSet
-from launch.local import rank_processes
 from pretrain import checkpoint
 from pretrain.config import RunConfig
 from tests.ranks import run_ranks
@@ -25,6 +24,7 @@ from tests.runs import (
     console,
     last_step,
     metrics,
+    rank_processes,
     require_same_state,
     run_training,
     start_command,

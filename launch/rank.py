@@ -1,0 +1,125 @@
+"""What every launcher starts for a rank: ``python -m launch.rank FOLDER MODULE ARGUMENTS``.
+
+Runs ``python -m MODULE ARGUMENTS`` with the environment of FOLDER/settings.json. What it says goes
+to FOLDER/rank_00000.log, how it ended to FOLDER/rank_00000.json. Needs the standard library and
+psutil only: with a process for each rank this must cost nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from launch.node import IN_RANK, has_gpu
+
+_RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+_RANKS_HERE = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+_PR_SET_PDEATHSIG = 1
+
+
+def log_name(rank: int) -> str:
+    """Return the name of the file that holds all a rank says."""
+    return f"rank_{rank:05d}.log"
+
+
+def end_name(rank: int) -> str:
+    """Return the name of the file that says how a rank ended: code, host, time."""
+    return f"rank_{rank:05d}.json"
+
+
+def main() -> int:
+    """Run a rank, and return its exit code (128 + N if signal N ended it)."""
+    folder, module, *arguments = sys.argv[1:]
+    settings = json.loads((Path(folder) / "settings.json").read_text())
+    rank = int(_first(os.environ, _RANK, "0"))
+    environment = rank_environment(os.environ | settings["environment"], settings)
+    child: subprocess.Popen | None = None
+
+    def pass_on(number: int, _frame: object) -> None:
+        if child is not None:
+            child.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, pass_on)
+    started = time.time()
+    with (Path(folder) / log_name(rank)).open("ab") as log:
+        line = f"# rank {rank} on {socket.gethostname()}, {time.strftime('%Y-%m-%d %H:%M:%S %Z')}\n"
+        log.write(line.encode())
+        log.flush()
+        child = subprocess.Popen(
+            [sys.executable, "-u", "-m", module, *arguments],
+            env=environment, stdout=log, stderr=log, preexec_fn=_die_with_parent,
+        )  # fmt: skip
+        code = child.wait()
+    end = {"rank": rank, "host": socket.gethostname(), "code": code, "from": started}
+    write_whole(Path(folder) / end_name(rank), end | {"to": time.time()})
+    return code if code >= 0 else 128 - code
+
+
+def rank_environment(given: Mapping[str, str], settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the environment of a rank on this node.
+
+    On CPUs the cores are divided among the ranks here; among several nodes the interface is the
+    one that leads to the first of them.
+    """
+    environment = {**given, IN_RANK: "1"}
+    if settings["device"] == "cpu" or not has_gpu():
+        environment["DS_ACCELERATOR"] = "cpu"
+        cores = len(os.sched_getaffinity(0))
+        here = int(_first(given, _RANKS_HERE, "1"))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // here)))
+    if settings["nodes"] > 1 and "MASTER_ADDR" in environment:
+        interface = interface_to(environment["MASTER_ADDR"])
+        if interface is not None:
+            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                environment.setdefault(name, interface)
+    return environment
+
+
+def interface_to(address: str) -> str | None:
+    """Return the name of the network interface that leads to an address, None if none is known.
+
+    The one of an address of this node itself is that address's, not loopback.
+    """
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))  # sends nothing
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.address == own for a in addresses) and not own.startswith("127."):
+            return name
+    return None
+
+
+def write_whole(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON that no reader sees half of."""
+    aside = path.with_suffix(".partial")
+    aside.write_text(json.dumps(content))
+    aside.replace(path)
+
+
+def _first(values: Mapping[str, str], names: tuple[str, ...], otherwise: str) -> str:
+    return next((values[n] for n in names if values.get(n)), otherwise)
+
+
+def _die_with_parent() -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

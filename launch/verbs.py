@@ -1,0 +1,73 @@
+"""What can be started on several ranks: its module, its settings, its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pretrain.config import load_config
+from pretrain.ds_config import derive_ds_config
+
+# verb -> module that each rank runs
+MODULES = {
+    "prepare": "data_prep",
+    "pretrain": "pretrain",
+    "finetune": "eval.finetune",
+    "perturb": "eval.perturb",
+}
+
+
+def module_of(verb: str) -> str:
+    """Return the module of a verb.
+
+    Raises
+    ------
+    ValueError
+        The verb runs on one rank only.
+    """
+    if verb not in MODULES:
+        raise ValueError(f"launch: '{verb}' does not run on several ranks; {sorted(MODULES)} do")
+    return MODULES[verb]
+
+
+def check_and_find_folder(verb: str, arguments: list[str]) -> Path:
+    """Return the folder that a verb will write, as an absolute path.
+
+    Wrong settings are refused here, once, before every rank would.
+    """
+    module_of(verb)
+    if verb != "pretrain":
+        out = _option(arguments, "--out")
+        if out is None:
+            raise ValueError(f"launch {verb}: --out is missing")
+        return Path(out).absolute()
+    config = _option(arguments, "--config")
+    if config is None:
+        raise ValueError("launch pretrain: --config is missing")
+    overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
+    settings = load_config(config, overrides)
+    derive_ds_config(settings)
+    return settings.run.out.absolute()
+
+
+def to_go_on(verb: str, arguments: list[str]) -> list[str]:
+    """Return the arguments with which a run that was ended goes on."""
+    if verb != "pretrain":
+        return arguments  # prepare and perturb take up their work; finetune leaves none
+    return [*(a for a in arguments if a not in ("--resume", "--restart")), "--restart"]
+
+
+def saved_step(out: Path) -> int:
+    """Return the step of a pretraining's newest checkpoint, -1 if there is none."""
+    try:
+        return int((out / "checkpoints" / "latest").read_text().strip().removeprefix("step-"))
+    except (OSError, ValueError):
+        return -1
+
+
+def _option(arguments: list[str], name: str) -> str | None:
+    for place, word in enumerate(arguments):
+        if word == name and place + 1 < len(arguments):
+            return arguments[place + 1]
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+    return None
