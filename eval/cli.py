@@ -163,20 +163,25 @@ def attention_command(
 
 
 def report_command(
-    run: Annotated[Path, typer.Argument(help="run folder of `geneloom pretrain`")],
-    out: Annotated[Path, typer.Option(help="HTML file")],
+    folder: Annotated[
+        Path, typer.Argument(help="of prepare, pretrain, finetune, perturb or benchmark")
+    ],
+    out: Annotated[Path | None, typer.Option(help="HTML file [FOLDER/report.html]")] = None,
     scores: Annotated[
-        list[Path] | None, typer.Option(help="folder of `geneloom finetune`; may be repeated")
+        list[Path] | None,
+        typer.Option(help="of a pretraining: folder of `geneloom finetune`; may be repeated"),
     ] = None,
-    embedding: Annotated[Path | None, typer.Option(help="h5ad of `geneloom embed`")] = None,
+    embedding: Annotated[
+        Path | None, typer.Option(help="of a pretraining: h5ad of `geneloom embed`")
+    ] = None,
     color: Annotated[str | None, typer.Option(help="column of obs that colours the UMAP")] = None,
     commands: Annotated[Path | None, typer.Option(help="text file of what was run")] = None,
 ) -> None:
-    """Write one self-contained page: loss curve, UMAP, scores beside baselines, what was run."""
+    """Write one self-contained page about what a command left in a folder, whichever it was."""
     quiet()
-    from eval.report import write_report
+    from eval.stage_report import write_stage_report
 
-    print(write_report(run, out, scores or [], embedding, color, commands))
+    print(write_stage_report(folder, out, scores or [], embedding, color, commands))
 
 
 def choose_device(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import anndata
 import jinja2
@@ -60,32 +61,38 @@ def write_report(
     environment = json.loads((run / "env.json").read_text())
     manifest = json.loads((run / "shards_manifest.json").read_text())
     heldout = [m for m in metrics if m["kind"] == "heldout"]
-    page = (
-        jinja2.Environment(autoescape=True)
-        .from_string(_TEMPLATE.read_text())
-        .render(
-            run=run.name,
-            figures=run_figures(metrics),
-            remarks=[m["remark"] for m in heldout if "remark" in m],
-            heldout=heldout[-1] if heldout else None,
-            heldout_scores=score_rows(heldout[-1]) if heldout else [],
-            buckets=_bucket_rows(heldout[-1]) if heldout else [],
-            last=next((m for m in reversed(metrics) if m["kind"] == "train"), None),
-            umap_figure=_umap_figure(embedding, color) if embedding else None,
-            embedding=embedding.name if embedding else None,
-            color=color,
-            tasks=[_task(folder) for folder in score_folders],
-            score_names=SCORE_NAMES,
-            environment=environment,
-            commands=commands.read_text() if commands else environment["command"],
-            config=(run / "config.yaml").read_text(),
-            sources=manifest["sources"],
-            padding=padding_share(manifest["buckets"]),
-        )
+    page = _render(
+        name=run.resolve().name,
+        is_run=True,
+        figures=run_figures(metrics),
+        remarks=[m["remark"] for m in heldout if "remark" in m],
+        heldout=heldout[-1] if heldout else None,
+        heldout_scores=score_rows(heldout[-1]) if heldout else [],
+        buckets=_bucket_rows(heldout[-1]) if heldout else [],
+        last=next((m for m in reversed(metrics) if m["kind"] == "train"), None),
+        umap_figure=_umap_figure(embedding, color) if embedding else None,
+        embedding=embedding.name if embedding else None,
+        color=color,
+        tasks=[_task(folder) for folder in score_folders],
+        environment=environment,
+        commands=commands.read_text() if commands else environment["command"],
+        config=(run / "config.yaml").read_text(),
+        sources=manifest["sources"],
+        padding=padding_share(manifest["buckets"]),
     )
     with complete_file(out) as aside:
         aside.write_text(page)
     return str(out)
+
+
+def scores_page(folder: Path) -> str:
+    """Return the page of one folder of ``geneloom finetune``, without a run beside it."""
+    return _render(name=folder.resolve().name, is_run=False, tasks=[_task(folder)])
+
+
+def _render(**content: Any) -> str:
+    template = jinja2.Environment(autoescape=True).from_string(_TEMPLATE.read_text())
+    return template.render(score_names=SCORE_NAMES, **content)
 
 
 def _task(folder: Path) -> dict:

@@ -37,7 +37,7 @@ VERBS = {
         "perturb_report_command",
         "a screen's effects by donors, beside matched genes",
     ),
-    "report": ("eval.cli", "report_command", "a run and its scores in one HTML page"),
+    "report": ("eval.cli", "report_command", "one HTML page about any folder made here"),
 }
 
 

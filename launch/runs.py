@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from data_prep.stages import stage_of
+
 State = Literal["running", "finished", "stopped", "failed", "silent"]
 # A run that writes a record every second may still evaluate for minutes.
 _LEAST_SILENCE_S = 120.0
@@ -84,22 +86,20 @@ def _folders(folder: Path, levels: int) -> Iterator[Path]:
 
 def look_at(folder: Path, now: float) -> Run | None:
     """Return what a folder holds and its state at a time, None if no command made it."""
-    if (folder / "config.yaml").exists() and (folder / "shards_manifest.json").exists():
+    stage, record = stage_of(folder)
+    if stage == "pretrain":
         return _pretraining(folder, now)
-    manifest, results = _read(folder / "manifest.json"), _read(folder / "results.json")
-    made_by = str((manifest or results or {}).get("format", ""))
-    if manifest and made_by.startswith("geneloom-shards/"):
-        cells = sum(b["cells"] for b in manifest["buckets"])
+    if stage == "prepare":
+        cells = sum(b["cells"] for b in record["buckets"])
         age = _age(folder / "manifest.json", now)
-        return Run(str(folder), "shards", "finished", cells, cells, "cells", age_s=age)
-    if manifest and made_by.startswith("geneloom-perturb/"):
-        return _screen(folder, manifest, now)
-    if results and made_by.startswith("geneloom-benchmark/"):
-        return _benchmark(folder, results, now)
-    if results and {"seeds", "summary"} <= results.keys():
-        done = len(results["seeds"])
-        age = _age(folder / "results.json", now)
-        return Run(str(folder), "finetune", "finished", done, done, "seeds", age_s=age)
+        return Run(str(folder), stage, "finished", cells, cells, "cells", age_s=age)
+    if stage == "perturb":
+        return _screen(folder, record, now)
+    if stage == "benchmark":
+        return _benchmark(folder, record, now)
+    if stage == "finetune":
+        done, age = len(record["seeds"]), _age(folder / "results.json", now)
+        return Run(str(folder), stage, "finished", done, done, "seeds", age_s=age)
     if (folder / ".partial").is_dir():
         files = (folder / ".partial", *(folder / ".partial").glob("*"))
         age = min(_age(path, now) for path in files)
@@ -233,15 +233,6 @@ def _records(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return found
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """Return a JSON object, None if there is none (any other file of this name, too)."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def _step(checkpoint: Path) -> int:

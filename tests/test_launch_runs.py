@@ -38,8 +38,8 @@ def state(run: Path, later: float = 0.0) -> str:
 
 
 def test_all_that_lies_there(home):
-    shards, whole = sorted(find_runs(home), key=lambda r: r.kind, reverse=True)
-    assert (shards.kind, shards.state, shards.unit) == ("shards", "finished", "cells")
+    shards, whole = sorted(find_runs(home), key=lambda r: r.kind)
+    assert (shards.kind, shards.state, shards.unit) == ("prepare", "finished", "cells")
     assert shards.step == 120
     assert (whole.kind, whole.state, whole.step, whole.of) == ("pretrain", "finished", 10, 10)
     records = [json.loads(x) for x in (home / "runs/whole/metrics.jsonl").read_text().splitlines()]
@@ -108,7 +108,7 @@ def test_command(home, tmp_path):
     assert table.returncode == 0, table.stderr
     assert re.search(r"^runs/whole +pretrain +finished +10 steps", table.stdout, flags=re.M)
     listed = json.loads(geneloom("runs", home, "--json", cwd=tmp_path).stdout)
-    assert {run["kind"] for run in listed} == {"pretrain", "shards"}
+    assert {run["kind"] for run in listed} == {"prepare", "pretrain"}
     nothing = geneloom("runs", cwd=tmp_path)
     assert "nothing here" in nothing.stdout
     absent = geneloom("runs", "absent", cwd=tmp_path)

@@ -29,6 +29,7 @@ ALLOWED = {
         "pretrain.ds_config",
         "data_prep.errors",
         "data_prep.files",
+        "data_prep.stages",
     },
     "eval": {"eval", "pretrain", "data_prep"},
 }

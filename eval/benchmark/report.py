@@ -71,21 +71,30 @@ def write_report(results: dict[str, Any], out: Path) -> Path:
     """
     if not out.is_dir():
         raise ValueError(f"{out}: no such folder; make it first")
+    folder = out / PLOTS_FOLDER
+    folder.mkdir(exist_ok=True)
+    page = benchmark_page(results, folder)
+    path = out / REPORT_NAME
+    with complete_file(path) as aside:
+        aside.write_text(page)
+    return path
+
+
+def benchmark_page(results: dict[str, Any], folder: Path | None) -> str:
+    """Return the page; its figures are also written into a folder, if one is given."""
     results = results | {"tasks": holm(results["tasks"])}
     models = [m["name"] for m in results["models"]]
     rows = overview_rows(results)
-    folder = out / PLOTS_FOLDER
-    folder.mkdir(exist_ok=True)
     with benchmark_style():
-        overview = _saved(overview_plot(results), "all", folder) if results["tasks"] else None
+        overview = _shown(overview_plot(results), "all", folder) if results["tasks"] else None
         figures = {
-            t["name"]: [_saved(p, t["name"], folder) for p in task_plots(t, models)]
+            t["name"]: [_shown(p, t["name"], folder) for p in task_plots(t, models)]
             for t in results["tasks"]
         }
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    page = environment.from_string(_TEMPLATE.read_text()).render(
+    return environment.from_string(_TEMPLATE.read_text()).render(
         results=results,
         models=models,
         about=json.dumps({k: results[k] for k in ("models", "environment")}, indent=1),
@@ -101,10 +110,6 @@ def write_report(results: dict[str, Any], out: Path) -> Path:
         dark_colours=DARK_COLOURS,
         state_colours=STATE_COLOURS,
     )
-    path = out / REPORT_NAME
-    with complete_file(path) as aside:
-        aside.write_text(page)
-    return path
 
 
 def print_results(results: dict[str, Any], console: Console | None = None) -> None:
@@ -150,11 +155,12 @@ def _word(verdict: dict[str, Any] | None) -> Text:
     return Text(f"{SYMBOLS[state]} {verdict['holm_word']}", style=_STYLES[state])
 
 
-def _saved(plot: Plot, task: str, folder: Path) -> dict[str, str]:
-    """Write a figure into the folder, and return what the page needs of it."""
+def _shown(plot: Plot, task: str, folder: Path | None) -> dict[str, str]:
+    """Return what the page needs of a figure, and write it into the folder, if there is one."""
     svg = as_svg(plot.figure)
-    (folder / f"{task}_{plot.name}.svg").write_text(svg)
-    (folder / f"{task}_{plot.name}.png").write_bytes(as_png(plot.figure))
+    if folder:
+        (folder / f"{task}_{plot.name}.svg").write_text(svg)
+        (folder / f"{task}_{plot.name}.png").write_bytes(as_png(plot.figure))
     source = "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
     width = round(96 * plot.figure.get_size_inches()[0])
     return {"name": plot.name, "caption": plot.caption, "source": source, "width": f"{width}px"}

@@ -63,6 +63,13 @@ def write_perturb_report(results: Results, analysis: Analysis, out: Path) -> Pat
     return path
 
 
+def perturb_page(results: Results, analysis: Analysis) -> str:
+    """Return the page alone, which holds its figures and the first rows of its tables."""
+    with benchmark_style():
+        figures = {p.name: _shown(p, as_svg(p.figure)) for p in screen_plots(analysis)}
+    return _render(results, analysis, figures)
+
+
 def _render(results: Results, analysis: Analysis, figures: dict[str, dict[str, str]]) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -149,7 +156,10 @@ def _size(value: float) -> str:
 def _drawn(plot: Plot) -> tuple[dict[str, str], str, bytes]:
     """Return what the page needs of a figure, and the figure as SVG and PNG."""
     svg = as_svg(plot.figure)
+    return _shown(plot, svg), svg, as_png(plot.figure)
+
+
+def _shown(plot: Plot, svg: str) -> dict[str, str]:
     source = "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
     width = f"{round(96 * plot.figure.get_size_inches()[0])}px"
-    shown = {"name": plot.name, "caption": plot.caption, "source": source, "width": width}
-    return shown, svg, as_png(plot.figure)
+    return {"name": plot.name, "caption": plot.caption, "source": source, "width": width}

@@ -1,0 +1,80 @@
+"""``geneloom report``: one self-contained page about whatever a command left in a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data_prep.files import complete_file
+from data_prep.stages import stage_of
+
+REPORT_NAME = "report.html"
+
+
+def write_stage_report(
+    folder: Path,
+    out: Path | None,
+    score_folders: list[Path],
+    embedding: Path | None,
+    color: str | None,
+    commands: Path | None,
+) -> str:
+    """Write the page of a folder of any stage and return its path as text.
+
+    Parameters
+    ----------
+    out
+        HTML file; None: ``report.html`` in the folder.
+    score_folders, embedding, color, commands
+        As in `eval.report.write_report`; of a pretraining only.
+
+    Raises
+    ------
+    ValueError
+        No command made the folder, it is not finished, or options of a pretraining are given for
+        another stage.
+    """
+    stage, record = stage_of(folder)
+    if stage is None:
+        raise ValueError(
+            f"{folder}: nothing to report on; expected a folder of `geneloom prepare`, `pretrain`, "
+            "`finetune`, `perturb` or `benchmark`"
+        )
+    out = out or folder / REPORT_NAME
+    if stage == "pretrain":
+        from eval.report import write_report
+
+        return write_report(folder, out, score_folders, embedding, color, commands)
+    if score_folders or embedding or color or commands:
+        raise ValueError(
+            f"{folder}: is of `geneloom {stage}`; --scores, --embedding, --color and --commands "
+            "belong to a pretraining's page"
+        )
+    if not out.parent.is_dir():
+        raise ValueError(f"{out}: the folder {out.parent} does not exist")
+    if stage == "prepare":
+        from data_prep.page import write_page
+        from data_prep.shards import ShardSet
+
+        write_page(ShardSet(folder), out)
+        return str(out)
+    page = _page(stage, record, folder)
+    with complete_file(out) as aside:
+        aside.write_text(page)
+    return str(out)
+
+
+def _page(stage: str, record: dict, folder: Path) -> str:
+    if stage == "finetune":
+        from eval.report import scores_page
+
+        return scores_page(folder)
+    if stage == "benchmark":
+        from eval.benchmark.report import benchmark_page
+
+        return benchmark_page(record, None)
+    from eval.perturb.analysis import AnalysisSettings, analyse
+    from eval.perturb.page import perturb_page
+    from eval.perturb.results import Results
+
+    screen = Results.open(folder)
+    return perturb_page(screen, analyse(screen, AnalysisSettings()))
