@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint install clean
+.PHONY: demo test test-slow lint docs install clean
 
 demo: install ## the whole path on real cells, ends with demo_out/report.html
 	rm -rf demo_out
@@ -21,6 +21,9 @@ lint: install ## types (the pyright package needs node, and fetches its code fro
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+docs: install ## the documents as a site in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 install: $(VENV)/installed ## .venv from the lock
 
 $(VENV)/installed: requirements.lock setup.py
@@ -34,4 +37,4 @@ $(VENV)/installed: requirements.lock setup.py
 	touch $@
 
 clean: ## removes .venv and what the demo made
-	rm -rf $(VENV) demo_out
+	rm -rf $(VENV) demo_out site
