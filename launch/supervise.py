@@ -35,6 +35,7 @@ _LOOK_S = 1.0
 # When one rank has ended, the others find out by themselves and say why: time for that.
 _GRACE_S = 45.0
 _AFTERWARDS_S = 5.0
+_STACKS_S = 2.0
 _BACK_OFF_S = (1.0, 300.0)
 
 
@@ -210,6 +211,10 @@ class _Attempt:
         """End what is left on every host, and the launchers."""
         codes = [p.poll() for p in self._running.values()]
         if any(codes) or None in codes:
+            if None in codes:
+                # Those that stand still write where, into their logs.
+                self._way.signal(self._hosts, self._id, signal.SIGUSR2, True)
+                time.sleep(_STACKS_S)
             self._way.signal(self._hosts, self._id, signal.SIGKILL, False)
         for process in self._running.values():
             if process.poll() is None:

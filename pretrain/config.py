@@ -165,6 +165,17 @@ class RunSection(_Section):
         ge=0,
         description="a rank without a sign of life for this long ends the run; 0: nobody watches",
     )
+    stall_s: float | None = Field(
+        default=None,
+        ge=0,
+        description="a rank that stays in one step for this long ends the run, and all say where "
+        "they are; 0: never; default: 0.8 x collective_timeout_s",
+    )
+
+    @property
+    def stall_limit_s(self) -> float:
+        """Before a collective gives up: that would not say who was waited for."""
+        return 0.8 * self.collective_timeout_s if self.stall_s is None else self.stall_s
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return how many optimizer steps the run has."""

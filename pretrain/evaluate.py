@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -88,8 +88,10 @@ class HeldoutEvaluation:
                 total[bucket] += _by_decile(losses[name], places[name], ranks)
         return {name: self._result(total) for name, total in sums.items()}
 
-    def run(self, model: torch.nn.Module) -> dict[str, Any]:
-        """Return the scores of a model; its mode is restored.
+    def run(
+        self, model: torch.nn.Module, on_batch: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
+        """Return the scores of a model; its mode is restored. `on_batch`: called after each.
 
         ``loss`` (nats), ``accuracy`` (top-1) and ``top10`` are means over all hidden genes of all
         ranks; each also with ``_by_rank_decile`` (a list, None where no gene is hidden) and
@@ -105,6 +107,7 @@ class HeldoutEvaluation:
                 ranks = micro.relative_ranks.numpy()[hidden]
                 scores = losses.cpu().numpy()[hidden], places.cpu().numpy()[hidden]
                 sums[bucket] += _by_decile(*scores, ranks)
+                on_batch()
         model.train(was_training)
         return self._result(sums)
 

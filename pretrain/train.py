@@ -116,7 +116,7 @@ def train(
     ds_config = derive_ds_config(config)  # first, for it may be refused
     stop = _StopRequest()
     ranks = dist.start(config.run.collective_timeout_s, config.run.threads)
-    with Watch(ranks, config.run.heartbeat_s):
+    with Watch(ranks, config.run.heartbeat_s, config.run.stall_limit_s) as watch:
         shards = ShardSet(config.data.shards, config.data.cache)
         dataset = _dataset(config, shards, ranks)
         steps = config.run.total_steps(dataset.plan.steps_per_epoch)
@@ -127,7 +127,7 @@ def train(
         engine = Engine(config, ds_config, shards, ranks, last)
         run = _Run(config, shards, dataset, engine, heldout, ranks, steps, last)
         try:
-            summary = run.loop(stop)
+            summary = run.loop(stop, watch)
         finally:
             run.publisher.let_finish()
     stop.close()
@@ -184,7 +184,7 @@ class _Run:
             self._history = heldout_history(read_metrics(config.run.out, first))
             self._log = RunLog(config.run.out, first)
 
-    def loop(self, stop: _StopRequest) -> RunSummary:
+    def loop(self, stop: _StopRequest, watch: Watch) -> RunSummary:
         """Train from the first step to the last, or until asked to stop."""
         config, summary, plan = self._config, self._summary, self._dataset.plan
         first, steps = summary.first_step, self._steps
@@ -197,6 +197,7 @@ class _Run:
             self._engine.dry_pass(self._dataset.heaviest_micro_batch())
         for step, data, wait_s in self._steps_with_waits():
             started = time.perf_counter()
+            watch.progress(step)
             counts = self._agree(data, stop.was_asked())
             loss = self._engine.forward_backward(data, step, counts["masked"])
             self._require_finite(loss.loss, "loss", step, data, loss)
@@ -211,7 +212,7 @@ class _Run:
                 self._log_window(done, {"grad_norm": norm, "learning_rate": rate})
             summary.stopped = bool(counts["stop"]) and done < steps
             if done % config.evaluation.every_steps == 0 or done == steps:
-                self._evaluate(done)
+                self._evaluate(done, watch)
             if done % config.checkpoint.every_steps == 0 or done == steps or summary.stopped:
                 self._save(done)
             if summary.stopped:
@@ -280,8 +281,8 @@ class _Run:
             self._log.write("train", done, values | self._summary.cells_record())
             logger.info(console_line(done, self._steps, values))
 
-    def _evaluate(self, done: int) -> None:
-        result = self._summary.heldout = self._heldout.run(self._engine.deepspeed)
+    def _evaluate(self, done: int, watch: Watch) -> None:
+        result = self._summary.heldout = self._heldout.run(self._engine.deepspeed, watch.progress)
         if self._log:
             log_heldout(self._log, self._history, done, self._steps, result, self._heldout)
 

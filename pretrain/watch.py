@@ -4,17 +4,24 @@ A collective notices a dead peer when its connection closes (gloo), or after a t
 (nccl, a machine that is gone, a process that is stopped). So every rank counts up in the key-value
 store of the launch, from a thread, and looks at the next rank's count. Who finds it unchanged for
 too long says so to all, through the store; everybody ends. The load does not grow with the ranks.
+
+A rank that is alive but does not get on (a file system that hangs, a collective that one rank never
+comes to) is found by its own thread: all ranks write where they are, who is elsewhere is named.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
 import os
+import signal
 import sys
 import threading
 import time
+import traceback
 import uuid
+from pathlib import Path
 from types import TracebackType
 
 from data_prep.errors import EXIT_FAILED, SharedFailure
@@ -31,6 +38,9 @@ _HURRIED_ROUNDS = 4
 _ROUNDS_TO_FIND_OUT = _HURRIED_ROUNDS + 6
 # Until every rank has read the reason why the run ends.
 _ROUNDS_TO_HEAR = 3
+_NAMED = 4
+_IN_COLLECTIVE = "in a collective"
+_OWN_FOLDERS = ("data_prep", "pretrain", "eval")
 _STORE_IS_GONE = "rank 0 (which all ranks talk through), or what started it, "
 
 
@@ -43,13 +53,18 @@ class Watch:
     ----------
     limit_s
         How long a rank may give no sign of life; 0: nobody watches.
+    stall_s
+        How long a rank may stay in one step; 0: for ever.
     """
 
-    def __init__(self, ranks: Ranks, limit_s: float) -> None:
+    def __init__(self, ranks: Ranks, limit_s: float, stall_s: float = 0) -> None:
         self._rank, self._others = ranks.rank, ranks.world_size - 1
         self._next = (ranks.rank + 1) % ranks.world_size
         self._interval_s = limit_s / _ROUNDS_PER_LIMIT
-        self._limit_s = limit_s
+        self._limit_s, self._stall_s = limit_s, stall_s
+        self._step: int | None = None
+        self._rounds_in_step = 0
+        self._has_said_where = False
         self._rounds = 0
         self._is_hurried = False
         self._stopped = threading.Event()
@@ -62,8 +77,13 @@ class Watch:
             dist.wait_for_all()
             for work in (self._talk, self._look_at_talk):
                 self._threads.append(threading.Thread(target=work, name="watch", daemon=True))
+        elif limit_s > 0 and stall_s > 0:
+            work = self._look_at_itself
+            self._threads.append(threading.Thread(target=work, name="watch", daemon=True))
 
     def __enter__(self) -> Watch:
+        # `kill -USR2` writes what every thread does; a supervisor asks so before it ends a rank.
+        faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=True)
         for thread in self._threads:
             thread.start()
         return self
@@ -86,6 +106,10 @@ class Watch:
             self._report_own(error)
         self._stopped.set()
 
+    def progress(self, step: int | None = None) -> None:
+        """Note that the main thread gets on; from the first step on a stall is looked for."""
+        self._step, self._rounds_in_step = self._step if step is None else step, 0
+
     def _leave_together(self) -> None:
         """Return when all ranks are through and none of them watches any more.
 
@@ -102,7 +126,7 @@ class Watch:
 
     def _find_reason(self, error: BaseException) -> None:
         """End this process with the name of the rank because of which a collective failed."""
-        if self._threads:
+        if self._threads and self._others:
             logger.warning("rank %d: a collective failed; looking for the reason", self._rank)
             self._is_hurried = True
             with contextlib.suppress(*dist.STORE_ERRORS):
@@ -118,7 +142,7 @@ class Watch:
     def _report_own(self, error: Exception) -> None:
         # This process ends by itself.
         self._stopped.set()
-        if self._threads:
+        if self._threads and self._others:
             text = f"rank {self._rank} failed: {type(error).__name__}: {error}"
             self._report(text, self._others + 1)
 
@@ -138,6 +162,7 @@ class Watch:
                 self._end(_STORE_IS_GONE + "is gone")
                 return
             self._rounds += 1
+            self._look_at_main_thread()
             # Before its first sign a rank is starting its threads.
             unchanged = unchanged + 1 if now == beats and (now or self._is_hurried) else 0
             beats = now
@@ -145,6 +170,51 @@ class Watch:
                 text = self._silence(f"rank {self._next}")
                 self._report(text, self._others)
                 self._end(text)
+
+    def _look_at_main_thread(self) -> None:
+        """End the run if this rank does not get on; say where it is if some rank suspects that."""
+        if self._is_stalled() and self._store.add("stalls", 1) == 1:
+            self._say_where()
+            # The whereabouts of the others come in their next rounds.
+            self._stopped.wait(_ROUNDS_TO_HEAR * self._interval_s)
+            text = self._who_stands_still()
+            self._report(text, self._others)
+            self._end(text)
+        if self._store.add("stalls", 0) and not self._has_said_where:
+            self._say_where()
+
+    def _is_stalled(self) -> bool:
+        self._rounds_in_step += self._step is not None
+        return 0 < self._stall_s < self._rounds_in_step * self._interval_s
+
+    def _say_where(self) -> str:
+        self._has_said_where = True
+        where = f"in step {(self._step or 0) + 1}: {whereabouts()}"
+        print(f"rank {self._rank} {where}; its threads:", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        if self._others:
+            self._store.set(f"where/{self._rank}", where)
+        return where
+
+    def _look_at_itself(self) -> None:
+        """Do as `_look_at_main_thread` for a rank that is alone."""
+        while not self._stopped.wait(self._interval_s):
+            if self._is_stalled():
+                where = self._say_where()
+                self._end(f"no step was finished for {self._stall_s:.0f} s: {where}")
+
+    def _who_stands_still(self) -> str:
+        """Return the ranks that the others wait for: those that are in no collective."""
+        said = {}
+        for rank in range(self._others + 1):
+            if self._store.check([f"where/{rank}"]):
+                said[rank] = self._store.get(f"where/{rank}").decode()
+        elsewhere = [f"rank {r} {text}" for r, text in said.items() if _IN_COLLECTIVE not in text]
+        silent = [f"rank {r} does not answer" for r in range(self._others + 1) if r not in said]
+        who = "; ".join([*silent, *elsewhere][:_NAMED]) or (
+            f"all ranks wait in a collective, {said[self._rank]}: look at the network between them"
+        )
+        return f"no step was finished for {self._stall_s:.0f} s: {who}"
 
     def _look_at_talk(self) -> None:
         """End if the store does not answer: the thread that asked it waits for ever."""
@@ -189,3 +259,19 @@ class Watch:
             flush=True,
         )
         os._exit(EXIT_FAILED)
+
+
+def whereabouts() -> str:
+    """Return which line of this project the main thread is in, and whether in a collective."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    stack = list(traceback.walk_stack(frame))
+    waits = any(
+        f.f_globals.get("__name__", "").startswith(("torch.distributed", "deepspeed.comm"))
+        for f, _ in stack
+    )
+    for inner, line in stack:
+        path = Path(inner.f_code.co_filename)
+        if path.parent.name in _OWN_FOLDERS:
+            place = f"{path.parent.name}/{path.name}:{line} ({inner.f_code.co_name})"
+            return f"{_IN_COLLECTIVE}, called from {place}" if waits else place
+    return _IN_COLLECTIVE if waits else "outside of this project's code"

@@ -37,7 +37,7 @@ def _set_environment(rank: int, world_size: int, port: int) -> None:
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -56,7 +56,7 @@ def _enter(function: Callable, arguments: tuple, rank: int, world_size: int, por
 
 def run_ranks(world_size: int, function: Callable, *arguments: Any) -> list[Any]:
     """Return ``function(*arguments)`` of every rank; raise if one of them failed."""
-    port = _free_port()
+    port = free_port()
     results = _CONTEXT.Queue()
     processes = [
         _CONTEXT.Process(target=_enter, args=(function, arguments, r, world_size, port, results))
@@ -87,7 +87,7 @@ def start_rank(function: Callable, *arguments: Any) -> BaseProcess:
     """Start one rank in the background, to be killed."""
     results = _CONTEXT.Queue()
     process = _CONTEXT.Process(
-        target=_enter, args=(function, arguments, 0, 1, _free_port(), results)
+        target=_enter, args=(function, arguments, 0, 1, free_port(), results)
     )
     process.start()
     # The child opens the queue by its name when it gets there; until then somebody has to hold it.
@@ -135,7 +135,7 @@ def commands(arguments: Sequence[Sequence[str]], logs: Path) -> Iterator[list[Co
 
     Forked from the server, a rank starts in a second.
     """
-    port, world_size = _free_port(), len(arguments)
+    port, world_size = free_port(), len(arguments)
     logs.mkdir(parents=True, exist_ok=True)
     ranks = []
     for rank, words in enumerate(arguments):

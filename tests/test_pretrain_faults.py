@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,7 +35,7 @@ from pretrain.engine import Engine
 from pretrain.model import build_model
 from pretrain.watch import Watch
 from pretrain.zero_state import BYTES_PER_PARAMETER, KINDS, owned_fragments
-from tests.ranks import Command, commands, run_ranks
+from tests.ranks import Command, commands, free_port, run_ranks
 from tests.runs import (
     console,
     final_state,
@@ -689,3 +693,48 @@ def test_old_checkpoint_stays_until_the_new_one_is_complete(shards, tmp_path):
         run_ranks(1, run_training, config, True)
         names = {p.name for p in (config.run.out / "checkpoints").iterdir()}
         assert names == {"step-00000010", "latest"}
+
+
+def stand_still_outside(limit_s: float) -> None:
+    """Rank 1 waits for what never comes, alive; the others for rank 1."""
+    ranks = dist.start(60, 1)
+    with Watch(ranks, 1, limit_s) as watch:
+        watch.progress(6)
+        if ranks.rank == 1 or ranks.world_size == 1:
+            threading.Event().wait(_LIMIT_S)
+        dist.wait_for_all()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_a_rank_that_does_not_get_on_is_named_with_its_stack(num_ranks, tmp_path):
+    log = tmp_path / "said"
+    code = (
+        "import os, sys; sys.path.insert(0, os.environ['ROOT'])\n"
+        "from tests.test_pretrain_faults import stand_still_outside\n"
+        "stand_still_outside(1)"
+    )
+    port = free_port()
+    with log.open("w") as file:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", code], stdout=file, stderr=file,
+                env=os.environ | {
+                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks),
+                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                    "DS_ACCELERATOR": "cpu", "ROOT": str(Path(__file__).resolve().parent.parent),
+                },
+            )
+            for rank in range(num_ranks)
+        ]  # fmt: skip
+    try:
+        assert [p.wait(_LIMIT_S) for p in processes] == [1] * num_ranks, log.read_text()
+    finally:
+        for process in processes:
+            process.kill()
+    said = log.read_text()
+    culprit = min(1, num_ranks - 1)
+    assert re.search(rf"rank {culprit} in step 7: .*; its threads:\n", said), said
+    assert "stand_still_outside" in said
+    if num_ranks > 1:
+        assert said.count(" ends: no step was finished for 1 s: rank 1 in step 7: ") == num_ranks
+        assert said.count("in a collective, called from pretrain/dist.py") == num_ranks - 1
