@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from launch.hostfile import launch_hostfile
+from launch.kubernetes import launch_kubernetes
 from launch.local import launch_local
 from launch.mpi import launch_mpi
 from launch.slurm import launch_slurm
@@ -15,3 +16,4 @@ app.command("local", context_settings=_PASSED_ON)(launch_local)
 app.command("hostfile", context_settings=_PASSED_ON)(launch_hostfile)
 app.command("mpi", context_settings=_PASSED_ON)(launch_mpi)
 app.command("slurm", context_settings=_PASSED_ON)(launch_slurm)
+app.command("kubernetes", context_settings=_PASSED_ON)(launch_kubernetes)
