@@ -1,10 +1,13 @@
 """Packaging of Geneloom: flat packages, one console command."""
 
+import runpy
+from pathlib import Path
+
 from setuptools import setup
 
 setup(
     name="geneloom",
-    version="0.1.0",
+    version=runpy.run_path(str(Path(__file__).parent / "data_prep" / "version.py"))["VERSION"],
     description="Pretraining and honest evaluation of Geneformer-like encoders on single cells",
     license="Apache-2.0",
     python_requires=">=3.11",

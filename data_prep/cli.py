@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -73,6 +74,8 @@ Processes = Annotated[
     int, typer.Option(help="processes on this machine; or start with mpirun -n N")
 ]
 
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
+
 
 def _vocabulary(
     vocab: str, medians: Path | None, gene_mapping: Path | None, max_length: int | None
@@ -113,6 +116,7 @@ def prepare_command(
     memory: Memory = 2.0,
     processes: Processes = 1,
     seed: Annotated[int, typer.Option(help="of the shuffle and the split")] = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Cells -> ranked gene tokens -> length buckets -> webdataset tars with a manifest."""
     options = PrepareOptions(
@@ -142,7 +146,10 @@ def prepare_command(
         with show_progress() as progress:
             specs = expand_corpus(sources, reading)
             manifest = prepare(specs, out, vocabulary, options, workers, progress)
-    print_manifest(manifest, str(out))
+    if as_json:
+        _print_json(manifest)
+    else:
+        print_manifest(manifest, str(out))
 
 
 def check_command(
@@ -172,6 +179,7 @@ def check_command(
         Path | None, typer.Option("--work", help="folder for temporary files [the system's]")
     ] = None,
     processes: Processes = 1,
+    as_json: AsJson = False,
 ) -> None:
     """Read the sources as `prepare` would, and print what would happen. Exit code 2 on problems."""
     options = PrepareOptions(
@@ -203,7 +211,10 @@ def check_command(
         ):
             specs = expand_corpus(sources, reading)
             result = check_sources(specs, Path(work), vocabulary, options, workers, progress)
-    print_check(result)
+    if as_json:
+        _print_json(asdict(result))
+    else:
+        print_check(result)
     if result.problems:
         raise typer.Exit(2)
 
@@ -281,7 +292,7 @@ def medians_command(
 
 def inspect_command(
     folder: Annotated[str, typer.Argument(help="output of `geneloom prepare`, or its URL")],
-    as_json: Annotated[bool, typer.Option("--json", help="print the manifest")] = False,
+    as_json: AsJson = False,
     page: Annotated[Path | None, typer.Option(help="also draw a page: OUT.html or OUT.png")] = None,
     shuffle: Annotated[
         bool, typer.Option("--shuffle", help="measure the order of cells in training instead")
@@ -298,16 +309,20 @@ def inspect_command(
     """Print what a shard folder holds; draw it or measure its order, if asked."""
     shards = ShardSet(folder, cache)
     if shuffle:
-        from data_prep.shuffle import print_shuffle
+        from data_prep.shuffle import measure_shuffle, print_shuffle
 
-        print_shuffle(shards, label, tokens_per_step, seed)
+        measured = measure_shuffle(shards, label, tokens_per_step, seed)
+        if as_json:
+            _print_json(measured)
+        else:
+            print_shuffle(measured)
         return
     if page:
         from data_prep.page import write_page  # draws, so imports what draws
 
         write_page(shards, page)
     if as_json:
-        print(json.dumps(shards.manifest, indent=1))
+        _print_json(shards.manifest)
     else:
         print_manifest(shards.manifest, f"{folder.rstrip('/')}/{MANIFEST_NAME}")
 
@@ -324,6 +339,7 @@ def verify_command(
     annotation: Table = None,
     memory: Memory = 2.0,
     processes: Processes = 1,
+    as_json: AsJson = False,
 ) -> None:
     """Check every byte, count and bound of a shard folder. Exit code 2 on damage."""
     with open_workers(processes) as workers:
@@ -332,10 +348,18 @@ def verify_command(
         with show_progress() as progress:
             problems = verify(folder, workers, progress)
             if problems and repair_from:
-                print_problems(problems)
+                if not as_json:
+                    print_problems(problems)
                 problems = repair(
                     folder, problems, repair_from, annotation, memory, workers, progress
                 )
-    print_problems(problems)
+    if as_json:
+        _print_json([asdict(problem) for problem in problems])
+    else:
+        print_problems(problems)
     if problems:
         raise typer.Exit(2)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))

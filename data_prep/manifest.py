@@ -15,6 +15,7 @@ from data_prep.decide import Chunk, WritePlan
 from data_prep.filters import DatasetMoments, Moments
 from data_prep.shards import SPLITS, file_sha256
 from data_prep.survey import PrepareOptions, Survey
+from data_prep.version import VERSION
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def write_manifest(
     settings["annotation_sha256"] = file_sha256(options.annotation) if options.annotation else None
     manifest = {
         "format": shards_format.SHARD_FORMAT,
+        "geneloom": VERSION,
         "vocabulary_sha256": survey.vocabulary.sha256,
         "num_tokens": survey.vocabulary.num_tokens,
         "max_length": survey.vocabulary.max_length,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from data_prep.order import EpochPlan, share
 from data_prep.shards import BucketExtent, ShardSet
 
 MOST_NODES = 64
+_SHOWN_NODES = (1, 2, 4, 8, 16, 32, MOST_NODES)
 _POOL_BLOCKS = 128  # of one bucket, whose labels stand for the bucket's
 _LEAST_BATCHES = 64
 _DRAWS = 8  # random draws beside each batch
@@ -159,29 +161,50 @@ def _blocks_read(plan: EpochPlan, number: int, nodes: int) -> list[int]:
     return read
 
 
-def print_shuffle(shards: ShardSet, label: str, tokens_per_step: int, seed: int) -> None:
-    """Measure the order of the training cells and print it."""
+def measure_shuffle(
+    shards: ShardSet, label: str, tokens_per_step: int, seed: int
+) -> dict[str, Any]:
+    """Return measures of the order of the training cells, as values of JSON."""
     plan = EpochPlan(shards, "train", seed, tokens_per_step)
     mixing = label_mixing(shards, plan, label)
-    amplification = [read_amplification(shards, plan, n) for n in range(1, MOST_NODES + 1)]
-    worst = int(np.argmax(amplification))
-    lanes = ", ".join(f"{b.num_lanes} of {b.extent.length}" for b in plan.buckets)
     open_bytes = sum(
         b.open_blocks(1) * b.extent.block_cells * b.extent.length * 2 for b in plan.buckets
     )
+    return {
+        "cells": plan.num_cells,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "tokens_per_step": tokens_per_step,
+        "label": label,
+        "mixing": asdict(mixing) | {"ratio": mixing.ratio},
+        "read_amplification": {
+            nodes: float(read_amplification(shards, plan, nodes))
+            for nodes in range(1, MOST_NODES + 1)
+        },
+        "lanes_by_bucket": {b.extent.length: b.num_lanes for b in plan.buckets},
+        "open_blocks_bytes": int(open_bytes),
+        "step_found_s": time_of_a_step(plan),
+    }
+
+
+def print_shuffle(measured: dict[str, Any]) -> None:
+    """Print what `measure_shuffle` returned."""
+    mixing, read = measured["mixing"], measured["read_amplification"]
+    worst = max(read, key=read.__getitem__)
+    lanes = ", ".join(f"{n} of {length}" for length, n in measured["lanes_by_bucket"].items())
     print(
-        f"{plan.num_cells:,} cells, {plan.steps_per_epoch:,} steps an epoch at {tokens_per_step:,} "
-        f"padded tokens a step\n"
-        f"label entropy in batches: {mixing.ratio:.4f} of a random permutation's within the bucket "
-        f"(+- {mixing.error:.4f}; '{label}', {mixing.entropy:.4f} of "
-        f"{mixing.permuted_entropy:.4f} nats, "
-        f"{mixing.batches} batches, {mixing.cells:,} cells)\n"
+        f"{measured['cells']:,} cells, {measured['steps_per_epoch']:,} steps an epoch at "
+        f"{measured['tokens_per_step']:,} padded tokens a step\n"
+        f"label entropy in batches: {mixing['ratio']:.4f} of a random permutation's within the "
+        f"bucket (+- {mixing['error']:.4f}; '{measured['label']}', {mixing['entropy']:.4f} of "
+        f"{mixing['permuted_entropy']:.4f} nats, "
+        f"{mixing['batches']} batches, {mixing['cells']:,} cells)\n"
         "bytes read in an epoch / bytes of the cells, by nodes: "
-        + "  ".join(f"{n}: {amplification[n - 1]:.3f}" for n in (1, 2, 4, 8, 16, 32, 64))
-        + f"  (worst of 1 to {MOST_NODES}: {amplification[worst]:.3f} at {worst + 1})\n"
+        + "  ".join(f"{n}: {read[n]:.3f}" for n in _SHOWN_NODES)
+        + f"  (worst of 1 to {MOST_NODES}: {read[worst]:.3f} at {worst})\n"
         f"lanes by bucket: {lanes}\n"
-        f"memory for open blocks: {open_bytes / 2**20:,.0f} MiB at most, divided among ranks\n"
-        f"cells of any step found in {1e3 * time_of_a_step(plan):.1f} ms (one of 1,024 ranks)"
+        f"memory for open blocks: {measured['open_blocks_bytes'] / 2**20:,.0f} MiB at most, "
+        "divided among ranks\n"
+        f"cells of any step found in {1e3 * measured['step_found_s']:.1f} ms (one of 1,024 ranks)"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,7 @@ StripOption = Annotated[bool, typer.Option(help="cut .5 off ENSG00000141510.5")]
 VocabOption = Annotated[
     Path | None, typer.Option(help="Geneformer's dictionaries, for models without vocabulary.json")
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto")]
 
 
@@ -89,6 +91,7 @@ def finetune_command(
     counts: CountsOption = "X",
     gene_column: GeneColumnOption = None,
     strip_gene_versions: StripOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Classify cells: pretrained against random weights and simple baselines, over seeds."""
     quiet()
@@ -112,7 +115,11 @@ def finetune_command(
         cells, model, label, out, donor, seeds, vocab, settings, options,
         max_train_per_class, max_test_per_class, save_head, ranks,
     )  # fmt: skip
-    if ranks is None or ranks.is_first:
+    if ranks is not None and not ranks.is_first:
+        return
+    if as_json:
+        print(json.dumps(results, indent=1))
+    else:
         print_scores(results)
         print(out / "results.json")
 

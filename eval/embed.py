@@ -14,6 +14,7 @@ from transformers import BertModel
 
 from data_prep.files import complete_file, require_new_file
 from data_prep.sources import SourceOptions
+from data_prep.version import VERSION
 from data_prep.vocab import Vocabulary
 from eval.encode import encode_file
 from pretrain.export import load_exported
@@ -182,6 +183,7 @@ def embed_file(
     data.obsm[OBSM_KEY] = embeddings
     data.obs["geneloom_tokens"] = cell_set.lengths
     data.uns["geneloom"] = {
+        "version": VERSION,
         "model": model.name,
         "vocabulary_sha256": vocab.sha256,
         "pooling": settings.get("pooling", "mean"),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+from typing import Annotated
 
 import typer
 
 from data_prep.errors import run_app
+from data_prep.version import VERSION
 
 # verb -> (module, function or typer application, what it makes of what)
 VERBS = {
@@ -20,6 +23,7 @@ VERBS = {
     "plan": ("pretrain.cli", "plan_command", "memory, hours and cost of a run, before it starts"),
     "launch": ("launch.commands", "app", "pretrain on several ranks"),
     "runs": ("launch.runs", "runs_command", "what lies in a folder, and how far it is"),
+    "doctor": ("launch.doctor", "doctor_command", "can these hosts train together, and how fast"),
     "export": ("pretrain.cli", "export_command", "checkpoint -> Hugging Face folder"),
     "embed": ("eval.cli", "embed_command", "cells -> embeddings in an h5ad"),
     "finetune": ("eval.cli", "finetune_app", "fine-tune and score beside baselines"),
@@ -44,11 +48,10 @@ VERBS = {
 def build_app(verb: str | None) -> typer.Typer:
     """Return the command line with one verb imported; the others are names with a line of help."""
     app = typer.Typer(
-        help="Pretrain masked encoders on single cells, and see what they are good for.",
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
     )
+    app.callback()(_general_options)
     for name, (module, attribute, summary) in VERBS.items():
         if name != verb:
             app.command(name, help=summary)(_not_imported)
@@ -61,11 +64,36 @@ def build_app(verb: str | None) -> typer.Typer:
     return app
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"geneloom {VERSION}")
+        raise typer.Exit()
+
+
+def _general_options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="print the version and end"
+        ),
+    ] = False,
+) -> None:
+    """Pretrain masked encoders on single cells, and see what they are good for."""
+
+
 def _not_imported() -> None:
     raise AssertionError("only listed in --help")
 
 
 def main() -> None:
     """Run ``geneloom <verb> ...``."""
-    verb = next((a for a in sys.argv[1:] if not a.startswith("-")), None)
-    run_app(build_app(verb if verb in VERBS else None))
+    run_app(build_app(next((word for word in _words() if word in VERBS), None)))
+
+
+def _words() -> list[str]:
+    """Return the words of the command line, or those that a shell wants completed."""
+    if "_GENELOOM_COMPLETE" not in os.environ:
+        return [a for a in sys.argv[1:] if not a.startswith("-")][:1]
+    # Bash, and what typer tells of the other shells.
+    line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")
+    return line.split()[1:2]

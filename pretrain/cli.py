@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -28,12 +28,19 @@ def pretrain_command(
     ] = False,
     allow_changes: Annotated[bool, typer.Option(help="resume with a changed recipe")] = False,
     dry_run: Annotated[bool, typer.Option(help="print the resolved settings and stop")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON, of --dry-run")] = False,
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
     """Pretrain a masked encoder on prepared shards, alone or under a launcher."""
     settings = load_config(config, overrides or [])
+    if as_json and not dry_run:
+        raise ValueError("--json: belongs to --dry-run; a run writes metrics.jsonl")
     if dry_run:
-        print_plan(settings, resume or restart)
+        found = resolved(settings, resume or restart)
+        if as_json:
+            print(json.dumps(found, indent=1))
+        else:
+            print_resolved(found)
         return
     _log_to_console()
     # A connection that ends is told in one line here, with torch's own warnings in thirty.
@@ -48,8 +55,8 @@ def pretrain_command(
         raise SystemExit(EXIT_RESUMABLE)
 
 
-def print_plan(config: RunConfig, resume: bool = False) -> None:
-    """Print what a run would do: settings off their default first, then derived numbers.
+def resolved(config: RunConfig, resume: bool = False) -> dict[str, Any]:
+    """Return what a run would do, as values of JSON: settings, derived numbers, where it starts.
 
     `resume`: its weights are a checkpoint's, whatever ``model.init_from`` says.
     """
@@ -63,34 +70,52 @@ def print_plan(config: RunConfig, resume: bool = False) -> None:
     ds_config = derive_ds_config(config)
     shards = ShardSet(config.data.shards, config.data.cache)
     plan = EpochPlan(shards, "train", config.run.seed, config.batch.tokens_per_step)
-    epoch_steps = plan.steps_per_epoch
-    steps = config.run.total_steps(epoch_steps)
+    steps = config.run.total_steps(plan.steps_per_epoch)
     require_reachable_peak(config.optim, steps)
     model = build_model(config.model, shards.vocabulary, config.run.seed)
     weights = "weights of the newest checkpoint" if resume else "random weights"
     if config.model.init_from and not resume:
         weights = describe(start_weights(model, shards.vocabulary, config.model))
+    given = config.model_dump(mode="json")
+    settings = {
+        f"{section}.{key}": {
+            "value": given[section][key],
+            "default": "required" if field.is_required() else field.get_default(),
+            "changed": getattr(values, key) != field.get_default(),
+        }
+        for section, values in config
+        for key, field in type(values).model_fields.items()
+    }
+    return {
+        "settings": settings,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "zero_stage": zero_stage(ds_config),
+        "steps_per_epoch": plan.steps_per_epoch,
+        "steps": steps,
+        "cells_per_step_by_bucket": {b.extent.length: b.cells_per_step for b in plan.buckets},
+        "weights": weights,
+    }
+
+
+def print_resolved(found: dict[str, Any]) -> None:
+    """Print what `resolved` returned: settings off their default first, then derived numbers."""
     console = Console()
     table = Table(title="settings (changed ones first)", title_justify="left")
     for name in ("setting", "value", "default"):
         table.add_column(name)
-    rows = []
-    for section, values in config:
-        for key, field in type(values).model_fields.items():
-            value, default = getattr(values, key), field.get_default()
-            shown = "required" if field.is_required() else str(default)
-            rows.append((value == default, f"{section}.{key}", str(value), shown))
-    for same, *row in sorted(rows, key=lambda r: r[0]):
-        table.add_row(*row, style="dim" if same else "")
+    for name, entry in sorted(found["settings"].items(), key=lambda item: not item[1]["changed"]):
+        style = "" if entry["changed"] else "dim"
+        table.add_row(name, str(entry["value"]), str(entry["default"]), style=style)
     console.print(table)
-    sizes = ", ".join(f"{b.cells_per_step} of {b.extent.length}" for b in plan.buckets)
+    by_bucket = found["cells_per_step_by_bucket"].items()
+    sizes = ", ".join(f"{cells} of {length}" for length, cells in by_bucket)
     console.print(
-        f"parameters {sum(p.numel() for p in model.parameters()):,}; ZeRO stage "
-        f"{zero_stage(ds_config)}; {epoch_steps:,} steps per epoch, {steps:,} in all\n"
+        f"parameters {found['parameters']:,}; ZeRO stage {found['zero_stage']}; "
+        f"{found['steps_per_epoch']:,} steps per epoch, {found['steps']:,} in all\n"
         f"cells per step by bucket: {sizes}",
         highlight=False,
     )
-    console.print(weights, highlight=False, markup=False, soft_wrap=True)
+    console.print(found["weights"], highlight=False, markup=False, soft_wrap=True)
 
 
 def plan_command(

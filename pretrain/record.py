@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from data_prep.shards import ShardSet
+from data_prep.version import VERSION
 from pretrain.config import RunConfig
 from pretrain.model import bert_config
 
@@ -33,7 +34,7 @@ def run_record(
         "init": init,
         "world_size": world_size,
         "zero_stage": stage,
-        "versions": {p: version(p) for p in ("torch", "deepspeed", "transformers")},
+        "versions": _versions("torch", "deepspeed", "transformers"),
     }
 
 
@@ -70,10 +71,14 @@ def environment() -> dict[str, Any]:
         "dirty": bool(_git(folder, "status", "--porcelain")) if commit else None,
         "command": os.environ.get("GENELOOM_LAUNCH_COMMAND", shlex.join(sys.argv)),
         "python": platform.python_version(),
-        "versions": {p: version(p) for p in packages},
+        "versions": _versions(*packages),
         "machine": platform.platform(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    return {"geneloom": VERSION} | {p: version(p) for p in packages}
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

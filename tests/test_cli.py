@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_prep.version import VERSION
 from tests.synthetic import make_cells, write_cells
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,3 +80,32 @@ def test_prepare_inspect_dry_run(tmp_path):
     assert plan.returncode == 0, plan.stderr
     assert "steps per epoch" in plan.stdout
     assert not (tmp_path / "r").exists()
+
+
+def test_version(tmp_path):
+    done = geneloom("--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"geneloom {VERSION}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("geneloom pre", ["prepare", "pretrain", "predict"]),
+        ("geneloom prepare --max-sd", ["--max-sd-counts", "--max-sd-mito"]),
+        ("geneloom launch lo", ["local"]),
+    ],
+)
+def test_completion_knows_verbs_that_are_imported_late(words, expected, tmp_path, monkeypatch):
+    """What a shell asks for: the words so far, and which of them is being written."""
+    monkeypatch.setenv("_GENELOOM_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['geneloom']\n"
+        "from launch.cli import main\n"
+        "main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.split() == expected, done.stderr

@@ -22,6 +22,7 @@ ALLOWED = {
         "data_prep.hashing",
         "data_prep.errors",
         "data_prep.files",
+        "data_prep.version",
     },
     "launch": {
         "launch",
@@ -30,6 +31,7 @@ ALLOWED = {
         "data_prep.errors",
         "data_prep.files",
         "data_prep.stages",
+        "data_prep.version",
     },
     "eval": {"eval", "pretrain", "data_prep"},
 }

@@ -16,7 +16,7 @@ from data_prep.prepare import PrepareOptions, prepare
 from data_prep.sources import SourceOptions, source_at
 from data_prep.vocab import Vocabulary, from_dictionaries, load_vocabulary, open_vocabulary
 from pretrain import checkpoint
-from pretrain.cli import print_plan
+from pretrain.cli import print_resolved, resolved
 from pretrain.config import ModelConfig, RunConfig, load_config
 from pretrain.export import export, load_exported, token_dictionary
 from pretrain.model import build_model
@@ -521,10 +521,10 @@ def test_other_first_weights_are_refused_on_resume(trained, copy, tmp_path, capl
 
 def test_dry_run_tells_how_many_genes_match(trained, other_shards, tmp_path, capsys):
     config = going_on(trained[0], other_shards, tmp_path / "run")
-    print_plan(config)
+    print_resolved(resolved(config))
     shown = capsys.readouterr().out
     assert "180 of 210 genes have weights; 30 are new: ENSG00000000200, " in shown
     assert "20 are dropped: ENSG00000000000, " in shown
-    print_plan(config, resume=True)
+    print_resolved(resolved(config, resume=True))
     assert "weights of the newest checkpoint" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,7 +15,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from eval.benchmark.task import SUITES, Suite, all_tasks, missing_files, read_task
-from eval.cli import DeviceOption, VocabOption, choose_device, quiet
+from eval.cli import DeviceOption, JsonOption, VocabOption, choose_device, quiet
 
 _LINE_EVERY_S = 30.0
 
@@ -39,12 +40,17 @@ def benchmark_command(
         Path | None, typer.Option(help="symbol -> gene id (JSON), for cells named by symbols")
     ] = None,
     device: DeviceOption = "auto",
+    as_json: JsonOption = False,
 ) -> None:
     """Fine-tuning tasks beside the baselines that matter: did pretraining help?"""
     names, files = task or [], task_file or []
     chosen = suite_of(suite)
     if list_tasks:
-        print_tasks(data, files)
+        tasks = list_of_tasks(data, files)
+        if as_json:
+            print(json.dumps(tasks, indent=1))
+        else:
+            print_tasks(tasks, data)
         return
     if not model or out is None:
         raise ValueError("--model and --out: a benchmark needs both (or only --list)")
@@ -57,8 +63,12 @@ def benchmark_command(
             model, chosen, out, data, names, files, vocab, gene_names, seed,
             choose_device(device), bf16, shown,
         )  # fmt: skip
-    print_results(results)
-    print(write_report(results, out))
+    page = write_report(results, out)
+    if as_json:
+        print(json.dumps(results, indent=1))
+    else:
+        print_results(results)
+        print(page)
     failed = [s for s in results["skipped"] if s.get("failed")]
     if failed:
         raise ValueError(
@@ -67,26 +77,39 @@ def benchmark_command(
         )
 
 
-def print_tasks(data: Path | None, files: list[Path]) -> None:
-    """Print every task, its suites, and what of its data is there."""
+def list_of_tasks(data: Path | None, files: list[Path]) -> list[dict[str, Any]]:
+    """Return every task, its suites, what of its data is missing, and how to get it."""
+    tasks = all_tasks() | {t.name: t for t in map(read_task, files)}
+    return [
+        {
+            "name": name,
+            "kind": task.kind,
+            "suites": list(task.sizes),
+            "applications": list(task.applications),
+            "title": task.title,
+            "missing": missing_files(task, data),
+            "recipe": task.cells.recipe,
+        }
+        for name, task in tasks.items()
+    ]
+
+
+def print_tasks(tasks: list[dict[str, Any]], data: Path | None) -> None:
+    """Print what `list_of_tasks` returned."""
     console = Console()
     table = Table(title="tasks", title_justify="left")
     for column in ("task", "kind", "suites", "application", "data", "what it asks"):
         table.add_column(column, overflow="fold")
-    tasks = all_tasks() | {t.name: t for t in map(read_task, files)}
-    absent = {}
-    for name, task in tasks.items():
-        missing = missing_files(task, data)
-        if missing:
-            absent[name] = missing
+    for task in tasks:
         table.add_row(
-            name, task.kind, " ".join(task.sizes), ", ".join(task.applications),
-            "missing" if missing else "there", task.title,
+            task["name"], task["kind"], " ".join(task["suites"]), ", ".join(task["applications"]),
+            "missing" if task["missing"] else "there", task["title"],
         )  # fmt: skip
     console.print(table)
-    for name, missing in absent.items():
+    absent = [task for task in tasks if task["missing"]]
+    for task in absent:
         console.print(
-            f"[bold]{name}[/bold] lacks {', '.join(missing)}\n  {tasks[name].cells.recipe}",
+            f"[bold]{task['name']}[/bold] lacks {', '.join(task['missing'])}\n  {task['recipe']}",
             highlight=False,
         )
     if absent and data is None:

@@ -15,6 +15,7 @@ from transformers import BertForMaskedLM, BertModel
 from data_prep.files import complete_file
 from data_prep.shards import file_sha256, require_new
 from data_prep.sources import SourceOptions
+from data_prep.version import VERSION
 from data_prep.vocab import Vocabulary
 from eval.baselines import predict_baselines, predict_from_embedding
 from eval.embed import embed_cells
@@ -36,6 +37,7 @@ from pretrain.export import load_exported, model_digest, random_twin
 logger = logging.getLogger(__name__)
 
 RESULTS_NAME = "results.json"
+RESULTS_FORMAT = "geneloom-finetune/1"
 FEWEST_CELLS_OF_CLASS = 5
 NO_VALUE = ["", "nan", "None", "NA", "unlabelled"]
 
@@ -147,6 +149,8 @@ def finetune_cells(
         for seed in range(seeds)
     ]
     results = {
+        "format": RESULTS_FORMAT,
+        "geneloom": VERSION,
         "task": f"{label} of {cells.name}",
         "label": label,
         "classes": list(problem.target.head.classes),

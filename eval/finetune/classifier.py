@@ -17,6 +17,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from data_prep.shards import complete_folder, file_sha256, require_new
+from data_prep.version import VERSION
 from data_prep.vocab import Vocabulary, load_vocabulary
 from eval.embed import encode_batch, length_batches, pool_genes
 
@@ -333,6 +334,7 @@ def save_classifier(classifier: Classifier, folder: Path, record: dict) -> None:
         classifier.vocabulary.save(partial / "vocabulary.json")
         content = {
             "format": CLASSIFIER_FORMAT,
+            "geneloom": VERSION,
             "heads": [asdict(h) for h in classifier.heads],
             "settings": asdict(classifier.settings),
             "history": classifier.history,

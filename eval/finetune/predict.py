@@ -10,6 +10,7 @@ import pandas as pd
 
 from data_prep.files import complete_file, require_new_file
 from data_prep.sources import SourceOptions
+from data_prep.version import VERSION
 from eval.encode import CellSet, encode_file
 from eval.finetune.classifier import Classifier, load_classifier
 
@@ -49,6 +50,7 @@ def predict_file(
             for column in table.columns:
                 data.var[f"{_PREFIX}_{each.name}_{column}"] = table[column].to_numpy()
     data.uns["geneloom_predict"] = {
+        "version": VERSION,
         "head": head.resolve().name,
         "vocabulary_sha256": classifier.vocabulary.sha256,
         "classes": {h.name: list(h.classes) for h in classifier.heads},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from eval.cli import JsonOption
 from eval.perturb.analysis import FOUND, Analysis, AnalysisSettings, analyse
 from eval.perturb.gene_sets import read_gene_sets
 from eval.perturb.page import format_number, format_p, write_perturb_report
@@ -34,6 +36,7 @@ def perturb_report_command(
     matched: Annotated[int, typer.Option(help="genes that each one is held against")] = 50,
     fdr: Annotated[float, typer.Option(help="false discovery rate")] = 0.05,
     min_cells: Annotated[int, typer.Option(help="cells of a donor that counts for a gene")] = 3,
+    as_json: JsonOption = False,
 ) -> None:
     """Which genes do more than genes like them, in how many donors: tables, figures, one page."""
     settings = AnalysisSettings(effect, test, matched, fdr, min_cells)  # pyright: ignore
@@ -45,8 +48,12 @@ def perturb_report_command(
         read_gene_sets(gene_set) if gene_set else None,
     )  # fmt: skip
     path = write_perturb_report(screen, analysis, out)
-    print_analysis(analysis)
-    print(path)
+    if as_json:
+        genes = json.loads(analysis.genes.to_json(orient="records"))
+        print(json.dumps({"warnings": analysis.warnings, "genes": genes}, indent=1))
+    else:
+        print_analysis(analysis)
+        print(path)
 
 
 def print_analysis(analysis: Analysis, console: Console | None = None) -> None:

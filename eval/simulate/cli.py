@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from pathlib import Path
@@ -40,6 +41,7 @@ def simulate_command(
         list[str] | None,
         typer.Option("--set", help="another setting of eval/simulate/settings.py, NAME=VALUE"),
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
     """Simulate cells with a known gene regulatory network, and true perturbations of them."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -53,6 +55,9 @@ def simulate_command(
     settings = make_settings(**named | _named(other or []))
     start = time.monotonic()
     record = simulate(settings, out, perturb, gene_ids, compare)
+    if as_json:
+        print(json.dumps(record, indent=1))
+        return
     print_moments(record["moments"])
     print(
         f"{out}: {settings.cells:,} cells x {settings.genes:,} genes, {record['regulations']:,} "
