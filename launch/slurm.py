@@ -97,7 +97,7 @@ def _one_task(
     if nodes > 1 or (ranks_per_node or 1) > 1:
         raise ValueError(
             "launch slurm prepare: runs as one task on one node, with as many processes as "
-            "--cpus-per-task; on several nodes use `geneloom launch mpi` inside an allocation"
+            "--cpus-per-task; over several nodes `geneloom launch mpi --hostfile` runs it"
         )
     if cpus and not any(a.split("=")[0] == "--processes" for a in arguments):
         arguments = [*arguments, "--processes", str(cpus)]
