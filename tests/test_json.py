@@ -22,7 +22,7 @@ from tests.synthetic import make_shards
 # Others print a sentence, a path, or nothing.
 TABLES = {
     "prepare", "check", "inspect", "verify", "pretrain", "plan", "runs", "finetune cells",
-    "benchmark", "simulate", "perturb-report",
+    "benchmark", "simulate", "perturb-report", "doctor",
 }  # fmt: skip
 
 
