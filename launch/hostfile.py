@@ -18,7 +18,7 @@ import typer
 from launch import supervise
 from launch.doctor import ask_facts, find_problems
 from launch.hosts import ask_all, python_path, read_hostfile, ssh
-from launch.local import RESTARTS_HELP, base_environment
+from launch.local import RESTARTS_HELP, base_environment, require_device
 from launch.verbs import module_of
 
 _KILL_S = 20.0
@@ -42,6 +42,7 @@ def launch_hostfile(
     are checked again, and the run goes on from its newest checkpoint on those that are left.
     """
     module_of(verb)
+    require_device(device, here=False)
     if verb == "prepare":
         raise ValueError("prepare runs under MPI: `geneloom launch mpi --hostfile H prepare ...`")
     ways = {"ssh": Ssh, "pdsh": Pdsh}
@@ -52,7 +53,7 @@ def launch_hostfile(
     slots = read_hostfile(hostfile)
     out = supervise.check_and_find_folder(verb, context.args)
     way = ways[launcher](slots, out, device, None, min_hosts, port)
-    job = supervise.Job(verb, context.args, device, restarts, base_environment(device))
+    job = supervise.Job(verb, context.args, device, restarts, base_environment(device, here=False))
     raise SystemExit(supervise.run(way, job, show))
 
 
@@ -106,6 +107,10 @@ class Cluster:
         self._is_first = False
         self._facts = {h: answers[h].content for h in left}
         return self._first_ranks(left)
+
+    def know(self, facts: dict[str, dict[str, Any]]) -> None:
+        """Take what hosts have just said of themselves (`usable_hosts` asks them itself)."""
+        self._facts = facts
 
     def _first_ranks(self, hosts: dict[str, int]) -> dict[str, int]:
         left = self._ranks if self._ranks is not None else sum(hosts.values())

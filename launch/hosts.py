@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,14 +70,10 @@ class Answer:
 
     content: Any
     problem: str | None
-    seconds: float = 0.0
-    middle: float = 0.0  # this machine's clock half-way between question and answer
 
 
 def ask_all(hosts: Sequence[str], *question: str, limit_s: float = 60) -> dict[str, Answer]:
     """Ask ``launch.node`` of all hosts at once, over ssh; host -> answer."""
-    import time
-
     words = [sys.executable, "-m", "launch.node", *question]
     started = time.time()
     running = {

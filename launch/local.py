@@ -65,18 +65,19 @@ class Local:
         signal_processes(launch, number, ranks_only)
 
 
-def require_device(device: str) -> None:
-    """Raise ValueError unless a device is one there can be."""
+def require_device(device: str, here: bool = True) -> None:
+    """Raise ValueError unless a device is one there can be; `here`: on this machine."""
     if device not in ("auto", "cpu", "gpu"):
         raise ValueError(f"--device {device}: must be auto, cpu or gpu")
-    if device == "gpu" and not has_gpu():
+    if here and device == "gpu" and not has_gpu():
         raise ValueError("--device gpu: this machine has no /dev/nvidia*")
 
 
-def base_environment(device: str) -> dict[str, str]:
-    """Return what every process of a launch has in its environment."""
+def base_environment(device: str, here: bool = True) -> dict[str, str]:
+    """Return what every process of a launch has in its environment; `here`: on this machine."""
     environment = {"PYTHONPATH": python_path()}
-    if device == "cpu" or not has_gpu():
+    # Each node of a cluster looks for itself (`launch.rank`): this may be one without GPUs.
+    if device == "cpu" or (here and not has_gpu()):
         environment["DS_ACCELERATOR"] = "cpu"
     return environment
 

@@ -65,6 +65,8 @@ def root_cause(
     failed = [e for e in ends(attempt) if e.code != 0]
     own = [e for e in failed if not e.is_echo and e.code != -signal.SIGTERM]
     # Echoes come later: a machine whose clock is ahead must not make one the first.
+    # What all ranks find together only rank 0 says.
+    own.sort(key=lambda e: (e.code > 0 and not e.text, e.at))
     if own:
         return own[0].say(), own[0].log
     echo = f"; {failed[0].say()}" if failed else ""

@@ -38,14 +38,16 @@ def launch_mpi(
     request to save and stop (exit code 75).
     """
     module_of(verb)
+    require_device(device, here=hostfile is None)
     if hostfile is None:
-        require_device(device)
         way: supervise.Way = MpiHere(ranks or 1)
     else:
         slots = read_hostfile(hostfile)
         out = supervise.check_and_find_folder(verb, context.args)
         way = MpiCluster(slots, out, device, ranks)
-    job = supervise.Job(verb, context.args, device, restarts, base_environment(device))
+    job = supervise.Job(
+        verb, context.args, device, restarts, base_environment(device, hostfile is None)
+    )
     raise SystemExit(supervise.run(way, job, show))
 
 

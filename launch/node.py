@@ -85,7 +85,7 @@ def facts(folder: Path, token: str, hosts: list[str]) -> dict[str, Any]:
         "code": code_digest(),
         "commit": _said("git", "-C", str(_ROOT), "rev-parse", "--short", "HEAD") or None,
         "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "gpus": _gpus(),
+        "gpus": gpus(),
         "cores": len(os.sched_getaffinity(0)),
         "load": os.getloadavg()[0],
         "memory_gib": memory.available / _GIB,
@@ -94,7 +94,7 @@ def facts(folder: Path, token: str, hosts: list[str]) -> dict[str, Any]:
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "locked_memory": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         "addresses": {host: _address(host) for host in hosts},
-        "interface": interface_to(_first_other(hosts)),
+        "interface": interface_to(_first_other(hosts)) if hosts else None,
         "shared": shared,
     }
 
@@ -140,7 +140,8 @@ def _first_other(hosts: list[str]) -> str:
     return next((h for h in hosts if h != socket.gethostname()), hosts[0])
 
 
-def _gpus() -> list[dict[str, Any]]:
+def gpus() -> list[dict[str, Any]]:
+    """Return name, memory and used memory (GiB) of this machine's GPUs."""
     query = "--query-gpu=name,memory.total,memory.used"
     rows = _said("nvidia-smi", query, "--format=csv,noheader,nounits").splitlines()
     parts = [row.split(", ") for row in rows]

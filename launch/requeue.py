@@ -42,7 +42,7 @@ def requeue_code(
     if failed and all(_was_asked(e) for e in failed):
         _record(run, event="stopped", attempt=number, job=job, step=step)
         return EXIT_RESUMABLE, f"stopped by a signal{_at(step)}; goes on from what is saved"
-    cause, log = root_cause(attempt, ranks, [])
+    cause, log = root_cause(attempt, {"a node of the job": ranks}, [])
     before = crashes_before(run, job)
     _record(run, event="ended", attempt=number, job=job, code=code, cause=cause, step=step)
     evidence = "\n" + last_words(log) if log else ""

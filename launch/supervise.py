@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shlex
 import signal
@@ -86,47 +87,78 @@ def run(way: Way, job: Job, show: bool = False) -> int:
     """
     out = check_and_find_folder(job.verb, job.arguments)
     folder = out / LAUNCH_FOLDER
-    stop = _Stop()
-    arguments, left, wait_s = job.arguments, job.restarts, _BACK_OFF_S[0]
-    before: tuple | None = None
+    stop, patience = Stop(), _Patience(job.restarts)
+    arguments = job.arguments
     for number in range(_next_number(folder), sys.maxsize):
         hosts = way.usable_hosts()
-        attempt = _Attempt(way, job, arguments, hosts, folder / f"attempt_{number}", stop)
+        attempt = Attempt(
+            way, module_of(job.verb), arguments, hosts, folder / f"attempt_{number}", job.device,
+            job.environment, stop,
+        )  # fmt: skip
+        print("\n".join(attempt.show()), flush=True)
         if show:
-            attempt.print_commands()
             return 0
+        _record(folder, "started", attempt=number, hosts=hosts, commands=attempt.show())
+        (folder / "command.sh").write_text(_own_command() + "\n")
         saved = saved_step(out)
         code = attempt.run()
-        if code in (0, EXIT_RESUMABLE) or (code == EXIT_USAGE and attempt.failed_at_start()):
-            attempt.remove_if_nothing_began(code)
+        if code in (0, EXIT_RESUMABLE) or attempt.was_refused():
+            attempt.remove_if_nothing_began()
             return code
         lost = way.lost(hosts)
         cause, log = root_cause(attempt.folder, hosts, lost)
-        now = (cause, saved_step(out), tuple(hosts), tuple(lost))
-        progress = now[1] > saved
+        end = _End(cause, saved_step(out), tuple(hosts), tuple(lost))
         _say(f"attempt {number} ended: {cause}" + (f" ({log})" if log else ""))
-        _record(folder, "ended", attempt=number, code=code, cause=cause, step=now[1], lost=lost)
+        _record(folder, "ended", attempt=number, code=code, cause=cause, step=end.step, lost=lost)
         if stop.asked or code == EXIT_USAGE:
             return code
-        if now == before:
-            _say(
-                f"the same end twice at step {max(now[1], 0)}: not started again. Both logs: "
-                f"{folder}/attempt_{number - 1} and attempt_{number}"
-            )
+        wait_s = patience.after(end, end.step > saved, folder, number)
+        if wait_s is None:
             return EXIT_FAILED
-        left = job.restarts if progress else left - 1
-        if left < 0:
-            _say(f"not started again: --restarts {job.restarts}; the same command goes on")
-            return EXIT_FAILED
-        wait_s = _BACK_OFF_S[0] if progress else min(2 * wait_s, _BACK_OFF_S[1])
-        _say(f"starting again in {wait_s:.0f} s from step {max(now[1], 0)}")
+        _say(f"starting again in {wait_s:.0f} s from step {max(end.step, 0)}")
         if stop.wait(wait_s):
             return EXIT_RESUMABLE
-        arguments, before = to_go_on(job.verb, job.arguments), now
+        arguments = to_go_on(job.verb, job.arguments)
     raise AssertionError("unreachable")
 
 
-class _Stop:
+@dataclass(frozen=True)
+class _End:
+    """How an attempt ended; `step`: of the newest checkpoint then."""
+
+    cause: str
+    step: int
+    hosts: tuple[str, ...]
+    lost: tuple[str, ...]
+
+
+class _Patience:
+    """Decides whether another start can help, and how long to wait before it."""
+
+    def __init__(self, restarts: int) -> None:
+        self._restarts = self._left = restarts
+        self._wait_s = _BACK_OFF_S[0]
+        self._before: _End | None = None
+
+    def after(self, end: _End, progress: bool, folder: Path, number: int) -> float | None:
+        """Return the seconds to wait, None to give up. `progress`: there is a newer checkpoint."""
+        if end == self._before:
+            _say(
+                f"the same end twice at step {max(end.step, 0)}: not started again. Both logs: "
+                f"{folder}/attempt_{number - 1} and attempt_{number}"
+            )
+            return None
+        self._before = end
+        self._left = self._restarts if progress else self._left
+        self._wait_s = _BACK_OFF_S[0] if progress else min(2 * self._wait_s, _BACK_OFF_S[1])
+        self._left -= 1
+        if self._left < 0:
+            _say(f"not started again (--restarts {self._restarts}); the same command goes on")
+            return None
+        return self._wait_s
+
+
+class Stop:
     """Remembers that somebody asked this process to stop."""
 
     def __init__(self) -> None:
@@ -145,35 +177,39 @@ class _Stop:
         return self.asked
 
 
-class _Attempt:
+class Attempt:
     """One start of all ranks."""
 
     def __init__(
         self,
         way: Way,
-        job: Job,
+        module: str,
         arguments: list[str],
         hosts: dict[str, int],
         folder: Path,
-        stop: _Stop,
+        device: str,
+        environment: Mapping[str, str],
+        stop: Stop | None = None,
+        limit_s: float = math.inf,
+        is_quiet: bool = False,
     ) -> None:
         self.folder = folder
-        self._way, self._job, self._hosts, self._stop = way, job, hosts, stop
+        self._limit_s, self._is_quiet = limit_s, is_quiet
+        self._way, self._hosts, self._device, self._stop = way, hosts, device, stop
         self._id = uuid.uuid4().hex
-        self._environment = {**job.environment, LAUNCH_ID: self._id}
-        words = ["launch.rank", str(folder), module_of(job.verb), *arguments]
+        self._environment = {**environment, LAUNCH_ID: self._id}
+        words = ["launch.rank", str(folder), module, *arguments]
         self._commands = way.commands(hosts, folder, words, self._environment)
         self._printed = 0
         self._running: dict[str, subprocess.Popen] = {}
 
-    def print_commands(self) -> None:
-        for command in self._commands.values():
-            print(shlex.join(command), flush=True)
+    def show(self) -> list[str]:
+        """Return the command lines of the launchers."""
+        return [shlex.join(command) for command in self._commands.values()]
 
     def run(self) -> int:
         """Start, watch and take down; return the exit code that the ranks agree on."""
-        self._write_record()
-        self.print_commands()
+        self._write_settings()
         for name, command in self._commands.items():
             suffix = f"-{name}" if name else ""
             with (self.folder / f"launcher{suffix}.log").open("ab") as log:
@@ -190,12 +226,13 @@ class _Attempt:
 
     def _watch(self) -> None:
         """Return when all launchers have ended, or some time after the first rank failed."""
-        failed_at = sent_at = looked_at = -1e9
+        started = time.monotonic()
+        failed_at = sent_at = looked_at = -math.inf
         while any(p.poll() is None for p in self._running.values()):
             time.sleep(_POLL_S)
             self._print_first_rank()
             now = time.monotonic()
-            if self._stop.asked and now - sent_at > _RESEND_S:
+            if self._stop and self._stop.asked and now - sent_at > _RESEND_S:
                 # Again and again: a rank that is still starting ignores it.
                 sent_at = now
                 self._way.signal(self._hosts, self._id, signal.SIGUSR1, True)
@@ -204,7 +241,7 @@ class _Attempt:
                 bad = any(p.poll() for p in self._running.values())
                 if bad or any(e["code"] for e in self._ends()):
                     failed_at = now
-            if failed_at > 0 and now - failed_at > _GRACE_S:
+            if 0 < failed_at < now - _GRACE_S or now - started > self._limit_s:
                 return
 
     def _take_down(self) -> None:
@@ -241,14 +278,14 @@ class _Attempt:
     def _ends(self) -> list[dict[str, Any]]:
         return [json.loads(p.read_text()) for p in self.folder.glob("rank_*.json")]
 
-    def failed_at_start(self) -> bool:
-        """Did the ranks refuse what they were given? Then rank 0 has said so on the console."""
+    def was_refused(self) -> bool:
+        """Was it wrong input? Then rank 0 has said so on the console."""
         return any(e.code == EXIT_USAGE and e.rank == 0 for e in ends(self.folder))
 
-    def remove_if_nothing_began(self, code: int) -> None:
+    def remove_if_nothing_began(self) -> None:
         """After wrong input: leave no folder that was made for it."""
         out = self.folder.parent.parent
-        if code != EXIT_USAGE or {p.name for p in out.iterdir()} - {LAUNCH_FOLDER}:
+        if not self.was_refused() or {p.name for p in out.iterdir()} - {LAUNCH_FOLDER}:
             return
         for path in sorted((out / LAUNCH_FOLDER).rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
@@ -257,27 +294,27 @@ class _Attempt:
                 path.rmdir()
 
     def _print_first_rank(self) -> None:
+        if self._is_quiet:
+            return
         first = self._printed == 0
         text, self._printed = tail(self.folder / log_name(0), self._printed)
         if first and text:
             text = text.partition("\n")[2]  # whose log it is
         print(text, end="", flush=True)
 
-    def _write_record(self) -> None:
+    def _write_settings(self) -> None:
+        """Write what `launch.rank` reads."""
         self.folder.mkdir(parents=True)
-        launch = self.folder.parent
         settings = {
-            "verb": self._job.verb,
-            "device": self._job.device,
+            "device": self._device,
             "nodes": len(self._hosts),
-            "environment": self._environment
-            | {"GENELOOM_LAUNCH_COMMAND": shlex.join(["geneloom", *sys.argv[1:]])},
+            "environment": self._environment | {"GENELOOM_LAUNCH_COMMAND": _own_command()},
         }
         write_whole(self.folder / "settings.json", settings)
-        lines = [shlex.join(["geneloom", *sys.argv[1:]])]
-        lines += [f"# {shlex.join(c)}" for c in self._commands.values()]
-        (launch / "command.sh").write_text("\n".join(lines) + "\n")
-        _record(launch, "started", attempt=int(self.folder.name.split("_")[1]), hosts=self._hosts)
+
+
+def _own_command() -> str:
+    return shlex.join(["geneloom", *sys.argv[1:]])
 
 
 def _next_number(folder: Path) -> int:
@@ -286,6 +323,7 @@ def _next_number(folder: Path) -> int:
 
 
 def _record(folder: Path, event: str, **values: Any) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     line = {"time": time.time(), "event": event, **values}
     with (folder / "events.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")

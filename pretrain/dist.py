@@ -177,6 +177,21 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     return tensor.tolist()
 
 
+def sum_in_place(values: torch.Tensor) -> None:
+    """Make a tensor the sum of all ranks' tensors."""
+    torch.distributed.all_reduce(values)
+
+
+def send(values: torch.Tensor, to: int) -> None:
+    """Send a tensor to a rank that receives it."""
+    torch.distributed.send(values, to)
+
+
+def receive(values: torch.Tensor, source: int) -> None:
+    """Fill a tensor with what a rank sends."""
+    torch.distributed.recv(values, source)
+
+
 def gather_text(text: str, ranks: Ranks) -> list[str]:
     """Return every rank's text, in the order of ranks, on every rank."""
     texts: list[str] = [""] * ranks.world_size

@@ -87,7 +87,8 @@ def test_init_files_are_empty():
 # one of these before they need it.
 BESIDE = {
     "cli.py", "check.py", "verify.py", "page.py", "tables.py", "progress.py", "shuffle.py",
-    "remote.py", "warm_start.py", "plan.py", "mpi.py", "runs.py",
+    "remote.py", "warm_start.py", "plan.py", "mpi.py", "runs.py", "doctor.py", "node.py",
+    "allreduce.py", "kubernetes.py", "slurm.py", "slurm_script.py", "requeue.py",
 }  # fmt: skip
 
 
@@ -95,8 +96,9 @@ def test_core_fits_in_an_afternoon():
     paths = [p for f in ("data_prep", "pretrain", "launch") for p in modules(f)]
     lines = {p: len(p.read_text().splitlines()) for p in paths}
     core = [p for p in paths if p.parent.name != "formats" and p.name not in BESIDE]
-    # Six thousand of them prepare cells; a reader of the training alone has half as much.
-    assert sum(lines[p] for p in core) <= 9500
+    # Half of them prepare cells; a reader of the training alone has the other half, and one of the
+    # launching some twelve hundred.
+    assert sum(lines[p] for p in core) <= 11_000
     assert max(lines.values()) <= 500, max(lines, key=lambda p: lines[p])
     assert lines[ROOT / "pretrain" / "train.py"] <= 300
 
