@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForMaskedLM
 
 from data_prep.vocab import Vocabulary
+from pretrain import kernels
+from pretrain.attention import attention
 from pretrain.config import ModelConfig
 
 
@@ -34,14 +39,16 @@ def bert_config(config: ModelConfig, vocabulary: Vocabulary) -> BertConfig:
 class MaskedGeneModel(nn.Module):
     """Predicts hidden genes.
 
-    Shapes: B cells, L places, D width, M hidden genes of the micro-batch, V vocabulary.
+    Hugging Face's modules in an order of our own: the last layer is asked at hidden genes alone.
+
+    Shapes: B cells, L places, D width, M hidden genes of the micro-batch, Q hidden genes of a cell
+    at most, V vocabulary.
     """
 
     def __init__(self, bert: BertForMaskedLM, activation_checkpointing: bool = False) -> None:
         super().__init__()
         self.bert = bert
-        if activation_checkpointing:
-            bert.gradient_checkpointing_enable({"use_reentrant": False})
+        self._checkpointing = activation_checkpointing
 
     def forward(
         self,
@@ -56,17 +63,115 @@ class MaskedGeneModel(nn.Module):
         -100 the loss is 0 and the place V: no gene's.
 
         The head runs on M rows instead of B x L: at width 256 that is 51 instead of 84 MFLOP a
-        token. M may be 0; the sum of the losses is then an attached zero.
+        token, and 45 with the last layer. M may be 0; the losses' sum is then an attached zero.
+
+        Parameters
+        ----------
+        attention_mask
+            bool [B, L], True at the first places of each row; None: nothing is padded.
+        masked_places
+            int64 [M], flat index into B x L; ascending where labels are not negative, and those
+            come first. On a GPU no cell may have more than M / B of them: not checked.
         """
-        hidden_BLD = self.bert.bert(
-            input_ids=input_ids, attention_mask=attention_mask
-        ).last_hidden_state
-        hidden_MD = hidden_BLD.flatten(0, 1)[masked_places]
+        encoder = self.bert.bert
+        hidden_BLD = encoder.embeddings(input_ids=input_ids)
+        *layers, last = encoder.encoder.layer
+        for layer in layers:
+            hidden_BLD = self._layer(layer, hidden_BLD, hidden_BLD, attention_mask)
+        asked_BQ, slots_M = asked_places(masked_places, labels, *input_ids.shape)
+        asked_BQD = hidden_BLD.flatten(0, 1)[asked_BQ]
+        asked_BQD = self._layer(last, asked_BQD, hidden_BLD, attention_mask)
+        logits_MV = self.bert.cls(asked_BQD.flatten(0, 1)[slots_M])
+        if logits_MV.device.type == "cpu":
+            return _ScoredLabels.apply(logits_MV, labels)  # type: ignore[return-value]
         # Cross-entropy in float32: in bfloat16 a loss of 6 is quantised to 1/64.
-        logits_MV = self.bert.cls(hidden_MD).float()
+        logits_MV = logits_MV.float()
         # Before the loss: what is counted in is freed again when the loss needs its memory.
         places_M = guess_places(logits_MV.detach(), labels)
         return functional.cross_entropy(logits_MV, labels, reduction="none"), places_M
+
+    def _layer(
+        self,
+        layer: Any,
+        asking_BQD: torch.Tensor,
+        hidden_BLD: torch.Tensor,
+        real_BL: torch.Tensor | None,
+    ) -> torch.Tensor:
+        arguments = layer, asking_BQD, hidden_BLD, real_BL
+        if self._checkpointing and self.training:
+            return checkpoint(_through_layer, *arguments, use_reentrant=False)  # type: ignore
+        return _through_layer(*arguments)
+
+
+def _through_layer(
+    layer: Any, asking_BQD: torch.Tensor, hidden_BLD: torch.Tensor, real_BL: torch.Tensor | None
+) -> torch.Tensor:
+    """Return [B, Q, D], what a layer of BERT makes of places that ask all places."""
+    part = layer.attention.self
+    context_BQD = attention(
+        part.query(asking_BQD), part.key(hidden_BLD), part.value(hidden_BLD),
+        part.num_attention_heads, real_BL, part.dropout.p if layer.training else 0.0,
+    )  # fmt: skip
+    asking_BQD = layer.attention.output(context_BQD, asking_BQD)
+    return layer.output(layer.intermediate(asking_BQD), asking_BQD)
+
+
+def asked_places(
+    masked_places: torch.Tensor, labels: torch.Tensor, num_cells: int, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return hidden genes cell by cell: int64 [B, Q] places, and int64 [M] where each is in them.
+
+    Q is M / B, so that shapes depend on the bucket alone (on a CPU more, if a cell has more). Cells
+    with fewer ask at their first place too, and nobody looks at the answers.
+    """
+    # Behind the last hidden gene: of a row that does not exist.
+    rows_M = torch.where(labels >= 0, masked_places // length, num_cells)
+    starts = torch.searchsorted(rows_M, torch.arange(num_cells + 1, device=rows_M.device))
+    within_M = torch.arange(len(rows_M), device=rows_M.device) - starts[rows_M]
+    most = -(-len(rows_M) // num_cells)
+    if rows_M.device.type == "cpu":
+        most = max(most, int((starts[1:] - starts[:-1]).max()))
+    size = num_cells * most
+    slots_M = torch.where(labels >= 0, rows_M * most + within_M, size)
+    asked = torch.arange(0, num_cells * length, length, device=rows_M.device)
+    asked = torch.cat([asked.repeat_interleave(most), asked[:1]])
+    asked = asked.index_put((slots_M,), masked_places)[:size]
+    return asked.view(num_cells, most), slots_M.clamp(max=max(size - 1, 0))
+
+
+class _ScoredLabels(torch.autograd.Function):
+    """Cross-entropy and place of each label on a CPU, in two passes over the logits.
+
+    The logits are used up in backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_MV: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        losses, log_sums = torch.empty(len(labels)), torch.empty(len(labels))
+        places = torch.empty(len(labels), dtype=torch.int64)
+        logits_MV = logits_MV.detach()
+        kernels.score_labels(
+            kernels.numbers(logits_MV), labels.numpy(), losses.numpy(), places.numpy(),
+            log_sums.numpy(),
+        )  # fmt: skip
+        ctx.save_for_backward(labels, log_sums)
+        ctx.logits_MV = logits_MV
+        ctx.mark_non_differentiable(places)
+        return losses, places
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple:
+        labels, log_sums = ctx.saved_tensors
+        logits_MV, ctx.logits_MV = ctx.logits_MV, None
+        slopes = gradients[0]
+        assert slopes is not None and logits_MV is not None
+        kernels.slopes_of_logits(
+            kernels.numbers(logits_MV), labels.numpy(), log_sums.numpy(),
+            slopes.float().contiguous().numpy(),
+        )  # fmt: skip
+        return logits_MV, None
 
 
 def guess_places(logits_MV: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

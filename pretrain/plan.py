@@ -114,14 +114,16 @@ def num_parameters(model: ModelConfig, num_tokens: int, max_length: int) -> int:
 def flops_per_token(config: RunConfig, num_tokens: int, length: float) -> float:
     """Return floating point operations, forward and backward, of a token in a cell of this length.
 
-    6 for each weight of the layers' matrices, 12 L d a layer for attention, and the head at hidden
-    genes only.
+    6 for each weight of the layers' matrices, 12 L d a layer for attention, and the head. The head
+    and the last layer but for its keys and values are computed at hidden genes only.
     """
-    model = config.model
+    model, asked = config.model, config.masking.probability
     d = model.hidden_size
-    matrices = model.num_layers * (4 * d * d + 2 * d * model.intermediate_size)
-    attention = 12 * model.num_layers * d * length
-    head = 6 * config.masking.probability * (d * num_tokens + d * d)
+    keys, others = 2 * d * d, 2 * d * d + 2 * d * model.intermediate_size
+    layers = model.num_layers - 1 + asked
+    matrices = model.num_layers * keys + layers * others
+    attention = 12 * layers * d * length
+    head = 6 * asked * (d * num_tokens + d * d)
     recomputed = (2 * matrices + attention / 3) if model.activation_checkpointing else 0
     return 6 * matrices + attention + head + recomputed
 
@@ -133,16 +135,8 @@ def memory_per_gpu(
     stage: int,
     gpus: int,
     micro_batch: int,
-    fused_attention: bool = True,
 ) -> Memory:
-    """Return what one GPU holds in a step of ZeRO `stage` with `micro_batch` padded tokens.
-
-    Parameters
-    ----------
-    fused_attention
-        Flash or memory-efficient attention, which GPUs have with and without dropout. False: the
-        L x L weights are kept, as on a CPU with attention dropout.
-    """
+    """Return what one GPU holds in a step of ZeRO `stage` with `micro_batch` padded tokens."""
     p = num_parameters(config.model, corpus.num_tokens, max_length)
     if config.run.precision == "fp32":
         weights, gradients, optimizer = 4 * p, 4 * p, 8 * p
@@ -152,7 +146,7 @@ def memory_per_gpu(
     else:
         # bfloat16 weights and gradients, summed in float32; the optimizer's own float32 weights.
         weights, gradients, optimizer = 2 * p, 6 * p, 12 * p
-    activations = micro_batch * activation_bytes(config, corpus.longest, fused_attention)
+    activations = micro_batch * activation_bytes(config)
     # The head's input, logits as computed and in float32, their log-softmax and its gradient.
     hidden = micro_batch * config.masking.probability
     size = 2 if config.run.precision == "bf16" else 4
@@ -167,21 +161,20 @@ def memory_per_gpu(
     )
 
 
-def activation_bytes(config: RunConfig, length: int, fused_attention: bool) -> float:
+def activation_bytes(config: RunConfig, on_gpu: bool = True) -> float:
     """Return bytes that the layers keep of a token for backward, the head not included.
 
-    A layer keeps 8 d + i values and its dropout masks (measured: hooks on the saved tensors of the
-    model, `tests/test_pretrain_plan.py`). With checkpointing, layers keep their input alone and one
-    layer at a time is recomputed.
+    A layer keeps 8 d + i values and its dropout masks, on a CPU as numbers (measured: hooks on the
+    saved tensors of the model, `tests/test_pretrain_plan.py`); weights of attention are never kept.
+    With checkpointing, layers keep their input alone and one layer at a time is recomputed. That
+    the last layer keeps less is left out.
     """
     model = config.model
     size = 2 if config.run.precision == "bf16" else 4
     d = model.hidden_size
-    masks = 2 * d * (1 if fused_attention else size) if model.hidden_dropout else 0
+    masks = 2 * d * (1 if on_gpu else size) if model.hidden_dropout else 0
     between = model.intermediate_size * (2 if model.activation == "gelu" else 1)
     layer = size * (8 * d + between) + masks + 2 * _LAYER_NORM_BYTES
-    if not fused_attention and model.attention_dropout:
-        layer += 12 * model.num_heads * length
     embeddings = 4 * size * d
     if model.activation_checkpointing:
         return embeddings + model.num_layers * size * d + layer

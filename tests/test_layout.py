@@ -89,6 +89,7 @@ BESIDE = {
     "cli.py", "check.py", "verify.py", "page.py", "tables.py", "progress.py", "shuffle.py",
     "remote.py", "warm_start.py", "plan.py", "mpi.py", "runs.py", "doctor.py", "node.py",
     "allreduce.py", "kubernetes.py", "slurm.py", "slurm_script.py", "requeue.py",
+    "kernels.py", "step_profile.py",
 }  # fmt: skip
 
 

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from pretrain import kernels
+from pretrain.attention import attention
 from pretrain.config import ModelConfig, OptimConfig
-from pretrain.model import build_model, guess_places
+from pretrain.model import asked_places, build_model, guess_places
 from pretrain.optim import build_optimizer, learning_rate_at
 from tests.test_pretrain_masking import vocabulary
 
@@ -122,3 +124,90 @@ def test_learning_rate_is_a_function_of_the_step(schedule):
         assert (np.diff(rates[10:]) < 0).all()
         assert rates[-1] < 0.011
         assert abs(rates[60] - 0.5) < 1e-9
+
+
+def dropped_by_hand(query, key, value, heads, real, dropout, seed):
+    """Attention with every weight written down; which ones are dropped, hash by hash."""
+    kept = torch.ones(len(query), heads, query.shape[1], key.shape[1])
+    threshold = int(dropout * 2**32)
+    for cell, head, asking, asked in np.ndindex(*kept.shape):
+        of_head = kernels.mix(np.uint32(seed), np.uint32(cell * heads + head))
+        of_row = kernels.mix(np.uint32(of_head), np.uint32(asking))
+        kept[cell, head, asking, asked] = (
+            kernels.mix(np.uint32(of_row), np.uint32(asked)) >= threshold
+        )
+    query, key, value = (
+        x.float().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value)
+    )
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    weights = scores.masked_fill(~real[:, None, None, :], -torch.inf).softmax(-1)
+    context = (weights * kept / (1 - dropout)) @ value
+    return context.transpose(1, 2).flatten(2), 1 - kept.mean().item()
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 2e-6), (torch.bfloat16, 0.04)])
+def test_attention_with_dropout_on_a_cpu(dtype, atol, monkeypatch):
+    """Several tiles, padded cells, fewer places that ask than are asked: values and slopes."""
+    monkeypatch.setattr("pretrain.attention._TILE", 150)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(2, places, 32, generator=generator).to(dtype).requires_grad_()
+        for places in (7, 45, 45)
+    ]
+    slope = torch.randn(2, 7, 32, generator=generator)
+    real = torch.arange(45) < torch.tensor([[45], [30]])
+    torch.manual_seed(3)
+    seed = int(torch.randint(2**31, ()))
+    torch.manual_seed(3)
+    found = attention(*inputs, 4, real, 0.2)
+    slopes = torch.autograd.grad(found, inputs, slope.to(dtype))
+    expected, dropped = dropped_by_hand(*inputs, 4, real, 0.2, seed)
+    assert dropped == pytest.approx(0.2, abs=0.02)
+    torch.testing.assert_close(found.float(), expected, atol=atol, rtol=0.02)
+    for slope_found, slope_expected in zip(
+        slopes, torch.autograd.grad(expected, inputs, slope), strict=True
+    ):
+        torch.testing.assert_close(slope_found, slope_expected, atol=atol, rtol=0.02)
+
+
+def test_attention_without_dropout_is_torchs():
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 20, 32, generator=generator) for _ in range(3))
+    real = torch.arange(20) < torch.tensor([[20], [7]])
+    heads = [x.unflatten(-1, (4, -1)).transpose(1, 2) for x in (query, key, value)]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *heads, attn_mask=real[:, None, None]
+    )
+    found = attention(query, key, value, 4, real, 0.0)
+    torch.testing.assert_close(found, expected.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attention(query, key, value, 4, real, 1e-9), found)
+
+
+def test_slopes_of_labels_are_torchs(model):
+    """The loss of hidden genes and all slopes equal cross-entropy over written down logits."""
+    ids, places, labels = batch()
+    labels = torch.where(torch.arange(len(labels)) < 15, labels, -100)
+    model.zero_grad()
+    losses, _ = model(ids, None, places, labels)
+    (losses * torch.arange(len(labels))).sum().backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    logits = model.bert(input_ids=ids).logits.flatten(0, 1)[places]
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
+    (expected * torch.arange(len(labels))).sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(
+            found[name], parameter.grad, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_asked_places_hold_every_hidden_gene():
+    """Rows with none, some and most hidden genes; filler behind them."""
+    places = torch.tensor([2, 5, 31, 33, 35, 39, 0, 0])
+    labels = torch.tensor([7, 7, 7, 7, 7, 7, -100, -100])
+    asked, slots = asked_places(places, labels, 4, 10)
+    assert asked.shape == (4, 4)
+    assert asked.flatten()[slots[:6]].tolist() == places[:6].tolist()
+    assert asked[1].tolist() == [10] * 4
+    assert (asked // 10 == torch.arange(4)[:, None]).all()

@@ -94,7 +94,7 @@ def test_activations_are_what_autograd_keeps(precision, hidden, attention):
 
     # The difference of two depths: what lies outside of the layers is no multiple of them.
     kept = saved_bytes(config(6), 256, 2) - saved_bytes(config(2), 256, 2)
-    planned = activation_bytes(config(6), 256, False) - activation_bytes(config(2), 256, False)
+    planned = activation_bytes(config(6), on_gpu=False) - activation_bytes(config(2), on_gpu=False)
     assert planned * 2 * 256 == pytest.approx(kept, rel=0.1)
 
 
@@ -143,12 +143,14 @@ def test_choice_fits_and_the_next_larger_does_not():
 
 
 def test_flops_of_the_published_model():
-    """Geneformer V1 at 1,400 tokens: 51 MFLOP a token with the head at 15 % of them, 84 with all.
+    """Geneformer V1 at 1,400 tokens: 84 MFLOP a token, 45 where only hidden genes are asked for.
 
-    The same count by hand (6 a weight, attention 12 L d, head 6 d V).
+    The same count by hand: 6 a weight, attention 12 L d, head 6 d V (51 MFLOP with 15 % of it); and
+    the last layer's queries, output and feed-forward for 15 %.
     """
     config = read_config("geneformer_v1_6l", [])
-    assert flops_per_token(config, 25_426, 1400) == pytest.approx(50.6e6, rel=0.01)
+    last = 0.85 * (6 * (2 * 256**2 + 2 * 256 * 512) + 12 * 1400 * 256)
+    assert flops_per_token(config, 25_426, 1400) == pytest.approx(50.6e6 - last, rel=0.01)
     everywhere = read_config("geneformer_v1_6l", ["masking.probability=0.999"])
     assert flops_per_token(everywhere, 25_426, 1400) == pytest.approx(84.1e6, rel=0.01)
 
