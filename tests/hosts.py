@@ -8,6 +8,7 @@ Needs root, ip, unshare, nsenter and sshd.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ from pathlib import Path
 _TOOLS = ("ip", "unshare", "nsenter", "ssh", "ssh-keygen")
 _SSHD = "/usr/sbin/sshd"
 _UP_S = 20
+_PR_SET_PDEATHSIG = 1
 # Process 1 of a host: starts sshd, and buries the dead.
 _INIT = """
 import os, subprocess, sys
@@ -188,6 +190,7 @@ def _start(name: str, address: str, namespace: str, folder: Path, home: Path) ->
             _SSHD, str(folder / "sshd_config"), str(folder / "sshd.log"),
         ],
         stderr=subprocess.DEVNULL,
+        preexec_fn=_die_with_parent,
     )  # fmt: skip
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     deadline = time.monotonic() + _UP_S
@@ -196,6 +199,11 @@ def _start(name: str, address: str, namespace: str, folder: Path, home: Path) ->
         assert time.monotonic() < deadline, f"host {name} did not start"
         time.sleep(0.02)
     return Host(name, address, namespace, process, int(children.read_text().split()[0]))
+
+
+def _die_with_parent() -> None:
+    # A test that is killed must not leave hosts behind.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _wait_for_login(source: Host, host: Host) -> None:

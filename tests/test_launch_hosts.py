@@ -16,6 +16,7 @@ from pretrain.config import RunConfig
 from tests.hosts import Host, hosts, why_no_hosts
 from tests.ranks import run_ranks
 from tests.runs import last_step, metrics, run_training, tiny_config
+from tests.synthetic import write_cells
 
 _ROOT = Path(__file__).resolve().parent.parent
 _WHY_NOT = why_no_hosts()
@@ -163,3 +164,26 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen, log: Path
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < until, log.read_text()
         time.sleep(0.02)
+
+
+def test_preparing_on_two_hosts_gives_the_same_bytes(three, tmp_path):
+    cells = tmp_path / "cells.h5ad"
+    write_cells(cells, num_cells=120)
+    code = "import sys; from launch.cli import main; sys.argv[0] = 'geneloom'; main()"
+    words = ["prepare", str(cells), "--vocab", "build", "--min-genes", "1", "--out"]
+    hostfile = write_hostfile(tmp_path, "ds2", "ds3")
+    over = ["launch", "mpi", "--hostfile", str(hostfile)]
+    for start, out in (([], "one"), (over, "two")):
+        done = three[0].run(
+            [sys.executable, "-c", code, *start, *words, str(tmp_path / out)],
+            timeout=_LIMIT_S, env=environment(),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+    tars = sorted((tmp_path / "one").rglob("*.tar"))
+    assert tars
+    for tar in tars:
+        assert (
+            tar.read_bytes() == (tmp_path / "two" / tar.relative_to(tmp_path / "one")).read_bytes()
+        )
+    ends = sorted((tmp_path / "two" / "launch" / "attempt_1").glob("rank_*.json"))
+    assert {json.loads(p.read_text())["host"] for p in ends} == {"ds2", "ds3"}
