@@ -23,7 +23,7 @@ _READ_BYTES = 20_000
 
 
 def requeue_code(
-    run: Path, attempt: Path, code: int, job: str, ranks: int, restarts: int
+    run: Path, attempt: Path, code: int, job: str, hosts: dict[str, int], restarts: int
 ) -> tuple[int, str]:
     """Return the exit code of this program, and why. Adds to RUN/launch/events.jsonl.
 
@@ -31,6 +31,8 @@ def requeue_code(
     ----------
     code
         srun's: often that of a rank which it ended itself, so only used if no rank left one.
+    hosts
+        Host -> ranks.
     restarts
         How many starts of this job may end without a new checkpoint.
     """
@@ -42,7 +44,7 @@ def requeue_code(
     if failed and all(_was_asked(e) for e in failed):
         _record(run, event="stopped", attempt=number, job=job, step=step)
         return EXIT_RESUMABLE, f"stopped by a signal{_at(step)}; goes on from what is saved"
-    cause, log = root_cause(attempt, {"a node of the job": ranks}, [])
+    cause, log = root_cause(attempt, hosts, [])
     before = crashes_before(run, job)
     _record(run, event="ended", attempt=number, job=job, code=code, cause=cause, step=step)
     evidence = "\n" + last_words(log) if log else ""
@@ -100,10 +102,14 @@ def main(words: list[str]) -> int:
     parser.add_argument("attempt", type=Path)
     parser.add_argument("code", type=int)
     parser.add_argument("--job", required=True)
-    parser.add_argument("--ranks", type=int, required=True)
+    parser.add_argument("--hosts", required=True, help="names, separated by commas")
+    parser.add_argument("--ranks-per-host", type=int, required=True)
     parser.add_argument("--restarts", type=int, required=True)
     given = parser.parse_args(words)
-    verdict, why = requeue_code(**vars(given))
+    hosts = {host: given.ranks_per_host for host in given.hosts.split(",")}
+    verdict, why = requeue_code(
+        given.run, given.attempt, given.code, given.job, hosts, given.restarts
+    )
     print(f"launch: {why}", flush=True)
     return verdict
 

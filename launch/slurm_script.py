@@ -38,7 +38,7 @@ class SlurmJob:
 
 @dataclass(frozen=True)
 class RankCommand:
-    """What every task runs: `first` arguments at the first start, `again` after a requeue."""
+    """What every task runs: `first` arguments at the first start, `again` at those after it."""
 
     python: str
     module: str
@@ -157,7 +157,8 @@ def _header(job: SlurmJob, folder: Path) -> list[str]:
 def _meeting_point() -> str:
     return f"""
 # The ranks meet on the first node.
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR=${{nodes%%$'\\n'*}}
 MASTER_PORT=$(({_FIRST_PORT} + SLURM_JOB_ID % {_NUM_PORTS}))
 export MASTER_ADDR MASTER_PORT"""
 
@@ -185,8 +186,8 @@ def _step(job: SlurmJob, command: RankCommand) -> str:
         tasks.append(f"--cpus-per-task={job.cpus_per_task}")
     python = shlex.join([*inside, command.python if not job.container else "python3"])
     return f"""
-# What each task runs; after a requeue it goes on where the last start was ended.
-if [ "${{SLURM_RESTART_COUNT:-0}}" = 0 ]; then
+# What each task runs; after another start it goes on where that was ended.
+if [ "$number" = 1 ]; then
     arguments=({shlex.join(command.first)})
 else
     arguments=({shlex.join(command.again)})
@@ -213,7 +214,8 @@ def _verdict(job: SlurmJob, command: RankCommand, out: Path) -> str:
     return f"""
 # 0: done. 75: saved by a signal, or ended by something that may not come again: once more.
 {alone}"${{python[@]}}" -m launch.requeue {shlex.quote(str(out))} "$attempt" "$code" \\
-    --job "$SLURM_JOB_ID" --ranks {job.nodes * job.tasks_per_node} --restarts {job.restarts}
+    --job "$SLURM_JOB_ID" --hosts "${{nodes//$'\\n'/,}}" --ranks-per-host {job.tasks_per_node} \\
+    --restarts {job.restarts}
 verdict=$?
 if [ -n "$cancelled" ]; then
     echo "ended by SIGTERM (scancel, pre-emption or the time limit); not requeued from here"

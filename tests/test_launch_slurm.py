@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from pretrain import checkpoint
 from pretrain.config import RunConfig
 from tests.ranks import run_ranks
 from tests.runs import (
+    LIMIT_S,
     last_step,
     metrics,
     require_same_state,
@@ -58,12 +60,15 @@ def events(config: RunConfig) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def wait_for_step(cluster: Slurm, job: str, config: RunConfig, step: int) -> None:
-    until = time.monotonic() + 120
-    while last_step(config.run.out) < step:
+def wait_until(condition: Callable[[], bool], config: RunConfig) -> None:
+    until = time.monotonic() + LIMIT_S
+    while not condition():
         assert time.monotonic() < until, said(config)
-        assert cluster.state(job) not in OVER, said(config)
         time.sleep(0.05)
+
+
+def wait_for_step(config: RunConfig, step: int) -> None:
+    wait_until(lambda: last_step(config.run.out) >= step, config)
 
 
 def test_killed_and_signalled_run_ends_as_if_undisturbed(cluster, shards, tmp_path):
@@ -71,18 +76,15 @@ def test_killed_and_signalled_run_ends_as_if_undisturbed(cluster, shards, tmp_pa
     settings = {"run__max_steps": 300, "checkpoint__every_steps": 10}
     config = tiny_config(shards, tmp_path / "a 'run' of $HOME \"100%\"" / "out", **settings)
     job = start(cluster, config)
-    wait_for_step(cluster, job, config, 25)
+    wait_for_step(config, 25)
     (rank,) = [p for p in cluster.nodes[1].processes("-u -m pretrain")]
     assert cluster.nodes[1].run(["kill", "-9", str(rank)]).returncode == 0
+    second_start = config.run.out / "launch" / "attempt_2" / "rank_00000.log"
+    wait_until(lambda: second_start.exists() and "/300" in second_start.read_text(), config)
+    cluster.run("scancel", "--signal=USR1", job)
     whole = tiny_config(shards, tmp_path / "whole", **settings)
     run_ranks(2, run_training, whole)
-    until = time.monotonic() + 60
-    while not (config.run.out / "launch" / "attempt_2" / "rank_00000.log").exists():
-        assert time.monotonic() < until, said(config)
-        time.sleep(0.1)
-    wait_for_step(cluster, job, config, last_step(config.run.out) + 30)
-    cluster.run("scancel", "--signal=USR1", job)
-    assert cluster.wait_for(job, OVER, 120) == "COMPLETED", said(config)
+    assert cluster.wait_for(job, OVER, LIMIT_S) == "COMPLETED", said(config)
 
     first, second = events(config)
     assert (first["event"], second["event"]) == ("ended", "stopped")
@@ -101,13 +103,10 @@ def test_killed_and_signalled_run_ends_as_if_undisturbed(cluster, shards, tmp_pa
 def test_cancelled_run_saves_and_stays_cancelled(cluster, shards, tmp_path):
     config = tiny_config(shards, tmp_path / "run", run__max_steps=20_000, run__epochs=5000)
     job = start(cluster, config)
-    wait_for_step(cluster, job, config, 3)
+    wait_for_step(config, 3)
     cluster.run("scancel", job)
-    assert cluster.wait_for(job, OVER, 60) == "CANCELLED"
-    until = time.monotonic() + 30
-    while "not requeued from here" not in said(config):
-        assert time.monotonic() < until, said(config)
-        time.sleep(0.1)
+    assert cluster.wait_for(job, OVER, LIMIT_S) == "CANCELLED"
+    wait_until(lambda: "not requeued from here" in said(config), config)
     last = checkpoint.newest(config.run.out)
     assert last is not None
     assert last.step == last_step(config.run.out)
@@ -138,7 +137,7 @@ def test_crash_that_repeats_stops_with_the_evidence(cluster, shards, tmp_path):
         optim__max_grad_norm=0,
     )  # fmt: skip
     job = start(cluster, config)
-    assert cluster.wait_for(job, OVER, 120) == "FAILED", said(config)
+    assert cluster.wait_for(job, OVER, LIMIT_S) == "FAILED", said(config)
     assert "the same end twice, in attempts 1 and 2; not started again" in said(config)
     assert said(config).count("stopped before the optimizer's step") >= 2
     assert len(events(config)) == 2
@@ -148,7 +147,7 @@ def test_crash_that_repeats_stops_with_the_evidence(cluster, shards, tmp_path):
 def test_wrong_input_is_not_tried_again(cluster, tmp_path):
     config = tiny_config(tmp_path / "no shards here", tmp_path / "run")
     job = start(cluster, config)
-    assert cluster.wait_for(job, OVER, 60) == "FAILED", said(config)
+    assert cluster.wait_for(job, OVER, LIMIT_S) == "FAILED", said(config)
     assert "wrong input, which would be wrong again" in said(config)
     assert "Restarts=0" in cluster.run("scontrol", "show", "job", job)
 
@@ -174,10 +173,10 @@ def test_arguments_reach_the_ranks_whatever_they_hold(tmp_path):
     start = next(n for n, line in enumerate(lines) if line.startswith("if [ "))
     stop = lines.index("fi", start)
     shown = 'printf "%s\\0" "${arguments[@]}"'
-    for restarts, expected in (("0", odd), ("1", [*odd, "--restart"])):
+    for number, expected in (("1", odd), ("2", [*odd, "--restart"])):
         done = subprocess.run(
             ["bash", "-uc", "\n".join([*lines[start : stop + 1], shown])],
-            env={"SLURM_RESTART_COUNT": restarts}, cwd=tmp_path, capture_output=True, check=True,
+            env={"number": number}, cwd=tmp_path, capture_output=True, check=True,
         )  # fmt: skip
         assert done.stdout.decode().split("\0")[:-1] == expected
     assert not list(tmp_path.iterdir())
@@ -259,7 +258,7 @@ def save(run: Path, step: int) -> None:
 def test_verdicts(tmp_path):
     def verdict(run: str, number: int, code: int, *ends: tuple[int, int, str], restarts: int = 3):
         folder = attempt(tmp_path / run, number, *ends)
-        return requeue_code(tmp_path / run, folder, code, "7", 2, restarts)
+        return requeue_code(tmp_path / run, folder, code, "7", {"n0": 1, "n1": 1}, restarts)
 
     assert verdict("done", 1, 0, (0, 0, ""), (1, 0, "")) == (0, "all ranks are done")
     assert verdict("limit", 1, 75, (0, 75, ""), (1, 75, ""))[0] == 75
@@ -282,17 +281,17 @@ def test_crashes_are_counted_between_checkpoints(tmp_path):
         if number == 3:
             save(run, 100)
         folder = attempt(run, number, (0, 1, f"OSError: {number}"))
-        codes.append(requeue_code(run, folder, 1, "7", 1, 2)[0])
+        codes.append(requeue_code(run, folder, 1, "7", {"n0": 1}, 2)[0])
     # Two without a checkpoint, then two more starts at step 100, and the next one is the last.
     assert codes == [75, 75, 75, 75, 1, 1, 1]
-    other = requeue_code(run, attempt(run, 8, (0, 1, "OSError: 8")), 1, "8", 1, 2)
+    other = requeue_code(run, attempt(run, 8, (0, 1, "OSError: 8")), 1, "8", {"n0": 1}, 2)
     assert other[0] == 75, "another job starts to count anew"
 
 
 def test_nothing_started_at_all(tmp_path):
-    code, why = requeue_code(tmp_path, attempt(tmp_path, 1), 1, "7", 2, 3)
+    code, why = requeue_code(tmp_path, attempt(tmp_path, 1), 1, "7", {"n0": 1, "n1": 1}, 3)
     assert code == 75
-    assert "rank 0, 1 had to be ended" in why
+    assert "rank 0 on n0, rank 1 on n1: ended from outside" in why
 
 
 @pytest.mark.slow
@@ -303,9 +302,9 @@ def test_lost_node_is_replaced(cluster, shards, tmp_path):
         run__collective_timeout_s=20, checkpoint__every_steps=10,
     )  # fmt: skip
     job = start(cluster, config)
-    wait_for_step(cluster, job, config, 25)
+    wait_for_step(config, 25)
     cluster.nodes[1].power_off()
-    assert cluster.wait_for(job, OVER, 240) == "COMPLETED", said(config)
+    assert cluster.wait_for(job, OVER, 2 * LIMIT_S) == "COMPLETED", said(config)
     assert "on ds[1,3]" in said(config)
     rows = metrics(config.run.out, "train")
     assert [r["step"] for r in rows] == list(range(1, 401))
