@@ -95,6 +95,17 @@ def test_the_quick_suite_runs_as_written(tmp_path):
     assert (tmp_path / "report" / "report.html").exists()
 
 
+def test_figures_stand_in_the_page_that_tells_how_they_were_got():
+    rows = [r for r in (ROOT / "README.md").read_text().splitlines() if "[command](docs/" in r]
+    assert len(rows) > 5
+    for row in rows:
+        _, what, here, beside, link, _ = row.split("|")
+        page = re.findall(r"\]\((docs/\w+\.md)", link)[0]
+        recorded = (ROOT / page).read_text()
+        for figure in re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", f"{here} {beside}"):
+            assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", recorded), (what, figure)
+
+
 def test_links_lead_somewhere():
     for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
