@@ -220,8 +220,9 @@ verdict=$?
 if [ -n "$cancelled" ]; then
     echo "ended by SIGTERM (scancel, pre-emption or the time limit); not requeued from here"
 elif [ "$verdict" = 75 ]; then
-    scontrol requeue "$SLURM_JOB_ID" || echo "the job could not be requeued: submit it again"
-    sleep 60  # requeueing ends this script
+    # Requeueing ends this script, and may end scontrol before it has said so.
+    scontrol requeue "$SLURM_JOB_ID" || [ "$?" -gt 128 ] || echo "requeue it by hand: sbatch again"
+    sleep 60
 fi
 exit "$verdict"
 """

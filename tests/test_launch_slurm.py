@@ -86,10 +86,13 @@ def test_killed_and_signalled_run_ends_as_if_undisturbed(cluster, shards, tmp_pa
     run_ranks(2, run_training, whole)
     assert cluster.wait_for(job, OVER, LIMIT_S) == "COMPLETED", said(config)
 
-    first, second = events(config)
-    assert (first["event"], second["event"]) == ("ended", "stopped")
+    first, *others = events(config)
+    assert first["event"] == "ended"
     assert "rank 1 on ds2: ended by SIGKILL" in first["cause"]
-    assert second["step"] > first["step"] >= 20
+    # More than one where SLURM, slow under load, sends a signal to a step again: it has the same
+    # number in the next start, here seconds later, in clusters two minutes.
+    assert {e["event"] for e in others} == {"stopped"}
+    assert others[0]["step"] > first["step"] >= 20
     rows, expected = metrics(config.run.out, "train"), metrics(whole.run.out, "train")
     same = ("step", "loss", "cells_seen", "cells_digest")
     assert [[r[k] for k in same] for r in rows] == [[r[k] for k in same] for r in expected]
