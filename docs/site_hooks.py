@@ -21,6 +21,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "LOG.md": "log.md",
     "CHANGELOG.md": "changelog.md",
+    "deepspeed_configs/README.md": "deepspeed.md",
 }
 _PLANS = "<!-- made: plans -->"
 _LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
@@ -31,7 +32,8 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the pages that are not files of `docs/`."""
     made = {"commands.md": commands_page(), "configuration.md": configuration_page()}
     for source, page in PAGES.items():
-        made[page] = with_site_links((ROOT / source).read_text(), "")
+        folder = source.rpartition("/")[0]
+        made[page] = with_site_links((ROOT / source).read_text(), folder)
     for notebook in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
         made[f"notebooks/{notebook.stem}.md"] = notebook_page(json.loads(notebook.read_text()))
     for name, text in made.items():
@@ -43,7 +45,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Turn links to the rest of the repository into links of the site, or into plain text."""
     if page.file.generated_by is not None:
         return markdown
-    markdown = with_site_links(markdown, "docs/")
+    markdown = with_site_links(markdown, "docs")
     return markdown.replace(_PLANS, plans_table()) if _PLANS in markdown else markdown
 
 
@@ -53,7 +55,7 @@ def with_site_links(text: str, folder: str) -> str:
     Parameters
     ----------
     folder
-        That the page lies in, seen from the root: ``""`` or ``"docs/"``.
+        That the page lies in, seen from the root: ``""`` or ``"docs"``.
     """
 
     def replaced(found: re.Match[str]) -> str:
