@@ -13,9 +13,14 @@ from launch.rank import log_name
 
 _TAIL_BYTES = 64_000
 _ERROR = re.compile(r"^error(?: on rank \d+)?: (.*)")
+_TORCH_PREFIX = re.compile(r"^\[rank\d+\]: ")
 _PYTHON_ERROR = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit)\b.*")
 # What a rank says when it ends because of another one.
-_OF_OTHERS = (" ends: rank ", "a collective failed", "Connection closed by peer", "another rank")
+_OF_OTHERS = (
+    "gave no sign of life", "which all ranks talk through",
+    "a collective failed", "Connection closed by peer",
+)  # fmt: skip
+_TOLD = re.compile(r"^rank \d+ failed: ")
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class End:
     @property
     def is_echo(self) -> bool:
         """Did it end because of another rank?"""
-        return any(mark in self.text for mark in _OF_OTHERS)
+        return bool(_TOLD.match(self.text)) or any(mark in self.text for mark in _OF_OTHERS)
 
     def say(self) -> str:
         how = self.text or f"exit code {self.code}, without a word"
@@ -88,11 +93,14 @@ def last_error(log: Path) -> str:
     """Return the last message of an error in a log, its first line and the notes below it."""
     lines = _last_lines(log)
     for place in range(len(lines) - 1, -1, -1):
-        line = lines[place]
+        line = _TORCH_PREFIX.sub("", lines[place])
         found = _ERROR.match(line)
         if found:
             return found[1]
-        if " ends: " in line or _PYTHON_ERROR.match(line):
+        if " ends: " in line:
+            # Without whose words these are, and what to do: the caller knows.
+            return line.partition(" ends: ")[2].partition(". The last complete checkpoint")[0]
+        if _PYTHON_ERROR.match(line):
             return line
     return ""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -114,7 +115,8 @@ class Host:
 @contextlib.contextmanager
 def hosts(number: int, folder: Path) -> Iterator[list[Host]]:
     """Raise hosts ds1, ds2, ... on one bridge; end them and all that runs on them afterwards."""
-    tag = f"g{os.getpid() % 100000}"
+    _sweep()
+    tag = f"g{os.getpid()}"
     network = f"10.{77 + os.getpid() % 100}.{os.getpid() // 100 % 250}"
     folder.mkdir(parents=True, exist_ok=True)
     made: list[Host] = []
@@ -144,6 +146,17 @@ def hosts(number: int, folder: Path) -> Iterator[list[Host]]:
             subprocess.run(["ip", "netns", "del", namespace], capture_output=True)
             shutil.rmtree(f"/etc/netns/{namespace}", ignore_errors=True)
         subprocess.run(["ip", "link", "del", f"{tag}b"], capture_output=True)
+
+
+def _sweep() -> None:
+    """Remove the names that tests left which were killed."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+    for name in (line.split()[0] for line in listed.splitlines()):
+        made_by = re.fullmatch(r"g(\d+)-ds\d+", name)
+        if made_by and not Path(f"/proc/{made_by[1]}").exists():
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+            subprocess.run(["ip", "link", "del", f"g{made_by[1]}b"], capture_output=True)
+            shutil.rmtree(f"/etc/netns/{name}", ignore_errors=True)
 
 
 def _plug(namespace: str, bridge: str, link: str, address: str, table: str) -> None:

@@ -121,6 +121,8 @@ def test_a_traceback_is_read_to_its_last_line(tmp_path):
     log = tmp_path / "log"
     log.write_text("step 1\nTraceback (most recent call last):\n  File x\nKeyError: 'gene'\nbye\n")
     assert last_error(log) == "KeyError: 'gene'"
+    log.write_text("[rank0]: │ 55 │ raise\n[rank0]: NameError: name 'x' is not defined\n")
+    assert last_error(log) == "NameError: name 'x' is not defined"
     log.write_text("error: shards/x.tar: is damaged\nmore words\n")
     assert last_error(log) == "shards/x.tar: is damaged"
     assert last_error(tmp_path / "absent") == ""

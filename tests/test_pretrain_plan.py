@@ -99,23 +99,21 @@ def test_activations_are_what_autograd_keeps(precision, hidden, attention):
 
 
 def test_states_are_those_of_the_estimator_of_deepspeed():
-    """It counts 16-bit weights and gradients, and 16 B of optimizer and copies a parameter.
+    """Both count 20 B a parameter: 16-bit weights, gradients in 16 and 32 bits, 12 B of optimizer.
 
-    Ours sum the gradients in float32 as well and have no float32 copy of a 16-bit gradient beside:
-    4 B more, 4 B less, of which stage 2 divides both.
+    At stage 3 the estimator leaves out 2 of them, the weights that are gathered.
     """
     config = read_config("geneformer_v2_104m", ["run.precision=bf16"])
     parameters = num_parameters(config.model, CORPUS.num_tokens, 4096)
-    for stage, estimate in (
-        (2, estimate_zero2_model_states_mem_needs(parameters, 8, 1, False, 1.0)),
+    for stage, estimate, left_out in (
+        (2, estimate_zero2_model_states_mem_needs(parameters, 8, 1, False, 1.0), 0),
         (3, estimate_zero3_model_states_mem_needs(
             parameters, 0, 8, 1, cpu_offload=False, cpu_offload_params=False,
-            zero_init=True, additional_buffer_factor=1.0)),
+            zero_init=True, additional_buffer_factor=1.0), 2 * parameters / 8),
     ):  # fmt: skip
         found = memory_per_gpu(config, CORPUS, 4096, stage, 8, 4096)
         ours = found.weights + found.gradients + found.optimizer
-        theirs = estimate[1]
-        assert ours == pytest.approx(theirs, rel=0.35), stage
+        assert ours == pytest.approx(estimate[1] + left_out, rel=1e-6), stage
 
 
 def test_memory_falls_with_the_stage_and_grows_with_the_micro_batch():

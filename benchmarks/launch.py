@@ -1,0 +1,176 @@
+"""Launching over two hosts: start-up, what watching costs, and what goes over the wire.
+
+    python -m benchmarks.launch SHARDS [--json OUT.json]
+
+Needs root: the hosts are network namespaces (`tests.hosts`). The model is small enough for two
+cores; the traffic is counted by the kernel on the hosts' interfaces, resending and ssh included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from launch.node import LAUNCH_ID
+from pretrain.config import RunConfig, load_config
+from pretrain.plan import num_parameters, read_corpus, traffic_bytes
+from tests.hosts import Host, hosts, why_no_hosts
+
+_ROOT = Path(__file__).resolve().parent.parent
+_REPEATS = 3
+_COUNTED_STEPS = 20
+_LIMIT_S = 300
+
+
+def config_of(shards: Path, out: Path, **more: str) -> tuple[RunConfig, list[str]]:
+    """Return the settings of a run, and the arguments that give them."""
+    settings = {
+        "data.shards": str(shards), "run.out": str(out), "run.log_every_steps": "1",
+        "run.threads": "1", "model.hidden_size": "128", "model.num_layers": "2",
+        "model.intermediate_size": "256", "batch.tokens_per_step": "2048",
+        "batch.tokens_per_micro_batch": "1024", "optim.warmup_steps": "2",
+        "evaluation.every_steps": "100000", "evaluation.max_cells": "16",
+        "checkpoint.every_steps": "100000", "run.epochs": "10000",
+    } | {k.replace("__", "."): v for k, v in more.items()}  # fmt: skip
+    words = [f"{k}={v}" for k, v in settings.items()]
+    return load_config("tiny", words), ["pretrain", "--config", "tiny", *words]
+
+
+def start(host: Host, hostfile: Path, words: list[str], log: Path) -> subprocess.Popen:
+    gone = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {k: v for k, v in os.environ.items() if k not in gone}
+    code = "import sys; from launch.cli import main; sys.argv[0] = 'geneloom'; main()"
+    launch = ["launch", "hostfile", "--device", "cpu", "--hostfile", str(hostfile)]
+    return host.start(
+        [sys.executable, "-c", code, *launch, *words], log,
+        env=environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT)},
+    )  # fmt: skip
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [r for r in map(json.loads, lines) if r["kind"] == "train"]
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen, log: Path) -> None:
+    until = time.monotonic() + _LIMIT_S
+    while not (found := records(run)) or found[-1]["step"] < step:
+        if process.poll() is not None or time.monotonic() > until:
+            raise RuntimeError(f"the run does not get to step {step}:\n{log.read_text()}")
+        time.sleep(0.01)
+
+
+def startup(pair: list[Host], hostfile: Path, shards: Path, folder: Path) -> dict[str, float]:
+    """Return seconds from the command: hosts checked, ranks started, first step done."""
+    out, log = folder / "run", folder / "log"
+    _, words = config_of(shards, out, run__max_steps="3")
+    began = time.time()
+    process = start(pair[0], hostfile, words, log)
+    wait_for_step(out, 1, process, log)
+    first_step = records(out)[0]["time"] - began
+    process.wait(_LIMIT_S)
+    events = [json.loads(x) for x in (out / "launch" / "events.jsonl").read_text().splitlines()]
+    end = json.loads((out / "launch" / "attempt_1" / "rank_00000.json").read_text())
+    return {
+        "hosts_checked_s": events[0]["time"] - began,
+        "rank_started_s": end["from"] - began,
+        "first_step_s": first_step,
+    }
+
+
+def steady(pair: list[Host], hostfile: Path, shards: Path, folder: Path, stage: str) -> dict:
+    """Return bytes sent by each host in a step, and CPU seconds of what watches, per second."""
+    out, log = folder / "run", folder / "log"
+    config, words = config_of(shards, out, run__deepspeed=stage)
+    process = start(pair[0], hostfile, words, log)
+    try:
+        wait_for_step(out, 5, process, log)
+        before, at, cpu = sent(pair), time.monotonic(), watching(process.pid)
+        first = records(out)[-1]["step"]
+        wait_for_step(out, first + _COUNTED_STEPS, process, log)
+        steps = records(out)[-1]["step"] - first
+        after, seconds, cpu_after = sent(pair), time.monotonic() - at, watching(process.pid)
+    finally:
+        process.terminate()
+        process.wait(_LIMIT_S)
+    corpus, max_length = read_corpus(config, 0, 0, 0, 0)
+    parameters = num_parameters(config.model, corpus.num_tokens, max_length)
+    passes = -(-config.batch.tokens_per_step // (2 * config.batch.tokens_per_micro_batch))
+    least = traffic_bytes(parameters, "fp32", int(stage[-1]), 2, passes)
+    each = [(b - a) / steps for a, b in zip(before, after, strict=True)]
+    return {
+        "stage": stage, "parameters": parameters, "steps": steps,
+        "step_s": seconds / steps, "least_bytes": least, "sent_bytes": each,
+        "sent_over_least": statistics.mean(each) / least,
+        "watching_cpu_share": (cpu_after - cpu) / seconds,
+    }  # fmt: skip
+
+
+def sent(pair: list[Host]) -> list[int]:
+    path = "/sys/class/net/eth0/statistics/tx_bytes"
+    words = ["sh", "-c", f"mount -t sysfs s /sys 2>/dev/null; cat {path}"]
+    return [int(host.run(words).stdout) for host in pair]
+
+
+def watching(supervisor: int) -> float:
+    """Return CPU seconds so far of the supervisor, its ssh, and the parents of the ranks."""
+    total = 0.0
+    below = {p.pid for p in psutil.Process(supervisor).children(recursive=True)}
+    for process in psutil.process_iter(["cmdline"]):
+        words = " ".join(process.info["cmdline"] or [])
+        try:
+            ours = process.pid in below or LAUNCH_ID in process.environ()
+            if ours and "-m pretrain " not in words:
+                times = process.cpu_times()
+                total += times.user + times.system
+        except psutil.Error:
+            continue
+    return total
+
+
+def main() -> None:
+    """Measure, print, and write JSON where asked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("shards", type=Path)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    if (why := why_no_hosts()) is not None:
+        raise SystemExit(f"two hosts: {why}")
+    shards = given.shards.absolute()
+    found: dict[str, Any] = {"load_before": os.getloadavg()[0]}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        hostfile = folder / "hostfile"
+        hostfile.write_text("ds1 slots=1\nds2 slots=1\n")
+        with hosts(2, folder / "hosts") as pair:
+            starts = []
+            for number in range(_REPEATS):
+                own = folder / f"start{number}"
+                own.mkdir()
+                starts.append(startup(pair, hostfile, shards, own))
+            found["startup"] = {k: statistics.median(s[k] for s in starts) for k in starts[0]}
+            found["startup_runs"] = starts
+            found["steady"] = []
+            for stage in ("zero0", "zero1", "zero2", "zero3"):
+                own = folder / stage
+                own.mkdir()
+                found["steady"].append(steady(pair, hostfile, shards, own, stage))
+    found["load_after"] = os.getloadavg()[0]
+    print(json.dumps(found, indent=1))
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
