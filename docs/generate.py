@@ -22,7 +22,13 @@ _CORPORA = [
     ("geneformer_v2_104m", 104_000_000, 1_440, 4_096, 20_275),
     ("geneformer_v2_316m", 104_000_000, 1_440, 4_096, 20_275),
 ]
-_TYPES = {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}
+_TYPES = {
+    "str": "text",
+    "Path": "path",
+    "int": "integer",
+    "float": "number",
+    "bool": "true or false",
+}
 _BOUNDS = {Ge: ("ge", "≥"), Gt: ("gt", ">"), Le: ("le", "≤"), Lt: ("lt", "<")}
 
 

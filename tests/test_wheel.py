@@ -51,7 +51,8 @@ def geneloom(installed: Path, *arguments: object, cwd: Path) -> subprocess.Compl
     )
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(installed)},
+        # Kernels would be compiled anew for another folder, which takes half a minute.
+        env=os.environ | {"PYTHONPATH": str(installed), "NUMBA_DISABLE_JIT": "1"},
     )  # fmt: skip
 
 
