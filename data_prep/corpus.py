@@ -33,13 +33,21 @@ class _Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    # X, raw, or layers/NAME.
     counts: str | None = None
+    # Column of var with gene ids.
     gene_column: str | None = None
+    # Columns of obs to carry along: a list, or name in the shards -> column.
     columns: dict[str, str] | list[str] | None = None
+    # Column of obs with total counts.
     total_column: str | None = None
+    # Cut .5 from ENSG00000141510.5.
     strip_versions: bool | None = None
+    # Column of obs that names the data set.
     dataset_column: str | None = None
+    # Species that the gene ids must be of.
     organism: str | None = None
+    # Query over obs of a Census.
     obs_filter: str | None = None
 
     @field_validator("organism")
@@ -60,14 +68,18 @@ class _Settings(BaseModel):
 
 
 class _Entry(_Settings):
+    # File, folder or glob, relative to the list; or census:VERSION.
     path: str
+    # Groups files for the quality filters; without it each file is its own.
     dataset: str | None = None
 
 
 class _CorpusList(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    # For entries that do not say otherwise.
     defaults: _Settings = _Settings()
+    # What the corpus is made of.
     sources: list[_Entry] = Field(min_length=1)
 
 

@@ -24,9 +24,13 @@ class _Section(BaseModel):
 class Published(_Section):
     """A figure of the paper: context for a reader, never a score of this run."""
 
+    # Score and setting.
     what: str
+    # As printed.
     value: float
+    # As printed, perhaps a standard deviation.
     spread: float | None = None
+    # Figure or table.
     source: str
 
 
@@ -39,7 +43,9 @@ class Cells(_Section):
     package: Literal["pbmc68k_reduced"] | None = None
     # How to get the full data set: accession, file, columns, what to do.
     recipe: str
+    # X, raw, or layers/NAME.
     counts: str = "X"
+    # Column of var with gene ids.
     gene_column: str | None = None
     # Column of obs -> values that stay; all of them have to fit.
     keep: dict[str, tuple[str, ...]] = {}
@@ -58,19 +64,27 @@ class Size(_Section):
 
     # Cells drawn from the data (gene tasks: contexts; others: before the split). None: all.
     max_cells: int | None = Field(None, ge=10)
+    # Training cells a class. None: all.
     max_train_per_class: int | None = Field(None, ge=1)
+    # Test cells a class. None: all.
     max_test_per_class: int | None = Field(None, ge=1)
+    # Repetitions of folds, splits or draws.
     seeds: int = Field(5, ge=1)
+    # Of a fine-tuning.
     epochs: int = Field(1, ge=1)
+    # Cells of an optimizer step.
     batch_cells: int = Field(12, ge=1)
+    # Peak of a fine-tuning.
     learning_rate: float = Field(5e-5, gt=0)
+    # Lowest layers that are not trained.
     freeze_layers: int = Field(0, ge=0)
     # Training cells a class of the few-shot curve (cell tasks).
     shots: tuple[int, ...] = ()
     # Trials of the nested search for settings; 0: the settings above are used as they are.
     search_trials: int = Field(0, ge=0)
-    # Genes that are perturbed in silico, and cells in which each of them is. None: all.
+    # Genes that are perturbed in silico. None: all.
     max_perturbed: int | None = Field(None, ge=2)
+    # Cells in which a gene is perturbed. None: all.
     max_cells_per_gene: int | None = Field(None, ge=1)
 
 
@@ -79,23 +93,30 @@ class Edges(_Section):
 
     # Below the data folder: .tsv, .csv (perhaps .gz) or .parquet.
     file: str
-    # Columns that hold gene ids.
+    # Column that holds gene ids of regulators, or of perturbed genes.
     source: str
+    # Column that holds gene ids of what follows.
     target: str
     # Column -> values of the rows that are pairs; the others only say which genes were looked at.
     keep: dict[str, tuple[str, ...]] = {}
+    # How to get the table.
     recipe: str
 
 
 class _Task(_Section):
+    # Name of the file, without .yaml.
     name: str
+    # What the page calls it.
     title: str
     # Rows of the paper's list of applications.
     applications: tuple[str, ...] = ()
+    # Figures of the paper beside it.
     published: tuple[Published, ...] = ()
+    # Where the cells come from.
     cells: Cells
     # What each suite does; a task is part of the suites that are named here.
     sizes: dict[Suite, Size]
+    # A sentence for the page.
     note: str = ""
 
     @property
@@ -111,15 +132,20 @@ class GeneTask(_Task):
     # Table with the columns ensembl_id (or gene), label, and perhaps ambiguous: below the data
     # folder, or beside the task's file.
     labels: str
+    # Label of the class that is looked for.
     positive: str
+    # Label of the other class.
     negative: str
+    # Label -> genes of the full data set; other counts are reported.
     expected_genes: dict[str, int] = {}
+    # Over genes.
     folds: int = Field(5, ge=2)
 
 
 class _LabelledCells(_Task):
     """Classes of cells; donors, batches or data sets stay whole."""
 
+    # Column of obs with the classes.
     label: str
     # Column of obs whose groups stay whole; None: stratified by class, and the report says so.
     group: str | None = None
@@ -149,7 +175,9 @@ class IntegrationTask(_Task):
     """Embeddings scored by what they keep of the cells' types and lose of their batches."""
 
     kind: Literal["integration"]
+    # Column of obs: types of cells.
     label: str
+    # Column of obs: batches.
     batch: str
     # Known effect put on half of the cells of a package without batches (`eval.benchmark.planted`).
     planted_batch: bool = False
@@ -169,6 +197,7 @@ class GeneList(_Section):
 class MatchedGenesTask(_Task):
     """Listed genes against others of equal rank, expression and detection, ordered by a score."""
 
+    # Genes that should come first.
     positive: GeneList
     # None: every other gene of the cells.
     negative: GeneList | None = None
@@ -202,9 +231,11 @@ class AttentionTask(MatchedGenesTask):
 class CellStates(_Section):
     """Cells between which a perturbation is to move: values of a column of obs."""
 
+    # Column of obs.
     key: str
     # These cells are perturbed.
     start: str
+    # Toward these.
     goal: str
 
 
@@ -215,6 +246,7 @@ class PerturbationTask(MatchedGenesTask):
     """
 
     kind: Literal["perturbation"]
+    # What is done to a gene.
     edit: Literal["delete", "overexpress", "inhibit", "activate"]
     # None: by how far the cells move, wherever to.
     states: CellStates | None = None
@@ -240,10 +272,12 @@ class PerturbSeqTask(_Task):
     gene_ids: dict[str, str] = {}
     # Cells that features of the perturbed genes come from; None: the controls among `cells`.
     context: Cells | None = None
+    # Table of measured shifts, instead of `perturbation`.
     signatures: Edges | None = None
     # genes: test perturbations have a gene that training never saw. combinations: folds over
     # perturbations of several genes; all single ones are in the training.
     split: Literal["genes", "combinations"] = "genes"
+    # Over perturbed genes, or over combinations.
     folds: int = Field(5, ge=2)
     # Perturbations of fewer cells in a replicate are not measured there.
     min_cells: int = Field(10, ge=1)
@@ -269,9 +303,11 @@ class PerturbSeqTask(_Task):
 class RegulatorsTask(_Task):
     """Known targets of regulators against genes expressed alike."""
 
+    # Regulators and their targets.
     edges: Edges
     # Regulators with fewer targets, each with a partner, are left out; of more, so many are drawn.
     min_targets: int = Field(10, ge=2)
+    # Of a regulator; the others are left out by a draw.
     max_targets: int = Field(40, ge=2)
     # Cells that hold both regulator and gene.
     min_cells: int = Field(5, ge=1)
@@ -307,7 +343,9 @@ class SimulatedShiftsTask(_Task):
     """
 
     kind: Literal["simulated_shifts"]
+    # Table of true moves, below the data folder.
     shifts: str
+    # What is done to a regulator.
     edits: tuple[Literal["delete", "overexpress"], ...] = ("delete",)
     # Column of obs: types of cells.
     label: str = "cell_type"

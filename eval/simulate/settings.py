@@ -15,20 +15,24 @@ class SimulationSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    # Cells without a perturbation.
     cells: int = Field(default=2_000, ge=1)
     genes: int = Field(default=1_000, ge=2, description="the most expressed ones of a genome")
     tfs: int = Field(default=50, ge=1, description="genes that regulate others")
     types: int = Field(default=5, ge=1, description="cell types, leaves and nodes of one tree")
+    # People the cells are of.
     donors: int = Field(default=4, ge=1)
     batches: int = Field(default=2, ge=1, description="each with cells of all donors")
     depth: float | None = Field(
         default=None, gt=0, description="median counts of a cell; default as in PBMC"
     )
+    # The same seed gives the same bytes.
     seed: int = Field(default=0, ge=0)
 
     regulators_per_gene: float = Field(
         default=3.0, gt=0, description="mean, but for hubs cut short"
     )
+    # Of regulations that raise their target.
     activator_share: float = Field(default=0.7, ge=0, le=1)
     mean_effect: float = Field(default=1.0, gt=0, description="of a TF going from idle to full")
     switched_share: float = Field(
@@ -42,6 +46,7 @@ class SimulationSettings(BaseModel):
     dispersion: float = Field(
         default=0.5, gt=0, description="median over genes with a mean of one count"
     )
+    # Of its logarithm, over genes.
     dispersion_sd: float = Field(default=1.0, ge=0)
     library_sd: float = Field(default=0.43, ge=0, description="of counts per cell")
     donor_sd: float = Field(default=0.17, ge=0, description="of a gene between donors")
@@ -52,6 +57,7 @@ class SimulationSettings(BaseModel):
     perturb_cells: int = Field(
         default=200, ge=1, description="at most so many cells of origin, evenly over the types"
     )
+    # Of a gene that is overexpressed.
     overexpression_fold: float = Field(default=8.0, gt=1)
 
     @model_validator(mode="after")
