@@ -29,6 +29,9 @@ def pretrain_command(
     allow_changes: Annotated[bool, typer.Option(help="resume with a changed recipe")] = False,
     dry_run: Annotated[bool, typer.Option(help="print the resolved settings and stop")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON, of --dry-run")] = False,
+    profile: Annotated[
+        int, typer.Option(min=0, help="steps to profile, after two; RUN/profile")
+    ] = 0,
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
     """Pretrain a masked encoder on prepared shards, alone or under a launcher."""
@@ -45,11 +48,13 @@ def pretrain_command(
     _log_to_console()
     # A connection that ends is told in one line here, with torch's own warnings in thirty.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Torch asks for large pages then: a tenth less time on a CPU, no more memory.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Heavy imports only now: a wrong setting is told in half a second.
     from pretrain import dist
     from pretrain.train import train
 
-    summary = train(settings, "if-saved" if restart else resume, allow_changes)
+    summary = train(settings, "if-saved" if restart else resume, allow_changes, profile)
     dist.leave()
     if summary.stopped:
         raise SystemExit(EXIT_RESUMABLE)

@@ -65,6 +65,11 @@ class RankStep:
     cells_digest: int
     quarantined: int
 
+    @property
+    def length(self) -> int:
+        """Padded length of all its cells."""
+        return self.micro_batches[0].input_ids.shape[1]
+
 
 def micro_batch_slots(
     num_cells: int, length: int, rank: int, world_size: int, budget: int

@@ -19,6 +19,7 @@ from pretrain.ds_config import zero_stage
 from pretrain.evaluate import to_device
 from pretrain.model import MaskedGeneModel, build_model
 from pretrain.optim import StageZeroClipper, build_optimizer, learning_rate_at, set_learning_rate
+from pretrain.step_profile import mark
 from pretrain.warm_start import log_start, start_weights
 
 logger = logging.getLogger(__name__)
@@ -121,13 +122,17 @@ class Engine:
         loss_sum, hit_sum = torch.zeros((), device=device), torch.zeros((), device=device)
         own = []
         for micro in data.micro_batches:
-            losses, places = self.deepspeed(*to_device(micro, device))
+            with mark("forward"):
+                losses, places = self.deepspeed(*to_device(micro, device))
             total = losses.sum()
-            self.deepspeed.backward(total * (self._ranks.world_size / masked), scale_wrt_gas=False)
+            weighted = total * (self._ranks.world_size / masked)
+            with mark("backward"):
+                self.deepspeed.backward(weighted, scale_wrt_gas=False)
             loss_sum += total.detach()
             hit_sum += (places == 0).sum()
             own.append(losses.detach())
-        loss, hits = dist.sum_over_ranks([float(loss_sum), float(hit_sum)], device)
+        with mark("communication"):
+            loss, hits = dist.sum_over_ranks([float(loss_sum), float(hit_sum)], device)
         return StepLoss(loss, hits, own)
 
     def step(self, step: int, total_steps: int) -> tuple[float, float]:
@@ -137,7 +142,7 @@ class Engine:
         """
         rate = learning_rate_at(step, total_steps, self._config.optim)
         set_learning_rate(self._optimizer, rate)
-        with contextlib.suppress(FloatingPointError):  # the caller looks at the norm
+        with mark("optimizer"), contextlib.suppress(FloatingPointError):  # the norm is looked at
             self.deepspeed.step()
         if self._clipper:
             return rate, self._clipper.last_norm

@@ -15,11 +15,59 @@ from typing import Any
 
 import torch
 
+from pretrain.config import RunConfig
+from pretrain.plan import GPUS, Gpu, flops_per_token
+
 logger = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
 # The first steps of a process allocate and compile; they are left out of the rates.
 _WARMUP_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating point operations of training, and the most that the device does in a second.
+
+    `peak_flops` is None where no maker publishes it (a CPU, an unknown GPU): there is no MFU then.
+    """
+
+    config: RunConfig
+    num_tokens: int
+    gpu: Gpu | None
+
+    def flops_per_token(self, length: int) -> float:
+        """Return operations of a padded token, forward and backward, in cells of this length."""
+        return flops_per_token(self.config, self.num_tokens, length)
+
+    @property
+    def peak_flops(self) -> float | None:
+        return self.gpu.flops(self.config.run.precision) if self.gpu else None
+
+    def formula(self) -> str:
+        """Return in words how FLOP/s and MFU are counted."""
+        model, asked = self.config.model, self.config.masking.probability
+        d, i, layers = model.hidden_size, model.intermediate_size, model.num_layers
+        matrices = f"6 x ({layers} x {2 * d * d} + {layers - 1 + asked:g} x {2 * d * (d + i)})"
+        attention = f"12 x {layers - 1 + asked:g} x {d} x L"
+        head = f"6 x {asked:g} x {d * (self.num_tokens + d)}"
+        peak = "no MFU: the peak of this device is not published"
+        if self.peak_flops:
+            assert self.gpu
+            peak = (
+                f"MFU = FLOP/s of a rank / {self.peak_flops / 1e12:g} TFLOP/s ({self.gpu.name}, "
+                f"{self.config.run.precision}, dense)"
+            )
+        return (
+            f"FLOPs of a padded token in a cell of L = {matrices} (weights) + {attention} "
+            f"(attention) + {head} (head), only what is computed; {peak}"
+        )
+
+
+def known_gpu(name: str) -> Gpu | None:
+    """Return what is published of a GPU, by the name that CUDA gives it; None if unknown."""
+    words = name.lower().replace("-", " ").split()
+    return next((g for n, g in GPUS.items() if n in words), None)
 
 
 @dataclass
@@ -34,23 +82,51 @@ class Window:
     cells: float = 0.0
     data_wait_s: float = 0.0
     timed_tokens: float = 0.0
+    timed_padded_tokens: float = 0.0
     timed_cells: float = 0.0
+    timed_flops: float = 0.0
     timed_s: float = 0.0
     timed_steps: int = 0
 
 
 @dataclass
 class Meter:
-    """Collects steps and turns a window of them into rates."""
+    """Collects steps and turns a window of them into rates.
+
+    The first steps of a process allocate and compile: they are in ``tokens_per_s_wall`` only, which
+    counts from when the meter was made, with all that happens between steps.
+
+    Attributes
+    ----------
+    work
+        What a token costs, and what the device could do.
+    started
+        When it was made, before the first pass, by `time.perf_counter`.
+    """
 
     world_size: int
     total_steps: int
+    work: Work
     window: Window = field(default_factory=Window)
+    started: float = field(default_factory=time.perf_counter)
     _seen: int = 0
+    _all_tokens: int = 0
 
-    def add(self, counts: dict[str, int], loss: float, hits: float, wait_s: float, step_s: float):
-        """Add one step; `counts` are sums over ranks of masked, tokens, padded_tokens, cells."""
+    def add(
+        self,
+        counts: dict[str, int],
+        length: int,
+        loss: float,
+        hits: float,
+        wait_s: float,
+        step_s: float,
+    ) -> None:
+        """Add one step of cells padded to `length`.
+
+        `counts` are sums over ranks of masked, tokens, padded_tokens, cells.
+        """
         w = self.window
+        self._all_tokens += counts["tokens"]
         w.loss, w.hits = w.loss + loss, w.hits + hits
         w.masked += counts["masked"]
         w.tokens += counts["tokens"]
@@ -59,7 +135,9 @@ class Meter:
         self._seen += 1
         if self._seen > _WARMUP_STEPS:
             w.timed_tokens += counts["tokens"]
+            w.timed_padded_tokens += counts["padded_tokens"]
             w.timed_cells += counts["cells"]
+            w.timed_flops += counts["padded_tokens"] * self.work.flops_per_token(length)
             w.timed_s += step_s
             w.data_wait_s += wait_s
             w.timed_steps += 1
@@ -69,17 +147,32 @@ class Meter:
         w, self.window = self.window, Window()
         # A window of warm-up steps alone has no rates.
         seconds, timed_steps = (w.timed_s, w.timed_steps) if w.timed_steps else (math.nan, 1)
+        flops_per_s = w.timed_flops / seconds / self.world_size
+        known = {"mfu": flops_per_s / self.work.peak_flops} if self.work.peak_flops else {}
         return {
             "loss": w.loss / w.masked,
             "masked_accuracy": w.hits / w.masked,
             "cells_per_s": w.timed_cells / seconds,
             "tokens_per_s": w.timed_tokens / seconds,
             "tokens_per_s_per_rank": w.timed_tokens / seconds / self.world_size,
+            "padded_tokens_per_s": w.timed_padded_tokens / seconds,
+            "tokens_per_s_wall": self._all_tokens / (time.perf_counter() - self.started),
+            "tokens_per_cell": w.tokens / max(w.cells, 1),
+            "flops_per_s_per_rank": flops_per_s,
+            **known,
             "padding": 1 - w.tokens / w.padded_tokens,
             "data_wait": w.data_wait_s / seconds,
             "memory_gib": peak_memory_gib(),
             "eta_s": seconds / timed_steps * (self.total_steps - step),
         }
+
+
+def meter_of(config: RunConfig, num_tokens: int, world_size: int, steps: int) -> Meter:
+    """Return a meter for this device and a vocabulary of so many tokens; say how it counts."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_initialized() else ""
+    work = Work(config, num_tokens, known_gpu(name))
+    logger.info("%s", work.formula())
+    return Meter(world_size, steps, work)
 
 
 def peak_memory_gib() -> float:
@@ -161,11 +254,14 @@ def read_metrics(run: Path, last_step: int | None = None) -> list[dict[str, Any]
 def console_line(step: int, total: int, values: dict[str, float]) -> str:
     """Return one line for people."""
     known = math.isfinite(values["eta_s"])
+    flops = f"{values['flops_per_s_per_rank'] / 1e12:.3g} TFLOP/s"
+    used = f"MFU {values['mfu']:.1%}" if "mfu" in values else flops
     eta = str(timedelta(seconds=int(values["eta_s"]))) if known else "-"
     return (
         f"step {step}/{total}  loss {values['loss']:.4f}  acc {values['masked_accuracy']:.2%}  "
         f"gnorm {values['grad_norm']:.2f}  lr {values['learning_rate']:.2e}  "
-        f"{values['cells_per_s']:.1f} cells/s  {values['tokens_per_s_per_rank']:,.0f} tok/s/rank  "
+        f"{values['cells_per_s']:.1f} cells/s of {values['tokens_per_cell']:,.0f}  "
+        f"{values['tokens_per_s_per_rank']:,.0f} tok/s/rank  {used}  "
         f"pad {values['padding']:.1%}  wait {values['data_wait']:.1%}  "
         f"mem {values['memory_gib']:.2f} GiB  eta {eta}"
     )

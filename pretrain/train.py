@@ -20,11 +20,12 @@ from pretrain.ds_config import derive_ds_config
 from pretrain.engine import Engine, StepLoss
 from pretrain.evaluate import HeldoutEvaluation, heldout_history, log_heldout
 from pretrain.faults import stop_not_finite
-from pretrain.metrics import Meter, RunLog, console_line, read_metrics
+from pretrain.metrics import RunLog, console_line, meter_of, read_metrics
 from pretrain.optim import require_reachable_peak
 from pretrain.publish import Publisher
 from pretrain.record import run_record, write_run_files
 from pretrain.resume import agreed_start
+from pretrain.step_profile import mark, profiled
 from pretrain.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -88,13 +89,10 @@ class _StopRequest:
 
 
 def train(
-    config: RunConfig,
-    resume: bool | Literal["if-saved"] = False,
-    allow_changes: bool = False,
-) -> RunSummary:
-    """Pretrain on this process's share of every batch, and return what was done.
-
-    Called by every rank.
+    config: RunConfig, resume: bool | Literal["if-saved"] = False, allow_changes: bool = False,
+    profile: int = 0,
+) -> RunSummary:  # fmt: skip
+    """Pretrain on this process's share of every batch; called by every rank.
 
     Parameters
     ----------
@@ -103,6 +101,8 @@ def train(
         again, if the run was ended before its first.
     allow_changes
         Resume although the recipe or the shards changed.
+    profile
+        Steps to profile, see `pretrain.step_profile`.
 
     Raises
     ------
@@ -127,7 +127,7 @@ def train(
         engine = Engine(config, ds_config, shards, ranks, last)
         run = _Run(config, shards, dataset, engine, heldout, ranks, steps, last)
         try:
-            summary = run.loop(stop, watch)
+            summary = run.loop(stop, watch, profile)
         finally:
             run.publisher.let_finish()
     stop.close()
@@ -176,7 +176,7 @@ class _Run:
             config.run.out, ranks, config.checkpoint, engine.num_parameters,
             config.run.collective_timeout_s,
         )  # fmt: skip
-        self._meter = Meter(ranks.world_size, steps)
+        self._meter = meter_of(config, shards.vocabulary.num_tokens, ranks.world_size, steps)
         self._history: list[tuple[int, float]] = []
         self._log: RunLog | None = None
         if ranks.is_first:
@@ -184,7 +184,7 @@ class _Run:
             self._history = heldout_history(read_metrics(config.run.out, first))
             self._log = RunLog(config.run.out, first)
 
-    def loop(self, stop: _StopRequest, watch: Watch) -> RunSummary:
+    def loop(self, stop: _StopRequest, watch: Watch, profile: int) -> RunSummary:
         """Train from the first step to the last, or until asked to stop."""
         config, summary, plan = self._config, self._summary, self._dataset.plan
         first, steps = summary.first_step, self._steps
@@ -195,7 +195,8 @@ class _Run:
         )  # fmt: skip
         if first < steps:
             self._engine.dry_pass(self._dataset.heaviest_micro_batch())
-        for step, data, wait_s in self._steps_with_waits():
+        batches = profiled(self._steps_with_waits(), profile, config.run.out, self._ranks)
+        for step, data, wait_s in batches:
             started = time.perf_counter()
             watch.progress(step)
             counts = self._agree(data, stop.was_asked())
@@ -207,7 +208,7 @@ class _Run:
             summary.losses.append(loss.loss / counts["masked"])
             summary.add_cells(counts)
             seconds = time.perf_counter() - started + wait_s
-            self._meter.add(counts, loss.loss, loss.hits, wait_s, seconds)
+            self._meter.add(counts, data.length, loss.loss, loss.hits, wait_s, seconds)
             if done % config.run.log_every_steps == 0 or done == steps:
                 self._log_window(done, {"grad_norm": norm, "learning_rate": rate})
             summary.stopped = bool(counts["stop"]) and done < steps
@@ -236,6 +237,7 @@ class _Run:
             yield data.step, data, time.perf_counter() - started
             started = time.perf_counter()
 
+    @mark("communication")
     def _agree(self, data: RankStep, stop_asked: bool) -> dict[str, int]:
         """Return the sums over ranks of what the step holds, and how many ranks want to stop.
 
