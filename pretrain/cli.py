@@ -162,10 +162,14 @@ def export_command(
     out: Annotated[Path, typer.Option(help="new or empty folder")],
 ) -> None:
     """Write the newest checkpoint as a Hugging Face folder."""
+    import torch
     from transformers.utils.logging import disable_progress_bar
 
     from pretrain.export import export
 
+    if not torch.cuda.is_available():
+        # Transformers imports DeepSpeed to save, which would warn that it found no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     disable_progress_bar()
     print(export(run, out))
 
