@@ -15,12 +15,36 @@ from typing import Any
 
 import torch
 
+from pretrain.baselines import BASELINE_NAMES
 from pretrain.config import RunConfig
 from pretrain.plan import GPUS, Gpu, flops_per_token
 
 logger = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
+# TensorBoard's tab "Custom scalars": what belongs together in one plot.
+LAYOUT = {
+    "does it learn?": {
+        "loss, training and held out": ["Multiline", ["train/loss", "heldout/loss"]],
+        "held-out loss beside the baselines": [
+            "Multiline",
+            ["heldout/loss", *(f"heldout/baseline_{name}" for name in _BASELINES)],
+        ],
+        "held-out top-10 beside the baselines": [
+            "Multiline",
+            ["heldout/top10", *(f"heldout/baseline_{name}_top10" for name in _BASELINES)],
+        ],
+    },
+    "is it stable?": {
+        "gradient norm": ["Multiline", ["train/grad_norm"]],
+        "learning rate": ["Multiline", ["train/learning_rate"]],
+    },
+    "is it fast?": {
+        "real tokens a second": ["Multiline", ["train/tokens_per_s", "train/tokens_per_s_wall"]],
+        "padding and waiting": ["Multiline", ["train/padding", "train/data_wait"]],
+        "a step waits for a checkpoint, s": ["Multiline", ["checkpoint/blocked_s"]],
+    },
+}
 # The first steps of a process allocate and compile; they are left out of the rates.
 _WARMUP_STEPS = 2
 
@@ -196,6 +220,7 @@ class RunLog:
         aside.write_text("".join(json.dumps(m) + "\n" for m in kept))
         aside.replace(self._path)
         self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
+        self._tensorboard.add_custom_scalars(LAYOUT)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Append one record to metrics.jsonl and TensorBoard; kinds: train, heldout, checkpoint.

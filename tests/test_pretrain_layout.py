@@ -1,0 +1,18 @@
+"""TensorBoard's plots of several curves: every curve that they name is one that a run writes."""
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pretrain.baselines import BASELINE_NAMES
+from pretrain.metrics import LAYOUT
+from tests.runs import run_training, tiny_config
+from tests.synthetic import make_shards
+
+
+def test_curves_of_the_layout_are_written(tmp_path):
+    run_training(tiny_config(make_shards(tmp_path), tmp_path / "run", run__max_steps=6))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
+    plots = [tags for group in LAYOUT.values() for _, tags in group.values()]
+    named = {tag for tags in plots for tag in tags}
+    assert named <= set(events.Tags()["scalars"])
+    assert {f"heldout/baseline_{name}" for name in BASELINE_NAMES} <= named
