@@ -28,11 +28,11 @@ LAYOUT = {
         "loss, training and held out": ["Multiline", ["train/loss", "heldout/loss"]],
         "held-out loss beside the baselines": [
             "Multiline",
-            ["heldout/loss", *(f"heldout/baseline_{name}" for name in _BASELINES)],
+            ["heldout/loss", *(f"heldout/baseline_{name}" for name in BASELINE_NAMES)],
         ],
         "held-out top-10 beside the baselines": [
             "Multiline",
-            ["heldout/top10", *(f"heldout/baseline_{name}_top10" for name in _BASELINES)],
+            ["heldout/top10", *(f"heldout/baseline_{name}_top10" for name in BASELINE_NAMES)],
         ],
     },
     "is it stable?": {
