@@ -71,8 +71,11 @@ def compare(shards: Path, folder: Path, name: str, base_gib: float) -> dict[str,
     corpus, max_length = read_corpus(config, 0, 0, 0, 0)
     memory = memory_per_gpu(config, corpus, max_length, 1, 1, micro_batch)
     states = memory.weights + memory.gradients + memory.optimizer
-    planned = states + memory.logits + micro_batch * activation_bytes(config, on_gpu=False)
     parameters = num_parameters(config.model, corpus.num_tokens, max_length)
+    # A checkpoint is written from a copy in the host's memory.
+    copy = checkpoint_bytes(parameters, "fp32", 1)
+    activations = micro_batch * activation_bytes(config, on_gpu=False)
+    planned = states + memory.logits + activations + copy
     saved = next((out / "checkpoints").glob("step-*"))
     size = sum(p.stat().st_size for p in saved.glob("*.safetensors"))
     measured = record["memory_gib"] - base_gib

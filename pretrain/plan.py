@@ -139,7 +139,8 @@ def memory_per_gpu(
     """Return what one GPU holds in a step of ZeRO `stage` with `micro_batch` padded tokens."""
     p = num_parameters(config.model, corpus.num_tokens, max_length)
     if config.run.precision == "fp32":
-        weights, gradients, optimizer = 4 * p, 4 * p, 8 * p
+        # ZeRO's optimizer has weights of its own (counted on a run: 16 B a parameter after a step).
+        weights, gradients, optimizer = 4 * p, 4 * p, (12 if stage else 8) * p
     elif stage == 0:
         # Autocast: float32 weights and gradients, and the bfloat16 copies it keeps for a step.
         weights, gradients, optimizer = 6 * p, 4 * p, 8 * p
