@@ -22,7 +22,7 @@ from pretrain.zero_state import KINDS
 
 _ROOT = Path(__file__).resolve().parent.parent
 # Only the slow tests take these too.
-OFFLOAD = tuple(sorted(p.stem for p in DEEPSPEED_CONFIG_FOLDER.glob("*offload*.json")))
+OFFLOAD = tuple(sorted(p.stem for p in DEEPSPEED_CONFIG_FOLDER.glob("zero*offload*.json")))
 # Of one start of a run on a machine that does a lot beside it.
 LIMIT_S = 180
 
