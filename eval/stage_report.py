@@ -33,6 +33,8 @@ def write_stage_report(
         No command made the folder, it is not finished, or options of a pretraining are given for
         another stage.
     """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
     stage, record = stage_of(folder)
     if stage is None:
         raise ValueError(

@@ -129,6 +129,8 @@ def test_a_page_that_does_not_fit_is_found(tmp_path):
 
 
 def test_what_cannot_be_reported_on(folders, tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        write_stage_report(tmp_path / "absent", None, [], None, None, None)
     with pytest.raises(ValueError, match="nothing to report on; expected"):
         write_stage_report(tmp_path, None, [], None, None, None)
     with pytest.raises(ValueError, match="belong to a pretraining's page"):
