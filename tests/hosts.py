@@ -92,8 +92,10 @@ class Host:
         """Take the link down: packets vanish, connections stay open."""
         self._link("down")
 
-    def plug_in(self) -> None:
+    def plug_in(self, seen_from: Host) -> None:
+        """Take the link up again, and return when another host can log in."""
         self._link("up")
+        wait_for_login(seen_from, self)
 
     def _link(self, state: str) -> None:
         subprocess.run(["ip", "-n", self.namespace, "link", "set", "eth0", state], check=True)
@@ -136,7 +138,7 @@ def hosts(number: int, folder: Path) -> Iterator[list[Host]]:
             home = _ssh_folder(folder / name, key)
             made.append(_start(name, f"{network}.{n}", namespace, folder / name, home))
         for host in made:
-            _wait_for_login(made[0], host)
+            wait_for_login(made[0], host)
         yield made
     finally:
         for n, host in enumerate(made, 1):
@@ -219,7 +221,8 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _wait_for_login(source: Host, host: Host) -> None:
+def wait_for_login(source: Host, host: Host) -> None:
+    """Return when one host can log in to another."""
     deadline = time.monotonic() + _UP_S
     while source.run(["ssh", "-o", "ConnectTimeout=2", host.name, "true"]).returncode:
         assert time.monotonic() < deadline, f"no login to {host.name}"

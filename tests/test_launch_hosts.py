@@ -149,7 +149,7 @@ def test_a_lost_host_costs_no_cell(words, disturb, left, three, undisturbed, sha
         assert process.wait(_LIMIT_S) == 0, log.read_text()
     finally:
         process.kill()
-        three[2].plug_in()
+        three[2].plug_in(three[0])
     require_same_run(config, undisturbed)
     started = events(config, "started")
     assert [e["hosts"] for e in started] == [{"ds2": 1, "ds3": 1}, left], log.read_text()
