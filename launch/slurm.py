@@ -57,8 +57,8 @@ def launch_slurm(
     """Submit a verb to SLURM: ``geneloom launch slurm --nodes 2 --gpus-per-node 8 --time
     1-00:00:00 pretrain --config geneformer_v1_6l ...``.
 
-    Before the time limit the ranks save and the job is requeued; so it is after a crash, unless
-    it crashes at the same step twice. It resumes by itself until it is done.
+    Before the time limit the ranks save, and the job is requeued; so it is after a crash, unless it
+    ends so twice at the same step. It resumes by itself until it is done.
     """
     arguments, module = context.args, module_of(verb)
     out = check_and_find_folder(verb, arguments)

@@ -23,6 +23,7 @@ from tests.runs import (
     tiny_config,
 )
 from tests.slurm_hosts import Slurm, slurm, why_no_slurm
+from tests.synthetic import write_cells
 
 GENELOOM = [sys.executable, "-c", "from launch.cli import main; main()"]
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,6 +116,27 @@ def test_cancelled_run_saves_and_stays_cancelled(cluster, shards, tmp_path):
     assert last.step == last_step(config.run.out)
     assert cluster.state(job) == "CANCELLED"
     assert not cluster.nodes[1].processes("-m pretrain")
+
+
+def test_prepare_is_a_job_of_one_task(cluster, tmp_path):
+    """The shards are those of the command without a queue, byte for byte."""
+    cells = write_cells(tmp_path / "cells.h5ad")
+    words = ["prepare", str(cells), "--vocab", "build", "--min-genes", "1", "--out"]
+    plain, queued = tmp_path / "plain", tmp_path / "queued"
+    subprocess.run([*GENELOOM, *words, str(plain)], cwd=ROOT, check=True, capture_output=True)
+    options = ["--time", "10", "--cpus-per-task", "2"]
+    text = cluster.run(*GENELOOM, "launch", "slurm", *options, *words, str(queued))
+    job = text.split(STARTED)[1].split()[0]
+    log = queued / "launch" / f"job-{job}.log"
+    assert cluster.wait_for(job, OVER, LIMIT_S) == "COMPLETED", log.read_text()
+    names = {p.relative_to(plain) for p in plain.rglob("*") if p.is_file()}
+    assert names == {
+        p.relative_to(queued)
+        for p in queued.rglob("*")
+        if p.is_file() and p.relative_to(queued).parts[0] != "launch"
+    }
+    for name in names:
+        assert (queued / name).read_bytes() == (plain / name).read_bytes(), name
 
 
 @pytest.mark.slow
