@@ -85,6 +85,7 @@ setup(
             "harmonypy",
             "hypothesis",
             "ipykernel",
+            "jsonschema",
             "mkdocs-material",
             "nbclient",
             "pyright",
