@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -58,10 +60,18 @@ def build_app(verb: str | None) -> typer.Typer:
             continue
         target = getattr(importlib.import_module(module), attribute)
         if isinstance(target, typer.Typer):
+            for command in target.registered_commands:
+                command.help = _help(command.callback)
             app.add_typer(target, name=name)
         else:
-            app.command(name)(target)
+            app.command(name, help=_help(target))(target)
     return app
+
+
+def _help(function: Callable[..., Any] | None) -> str:
+    """Return a docstring as a terminal shows it: paragraphs of one line, single backticks."""
+    text = (inspect.getdoc(function) or "").replace("``", "`")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
 def _print_version(asked: bool) -> None:
