@@ -113,6 +113,13 @@ def test_a_run_is_shown_in_six_figures(tmp_path):
     ]
 
 
+def test_share_of_the_peak_is_shown_where_it_is_known(tmp_path):
+    known = train_record(20, 1000.0) | {"mfu": 0.345}
+    (tmp_path / "gpu").mkdir()
+    assert "MFU 34.5 %" in page_of(tmp_path / "gpu", [known])[0]
+    assert "MFU" not in page_of(tmp_path, [train_record(20, 1000.0)])[0]
+
+
 def test_records_of_older_runs_are_readable(tmp_path):
     """Without top-10, buckets, baselines by decile, remarks: what there is, and "-"."""
     old = {k: v for k, v in heldout_record(40, 6.5).items()
