@@ -3,8 +3,8 @@
 ``python -m benchmarks.pretrain_gpu [--out FILE.json] [--budget-s 540]``; to see that it runs,
 without a GPU: ``python -m benchmarks.pretrain_gpu --device cpu --tiny``
 
-Made for a bare checkout on a lent machine: it needs torch, transformers, numba, pydantic and PyYAML
-of about the lock's age, no data and no network. The model is that of the package, and so is the
+Made for a bare checkout on a machine that has packages of its own: torch, transformers, numba,
+pydantic, PyYAML; no data, no network. The model is that of the package, and so is the
 step where DeepSpeed is installed (ZeRO-1, bf16 weights, float32 sums); where it is not, autocast
 over float32 weights with the same optimizer. The output says which. Weights, genes and masks are
 random: speed does not depend on them.

@@ -19,8 +19,8 @@ from torch.nn import functional
 
 from pretrain import kernels
 
-# Weights of a tile: two of them and their keys fit the second-level cache of a core.
-_TILE = 131_072
+# Of a tile of weights: two of them and their keys fit the second-level cache of a core.
+_TILE_BYTES = 524_288
 
 
 def attention(
@@ -102,7 +102,8 @@ class _DroppedAttention(torch.autograd.Function):
             )
             delta = (o.float() * g).sum(dim=-1).numpy()
             known, number = log_sums[cell, head].numpy(), plan.key(cell, head)
-            dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+            # Sums over tiles, in float32.
+            dk, dv = torch.zeros(k.shape), torch.zeros(v.shape)
             for rows in plan.blocks:
                 size = rows.stop - rows.start
                 weights = torch.mm(q[rows], k.t(), out=room[:size])
@@ -113,8 +114,8 @@ class _DroppedAttention(torch.autograd.Function):
                     delta[rows],
                 )  # fmt: skip
                 d_query[cell, rows, part] = slopes @ k
-                dk.addmm_(slopes.t(), q[rows])
-                dv.addmm_(weights.t(), g[rows])
+                dk += slopes.t() @ q[rows]
+                dv += weights.t() @ g[rows]
             d_key[cell, :, part], d_value[cell, :, part] = dk, dv
         return d_query, d_key, d_value, None, None, None, None
 
@@ -139,7 +140,7 @@ class _Plan:
         self.kept = 1 - dropout
         self.threshold = np.uint32(dropout * 2**32)
         self.real = [self._length] * cells if real_BL is None else real_BL.sum(dim=1).tolist()
-        num_blocks = -(-asking * self._length // _TILE)
+        num_blocks = -(-asking * self._length * query.element_size() // _TILE_BYTES)
         step = -(-asking // num_blocks)
         self.blocks = [slice(a, min(a + step, asking)) for a in range(0, asking, step)]
 

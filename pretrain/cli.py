@@ -48,6 +48,8 @@ def pretrain_command(
     _log_to_console()
     # A connection that ends is told in one line here, with torch's own warnings in thirty.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if settings.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch demands it
     # Torch asks for large pages then: a tenth less time on a CPU, no more memory.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Heavy imports only now: a wrong setting is told in half a second.

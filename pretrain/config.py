@@ -157,6 +157,10 @@ class RunSection(_Section):
     deepspeed: str = Field(default="zero1", description="file of deepspeed_configs/, or a path")
     log_every_steps: int = Field(default=10, ge=1, description="optimizer steps of a logged line")
     threads: int | None = Field(default=None, ge=1, description="torch threads per rank on CPU")
+    deterministic: bool = Field(
+        default=False,
+        description="on a GPU the same bits each time, slower; on a CPU they always are",
+    )
     collective_timeout_s: int = Field(
         default=600, ge=5, description="a hung collective fails after this"
     )

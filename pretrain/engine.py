@@ -56,6 +56,7 @@ class Engine:
         last: Checkpoint | None,
     ) -> None:
         self._config, self._ranks = config, ranks
+        torch.use_deterministic_algorithms(config.run.deterministic)
         self.ds_config, self.stage = ds_config, zero_stage(ds_config)
         model = build_model(config.model, shards.vocabulary, config.run.seed)
         self.num_parameters = sum(p.numel() for p in model.parameters())

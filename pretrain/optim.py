@@ -21,7 +21,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Return torch's AdamW.
+    """Return torch's AdamW, fused: one pass over weights, gradient and moments instead of ten.
 
     DeepSpeed's own CPU kernels keep running powers of beta, so a resumed run would differ in the
     last bits; torch's is exact, and needs no compiler.
@@ -31,6 +31,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
+        fused=True,
     )
 
 

@@ -93,12 +93,12 @@ def ensure_moments(engine, stage: int, step: int | None = None) -> None:
     for flat in _flat_parameters(engine, stage):
         state = optimizer.state[flat]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.tensor(0.0, device=flat.device)
             for kind in KINDS[1:]:
                 state[kind] = torch.zeros_like(flat, dtype=torch.float32)
         if step is not None:
             # One tensor each: torch counts in place.
-            state["step"] = torch.tensor(float(step))
+            state["step"] = torch.tensor(float(step), device=flat.device)
     if stage in (1, 2):
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()

@@ -148,7 +148,7 @@ def dropped_by_hand(query, key, value, heads, real, dropout, seed):
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 2e-6), (torch.bfloat16, 0.04)])
 def test_attention_with_dropout_on_a_cpu(dtype, atol, monkeypatch):
     """Several tiles, padded cells, fewer places that ask than are asked: values and slopes."""
-    monkeypatch.setattr("pretrain.attention._TILE", 150)
+    monkeypatch.setattr("pretrain.attention._TILE_BYTES", 600)
     generator = torch.Generator().manual_seed(0)
     inputs = [
         torch.randn(2, places, 32, generator=generator).to(dtype).requires_grad_()

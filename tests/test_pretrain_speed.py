@@ -13,7 +13,7 @@ from pretrain.metrics import Meter, Work, console_line, known_gpu
 from pretrain.plan import GPUS
 from pretrain.step_profile import PHASES
 from tests.ranks import run_ranks
-from tests.runs import metrics, tiny_config
+from tests.runs import metrics, run_training, tiny_config
 from tests.synthetic import write_cells
 
 COUNTS = {"masked": 30, "tokens": 190, "padded_tokens": 200, "cells": 2}
@@ -84,11 +84,26 @@ def run_with_profile(config, steps):
     dist.leave()
 
 
-def test_profile_says_where_a_step_goes(tmp_path):
+def shards_in(tmp_path):
     source = write_cells(tmp_path / "cells.h5ad", num_cells=40, num_genes=60)
     options = PrepareOptions(heldout_share=0.2, block_cells=8, vocabulary_min_cells=1)
     prepare([source_at(source, SourceOptions())], tmp_path / "shards", None, options)
-    config = tiny_config(tmp_path / "shards", tmp_path / "run", run__max_steps=6)
+    return tmp_path / "shards"
+
+
+def test_deterministic_option_changes_nothing_on_a_cpu(tmp_path):
+    shards, losses = shards_in(tmp_path), []
+    for name in (False, True):
+        config = tiny_config(
+            shards, tmp_path / str(name), run__max_steps=3, run__deterministic=name,
+            optim__warmup_steps=1, model__attention_dropout=0.1, model__hidden_dropout=0.1,
+        )  # fmt: skip
+        losses.append(run_ranks(1, run_training, config)[0][0].losses)
+    assert losses[0] == losses[1]
+
+
+def test_profile_says_where_a_step_goes(tmp_path):
+    config = tiny_config(shards_in(tmp_path), tmp_path / "run", run__max_steps=6)
     run_ranks(2, run_with_profile, config, 3)
     folder = tmp_path / "run" / "profile"
     found = json.loads((folder / "table.json").read_text())
