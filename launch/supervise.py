@@ -35,6 +35,7 @@ _RESEND_S = 2.0
 _LOOK_S = 1.0
 # When one rank has ended, the others find out by themselves and say why: time for that.
 _GRACE_S = 45.0
+_SOON_S = 8.0
 _AFTERWARDS_S = 5.0
 _STACKS_S = 2.0
 _BACK_OFF_S = (1.0, 300.0)
@@ -228,6 +229,7 @@ class Attempt:
         """Return when all launchers have ended, or some time after the first rank failed."""
         started = time.monotonic()
         failed_at = sent_at = looked_at = -math.inf
+        waiting_for = -1
         while any(p.poll() is None for p in self._running.values()):
             time.sleep(_POLL_S)
             self._print_first_rank()
@@ -241,6 +243,12 @@ class Attempt:
                 bad = any(p.poll() for p in self._running.values())
                 if bad or any(e["code"] for e in self._ends()):
                     failed_at = now
+            if 0 < failed_at < now - _SOON_S and waiting_for < 0:
+                # mpirun waits for a host that is gone; its ranks will not say anything either.
+                lost = self._way.lost(self._hosts)
+                waiting_for = sum(n for host, n in self._hosts.items() if host not in lost)
+            if 0 <= waiting_for <= len(self._ends()):
+                return
             if 0 < failed_at < now - _GRACE_S or now - started > self._limit_s:
                 return
 
