@@ -199,3 +199,13 @@ def test_nothing_unsafe_is_called():
                     assert given.get("allow_pickle") != "True", where
                 if name == "torch.load":
                     assert given.get("weights_only") == "True", where
+
+
+def test_changelog_names_every_format_and_command():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    formats = {s for s in strings_of_the_code() if re.fullmatch(r"geneloom-\w+/\d+", s)}
+    assert len(formats) > 5
+    for name in formats - {"geneloom-shards/1", "geneloom-checkpoint/1"}:
+        assert f"`{name}`" in text, name
+    for verb in VERBS:
+        assert f"`{verb}`" in text, verb
