@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from data_prep.shards import complete_folder, file_sha256, require_new
 from data_prep.sources import SourceOptions
+from data_prep.version import VERSION
 from data_prep.vocab import Vocabulary
 from eval.attention import Attention, mean_attention
 from eval.encode import CellSet, encode_file
@@ -77,6 +78,7 @@ def attention_file(
     absent = [g for g, n in zip(ids, attention.cells.sum(axis=0), strict=True) if not n]
     record = {
         "format": ATTENTION_FORMAT,
+        "geneloom": VERSION,
         "model": model.resolve().name,
         "vocabulary_sha256": vocab.sha256,
         "cells": {"file": cells.name, "sha256": file_sha256(cells), "number": len(found.tokens)},

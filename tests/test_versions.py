@@ -1,0 +1,46 @@
+"""The version stands in what every command leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import anndata
+import pytest
+
+from data_prep.version import VERSION
+from eval.attention_tables import attention_file
+from eval.embed import embed_file
+from pretrain.checkpoint import newest
+from pretrain.export import export
+from pretrain.record import environment
+from tests.runs import run_training, tiny_config
+from tests.synthetic import make_shards
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """Shards, a run, its model, embedded cells, tables of attention."""
+    folder = tmp_path_factory.mktemp("versions")
+    run_training(tiny_config(make_shards(folder, num_cells=60), folder / "run", run__max_steps=5))
+    export(folder / "run", folder / "model")
+    embed_file(folder / "cells.h5ad", folder / "model", folder / "embedded.h5ad")
+    attention_file(folder / "cells.h5ad", folder / "model", folder / "attention")
+    return folder
+
+
+def test_every_artefact_names_the_version(home):
+    read = lambda path: json.loads((home / path).read_text())  # noqa: E731
+    last = newest(home / "run")
+    assert last is not None
+    said = {
+        "shards": read("shards/manifest.json")["geneloom"],
+        "run": read("run/env.json")["versions"]["geneloom"],
+        "checkpoint": last.record["versions"]["geneloom"],
+        "model": read("model/geneloom.json")["environment"]["versions"]["geneloom"],
+        "embedding": anndata.read_h5ad(home / "embedded.h5ad").uns["geneloom"]["version"],
+        "attention": read("attention/attention.json")["geneloom"],
+        # Of a benchmark's results and of a screen's manifest.
+        "environment": environment()["versions"]["geneloom"],
+    }
+    assert said == dict.fromkeys(said, VERSION)
