@@ -141,18 +141,23 @@ def test_prepare_is_a_job_of_one_task(cluster, tmp_path):
 
 @pytest.mark.slow
 def test_time_limit_saves_and_requeues(cluster, shards, tmp_path):
-    """One minute of time for a run of more: SLURM's own signal, as often as it takes."""
+    """SLURM's own signal, twice; no step is lost or repeated."""
     config = tiny_config(
-        shards, tmp_path / "run", run__max_steps=3000, run__epochs=5000, run__log_every_steps=10,
+        shards, tmp_path / "run", run__max_steps=100_000, run__epochs=50_000,
         checkpoint__every_steps=100_000,
     )  # fmt: skip
     job = start(cluster, config, "--time", "2", "--signal-before", "60")
-    assert cluster.wait_for(job, OVER, 600) == "COMPLETED", said(config)
+    record = config.run.out / "launch" / "events.jsonl"
+    for number in (1, 2):
+        wait_until(lambda n=number: record.exists() and len(events(config)) >= n, config)
     stops = events(config)
-    assert stops
     assert {e["event"] for e in stops} == {"stopped"}
+    assert 0 < stops[0]["step"] < stops[1]["step"]
+    wait_for_step(config, stops[1]["step"] + 1)
+    cluster.run("scancel", job)
+    cluster.wait_for(job, OVER, LIMIT_S)
     rows = metrics(config.run.out, "train")
-    assert [r["step"] for r in rows] == list(range(10, 3001, 10))
+    assert [r["step"] for r in rows] == list(range(1, len(rows) + 1))
 
 
 @pytest.mark.slow
