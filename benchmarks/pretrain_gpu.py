@@ -37,9 +37,10 @@ import torch
 from data_prep.vocab import Vocabulary, from_dictionaries
 from pretrain.config import RunConfig, load_config
 from pretrain.masking import NO_LABEL
-from pretrain.metrics import Work, known_gpu, peak_memory_gib
+from pretrain.metrics import peak_memory_gib
 from pretrain.model import MaskedGeneModel, build_model
 from pretrain.optim import build_optimizer
+from pretrain.plan import Work, known_gpu
 
 _LENGTHS = (768, 1216, 2048)
 _SHORTER = 64
@@ -219,7 +220,7 @@ def embedding(name: str, arguments: argparse.Namespace, device: torch.device) ->
     from eval.embed import embed_cells
 
     config, vocabulary = settings_of(name, arguments.tiny), vocabulary_of(name)
-    encoder = build_model(config.model, vocabulary, _SEED).bert.bert.to(device).eval()
+    model = build_model(config.model, vocabulary, _SEED).to(device).eval()
     rng = np.random.default_rng(_SEED)
     genes = np.arange(vocabulary.first_gene_token, vocabulary.num_tokens)
     edge = [[2], [3]] if vocabulary.has_cls else [[], []]
@@ -230,7 +231,9 @@ def embedding(name: str, arguments: argparse.Namespace, device: torch.device) ->
     ]
 
     def run() -> None:
-        embed_cells(cells, encoder, vocabulary, token_budget=262_144, device=str(device), bf16=True)
+        embed_cells(
+            cells, model.bert.bert, vocabulary, token_budget=262_144, device=str(device), bf16=True
+        )
         wait(device)
 
     run()

@@ -128,6 +128,51 @@ def flops_per_token(config: RunConfig, num_tokens: int, length: float) -> float:
     return 6 * matrices + attention + head + recomputed
 
 
+@dataclass(frozen=True)
+class Work:
+    """Floating point operations of training, and the most that the device does in a second.
+
+    `peak_flops` is None where no maker publishes it (a CPU, an unknown GPU): there is no MFU then.
+    """
+
+    config: RunConfig
+    num_tokens: int
+    gpu: Gpu | None
+
+    def flops_per_token(self, length: int) -> float:
+        """Return operations of a padded token, forward and backward, in cells of this length."""
+        return flops_per_token(self.config, self.num_tokens, length)
+
+    @property
+    def peak_flops(self) -> float | None:
+        return self.gpu.flops(self.config.run.precision) if self.gpu else None
+
+    def formula(self) -> str:
+        """Return in words how FLOP/s and MFU are counted."""
+        model, asked = self.config.model, self.config.masking.probability
+        d, i, layers = model.hidden_size, model.intermediate_size, model.num_layers
+        matrices = f"6 x ({layers} x {2 * d * d} + {layers - 1 + asked:g} x {2 * d * (d + i)})"
+        attention = f"12 x {layers - 1 + asked:g} x {d} x L"
+        head = f"6 x {asked:g} x {d * (self.num_tokens + d)}"
+        peak = "no MFU: the peak of this device is not published"
+        if self.peak_flops:
+            assert self.gpu
+            peak = (
+                f"MFU = FLOP/s of a rank / {self.peak_flops / 1e12:g} TFLOP/s ({self.gpu.name}, "
+                f"{self.config.run.precision}, dense)"
+            )
+        return (
+            f"FLOPs of a padded token in a cell of L = {matrices} (weights) + {attention} "
+            f"(attention) + {head} (head), only what is computed; {peak}"
+        )
+
+
+def known_gpu(name: str) -> Gpu | None:
+    """Return what is published of a GPU, by the name that CUDA gives it; None if unknown."""
+    words = name.lower().replace("-", " ").split()
+    return next((g for n, g in GPUS.items() if n in words), None)
+
+
 def memory_per_gpu(
     config: RunConfig,
     corpus: Corpus,

@@ -9,8 +9,8 @@ import pytest
 from data_prep.prepare import PrepareOptions, prepare
 from data_prep.sources import SourceOptions, source_at
 from pretrain.config import load_config
-from pretrain.metrics import Meter, Work, console_line, known_gpu
-from pretrain.plan import GPUS
+from pretrain.metrics import Meter, console_line
+from pretrain.plan import GPUS, Work, known_gpu
 from pretrain.step_profile import PHASES
 from tests.ranks import run_ranks
 from tests.runs import metrics, run_training, tiny_config
