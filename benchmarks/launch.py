@@ -1,9 +1,8 @@
-"""Launching over two hosts: start-up, what watching costs, and what goes over the wire.
+"""Launching over two hosts: start-up, and what watching costs (traffic: `benchmarks.traffic`).
 
     python -m benchmarks.launch SHARDS [--json OUT.json]
 
-Needs root: the hosts are network namespaces (`tests.hosts`). The model is small enough for two
-cores; the traffic is counted by the kernel on the hosts' interfaces, resending and ssh included.
+Needs root: the hosts are network namespaces (`tests.hosts`).
 """
 
 from __future__ import annotations
@@ -22,18 +21,17 @@ from typing import Any
 import psutil
 
 from launch.node import LAUNCH_ID
-from pretrain.config import RunConfig, load_config
-from pretrain.plan import num_parameters, read_corpus, traffic_bytes
 from tests.hosts import Host, hosts, why_no_hosts
+from tests.ranks import free_port
 
 _ROOT = Path(__file__).resolve().parent.parent
 _REPEATS = 3
-_COUNTED_STEPS = 20
+_WATCHED_S = 60
 _LIMIT_S = 300
 
 
-def config_of(shards: Path, out: Path, **more: str) -> tuple[RunConfig, list[str]]:
-    """Return the settings of a run, and the arguments that give them."""
+def config_of(shards: Path, out: Path, **more: str) -> list[str]:
+    """Return the arguments of a small run."""
     settings = {
         "data.shards": str(shards), "run.out": str(out), "run.log_every_steps": "1",
         "run.threads": "1", "model.hidden_size": "128", "model.num_layers": "2",
@@ -42,8 +40,7 @@ def config_of(shards: Path, out: Path, **more: str) -> tuple[RunConfig, list[str
         "evaluation.every_steps": "100000", "evaluation.max_cells": "16",
         "checkpoint.every_steps": "100000", "run.epochs": "10000",
     } | {k.replace("__", "."): v for k, v in more.items()}  # fmt: skip
-    words = [f"{k}={v}" for k, v in settings.items()]
-    return load_config("tiny", words), ["pretrain", "--config", "tiny", *words]
+    return ["pretrain", "--config", "tiny", *(f"{k}={v}" for k, v in settings.items())]
 
 
 def start(host: Host, hostfile: Path, words: list[str], log: Path) -> subprocess.Popen:
@@ -74,9 +71,8 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen, log: Path) ->
 def startup(pair: list[Host], hostfile: Path, shards: Path, folder: Path) -> dict[str, float]:
     """Return seconds from the command: hosts checked, ranks started, first step done."""
     out, log = folder / "run", folder / "log"
-    _, words = config_of(shards, out, run__max_steps="3")
     began = time.time()
-    process = start(pair[0], hostfile, words, log)
+    process = start(pair[0], hostfile, config_of(shards, out, run__max_steps="3"), log)
     wait_for_step(out, 1, process, log)
     first_step = records(out)[0]["time"] - began
     process.wait(_LIMIT_S)
@@ -89,38 +85,52 @@ def startup(pair: list[Host], hostfile: Path, shards: Path, folder: Path) -> dic
     }
 
 
-def steady(pair: list[Host], hostfile: Path, shards: Path, folder: Path, stage: str) -> dict:
-    """Return bytes sent by each host in a step, and CPU seconds of what watches, per second."""
+def steady(pair: list[Host], hostfile: Path, shards: Path, folder: Path) -> dict[str, float]:
+    """Return CPU seconds, per second of training, of the processes that only watch.
+
+    The rank's own thread counts up in the store and looks at its neighbour's count; what that takes
+    is measured in a process that does nothing else (`idle_watch`).
+    """
     out, log = folder / "run", folder / "log"
-    config, words = config_of(shards, out, run__deepspeed=stage)
-    process = start(pair[0], hostfile, words, log)
+    process = start(pair[0], hostfile, config_of(shards, out), log)
     try:
         wait_for_step(out, 5, process, log)
-        before, at, cpu = sent(pair), time.monotonic(), watching(process.pid)
-        first = records(out)[-1]["step"]
-        wait_for_step(out, first + _COUNTED_STEPS, process, log)
+        at, cpu, first = time.monotonic(), watching(process.pid), records(out)[-1]["step"]
+        time.sleep(_WATCHED_S)
+        seconds, cpu = time.monotonic() - at, watching(process.pid) - cpu
         steps = records(out)[-1]["step"] - first
-        after, seconds, cpu_after = sent(pair), time.monotonic() - at, watching(process.pid)
     finally:
         process.terminate()
         process.wait(_LIMIT_S)
-    corpus, max_length = read_corpus(config, 0, 0, 0, 0)
-    parameters = num_parameters(config.model, corpus.num_tokens, max_length)
-    passes = -(-config.batch.tokens_per_step // (2 * config.batch.tokens_per_micro_batch))
-    least = traffic_bytes(parameters, "fp32", int(stage[-1]), 2, passes)
-    each = [(b - a) / steps for a, b in zip(before, after, strict=True)]
-    return {
-        "stage": stage, "parameters": parameters, "steps": steps,
-        "step_s": seconds / steps, "least_bytes": least, "sent_bytes": each,
-        "sent_over_least": statistics.mean(each) / least,
-        "watching_cpu_share": (cpu_after - cpu) / seconds,
-    }  # fmt: skip
+    return {"seconds": seconds, "steps": steps, "processes_cpu_share": cpu / seconds}
 
 
-def sent(pair: list[Host]) -> list[int]:
-    path = "/sys/class/net/eth0/statistics/tx_bytes"
-    words = ["sh", "-c", f"mount -t sysfs s /sys 2>/dev/null; cat {path}"]
-    return [int(host.run(words).stdout) for host in pair]
+def idle_watch() -> float:
+    """Return CPU seconds a second of one of two ranks that only watch, at the default interval."""
+    code = (
+        "import time, sys\n"
+        "from pretrain import dist\n"
+        "from pretrain.watch import Watch\n"
+        "ranks = dist.start(60, 1)\n"
+        f"with Watch(ranks, 20, 480) as watch:\n"
+        "    watch.progress(0)\n"
+        "    cpu, at = time.process_time(), time.monotonic()\n"
+        f"    time.sleep({_WATCHED_S})\n"
+        "    print((time.process_time() - cpu) / (time.monotonic() - at), flush=True)\n"
+        "dist.leave()\n"
+    )
+    port = free_port()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], cwd=_ROOT, stdout=subprocess.PIPE, text=True,
+            env=os.environ | {
+                "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(_ROOT),
+            },
+        )
+        for r in range(2)
+    ]  # fmt: skip
+    return max(float(r.communicate(timeout=_LIMIT_S)[0].splitlines()[-1]) for r in ranks)
 
 
 def watching(supervisor: int) -> float:
@@ -161,11 +171,9 @@ def main() -> None:
                 starts.append(startup(pair, hostfile, shards, own))
             found["startup"] = {k: statistics.median(s[k] for s in starts) for k in starts[0]}
             found["startup_runs"] = starts
-            found["steady"] = []
-            for stage in ("zero0", "zero1", "zero2", "zero3"):
-                own = folder / stage
-                own.mkdir()
-                found["steady"].append(steady(pair, hostfile, shards, own, stage))
+            (folder / "steady").mkdir()
+            found["steady"] = steady(pair, hostfile, shards, folder / "steady")
+        found["thread_cpu_share"] = idle_watch()
     found["load_after"] = os.getloadavg()[0]
     print(json.dumps(found, indent=1))
     if given.json:

@@ -143,13 +143,9 @@ def _member_name(stem: str, block: int) -> str:
 
 
 def require_new(out: Path) -> None:
-    """Raise ValueError unless a folder to be written is absent or empty.
-
-    What a killed writer left behind does not count.
-    """
-    if out.exists() and (
-        not out.is_dir() or {p.name for p in out.iterdir()} - {PARTIAL, LAUNCH_FOLDER}
-    ):
+    """Raise ValueError unless a folder to be written is absent, or empty but for what runs left."""
+    names = {p.name for p in out.iterdir()} if out.is_dir() else {""}
+    if out.exists() and names - {PARTIAL, LAUNCH_FOLDER}:
         raise ValueError(f"{out}: exists and is not an empty folder; give --out a new one")
 
 

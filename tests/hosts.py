@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ _TOOLS = ("ip", "unshare", "nsenter", "ssh", "ssh-keygen")
 _SSHD = "/usr/sbin/sshd"
 _UP_S = 20
 _PR_SET_PDEATHSIG = 1
+_CLUSTERS = itertools.count()
 # Process 1 of a host: starts sshd, and buries the dead.
 _INIT = """
 import os, subprocess, sys
@@ -118,8 +120,10 @@ class Host:
 def hosts(number: int, folder: Path) -> Iterator[list[Host]]:
     """Raise hosts ds1, ds2, ... on one bridge; end them and all that runs on them afterwards."""
     _sweep()
-    tag = f"g{os.getpid()}"
-    network = f"10.{77 + os.getpid() % 100}.{os.getpid() // 100 % 250}"
+    # Interfaces have names of 15 characters at most.
+    number_here = next(_CLUSTERS)
+    tag = f"g{os.getpid()}-{number_here}"
+    network = f"10.{77 + os.getpid() % 100}.{(os.getpid() // 100 + number_here) % 250}"
     folder.mkdir(parents=True, exist_ok=True)
     made: list[Host] = []
     namespaces: list[str] = []
@@ -154,10 +158,10 @@ def _sweep() -> None:
     """Remove the names that tests left which were killed."""
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
     for name in (line.split()[0] for line in listed.splitlines()):
-        made_by = re.fullmatch(r"g(\d+)-ds\d+", name)
-        if made_by and not Path(f"/proc/{made_by[1]}").exists():
+        made_by = re.fullmatch(r"(g(\d+)-\d+)-ds\d+", name)
+        if made_by and not Path(f"/proc/{made_by[2]}").exists():
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
-            subprocess.run(["ip", "link", "del", f"g{made_by[1]}b"], capture_output=True)
+            subprocess.run(["ip", "link", "del", f"{made_by[1]}b"], capture_output=True)
             shutil.rmtree(f"/etc/netns/{name}", ignore_errors=True)
 
 
