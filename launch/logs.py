@@ -79,6 +79,8 @@ def root_cause(
         return f"{', '.join(lost_hosts)} cannot be reached{echo}", failed[0].log if failed else None
     owners = [host for host, ranks in hosts.items() for _ in range(ranks)]
     silent = sorted(set(range(len(owners))) - {e.rank for e in ends(attempt)})
+    if silent and not any(attempt.glob("rank_*.log")):
+        return _launchers_word(attempt), None
     if silent:
         names = ", ".join(f"rank {r} on {owners[r]}" for r in silent[:4])
         more = ", ..." if len(silent) > 4 else ""
@@ -133,7 +135,7 @@ def _launchers_word(attempt: Path) -> str:
 
 
 def _words(path: Path) -> Iterator[str]:
-    return (line.strip() for line in _last_lines(path) if line.strip())
+    return (line.strip() for line in _last_lines(path) if line.strip(" -\n"))
 
 
 def _signal_name(number: int) -> str:

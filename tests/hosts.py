@@ -33,6 +33,12 @@ import os, subprocess, sys
 subprocess.run(["mount", "--bind", sys.argv[1], "/root/.ssh"], check=True)
 subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], check=True)
 subprocess.run(["hostname", sys.argv[2]], check=True)
+# Open MPI's folder has the name of the host, and a folder in it that of a process id: both are
+# those of other clusters too.
+own, ompi = sys.argv[1] + "-ompi", f"/tmp/ompi.{sys.argv[2]}.0"
+for folder in (own, ompi):
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+subprocess.run(["mount", "--bind", own, ompi], check=True)
 os.makedirs("/run/sshd", exist_ok=True)
 subprocess.Popen([sys.argv[3], "-D", "-f", sys.argv[4], "-E", sys.argv[5]])
 while True:

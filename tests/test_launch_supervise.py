@@ -117,6 +117,12 @@ def test_the_first_error_is_the_root_cause(tmp_path):
     assert root_cause(tmp_path, hosts, ["b"])[0].startswith("b cannot be reached; rank 1 on a:")
 
 
+def test_where_no_rank_began_the_launcher_is_heard(tmp_path):
+    (tmp_path / "launcher.log").write_text("-----\nmpirun: no such node\n-----\n")
+    cause, _ = root_cause(tmp_path, {"a": 2}, [])
+    assert cause == "no rank started: mpirun: no such node"
+
+
 def test_a_traceback_is_read_to_its_last_line(tmp_path):
     log = tmp_path / "log"
     log.write_text("step 1\nTraceback (most recent call last):\n  File x\nKeyError: 'gene'\nbye\n")
