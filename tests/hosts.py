@@ -33,12 +33,6 @@ import os, subprocess, sys
 subprocess.run(["mount", "--bind", sys.argv[1], "/root/.ssh"], check=True)
 subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], check=True)
 subprocess.run(["hostname", sys.argv[2]], check=True)
-# Open MPI's folder has the name of the host, and a folder in it that of a process id: both are
-# those of other clusters too.
-own, ompi = sys.argv[1] + "-ompi", f"/tmp/ompi.{sys.argv[2]}.0"
-for folder in (own, ompi):
-    os.makedirs(folder, mode=0o700, exist_ok=True)
-subprocess.run(["mount", "--bind", own, ompi], check=True)
 os.makedirs("/run/sshd", exist_ok=True)
 subprocess.Popen([sys.argv[3], "-D", "-f", sys.argv[4], "-E", sys.argv[5]])
 while True:
@@ -75,12 +69,14 @@ class Host:
     namespace: str
     process: subprocess.Popen
     pid: int
+    # Of this host alone: Open MPI's folders there are named by process ids, which hosts share.
+    tmp: Path
 
     def command(self, words: Sequence[str]) -> list[str]:
         """Return a command line that runs `words` on this host, in the current folder."""
         return [
             "nsenter", "--target", str(self.pid), "--net", "--pid", "--mount", "--uts", "--ipc",
-            f"--wd={Path.cwd()}", *words,
+            f"--wd={Path.cwd()}", "env", f"TMPDIR={self.tmp}", *words,
         ]  # fmt: skip
 
     def run(self, words: Sequence[str], timeout: float = 60, **more) -> subprocess.CompletedProcess:
@@ -189,6 +185,7 @@ def _ssh_folder(folder: Path, key: Path) -> Path:
     """Make the folder that is root's .ssh on a host, and the settings of its sshd."""
     home = folder / "ssh"
     home.mkdir(parents=True, mode=0o700)
+    (folder / "tmp").mkdir()
     shutil.copy(key, home / "id_ed25519")
     shutil.copy(key.with_suffix(".pub"), home / "authorized_keys")
     (home / "config").write_text("Host *\n  StrictHostKeyChecking accept-new\n  LogLevel ERROR\n")
@@ -202,6 +199,7 @@ def _ssh_folder(folder: Path, key: Path) -> Path:
         PermitRootLogin yes
         PasswordAuthentication no
         MaxStartups 100
+        SetEnv TMPDIR={folder / "tmp"}
         """)
     )
     return home
@@ -223,7 +221,8 @@ def _start(name: str, address: str, namespace: str, folder: Path, home: Path) ->
         assert process.poll() is None, f"host {name} did not start"
         assert time.monotonic() < deadline, f"host {name} did not start"
         time.sleep(0.02)
-    return Host(name, address, namespace, process, int(children.read_text().split()[0]))
+    pid = int(children.read_text().split()[0])
+    return Host(name, address, namespace, process, pid, folder / "tmp")
 
 
 def _die_with_parent() -> None:
