@@ -32,7 +32,7 @@ _LITTLE_DISK_GIB = 1.0
 _LITTLE_SHM_GIB = 0.5
 _USED_GPU_GIB = 1.0
 _SLOW = 2.0
-_TABLE_WIDTH = 140
+_TABLE_WIDTH = 150
 _SPEED_S = 180.0
 
 
@@ -84,13 +84,13 @@ def find_problems(
     usual = {
         "python": _most([f["python"] for f in facts.values()]),
         "code": _most([f["code"] for f in facts.values()]),
-        **{p: _most([f["versions"][p] for f in facts.values()]) for p in PACKAGES},
+        **{p: _most([f["versions"][p] for f in facts.values()]) for p in (*PACKAGES, "nccl")},
     }
     with_gpus = Counter(bool(f["gpus"]) for f in facts.values()).most_common(1)
     on_gpu = device == "gpu" or (device == "auto" and bool(with_gpus) and with_gpus[0][0])
     for host, fact in facts.items():
         texts = []
-        for name in ("python", *PACKAGES):
+        for name in ("python", *PACKAGES, "nccl"):
             own = fact["python"] if name == "python" else fact["versions"][name]
             if own != usual[name]:
                 texts.append(
@@ -262,8 +262,8 @@ def print_report(report: dict[str, Any], slots: dict[str, int]) -> None:
     console.width = max(console.width, _TABLE_WIDTH)
     table = Table(title="hosts", title_justify="left")
     columns = (
-        "host", "slots", "", "python", "torch", "deepspeed", "code", "GPUs", "cores", "load",
-        "memory", "disk", "network", "clock",
+        "host", "slots", "", "python", "torch", "deepspeed", "NCCL", "code", "GPUs", "cores",
+        "load", "memory", "disk", "network", "clock",
     )  # fmt: skip
     for name in columns:
         table.add_column(name)
@@ -274,7 +274,7 @@ def print_report(report: dict[str, Any], slots: dict[str, int]) -> None:
         if "versions" in fact:
             free = sum(g["used"] < _USED_GPU_GIB for g in fact["gpus"])
             row += [
-                fact["python"], *(str(fact["versions"][p]) for p in ("torch", "deepspeed")),
+                fact["python"], *(str(fact["versions"][p]) for p in ("torch", "deepspeed", "nccl")),
                 fact["code"], f"{free} of {len(fact['gpus'])} free", str(fact["cores"]),
                 f"{fact['load']:.1f}", f"{fact['memory_gib']:.0f} GiB",
                 f"{fact['disk_gib']:.0f} GiB", str(fact["interface"]), f"{fact['skew_s']:.1f} s",

@@ -81,7 +81,7 @@ def facts(folder: Path, token: str, hosts: list[str]) -> dict[str, Any]:
         "time": now,
         "hostname": socket.gethostname(),
         "python": platform.python_version(),
-        "versions": {p: _version(p) for p in PACKAGES},
+        "versions": {p: _version(p) for p in PACKAGES} | {"nccl": _nccl_version()},
         "code": code_digest(),
         "commit": _said("git", "-C", str(_ROOT), "rev-parse", "--short", "HEAD") or None,
         "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
@@ -153,6 +153,12 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _nccl_version() -> str | None:
+    """Return the version of the NCCL that came with torch, None with torch for CPUs."""
+    found = (_version(f"nvidia-nccl-cu{cuda}") for cuda in (13, 12, 11))
+    return next((v for v in found if v), None)
 
 
 def _said(*words: str) -> str:
