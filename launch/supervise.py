@@ -103,8 +103,11 @@ def run(way: Way, job: Job, show: bool = False) -> int:
         (folder / "command.sh").write_text(_own_command() + "\n")
         saved = saved_step(out)
         code = attempt.run()
-        if code in (0, EXIT_RESUMABLE) or attempt.was_refused():
+        if attempt.was_refused():
             attempt.remove_if_nothing_began()
+            return code
+        if code in (0, EXIT_RESUMABLE):
+            _record(folder, "done" if code == 0 else "stopped", attempt=number)
             return code
         lost = way.lost(hosts)
         cause, log = root_cause(attempt.folder, hosts, lost)
@@ -291,9 +294,9 @@ class Attempt:
         return any(e.code == EXIT_USAGE and e.rank == 0 for e in ends(self.folder))
 
     def remove_if_nothing_began(self) -> None:
-        """After wrong input: leave no folder that was made for it."""
+        """Leave no folder that was made for a run that was refused."""
         out = self.folder.parent.parent
-        if not self.was_refused() or {p.name for p in out.iterdir()} - {LAUNCH_FOLDER}:
+        if {p.name for p in out.iterdir()} - {LAUNCH_FOLDER}:
             return
         for path in sorted((out / LAUNCH_FOLDER).rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()

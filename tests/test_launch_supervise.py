@@ -59,7 +59,7 @@ def test_a_killed_rank_costs_no_cell(shards, tmp_path):
     folder = config.run.out / "launch"
     assert "geneloom launch local --ranks 2" in (folder / "command.sh").read_text()
     found = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    assert [e["event"] for e in found] == ["started", "ended", "started"]
+    assert [e["event"] for e in found] == ["started", "ended", "started", "done"]
     assert all((folder / f"attempt_{n}" / "rank_00001.log").exists() for n in (1, 2))
 
 

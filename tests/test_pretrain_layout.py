@@ -4,12 +4,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pretrain.baselines import BASELINE_NAMES
 from pretrain.metrics import LAYOUT
+from tests.ranks import run_ranks
 from tests.runs import run_training, tiny_config
 from tests.synthetic import make_shards
 
 
 def test_curves_of_the_layout_are_written(tmp_path):
-    run_training(tiny_config(make_shards(tmp_path), tmp_path / "run", run__max_steps=6))
+    config = tiny_config(make_shards(tmp_path), tmp_path / "run", run__max_steps=6)
+    run_ranks(1, run_training, config)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert "custom_scalars__config__" in events.Tags()["tensors"]
     plots = [tags for group in LAYOUT.values() for _, tags in group.values()]
