@@ -86,11 +86,7 @@ def startup(pair: list[Host], hostfile: Path, shards: Path, folder: Path) -> dic
 
 
 def steady(pair: list[Host], hostfile: Path, shards: Path, folder: Path) -> dict[str, float]:
-    """Return CPU seconds, per second of training, of the processes that only watch.
-
-    The rank's own thread counts up in the store and looks at its neighbour's count; what that takes
-    is measured in a process that does nothing else (`idle_watch`).
-    """
+    """Return CPU seconds, per second of training, of the processes that only watch."""
     out, log = folder / "run", folder / "log"
     process = start(pair[0], hostfile, config_of(shards, out), log)
     try:
@@ -105,14 +101,14 @@ def steady(pair: list[Host], hostfile: Path, shards: Path, folder: Path) -> dict
     return {"seconds": seconds, "steps": steps, "processes_cpu_share": cpu / seconds}
 
 
-def idle_watch() -> float:
-    """Return CPU seconds a second of one of two ranks that only watch, at the default interval."""
+def idle(limit_s: float) -> float:
+    """Return CPU seconds a second of one of two idle ranks; `limit_s` 0: nobody watches."""
     code = (
         "import time, sys\n"
         "from pretrain import dist\n"
         "from pretrain.watch import Watch\n"
         "ranks = dist.start(60, 1)\n"
-        f"with Watch(ranks, 20, 480) as watch:\n"
+        f"with Watch(ranks, {limit_s}, 480) as watch:\n"
         "    watch.progress(0)\n"
         "    cpu, at = time.process_time(), time.monotonic()\n"
         f"    time.sleep({_WATCHED_S})\n"
@@ -173,7 +169,8 @@ def main() -> None:
             found["startup_runs"] = starts
             (folder / "steady").mkdir()
             found["steady"] = steady(pair, hostfile, shards, folder / "steady")
-        found["thread_cpu_share"] = idle_watch()
+        # What watching adds to a rank that does nothing else, at the default interval.
+        found["idle_rank_cpu_share"] = {"watched": idle(20), "unwatched": idle(0)}
     found["load_after"] = os.getloadavg()[0]
     print(json.dumps(found, indent=1))
     if given.json:
