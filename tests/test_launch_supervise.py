@@ -16,7 +16,7 @@ import pytest
 from launch.logs import ends, last_error, root_cause
 from launch.verbs import check_and_find_folder, saved_step, to_go_on
 from tests.ranks import run_ranks
-from tests.runs import last_step, metrics, rank_processes, run_training, tiny_config
+from tests.runs import metrics, rank_processes, run_training, tiny_config
 
 _ROOT = Path(__file__).resolve().parent.parent
 _LIMIT_S = 240
@@ -36,15 +36,15 @@ def start(config, log: Path, *launch: str) -> subprocess.Popen:
 
 
 def test_a_killed_rank_costs_no_cell(shards, tmp_path):
-    alone = tiny_config(shards, tmp_path / "alone", run__max_steps=30)
+    alone = tiny_config(shards, tmp_path / "alone", run__max_steps=60)
     run_ranks(1, run_training, alone)
     config = tiny_config(
-        shards, tmp_path / "run", run__max_steps=30, run__heartbeat_s=3, checkpoint__every_steps=4
+        shards, tmp_path / "run", run__max_steps=60, run__heartbeat_s=3, checkpoint__every_steps=4
     )
     log = tmp_path / "log"
     process = start(config, log, "--restarts", "2")
     until = time.monotonic() + _LIMIT_S
-    while last_step(config.run.out) < 5:
+    while saved_step(config.run.out) < 4:
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < until
         time.sleep(0.02)
@@ -55,7 +55,7 @@ def test_a_killed_rank_costs_no_cell(shards, tmp_path):
     assert [m["loss"] for m in own] == pytest.approx([m["loss"] for m in other], rel=1e-5)
     said = log.read_text()
     assert re.search(r"launch: attempt 1 ended: rank [01] on .*: ended by SIGKILL", said), said
-    assert re.search(r"launch: starting again in 1 s from step [48]\n", said), said
+    assert re.search(r"launch: starting again in 1 s from step \d+\n", said), said
     folder = config.run.out / "launch"
     assert "geneloom launch local --ranks 2" in (folder / "command.sh").read_text()
     found = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
