@@ -212,6 +212,7 @@ def wait_for_all() -> None:
 
 
 def leave() -> None:
-    """Leave the process group."""
+    """Leave the process group, so that this process can start another one."""
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        # DeepSpeed keeps groups of its own: torch's call alone would leave it with dead ones.
+        _import_deepspeed().comm.destroy_process_group()

@@ -47,3 +47,14 @@ def test_resume_is_bit_exact(deepspeed, precision, shards, tmp_path):
     assert resumed.first_step == 5
     assert resumed.losses == summary.losses[5:]
     require_same_state(cut.run.out, whole.run.out)
+
+
+def _twice(config, out) -> list[list[float]]:
+    """Train two runs in one process, as a notebook does."""
+    again = config.model_copy(update={"run": config.run.model_copy(update={"out": out})})
+    return [run_training(each)[0].losses for each in (config, again)]
+
+
+def test_one_process_can_train_twice(shards, tmp_path):
+    first, second = run_ranks(1, _twice, tiny_config(shards, tmp_path / "a"), tmp_path / "b")[0]
+    assert first == second
