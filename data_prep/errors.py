@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
-import typer
+if TYPE_CHECKING:
+    import typer
 
 EXIT_USAGE, EXIT_FAILED = 2, 1
+# Of sysexits.h, EX_TEMPFAIL: what was done is saved, and the same command goes on.
+EXIT_RESUMABLE = 75
 
 
 class SharedFailure(Exception):

@@ -16,8 +16,8 @@ from typing import Annotated, Any
 import typer
 
 from launch import supervise
-from launch.doctor import ask_facts, find_problems
-from launch.hosts import ask_all, python_path, read_hostfile, ssh
+from launch.checks import ask_facts, find_problems
+from launch.hosts import ask_all, read_hostfile, ssh
 from launch.local import RESTARTS_HELP, base_environment, require_device
 from launch.verbs import module_of
 
@@ -197,17 +197,12 @@ class Pdsh(Cluster):
     ) -> dict[str, list[str]]:
         address, port = self.meeting_point(hosts)
         # pdsh passes few variables on; DeepSpeed exports those of this file.
-        given = {**environment, "PYTHONPATH": python_path()}
-        listed = attempt.with_name(f"{attempt.name}_environment")
-        table = attempt.with_name(f"{attempt.name}_hostfile")
-        listed.parent.mkdir(parents=True, exist_ok=True)
-        listed.write_text("".join(f"{name}={value}\n" for name, value in sorted(given.items())))
-        table.write_text("".join(f"{host} slots={slots}\n" for host, slots in hosts.items()))
+        listed = f"DS_ENV_FILE={attempt / supervise.ENVIRONMENT}"
         return {
             "": [
-                "env", f"DS_ENV_FILE={listed}", sys.executable, "-m", "deepspeed.launcher.runner",
-                "--hostfile", str(table), "--launcher", "pdsh", "--force_multi", "--no_ssh_check",
-                "--master_addr", address, "--master_port", str(port),
-                "--no_local_rank", "--log_level", "error", "--module", *words,
+                "env", listed, sys.executable, "-m", "deepspeed.launcher.runner",
+                "--hostfile", str(attempt / supervise.HOSTFILE), "--launcher", "pdsh",
+                "--force_multi", "--no_ssh_check", "--no_local_rank", "--log_level", "error",
+                "--master_addr", address, "--master_port", str(port), "--module", *words,
             ]
         }  # fmt: skip

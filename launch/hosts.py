@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.node import ROOT
+
 _CONNECT_S = 10
 # A host that does not answer for this long is gone: ssh ends.
 _ALIVE_S, _ALIVE_TIMES = 5, 3
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def read_hostfile(path: Path) -> dict[str, int]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from launch.verbs import MODULES, check_and_find_folder, module_of, to_go_on
+from launch.verbs import MODULES, check_and_find_folder, module_of, named_values, to_go_on
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
 _QUANTITY = re.compile(r"\d+(\.\d+)?(m|[kMGTPE]|[KMGTPE]i)?")
@@ -102,8 +102,8 @@ def launch_kubernetes(
         kind=kind, name=name or f"geneloom-{verb}", image=image, nodes=nodes,
         ranks_per_node=ranks_per_node or gpus_per_node or 1, gpus_per_node=gpus_per_node,
         cpus=cpus, memory=memory, shm=shm, namespace=namespace,
-        claims=[_claim(c) for c in claim or []], env=_pairs("--env", env or []),
-        node_selector=_pairs("--node-selector", node_selector or []), grace_s=grace,
+        claims=[_claim(c) for c in claim or []], env=named_values("--env", env or []),
+        node_selector=named_values("--node-selector", node_selector or []), grace_s=grace,
         restart_policy=restart_policy, restarts=restarts,
     )  # fmt: skip
     text = render(job, verb, context.args)
@@ -119,14 +119,6 @@ def _claim(text: str) -> Claim:
     if len(parts) not in (2, 3) or not parts[1].startswith("/") or parts[2:] not in ([], ["ro"]):
         raise ValueError(f"--claim {text}: must be NAME:/path or NAME:/path:ro")
     return Claim(parts[0], parts[1], parts[2:] == ["ro"])
-
-
-def _pairs(option: str, given: list[str]) -> dict[str, str]:
-    pairs = [pair.partition("=") for pair in given]
-    wrong = [name + equals + value for name, equals, value in pairs if not name or not equals]
-    if wrong:
-        raise ValueError(f"{option} {wrong[0]}: must be NAME=VALUE")
-    return {name: value for name, _, value in pairs}
 
 
 def render(job: KubernetesJob, verb: str, arguments: list[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,7 @@ import typer
 
 from launch import supervise
 from launch.hosts import python_path
-from launch.node import has_gpu, signal_processes
+from launch.node import has_gpu, port_state, signal_processes
 from launch.verbs import MODULES, module_of
 
 HERE = "localhost"
@@ -53,7 +52,7 @@ class Local:
         return {
             "": [
                 sys.executable, "-m", "deepspeed.launcher.runner",
-                "--num_gpus", str(hosts[HERE]), "--master_port", str(free_port()),
+                "--num_gpus", str(hosts[HERE]), "--master_port", str(port_state(0)["port"]),
                 "--no_local_rank", "--log_level", "error", "--module", *words,
             ]
         }  # fmt: skip
@@ -80,10 +79,3 @@ def base_environment(device: str, here: bool = True) -> dict[str, str]:
     if device == "cpu" or (here and not has_gpu()):
         environment["DS_ACCELERATOR"] = "cpu"
     return environment
-
-
-def free_port() -> int:
-    """Return a port that nobody uses on this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launch.rank import log_name
 
+EVENTS = "events.jsonl"
 _TAIL_BYTES = 64_000
 _ERROR = re.compile(r"^error(?: on rank \d+)?: (.*)")
 _TORCH_PREFIX = re.compile(r"^\[rank\d+\]: ")
@@ -67,7 +70,8 @@ def root_cause(
     The first rank that failed by itself; else a host that is gone; else a rank that never ended;
     else what the others complain about. `hosts`: host -> ranks, in the order of ranks.
     """
-    failed = [e for e in ends(attempt) if e.code != 0]
+    ended = ends(attempt)
+    failed = [e for e in ended if e.code != 0]
     own = [e for e in failed if not e.is_echo and e.code != -signal.SIGTERM]
     # Echoes come later: a machine whose clock is ahead must not make one the first.
     # What all ranks find together only rank 0 says.
@@ -78,7 +82,7 @@ def root_cause(
     if lost_hosts:
         return f"{', '.join(lost_hosts)} cannot be reached{echo}", failed[0].log if failed else None
     owners = [host for host, ranks in hosts.items() for _ in range(ranks)]
-    silent = sorted(set(range(len(owners))) - {e.rank for e in ends(attempt)})
+    silent = sorted(set(range(len(owners))) - {e.rank for e in ended})
     if silent and not any(attempt.glob("rank_*.log")):
         return _launchers_word(attempt), None
     if silent:
@@ -89,6 +93,13 @@ def root_cause(
     if failed:
         return failed[0].say(), failed[0].log
     return _launchers_word(attempt), None
+
+
+def record_event(folder: Path, event: str, **values: Any) -> None:
+    """Add a line to the events.jsonl of a run's folder of launches."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / EVENTS).open("a") as file:
+        file.write(json.dumps({"time": time.time(), "event": event, **values}) + "\n")
 
 
 def last_error(log: Path) -> str:

@@ -13,7 +13,8 @@ import typer
 from launch import supervise
 from launch.hostfile import Cluster
 from launch.hosts import read_hostfile
-from launch.local import HERE, RESTARTS_HELP, Local, base_environment, free_port, require_device
+from launch.local import HERE, RESTARTS_HELP, Local, base_environment, require_device
+from launch.node import port_state
 from launch.verbs import MODULES, module_of
 
 # Set for every rank on every host; what else is in the environment stays on this one.
@@ -57,7 +58,11 @@ class MpiHere(Local):
     def commands(
         self, hosts: dict[str, int], attempt: Path, words: list[str], environment: dict[str, str]
     ) -> dict[str, list[str]]:
-        settings = {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        settings = {
+            **environment,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port_state(0)["port"]),
+        }
         # As many ranks as asked for: torch's threads are counted, not Open MPI's bound cores.
         return {"": mpi_command(words, hosts[HERE], ["--oversubscribe"], settings)}
 

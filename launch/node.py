@@ -25,7 +25,7 @@ import psutil
 # In the environment of all that a launch has started; of its ranks alone.
 LAUNCH_ID, IN_RANK = "GENELOOM_LAUNCH_ID", "GENELOOM_IN_RANK"
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "pyarrow")
-_ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 _FOLDERS = ("data_prep", "pretrain", "launch", "eval", "deepspeed_configs")
 _GIB = 2**30
 
@@ -83,7 +83,7 @@ def facts(folder: Path, token: str, hosts: list[str]) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {p: _version(p) for p in PACKAGES} | {"nccl": _nccl_version()},
         "code": code_digest(),
-        "commit": _said("git", "-C", str(_ROOT), "rev-parse", "--short", "HEAD") or None,
+        "commit": _said("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD") or None,
         "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "gpus": gpus(),
         "cores": len(os.sched_getaffinity(0)),
@@ -103,9 +103,9 @@ def code_digest() -> str:
     """Return a hash of this package's files, as 12 hexadecimal digits."""
     digest = hashlib.sha256()
     for folder in _FOLDERS:
-        for path in sorted((_ROOT / folder).rglob("*")):
+        for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in (".py", ".yaml", ".json"):
-                digest.update(str(path.relative_to(_ROOT)).encode())
+                digest.update(str(path.relative_to(ROOT)).encode())
                 digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

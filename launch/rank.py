@@ -22,12 +22,12 @@ from typing import Any
 
 import psutil
 
+from data_prep.errors import EXIT_USAGE
 from launch.node import IN_RANK, has_gpu
 
 _RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 _RANKS_HERE = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 _PR_SET_PDEATHSIG = 1
-_EXIT_USAGE = 2  # that of `data_prep.errors`, which imports typer
 
 
 def log_name(rank: int) -> str:
@@ -48,7 +48,7 @@ def main() -> int:
     environment = rank_environment(os.environ | settings["environment"], settings)
     if settings["device"] == "gpu" and not has_gpu():
         print(f"error: --device gpu: {socket.gethostname()} has no /dev/nvidia*", file=sys.stderr)
-        return _EXIT_USAGE
+        return EXIT_USAGE
     child: subprocess.Popen | None = None
 
     def pass_on(number: int, _frame: object) -> None:

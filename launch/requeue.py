@@ -9,15 +9,14 @@ import argparse
 import json
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import EXIT_FAILED, EXIT_USAGE
-from launch.logs import End, ends, root_cause, tail
+from data_prep.errors import EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE
+from data_prep.files import LAUNCH_FOLDER
+from launch.logs import EVENTS, End, ends, record_event, root_cause, tail
 from launch.verbs import saved_step
 
-EXIT_RESUMABLE = 75
 _SHOWN_LINES = 15
 _READ_BYTES = 20_000
 
@@ -42,11 +41,13 @@ def requeue_code(
     if code == 0 and not failed:
         return 0, "all ranks are done"
     if failed and all(_was_asked(e) for e in failed):
-        _record(run, event="stopped", attempt=number, job=job, step=step)
+        record_event(run / LAUNCH_FOLDER, "stopped", attempt=number, job=job, step=step)
         return EXIT_RESUMABLE, f"stopped by a signal{_at(step)}; goes on from what is saved"
     cause, log = root_cause(attempt, hosts, [])
     before = crashes_before(run, job)
-    _record(run, event="ended", attempt=number, job=job, code=code, cause=cause, step=step)
+    record_event(
+        run / LAUNCH_FOLDER, "ended", attempt=number, job=job, code=code, cause=cause, step=step
+    )
     evidence = "\n" + last_words(log) if log else ""
     if any(e.code == EXIT_USAGE for e in failed):
         return EXIT_USAGE, f"{cause}: wrong input, which would be wrong again"
@@ -83,16 +84,11 @@ def _at(step: int) -> str:
 def crashes_before(run: Path, job: str) -> list[dict[str, Any]]:
     """Return what is recorded of a job's earlier crashes, oldest first."""
     try:
-        lines = (run / "launch" / "events.jsonl").read_text().splitlines()
+        lines = (run / LAUNCH_FOLDER / EVENTS).read_text().splitlines()
     except FileNotFoundError:
         return []
     events = [json.loads(line) for line in lines]
     return [e for e in events if e["event"] == "ended" and e.get("job") == job]
-
-
-def _record(run: Path, **values: Any) -> None:
-    with (run / "launch" / "events.jsonl").open("a") as file:
-        file.write(json.dumps({"time": time.time(), **values}) + "\n")
 
 
 def main(words: list[str]) -> int:

@@ -13,8 +13,9 @@ from typing import Annotated
 
 import typer
 
+from data_prep.files import LAUNCH_FOLDER
 from launch.slurm_script import RankCommand, SlurmJob, render
-from launch.verbs import MODULES, check_and_find_folder, module_of, to_go_on
+from launch.verbs import MODULES, check_and_find_folder, module_of, named_values, to_go_on
 
 
 def launch_slurm(
@@ -75,7 +76,7 @@ def launch_slurm(
     made_by = shlex.join(["geneloom", *sys.argv[1:]])
     command = RankCommand(sys.executable, module, arguments, to_go_on(verb, arguments))
     text = render(job, command, out, made_by)
-    settings = rank_settings(job, _variables(env or []), made_by)
+    settings = rank_settings(job, named_values("--env", env or []), made_by)
     print(text, end="", flush=True)
     if show:
         return
@@ -108,14 +109,6 @@ def _quoted(path: str) -> str:
     return '"' + path.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _variables(given: list[str]) -> dict[str, str]:
-    pairs = [pair.partition("=") for pair in given]
-    wrong = [f"{n}{s}{v}" for n, s, v in pairs if not s or not n.isidentifier()]
-    if wrong:
-        raise ValueError(f"--env {wrong[0]}: must be NAME=VALUE")
-    return {name: value for name, _, value in pairs}
-
-
 def rank_settings(job: SlurmJob, variables: dict[str, str], made_by: str) -> dict:
     """Return what `launch.rank` reads on every node."""
     environment = {"GENELOOM_LAUNCH_COMMAND": made_by}
@@ -132,7 +125,7 @@ def _require_free(verb: str, arguments: list[str], out: Path) -> None:
     """Raise ValueError where ``pretrain`` would, on the cluster, hours later."""
     goes_on = {"--resume", "--restart"} & set(arguments)
     if verb == "pretrain" and not goes_on and out.is_dir():
-        names = {p.name for p in out.iterdir()} - {"launch"}
+        names = {p.name for p in out.iterdir()} - {LAUNCH_FOLDER}
         if names:
             raise ValueError(
                 f"{out}: exists and is not empty; add --resume to go on with this run, or give "
@@ -142,7 +135,7 @@ def _require_free(verb: str, arguments: list[str], out: Path) -> None:
 
 def store(text: str, settings: dict, out: Path) -> Path:
     """Write the batch file and its settings into the run folder; return the file's path."""
-    folder = out / "launch"
+    folder = out / LAUNCH_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "settings.json").write_text(json.dumps(settings, indent=1))
     path = folder / "job.sbatch"
@@ -163,15 +156,15 @@ def submit(path: Path) -> str:
             f"launch slurm: no sbatch on this machine; run `sbatch {path}` where it is"
         )
     # Of an allocation that this may run in: the new job has its own.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SRUN_"))}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name == "SLURM_CONF" or not name.startswith(("SLURM_", "SRUN_"))
+    }
     done = subprocess.run(
         ["sbatch", "--parsable", str(path)],
-        capture_output=True, text=True, env=environment | _kept(os.environ),
+        capture_output=True, text=True, env=environment,
     )  # fmt: skip
     if done.returncode:
         raise ValueError(f"launch slurm: sbatch refused {path}: {done.stderr.strip()}")
     return done.stdout.strip().partition(";")[0]
-
-
-def _kept(environment: os._Environ[str]) -> dict[str, str]:
-    return {k: environment[k] for k in ("SLURM_CONF",) if k in environment}

@@ -7,6 +7,9 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_prep.files import LAUNCH_FOLDER
+from launch.node import ROOT
+
 # Below the ports that systems give to connections (from 32768 on Linux).
 _FIRST_PORT, _NUM_PORTS = 15_000, 15_000
 _PLAIN = re.compile(r"[A-Za-z0-9_.,:+@\-]+")
@@ -109,7 +112,7 @@ def render(job: SlurmJob, command: RankCommand, out: Path, made_by: str) -> str:
         The command line that made it, for a comment.
     """
     require_sound(job)
-    folder = out / "launch"
+    folder = out / LAUNCH_FOLDER
     parts = [
         "#!/bin/bash",
         "# Made by: " + made_by.replace("\n", " "),
@@ -117,17 +120,13 @@ def render(job: SlurmJob, command: RankCommand, out: Path, made_by: str) -> str:
         "",
         *job.setup,
         "set -u",
-        f"export PYTHONPATH={shlex.quote(_root())}${{PYTHONPATH:+:$PYTHONPATH}}",
+        f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
         _meeting_point(),
         _attempt(folder),
         _step(job, command),
         _verdict(job, command, out),
     ]
     return "\n".join(parts)
-
-
-def _root() -> str:
-    return str(Path(__file__).resolve().parent.parent)
 
 
 def _header(job: SlurmJob, folder: Path) -> list[str]:

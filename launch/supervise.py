@@ -22,14 +22,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from data_prep.errors import EXIT_FAILED, EXIT_USAGE
+from data_prep.errors import EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE
 from data_prep.files import LAUNCH_FOLDER
-from launch.logs import ends, root_cause, tail
+from launch.logs import record_event, root_cause, tail
 from launch.node import LAUNCH_ID
 from launch.rank import log_name, write_whole
 from launch.verbs import check_and_find_folder, module_of, saved_step, to_go_on
 
-EXIT_RESUMABLE = 75
+# In the folder of an attempt: lines as `node1 slots=8`, and as `NAME=VALUE`.
+HOSTFILE, ENVIRONMENT = "hostfile", "environment"
 _POLL_S = 0.2
 _RESEND_S = 2.0
 _LOOK_S = 1.0
@@ -99,7 +100,7 @@ def run(way: Way, job: Job, show: bool = False) -> int:
         print("\n".join(attempt.show()), flush=True)
         if show:
             return 0
-        _record(folder, "started", attempt=number, hosts=hosts, commands=attempt.show())
+        record_event(folder, "started", attempt=number, hosts=hosts, commands=attempt.show())
         (folder / "command.sh").write_text(_own_command() + "\n")
         saved = saved_step(out)
         code = attempt.run()
@@ -107,13 +108,15 @@ def run(way: Way, job: Job, show: bool = False) -> int:
             attempt.remove_if_nothing_began()
             return code
         if code in (0, EXIT_RESUMABLE):
-            _record(folder, "done" if code == 0 else "stopped", attempt=number)
+            record_event(folder, "done" if code == 0 else "stopped", attempt=number)
             return code
         lost = way.lost(hosts)
         cause, log = root_cause(attempt.folder, hosts, lost)
         end = _End(cause, saved_step(out), tuple(hosts), tuple(lost))
         _say(f"attempt {number} ended: {cause}" + (f" ({log})" if log else ""))
-        _record(folder, "ended", attempt=number, code=code, cause=cause, step=end.step, lost=lost)
+        record_event(
+            folder, "ended", attempt=number, code=code, cause=cause, step=end.step, lost=lost
+        )
         if stop.asked or code == EXIT_USAGE:
             return code
         wait_s = patience.after(end, end.step > saved, folder, number)
@@ -291,7 +294,7 @@ class Attempt:
 
     def was_refused(self) -> bool:
         """Was it wrong input? Then rank 0 has said so on the console."""
-        return any(e.code == EXIT_USAGE and e.rank == 0 for e in ends(self.folder))
+        return any(e["code"] == EXIT_USAGE and e["rank"] == 0 for e in self._ends())
 
     def remove_if_nothing_began(self) -> None:
         """Leave no folder that was made for a run that was refused."""
@@ -314,7 +317,7 @@ class Attempt:
         print(text, end="", flush=True)
 
     def _write_settings(self) -> None:
-        """Write what `launch.rank` reads."""
+        """Write what `launch.rank` reads, and what a launcher may."""
         self.folder.mkdir(parents=True)
         settings = {
             "device": self._device,
@@ -322,6 +325,9 @@ class Attempt:
             "environment": self._environment | {"GENELOOM_LAUNCH_COMMAND": _own_command()},
         }
         write_whole(self.folder / "settings.json", settings)
+        hosts, variables = self._hosts.items(), sorted(self._environment.items())
+        (self.folder / HOSTFILE).write_text("".join(f"{h} slots={n}\n" for h, n in hosts))
+        (self.folder / ENVIRONMENT).write_text("".join(f"{k}={v}\n" for k, v in variables))
 
 
 def _own_command() -> str:
@@ -331,13 +337,6 @@ def _own_command() -> str:
 def _next_number(folder: Path) -> int:
     numbers = [int(p.name.split("_")[1]) for p in folder.glob("attempt_*")]
     return max(numbers, default=0) + 1
-
-
-def _record(folder: Path, event: str, **values: Any) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    line = {"time": time.time(), "event": event, **values}
-    with (folder / "events.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def _say(text: str) -> None:

@@ -64,6 +64,17 @@ def saved_step(out: Path) -> int:
         return -1
 
 
+def named_values(option: str, given: list[str]) -> dict[str, str]:
+    """Return name -> value of an option that is given as NAME=VALUE; ValueError if it is not."""
+    values = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise ValueError(f"{option} {text}: must be NAME=VALUE")
+        values[name] = value
+    return values
+
+
 def _option(arguments: list[str], name: str) -> str | None:
     for place, word in enumerate(arguments):
         if word == name and place + 1 < len(arguments):

@@ -13,10 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.errors import run_app
+from data_prep.errors import EXIT_RESUMABLE, run_app
 from pretrain.config import RunConfig, load_config
-
-EXIT_RESUMABLE = 75
 
 
 def pretrain_command(

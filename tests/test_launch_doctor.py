@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.doctor import ask_here, find_problems, find_warnings, slow_places
+from launch.checks import ask_here, find_problems, find_warnings
+from launch.doctor import slow_places
 from launch.hosts import Answer
 from tests.hosts import Host, hosts, why_no_hosts
 from tests.test_launch_hosts import environment, launch, small, write_hostfile

@@ -99,6 +99,9 @@ def events(config: RunConfig, kind: str) -> list[dict]:
 def test_two_hosts_are_one_run(words, three, undisturbed, shards, tmp_path):
     config = small(shards, tmp_path / "run", run__max_steps=_STEPS)
     hostfile = write_hostfile(tmp_path, "ds2", "ds3")
+    shown = launch(three[0], config, *words, str(hostfile), "--show")
+    assert shown.returncode == 0 and "launch.rank" in shown.stdout, shown.stderr
+    assert not config.run.out.exists()
     done = launch(three[0], config, *words, str(hostfile))
     assert done.returncode == 0, done.stdout + done.stderr
     require_same_run(config, undisturbed)
