@@ -249,14 +249,46 @@ def _make_keys(data, indices, first, stop, scale, column_tokens, column_factors,
 
 
 @numba.njit(cache=True, nogil=True)
+def _add_up(
+    data, indices, first, stop, scale, column_tokens, column_factors, counts, factors, present,
+    values, ranked,
+):  # fmt: skip
+    """Sum what shares a token; return how many genes `values` and `ranked` then hold.
+
+    Ascending tokens, which is the tie rule. `counts` and `present` are empty before and after.
+    """
+    for k in range(first, stop):
+        column = _INDEX(indices[k])
+        token = column_tokens[column]
+        token = -2 - token if token < -1 else token
+        count = np.float64(data[k])
+        if token >= 0 and count > 0.0:
+            counts[token] += count
+            factors[token] = column_factors[column]
+            present[token >> 6] |= np.uint64(1) << np.uint64(token & 63)
+    size = 0
+    for w in range(len(present)):
+        bits = present[w]
+        present[w] = np.uint64(0)
+        while bits != np.uint64(0):
+            lowest = bits & (~bits + np.uint64(1))
+            bits ^= lowest
+            token = w * 64 + _BIT_INDEX[(lowest * _DE_BRUIJN) >> np.uint64(58)]
+            values[size] = counts[token] * scale * TARGET_SUM * factors[token]
+            ranked[size] = token
+            counts[token] = 0.0
+            size += 1
+    return size
+
+
+@numba.njit(cache=True, nogil=True)
 def _encode(
     data, indices, indptr, totals, column_tokens, column_factors, num_tokens, gene_slots,
     cls_token, eos_token, out, offsets, detected,
 ):  # fmt: skip
     """Fill `out`, `offsets` and `detected`; see `encode_cells`."""
-    words = (num_tokens + 63) // 64
     counts, factors = np.zeros(num_tokens), np.zeros(num_tokens)
-    present = np.zeros(words, np.uint64)
+    present = np.zeros((num_tokens + 63) // 64, np.uint64)
     longest = num_tokens
     for cell in range(len(indptr) - 1):
         longest = max(longest, indptr[cell + 1] - indptr[cell])
@@ -280,29 +312,21 @@ def _encode(
                 kept = _sort_keys(keys, work_keys, number, smallest, gene_slots, bins)
         is_plain = kept >= 0
         if not is_plain:
-            # The general way: sum what shares a token, ascending tokens first (the tie rule), then
-            # a sort whose time does not depend on the values.
-            for k in range(first, stop):
-                column = _INDEX(indices[k])
-                token = column_tokens[column]
-                token = -2 - token if token < -1 else token
-                count = np.float64(data[k])
-                if token >= 0 and count > 0.0:
-                    counts[token] += count
-                    factors[token] = column_factors[column]
-                    present[token >> 6] |= np.uint64(1) << np.uint64(token & 63)
-            size = 0
-            for w in range(words):
-                bits = present[w]
-                present[w] = np.uint64(0)
-                while bits != np.uint64(0):
-                    lowest = bits & (~bits + np.uint64(1))
-                    bits ^= lowest
-                    token = w * 64 + _BIT_INDEX[(lowest * _DE_BRUIJN) >> np.uint64(58)]
-                    values[size] = counts[token] * scale * TARGET_SUM * factors[token]
-                    ranked[size] = token
-                    counts[token] = 0.0
-                    size += 1
+            # The general way, whose time does not depend on the values.
+            size = _add_up(
+                data,
+                indices,
+                first,
+                stop,
+                scale,
+                column_tokens,
+                column_factors,
+                counts,
+                factors,
+                present,
+                values,
+                ranked,
+            )
             if size > 1:
                 _sort_descending(values, ranked, work_values, work_ranked, size, histogram)
             kept = min(size, gene_slots)
