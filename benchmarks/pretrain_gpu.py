@@ -11,8 +11,9 @@ random: speed does not depend on them.
 
 Each row is a model and a micro-batch: full steps of `--passes` micro-batches over cells of three
 padded lengths, a third of the tokens each (mean about 1,200 tokens a cell), every cell up to 63
-tokens shorter than its bucket. ``eager`` and ``compiled`` (torch.compile, a graph per shape,
-``--compile-mode reduce-overhead`` for CUDA graphs); ``mask`` false: the same cells filled up, so
+tokens shorter than its bucket. ``compiled``: false, and true, as `run.compile`
+does it (a graph of a layer per shape; ``--compile-mode reduce-overhead`` for CUDA graphs,
+``--compile-whole`` for one graph of the model); ``mask`` false: the same cells filled up, so
 that attention needs no mask, to see what a mask costs. Rows are in order of interest; after
 `--budget-s` seconds the rest is skipped, and said to be.
 """
@@ -174,7 +175,11 @@ def measure(case: Case, arguments: argparse.Namespace, device: torch.device) -> 
     model = build_model(config.model, vocabulary, _SEED).to(device).train()
     num_parameters = sum(p.numel() for p in model.parameters())
     if case.compiled:
-        model.compile(mode=arguments.compile_mode, dynamic=False)
+        if arguments.compile_whole:
+            model.compile(mode=arguments.compile_mode, dynamic=False)
+        else:
+            shapes = {(ids.shape[0], ids.shape[1]) for _, (ids, *_) in batches if ids is not None}
+            model.compile_layers(arguments.compile_mode, shapes)
     step = make_step(model, config, device, arguments.deepspeed)
     # Micro-batches of one step: the lengths in turn.
     order = [batches[i % len(batches)] for i in range(max(arguments.passes, len(batches)))]
@@ -245,7 +250,9 @@ def embedding(name: str, arguments: argparse.Namespace, device: torch.device) ->
 def rows(arguments: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     """Yield the rows, each as soon as it is measured."""
     started = time.perf_counter()
-    chosen = [Case("geneformer_v1_6l", 512, c) for c in (False,)] if arguments.tiny else cases()
+    chosen = (
+        [Case("geneformer_v1_6l", 512, c) for c in (False, True)] if arguments.tiny else cases()
+    )
     chosen = [c for c in chosen if not arguments.models or c.model in arguments.models]
     todo: list[tuple[dict, Callable[[], dict]]] = [
         (vars(c) | {"what": "pretraining"}, lambda c=c: measure(c, arguments, device))
@@ -307,7 +314,10 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=3, help="micro-batches a step")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each row")
     parser.add_argument("--budget-s", type=float, default=540.0, help="of the whole run")
-    parser.add_argument("--compile-mode", help="e.g. reduce-overhead: CUDA graphs")
+    parser.add_argument("--compile-mode", default="default", help="reduce-overhead: CUDA graphs")
+    parser.add_argument(
+        "--compile-whole", action="store_true", help="the whole model, not its layers"
+    )
     parser.add_argument("--no-deepspeed", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()

@@ -41,10 +41,7 @@ def attention(
         Share of weights that are dropped (the others are scaled up); 0 for evaluation.
     """
     if dropout and query_BQD.device.type == "cpu":
-        seed = int(torch.randint(2**31, ()))
-        return _DroppedAttention.apply(
-            query_BQD, key_BLD, value_BLD, num_heads, real_BL, dropout, seed
-        )  # type: ignore[return-value]
+        return _with_dropout(query_BQD, key_BLD, value_BLD, num_heads, real_BL, dropout)  # type: ignore
     query, key, value = (
         x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query_BQD, key_BLD, value_BLD)
     )
@@ -53,6 +50,19 @@ def attention(
         query, key, value, attn_mask=mask, dropout_p=dropout
     )
     return context.transpose(1, 2).flatten(2)
+
+
+@torch.compiler.disable
+def _with_dropout(
+    query_BQD: torch.Tensor,
+    key_BLD: torch.Tensor,
+    value_BLD: torch.Tensor,
+    num_heads: int,
+    real_BL: torch.Tensor | None,
+    dropout: float,
+) -> torch.Tensor:
+    seed = int(torch.randint(2**31, ()))
+    return _DroppedAttention.apply(query_BQD, key_BLD, value_BLD, num_heads, real_BL, dropout, seed)  # type: ignore[return-value]
 
 
 class _DroppedAttention(torch.autograd.Function):

@@ -161,6 +161,11 @@ class RunSection(_Section):
         default=False,
         description="on a GPU the same bits each time, slower; on a CPU they always are",
     )
+    compile: Literal["off", "default", "reduce-overhead"] = Field(
+        default="off",
+        description="torch.compile of the layers, a graph for each shape of a micro-batch; "
+        "reduce-overhead: with CUDA graphs",
+    )
     collective_timeout_s: int = Field(
         default=600, ge=5, description="a hung collective fails after this"
     )

@@ -228,6 +228,17 @@ class StepDataset:
             int((~served).sum()),
         )
 
+    def full_shapes(self) -> set[tuple[int, int]]:
+        """Return (rows, length) of all micro-batches but those of a bucket's last step."""
+        return {
+            (stop - start, bucket.extent.length)
+            for bucket in self.plan.buckets
+            for start, stop in micro_batch_slots(
+                bucket.cells_per_step, bucket.extent.length, self._rank, self._world_size,
+                self._budget,
+            )
+        }  # fmt: skip
+
     def heaviest_micro_batch(self) -> MicroBatch:
         """Return the largest shape that can come, of filler rows: computed, it weighs nothing."""
         shapes = []

@@ -44,7 +44,8 @@ def derive_ds_config(config: RunConfig) -> dict:
     Raises
     ------
     ValueError
-        The file is unreadable, has keys that belong to the run configuration, or no ZeRO stage.
+        The file is unreadable, has keys that belong to the run configuration, or no ZeRO stage; or
+        torch.compile is asked for at stage 3, where the first step would never end.
     """
     path = find_deepspeed_file(config.run.deepspeed)
     try:
@@ -60,6 +61,11 @@ def derive_ds_config(config: RunConfig) -> dict:
     stage = content.get("zero_optimization", {}).get("stage")
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, found {stage}")
+    if stage == 3 and config.run.compile != "off":
+        raise ValueError(
+            f"run.compile={config.run.compile}: not with ZeRO 3, which gathers weights while a "
+            "layer runs; use zero1 or zero2, or run.compile=off"
+        )
     result = content | {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

@@ -87,6 +87,11 @@ class Engine:
         engine.train()
         return engine
 
+    def compile_for(self, shapes: set[tuple[int, int]]) -> None:
+        """Compile the training pass for these shapes of micro-batches, if `run.compile` says so."""
+        if self._config.run.compile != "off":
+            self.deepspeed.module.compile_layers(self._config.run.compile, shapes)
+
     def dry_pass(self, heaviest: MicroBatch) -> None:
         """Compute the largest micro-batch, which weighs nothing: what does not fit shows at once.
 

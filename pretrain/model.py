@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,6 +50,26 @@ class MaskedGeneModel(nn.Module):
         super().__init__()
         self.bert = bert
         self._checkpointing = activation_checkpointing
+        self._compiled: Callable[..., torch.Tensor] | None = None
+        self._compiled_shapes: set[tuple[int, int]] = set()
+
+    def compile_layers(self, mode: str, shapes: set[tuple[int, int]]) -> None:
+        """Compile the layers for training, each shape when it first comes.
+
+        All layers but the last share a graph, so it costs the same for six as for eighteen. Other
+        shapes, and evaluation, run as written.
+
+        Parameters
+        ----------
+        mode
+            Of `torch.compile`.
+        shapes
+            (B, L) of the micro-batches to compile for.
+        """
+        # With and without a mask, and once more for the last layer.
+        torch._dynamo.config.recompile_limit = 4 * len(shapes)
+        self._compiled = torch.compile(_through_layer, mode=mode, dynamic=False)
+        self._compiled_shapes = shapes
 
     def forward(
         self,
@@ -73,6 +94,9 @@ class MaskedGeneModel(nn.Module):
             int64 [M], flat index into B x L; ascending where labels are not negative, and those
             come first. On a GPU no cell may have more than M / B of them: not checked.
         """
+        if self._compiled:
+            # Where CUDA graphs replay: what the pass before has left may be written over.
+            torch.compiler.cudagraph_mark_step_begin()
         encoder = self.bert.bert
         hidden_BLD = encoder.embeddings(input_ids=input_ids)
         *layers, last = encoder.encoder.layer
@@ -98,9 +122,13 @@ class MaskedGeneModel(nn.Module):
         real_BL: torch.Tensor | None,
     ) -> torch.Tensor:
         arguments = layer, asking_BQD, hidden_BLD, real_BL
-        if self._checkpointing and self.training:
-            return checkpoint(_through_layer, *arguments, use_reentrant=False)  # type: ignore
-        return _through_layer(*arguments)
+        if not self.training:
+            return _through_layer(*arguments)
+        is_compiled = tuple(hidden_BLD.shape[:2]) in self._compiled_shapes
+        through_layer = self._compiled if self._compiled and is_compiled else _through_layer
+        if self._checkpointing:
+            return checkpoint(through_layer, *arguments, use_reentrant=False)  # type: ignore
+        return through_layer(*arguments)
 
 
 def _through_layer(

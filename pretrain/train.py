@@ -125,6 +125,7 @@ def train(
         # Reads shards and may refuse them: before anything is written.
         heldout = HeldoutEvaluation(shards, config, ranks)
         engine = Engine(config, ds_config, shards, ranks, last)
+        engine.compile_for(dataset.full_shapes())
         run = _Run(config, shards, dataset, engine, heldout, ranks, steps, last)
         try:
             summary = run.loop(stop, watch, profile)
