@@ -5,10 +5,11 @@
 proportion to what is left of them.
 
 The cells of a bucket were shuffled over the whole corpus when they were prepared. Every epoch
-permutes its tars, starts at another cell, and permutes the cells of each block. The sequence that
-results is cut into *lanes* of equal length; a batch takes the next cells of every lane, side by
-side. A rank computes a range of the batch, hence always the same lanes: it reads its own part of
-the tars, each block once and in the order in which it lies, however many ranks there are.
+permutes its full tars (its full blocks, where there is one tar only, or tars of different sizes),
+starts at another cell, and permutes the cells of each block. The sequence that results is cut into
+*lanes* of equal length; a batch takes the next cells of every lane, side by side. A rank computes a
+range of the batch, hence always the same lanes: it reads its own part of the tars, each block once
+and in the order in which it lies, however many ranks there are.
 """
 
 from __future__ import annotations

@@ -128,7 +128,10 @@ def damage(folder: Path) -> str | None:
 
 
 def _record_sha256(record: dict[str, Any]) -> str:
-    """Return the hash of a record's canonical JSON, without the hash itself."""
+    """Return the hash of a record as JSON with sorted keys, without the hash itself.
+
+    Python's default separators: a space follows each comma and colon, unlike in the other hashes.
+    """
     rest = {k: v for k, v in record.items() if k != "record_sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 

@@ -68,8 +68,8 @@ class TaskRun:
     excluded
         Reason -> count of cells or genes that were left out.
     outcomes
-        Every contender in every fold. A model is judged by ``zero-shot`` where a task has it,
-        else by ``fine-tuned``.
+        Every contender in every fold. A model is judged by the first of these that a task has:
+        ``zero-shot``, ``ridge on input embedding``, ``fine-tuned``.
     details
         JSON values for the task's page that belong to no single contender; each is optional.
         ``test_share``: share of all examples that one fold scores (0.2 where it is missing); it
