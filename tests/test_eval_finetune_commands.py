@@ -48,11 +48,14 @@ def test_saved_head_predicts_other_cells(model, tmp_path):
     settings = replace(SETTINGS, patience=2)
     finetune_cells(
         model / "cells.h5ad", model, "cell_type", tmp_path / "scores", donor="donor",
-        settings=settings, save_head=tmp_path / "head",
+        settings=settings, max_test_per_class=5, save_head=tmp_path / "head",
     )  # fmt: skip
     record = json.loads((tmp_path / "head" / "classifier.json").read_text())
     results = json.loads((tmp_path / "scores" / "results.json").read_text())
     assert record["record"]["summary"] == results["summary"]
+    chosen = {k: results[k] for k in ("donor", "max_train_per_class", "max_test_per_class")}
+    assert chosen == {"donor": "donor", "max_train_per_class": None, "max_test_per_class": 5}
+    assert all(s["test_cells"] <= 3 * 5 for s in results["seeds"])
     assert all("validation_loss" in h for h in record["history"])
 
     others = make_cells(60, num_genes=200)

@@ -160,7 +160,9 @@ def finetune_cells(
         "model": str(model_folder.name),
         "vocabulary_sha256": vocabulary.sha256,
         "settings": asdict(settings),
+        "donor": donor,
         "max_train_per_class": max_train_per_class,
+        "max_test_per_class": max_test_per_class,
         "summary": summarise(per_seed),
         "seeds": per_seed,
     }
