@@ -73,7 +73,7 @@ def compare(shards: Path, folder: Path, name: str, base_gib: float) -> dict[str,
     states = memory.weights + memory.gradients + memory.optimizer
     parameters = num_parameters(config.model, corpus.num_tokens, max_length)
     # A checkpoint is written from a copy in the host's memory.
-    copy = checkpoint_bytes(parameters, "fp32", 1)
+    copy = checkpoint_bytes(parameters)
     activations = micro_batch * activation_bytes(config, on_gpu=False)
     planned = states + memory.logits + activations + copy
     saved = next((out / "checkpoints").glob("step-*"))
@@ -84,8 +84,8 @@ def compare(shards: Path, folder: Path, name: str, base_gib: float) -> dict[str,
         "parameters": parameters,
         "memory_gib": {"planned": planned / GIB, "measured": measured},
         "memory_error": planned / GIB / measured - 1,
-        "checkpoint_bytes": {"planned": checkpoint_bytes(parameters, "fp32", 1), "measured": size},
-        "checkpoint_error": checkpoint_bytes(parameters, "fp32", 1) / size - 1,
+        "checkpoint_bytes": {"planned": checkpoint_bytes(parameters), "measured": size},
+        "checkpoint_error": checkpoint_bytes(parameters) / size - 1,
     }
 
 

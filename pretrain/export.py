@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ from pretrain.model import MaskedGeneModel
 
 EXPORT_FORMAT = "geneloom-model/1"
 RECORD_NAME = "geneloom.json"
+# The second as older versions of PyTorch wrote it; read as tensors, no code in it is run.
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+# AttributeError: what was pickled is no dictionary of tensors.
+UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError)
 
 
 def export(run: Path, out: Path) -> str:
@@ -87,8 +92,17 @@ def load_exported(
 
 def model_digest(folder: Path, vocabulary: Vocabulary) -> str:
     """Return a hash of a model folder's weights and of the vocabulary it is used with."""
-    weights = [file_sha256(p) for p in sorted(folder.glob("*.safetensors"))]
+    files = sorted(folder.glob("*.safetensors")) or [weight_file(folder)]
+    weights = [file_sha256(p) for p in files]
     return hashlib.sha256("".join([*weights, vocabulary.sha256]).encode()).hexdigest()
+
+
+def weight_file(folder: Path) -> Path:
+    """Return a model folder's file of weights; ValueError if there is none."""
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"{folder}: has no weights; expected {' or '.join(WEIGHT_FILES)}")
 
 
 def folder_vocabulary(folder: Path, vocabulary_path: Path | None) -> Vocabulary:
@@ -125,11 +139,10 @@ def _load_bert(folder: Path) -> BertForMaskedLM:
         loaded: Any = BertForMaskedLM.from_pretrained(
             folder,
             local_files_only=True,
-            use_safetensors=True,
             attn_implementation="sdpa",
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, *UNREADABLE) as error:
         raise ValueError(f"{folder}: the weights cannot be read ({error})") from error
     model, loading = loaded
     missing = sorted(k for k in loading["missing_keys"] if k.startswith("bert."))

@@ -227,9 +227,9 @@ def activation_bytes(config: RunConfig, on_gpu: bool = True) -> float:
     return embeddings + model.num_layers * layer
 
 
-def checkpoint_bytes(parameters: int, precision: str, stage: int) -> int:
-    """Return the size of one checkpoint: float32 weights and moments, and bfloat16 weights."""
-    return parameters * (_STATE_BYTES + (2 if precision == "bf16" and stage else 0))
+def checkpoint_bytes(parameters: int) -> int:
+    """Return the size of one checkpoint: float32 weights and two moments, at any precision."""
+    return parameters * _STATE_BYTES
 
 
 def traffic_bytes(parameters: int, precision: str, stage: int, gpus: int, passes: int) -> float:
@@ -257,7 +257,7 @@ class Choice:
 def choose(
     config: RunConfig, corpus: Corpus, max_length: int, gpu: Gpu, gpus: int
 ) -> Choice | None:
-    """Return the lowest stage that fits, with its largest useful micro-batch; None if none does.
+    """Return the lowest stage from 1 that fits, with its largest useful micro-batch, or None.
 
     Lower stages send less. Stage 1 comes before stage 0: it sends as much and keeps a part of the
     optimizer only (the default; measured in docs/benchmarks.md). Useful are at most a rank's share
@@ -385,7 +385,7 @@ def make_plan(
             for stage in (0, 1, 2, 3)
             for m in [memory_per_gpu(config, corpus, max_length, stage, gpus, micro_batch)]
         ],
-        "checkpoint_bytes": checkpoint_bytes(parameters, precision, 1),
+        "checkpoint_bytes": checkpoint_bytes(parameters),
         "traffic_bytes_per_step": {
             stage: traffic_bytes(parameters, precision, stage, gpus, passes) for stage in range(4)
         },

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import logging
-import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from data_prep.shards import file_sha256
 from data_prep.vocab import Vocabulary
 from pretrain.architecture import architecture_conflicts, read_architecture
 from pretrain.config import ModelConfig
-from pretrain.export import folder_vocabulary, require_belonging, token_dictionary
+from pretrain.export import (
+    UNREADABLE,
+    WEIGHT_FILES,
+    folder_vocabulary,
+    require_belonging,
+    token_dictionary,
+    weight_file,
+)
 from pretrain.model import MaskedGeneModel
 
 logger = logging.getLogger(__name__)
 
-_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-# AttributeError: what was pickled is no dictionary of tensors.
-_UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError)
 _LFS_POINTER = b"version https://git-lfs"
 _EMBEDDING = "bert.embeddings.word_embeddings.weight"
 _POSITIONS = "bert.embeddings.position_embeddings.weight"
@@ -150,7 +152,7 @@ def require_same_start(record: dict[str, Any], config: ModelConfig, allow_change
 
 def _other_weights(before: dict[str, Any], folder: Path) -> str | None:
     was = f"from {before['folder']} with weights {before['weights_sha256'][:12]}"
-    present = [folder / name for name in _WEIGHT_FILES if (folder / name).is_file()]
+    present = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
     if not present:
         same = str(folder.resolve()) == before["folder"]
         return None if same else f"{was}; model.init_from={folder} holds no weights to compare"
@@ -158,14 +160,6 @@ def _other_weights(before: dict[str, Any], folder: Path) -> str | None:
     if found == before["weights_sha256"]:
         return None
     return f"{was}; model.init_from={folder} holds {found[:12]}; --allow-changes goes on regardless"
-
-
-def weight_file(folder: Path) -> Path:
-    """Return a model folder's file of weights; ValueError if there is none."""
-    for name in _WEIGHT_FILES:
-        if (folder / name).is_file():
-            return folder / name
-    raise ValueError(f"{folder}: has no weights; expected {' or '.join(_WEIGHT_FILES)}")
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -179,7 +173,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         else:
             stored = torch.load(path, map_location="cpu", weights_only=True)
         tensors = {name: tensor.float() for name, tensor in stored.items()}
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path}: the weights cannot be read ({error})") from error
     for copy, name in _TIED.items():
         if copy in tensors:

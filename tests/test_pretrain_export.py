@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForMaskedLM
 
 from pretrain import checkpoint, zero_state
-from pretrain.export import export, load_exported
+from pretrain.export import export, load_exported, model_digest
 from pretrain.model import build_model
 from tests.ranks import run_ranks
 from tests.runs import run_training, tiny_config
@@ -84,6 +84,27 @@ def test_geneformer_folder_with_its_dictionaries(exported, tmp_path):
     _, own = load_exported(exported)
     assert vocabulary.sha256 == own.sha256
     assert model.config.vocab_size == own.num_tokens
+
+
+def test_weights_of_older_pytorch(exported, tmp_path):
+    """Tensors are read as they are; what else a pickle would run is refused."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file
+
+    old = Path(shutil.copytree(exported, tmp_path / "old"))
+    torch.save(load_file(old / "model.safetensors"), old / "pytorch_model.bin")
+    (old / "model.safetensors").unlink()
+    model, vocabulary = load_exported(old)
+    expected, _ = load_exported(exported)
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
+    digest = model_digest(old, vocabulary)
+    torch.save({"bert": Path("anything")}, old / "pytorch_model.bin")
+    assert model_digest(old, vocabulary) != digest
+    with pytest.raises(ValueError, match="weights cannot be read"):
+        load_exported(old)
 
 
 def test_torn_or_foreign_weights_are_refused(exported, tmp_path):

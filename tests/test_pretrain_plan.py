@@ -13,12 +13,14 @@ from transformers import BertForMaskedLM
 
 from data_prep.order import EpochPlan
 from data_prep.shards import ShardSet
+from pretrain.checkpoint import newest
 from pretrain.config import CONFIG_FOLDER
 from pretrain.model import MaskedGeneModel
 from pretrain.plan import (
     GPUS,
     Corpus,
     activation_bytes,
+    checkpoint_bytes,
     choose,
     flops_per_token,
     make_plan,
@@ -28,6 +30,8 @@ from pretrain.plan import (
     read_corpus,
     traffic_bytes,
 )
+from tests.ranks import run_ranks
+from tests.runs import run_training, tiny_config
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS = Corpus(1000, 1_000_000, [(1024, 900), (2048, 100)], 25_426, 2.05)
@@ -158,6 +162,18 @@ def test_traffic_of_a_ring():
     assert traffic_bytes(100, "fp32", 0, 2, 3) == 400
     assert traffic_bytes(100, "bf16", 1, 4, 1) == 300
     assert traffic_bytes(100, "bf16", 3, 4, 2) == 3 * 2 * 150
+
+
+def test_checkpoint_is_as_large_as_planned(shards, tmp_path):
+    config = tiny_config(shards, tmp_path / "run", run__precision="bf16", model__hidden_size=128)
+    run_ranks(1, run_training, config)
+    corpus, max_length = read_corpus(config, 1, 1, 64, 10)
+    planned = checkpoint_bytes(num_parameters(config.model, corpus.num_tokens, max_length))
+    saved = newest(tmp_path / "run")
+    assert saved is not None
+    size = sum(p.stat().st_size for p in saved.folder.glob("*.safetensors"))
+    # Names and places of the tensors are some kilobytes more.
+    assert planned < size < 1.05 * planned
 
 
 def test_steps_are_those_of_the_run(shards):
