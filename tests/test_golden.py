@@ -1,20 +1,20 @@
 """What was written once must still be read, and what was computed once must still come out.
 
-To renew after an intended change of numerics or format: ``python -m tests.test_golden``; the commit
-shows both curves.
+After an intended change of numerics ``python -m tests.test_golden`` renews the losses; the commit
+shows both curves. Shards are never written again: for a new format a new folder.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from data_prep.prepare import PrepareOptions, prepare
-from data_prep.shards import ShardSet
+from data_prep.shards import SHARD_FORMAT, ShardSet
 from data_prep.sources import SourceOptions, source_at
 from pretrain.config import load_config
 from tests.ranks import run_ranks
@@ -42,9 +42,11 @@ def test_golden_losses(tmp_path):
     np.testing.assert_allclose(tiny_losses(tmp_path / "run"), expected, rtol=1e-3)
 
 
-def test_golden_shards():
-    shards = ShardSet(SHARDS)
-    expected = json.loads((GOLDEN / "shards-1.cells.json").read_text())
+@pytest.mark.parametrize("number", [1, 2])
+def test_golden_shards(number):
+    shards = ShardSet(GOLDEN / f"shards-{number}")
+    assert shards.manifest["format"] == f"geneloom-shards/{number}"
+    expected = json.loads((GOLDEN / f"shards-{number}.cells.json").read_text())
     assert shards.num_cells == len(expected)
     for split in ("train", "heldout"):
         for block in shards.iter_blocks(split):
@@ -54,19 +56,23 @@ def test_golden_shards():
 
 
 def _renew() -> None:
-    shutil.rmtree(SHARDS, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
-        source = write_cells(Path(folder) / "cells.h5ad", num_cells=40, num_genes=60)
-        options = PrepareOptions(heldout_share=0.2, block_cells=8, vocabulary_min_cells=1)
-        prepare([source_at(source, SourceOptions())], SHARDS, None, options)
-        cells = {}
-        for split in ("train", "heldout"):
-            for block in ShardSet(SHARDS).iter_blocks(split):
-                for i, cell in enumerate(block.batch.column("cell_id").to_pylist()):
-                    tokens = block.tokens[block.offsets[i] : block.offsets[i + 1]]
-                    cells[cell] = tokens.tolist()
-        (GOLDEN / "shards-1.cells.json").write_text(json.dumps(cells) + "\n")
+        newest = GOLDEN / SHARD_FORMAT.replace("geneloom-", "").replace("/", "-")
+        if not newest.exists():
+            _write_shards(newest, Path(folder))
         LOSSES.write_text(json.dumps(tiny_losses(Path(folder) / "run")) + "\n")
+
+
+def _write_shards(out: Path, folder: Path) -> None:
+    source = write_cells(folder / "cells.h5ad", num_cells=40, num_genes=60)
+    options = PrepareOptions(heldout_share=0.2, block_cells=8, vocabulary_min_cells=1)
+    prepare([source_at(source, SourceOptions())], out, None, options)
+    cells = {}
+    for split in ("train", "heldout"):
+        for block in ShardSet(out).iter_blocks(split):
+            for i, cell in enumerate(block.batch.column("cell_id").to_pylist()):
+                cells[cell] = block.tokens[block.offsets[i] : block.offsets[i + 1]].tolist()
+    out.with_name(f"{out.name}.cells.json").write_text(json.dumps(cells) + "\n")
 
 
 if __name__ == "__main__":

@@ -95,13 +95,26 @@ def test_the_quick_suite_runs_as_written(tmp_path):
     assert (tmp_path / "report" / "report.html").exists()
 
 
+def section(page: str, anchor: str) -> str:
+    """Return what stands under a heading, named as GitHub names it in links."""
+    headings = list(re.finditer(r"^(#+) (.+)$", re.sub(r"(?ms)^```.*?^```", _blank, page), re.M))
+    slugs = [re.sub(r"[^\w -]", "", h[2].lower()).replace(" ", "-") for h in headings]
+    place = slugs.index(anchor)
+    after = (h for h in headings[place + 1 :] if len(h[1]) <= len(headings[place][1]))
+    return page[headings[place].end() : next((h.start() for h in after), len(page))]
+
+
+def _blank(found: re.Match[str]) -> str:
+    return " " * len(found[0])
+
+
 def test_figures_stand_in_the_page_that_tells_how_they_were_got():
     rows = [r for r in (ROOT / "README.md").read_text().splitlines() if "[command](docs/" in r]
     assert len(rows) > 5
     for row in rows:
         _, what, here, beside, link, _ = row.split("|")
-        page = re.findall(r"\]\((docs/\w+\.md)", link)[0]
-        recorded = (ROOT / page).read_text()
+        page, anchor = re.findall(r"\]\((docs/\w+\.md)#([\w-]+)\)", link)[0]
+        recorded = section((ROOT / page).read_text(), anchor)
         for figure in re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", f"{here} {beside}"):
             assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", recorded), (what, figure)
 
