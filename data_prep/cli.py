@@ -30,12 +30,10 @@ Sources = Annotated[
         "census:VERSION; globs, folders of files, and YAML corpus lists are expanded"
     ),
 ]
-Vocab = Annotated[
-    str,
-    typer.Option(
-        help="vocabulary.json, Geneformer's token dictionary (json, pkl) or its folder; or "
-        "'build' to make one from the sources"
-    ),
+_VOCABULARIES = "vocabulary.json, Geneformer's token dictionary (json, pkl) or its folder"
+Vocab = Annotated[str, typer.Option(help=_VOCABULARIES)]
+VocabOrBuild = Annotated[
+    str, typer.Option(help=f"{_VOCABULARIES}; or 'build' to make one from the sources")
 ]
 Medians = Annotated[Path | None, typer.Option(help="median dictionary (json, pkl)")]
 Mapping = Annotated[Path | None, typer.Option(help="other id or symbol -> gene id (json, pkl)")]
@@ -90,7 +88,7 @@ def _vocabulary(
 def prepare_command(
     sources: Sources,
     out: Annotated[Path, typer.Option(help="folder for the shards; a killed run continues there")],
-    vocab: Vocab,
+    vocab: VocabOrBuild,
     medians: Medians = None,
     gene_mapping: Mapping = None,
     max_length: MaxLength = None,

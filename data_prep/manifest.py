@@ -11,7 +11,7 @@ import numpy as np
 
 from data_prep import decide, encode, write
 from data_prep import shards as shards_format
-from data_prep.decide import Chunk, WritePlan
+from data_prep.decide import Chunk
 from data_prep.filters import DatasetMoments, Moments
 from data_prep.shards import SPLITS, file_sha256
 from data_prep.survey import PrepareOptions, Survey
@@ -32,7 +32,6 @@ class Decisions:
 def write_manifest(
     work: Path,
     records: list[write.WriteRecord],
-    plan: WritePlan,
     histogram: np.ndarray,
     decisions: Decisions,
     survey: Survey,

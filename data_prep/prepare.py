@@ -199,7 +199,7 @@ def _write_all(
     ]
     records = write_jobs(jobs, workers, progress)
     folder = jobs[0].folder
-    manifest = write_manifest(folder, records, plan, histogram, decisions, survey, options)
+    manifest = write_manifest(folder, records, histogram, decisions, survey, options)
     names = [s["name"] for s in manifest["shards"]]
     force_to_disk([folder / name for name in names])
     names += [

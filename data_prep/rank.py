@@ -37,7 +37,7 @@ class EncodedCells:
     Attributes
     ----------
     tokens
-        uint16 (uint32 above 65,535 tokens), all cells one after the other.
+        uint16 (uint32 above 65,536 tokens), all cells one after the other.
     offsets
         int64 [cells + 1] into `tokens`.
     detected

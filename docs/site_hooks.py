@@ -66,7 +66,7 @@ def with_site_links(text: str, folder: str) -> str:
         inside = str((ROOT / folder / path).resolve().relative_to(ROOT))
         if inside in PAGES:
             return f"[{shown}]({PAGES[inside]}{mark}{anchor})"
-        if inside.startswith("docs/") and inside.endswith((".md", ".svg")):
+        if inside.startswith("docs/") and inside.endswith((".md", ".svg", ".json")):
             return f"[{shown}]({inside.removeprefix('docs/')}{mark}{anchor})"
         if inside.endswith(".ipynb"):
             return f"[{shown}]({inside.removeprefix('docs/').replace('.ipynb', '.md')})"

@@ -23,7 +23,7 @@ VERBS = {
     "verify": ("data_prep.cli", "verify_command", "check every byte of a shard folder; repair"),
     "pretrain": ("pretrain.cli", "pretrain_command", "shards -> checkpoints"),
     "plan": ("pretrain.cli", "plan_command", "memory, hours and cost of a run, before it starts"),
-    "launch": ("launch.commands", "app", "pretrain on several ranks"),
+    "launch": ("launch.commands", "app", "pretrain, prepare, finetune, perturb on several ranks"),
     "runs": ("launch.runs", "runs_command", "what lies in a folder, and how far it is"),
     "doctor": ("launch.doctor", "doctor_command", "can these hosts train together, and how fast"),
     "export": ("pretrain.cli", "export_command", "checkpoint -> Hugging Face folder"),

@@ -23,7 +23,6 @@ _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _LONGEST_NAME = 50
 _HOSTFILE = "/etc/mpi/hostfile"
 _CONFIG_FOLDER = "/etc/geneloom"
-_PORT = 23456
 # Of the grace period, for what is not the saving: the agent's own end.
 _SPARE_S = 15
 _SSHD = ["/usr/sbin/sshd", "-De"]

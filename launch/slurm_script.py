@@ -124,7 +124,7 @@ def render(job: SlurmJob, command: RankCommand, out: Path, made_by: str) -> str:
         _meeting_point(),
         _attempt(folder),
         _step(job, command),
-        _verdict(job, command, out),
+        _verdict(job, out),
     ]
     return "\n".join(parts)
 
@@ -207,7 +207,7 @@ code=$?
 wait "$console"  # for the last lines"""
 
 
-def _verdict(job: SlurmJob, command: RankCommand, out: Path) -> str:
+def _verdict(job: SlurmJob, out: Path) -> str:
     _, around = _containers(job)
     alone = shlex.join(["srun", "--nodes=1", "--ntasks=1", *around]) + " " if around else ""
     return f"""

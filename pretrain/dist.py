@@ -34,7 +34,6 @@ class Ranks:
 
     rank: int
     world_size: int
-    local_rank: int
     device: torch.device
 
     @property
@@ -83,7 +82,7 @@ def start(timeout_s: int, threads: int | None) -> Ranks:
         verbose=False,
     )
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, device)
+    return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
 
 
 def _of_other_launchers(environment: Mapping[str, str]) -> dict[str, str]:

@@ -61,7 +61,7 @@ def perturb_command(
         bool, typer.Option("--gene-shifts", help="also of every other gene, summed by donor")
     ] = False,
     screen: Annotated[
-        int, typer.Option(min=0, help="only so many genes, by a first-order estimate; 0: all")
+        int, typer.Option(min=0, help="only so many genes, chosen by an estimate; 0: all")
     ] = 0,
     pooling: Annotated[str, typer.Option(help="mean (over genes) or cls")] = "mean",
     layer: Annotated[int, typer.Option(help="0 last, -1 second-to-last, ...")] = -1,

@@ -59,7 +59,7 @@ class Screen:
     gene_shifts
         Also the shift of every other gene, summed by donor.
     top
-        Compute only so many genes, chosen by a first-order estimate (`eval.perturb.screen`);
+        Compute only so many genes, chosen by an estimate (`eval.perturb.screen`);
         0: all of them.
     """
 

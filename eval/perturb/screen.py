@@ -186,7 +186,7 @@ def _write_estimates(
     )
     agreement = agree(subject, screen)
     logger.info(
-        "first-order estimate against exact deletions in %d cells: Spearman %.3f, %.0f %% of the "
+        "estimate against exact deletions in %d cells: Spearman %.3f, %.0f %% of the "
         "top %d in common", min(_CHECKED_CELLS, len(genes)), agreement["spearman"],
         100 * agreement["overlap_of_top"], _TOP,
     )  # fmt: skip
