@@ -12,8 +12,9 @@ buckets that cut the cells into `--steps` equal parts by length), same model (V1
 precision and optimizer settings; about as many optimizer steps.
 
 Every contender is a process of its own on one core, all on the same one, and they take turns; a
-ratio is the median over turns of (reference's seconds / ours) in the same turn: wall time, and
-processor time, which other programs on the machine hardly change. Left out: starting, loading, a
+ratio is the median over turns of (reference's seconds / ours) in the same turn: wall time,
+processor time, which other programs on the machine hardly change, and of that what is not the
+kernel's, whose part depends on how a machine hands out memory. Left out: starting, loading, a
 first turn (the reference's on two cells). Without `--cells` the cells are random genes with lengths
 log-normal around 1,100, cut at 2,048 (mean 1,180).
 """
@@ -256,7 +257,10 @@ def serve(arguments: argparse.Namespace) -> None:
     make = reference_turn if contender["kind"] == _REFERENCE else our_turn
     turn = make(arguments, contender)
     for number, _ in enumerate(sys.stdin):
+        before = os.times().system
         found = turn(number == 0)
+        # Without the kernel's share, which makes and clears pages of memory.
+        found["user_s"] = found["processor_s"] - (os.times().system - before)
         found["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(json.dumps(found), file=answers, flush=True)
 
@@ -317,6 +321,7 @@ def compare(precision: str, arguments: argparse.Namespace) -> dict[str, Any]:
         result[f"{kind}, {name}"] = found[-1] | {
             "seconds": [round(t["seconds"], 2) for t in found],
             "processor_s": [round(t["processor_s"], 2) for t in found],
+            "user_s": [round(t["user_s"], 2) for t in found],
             "tokens_per_s": found[-1]["tokens"] / median,
             "tokens_per_processor_s": found[-1]["tokens"]
             / statistics.median(t["processor_s"] for t in found),
@@ -332,7 +337,7 @@ def compare(precision: str, arguments: argparse.Namespace) -> dict[str, Any]:
             pairs = list(zip(turns[_REFERENCE, theirs], turns["ours", ours], strict=True))
             result[f"ratio: ours with {ours} to the reference with {theirs}"] = {
                 what: statistics.median(a[what] / b[what] for a, b in pairs)
-                for what in ("seconds", "processor_s")
+                for what in ("seconds", "processor_s", "user_s")
             }
     return result
 

@@ -89,7 +89,7 @@ BESIDE = {
     "cli.py", "check.py", "verify.py", "page.py", "tables.py", "progress.py", "shuffle.py",
     "remote.py", "warm_start.py", "plan.py", "mpi.py", "runs.py", "doctor.py", "node.py",
     "allreduce.py", "kubernetes.py", "slurm.py", "slurm_script.py", "requeue.py",
-    "kernels.py", "step_profile.py", "checks.py", "export.py",
+    "step_profile.py", "checks.py", "export.py",
 }  # fmt: skip
 
 
@@ -97,9 +97,9 @@ def test_core_fits_in_an_afternoon():
     paths = [p for f in ("data_prep", "pretrain", "launch") for p in modules(f)]
     lines = {p: len(p.read_text().splitlines()) for p in paths}
     core = [p for p in paths if p.parent.name != "formats" and p.name not in BESIDE]
-    # Half of them prepare cells; a reader of the training alone has the other half, and one of the
-    # launching some twelve hundred.
-    assert sum(lines[p] for p in core) <= 10_900
+    # Docstrings included, a third. Half of them prepare cells; a reader of the training alone has
+    # two fifths, and one of the launching a tenth.
+    assert sum(lines[p] for p in core) <= 11_100
     assert max(lines.values()) <= 500, max(lines, key=lambda p: lines[p])
     assert lines[ROOT / "pretrain" / "train.py"] <= 300
 
