@@ -1,4 +1,4 @@
-"""The only reader of RANK/WORLD_SIZE, and the only caller of torch.distributed."""
+"""Ranks and what they say to each other: the only caller of torch.distributed."""
 
 from __future__ import annotations
 
