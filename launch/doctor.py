@@ -148,7 +148,8 @@ def print_report(report: dict[str, Any], slots: dict[str, int]) -> None:
         if "versions" in fact:
             free = sum(g["used"] < USED_GPU_GIB for g in fact["gpus"])
             row += [
-                fact["python"], *(fact["versions"][p] or "-" for p in ("torch", "deepspeed", "nccl")),
+                fact["python"],
+                *(fact["versions"][p] or "-" for p in ("torch", "deepspeed", "nccl")),
                 fact["code"], f"{free} of {len(fact['gpus'])} free", str(fact["cores"]),
                 f"{fact['load']:.1f}", f"{fact['memory_gib']:.0f} GiB",
                 f"{fact['disk_gib']:.0f} GiB", fact["interface"] or "-", f"{fact['skew_s']:.1f} s",
