@@ -96,10 +96,6 @@ class Results:
         """One row per perturbation: ``perturbation`` (its number), ``kind``, ``genes``, ..."""
         return pd.read_parquet(self.folder / "perturbations.parquet")
 
-    @property
-    def has_gene_shifts(self) -> bool:
-        return bool(_parts(self.folder, "gene_shifts"))
-
     def shifts(self, columns: list[str] | None = None) -> Iterator[pd.DataFrame]:
         """Yield the values part by part, by cell: ``cell``, ``perturbation``, ``changed`` and them.
 
