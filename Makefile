@@ -12,7 +12,7 @@ demo: install ## the whole path on real cells, ends with demo_out/report.html
 test: install ## the default tests and the linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: install ## and the slow ones
 	$(BIN)/python -m pytest -m "slow or not slow"

@@ -14,7 +14,19 @@ import pytest  # noqa: E402
 
 from tests.synthetic import make_shards  # noqa: E402
 
+# First, so that no process works alone on one of them while the others have nothing left.
+_LONGEST = (
+    "test_docs", "test_launch_hosts", "test_notebooks", "test_pretrain_faults", "test_readme",
+    "test_launch_slurm", "test_pretrain_kill", "test_launch_supervise", "test_pretrain_compile",
+    "test_launch_doctor", "test_pretrain_matrix", "test_pretrain_resume",
+)  # fmt: skip
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest files first."""
+    place = {name: number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(scope="session")
