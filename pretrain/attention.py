@@ -41,7 +41,8 @@ def attention(
         Share of weights that are dropped (the others are scaled up); 0 for evaluation.
     """
     if dropout and query_BQD.device.type == "cpu":
-        return _with_dropout(query_BQD, key_BLD, value_BLD, num_heads, real_BL, dropout)  # type: ignore
+        arguments = query_BQD, key_BLD, value_BLD, num_heads, real_BL, dropout
+        return _with_dropout(*arguments)  # type: ignore  # the decorator hides its signature
     query, key, value = (
         x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query_BQD, key_BLD, value_BLD)
     )
@@ -52,17 +53,11 @@ def attention(
     return context.transpose(1, 2).flatten(2)
 
 
-@torch.compiler.disable
-def _with_dropout(
-    query_BQD: torch.Tensor,
-    key_BLD: torch.Tensor,
-    value_BLD: torch.Tensor,
-    num_heads: int,
-    real_BL: torch.Tensor | None,
-    dropout: float,
-) -> torch.Tensor:
+@torch.compiler.disable  # loops of numba, which torch.compile cannot see into
+def _with_dropout(*arguments: Any) -> torch.Tensor:
+    """Return what `attention` does, by our own kernel; arguments as there."""
     seed = int(torch.randint(2**31, ()))
-    return _DroppedAttention.apply(query_BQD, key_BLD, value_BLD, num_heads, real_BL, dropout, seed)  # type: ignore[return-value]
+    return _DroppedAttention.apply(*arguments, seed)  # type: ignore[return-value]
 
 
 class _DroppedAttention(torch.autograd.Function):
