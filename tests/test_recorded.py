@@ -82,3 +82,12 @@ def test_launching():
     shares = found["idle_rank_cpu_share"]
     for share in (found["steady"]["processes_cpu_share"], shares["watched"], shares["unwatched"]):
         assert f"{share:.2%}".replace("%", " %") in text
+
+
+def test_plan_beside_a_run():
+    text = section((DOCS / "benchmarks.md").read_text(), "launching")
+    rows = [x.split(" | ")[1:] for x in text.splitlines() if x.endswith("% |")]
+    for cells, run in zip(rows, recorded("plan_cpu")["runs"], strict=True):
+        memory = run["memory_gib"]
+        expected = [f"{memory['planned']:.2f}", f"{memory['measured']:.2f}"]
+        assert cells == [*expected, f"{run['memory_error']:+.0%}".replace("%", " % |")]
