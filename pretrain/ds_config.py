@@ -45,7 +45,7 @@ def derive_ds_config(config: RunConfig) -> dict:
     ------
     ValueError
         The file is unreadable, has keys that belong to the run configuration, or no ZeRO stage; or
-        torch.compile is asked for at stage 3: its first step did not end (docs/speed_log.md).
+        torch.compile is asked for at stage 3, whose hooks break its graphs (docs/speed_log.md).
     """
     path = find_deepspeed_file(config.run.deepspeed)
     try:
