@@ -314,19 +314,9 @@ def _encode(
         if not is_plain:
             # The general way, whose time does not depend on the values.
             size = _add_up(
-                data,
-                indices,
-                first,
-                stop,
-                scale,
-                column_tokens,
-                column_factors,
-                counts,
-                factors,
-                present,
-                values,
-                ranked,
-            )
+                data, indices, first, stop, scale, column_tokens, column_factors, counts, factors,
+                present, values, ranked,
+            )  # fmt: skip
             if size > 1:
                 _sort_descending(values, ranked, work_values, work_ranked, size, histogram)
             kept = min(size, gene_slots)

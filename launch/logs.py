@@ -51,11 +51,15 @@ class End:
         return f"rank {self.rank} on {self.host}: {how}"
 
 
+def end_records(attempt: Path) -> list[dict[str, Any]]:
+    """Return what `launch.rank` has written of those ranks that have ended."""
+    return [json.loads(path.read_text()) for path in attempt.glob("rank_*.json")]
+
+
 def ends(attempt: Path) -> list[End]:
     """Return the ends of those ranks that have ended, the first one first."""
     found = []
-    for path in attempt.glob("rank_*.json"):
-        record = json.loads(path.read_text())
+    for record in end_records(attempt):
         log = attempt / log_name(record["rank"])
         text = last_error(log) if record["code"] else ""
         found.append(End(record["rank"], record["host"], record["code"], record["to"], text, log))

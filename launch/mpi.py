@@ -58,11 +58,8 @@ class MpiHere(Local):
     def commands(
         self, hosts: dict[str, int], attempt: Path, words: list[str], environment: dict[str, str]
     ) -> dict[str, list[str]]:
-        settings = {
-            **environment,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port_state(0)["port"]),
-        }
+        port = port_state(0)["port"]
+        settings = {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         # As many ranks as asked for: torch's threads are counted, not Open MPI's bound cores.
         return {"": mpi_command(words, hosts[HERE], ["--oversubscribe"], settings)}
 

@@ -8,7 +8,6 @@ the exit code of mpirun, pdsh or DeepSpeed's launcher.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import shlex
@@ -24,7 +23,7 @@ from typing import Any, Protocol
 
 from data_prep.errors import EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE
 from data_prep.files import LAUNCH_FOLDER
-from launch.logs import record_event, root_cause, tail
+from launch.logs import end_records, record_event, root_cause, tail
 from launch.node import LAUNCH_ID
 from launch.rank import log_name, write_whole
 from launch.verbs import check_and_find_folder, module_of, saved_step, to_go_on
@@ -290,7 +289,7 @@ class Attempt:
         return EXIT_FAILED
 
     def _ends(self) -> list[dict[str, Any]]:
-        return [json.loads(p.read_text()) for p in self.folder.glob("rank_*.json")]
+        return end_records(self.folder)
 
     def was_refused(self) -> bool:
         """Was it wrong input? Then rank 0 has said so on the console."""

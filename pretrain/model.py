@@ -50,7 +50,7 @@ class MaskedGeneModel(nn.Module):
         super().__init__()
         self.bert = bert
         self._checkpointing = activation_checkpointing
-        self._compiled: Callable[..., torch.Tensor] | None = None
+        self._compiled: Callable[..., torch.Tensor] = _through_layer
         self._compiled_shapes: set[tuple[int, int]] = set()
 
     def compile_layers(self, mode: str, shapes: set[tuple[int, int]]) -> None:
@@ -94,7 +94,7 @@ class MaskedGeneModel(nn.Module):
             int64 [M], flat index into B x L; ascending where labels are not negative, and those
             come first. On a GPU no cell may have more than M / B of them: not checked.
         """
-        if self._compiled:
+        if self._compiled_shapes:
             # Where CUDA graphs replay: what the pass before has left may be written over.
             torch.compiler.cudagraph_mark_step_begin()
         encoder = self.bert.bert
@@ -125,7 +125,7 @@ class MaskedGeneModel(nn.Module):
         if not self.training:
             return _through_layer(*arguments)
         is_compiled = tuple(hidden_BLD.shape[:2]) in self._compiled_shapes
-        through_layer = self._compiled if self._compiled and is_compiled else _through_layer
+        through_layer = self._compiled if is_compiled else _through_layer
         if self._checkpointing:
             return checkpoint(through_layer, *arguments, use_reentrant=False)  # type: ignore
         return through_layer(*arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -59,6 +60,18 @@ def run_training(config: RunConfig, resume: bool = False, allow_changes: bool = 
     summary = train(config, resume, allow_changes)
     dist.leave()
     return summary, final_state(config.run.out)["weight"]
+
+
+def elsewhere(config: RunConfig, out: Path) -> RunConfig:
+    """Return the same run in another folder."""
+    return config.model_copy(update={"run": config.run.model_copy(update={"out": out})})
+
+
+def cut_off(whole: RunConfig, out: Path) -> RunConfig:
+    """Return a copy of a run of 10 steps of which the checkpoint of step 5 is all that is left."""
+    shutil.copytree(whole.run.out, out)
+    shutil.rmtree(out / "checkpoints" / "step-00000010")
+    return elsewhere(whole, out)
 
 
 def final_state(run: Path) -> dict[str, dict[str, np.ndarray]]:

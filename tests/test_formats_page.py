@@ -24,6 +24,8 @@ from data_prep.prepare import PrepareOptions, prepare
 from data_prep.shards import ShardSet, _lay_out
 from data_prep.sources import SourceOptions, source_at
 from data_prep.survey import choose_heldout_groups
+from tests.pages import section as section_of
+from tests.pages import slug
 from tests.synthetic import write_cells
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -190,13 +192,8 @@ def test_page_gives_heldout_groups(seed):
 
 
 def section(title: str) -> str:
-    """Return the text below a heading, with its subsections and without code."""
-    text = re.sub(r"^```.*?^```", "", PAGE, flags=re.M | re.S)
-    heading = re.search(rf"^(#+) {re.escape(title)}", text, flags=re.M)
-    assert heading, f"no section {title}"
-    rest = text[heading.end() :]
-    end = re.search(rf"^#{{1,{len(heading[1])}}} ", rest, flags=re.M)
-    return rest[: end.start()] if end else rest
+    """Return the text below the heading that begins so, without code."""
+    return re.sub(r"^```.*?^```", "", section_of(PAGE, slug(title), begins=True), flags=re.M | re.S)
 
 
 def named(text: str) -> set[str]:

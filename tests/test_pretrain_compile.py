@@ -13,7 +13,7 @@ from pretrain.ds_config import derive_ds_config
 from pretrain.masking import NO_LABEL
 from pretrain.model import MaskedGeneModel, build_model
 from tests.ranks import run_ranks
-from tests.runs import require_same_state, run_training, tiny_config
+from tests.runs import cut_off, require_same_state, run_training, tiny_config
 from tests.synthetic import make_shards
 from tests.test_pretrain_masking import vocabulary
 
@@ -77,9 +77,7 @@ def test_a_compiled_run_resumes_to_the_same_bits(tmp_path):
     )  # fmt: skip
     summary, count = run_ranks(1, _train_and_count, whole)[0]
     assert count > 0
-    cut = whole.model_copy(update={"run": whole.run.model_copy(update={"out": tmp_path / "cut"})})
-    shutil.copytree(whole.run.out, cut.run.out)
-    shutil.rmtree(cut.run.out / "checkpoints" / "step-00000010")
+    cut = cut_off(whole, tmp_path / "cut")
     resumed, _ = run_ranks(1, _train_and_count, cut, True)[0]
     assert resumed.first_step == 5
     assert resumed.losses == summary.losses[5:]

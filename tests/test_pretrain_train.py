@@ -5,13 +5,19 @@ Other numbers of ranks, stages and accumulation: test_pretrain_matrix.py.
 
 from __future__ import annotations
 
-import shutil
 from itertools import product
 
 import pytest
 
 from tests.ranks import run_ranks
-from tests.runs import OFFLOAD, require_same_state, run_training, tiny_config
+from tests.runs import (
+    OFFLOAD,
+    cut_off,
+    elsewhere,
+    require_same_state,
+    run_training,
+    tiny_config,
+)
 
 
 @pytest.mark.parametrize(
@@ -39,10 +45,7 @@ def test_resume_is_bit_exact(deepspeed, precision, shards, tmp_path):
         model__hidden_dropout=0.1,
     )  # fmt: skip
     summary, _ = run_ranks(2, run_training, whole)[0]
-    cut = whole.model_copy(update={"run": whole.run.model_copy(update={"out": tmp_path / "cut"})})
-    shutil.copytree(whole.run.out, cut.run.out)
-    # The checkpoint of step 5 is all that is left of a run that was cut off at step 7.
-    shutil.rmtree(cut.run.out / "checkpoints" / "step-00000010")
+    cut = cut_off(whole, tmp_path / "cut")
     resumed, _ = run_ranks(2, run_training, cut, True)[0]
     assert resumed.first_step == 5
     assert resumed.losses == summary.losses[5:]
@@ -51,8 +54,7 @@ def test_resume_is_bit_exact(deepspeed, precision, shards, tmp_path):
 
 def _twice(config, out) -> list[list[float]]:
     """Train two runs in one process, as a notebook does."""
-    again = config.model_copy(update={"run": config.run.model_copy(update={"out": out})})
-    return [run_training(each)[0].losses for each in (config, again)]
+    return [run_training(each)[0].losses for each in (config, elsewhere(config, out))]
 
 
 def test_one_process_can_train_twice(shards, tmp_path):

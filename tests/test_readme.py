@@ -16,16 +16,16 @@ from data_prep.vocab import Vocabulary
 from eval.demo_cells import recover_counts
 from pretrain.config import ModelConfig
 from pretrain.model import build_model
+from tests.pages import section, slug
 from tests.synthetic import make_cells
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 
 
-def commands(section: str) -> list[str]:
+def commands(title: str) -> list[str]:
     """Return the code blocks of a section of the README."""
-    text = (ROOT / "README.md").read_text()
-    body = text.split(f"## {section}\n", 1)[1].split("\n## ", 1)[0]
+    body = section((ROOT / "README.md").read_text(), slug(title))
     return re.findall(r"```\n(.*?)```", body, flags=re.S)
 
 
@@ -93,19 +93,6 @@ def test_the_quick_suite_runs_as_written(tmp_path):
     assert {t["kind"] for t in results["tasks"]} >= shown
     assert not results["skipped"]
     assert (tmp_path / "report" / "report.html").exists()
-
-
-def section(page: str, anchor: str) -> str:
-    """Return what stands under a heading, named as GitHub names it in links."""
-    headings = list(re.finditer(r"^(#+) (.+)$", re.sub(r"(?ms)^```.*?^```", _blank, page), re.M))
-    slugs = [re.sub(r"[^\w -]", "", h[2].lower()).replace(" ", "-") for h in headings]
-    place = slugs.index(anchor)
-    after = (h for h in headings[place + 1 :] if len(h[1]) <= len(headings[place][1]))
-    return page[headings[place].end() : next((h.start() for h in after), len(page))]
-
-
-def _blank(found: re.Match[str]) -> str:
-    return " " * len(found[0])
 
 
 def test_figures_stand_in_the_page_that_tells_how_they_were_got():

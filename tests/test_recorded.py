@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_readme import section
+from tests.pages import section
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PRETRAINING = section((DOCS / "benchmarks.md").read_text(), "pretraining")
