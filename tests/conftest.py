@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before numpy and torch start their threads: the tests' own ranks share the cores.
@@ -35,6 +37,14 @@ def real_data() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"real data not found at {DATA}")
     return DATA
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _pool_of_ranks() -> Iterator[None]:
+    """End the rank processes after the last test; it fails if they are not clean."""
+    yield
+    if "tests.ranks" in sys.modules:
+        sys.modules["tests.ranks"].close_pool()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,14 @@
-"""Real ranks for tests: gloo processes, forked from a server that has imported the libraries."""
+"""Real ranks for tests: gloo processes that live as long as the test worker, or new ones.
+
+`run_ranks` borrows processes of a pool. A process that has trained once trains again for a fifth of
+the time: libraries are imported, kernels loaded. Each use forms a process group of its own, with a
+new store, and leaves it. The pool proves that it is clean: what a use has left behind in its
+processes makes the next use of them fail, with the name of the test that left it.
+
+A test that kills ranks, changes process-wide state or needs a first start asks for new processes
+(`run_new_ranks`, `start_rank`, `commands`). They are forked from a server that has imported the
+libraries.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +22,30 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from tests.leftovers import Baseline
+
 # As the command does before it imports torch; the server's ranks inherit it.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+# Importing inductor would start processes that compile; the server is forked from, and has none.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 _CONTEXT = multiprocessing.get_context("forkserver")
-# A fork of this process would inherit torch's thread pools; a fresh server has none.
+# A fork of this process would inherit torch's thread pools; a fresh server has none. DeepSpeed
+# imports its Muon, and with it inductor (2 to 5 s), when the first optimizer is handed over.
 _CONTEXT.set_forkserver_preload(
-    ["torch", "deepspeed", "transformers", "torch.utils.tensorboard.writer", "pretrain.train"]
-)
+    [
+        "torch", "deepspeed", "transformers", "torch.utils.tensorboard.writer",
+        "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.zero.stage3",
+        "torch._inductor.compile_fx", "pretrain.train", "pretrain.cli", "tests.leftovers",
+    ]
+)  # fmt: skip
 _LIMIT_S = 120
+# When one rank has failed, the others mostly fail of the same: so long they may take to say so.
+_OTHERS_S = 3
 
 
 def _set_environment(rank: int, world_size: int, port: int) -> None:
@@ -43,56 +65,165 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _enter(function: Callable, arguments: tuple, rank: int, world_size: int, port: int, results):
-    _set_environment(rank, world_size, port)
+@dataclass(frozen=True)
+class _Task:
+    """What a rank is asked to do; `test`: for whom."""
+
+    test: str
+    function: Callable
+    arguments: tuple
+    rank: int
+    world_size: int
+    port: int
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What came of a task. `is_usable`: whether the process may be asked again."""
+
+    value: Any
+    error: str | None
+    is_usable: bool
+
+
+def _serve(connection: Connection) -> None:
+    """Do one task after the other, until the other end is closed or a task has failed badly."""
     import torch
 
     torch.set_num_threads(1)
-    try:
-        results.put((rank, function(*arguments), None))
-    except BaseException:  # noqa: BLE001  the parent raises it again
-        results.put((rank, None, traceback.format_exc()))
+    baseline, before = None, ""
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            break
+        except BaseException:  # noqa: BLE001  a function that cannot be imported here
+            connection.send(_Answer(None, traceback.format_exc(), True))
+            continue
+        _set_environment(task.rank, task.world_size, task.port)
+        if baseline is None:
+            baseline = Baseline()
+        elif left := baseline.leftovers():
+            text = f"{before} left behind in a rank's process: {'; '.join(left)}"
+            connection.send(_Answer(None, text, False))
+            break
+        baseline.reset()
+        try:
+            answer = _Answer(task.function(*task.arguments), None, True)
+        except BaseException:  # noqa: BLE001  the parent raises it again
+            # Whoever fails may leave things behind, and in the midst of a group it always does; then
+            # the process is of no more use.
+            answer = _Answer(None, traceback.format_exc(), not baseline.leftovers())
+        before = task.test
+        connection.send(answer)
+        if not answer.is_usable:
+            break
+
+
+class _Pool:
+    """Rank processes that are asked again and again."""
+
+    def __init__(self) -> None:
+        self._ranks: list[tuple[BaseProcess, Connection]] = []
+
+    def _start(self) -> None:
+        mine, theirs = _CONTEXT.Pipe()
+        process = _CONTEXT.Process(target=_serve, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        self._ranks.append((process, mine))
+
+    def run(self, world_size: int, function: Callable, arguments: tuple) -> list[Any]:
+        """Return ``function(*arguments)`` of every rank; raise if one of them failed."""
+        while len(self._ranks) < world_size:
+            self._start()
+        used, rest = self._ranks[:world_size], self._ranks[world_size:]
+        test, port = os.environ.get("PYTEST_CURRENT_TEST", "no test").split(" ")[0], free_port()
+        for rank, (_, connection) in enumerate(used):
+            connection.send(_Task(test, function, arguments, rank, world_size, port))
+        answers = self._answers([connection for _, connection in used])
+        # What becomes of a process is settled before anything is raised.
+        kept = []
+        for (process, connection), answer in zip(used, answers, strict=True):
+            if answer is None or not answer.is_usable:
+                _end(process, connection)
+            else:
+                kept.append((process, connection))
+        self._ranks = kept + rest
+        for rank, answer in enumerate(answers):
+            if answer is not None and answer.error:
+                raise AssertionError(f"rank {rank} failed:\n{answer.error}")
+        assert None not in answers, f"a rank has not answered in {_LIMIT_S} s, or has died"
+        return [answer.value for answer in answers if answer is not None]
+
+    def _answers(self, connections: list[Connection]) -> list[_Answer | None]:
+        answers: list[_Answer | None] = [None] * len(connections)
+        open_ones = dict(zip(connections, range(len(connections)), strict=True))
+        deadline = time.monotonic() + _LIMIT_S
+        while open_ones and (left := deadline - time.monotonic()) > 0:
+            for connection in wait(list(open_ones), left):
+                rank = open_ones.pop(connection)  # type: ignore[arg-type]
+                with contextlib.suppress(EOFError, ConnectionError):
+                    answers[rank] = connection.recv()  # type: ignore[union-attr]
+                if answers[rank] is None or answers[rank].error:  # type: ignore[union-attr]
+                    deadline = min(deadline, time.monotonic() + _OTHERS_S)
+        return answers
+
+    def close(self) -> None:
+        """End all processes; raise if the last use of one of them has left something behind."""
+        while self._ranks:
+            self.run(len(self._ranks), _nothing, ())
+            for process, connection in self._ranks:
+                _end(process, connection)
+            self._ranks = []
+
+
+def _nothing() -> None:
+    """Asked of every rank at the end, so that the last use of it is checked too."""
+
+
+def _end(process: BaseProcess, connection: Connection) -> None:
+    connection.close()
+    process.kill()
+    process.join(10)
+
+
+_pool = _Pool()
 
 
 def run_ranks(world_size: int, function: Callable, *arguments: Any) -> list[Any]:
     """Return ``function(*arguments)`` of every rank; raise if one of them failed."""
-    port = free_port()
-    results = _CONTEXT.Queue()
-    processes = [
-        _CONTEXT.Process(target=_enter, args=(function, arguments, r, world_size, port, results))
-        for r in range(world_size)
-    ]
-    for process in processes:
-        process.start()
-    values: dict[int, Any] = {}
+    return _pool.run(world_size, function, arguments)
+
+
+def run_new_ranks(world_size: int, function: Callable, *arguments: Any) -> list[Any]:
+    """Do as `run_ranks` in processes that have done nothing before and end afterwards."""
+    pool = _Pool()
     try:
-        for _ in processes:
-            rank, value, error = results.get(timeout=_LIMIT_S)
-            if error:
-                raise AssertionError(f"rank {rank} failed:\n{error}")
-            values[rank] = value
+        return pool.run(world_size, function, arguments)
     finally:
-        deadline = time.monotonic() + 10
-        for process in processes:
-            process.join(max(0.1, deadline - time.monotonic()))
-            if process.is_alive():
-                process.kill()
-    return [values[r] for r in range(world_size)]
+        for process, connection in pool._ranks:
+            _end(process, connection)
 
 
-_queues: dict[int | None, Any] = {}
+def close_pool() -> None:
+    """End the pool's processes; raise if the last test that used one left something behind."""
+    _pool.close()
 
 
 def start_rank(function: Callable, *arguments: Any) -> BaseProcess:
     """Start one rank in the background, to be killed."""
-    results = _CONTEXT.Queue()
-    process = _CONTEXT.Process(
-        target=_enter, args=(function, arguments, 0, 1, free_port(), results)
-    )
+    process = _CONTEXT.Process(target=_enter, args=(function, arguments, free_port()))
     process.start()
-    # The child opens the queue by its name when it gets there; until then somebody has to hold it.
-    _queues[process.pid] = results
     return process
+
+
+def _enter(function: Callable, arguments: tuple, port: int) -> None:
+    _set_environment(0, 1, port)
+    import torch
+
+    torch.set_num_threads(1)
+    function(*arguments)
 
 
 def kill(process: BaseProcess) -> None:

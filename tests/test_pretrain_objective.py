@@ -148,8 +148,12 @@ def train_without_dry_pass(config: RunConfig):
     """Train as `run_training`, the first step without the pass before it."""
     from pretrain.engine import Engine
 
+    own = Engine.dry_pass
     Engine.dry_pass = lambda self, heaviest: None  # type: ignore[method-assign]
-    return run_training(config)
+    try:
+        return run_training(config)
+    finally:
+        Engine.dry_pass = own  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(
