@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from eval.benchmark.compare import display_name, holm, summarise, verdicts
 from eval.benchmark.outcome import Outcome, Role, TaskRun
 
 # Contender and role -> mean headline.
@@ -53,6 +52,8 @@ def make_task(
     classes: tuple[str, ...] = ("B cell", "T cell", "monocyte", "NK cell"),
 ) -> dict[str, Any]:
     """Return one task of results.json, scored around `truth` (later models: 0.06 lower)."""
+    from eval.benchmark.compare import display_name, summarise, verdicts
+
     rng = np.random.default_rng(seed)
     drawn, outcomes = rng.normal(0, 0.012, folds), []
     for (contender, role), mean in truth.items():
@@ -90,6 +91,8 @@ def make_task(
 
 def make_results(models: list[str], tasks: list[dict[str, Any]]) -> dict[str, Any]:
     """Return results.json around some tasks."""
+    from eval.benchmark.compare import holm
+
     about = [
         {
             "name": m, "folder": f"runs/{m}", "digest": "ab12" * 16,
@@ -149,6 +152,8 @@ def _cell_details(classes: tuple[str, ...], value: float, rng: np.random.Generat
 def _task_details(
     kind: str, names: dict[str, Outcome], models: list[str], rng: np.random.Generator
 ) -> dict[str, Any]:
+    from eval.benchmark.compare import display_name
+
     if kind == "genes":
         grid = np.linspace(0, 1, 51)
         return {

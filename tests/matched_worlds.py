@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from transformers import BertForMaskedLM
 
 from data_prep.vocab import Vocabulary
-from eval.benchmark.inputs import Bench, Model
 from eval.benchmark.outcome import Store, TaskRun
 from pretrain.config import ModelConfig
-from pretrain.model import build_model
 from tests.synthetic import make_cells
 from tests.test_eval import vocabulary_of
+
+if TYPE_CHECKING:
+    from transformers import BertForMaskedLM
+
+    from eval.benchmark.inputs import Bench
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=16, num_heads=2, intermediate_size=16,
@@ -40,6 +42,10 @@ def is_listed(vocabulary: Vocabulary) -> np.ndarray:
 
 def passing_model(vocabulary: Vocabulary) -> BertForMaskedLM:
     """Return a model of zeros whose layers pass on what they get: word plus position."""
+    import torch
+
+    from pretrain.model import build_model
+
     network = build_model(MODEL, vocabulary, 0).bert
     with torch.no_grad():
         for name, weight in network.named_parameters():
@@ -48,6 +54,8 @@ def passing_model(vocabulary: Vocabulary) -> BertForMaskedLM:
 
 
 def bench_of(folder: Path, vocabulary: Vocabulary, **networks: BertForMaskedLM) -> Bench:
+    from eval.benchmark.inputs import Bench, Model
+
     models = [Model(n, folder, network, vocabulary, n) for n, network in networks.items()]
     return Bench(models, folder, Store(folder / "units", {}), 0, "cpu", False)
 

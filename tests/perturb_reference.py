@@ -6,13 +6,14 @@ Shares no code with `eval.perturb`; tests compare the two.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from transformers import BertForMaskedLM
 
 from data_prep.vocab import CLS, EOS, Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import BertForMaskedLM
 
 
 def cut(genes: list, length: int) -> list:
@@ -81,9 +82,16 @@ class Reference:
         self.layer, self.pooling, self.centroids = layer, pooling, centroids
         self.probabilities = probabilities
 
-    @torch.no_grad()
     def hidden(self, genes: list[int]) -> dict:
         """Return gene -> state; ``<cls>`` too."""
+        import torch
+
+        with torch.no_grad():
+            return self._hidden(genes)
+
+    def _hidden(self, genes: list[int]) -> dict:
+        import torch
+
         tokens = list(genes)
         if self.vocabulary.has_cls:
             special = self.vocabulary.special_tokens

@@ -111,7 +111,7 @@ def _serve(connection: Connection) -> None:
         try:
             answer = _Answer(task.function(*task.arguments), None, True)
         except BaseException:  # noqa: BLE001  the parent raises it again
-            # Whoever fails may leave things behind, and in the midst of a group it always does; then
+            # Whoever fails may leave things behind, and always does in the midst of a group: then
             # the process is of no more use.
             answer = _Answer(None, traceback.format_exc(), not baseline.leftovers())
         before = task.test

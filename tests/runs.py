@@ -15,11 +15,8 @@ from typing import Any
 import numpy as np
 import psutil
 
-from pretrain import checkpoint
 from pretrain.config import RunConfig
 from pretrain.ds_config import DEEPSPEED_CONFIG_FOLDER
-from pretrain.metrics import read_metrics
-from pretrain.zero_state import KINDS
 
 _ROOT = Path(__file__).resolve().parent.parent
 # Only the slow tests take these too.
@@ -76,6 +73,9 @@ def cut_off(whole: RunConfig, out: Path) -> RunConfig:
 
 def final_state(run: Path) -> dict[str, dict[str, np.ndarray]]:
     """Return weights and both moments of the newest checkpoint: kind -> name -> flat fp32."""
+    from pretrain import checkpoint
+    from pretrain.zero_state import KINDS
+
     last = checkpoint.newest(run)
     assert last is not None
     reader = last.reader()
@@ -87,6 +87,8 @@ def final_state(run: Path) -> dict[str, dict[str, np.ndarray]]:
 
 def require_same_state(run: Path, other: Path) -> None:
     """Assert that the newest checkpoints of two runs hold the same bits."""
+    from pretrain.zero_state import KINDS
+
     state, expected = final_state(run), final_state(other)
     for kind in KINDS:
         assert state[kind].keys() == expected[kind].keys()
@@ -146,6 +148,8 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> bool
 
 def metrics(run: Path, kind: str) -> list[dict[str, Any]]:
     """Return the records of one kind, of a run that may be writing them."""
+    from pretrain.metrics import read_metrics
+
     return [m for m in read_metrics(run) if m["kind"] == kind]
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import anndata
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -25,11 +25,16 @@ from data_prep.shards import (
 from data_prep.sources import SourceOptions, source_at
 from data_prep.vocab import Vocabulary
 
+if TYPE_CHECKING:
+    import anndata
+
 
 def make_cells(
     num_cells: int = 120, num_genes: int = 200, seed: int = 0, detected: float = 0.4
 ) -> anndata.AnnData:
     """Return cells of three types with different expressed genes, raw counts, obs and var."""
+    import anndata
+
     rng = np.random.default_rng(seed)
     kinds = np.arange(num_cells) % 3
     rates = rng.gamma(0.8, 2.0, size=(3, num_genes))

@@ -1,9 +1,11 @@
 """`geneloom check` says all that is wrong at once, and before what `prepare` would say after."""
 
+from __future__ import annotations
+
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import anndata
 import h5py
 import numpy as np
 import pyarrow as pa
@@ -21,6 +23,9 @@ from data_prep.workers import open_workers
 from launch.cli import build_app
 from tests.synthetic import make_cells, write_cells
 from tests.test_cli import geneloom
+
+if TYPE_CHECKING:
+    import anndata
 
 GENES = [f"ENSG{i:011d}" for i in range(200)]
 READING = SourceOptions(columns=("donor",))

@@ -4,7 +4,6 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import anndata
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -32,6 +31,8 @@ OPTIONS = PrepareOptions(heldout_share=0.3, block_cells=16)
 
 def write(path: Path, counts: np.ndarray, genes: list[str] = GENES, **obs) -> Path:
     """Write counts as h5ad; cells are called after file and row."""
+    import anndata
+
     index = [f"{path.stem}-{i}" for i in range(len(counts))]
     frame = pd.DataFrame(obs, index=index)
     matrix = scipy.sparse.csr_matrix(np.asarray(counts, dtype=np.float32))
@@ -200,6 +201,8 @@ def test_mitochondrial_genes_by_human_id(tmp_path):
 
 @pytest.mark.parametrize("column", ["symbol", "feature_name", "gene_name", "Gene"])
 def test_mitochondrial_genes_by_symbol(column, tmp_path):
+    import anndata
+
     data = anndata.read_h5ad(write(tmp_path / "a.h5ad", np.ones((3, 8)), GENES[:8]))
     data.var[column] = [*("Actb", "MTOR", "MT1A", "mt", "", "AMT-2"), "mt-Nd1", "MT-CO1"]
     data.write_h5ad(tmp_path / "b.h5ad")

@@ -3,7 +3,6 @@
 import gzip
 import sys
 
-import anndata
 import h5py
 import numpy as np
 import pandas as pd
@@ -22,6 +21,8 @@ COLUMNS = ("cell_type", "donor")
 
 
 def write_zarr(kind, zarr_format=2):
+    import anndata
+
     def write(cells, folder):
         convert = {"csr": cells.X.tocsr, "csc": cells.X.tocsc, "dense": cells.X.toarray}
         cells.X = convert[kind]()

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import anndata
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -28,6 +27,8 @@ IDS = [f"ENSG{i:011d}" for i in range(50)]
 
 
 def write(path: Path, counts: np.ndarray, genes: list[str], **obs) -> Path:
+    import anndata
+
     index = [str(i) for i in range(len(counts))]
     matrix = scipy.sparse.csr_matrix(np.asarray(counts, dtype=np.float32))
     data = anndata.AnnData(matrix, obs=pd.DataFrame(obs, index=index))

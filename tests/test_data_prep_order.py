@@ -13,7 +13,6 @@ from data_prep.order import EpochPlan, share
 from data_prep.shards import BucketExtent, ShardSet
 from data_prep.shuffle import label_mixing, read_amplification
 from launch.cli import build_app
-from pretrain.data import BlockCache
 from tests.synthetic import make_large_manifest, make_shards
 
 
@@ -168,6 +167,8 @@ def test_sorted_cells_are_found_out(many_shards):
 @pytest.mark.parametrize("nodes", [1, 2, 3])
 @pytest.mark.parametrize("tokens_per_step", [256, 1024])
 def test_readers_read_what_was_computed(nodes, tokens_per_step, many_shards):
+    from pretrain.data import BlockCache
+
     shards = ShardSet(many_shards)
     plan = EpochPlan(shards, "train", 0, tokens_per_step)
     blocks = sum(b.extent.num_blocks for b in plan.buckets)

@@ -8,13 +8,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
-import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
 
 from data_prep.filters import REASONS
-from data_prep.page import write_page
 from data_prep.shards import SPLITS, ShardSet, file_sha256
 
 GOLDEN = Path(__file__).parent / "golden" / "shards-1"
@@ -59,6 +57,8 @@ class Reader(HTMLParser):
 
 
 def page_of(folder: Path, out: Path) -> tuple[str, Reader]:
+    from data_prep.page import write_page
+
     write_page(ShardSet(folder), out)
     text = out.read_text()
     return text, Reader(text)
@@ -104,6 +104,10 @@ def test_numbers_are_those_of_the_blocks(shards, tmp_path):
 
 
 def test_page_stands_alone_and_is_the_same_every_time(shards, tmp_path):
+    import matplotlib
+
+    from data_prep.page import write_page
+
     before = dict(matplotlib.rcParams)
     text, page = page_of(shards, tmp_path / "page.html")
     assert dict(matplotlib.rcParams) == before, "settings of matplotlib must be as they were"
@@ -133,6 +137,8 @@ def is_inside(attributes: dict[str, str | None]) -> bool:
 
 
 def test_format_1_says_what_it_lacks(tmp_path):
+    from data_prep.page import write_page
+
     text, page = page_of(GOLDEN, tmp_path / "page.html")
     assert text.count("<svg") == 1, "padding is all that can be drawn"
     for words in ("Lengths are not shown", "Genes are not shown", "Data sets are not shown"):
@@ -147,6 +153,8 @@ def test_format_1_says_what_it_lacks(tmp_path):
 
 
 def test_many_data_sets_with_any_name(shards, tmp_path):
+    from data_prep.page import write_page
+
     datasets = [
         {
             "name": f"<b>{number}</b> & $x_{number}$",
@@ -173,6 +181,8 @@ def test_many_data_sets_with_any_name(shards, tmp_path):
 
 
 def test_genes_are_named_and_marked(shards, tmp_path):
+    from data_prep.page import write_page
+
     opened = ShardSet(shards)
     genes = ("ENSG00000198804", "MT-7", *opened.vocabulary.genes[2:])
     opened.vocabulary = replace(opened.vocabulary, genes=genes, aliases={"COX1": genes[0]})
@@ -197,6 +207,8 @@ def test_genes_are_named_and_marked(shards, tmp_path):
 
 
 def test_wrong_requests_leave_everything_as_it_was(shards, tmp_path):
+    from data_prep.page import write_page
+
     opened = ShardSet(shards)
     with pytest.raises(ValueError, match=r"page\.pdf.*\.html.*\.png"):
         write_page(opened, tmp_path / "page.pdf")

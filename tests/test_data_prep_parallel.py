@@ -10,7 +10,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import anndata
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -115,6 +114,8 @@ def test_mpi_ranks_give_the_same_bytes(ranks, corpus, expected, tmp_path):
 
 
 def test_matrices_stored_by_gene_are_copied_by_all(corpus, expected, own_corpus, tmp_path):
+    import anndata
+
     for path in own_corpus.glob("*.h5ad"):
         cells = anndata.read_h5ad(path)
         cells.X = cells.X.tocsc()

@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import scipy.sparse
-import webdataset
 
 from data_prep.buckets import bucket_of, choose_buckets
 from data_prep.prepare import PrepareOptions, prepare
@@ -68,6 +67,8 @@ def test_bytes_do_not_depend_on_memory_or_reading(tmp_path, monkeypatch):
 
 
 def test_tars_are_webdataset_shards(tmp_path):
+    import webdataset
+
     source = write_cells(tmp_path / "cells.h5ad", num_cells=150)
     manifest = prepare(specs(source), tmp_path / "out", None, OPTIONS)
     urls = [str(tmp_path / "out" / s["name"]) for s in manifest["shards"]]

@@ -1,6 +1,5 @@
 """The encoding against a hand-made example and a plain float64 reference."""
 
-import anndata
 import numpy as np
 import pytest
 import scipy.sparse
@@ -130,6 +129,8 @@ def test_many_ties_and_many_tokens(medians, num_genes):
     ],
 )
 def test_equals_the_reference_on_real_cells(file, dictionaries, real_data):
+    import anndata
+
     vocabulary = open_vocabulary(real_data / dictionaries)
     data = anndata.read_h5ad(real_data / file)[:150]
     tokens = vocabulary.tokens_of([str(i) for i in data.var["ensembl_id"]])

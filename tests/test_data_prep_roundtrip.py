@@ -4,14 +4,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import anndata
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import scipy.sparse
-import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,6 +38,8 @@ def make_vocabulary(num_genes: int, has_cls: bool = False, max_length: int = 40)
 
 def write_matrix(path: Path, counts: np.ndarray, genes: list[str], stored: dict) -> None:
     """Write counts in a dtype, a layout, with an index width and a compression."""
+    import anndata
+
     matrix = counts.astype(stored["dtype"])
     if stored["layout"] != "dense":
         kind = {"csr": scipy.sparse.csr_matrix, "csc": scipy.sparse.csc_matrix}[stored["layout"]]
@@ -55,6 +55,8 @@ def write_matrix(path: Path, counts: np.ndarray, genes: list[str], stored: dict)
 
 def read_back(folder: Path) -> dict[str, tuple[list[int], str]]:
     """Return cell -> (tokens, donor); check the structure of the folder on the way."""
+    import webdataset
+
     shards = ShardSet(folder)
     lengths = sorted({b["length"] for b in shards.manifest["buckets"]})
     block_cells = shards.manifest["settings"]["block_cells"]

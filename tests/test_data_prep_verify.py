@@ -1,11 +1,13 @@
 """Damage is found and named; what can be rebuilt from the sources is, to the same bytes."""
 
+from __future__ import annotations
+
 import json
 import shutil
 import tarfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import anndata
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -22,6 +24,9 @@ from data_prep.vocab import from_dictionaries
 from data_prep.workers import open_workers
 from launch.cli import build_app
 from tests.synthetic import make_cells, write_cells
+
+if TYPE_CHECKING:
+    import anndata
 
 GOLDEN = Path(__file__).parent / "golden" / "shards-1"
 GENES = [f"ENSG{i:011d}" for i in range(200)]

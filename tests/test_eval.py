@@ -1,28 +1,25 @@
 """Embeddings, splits, scores and baselines."""
 
-import anndata
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
 import scipy.sparse
-from transformers import BertForMaskedLM
 
 from data_prep.medians import gene_medians
 from data_prep.prepare import SERIAL
 from data_prep.sources import SourceOptions, source_at
 from data_prep.vocab import CLS, EOS, MASK, PAD, Vocabulary
-from eval.baselines import log_normalise, predict_baselines
-from eval.embed import OBSM_KEY, embed_cells, embed_file
 from eval.encode import encode_file
-from eval.finetune.cells import FinetuneSettings, finetune_cells
-from eval.metrics import mean_and_interval, score_classes
-from eval.report import write_report
-from eval.splits import limit_per_class, split_cells
 from pretrain.config import ModelConfig
-from pretrain.export import export
-from pretrain.model import build_model
 from tests.ranks import run_ranks
 from tests.runs import run_training, tiny_config
 from tests.synthetic import make_cells, write_cells
+
+if TYPE_CHECKING:
+    from transformers import BertForMaskedLM
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=32, num_heads=2, intermediate_size=64,
@@ -41,6 +38,9 @@ def vocabulary_of(path, has_cls=False) -> Vocabulary:
 @pytest.mark.parametrize("has_cls", [False, True])
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_embedding_is_that_of_the_cell_alone(has_cls, pooling, tmp_path):
+    from eval.embed import embed_cells
+    from pretrain.model import build_model
+
     path = write_cells(tmp_path / "cells.h5ad", num_cells=40)
     vocabulary = vocabulary_of(path, has_cls)
     bert: BertForMaskedLM = build_model(MODEL, vocabulary, 0).bert
@@ -59,6 +59,9 @@ def test_embedding_is_that_of_the_cell_alone(has_cls, pooling, tmp_path):
 def test_layers_count_from_the_top(tmp_path):
     import torch
 
+    from eval.embed import embed_cells
+    from pretrain.model import build_model
+
     path = write_cells(tmp_path / "cells.h5ad", num_cells=5)
     vocabulary = vocabulary_of(path)
     bert = build_model(MODEL, vocabulary, 0).bert.eval()
@@ -74,6 +77,8 @@ def test_layers_count_from_the_top(tmp_path):
 
 
 def test_splits_keep_donors_whole_and_classes_on_both_sides():
+    from eval.splits import limit_per_class, split_cells
+
     rng = np.random.default_rng(0)
     labels, donors = rng.integers(0, 3, 600), np.array([f"d{i}" for i in rng.integers(0, 9, 600)])
     for seed in range(5):
@@ -91,6 +96,8 @@ def test_splits_keep_donors_whole_and_classes_on_both_sides():
 
 
 def test_scores_by_hand():
+    from eval.metrics import mean_and_interval, score_classes
+
     truth, predicted = np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1])
     scores = score_classes(truth, predicted, ["a", "b", "never seen"])
     assert scores["accuracy"] == 0.75
@@ -103,6 +110,9 @@ def test_scores_by_hand():
 
 
 def test_baselines_learn_from_training_cells_only():
+    from eval.baselines import predict_baselines
+    from eval.splits import split_cells
+
     cells = make_cells(150)
     labels = np.arange(150) % 3
     train, test = split_cells(labels, None, 0)
@@ -117,6 +127,8 @@ def test_baselines_learn_from_training_cells_only():
 
 
 def test_log_normalise():
+    from eval.baselines import log_normalise
+
     counts = scipy.sparse.csr_matrix(np.array([[1.0, 3.0], [0.0, 0.0]]))
     expected = [[np.log1p(2500), np.log1p(7500)], [0, 0]]
     np.testing.assert_allclose(log_normalise(counts).toarray(), expected, rtol=1e-6)
@@ -124,6 +136,8 @@ def test_log_normalise():
 
 @pytest.fixture(scope="module")
 def pretrained(shards, tmp_path_factory):
+    from pretrain.export import export
+
     folder = tmp_path_factory.mktemp("pretrained")
     config = tiny_config(shards, folder / "run", run__max_steps=60)
     run_ranks(1, run_training, config)
@@ -133,6 +147,12 @@ def pretrained(shards, tmp_path_factory):
 
 def test_embed_finetune_report(pretrained, tmp_path):
     """Every cell in input order, the empty one as NaN; scores beside baselines; one page."""
+    import anndata
+
+    from eval.embed import OBSM_KEY, embed_file
+    from eval.finetune.cells import FinetuneSettings, finetune_cells
+    from eval.report import write_report
+
     cells = make_cells(90)
     matrix = cells.X.tolil()
     matrix[5] = 0
@@ -187,6 +207,8 @@ def test_embed_finetune_report(pretrained, tmp_path):
     [("nope", 3, "no column"), ("donor", 2, "at least 3"), ("same", 3, "fewer than two classes")],
 )
 def test_finetune_refuses(label, seeds, message, pretrained, tmp_path):
+    from eval.finetune.cells import finetune_cells
+
     cells = make_cells(60)
     cells.obs["same"] = "x"
     cells.write_h5ad(tmp_path / "cells.h5ad")
@@ -198,6 +220,8 @@ def test_finetune_refuses(label, seeds, message, pretrained, tmp_path):
 
 
 def test_cells_of_another_species_are_refused(pretrained, tmp_path):
+    from eval.embed import embed_file
+
     cells = make_cells(60)
     cells.var_names = [n.replace("ENSG", "ENSMUSG") for n in cells.var_names]
     cells.write_h5ad(tmp_path / "mouse.h5ad")

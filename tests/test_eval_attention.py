@@ -4,28 +4,24 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from transformers import BertForMaskedLM
 
 from data_prep.vocab import Vocabulary
-from eval.attention import mean_attention
-from eval.attention_tables import attention_file
-from eval.benchmark.attention_task import num_units, run
 from eval.benchmark.outcome import TaskRun
-from eval.benchmark.report import write_report
-from eval.benchmark.run import run_benchmark
 from eval.benchmark.task import AttentionTask, Cells, GeneList, Size
 from eval.encode import encode_file
 from eval.gene_lists import read_genes
 from pretrain.config import ModelConfig
-from pretrain.model import build_model
 from tests.matched_worlds import bench_of, is_listed, passing_model, score_of, write_world
 from tests.synthetic import write_cells
 from tests.test_eval import vocabulary_of
+
+if TYPE_CHECKING:
+    from transformers import BertForMaskedLM
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=16, num_heads=2, intermediate_size=32,
@@ -40,6 +36,8 @@ TASK = AttentionTask(
 
 def plain_attention(cells, encoder, vocabulary: Vocabulary, genes, groups):
     """One cell at a time, all weights of all layers, pair by pair into dictionaries."""
+    import torch
+
     received, pairs = defaultdict(list), defaultdict(list)
     encoder.set_attn_implementation("eager")
     first, wanted = vocabulary.first_gene_token, set(genes.tolist())
@@ -65,6 +63,10 @@ def plain_attention(cells, encoder, vocabulary: Vocabulary, genes, groups):
 
 def random_weights(vocabulary: Vocabulary) -> BertForMaskedLM:
     """Return a model whose attention is far from uniform."""
+    import torch
+
+    from pretrain.model import build_model
+
     network = build_model(MODEL, vocabulary, 0).bert.eval()
     with torch.no_grad():
         for name, weight in network.named_parameters():
@@ -76,6 +78,8 @@ def random_weights(vocabulary: Vocabulary) -> BertForMaskedLM:
 @pytest.mark.parametrize("has_cls", [False, True])
 @pytest.mark.parametrize("token_budget", [1, 300, 10_000])
 def test_sums_equal_a_plain_loop_in_any_batches(has_cls, token_budget, tmp_path):
+    from eval.attention import mean_attention
+
     path = write_cells(tmp_path / "cells.h5ad", num_cells=12, num_genes=40)
     vocabulary = vocabulary_of(path, has_cls)
     encoder = random_weights(vocabulary).bert
@@ -105,6 +109,11 @@ def test_sums_equal_a_plain_loop_in_any_batches(has_cls, token_budget, tmp_path)
 
 
 def test_uniform_attention_is_one_and_the_model_is_left_as_it_was(tmp_path):
+    import torch
+
+    from eval.attention import mean_attention
+    from pretrain.model import build_model
+
     path = write_cells(tmp_path / "cells.h5ad", num_cells=12, num_genes=40)
     vocabulary = vocabulary_of(path, True)
     encoder = build_model(MODEL, vocabulary, 0).bert.bert
@@ -124,6 +133,9 @@ def test_uniform_attention_is_one_and_the_model_is_left_as_it_was(tmp_path):
 
 
 def test_too_many_pairs_are_refused(tmp_path):
+    from eval.attention import mean_attention
+    from pretrain.model import build_model
+
     path = write_cells(tmp_path / "cells.h5ad", num_cells=3, num_genes=40)
     vocabulary = vocabulary_of(path)
     encoder = build_model(MODEL, vocabulary, 0).bert.bert
@@ -148,6 +160,11 @@ def files(tmp_path_factory) -> dict[str, Path]:
 
 
 def test_tables_hold_what_was_summed(files, tmp_path):
+    from transformers import BertForMaskedLM
+
+    from eval.attention import mean_attention
+    from eval.attention_tables import attention_file
+
     sentence = attention_file(
         files["cells"], files["model"], tmp_path / "out", files["folder"] / "few.txt",
         group="donor", with_pairs=True, token_budget=200,
@@ -177,6 +194,8 @@ def test_tables_hold_what_was_summed(files, tmp_path):
 
 
 def test_without_a_list_the_most_common_genes_are_taken(files, tmp_path):
+    from eval.attention_tables import attention_file
+
     attention_file(files["cells"], files["model"], tmp_path / "out")
     received = pd.read_parquet(tmp_path / "out" / "received.parquet")
     assert set(received["gene"]) == set(vocabulary_of(files["cells"]).genes)
@@ -195,6 +214,8 @@ def test_without_a_list_the_most_common_genes_are_taken(files, tmp_path):
     ],
 )
 def test_bad_lists_write_nothing(genes, message, files, tmp_path):
+    from eval.attention_tables import attention_file
+
     with pytest.raises(ValueError, match=message):
         attention_file(
             files["cells"], files["model"], tmp_path / "out", files["folder"] / genes
@@ -215,6 +236,8 @@ def test_lists_of_genes_are_read_by_column_and_value(tmp_path):
 
 def attending_model(vocabulary: Vocabulary) -> BertForMaskedLM:
     """Return a model whose first head attends to listed genes, and all others evenly."""
+    import torch
+
     network = passing_model(vocabulary)
     words = np.random.default_rng(0).normal(size=(vocabulary.num_tokens, 16))
     words[vocabulary.first_gene_token :, 0] = np.where(is_listed(vocabulary), 4, -4)
@@ -228,6 +251,8 @@ def attending_model(vocabulary: Vocabulary) -> BertForMaskedLM:
 
 @pytest.fixture(scope="module")
 def task_run(tmp_path_factory) -> TaskRun:
+    from eval.benchmark.attention_task import num_units, run
+
     folder = tmp_path_factory.mktemp("world")
     vocabulary = write_world(folder)
     bench = bench_of(
@@ -273,6 +298,9 @@ def test_pairs_are_expressed_alike(task_run):
 
 
 def test_the_page_shows_the_heads_and_a_second_run_repeats_nothing(tmp_path):
+    from eval.benchmark.report import write_report
+    from eval.benchmark.run import run_benchmark
+
     vocabulary = write_world(tmp_path)
     attending_model(vocabulary).save_pretrained(tmp_path / "model")
     vocabulary.save(tmp_path / "model" / "vocabulary.json")

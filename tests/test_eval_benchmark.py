@@ -9,18 +9,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import torch
-from transformers import BertForMaskedLM
 
 from data_prep.vocab import Vocabulary
-from eval.benchmark.run import _MODULES, RESULTS_NAME, choose_tasks, run_benchmark
 from eval.benchmark.task import SUITES, all_tasks, missing_files, read_task
 from pretrain.config import ModelConfig
-from pretrain.model import build_model
 from tests.synthetic import make_cells
+
+if TYPE_CHECKING:
+    from transformers import BertForMaskedLM
 
 ROOT = Path(__file__).resolve().parent.parent
 GENELOOM = (sys.executable, "-c", "from launch.cli import main; main()")
@@ -39,6 +39,10 @@ sizes:
 
 def write_model(folder: Path, vocabulary: Vocabulary, embeddings: np.ndarray | None) -> Path:
     """Write a model whose layers pass the given input embeddings on unchanged; None: all zeros."""
+    import torch
+
+    from pretrain.model import build_model
+
     config = ModelConfig(
         num_layers=2, hidden_size=16, num_heads=2, intermediate_size=16,
         hidden_dropout=0.0, attention_dropout=0.0,
@@ -79,6 +83,8 @@ def world(tmp_path_factory) -> dict[str, Path]:
 
 
 def run(world: dict[str, Path], out: Path, *models: str, **changes) -> dict:
+    from eval.benchmark.run import run_benchmark
+
     settings = {"data": world["folder"], "names": ["planted"], "files": [world["task"]]} | changes
     return run_benchmark([world[m] for m in models], "quick", out, **settings)
 
@@ -139,6 +145,8 @@ def test_same_seed_same_numbers(planted, world, tmp_path):
 
 
 def test_a_killed_benchmark_goes_on(planted, world, tmp_path):
+    from eval.benchmark.run import RESULTS_NAME
+
     _, results = planted
     out = tmp_path / "killed"
     command = [
@@ -194,6 +202,8 @@ def test_a_task_that_fails_leaves_the_others(world, tmp_path):
 
 
 def test_every_declared_task_is_complete():
+    from eval.benchmark.run import _MODULES, choose_tasks
+
     tasks = all_tasks()
     kinds = {t.kind for t in tasks.values()}
     everywhere = {"genes", "cells", "integration", "annotation", "context", "attention"}
@@ -210,6 +220,8 @@ def test_every_declared_task_is_complete():
 
 
 def test_wrong_names_and_tasks_are_named(tmp_path, world):
+    from eval.benchmark.run import choose_tasks
+
     with pytest.raises(ValueError, match="--task nothing: no such task"):
         choose_tasks("quick", ["nothing"], [])
     with pytest.raises(ValueError, match="suite paper does not have it, only quick"):

@@ -13,10 +13,6 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from eval.benchmark.compare import holm
-from eval.benchmark.overview import conclusions, format_mean, overview_rows
-from eval.benchmark.plots import _pooled_bins, outcomes_of
-from eval.benchmark.report import print_results, write_report
 from tests.benchmark_results import CELLS, GENES, INTEGRATION, make_results, make_task
 from tests.test_data_prep_page import Reader
 
@@ -39,6 +35,8 @@ def three_kinds(models: list[str]) -> dict[str, Any]:
 # Some twenty figures, each as SVG and PNG, take five seconds: drawn once for all tests.
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, str]:
+    from eval.benchmark.report import write_report
+
     results = three_kinds(["a"])
     folder = tmp_path_factory.mktemp("page")
     path = write_report(results, folder)
@@ -51,6 +49,8 @@ def summary_of(task: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def test_the_overview_has_the_numbers_of_the_results(written):
+    from eval.benchmark.overview import format_mean
+
     results, _, html = written
     rows = Reader(html).table("task")
     assert len(rows) == 3
@@ -69,6 +69,8 @@ def test_the_overview_has_the_numbers_of_the_results(written):
 
 
 def test_every_contender_is_in_its_tasks_table(written):
+    from eval.benchmark.overview import format_mean
+
     results, _, html = written
     tables = [t for t in Reader(html).tables if t[0][0] == "contender"]
     for task, table in zip(results["tasks"], tables, strict=True):
@@ -82,6 +84,8 @@ def test_every_contender_is_in_its_tasks_table(written):
 
 
 def test_a_failed_control_is_prominent_and_does_not_count(written):
+    from eval.benchmark.overview import conclusions
+
     results, _, html = written
     top = html[: html.index("<table")]
     assert 'role="alert"' in top
@@ -146,6 +150,9 @@ def small(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_several_models_are_compared(tmp_path):
+    from eval.benchmark.overview import format_mean
+    from eval.benchmark.report import write_report
+
     models = ["a", "b"]
     task = make_task("genes_of_one_class", "genes", GENES, models, 1)
     html = write_report(small(make_results(models, [task])), tmp_path).read_text()
@@ -161,6 +168,8 @@ def test_several_models_are_compared(tmp_path):
 
 
 def test_names_and_reasons_are_escaped_and_gaps_shown(tmp_path):
+    from eval.benchmark.report import write_report
+
     results = small(make_results(["a"], [make_task("pairs", "cells", HURT, ["a"], 1, folds=1)]))
     task = results["tasks"][0]
     task["title"] = "<script>alert(1)</script>"
@@ -175,6 +184,8 @@ def test_names_and_reasons_are_escaped_and_gaps_shown(tmp_path):
 
 
 def test_a_benchmark_without_results(tmp_path):
+    from eval.benchmark.report import write_report
+
     html = write_report(make_results(["a"], []), tmp_path).read_text()
     assert "No task tested it." in html
     assert "SCP1303.h5ad" in html
@@ -184,6 +195,8 @@ def test_a_benchmark_without_results(tmp_path):
 
 
 def test_bins_of_few_cells_are_left_out_of_calibration():
+    from eval.benchmark.plots import _pooled_bins, outcomes_of
+
     task = make_task("pairs", "cells", CELLS, ["a"], 1, folds=2)
     row = summary_of(task, "fine-tuned, a")
     pairs = [(0.95, 0.9, 30), (0.91, 0.6, 10), (0.15, 0.0, 12)]
@@ -200,6 +213,8 @@ def test_bins_of_few_cells_are_left_out_of_calibration():
 
 
 def test_conclusions_in_words():
+    from eval.benchmark.overview import conclusions
+
     tasks = [
         make_task("helped", "genes", GENES, ["a"], 1),
         make_task("hurt", "cells", HURT, ["a"], 2),
@@ -221,6 +236,9 @@ def test_conclusions_in_words():
 
 
 def test_the_console_has_one_line_a_task():
+    from eval.benchmark.overview import overview_rows
+    from eval.benchmark.report import print_results
+
     results = three_kinds(["a"])
     console = Console(width=120, file=io.StringIO())
     print_results(results, console)
@@ -235,5 +253,7 @@ def test_the_console_has_one_line_a_task():
 
 
 def test_correcting_twice_changes_nothing():
+    from eval.benchmark.compare import holm
+
     tasks = three_kinds(["a"])["tasks"]
     assert holm(tasks) == tasks

@@ -4,31 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import anndata
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse
-import torch
 
-from eval.benchmark.cell_baselines import BASELINES, gene_features, predict_probabilities
-from eval.benchmark.cell_tasks import divide, num_units, run, usable_cells
-from eval.benchmark.encoders import kept_threads
-from eval.benchmark.inputs import Bench, Model, TaskCells
 from eval.benchmark.outcome import Outcome, Store, TaskRun
 from eval.benchmark.task import Cells, CellTask, Size
-from eval.metrics import (
-    calibration_error,
-    chance_macro_f1,
-    score_classes,
-    score_probabilities,
-)
-from eval.splits import require_clean_split, seen_in_training, split_cells, validation_cells
 from pretrain.config import ModelConfig
-from pretrain.model import build_model
 from tests.synthetic import make_cells
 from tests.test_eval import vocabulary_of
+
+if TYPE_CHECKING:
+    from eval.benchmark.inputs import Model, TaskCells
 
 MODEL = ModelConfig(
     num_layers=1, hidden_size=16, num_heads=2, intermediate_size=32,
@@ -45,6 +35,12 @@ TASK = CellTask(
 
 def planted_models(path: Path) -> list[Model]:
     """Return a model whose gene embeddings are the types' expression, and one of zeros."""
+    import anndata
+    import torch
+
+    from eval.benchmark.inputs import Model
+    from pretrain.model import build_model
+
     vocabulary = vocabulary_of(path)
     cells = anndata.read_h5ad(path)
     kinds = np.arange(cells.n_obs) % 3
@@ -80,6 +76,9 @@ def models(folder: Path) -> list[Model]:
 @pytest.fixture(scope="module")
 def found(folder: Path, models: list[Model]) -> tuple[TaskRun, list[str]]:
     """A whole run of two folds, and the names of its units."""
+    from eval.benchmark.cell_tasks import run
+    from eval.benchmark.inputs import Bench
+
     units: list[str] = []
     store = Store(folder / "units", {}, lambda name, seconds: units.append(name))
     return run(TASK, SIZE, Bench(models, folder, store, 0, "cpu", False)), units
@@ -118,6 +117,9 @@ def test_shuffled_labels_give_chance(found):
 
 
 def test_every_contender_is_in_every_fold(found, models):
+    from eval.benchmark.cell_baselines import BASELINES
+    from eval.benchmark.cell_tasks import num_units
+
     result, units = found
     assert len(units) == num_units(TASK, SIZE, models)
     by_fold = [
@@ -157,6 +159,9 @@ def test_donors_stay_whole_in_the_run(found):
 
 def test_same_seed_same_numbers_and_stored_ones_are_taken(found, folder, models, tmp_path):
     """One fold again: from the store without computing, and in a new folder from nothing."""
+    from eval.benchmark.cell_tasks import run
+    from eval.benchmark.inputs import Bench
+
     size = SIZE.model_copy(update={"seeds": 1, "shots": ()})
     first = [o for o in found[0].outcomes if o.fold == 0 and o.model != "constant"]
     only = [models[0]]
@@ -167,6 +172,8 @@ def test_same_seed_same_numbers_and_stored_ones_are_taken(found, folder, models,
 
 
 def task_cells(counts: np.ndarray, **columns: list[str]) -> TaskCells:
+    from eval.benchmark.inputs import TaskCells
+
     matrix = scipy.sparse.csr_matrix(counts.astype(np.float32))
     genes = [f"g{i}" for i in range(counts.shape[1])]
     return TaskCells(matrix, genes, pd.DataFrame(columns), {}, {}, "digest")
@@ -177,6 +184,8 @@ def random_counts(num_cells: int, num_genes: int = 30) -> np.ndarray:
 
 
 def test_leaked_splits_are_refused():
+    from eval.splits import require_clean_split, seen_in_training
+
     counts = scipy.sparse.csr_matrix(random_counts(8))
     groups = np.array(list("aabbccdd"))
     train, test = np.arange(4), np.arange(4, 8)
@@ -196,6 +205,8 @@ def test_leaked_splits_are_refused():
 
 
 def test_repeated_cells_leave_the_test_side():
+    from eval.benchmark.cell_tasks import divide
+
     counts = random_counts(80)
     counts[1::20] = counts[0]
     labels = np.arange(80) % 2
@@ -207,6 +218,8 @@ def test_repeated_cells_leave_the_test_side():
 
 
 def test_unusable_cells_are_counted():
+    from eval.benchmark.cell_tasks import usable_cells
+
     labels = ["a"] * 20 + ["b"] * 20 + ["rare"] * 3 + ["alone"] * 8 + ["", "nan"] + ["a"]
     donors = ["1", "2"] * 20 + ["1", "2", "1"] + ["3"] * 8 + ["1", "2"] + [""]
     cells = task_cells(random_counts(len(labels)), label=labels, donor=donors)
@@ -226,6 +239,8 @@ def test_unusable_cells_are_counted():
 
 
 def test_impossible_groups_are_refused():
+    from eval.benchmark.cell_tasks import divide
+
     cells = task_cells(random_counts(40), label=["a", "b"] * 20)
     labels = np.arange(40) % 2
     with pytest.raises(ValueError, match="no choice of"):
@@ -234,6 +249,8 @@ def test_impossible_groups_are_refused():
 
 def test_few_donors_are_tried_in_every_way():
     """Two donors of one arm, four of the other: 8 test sets of one each, all used in 8 seeds."""
+    from eval.splits import split_cells, validation_cells
+
     donors = np.repeat(["h1", "h2", "c1", "c2", "c3", "c4"], 10)
     labels = np.array([int(d.startswith("c")) for d in donors])
     sets = []
@@ -250,6 +267,8 @@ def test_few_donors_are_tried_in_every_way():
 
 
 def test_validation_keeps_donors_whole_where_it_can():
+    from eval.splits import validation_cells
+
     donors = np.repeat([f"d{i}" for i in range(8)], 10)
     labels = np.tile([0, 1], 40)
     train = np.arange(60)
@@ -259,6 +278,8 @@ def test_validation_keeps_donors_whole_where_it_can():
 
 
 def test_scores_of_probabilities_by_hand():
+    from eval.metrics import calibration_error, score_probabilities
+
     truth = np.array([0, 0, 1, 1])
     probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.3, 0.7]])
     scores = score_probabilities(truth, probabilities, ["a", "b"])
@@ -276,6 +297,8 @@ def test_scores_of_probabilities_by_hand():
 
 
 def test_chance_is_the_mean_over_permutations():
+    from eval.metrics import chance_macro_f1, score_classes
+
     rng = np.random.default_rng(0)
     truth, predicted = rng.integers(0, 3, 40), rng.choice(3, 40, p=[0.7, 0.2, 0.1])
     drawn = [
@@ -286,6 +309,8 @@ def test_chance_is_the_mean_over_permutations():
 
 
 def test_genes_are_chosen_by_training_cells():
+    from eval.benchmark.cell_baselines import gene_features
+
     rng = np.random.default_rng(0)
     counts = rng.poisson(0.5, size=(60, 2_500)).astype(np.float32)
     train, test = np.arange(40), np.arange(40, 60)
@@ -299,6 +324,10 @@ def test_genes_are_chosen_by_training_cells():
 
 
 def test_torch_keeps_its_threads():
+    import torch
+
+    from eval.benchmark.encoders import kept_threads
+
     before = torch.get_num_threads()
     with kept_threads():
         torch.set_num_threads(before + 1)
@@ -306,6 +335,8 @@ def test_torch_keeps_its_threads():
 
 
 def test_absent_classes_get_no_probability():
+    from eval.benchmark.cell_baselines import BASELINES, predict_probabilities
+
     features = np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32)
     labels = np.repeat([0, 2], 10)
     for name, make in BASELINES.items():

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import torch
-from transformers import BertForMaskedLM
 
 from data_prep.vocab import Vocabulary
-from eval.benchmark.compare import main_contender, verdicts
-from eval.benchmark.context import num_units, run
-from eval.benchmark.inputs import Bench
 from eval.benchmark.outcome import TaskRun
 from eval.benchmark.task import Cells, ContextTask, GeneList, Size, read_task
 from eval.encode import encode_file
-from eval.specificity import (
-    between_minus_within,
-    gene_states,
-    permuted_types,
-    spread_of_states,
-)
-from pretrain.model import build_model
 from tests.matched_worlds import (
     MODEL,
     bench_of,
@@ -32,6 +21,11 @@ from tests.matched_worlds import (
     write_world,
 )
 from tests.synthetic import make_cells
+
+if TYPE_CHECKING:
+    from transformers import BertForMaskedLM
+
+    from eval.benchmark.inputs import Bench
 
 SIZE = Size(seeds=3)
 TASK = ContextTask(
@@ -44,6 +38,8 @@ TASK = ContextTask(
 
 def sensitive_model(vocabulary: Vocabulary) -> BertForMaskedLM:
     """Return a model in which only listed genes' states turn with their rank in the cell."""
+    import torch
+
     network = passing_model(vocabulary)
     rng = np.random.default_rng(0)
     words = rng.normal(size=(vocabulary.num_tokens, 16)) * 20
@@ -66,6 +62,8 @@ def world(tmp_path_factory) -> tuple[Path, Vocabulary]:
 
 @pytest.fixture(scope="module")
 def found(world) -> tuple[TaskRun, Bench]:
+    from eval.benchmark.context import run
+
     folder, vocabulary = world
     bench = bench_of(
         folder, vocabulary, sensitive=sensitive_model(vocabulary), zeros=passing_model(vocabulary)
@@ -74,6 +72,9 @@ def found(world) -> tuple[TaskRun, Bench]:
 
 
 def test_planted_specificity_is_found_and_a_constant_model_is_at_chance(found):
+    from eval.benchmark.compare import main_contender
+    from eval.benchmark.context import num_units
+
     result, bench = found
     # Some listed genes have the same rank in all types: they are spread, but not by type.
     assert score_of(result, "zero-shot", "model", "sensitive") > 0.7
@@ -92,6 +93,8 @@ def test_planted_specificity_is_found_and_a_constant_model_is_at_chance(found):
 
 
 def test_controls_are_at_chance(found):
+    from eval.benchmark.compare import verdicts
+
     result, _ = found
     controls = [v for v in verdicts(result, ["sensitive", "zeros"]) if v["question"] == "control"]
     assert {v["contender"] for v in controls} == {"shuffled labels, zero-shot"}
@@ -133,6 +136,8 @@ def plain_difference(states, types, donors) -> float:
 
 
 def test_specificity_equals_a_plain_loop():
+    from eval.specificity import between_minus_within, permuted_types, spread_of_states
+
     rng = np.random.default_rng(0)
     states = rng.normal(size=(40, 5))
     states /= np.linalg.norm(states, axis=1, keepdims=True)
@@ -153,6 +158,8 @@ def test_specificity_equals_a_plain_loop():
 
 
 def test_the_difference_is_even_around_zero_where_types_do_not_matter():
+    from eval.specificity import between_minus_within
+
     rng = np.random.default_rng(1)
     found = []
     for _ in range(300):
@@ -164,6 +171,11 @@ def test_the_difference_is_even_around_zero_where_types_do_not_matter():
 
 @pytest.mark.parametrize("token_budget", [1, 500, 100_000])
 def test_states_are_those_of_the_cell_alone(world, token_budget):
+    import torch
+
+    from eval.specificity import gene_states
+    from pretrain.model import build_model
+
     folder, vocabulary = world
     encoder = build_model(MODEL, vocabulary, 1).bert.bert.eval()
     cells = encode_file(folder / "cells.h5ad", vocabulary).tokens[:8]
@@ -181,6 +193,8 @@ def test_states_are_those_of_the_cell_alone(world, token_budget):
 
 
 def test_bad_input_is_named(world, tmp_path):
+    from eval.benchmark.context import run
+
     folder, vocabulary = world
     bench = bench_of(folder, vocabulary, zeros=passing_model(vocabulary))
     absent = TASK.model_copy(

@@ -1,38 +1,51 @@
 """The fine-tuning engine: what it learns, that it repeats, goes on and divides over ranks."""
 
+from __future__ import annotations
+
 import json
 import multiprocessing
 from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import torch
-from torch.nn import functional
-from transformers import BertModel
 
 from data_prep.vocab import CLS, EOS, MASK, PAD, Vocabulary
-from eval.finetune.engine import (
-    Classifier,
-    FinetuneSettings,
-    Head,
-    Target,
-    finetune,
-    load_classifier,
-    save_classifier,
-)
-from pretrain import dist
 from pretrain.config import ModelConfig
-from pretrain.model import build_model
 from tests.ranks import kill, run_ranks
+
+if TYPE_CHECKING:
+    from transformers import BertModel
+
+    from eval.finetune.engine import Classifier, FinetuneSettings, Head, Target
 
 NUM_GENES = 60
 MODEL = ModelConfig(
     num_layers=2, hidden_size=32, num_heads=2, intermediate_size=64,
     hidden_dropout=0.0, attention_dropout=0.0,
 )  # fmt: skip
-CELL_HEAD = Head("type", "cells", ("a", "b", "c"))
-GENE_HEAD = Head("dosage", "genes", ("no", "yes"))
-QUICK = FinetuneSettings(epochs=2, learning_rate=5e-3, batch_cells=8, dropout=0.0)
+
+
+@cache
+def cell_head() -> Head:
+    from eval.finetune.engine import Head
+
+    return Head("type", "cells", ("a", "b", "c"))
+
+
+@cache
+def gene_head() -> Head:
+    from eval.finetune.engine import Head
+
+    return Head("dosage", "genes", ("no", "yes"))
+
+
+@cache
+def quick() -> FinetuneSettings:
+    from eval.finetune.engine import FinetuneSettings
+
+    return FinetuneSettings(epochs=2, learning_rate=5e-3, batch_cells=8, dropout=0.0)
 
 
 def vocabulary(has_cls: bool = False) -> Vocabulary:
@@ -42,6 +55,8 @@ def vocabulary(has_cls: bool = False) -> Vocabulary:
 
 
 def encoder(vocab: Vocabulary, dropout: float = 0.0) -> BertModel:
+    from pretrain.model import build_model
+
     config = MODEL.model_copy(update={"hidden_dropout": dropout})
     return build_model(config, vocab, 0).bert.bert
 
@@ -69,7 +84,9 @@ def gene_labels(vocab: Vocabulary) -> np.ndarray:
 
 
 def both_targets(vocab: Vocabulary, types: np.ndarray) -> list[Target]:
-    return [Target(CELL_HEAD, types), Target(GENE_HEAD, gene_labels(vocab))]
+    from eval.finetune.engine import Target
+
+    return [Target(cell_head(), types), Target(gene_head(), gene_labels(vocab))]
 
 
 def weights_of(classifier: Classifier) -> dict[str, np.ndarray]:
@@ -84,9 +101,11 @@ def assert_same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None
 
 @pytest.mark.parametrize("has_cls", [False, True])
 def test_learns_cells_and_genes_at_once(has_cls):
+    from eval.finetune.engine import finetune
+
     vocab = vocabulary(has_cls)
     tokens, types = cells_of_types(vocab, 90)
-    settings = replace(QUICK, epochs=6)
+    settings = replace(quick(), epochs=6)
     classifier = finetune(
         encoder(vocab), vocab, tokens[:60], both_targets(vocab, types[:60]), settings, 0
     )
@@ -102,17 +121,22 @@ def test_learns_cells_and_genes_at_once(has_cls):
 
 def test_loss_by_hand():
     """One step over cells of many lengths, in several passes, is plain PyTorch's step."""
+    import torch
+    from torch.nn import functional
+
+    from eval.finetune.engine import Classifier, finetune
+
     vocab = vocabulary()
     tokens, types = cells_of_types(vocab, 10)
     types = np.array([0, 0, 0, 0, 1, 1, 2, -1, -1, 0])
     targets = both_targets(vocab, types)
-    settings = replace(QUICK, epochs=1, batch_cells=10, weight_decay=0.0)
+    settings = replace(quick(), epochs=1, batch_cells=10, weight_decay=0.0)
     classifier = finetune(encoder(vocab), vocab, tokens, targets, settings, 0)
 
     bert = encoder(vocab)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        start = Classifier(bert, vocab, (CELL_HEAD, GENE_HEAD), settings)
+        start = Classifier(bert, vocab, (cell_head(), gene_head()), settings)
     losses, masses = [0.0, 0.0], [0.0, 0.0]
     labels = gene_labels(vocab)
     counts = [
@@ -150,12 +174,16 @@ def test_loss_by_hand():
 
 @pytest.mark.parametrize("change", [{}, {"lora_rank": 2}, {"freeze_layers": 1}])
 def test_what_is_trained_and_what_is_not(change):
+    import torch
+
+    from eval.finetune.engine import finetune
+
     vocab = vocabulary()
     tokens, types = cells_of_types(vocab)
     bert = encoder(vocab)
     before = {k: v.clone() for k, v in bert.state_dict().items()}
     classifier = finetune(
-        bert, vocab, tokens, both_targets(vocab, types), replace(QUICK, **change), 0
+        bert, vocab, tokens, both_targets(vocab, types), replace(quick(), **change), 0
     )
     assert_same_bits(
         {k: v.numpy() for k, v in before.items()},
@@ -179,9 +207,13 @@ def test_what_is_trained_and_what_is_not(change):
 
 
 def test_same_seed_same_bits_and_callers_random_state():
+    import torch
+
+    from eval.finetune.engine import finetune
+
     vocab = vocabulary()
     tokens, types = cells_of_types(vocab)
-    bert, settings = encoder(vocab, dropout=0.1), replace(QUICK, dropout=0.2)
+    bert, settings = encoder(vocab, dropout=0.1), replace(quick(), dropout=0.2)
     torch.manual_seed(3)
     state = torch.get_rng_state()
     first = finetune(bert, vocab, tokens, both_targets(vocab, types), settings, 5)
@@ -195,14 +227,16 @@ def test_same_seed_same_bits_and_callers_random_state():
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_saved_is_what_was_trained(lora_rank, tmp_path):
+    from eval.finetune.engine import finetune, load_classifier, save_classifier
+
     vocab = vocabulary(has_cls=True)
     tokens, types = cells_of_types(vocab)
-    settings = replace(QUICK, lora_rank=lora_rank)
+    settings = replace(quick(), lora_rank=lora_rank)
     classifier = finetune(encoder(vocab), vocab, tokens, both_targets(vocab, types), settings, 0)
     save_classifier(classifier, tmp_path / "head", {"task": "types"})
     loaded = load_classifier(tmp_path / "head")
     assert_same_bits(weights_of(classifier), weights_of(loaded))
-    assert (loaded.settings, loaded.heads) == (settings, (CELL_HEAD, GENE_HEAD))
+    assert (loaded.settings, loaded.heads) == (settings, (cell_head(), gene_head()))
     assert loaded.history == classifier.history
     assert loaded.vocabulary.sha256 == vocab.sha256
     np.testing.assert_array_equal(
@@ -224,9 +258,11 @@ def test_saved_is_what_was_trained(lora_rank, tmp_path):
 
 
 def test_a_cell_is_predicted_as_if_alone():
+    from eval.finetune.engine import finetune
+
     vocab = vocabulary(has_cls=True)
     tokens, types = cells_of_types(vocab)
-    classifier = finetune(encoder(vocab), vocab, tokens, both_targets(vocab, types), QUICK, 0)
+    classifier = finetune(encoder(vocab), vocab, tokens, both_targets(vocab, types), quick(), 0)
     tokens[7] = np.array([2, 3], dtype=np.int32)
     together = classifier.predict_cells(tokens, "type")
     assert np.flatnonzero(np.isnan(together).any(axis=1)).tolist() == [7]
@@ -241,24 +277,28 @@ def test_a_cell_is_predicted_as_if_alone():
 
 
 def test_cells_without_a_label_change_nothing():
+    from eval.finetune.engine import Target, finetune
+
     vocab = vocabulary()
     tokens, types = cells_of_types(vocab, 30)
-    target = Target(CELL_HEAD, types)
-    more = Target(CELL_HEAD, np.append(types, [-1, 2]))
-    alone = finetune(encoder(vocab), vocab, tokens, [target], QUICK, 0)
+    target = Target(cell_head(), types)
+    more = Target(cell_head(), np.append(types, [-1, 2]))
+    alone = finetune(encoder(vocab), vocab, tokens, [target], quick(), 0)
     beside = finetune(
-        encoder(vocab), vocab, [*tokens, tokens[0], np.zeros(0, np.int32)], [more], QUICK, 0
+        encoder(vocab), vocab, [*tokens, tokens[0], np.zeros(0, np.int32)], [more], quick(), 0
     )
     # The empty cell has a label that cannot be learnt from; it may not count in class weights.
     assert_same_bits(weights_of(alone), weights_of(beside))
 
 
 def test_early_stopping_returns_the_best_weights():
+    from eval.finetune.engine import Target, finetune
+
     vocab = vocabulary()
     tokens, types = cells_of_types(vocab, 30)
-    wrong = Target(CELL_HEAD, (types + 1) % 3)
-    settings = replace(QUICK, epochs=30, patience=2)
-    right = [Target(CELL_HEAD, types)]
+    wrong = Target(cell_head(), (types + 1) % 3)
+    settings = replace(quick(), epochs=30, patience=2)
+    right = [Target(cell_head(), types)]
     classifier = finetune(
         encoder(vocab), vocab, tokens, right, settings, 0, validation=(tokens, [wrong])
     )
@@ -273,25 +313,30 @@ def test_early_stopping_returns_the_best_weights():
 
 
 @pytest.mark.parametrize(
-    ("targets", "message"),
+    ("head", "labels", "times", "message"),
     [
-        ([Target(CELL_HEAD, np.zeros(3, int))], "one per cell"),
-        ([Target(CELL_HEAD, np.full(48, 3))], "0 to 2"),
-        ([Target(CELL_HEAD, np.full(48, -1))], "no cell has a labelled item"),
-        ([Target(GENE_HEAD, np.zeros(5, int))], "one per gene"),
-        ([Target(CELL_HEAD, np.zeros(48, int))] * 2, "a name of its own"),
+        (cell_head, np.zeros(3, int), 1, "one per cell"),
+        (cell_head, np.full(48, 3), 1, "0 to 2"),
+        (cell_head, np.full(48, -1), 1, "no cell has a labelled item"),
+        (gene_head, np.zeros(5, int), 1, "one per gene"),
+        (cell_head, np.zeros(48, int), 2, "a name of its own"),
     ],
 )
-def test_refuses(targets, message):
+def test_refuses(head, labels, times, message):
+    from eval.finetune.engine import Target, finetune
+
+    targets = [Target(head(), labels)] * times
     vocab = vocabulary()
     tokens, _ = cells_of_types(vocab)
     with pytest.raises(ValueError, match=message):
-        finetune(encoder(vocab), vocab, tokens, targets, QUICK, 0)
+        finetune(encoder(vocab), vocab, tokens, targets, quick(), 0)
     with pytest.raises(ValueError, match="epochs=0"):
-        replace(QUICK, epochs=0)
+        replace(quick(), epochs=0)
 
 
 def _finetune_into(folder, settings):
+    from eval.finetune.engine import finetune
+
     vocab = vocabulary()
     tokens, types = cells_of_types(vocab, 30)
     targets = both_targets(vocab, types)
@@ -304,7 +349,7 @@ def _finetune_into(folder, settings):
 
 @pytest.mark.parametrize("change", [{}, {"lora_rank": 2, "patience": 3}])
 def test_killed_and_continued_is_the_same_bits(change, tmp_path):
-    settings = replace(QUICK, epochs=24, dropout=0.2, **change)
+    settings = replace(quick(), epochs=24, dropout=0.2, **change)
     whole, history = _finetune_into(None, settings)
     forkserver = multiprocessing.get_context("forkserver")
     process = forkserver.Process(target=_finetune_into, args=(tmp_path, settings))
@@ -327,13 +372,16 @@ def test_killed_and_continued_is_the_same_bits(change, tmp_path):
 
 
 def _finetune_on_ranks(batch_cells):
+    from eval.finetune.engine import finetune
+    from pretrain import dist
+
     ranks = dist.start(timeout_s=60, threads=1)
     vocab = vocabulary()
     tokens, types = cells_of_types(vocab, 31)
     # Few cells of one class and few labelled genes: a mean of means would be another number.
     types[4:] = np.where(types[4:] == 2, -1, types[4:])
     targets = both_targets(vocab, types)
-    settings = replace(QUICK, batch_cells=batch_cells, learning_rate=1e-3)
+    settings = replace(quick(), batch_cells=batch_cells, learning_rate=1e-3)
     classifier = finetune(
         encoder(vocab), vocab, tokens, targets, settings, 0,
         validation=(tokens, targets), ranks=ranks,

@@ -1,13 +1,15 @@
 """``geneloom finetune cells --save-head``, ``predict`` and several ranks, as a user starts them."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import anndata
 import numpy as np
 import pytest
 
@@ -15,24 +17,29 @@ from data_prep.medians import gene_medians
 from data_prep.prepare import SERIAL
 from data_prep.sources import SourceOptions, source_at
 from eval.encode import encode_file
-from eval.finetune.cells import finetune_cells
-from eval.finetune.engine import FinetuneSettings, Head, Target, finetune, save_classifier
-from eval.finetune.predict import predict_file
 from pretrain.config import ModelConfig
-from pretrain.export import load_exported
-from pretrain.model import build_model
 from tests.synthetic import make_cells
+
+if TYPE_CHECKING:
+    from eval.finetune.engine import FinetuneSettings
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=32, num_heads=2, intermediate_size=64,
     hidden_dropout=0.0, attention_dropout=0.0,
 )  # fmt: skip
-SETTINGS = FinetuneSettings(epochs=3, learning_rate=5e-3)
+
+
+def fast() -> FinetuneSettings:
+    from eval.finetune.engine import FinetuneSettings
+
+    return FinetuneSettings(epochs=3, learning_rate=5e-3)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A folder with a model of random weights, cells beside it."""
+    from pretrain.model import build_model
+
     folder = tmp_path_factory.mktemp("model")
     cells = make_cells(90)
     cells.write_h5ad(folder / "cells.h5ad")
@@ -45,7 +52,12 @@ def model(tmp_path_factory) -> Path:
 
 
 def test_saved_head_predicts_other_cells(model, tmp_path):
-    settings = replace(SETTINGS, patience=2)
+    import anndata
+
+    from eval.finetune.cells import finetune_cells
+    from eval.finetune.predict import predict_file
+
+    settings = replace(fast(), patience=2)
     finetune_cells(
         model / "cells.h5ad", model, "cell_type", tmp_path / "scores", donor="donor",
         settings=settings, max_test_per_class=5, save_head=tmp_path / "head",
@@ -89,12 +101,18 @@ def test_saved_head_predicts_other_cells(model, tmp_path):
 
 
 def test_gene_heads_are_means_over_cells(model, tmp_path):
+    import anndata
+
+    from eval.finetune.engine import Head, Target, finetune, save_classifier
+    from eval.finetune.predict import predict_file
+    from pretrain.export import load_exported
+
     network, vocabulary = load_exported(model)
     cells = encode_file(model / "cells.h5ad", vocabulary)
     labels = np.full(vocabulary.num_tokens, -1)
     labels[2:80] = np.arange(78) % 2
     target = Target(Head("dosage", "genes", ("no", "yes")), labels)
-    classifier = finetune(network.bert, vocabulary, cells.tokens, [target], SETTINGS, 0)
+    classifier = finetune(network.bert, vocabulary, cells.tokens, [target], fast(), 0)
     save_classifier(classifier, tmp_path / "head", {})
     predict_file(model / "cells.h5ad", tmp_path / "head", tmp_path / "out.h5ad")
     var = anndata.read_h5ad(tmp_path / "out.h5ad").var
@@ -110,6 +128,8 @@ def test_gene_heads_are_means_over_cells(model, tmp_path):
 
 def test_killed_command_goes_on(model, tmp_path):
     """Killed with SIGKILL in the second seed: the same bytes as a run that was left alone."""
+    from eval.finetune.cells import finetune_cells
+
     command = [
         sys.executable, "-c", "from launch.cli import main; main()", "finetune", "cells",
         str(model / "cells.h5ad"), "--model", str(model), "--label", "cell_type", "--epochs", "6",
@@ -130,7 +150,7 @@ def test_killed_command_goes_on(model, tmp_path):
     written = seed.stat().st_mtime_ns
     (work,) = out.glob(".partial/*")
     other = finetune_cells(model / "cells.h5ad", model, "cell_type", tmp_path / "alone",
-                           settings=FinetuneSettings(epochs=6, learning_rate=5e-3))  # fmt: skip
+                           settings=replace(fast(), epochs=6))  # fmt: skip
     done = subprocess.Popen([*command, str(out)], cwd=root, stderr=subprocess.DEVNULL)
     while seed.exists():
         assert seed.stat().st_mtime_ns == written, "a finished seed was computed again"
@@ -145,6 +165,8 @@ def test_killed_command_goes_on(model, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_by_the_launcher(model, tmp_path):
     """Two ranks score and save once; the launcher and its ranks take 30 s to start and train."""
+    from eval.finetune.cells import finetune_cells
+
     arguments = [
         str(model / "cells.h5ad"), "--model", str(model), "--label", "cell_type", "--epochs", "2",
         "--device", "cpu", "--learning-rate", "0.005",
@@ -160,7 +182,7 @@ def test_two_ranks_by_the_launcher(model, tmp_path):
     two = json.loads((tmp_path / "two" / "results.json").read_text())
     one = finetune_cells(
         model / "cells.h5ad", model, "cell_type", tmp_path / "one",
-        settings=replace(SETTINGS, epochs=2, dropout=0.1),
+        settings=replace(fast(), epochs=2, dropout=0.1),
     )  # fmt: skip
     frozen = "frozen embedding, pretrained"
     assert two["summary"][frozen] == one["summary"][frozen]

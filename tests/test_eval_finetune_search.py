@@ -7,21 +7,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from eval.finetune.engine import Target, finetune
-from eval.finetune.search import inner_split, macro_f1, search
 from tests.ranks import kill
 from tests.test_eval_finetune import (
-    CELL_HEAD,
-    QUICK,
     both_targets,
+    cell_head,
     cells_of_types,
     encoder,
     gene_labels,
+    quick,
     vocabulary,
 )
 
 
 def test_inner_split_keeps_groups_and_genes_apart():
+    from eval.finetune.engine import Target
+    from eval.finetune.search import inner_split
+
     vocab = vocabulary()
     tokens, types = cells_of_types(vocab, 60)
     groups = np.array([f"donor{i % 5}" for i in range(60)])
@@ -35,10 +36,10 @@ def test_inner_split_keeps_groups_and_genes_apart():
     assert [type_of[id(t)] for t in right] == right_targets[0].labels.tolist()
     known = [np.flatnonzero(t[1].labels >= 0) for t in (left_targets, right_targets)]
     np.testing.assert_array_equal(np.sort(np.concatenate(known)), np.arange(2, 42))
-    (left, _), (right, right_targets) = inner_split(tokens, [Target(CELL_HEAD, types)], None, 0)
+    (left, _), (right, right_targets) = inner_split(tokens, [Target(cell_head(), types)], None, 0)
     assert np.bincount(right_targets[0].labels).tolist() == [5, 5, 5]
     with pytest.raises(ValueError, match="at least two"):
-        inner_split(tokens, [Target(CELL_HEAD, types)], np.full(60, "x"), 0)
+        inner_split(tokens, [Target(cell_head(), types)], np.full(60, "x"), 0)
 
 
 def _scored_by_rate(classifier, tokens, targets):
@@ -52,17 +53,23 @@ def _slowly_scored(classifier, tokens, targets):
 
 
 def _search_into(folder, score):
+    from eval.finetune.engine import Target
+    from eval.finetune.search import search
+
     vocab = vocabulary()
     tokens, types = cells_of_types(vocab, 12)
-    target = Target(CELL_HEAD, types)
-    settings = replace(QUICK, learning_rate=1e-3)
+    target = Target(cell_head(), types)
+    settings = replace(quick(), learning_rate=1e-3)
     return search(encoder(vocab), vocab, tokens, [target], settings, 0, 6, None, folder, score)
 
 
 def test_search_finds_and_a_killed_one_finds_the_same(tmp_path):
+    from eval.finetune.engine import Target
+    from eval.finetune.search import search
+
     whole = _search_into(None, _scored_by_rate)
     assert 10**-4.7 < whole.learning_rate < 10**-3.3, "the first trial has 1e-3"
-    assert (whole.batch_cells, whole.warmup_share) == (QUICK.batch_cells, QUICK.warmup_share)
+    assert (whole.batch_cells, whole.warmup_share) == (quick().batch_cells, quick().warmup_share)
     process = multiprocessing.get_context("forkserver").Process(
         target=_search_into, args=(tmp_path, _slowly_scored)
     )
@@ -76,20 +83,31 @@ def test_search_finds_and_a_killed_one_finds_the_same(tmp_path):
     tokens, types = cells_of_types(vocab, 12, seed=1)
     with pytest.raises(ValueError, match="another search"):
         search(
-            encoder(vocab), vocab, tokens, [Target(CELL_HEAD, types)], QUICK, 0, 6, None, tmp_path
+            encoder(vocab),
+            vocab,
+            tokens,
+            [Target(cell_head(), types)],
+            quick(),
+            0,
+            6,
+            None,
+            tmp_path,
         )
     with pytest.raises(ValueError, match="at least 1"):
-        search(encoder(vocab), vocab, tokens, [Target(CELL_HEAD, types)], QUICK, 0, 0)
+        search(encoder(vocab), vocab, tokens, [Target(cell_head(), types)], quick(), 0, 0)
 
 
 def test_macro_f1_by_hand():
+    from eval.finetune.engine import finetune
+    from eval.finetune.search import macro_f1
+
     vocab = vocabulary()
     tokens, types = cells_of_types(vocab, 20)
     tokens[3] = np.zeros(0, dtype=np.int32)
     types[5] = -1
     labels = gene_labels(vocab)
     targets = both_targets(vocab, types)
-    settings = replace(QUICK, epochs=1, learning_rate=1e-3)
+    settings = replace(quick(), epochs=1, learning_rate=1e-3)
     classifier = finetune(encoder(vocab), vocab, tokens, targets, settings, 0)
     cells = [(types[i], classifier.predict_cells([tokens[i]], "type")[0].argmax())
              for i in range(20) if i not in (3, 5)]  # fmt: skip

@@ -4,42 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import anndata
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse
-import torch
-from sklearn.metrics import roc_auc_score
 
 from data_prep.vocab import CLS, EOS, MASK, PAD, Vocabulary
-from eval.baselines import log_normalise
-from eval.benchmark.gene_baselines import predict_classes
-from eval.benchmark.gene_features import (
-    STATIC_NAMES,
-    embed_genes,
-    expression_of_tokens,
-    ranks_of_tokens,
-    reduce_profiles,
-    static_features,
-)
-from eval.benchmark.gene_labels import choose_genes, gene_folds, read_labels
-from eval.benchmark.gene_scores import (
-    interval,
-    mean_by_gene,
-    mean_roc,
-    resample_genes,
-    resampled_auroc,
-    score_genes,
-)
-from eval.benchmark.genes import num_units, run
-from eval.benchmark.inputs import Bench, Model, load_cells
 from eval.benchmark.outcome import Store, TaskRun
 from eval.benchmark.task import Cells, GeneTask, Size, all_tasks
-from eval.demo_cells import recover_counts
 from pretrain.config import ModelConfig
-from pretrain.model import build_model
+
+if TYPE_CHECKING:
+    from eval.benchmark.inputs import Model
 
 NUM_GENES = 90
 GENES = tuple(f"ENSG{i:011d}" for i in range(NUM_GENES))
@@ -69,6 +47,8 @@ def make_task(**changes: object) -> GeneTask:
 
 def write_data(folder: Path) -> Path:
     """Write 60 cells of independent counts, and a label for every gene."""
+    import anndata
+
     rng = np.random.default_rng(0)
     counts = rng.poisson(rng.gamma(0.8, 1.5, NUM_GENES), (60, NUM_GENES)).astype(np.float32)
     counts[:, :30] += rng.poisson(0.2, (60, 30))
@@ -82,12 +62,17 @@ def write_data(folder: Path) -> Path:
 
 
 def make_model(name: str, vocabulary: Vocabulary, seed: int = 1) -> Model:
+    from eval.benchmark.inputs import Model
+    from pretrain.model import build_model
+
     network = build_model(CONFIG, vocabulary, seed).bert
     return Model(name, Path(name), network, vocabulary, f"digest of {name}")
 
 
 def knowing_model(vocabulary: Vocabulary) -> Model:
     """Return a model whose embedding table carries the label in one direction."""
+    import torch
+
     model = make_model("knowing", vocabulary)
     table = model.network.bert.get_input_embeddings().weight
     direction = torch.randn(table.shape[1], generator=torch.Generator().manual_seed(0))
@@ -99,6 +84,8 @@ def knowing_model(vocabulary: Vocabulary) -> Model:
 
 def constant_model(vocabulary: Vocabulary) -> Model:
     """Return a model that has the same state for every gene: all weights are zero."""
+    import torch
+
     model = make_model("constant", vocabulary)
     with torch.no_grad():
         for parameter in model.network.parameters():
@@ -126,6 +113,9 @@ class Planted:
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory) -> Planted:
     """One run of two models; takes some seconds, for all contenders train in it."""
+    from eval.benchmark.genes import run
+    from eval.benchmark.inputs import Bench
+
     folder = write_data(tmp_path_factory.mktemp("planted"))
     vocabulary = make_vocabulary()
     models = [knowing_model(vocabulary), constant_model(vocabulary)]
@@ -169,6 +159,8 @@ def test_shuffled_labels_are_at_one_half(planted):
 
 
 def test_every_unit_is_counted_and_details_are_whole(planted):
+    from eval.benchmark.genes import num_units
+
     task_run = planted.run
     assert num_units(make_task(), SIZE, planted.models) == len(planted.units)
     assert len(planted.units) == len(task_run.outcomes)
@@ -196,6 +188,9 @@ def test_again_from_the_store_and_from_nothing(planted, tmp_path):
 
     Some seconds: every contender trains.
     """
+    from eval.benchmark.genes import num_units, run
+    from eval.benchmark.inputs import Bench
+
     spent = []
     store = Store(planted.folder / "store", {}, lambda name, seconds: spent.append(seconds))
     again = run(make_task(), SIZE, Bench(planted.models, planted.folder, store, 0, "cpu", False))
@@ -214,6 +209,8 @@ def test_again_from_the_store_and_from_nothing(planted, tmp_path):
 
 
 def test_folds_divide_the_genes():
+    from eval.benchmark.gene_labels import gene_folds
+
     labels = IS_POSITIVE.astype(np.int64)
     folds = gene_folds(labels, 5, 0)
     assert sorted(np.concatenate([test for _, test in folds])) == list(range(NUM_GENES))
@@ -227,6 +224,8 @@ def test_folds_divide_the_genes():
 
 
 def test_labels_are_read_and_what_is_left_out_is_counted(tmp_path):
+    from eval.benchmark.gene_labels import read_labels
+
     rows = [
         "ensembl_id\tlabel\tambiguous", "a\tyes\tFalse", "b\tno\tfalse", "b\tno\t0", "c\t\tFalse",
         "d\tmaybe\tFalse", "e\tyes\tTrue", "f\tyes\t", "f\tno\t", " g \tno\tno",
@@ -256,6 +255,8 @@ def test_labels_are_read_and_what_is_left_out_is_counted(tmp_path):
     ],
 )
 def test_bad_labels(text, message, tmp_path):
+    from eval.benchmark.gene_labels import read_labels
+
     if text is not None:
         (tmp_path / "labels.tsv").write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -265,6 +266,9 @@ def test_bad_labels(text, message, tmp_path):
 
 
 def test_genes_that_a_model_cannot_read_are_left_out(tmp_path):
+    from eval.benchmark.gene_labels import choose_genes, read_labels
+    from eval.benchmark.inputs import load_cells
+
     data = write_data(tmp_path)
     short = Vocabulary(GENES[:80], np.ones(80), {PAD: 0, MASK: 1}, 8)
     models = [make_model("long", make_vocabulary()), make_model("short", short)]
@@ -282,6 +286,9 @@ def test_genes_that_a_model_cannot_read_are_left_out(tmp_path):
 
 
 def test_an_alias_does_not_put_a_gene_on_both_sides(tmp_path):
+    from eval.benchmark.gene_labels import choose_genes, read_labels
+    from eval.benchmark.inputs import load_cells
+
     data = write_data(tmp_path)
     model = make_model("one", make_vocabulary())
     with (data / "labels.tsv").open("a") as file:
@@ -293,6 +300,9 @@ def test_an_alias_does_not_put_a_gene_on_both_sides(tmp_path):
 
 
 def test_symbols_are_read_by_a_model_that_has_names_for_its_genes(tmp_path):
+    from eval.benchmark.gene_labels import choose_genes, read_labels
+    from eval.benchmark.inputs import load_cells
+
     data = write_data(tmp_path)
     symbols = {f"G{i}": gene for i, gene in enumerate(GENES)}
     rows = [f"{name}\t{'yes' if IS_POSITIVE[i] else 'no'}" for i, name in enumerate(symbols)]
@@ -307,6 +317,14 @@ def test_symbols_are_read_by_a_model_that_has_names_for_its_genes(tmp_path):
 
 
 def test_features_by_hand():
+    from eval.baselines import log_normalise
+    from eval.benchmark.gene_features import (
+        STATIC_NAMES,
+        expression_of_tokens,
+        ranks_of_tokens,
+        static_features,
+    )
+
     vocabulary = Vocabulary(("A", "B", "C"), np.array([1.0, 2.0, 4.0]), {PAD: 0, MASK: 1}, 8,
                             aliases={"old A": "A"})  # fmt: skip
     counts = scipy.sparse.csr_matrix(
@@ -340,6 +358,8 @@ def test_features_by_hand():
 
 
 def test_reduced_profiles_keep_distances():
+    from eval.benchmark.gene_features import reduce_profiles
+
     rng = np.random.default_rng(0)
     profiles = scipy.sparse.csr_matrix(rng.random((20, 6)) @ rng.random((6, 30)))
     reduced = reduce_profiles(profiles, np.array([4, 9, 17]), 0)
@@ -353,6 +373,10 @@ def test_reduced_profiles_keep_distances():
 
 @pytest.mark.parametrize("has_cls", [False, True])
 def test_gene_embeddings_are_means_over_cells(has_cls):
+    import torch
+
+    from eval.benchmark.gene_features import embed_genes
+
     vocabulary = make_vocabulary(has_cls)
     encoder = make_model("any", vocabulary).network.bert
     rng = np.random.default_rng(0)
@@ -375,6 +399,10 @@ def test_gene_embeddings_are_means_over_cells(has_cls):
 
 @pytest.mark.parametrize("classifier", ["logistic regression", "random forest", "SVM", "MLP"])
 def test_classifiers_learn_from_training_genes_only(classifier):
+    from sklearn.metrics import roc_auc_score
+
+    from eval.benchmark.gene_baselines import predict_classes
+
     rng = np.random.default_rng(0)
     labels = np.arange(120) % 2
     features = rng.normal(size=(120, 4)) + labels[:, None] * [3.0, 0, 0, 0]
@@ -390,6 +418,10 @@ def test_classifiers_learn_from_training_genes_only(classifier):
 
 
 def test_scores_count_a_gene_once():
+    from sklearn.metrics import roc_auc_score
+
+    from eval.benchmark.gene_scores import mean_by_gene, score_genes
+
     gene = np.array([0, 0, 0, 0, 1, 2, 3])
     occurrence = np.array([0.9, 0.9, 0.9, 0.9, 0.2, 0.3, 0.1])
     truth = np.array([1, 1, 0, 0])
@@ -404,6 +436,11 @@ def test_scores_count_a_gene_once():
 
 
 def test_resampled_auroc_is_that_of_repeated_genes():
+    from sklearn.metrics import roc_auc_score
+
+    from eval.benchmark.gene_labels import gene_folds
+    from eval.benchmark.gene_scores import interval, resample_genes, resampled_auroc
+
     rng = np.random.default_rng(0)
     labels = rng.permutation(np.arange(40) % 4 == 0).astype(int)
     folds = [test for _, test in gene_folds(labels, 3, 0)]
@@ -429,6 +466,8 @@ def test_resampled_auroc_is_that_of_repeated_genes():
 
 def test_repetitions_do_not_narrow_the_interval():
     """Ten repetitions of the same predictions know no more genes than one."""
+    from eval.benchmark.gene_scores import interval, resample_genes, resampled_auroc
+
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 2
     score = labels + rng.normal(size=60)
@@ -440,6 +479,10 @@ def test_repetitions_do_not_narrow_the_interval():
 
 
 def test_mean_curve_has_the_mean_area():
+    from sklearn.metrics import roc_auc_score
+
+    from eval.benchmark.gene_scores import mean_roc
+
     rng = np.random.default_rng(0)
     truth = [rng.permutation(np.arange(400) % 3 == 0).astype(int) for _ in range(3)]
     scores = [t + rng.normal(size=400) for t in truth]
@@ -468,6 +511,9 @@ def test_the_papers_gene_tasks_are_declared():
 
 
 def test_labels_of_the_package_are_those_of_its_cells():
+    from eval.benchmark.gene_labels import read_labels
+    from eval.demo_cells import recover_counts
+
     task = gene_tasks()["cd_molecules"]
     labelled = read_labels(task, None)
     names = set(recover_counts().var_names)
@@ -482,6 +528,8 @@ def test_labels_of_the_package_are_those_of_its_cells():
     "name", ["tf_dosage", "bivalent_unmethylated", "bivalent_lys4", "notch1_centrality"]
 )
 def test_real_labels_are_as_declared(name, real_data):
+    from eval.benchmark.gene_labels import read_labels
+
     task = gene_tasks()[name]
     labelled = read_labels(task, real_data)
     assert not [reason for reason in labelled.excluded if reason.startswith("(expected")]

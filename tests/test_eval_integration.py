@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import anndata
 import numpy as np
 import pytest
 import scipy.sparse
 
-from eval.benchmark.inputs import Bench, Model, load_cells
-from eval.benchmark.integration import divide, num_units, run
-from eval.benchmark.integration_scores import kbet_by_label, score_embedding
 from eval.benchmark.outcome import Store
-from eval.benchmark.planted import BATCHES, add_planted_batch
 from eval.benchmark.task import Cells, IntegrationTask, Size
 from pretrain.config import ModelConfig
-from pretrain.model import build_model
 from tests.synthetic import make_cells
 from tests.test_eval import vocabulary_of
 
@@ -36,6 +30,8 @@ def test_known_embeddings_score_as_they_must():
 
     Several seconds: scib-metrics compiles its scores for each new shape.
     """
+    from eval.benchmark.integration_scores import score_embedding
+
     rng = np.random.default_rng(0)
     labels, batches = np.tile([0, 1, 2], 50), np.tile(np.repeat(["x", "y"], 3), 25)
     types, plates = np.eye(3)[labels] * 10, (batches == "x")[:, None] * 10.0
@@ -56,6 +52,8 @@ def test_known_embeddings_score_as_they_must():
 
 
 def test_what_cannot_be_scored_is_refused():
+    from eval.benchmark.integration_scores import score_embedding
+
     embedding = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
     labels, batches = np.arange(20) % 2, np.array(["x", "y"] * 10)
     with pytest.raises(ValueError, match="not finite"):
@@ -69,6 +67,8 @@ def test_what_cannot_be_scored_is_refused():
 
 
 def test_kbet_looks_within_labels():
+    from eval.benchmark.integration_scores import kbet_by_label
+
     rng = np.random.default_rng(0)
     labels, batches = np.repeat([0, 1], 100), np.tile([0, 1], 100)
     embedding = rng.normal(size=(200, 2)).astype(np.float32)
@@ -79,6 +79,8 @@ def test_kbet_looks_within_labels():
 
 
 def test_batches_are_held_out_whole_where_there_are_enough():
+    from eval.benchmark.integration import divide
+
     size = Size(seeds=1)
     labels = np.tile([0, 1], 100)
     batches = np.repeat(["a", "b", "c", "d", "e"], 40)
@@ -100,6 +102,8 @@ def test_batches_are_held_out_whole_where_there_are_enough():
 
 
 def test_classes_that_are_rare_in_a_batch_are_divided_too():
+    from eval.benchmark.integration import divide
+
     labels = np.array([0] * 40 + [1] * 9 + [1])
     batches = np.array(["a", "b"] * 20 + ["a"] * 9 + ["b"])
     train, scored = divide(labels, batches, Size(seeds=1), 0)
@@ -107,6 +111,8 @@ def test_classes_that_are_rare_in_a_batch_are_divided_too():
 
 
 def test_planted_batch_is_the_effect_it_says():
+    from eval.benchmark.planted import BATCHES, add_planted_batch
+
     cells = make_cells(400, num_genes=300, detected=2.0)
     before = cells.X.copy()
     changed = add_planted_batch(cells, "planted", 0)
@@ -129,6 +135,12 @@ def test_planted_batch_is_the_effect_it_says():
 
 def test_planted_counts_are_what_is_encoded(tmp_path):
     """Tokens of changed cells are ranked by the changed counts."""
+    import anndata
+
+    from eval.benchmark.inputs import Model, load_cells
+    from eval.benchmark.planted import BATCHES, add_planted_batch
+    from pretrain.model import build_model
+
     path = tmp_path / "cells.h5ad"
     make_cells(60).write_h5ad(path)
     vocabulary = vocabulary_of(path)
@@ -156,6 +168,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Slow: compiles scores for the shapes of two folds, and UMAP: half a minute.
 @pytest.mark.slow
 def test_run_of_an_integration_task(folder, tmp_path):
+    from eval.benchmark.inputs import Bench, Model
+    from eval.benchmark.integration import num_units, run
+    from pretrain.model import build_model
+
     vocabulary = vocabulary_of(folder / "cells.h5ad")
     model = Model("m", folder, build_model(MODEL, vocabulary, 0).bert, vocabulary, "m")
     size = Size(seeds=2, epochs=2, learning_rate=5e-3)

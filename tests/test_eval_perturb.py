@@ -4,19 +4,12 @@ import copy
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.vocab import from_dictionaries
-from eval.embed import embed_cells
-from eval.finetune.classifier import Classifier, FinetuneSettings, Head
 from eval.perturb.edits import ABSENT, KINDS, Edit, GeneSets, copies_of
-from eval.perturb.engine import Engine, EngineSettings, centroid
-from eval.perturb.run import GeneSums
-from eval.perturb.screen import estimate
 from pretrain.config import ModelConfig
-from pretrain.model import build_model
 from tests.perturb_reference import Reference, cosine, edited
 
 NUM_GENES, LONGEST = 40, 24
@@ -34,6 +27,10 @@ def vocabulary(with_cls: bool):
 
 
 def network(vocab):
+    import torch
+
+    from pretrain.model import build_model
+
     torch.manual_seed(0)
     model = build_model(MODEL, vocab, 0).bert.eval()
     with torch.no_grad():  # random weights of a usual size hardly look at their neighbours
@@ -69,6 +66,9 @@ EDITS = [
 ])  # fmt: skip
 @pytest.mark.parametrize("edit", EDITS, ids=lambda e: f"{e.kind}-{e.rank_shift}-{e.to_quantile}")
 def test_scores_equal_the_reference(edit, with_cls, pooling, layer):
+    from eval.embed import embed_cells
+    from eval.perturb.engine import Engine, EngineSettings
+
     vocab = vocabulary(with_cls)
     model, every = network(vocab), cells(vocab)
     some = embed_cells(
@@ -124,6 +124,9 @@ def test_scores_equal_the_reference(edit, with_cls, pooling, layer):
 
 
 def test_unperturbed_values_and_donor_centroids():
+    from eval.embed import embed_cells
+    from eval.perturb.engine import Engine, centroid
+
     vocab = vocabulary(False)
     model, every = network(vocab), cells(vocab, 5)
     embeddings = embed_cells(every, model.bert, vocab)
@@ -140,6 +143,9 @@ def test_unperturbed_values_and_donor_centroids():
 
 @pytest.mark.parametrize("edit", [Edit("delete"), Edit("overexpress")], ids=lambda e: e.kind)
 def test_class_probabilities_are_the_classifiers(edit):
+    from eval.finetune.classifier import Classifier, FinetuneSettings, Head
+    from eval.perturb.engine import Engine
+
     vocab = vocabulary(True)
     model, every = network(vocab), cells(vocab)
     classifier = Classifier(
@@ -168,6 +174,8 @@ def test_class_probabilities_are_the_classifiers(edit):
 
 
 def test_bfloat16_keeps_the_order():
+    from eval.perturb.engine import Engine, EngineSettings
+
     vocab = vocabulary(False)
     model, every = network(vocab), cells(vocab)
     every_gene = sets_of(*[[t] for t in range(vocab.first_gene_token, vocab.num_tokens)])
@@ -179,6 +187,9 @@ def test_bfloat16_keeps_the_order():
 
 
 def test_gene_sums_are_sums_over_cells():
+    from eval.perturb.engine import Engine
+    from eval.perturb.run import GeneSums
+
     vocab = vocabulary(False)
     model, every = network(vocab), cells(vocab)
     engine = Engine(copy.deepcopy(model.bert), vocab)
@@ -206,6 +217,12 @@ def test_gene_sums_are_sums_over_cells():
 @pytest.mark.parametrize("with_cls", [False, True])
 def test_estimates_are_derivatives_and_exact_moves(with_cls):
     """The derivative by a gate on a gene's attention, and what moving all behind it up does."""
+    import torch
+
+    from eval.embed import embed_cells
+    from eval.perturb.engine import Engine
+    from eval.perturb.screen import estimate
+
     vocab = vocabulary(with_cls)
     model, every = network(vocab), cells(vocab)
     tokens = [np.r_[2, c, 3] if with_cls else c for c in every]
@@ -300,6 +317,9 @@ def test_wrong_edits(arguments, message):
 
 
 def test_wrong_engines():
+    from eval.finetune.classifier import Classifier, FinetuneSettings, Head
+    from eval.perturb.engine import Engine, EngineSettings
+
     vocab = vocabulary(False)
     model = network(vocab)
     for settings_, message in (

@@ -1,12 +1,14 @@
 """``geneloom perturb``: kill and resume, several ranks, the Python API, wrong input."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import anndata
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,23 +18,17 @@ from typer.testing import CliRunner
 from data_prep.medians import gene_medians
 from data_prep.prepare import SERIAL
 from data_prep.sources import SourceOptions, source_at
-from eval import api
-from eval.embed import embed_cells
 from eval.encode import encode_file
-from eval.finetune.engine import FinetuneSettings, Head, Target, finetune, save_classifier
-from eval.perturb import run
 from eval.perturb.choose import CellChoice, GeneChoice, States
 from eval.perturb.cli import perturb_command
 from eval.perturb.edits import Edit
-from eval.perturb.engine import EngineSettings, centroid
 from eval.perturb.results import Results, locked_folder
-from eval.perturb.run import Screen, perturb_file
-from pretrain import dist
 from pretrain.config import ModelConfig
-from pretrain.export import load_exported
-from pretrain.model import build_model
 from tests.ranks import kill, run_ranks, start_rank
 from tests.synthetic import make_cells
+
+if TYPE_CHECKING:
+    from eval.perturb.run import Screen
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=32, num_heads=2, intermediate_size=64,
@@ -43,6 +39,8 @@ MODEL = ModelConfig(
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A folder with a model of random weights, and cells of ids and symbols beside it."""
+    from pretrain.model import build_model
+
     folder = tmp_path_factory.mktemp("model")
     cells = make_cells(24, num_genes=60)
     cells.obs["state"] = np.where(np.arange(24) < 12, "sick", "well")
@@ -56,6 +54,9 @@ def model(tmp_path_factory) -> Path:
 
 
 def screen(**changes) -> Screen:
+    from eval.perturb.engine import EngineSettings
+    from eval.perturb.run import Screen
+
     edit = Edit(changes.pop("kind", "delete"))
     choice = CellChoice({}, changes.pop("states", None), "donor", ("cell_type",))
     genes = changes.pop("genes", GeneChoice())
@@ -79,6 +80,10 @@ def by_command(model: Path, *words: str) -> str:
 
 def in_small_parts(model: Path, out: Path, slowly: bool) -> None:
     """Compute a screen in parts of a few cells; runs in a process of its own."""
+    from eval.perturb import run
+    from eval.perturb.run import perturb_file
+    from pretrain import dist
+
     run._PART_COPIES = 100
     compute = run._shifts_table
     if slowly:
@@ -97,6 +102,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_kill_and_ranks_change_no_byte(model, tmp_path):
+    from eval.perturb.run import perturb_file
+
     run_ranks(1, in_small_parts, model, tmp_path / "whole", False)
     whole = files_of(tmp_path / "whole")
     assert sum(n.startswith("shifts") for n in whole) > 3
@@ -123,6 +130,12 @@ def test_kill_and_ranks_change_no_byte(model, tmp_path):
 
 
 def test_what_a_command_writes(model, tmp_path):
+    import anndata
+
+    from eval.embed import embed_cells
+    from eval.perturb.engine import centroid
+    from pretrain.export import load_exported
+
     said = by_command(
         model, "--out", str(tmp_path / "s"), "--donor", "donor", "--column", "cell_type",
         "--state-key", "state", "--start", "sick", "--goal", "well", "--genes", "G3,G7,G9",
@@ -168,6 +181,8 @@ def test_what_a_command_writes(model, tmp_path):
 
 
 def test_group_takes_the_genes_that_a_cell_holds(model, tmp_path):
+    import anndata
+
     by_command(model, "--out", str(tmp_path / "s"), "--genes", "G1,G2,G3,G4", "--group")
     results = Results.open(tmp_path / "s")
     assert results.perturbations["name"].tolist() == ["G1+G2+G3+G4"]
@@ -177,6 +192,8 @@ def test_group_takes_the_genes_that_a_cell_holds(model, tmp_path):
 
 
 def test_inserted_genes_and_all_detected_ones(model, tmp_path):
+    from eval.perturb.run import perturb_file
+
     listed = screen(kind="overexpress", genes=GeneChoice(("G1", "G2")))
     perturb_file(model / "cells.h5ad", tmp_path / "list", listed, model)
     assert Results.open(tmp_path / "list").perturbations["cells"].tolist() == [24, 24]
@@ -187,6 +204,9 @@ def test_inserted_genes_and_all_detected_ones(model, tmp_path):
 
 
 def test_screen_computes_the_top_of_an_estimate(model, tmp_path, caplog, monkeypatch):
+    from eval.perturb import run
+    from eval.perturb.run import perturb_file
+
     monkeypatch.setattr(run, "_PART_COPIES", 100)
     caplog.set_level("INFO", logger="eval")
     perturb_file(model / "cells.h5ad", tmp_path / "top", screen(states=TOWARD, top=8), model)
@@ -205,6 +225,13 @@ def test_screen_computes_the_top_of_an_estimate(model, tmp_path, caplog, monkeyp
 
 
 def test_a_head_gives_changes_of_probability(model, tmp_path):
+    import anndata
+
+    from eval import api
+    from eval.finetune.engine import FinetuneSettings, Head, Target, finetune, save_classifier
+    from eval.perturb.run import perturb_file
+    from pretrain.export import load_exported
+
     network, vocabulary = load_exported(model)
     cells = encode_file(model / "cells.h5ad", vocabulary, SourceOptions(columns=("state",)))
     labels = (cells.metadata["state"] == "well").to_numpy().astype(int)
@@ -227,6 +254,10 @@ def test_a_head_gives_changes_of_probability(model, tmp_path):
 
 
 def test_notebooks_get_tables(model):
+    import anndata
+
+    from eval import api
+
     cells = anndata.read_h5ad(model / "cells.h5ad")
     embedded = api.embed_cells(cells, model)
     assert embedded.obsm["X_geneloom"].shape == (24, 32) and "X_geneloom" not in cells.obsm
@@ -261,6 +292,8 @@ def test_notebooks_get_tables(model):
     (["--head", "somewhere"], "one of them"),
 ])  # fmt: skip
 def test_wrong_input_writes_nothing(model, tmp_path, words, message):
+    import anndata
+
     cells = anndata.read_h5ad(model / "cells.h5ad")
     cells.var["symbol"] = [*cells.var["symbol"].to_list()[:-1], "GONE"]
     matrix = cells.X.tolil()

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import anndata
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse
-import torch
 
 from data_prep.vocab import MASK, PAD, Vocabulary
 from eval.benchmark.edges import read_edges
-from eval.benchmark.inputs import Bench, Model
-from eval.benchmark.measured_shifts import Shifts, memberships, perturbation_folds, pseudobulk
 from eval.benchmark.outcome import Store, TaskRun
-from eval.benchmark.perturb_seq import num_units, ridge, run
-from eval.benchmark.shift_scores import (
-    affected_genes,
-    pearson,
-    rank_of_truth,
-    score_ranking,
-    score_shift,
-)
 from eval.benchmark.task import Cells, Edges, PerturbSeqTask, Size
 from pretrain.config import ModelConfig
-from pretrain.model import build_model
+
+if TYPE_CHECKING:
+    from eval.benchmark.inputs import Bench, Model
 
 NUM_GENES, NUM_PERTURBED = 60, 20
 GENES = tuple(f"ENSG{i:011d}" for i in range(NUM_GENES))
@@ -52,6 +43,8 @@ def make_task(**changes: object) -> PerturbSeqTask:
 
 def write_cells(folder: Path, doubles: tuple[tuple[int, int], ...] = ()) -> Path:
     """Write 40 controls and 24 cells of each perturbation, in two batches."""
+    import anndata
+
     rng = np.random.default_rng(0)
     base = rng.uniform(1.0, 2.5, NUM_GENES)
     shifts = {"none": np.zeros(NUM_GENES)}
@@ -71,6 +64,11 @@ def write_cells(folder: Path, doubles: tuple[tuple[int, int], ...] = ()) -> Path
 
 def make_models() -> list[Model]:
     """Return a model whose input embeddings hold the hidden numbers, and one of zeros."""
+    import torch
+
+    from eval.benchmark.inputs import Model
+    from pretrain.model import build_model
+
     vocabulary = Vocabulary(GENES, np.ones(NUM_GENES), {PAD: 0, MASK: 1}, 128)
     knowing, constant = (build_model(CONFIG, vocabulary, 0).bert for _ in range(2))
     with torch.no_grad():
@@ -87,6 +85,8 @@ def make_models() -> list[Model]:
 
 
 def bench_in(folder: Path, models: list[Model], units: list[str] | None = None) -> Bench:
+    from eval.benchmark.inputs import Bench
+
     done = (lambda name, _: units.append(name)) if units is not None else None
     return Bench(models, folder, Store(folder / "units", {}, done), 0, "cpu", False)
 
@@ -103,6 +103,8 @@ def means(result: TaskRun, contender: str, score: str, model: str | None = None)
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory) -> tuple[TaskRun, list[str], list[Model]]:
+    from eval.benchmark.perturb_seq import run
+
     folder = write_cells(tmp_path_factory.mktemp("planted"))
     units: list[str] = []
     models = make_models()
@@ -110,6 +112,8 @@ def planted(tmp_path_factory) -> tuple[TaskRun, list[str], list[Model]]:
 
 
 def test_scores_by_hand():
+    from eval.benchmark.shift_scores import affected_genes, pearson, score_ranking, score_shift
+
     measured = np.array([3.0, -2.0, 1.0, 0.0])
     assert pearson(measured, 2 * measured + 1) == pytest.approx(1)
     assert pearson(measured, np.full(4, 0.7)) == 0, "what does not vary explains nothing"
@@ -136,6 +140,8 @@ def test_scores_by_hand():
 
 
 def test_rank_of_the_truth():
+    from eval.benchmark.shift_scores import rank_of_truth
+
     measured = np.array([[1.0, 2, 3, 4], [4.0, 3, 2, 1], [1.0, -1, 1, -1]])
     assert rank_of_truth(measured, measured).tolist() == [1, 1, 1]
     # Its own is the worst of three, and the first prediction fits the second best.
@@ -145,11 +151,15 @@ def test_rank_of_the_truth():
 
 
 def test_pseudobulk_by_hand():
+    from eval.benchmark.measured_shifts import pseudobulk
+
     counts = scipy.sparse.csr_matrix(np.array([[1.0, 0, 3], [2.0, 0, 4]]))
     np.testing.assert_allclose(pseudobulk(counts), np.log1p([3000, 0, 7000]))
 
 
 def test_no_test_perturbation_was_trained_on():
+    from eval.benchmark.measured_shifts import Shifts, perturbation_folds
+
     perturbed: list[tuple[str, ...]] = [(g,) for g in "abcdefgh"]
     perturbed += [("a", "b"), ("c", "h")]
     shifts = Shifts(["+".join(p) for p in perturbed], perturbed, ["x"], np.ones((10, 1)), None, {})
@@ -168,6 +178,8 @@ def test_no_test_perturbation_was_trained_on():
 
 
 def test_ridge_knows_nothing_of_what_it_is_not_told():
+    from eval.benchmark.perturb_seq import ridge
+
     values = np.random.default_rng(0).normal(size=(12, 5))
     constant = ridge(np.ones((12, 3)), values, np.ones((2, 3)))
     np.testing.assert_allclose(constant, np.tile(values.mean(axis=0), (2, 1)))
@@ -177,6 +189,8 @@ def test_ridge_knows_nothing_of_what_it_is_not_told():
 
 
 def test_planted_truth_wins(planted):
+    from eval.benchmark.perturb_seq import num_units
+
     result, units, models = planted
     assert len(units) == num_units(make_task(), SIZE, models) == len(result.outcomes)
     assert result.headline == "pearson_delta_top20" and result.chance == 0
@@ -200,6 +214,10 @@ def test_planted_truth_wins(planted):
 
 def test_train_mean_is_that_of_the_training(planted, tmp_path):
     """Recomputed from the cells: sums of counts of each batch, logarithms, means, distances."""
+    import anndata
+
+    from eval.benchmark.measured_shifts import Shifts, perturbation_folds
+
     result, _, _ = planted
     cells = anndata.read_h5ad(write_cells(tmp_path) / "cells.h5ad")
     bulk = {
@@ -238,6 +256,8 @@ def test_shuffled_genes_are_at_chance(planted):
 
 
 def test_same_numbers_again(planted, tmp_path):
+    from eval.benchmark.perturb_seq import run
+
     result, _, models = planted
     again = run(make_task(), SIZE, bench_in(write_cells(tmp_path), models[:1]))
     expected = [o.scores for o in result.outcomes if o.model == "knowing"]
@@ -246,6 +266,8 @@ def test_same_numbers_again(planted, tmp_path):
 
 def test_additive_is_the_sum_of_singles(tmp_path):
     """Planted doubles are sums of log shifts; normalisation bends them only a little."""
+    from eval.benchmark.perturb_seq import run
+
     pairs = tuple((i, i + 1) for i in range(8))
     folder = write_cells(tmp_path, pairs)
     result = run(make_task(split="combinations"), SIZE, bench_in(folder, make_models()[1:]))
@@ -255,6 +277,9 @@ def test_additive_is_the_sum_of_singles(tmp_path):
 
 def test_signatures(tmp_path):
     """Memberships are ranked; genes that the cells do not detect are left out."""
+    from eval.benchmark.measured_shifts import memberships
+    from eval.benchmark.perturb_seq import run
+
     write_cells(tmp_path)
     up = HIDDEN @ EFFECTS > 0.8
     rows = [
@@ -282,6 +307,8 @@ def test_signatures(tmp_path):
 
 
 def test_bad_input(tmp_path):
+    from eval.benchmark.perturb_seq import run
+
     write_cells(tmp_path)
     bench = bench_in(tmp_path, make_models())
     with pytest.raises(ValueError, match="no cell has 'untreated' in 'guide'.*correct `control`"):

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats
 
-from eval.perturb.analysis import (
-    FOUND,
-    LIKE_OTHERS,
-    NOT_TESTED,
-    AnalysisSettings,
-    analyse,
-)
 from eval.perturb.columns import COMBINATION_COLUMNS, GENE_COLUMNS
-from eval.perturb.impact import impact_groups
-from eval.perturb.matched import against_matched, match_genes
 from eval.perturb.results import Results
-from eval.perturb.statistics import (
-    detectable_size,
-    false_discovery_rate,
-    hedges_correction,
-    over_donors,
-)
 from tests.perturb_results import names, noise, write_screen
+
+if TYPE_CHECKING:
+    from eval.perturb.analysis import AnalysisSettings
 
 
 def by_gene(table: pd.DataFrame) -> pd.DataFrame:
@@ -32,6 +21,8 @@ def by_gene(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def settings(**changes) -> AnalysisSettings:
+    from eval.perturb.analysis import AnalysisSettings
+
     return AnalysisSettings(**changes)
 
 
@@ -39,6 +30,10 @@ def settings(**changes) -> AnalysisSettings:
 
 
 def test_over_donors_is_scipys_t_test_and_interval():
+    from scipy import stats
+
+    from eval.perturb.statistics import hedges_correction, over_donors
+
     values = np.random.default_rng(0).normal(0.5, 1, (4, 6))
     values[1, :2] = np.nan
     table = over_donors(values)
@@ -54,6 +49,8 @@ def test_over_donors_is_scipys_t_test_and_interval():
 
 
 def test_the_interval_of_a_size_covers_it():
+    from eval.perturb.statistics import hedges_correction, over_donors
+
     rng = np.random.default_rng(1)
     table = over_donors(rng.normal(0.8, 1, (4000, 6)))
     corrected = hedges_correction(np.array(5.0))
@@ -63,12 +60,18 @@ def test_the_interval_of_a_size_covers_it():
 
 
 def test_wilcoxon_is_exact_where_donors_are_few():
+    from scipy import stats
+
+    from eval.perturb.statistics import over_donors
+
     table = over_donors(np.array([[1.0, 2, 3, 4, 5], [1, 2, 3, np.nan, -4]]), "wilcoxon")
     assert table["p"][0] == 2 / 2**5
     assert table["p"][1] == stats.wilcoxon([1, 2, 3, -4]).pvalue
 
 
 def test_rows_that_cannot_be_tested():
+    from eval.perturb.statistics import over_donors
+
     rows = np.array([[np.nan, np.nan, np.nan], [1, np.nan, np.nan], [0, 0, 0], [1, 2, np.nan]])
     table = over_donors(rows)
     assert table["donors"].tolist() == [0, 1, 3, 2]
@@ -78,12 +81,16 @@ def test_rows_that_cannot_be_tested():
 
 
 def test_false_discovery_rate_by_hand_and_untested_genes_do_not_count():
+    from eval.perturb.statistics import false_discovery_rate
+
     p = np.array([0.01, np.nan, 0.04, 0.03, np.nan])
     assert false_discovery_rate(p) == pytest.approx([0.03, np.nan, 0.04, 0.04, np.nan], nan_ok=True)
     assert np.isnan(false_discovery_rate(np.array([np.nan]))).all()
 
 
 def test_the_detectable_size_has_the_power_that_it_claims():
+    from eval.perturb.statistics import detectable_size, over_donors
+
     size = detectable_size(6, 0.01)
     drawn = np.random.default_rng(2).normal(size, 1, (20_000, 6))
     assert (over_donors(drawn)["p"] < 0.01).mean() == pytest.approx(0.8, abs=0.01)
@@ -92,6 +99,8 @@ def test_the_detectable_size_has_the_power_that_it_claims():
 
 
 def test_matched_genes_are_the_nearest_others():
+    from eval.perturb.matched import match_genes
+
     matched = match_genes(np.arange(100.0), np.ones(100), 10)
     assert sorted(matched[50]) == [45, 46, 47, 48, 49, 51, 52, 53, 54, 55]
     assert sorted(matched[0]) == list(range(1, 11))
@@ -104,6 +113,10 @@ def test_matched_genes_are_the_nearest_others():
 
 def test_noise_of_donors_is_not_called_an_effect(tmp_path):
     """A test over cells calls most of these genes significant; one over donors one in twenty."""
+    from scipy import stats
+
+    from eval.perturb.analysis import FOUND, LIKE_OTHERS, analyse
+
     values, donors = noise(np.random.default_rng(3), 1500, 6, 20, donor_sd=1.0)
     results = write_screen(tmp_path / "s", values, donors, names(1500))
     analysis = analyse(results, settings())
@@ -121,6 +134,8 @@ def test_noise_of_donors_is_not_called_an_effect(tmp_path):
 
 
 def test_planted_genes_are_found_in_both_directions(tmp_path):
+    from eval.perturb.analysis import FOUND, analyse
+
     values, donors = noise(np.random.default_rng(4), 600, 8, 10, donor_sd=0.3)
     planted = {
         f"G{i:04d}": sign * 4.0 for i, sign in zip(range(20, 500, 40), [1, -1] * 6, strict=True)
@@ -142,6 +157,11 @@ def test_planted_genes_are_found_in_both_directions(tmp_path):
 @pytest.mark.parametrize("column", ["toward_goal", "shift"])
 def test_an_effect_of_rank_alone_is_no_finding(tmp_path, column):
     """Highly ranked genes shift most: true of all of them, so it says nothing of any one."""
+    from scipy import stats
+
+    from eval.perturb.analysis import FOUND, analyse
+    from eval.perturb.statistics import false_discovery_rate
+
     rng = np.random.default_rng(5)
     values, donors = noise(rng, 1000, 6, 8, donor_sd=0.5)
     ranks = rng.permutation(1000).astype(float)
@@ -157,6 +177,9 @@ def test_an_effect_of_rank_alone_is_no_finding(tmp_path, column):
 
 
 def test_the_whole_donor_moves_and_no_gene_is_found():
+    from eval.perturb.matched import against_matched
+    from eval.perturb.statistics import false_discovery_rate
+
     rng = np.random.default_rng(6)
     values = rng.normal(0, 0.1, (500, 5)) + rng.normal(3, 1, 5)
     table, differences = against_matched(values, np.arange(500.0), np.ones(500), 50)
@@ -165,6 +188,8 @@ def test_the_whole_donor_moves_and_no_gene_is_found():
 
 
 def test_one_donor_or_none_claims_nothing(tmp_path):
+    from eval.perturb.analysis import NOT_TESTED, analyse
+
     values, donors = noise(np.random.default_rng(7), 100, 4, 10, donor_sd=0.0)
     values[:, 7] += 50
     for name, given in (("none", [""] * 40), ("one", ["d0"] * 40)):
@@ -181,6 +206,8 @@ def test_one_donor_or_none_claims_nothing(tmp_path):
 
 
 def test_few_donors_few_genes_and_cells_without_a_donor_are_named(tmp_path):
+    from eval.perturb.analysis import NOT_TESTED, analyse
+
     values, donors = noise(np.random.default_rng(8), 60, 3, 10, donor_sd=0.1)
     donors[:5] = [""] * 5
     warnings = analyse(write_screen(tmp_path / "s", values, donors, names(60)), settings()).warnings
@@ -196,6 +223,8 @@ def test_few_donors_few_genes_and_cells_without_a_donor_are_named(tmp_path):
 
 
 def test_genes_of_few_donors_and_values_that_are_no_numbers(tmp_path):
+    from eval.perturb.analysis import NOT_TESTED, analyse
+
     values, donors = noise(np.random.default_rng(9), 200, 5, 10, donor_sd=0.2)
     values[10:, 3] = np.nan  # one donor only
     values[:8, 4] = np.nan  # two cells of the first donor: fewer than three
@@ -229,6 +258,8 @@ def screen_of_pairs(folder, synergy: float) -> Results:
 
 @pytest.mark.parametrize("synergy", [0.0, 1.5])
 def test_synergy_is_what_exceeds_the_sum_of_single_effects(tmp_path, synergy):
+    from eval.perturb.analysis import analyse
+
     table = analyse(screen_of_pairs(tmp_path / "s", synergy), settings()).combinations
     assert list(table.columns) == list(COMBINATION_COLUMNS)
     rows = table.set_index("name")
@@ -243,6 +274,8 @@ def test_synergy_is_what_exceeds_the_sum_of_single_effects(tmp_path, synergy):
 
 
 def test_pairs_without_their_single_genes_are_named(tmp_path):
+    from eval.perturb.analysis import analyse
+
     results = screen_of_pairs(tmp_path / "s", 1.0)
     results.perturbations.at[0, "genes"] = ["Z"]
     results.perturbations.at[1, "kind"] = "overexpress"
@@ -269,6 +302,8 @@ def two_screens(folder, opposite: bool) -> tuple[Results, Results]:
 
 @pytest.mark.parametrize("opposite", [True, False])
 def test_delete_and_overexpress_beside_what_any_genes_do(tmp_path, opposite):
+    from eval.perturb.analysis import analyse
+
     deleted, raised = two_screens(tmp_path, opposite)
     analysis = analyse(deleted, settings(), raised)
     signs = analysis.agreement["signs"]
@@ -285,6 +320,8 @@ def test_delete_and_overexpress_beside_what_any_genes_do(tmp_path, opposite):
 
 
 def test_screens_without_a_common_gene_are_refused(tmp_path):
+    from eval.perturb.analysis import analyse
+
     values, donors = noise(np.random.default_rng(12), 20, 3, 5, 0.1)
     one = write_screen(tmp_path / "one", values, donors, names(20))
     two = write_screen(tmp_path / "two", values, donors, [[f"X{i}"] for i in range(20)])
@@ -293,6 +330,8 @@ def test_screens_without_a_common_gene_are_refused(tmp_path):
 
 
 def test_two_groups_only_where_two_fit_better():
+    from eval.perturb.impact import impact_groups
+
     rng = np.random.default_rng(13)
     fit, probability = impact_groups(rng.normal(0, 1, 800))
     assert fit["components"] == 1 and np.isnan(probability).all()
@@ -306,6 +345,8 @@ def test_two_groups_only_where_two_fit_better():
 
 
 def test_wrong_wishes_and_damaged_screens_are_refused(tmp_path):
+    from eval.perturb.analysis import AnalysisSettings, analyse
+
     with pytest.raises(ValueError, match="must be t or wilcoxon.*at least 10.*between 0 and 1"):
         AnalysisSettings(test="z", num_matched=3, rate=2.0)  # pyright: ignore
     values, donors = noise(np.random.default_rng(14), 20, 3, 5, 0.1)

@@ -11,9 +11,6 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from eval.figures import _thinned
-from eval.report import write_report
-from pretrain.baselines import BASELINE_NAMES
 from tests.test_data_prep_page import Reader
 
 LENGTHS = ("96", "2048")
@@ -21,6 +18,8 @@ LENGTHS = ("96", "2048")
 
 def heldout_record(step: int, loss: float) -> dict:
     """Return a record with every score, all different."""
+    from pretrain.baselines import BASELINE_NAMES
+
     record = {"kind": "heldout", "step": step, "cells": 1234, "genes": 30, "loss": loss}
     record |= {"masked_accuracy": 0.0123, "top10": 0.0789}
     record["genes_by_bucket"] = {"96": 10, "2048": 20}
@@ -60,6 +59,8 @@ def run_folder(folder: Path, metrics: list[dict]) -> Path:
 
 def page_of(folder: Path, metrics: list[dict]) -> tuple[str, Reader, dict[str, str]]:
     """Return a report as text, as tables, and its figures as SVG by caption."""
+    from eval.report import write_report
+
     out = folder / "report.html"
     write_report(run_folder(folder / "run", metrics), out, [], None, None, None)
     html = out.read_text()
@@ -158,6 +159,8 @@ def test_the_page_needs_nothing_else(tmp_path):
 
 @pytest.mark.parametrize("largest", [False, True])
 def test_long_curves_are_thinned(largest):
+    from eval.figures import _thinned
+
     steps, values = np.arange(10, 25_010, 10), np.sin(np.arange(2500.0))
     values[[0, 1, 2, 50]] = np.nan
     x, y = _thinned(steps, values, largest)

@@ -7,7 +7,6 @@ import json
 import tracemalloc
 from pathlib import Path
 
-import anndata
 import numpy as np
 import pandas as pd
 import pytest
@@ -28,7 +27,6 @@ from eval.simulate.changes import (
 )
 from eval.simulate.network import Network
 from eval.simulate.settings import make_settings
-from eval.simulate.write import choose_ids, simulate, write_cells
 from tests.test_cli import geneloom, log_counts
 
 SMALL = {"cells": 300, "genes": 200, "tfs": 12, "types": 3, "perturb_cells": 30}
@@ -62,6 +60,8 @@ def perturbation(world: Simulation, kind: str, tf: int) -> Perturbation:
 
 
 def test_same_seed_same_bytes(folder, tmp_path):
+    from eval.simulate.write import simulate
+
     record = simulate(make_settings(**SMALL), tmp_path / "again")
     found = hashes(tmp_path / "again")
     assert found == hashes(folder)
@@ -231,6 +231,8 @@ def test_donors_and_batches_leave_their_mark(column):
 
 
 def test_moments_resemble_blood(real_data, tmp_path):
+    from eval.simulate.write import simulate
+
     settings = make_settings(cells=1500, donors=1, batches=1)
     pbmc = real_data / "pbmc3k" / "pbmc3k.h5ad"
     moments = simulate(settings, tmp_path / "sim", "none", compare=pbmc)["moments"]
@@ -251,6 +253,8 @@ def test_moments_resemble_blood(real_data, tmp_path):
 
 
 def test_files_fit_each_other(folder):
+    import anndata
+
     cells = anndata.read_h5ad(folder / "cells.h5ad")
     assert cells.shape == (300, 200) and scipy.sparse.isspmatrix_csr(cells.X)
     assert cells.X.dtype == np.int32 and cells.var_names[0] == "SIMG00001"
@@ -274,6 +278,8 @@ def test_files_fit_each_other(folder):
 
 
 def test_truth_tables_fit_each_other(folder):
+    import anndata
+
     network = pd.read_parquet(folder / "network.parquet")
     effects = pd.read_parquet(folder / "effects.parquet")
     shifts = pd.read_parquet(folder / "shifts.parquet")
@@ -302,6 +308,10 @@ def test_truth_tables_fit_each_other(folder):
 
 
 def test_what_is_asked_for_changes_no_other_cell(folder, tmp_path):
+    import anndata
+
+    from eval.simulate.write import simulate
+
     all_of_them = anndata.read_h5ad(folder / "perturbed.h5ad")
     first, second = all_of_them.obs["perturbation"].cat.categories[[4, 7]]
     text = f"{second},{second}+{first},SIMG00001"
@@ -324,6 +334,8 @@ def test_the_path_takes_simulated_cells(folder, tmp_path):
 
 
 def test_gene_ids_of_a_vocabulary(tmp_path):
+    from eval.simulate.write import simulate
+
     genes = tuple(f"ENSG{i:011d}" for i in range(300))
     vocabulary = Vocabulary(genes, np.ones(300), {"<pad>": 0, "<mask>": 1}, 64)
     vocabulary.save(tmp_path / "vocabulary.json")
@@ -334,6 +346,8 @@ def test_gene_ids_of_a_vocabulary(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_cells(tmp_path):
+    from eval.simulate.write import choose_ids, write_cells
+
     peaks = []
     for cells in (4 * BLOCK_CELLS, 16 * BLOCK_CELLS):
         world = Simulation(make_settings(cells=cells, genes=400, tfs=10))
@@ -377,6 +391,8 @@ def test_bad_settings(values, message):
     ],
 )
 def test_bad_input(arguments, message, tmp_path):
+    from eval.simulate.write import simulate
+
     (tmp_path / "few.txt").write_text("a\nb\nc\n")
     (tmp_path / "twice.txt").write_text("a\nb\na\n")
     (tmp_path / "full").mkdir()

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import anndata
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from data_prep.vocab import MASK, PAD, Vocabulary
-from eval.benchmark.cooperativity import draw_genes
-from eval.benchmark.cooperativity import num_units as units_of_pairs
-from eval.benchmark.cooperativity import run as run_cooperativity
-from eval.benchmark.in_silico import chosen_holders, engine_of, gene_effects
-from eval.benchmark.inputs import Bench, Model, load_cells
 from eval.benchmark.outcome import Store
-from eval.benchmark.regulators import Regulator
-from eval.benchmark.simulated_shifts import load_world, model_moves, num_units, run
-from eval.benchmark.simulated_truth import Moves, read_truth, score_moves, shuffled
-from eval.benchmark.targets import Question, contenders, outcomes_of
 from eval.benchmark.task import CooperativityTask, SimulatedShiftsTask, Size, all_tasks
 from eval.simulate.settings import make_settings
-from eval.simulate.write import simulate
 from pretrain.config import ModelConfig
-from pretrain.model import build_model
+
+if TYPE_CHECKING:
+    from eval.benchmark.inputs import Bench, Model
 
 CONFIG = ModelConfig(
     num_layers=2, hidden_size=16, num_heads=2, intermediate_size=16, hidden_dropout=0.0,
@@ -40,6 +31,8 @@ EDITS = ("delete", "overexpress")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """A folder with a simulation: 120 genes, 10 of them TFs, two types."""
+    from eval.simulate.write import simulate
+
     folder = tmp_path_factory.mktemp("data")
     settings = make_settings(
         cells=150, genes=120, tfs=10, types=2, perturb_cells=20, regulators_per_gene=4
@@ -50,12 +43,19 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(data) -> Model:
+    import anndata
+
+    from eval.benchmark.inputs import Model
+    from pretrain.model import build_model
+
     genes = tuple(anndata.read_h5ad(data / "simulated/controls.h5ad").var_names)
     vocabulary = Vocabulary(genes, np.ones(len(genes)), {PAD: 0, MASK: 1}, 128)
     return Model("random", Path("random"), build_model(CONFIG, vocabulary, 0).bert, vocabulary, "x")
 
 
 def bench_in(folder: Path, data: Path, model: Model) -> tuple[Bench, list[str]]:
+    from eval.benchmark.inputs import Bench
+
     units: list[str] = []
     store = Store(folder / "units", {}, lambda name, _: units.append(name))
     return Bench([model], data, store, 0, "cpu", False), units
@@ -74,10 +74,14 @@ def shifts(**changes: object) -> SimulatedShiftsTask:
 
 
 def origins(data: Path) -> list[str]:
+    import anndata
+
     return anndata.read_h5ad(data / "simulated/controls.h5ad").obs_names.tolist()
 
 
 def test_truth_scores_one_and_what_is_shuffled_none(data):
+    from eval.benchmark.simulated_truth import Moves, read_truth, score_moves, shuffled
+
     cells = origins(data)[::-1]
     truth = read_truth(data / "simulated/shifts.parquet", EDITS, cells)
     table = pd.read_parquet(data / "simulated/shifts.parquet").set_index(
@@ -105,6 +109,8 @@ def test_truth_scores_one_and_what_is_shuffled_none(data):
 
 def test_scores_over_cells_and_over_regulators_differ(data):
     """A prediction of each regulator's mean knows nothing of cells."""
+    from eval.benchmark.simulated_truth import Moves, read_truth, score_moves
+
     truth = read_truth(data / "simulated/shifts.parquet", ("delete",), origins(data))
     moves, asked = truth.moves["delete"], np.ones(truth.moves["delete"].shift.shape, dtype=bool)
     means = np.broadcast_to(moves.shift.mean(axis=0), asked.shape)
@@ -115,6 +121,8 @@ def test_scores_over_cells_and_over_regulators_differ(data):
 
 
 def test_run_of_shifts(data, model, tmp_path):
+    from eval.benchmark.simulated_shifts import num_units, run
+
     bench, units = bench_in(tmp_path, data, model)
     result = run(shifts(), SIZE, bench)
     assert len(units) == len(result.outcomes) == num_units(shifts(), SIZE, [model])
@@ -133,6 +141,10 @@ def test_run_of_shifts(data, model, tmp_path):
 
 
 def test_moves_of_a_model_are_those_of_its_encoder(data, model, tmp_path):
+    import torch
+
+    from eval.benchmark.simulated_shifts import load_world, model_moves
+
     bench, _ = bench_in(tmp_path, data, model)
     world = load_world(shifts(edits=("delete",)), SIZE, bench)
     moves = model_moves(world, model, None, world.asked)["delete"]
@@ -153,6 +165,9 @@ def test_moves_of_a_model_are_those_of_its_encoder(data, model, tmp_path):
 
 
 def test_run_of_cooperativity(data, model, tmp_path):
+    from eval.benchmark.cooperativity import num_units as units_of_pairs
+    from eval.benchmark.cooperativity import run as run_cooperativity
+
     bench, units = bench_in(tmp_path, data, model)
     result = run_cooperativity(cooperativity(), SIZE, bench)
     assert len(units) == len(result.outcomes) == units_of_pairs(cooperativity(), SIZE, [model])
@@ -173,6 +188,11 @@ def test_run_of_cooperativity(data, model, tmp_path):
 
 def test_planted_cooperativity(data, model, tmp_path):
     """Values that are planted at shared targets get the AUROC that they deserve."""
+    from eval.benchmark.cooperativity import draw_genes
+    from eval.benchmark.inputs import load_cells
+    from eval.benchmark.regulators import Regulator
+    from eval.benchmark.targets import Question, contenders, outcomes_of
+
     bench, _ = bench_in(tmp_path, data, model)
     task = cooperativity()
     cells = load_cells(task.cells, (), [model], data, 20, 0)
@@ -201,6 +221,10 @@ def test_planted_cooperativity(data, model, tmp_path):
 
 
 def test_two_genes_deleted_together(data, model, tmp_path):
+    import torch
+
+    from eval.benchmark.in_silico import chosen_holders, engine_of, gene_effects
+
     bench, _ = bench_in(tmp_path, data, model)
     cells = [np.arange(2, 30), np.arange(29, 3, -1)]
     pair = np.array([[3, 5]])
@@ -221,6 +245,10 @@ def test_two_genes_deleted_together(data, model, tmp_path):
 
 
 def test_bad_input(data, model, tmp_path):
+    from eval.benchmark.cooperativity import run as run_cooperativity
+    from eval.benchmark.simulated_shifts import run
+    from eval.benchmark.simulated_truth import read_truth
+
     bench, _ = bench_in(tmp_path, data, model)
     path = data / "simulated/shifts.parquet"
     with pytest.raises(ValueError, match="no cell elsewhere"):

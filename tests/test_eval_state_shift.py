@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import anndata
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse
-import torch
 
 from data_prep.vocab import MASK, PAD, Vocabulary
-from eval.benchmark.in_silico import cell_effects, engine_of
-from eval.benchmark.inputs import Bench, Model
 from eval.benchmark.outcome import Store, TaskRun
-from eval.benchmark.perturbation import num_units, run
-from eval.benchmark.run import choose_tasks
 from eval.benchmark.task import (
     SUITES,
     Cells,
@@ -29,7 +23,9 @@ from eval.benchmark.task import (
 )
 from eval.perturb.edits import Edit
 from pretrain.config import ModelConfig
-from pretrain.model import build_model
+
+if TYPE_CHECKING:
+    from eval.benchmark.inputs import Bench, Model
 
 NUM_GENES, NUM_DRIVERS, NUM_WELL, NUM_CELLS = 200, 20, 80, 80
 GENES = tuple(f"ENSG{i:011d}" for i in range(NUM_GENES))
@@ -56,6 +52,8 @@ def write_data(folder: Path) -> Path:
 
     The last genes are in well cells only, so that these differ by more than what they lack.
     """
+    import anndata
+
     rng = np.random.default_rng(0)
     # Rank, expression and detection go with one rate, so that genes have partners alike in all.
     rates = rng.permuted(
@@ -82,6 +80,11 @@ def models() -> list[Model]:
 
     Embeddings of drivers have one direction in common, those of the last genes another.
     """
+    import torch
+
+    from eval.benchmark.inputs import Model
+    from pretrain.model import build_model
+
     vocabulary = Vocabulary(GENES, np.ones(NUM_GENES), {PAD: 0, MASK: 1}, 256)
     averaging, constant = (build_model(CONFIG, vocabulary, 0).bert for _ in range(2))
     first = vocabulary.first_gene_token
@@ -104,6 +107,8 @@ def models() -> list[Model]:
 
 
 def bench_in(folder: Path, models: list[Model], units: list[str] | None = None) -> Bench:
+    from eval.benchmark.inputs import Bench
+
     done = (lambda name, _: units.append(name)) if units is not None else None
     return Bench(models, folder, Store(folder / "units", {}, done), 0, "cpu", False)
 
@@ -120,12 +125,16 @@ def scores(result: TaskRun, contender: str, role: str, model: str | None = None)
 
 @pytest.fixture(scope="module")
 def planted(models, tmp_path_factory) -> tuple[TaskRun, list[str]]:
+    from eval.benchmark.perturbation import run
+
     folder = write_data(tmp_path_factory.mktemp("states"))
     units: list[str] = []
     return run(make_task(), SIZE, bench_in(folder, models, units)), units
 
 
 def test_planted_drivers_win(planted, models):
+    from eval.benchmark.perturbation import num_units
+
     result, units = planted
     assert len(units) == len(result.outcomes) == num_units(make_task(), SIZE, models)
     assert result.headline == "auroc" and result.details["pairs"] >= 10
@@ -141,6 +150,8 @@ def test_planted_drivers_win(planted, models):
 
 def test_the_other_way_round(models, tmp_path):
     """Overexpressed in well cells, drivers move them toward sick ones."""
+    from eval.benchmark.perturbation import run
+
     folder = write_data(tmp_path)
     states = CellStates(key="state", start="well", goal="sick")
     task = make_task(edit="overexpress", states=states)
@@ -150,6 +161,8 @@ def test_the_other_way_round(models, tmp_path):
 
 
 def test_without_a_goal_genes_are_ordered_by_how_far_cells_move(models, tmp_path):
+    from eval.benchmark.perturbation import run
+
     folder = write_data(tmp_path)
     task = make_task(states=None, cells=Cells(
         files=("cells.h5ad",), recipe="made by the tests", keep={"state": ("sick",)}
@@ -162,6 +175,8 @@ def test_without_a_goal_genes_are_ordered_by_how_far_cells_move(models, tmp_path
 
 
 def test_fewer_genes_may_be_drawn(models, tmp_path):
+    from eval.benchmark.perturbation import run
+
     folder = write_data(tmp_path)
     size = Size.model_validate({"seeds": 1, "max_perturbed": 20, "max_cells_per_gene": 2})
     result = run(make_task(), size, bench_in(folder, models[:1]))
@@ -170,6 +185,8 @@ def test_fewer_genes_may_be_drawn(models, tmp_path):
 
 def test_effects_by_hand(models, tmp_path):
     """Every gene takes the mean of all; the same genes are compared, and donors count alike."""
+    from eval.benchmark.in_silico import cell_effects, engine_of
+
     model = models[0]
     bench = bench_in(tmp_path, models)
     first = model.vocabulary.first_gene_token
@@ -209,6 +226,8 @@ def test_effects_by_hand(models, tmp_path):
 
 
 def test_bad_input(models, tmp_path):
+    from eval.benchmark.perturbation import run
+
     folder = write_data(tmp_path)
     bench = bench_in(folder, models)
     wrong = STATES.model_copy(update={"goal": "cured"})
@@ -221,6 +240,8 @@ def test_bad_input(models, tmp_path):
 
 
 def test_the_paper_s_perturbations_are_declared():
+    from eval.benchmark.run import choose_tasks
+
     declared = {a for t in all_tasks().values() for a in t.applications}
     assert declared >= {
         "disease-driving genes", "treatment toward a goal state", "impact on cell state",

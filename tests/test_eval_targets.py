@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import anndata
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse
-import torch
-from transformers import BertForMaskedLM
 
 from data_prep.vocab import MASK, PAD, Vocabulary
 from eval.benchmark.edges import read_edges
 from eval.benchmark.gene_correlation import correlations
-from eval.benchmark.in_silico import chosen_holders, engine_of, gene_effects
-from eval.benchmark.inputs import Bench, Model
 from eval.benchmark.outcome import Store, TaskRun
-from eval.benchmark.targets import num_units, run, score_regulators
 from eval.benchmark.task import Cells, Edges, Size, TargetsTask
 from pretrain.config import ModelConfig
-from pretrain.model import build_model
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BertForMaskedLM
+
+    from eval.benchmark.inputs import Model
 
 NUM_GENES, NUM_REGULATORS, TARGETS_EACH = 90, 4, 8
 GENES = tuple(f"ENSG{i:011d}" for i in range(NUM_GENES))
@@ -56,6 +55,8 @@ def make_task(**changes: object) -> TargetsTask:
 
 def write_data(folder: Path) -> Path:
     """Write 40 cells of one rate, and a table: targets, and as many genes that are only bound."""
+    import anndata
+
     rng = np.random.default_rng(0)
     counts = rng.poisson(3.0, (40, NUM_GENES)).astype(np.float32)
     # Genes of equal medians have ties; a little noise in depth orders them anew in each cell.
@@ -78,6 +79,10 @@ def attending_model(vocabulary: Vocabulary) -> BertForMaskedLM:
 
     Dimension r of a query is large in targets of regulator r, and of a key in r itself.
     """
+    import torch
+
+    from pretrain.model import build_model
+
     network = build_model(CONFIG, vocabulary, 0).bert
     first, width = vocabulary.first_gene_token, CONFIG.hidden_size
     with torch.no_grad():
@@ -100,6 +105,11 @@ def attending_model(vocabulary: Vocabulary) -> BertForMaskedLM:
 
 @pytest.fixture(scope="module")
 def models() -> list[Model]:
+    import torch
+
+    from eval.benchmark.inputs import Model
+    from pretrain.model import build_model
+
     vocabulary = Vocabulary(GENES, np.ones(NUM_GENES), {PAD: 0, MASK: 1}, 128)
     constant = build_model(CONFIG, vocabulary, 0).bert
     with torch.no_grad():
@@ -111,6 +121,9 @@ def models() -> list[Model]:
 
 @pytest.fixture(scope="module")
 def planted(models, tmp_path_factory) -> tuple[TaskRun, list[str]]:
+    from eval.benchmark.inputs import Bench
+    from eval.benchmark.targets import run
+
     folder = write_data(tmp_path_factory.mktemp("targets"))
     units: list[str] = []
     store = Store(folder / "units", {}, lambda name, _: units.append(name))
@@ -128,6 +141,8 @@ def means(result: TaskRun, contender: str, role: str, model: str | None = None) 
 
 
 def test_planted_targets_win(planted, models):
+    from eval.benchmark.targets import num_units
+
     result, units = planted
     assert len(units) == len(result.outcomes) == num_units(make_task(), SIZE, models)
     assert set(result.details["regulators"]) == set(GENES[:NUM_REGULATORS])
@@ -146,6 +161,9 @@ def test_shuffled_targets_are_at_chance(planted):
 
 
 def test_partners_may_be_listed(models, tmp_path):
+    from eval.benchmark.inputs import Bench
+    from eval.benchmark.targets import run
+
     folder = write_data(tmp_path)
     pairs = read_edges(EDGES, folder)
     assert set(pairs.targets_of(GENES[1])) == {GENES[g] for g in targets_of(1)}
@@ -159,6 +177,11 @@ def test_partners_may_be_listed(models, tmp_path):
 
 def test_effects_are_those_of_the_encoder(models, tmp_path):
     """Deletions by hand: run the encoder with and without a gene, compare the others' states."""
+    import torch
+
+    from eval.benchmark.in_silico import engine_of, gene_effects
+    from eval.benchmark.inputs import Bench
+
     model = models[0]
     bench = Bench(models, tmp_path, Store(tmp_path / "units", {}), 0, "cpu", False)
     first = model.vocabulary.first_gene_token
@@ -187,6 +210,9 @@ def test_effects_are_those_of_the_encoder(models, tmp_path):
 
 
 def test_scores_and_helpers_by_hand():
+    from eval.benchmark.in_silico import chosen_holders
+    from eval.benchmark.targets import score_regulators
+
     truth = np.array([True, True, False, False])
     perfect, tied = np.array([4.0, 3, 2, 1]), np.zeros(4)
     assert score_regulators([truth, truth], [perfect, tied]) == {"auroc": 0.75, "auprc": 0.75}
@@ -201,6 +227,9 @@ def test_scores_and_helpers_by_hand():
 
 
 def test_bad_input(models, tmp_path):
+    from eval.benchmark.inputs import Bench
+    from eval.benchmark.targets import run
+
     folder = write_data(tmp_path)
     bench = Bench(models, folder, Store(folder / "units", {}), 0, "cpu", False)
     with pytest.raises(ValueError, match="0 regulators have 30 targets with partners"):

@@ -15,7 +15,6 @@ from data_prep.shards import ShardSet
 from docs.generate import command
 from launch.cli import VERBS, build_app
 from pretrain.config import ModelConfig
-from pretrain.model import build_model
 from tests.perturb_results import names, noise, write_screen
 from tests.synthetic import make_shards
 
@@ -42,6 +41,8 @@ def test_commands_with_tables_have_it():
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     """Cells, shards, a model of random weights, and a screen."""
+    from pretrain.model import build_model
+
     folder = tmp_path_factory.mktemp("json")
     shards = ShardSet(make_shards(folder, num_cells=60))
     small = ModelConfig(num_layers=1, hidden_size=16, num_heads=2, intermediate_size=16)

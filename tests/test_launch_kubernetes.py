@@ -16,7 +16,6 @@ import pytest
 import yaml
 
 from launch.kubernetes import Claim, KubernetesJob, render
-from pretrain import checkpoint
 from tests.kubernetes_schema import SCHEMAS
 from tests.runs import last_step, metrics, tiny_config
 
@@ -190,6 +189,8 @@ def _expanded(word: str, variables: dict[str, str]) -> str:
 
 def test_pods_save_when_evicted_and_resume(shards, tmp_path):
     """The commands of a PyTorchJob of two pods: SIGTERM as at an eviction, then the pods again."""
+    from pretrain import checkpoint
+
     config = tiny_config(
         shards, tmp_path / "run", run__max_steps=150, checkpoint__every_steps=1000,
         run__heartbeat_s=5,

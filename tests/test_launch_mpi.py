@@ -11,7 +11,6 @@ import psutil
 import pytest
 
 from launch.mpi import mpi_command, read_hostfile
-from pretrain.dist import _of_other_launchers
 
 ROOT = Path(__file__).resolve().parent.parent
 GENELOOM = [sys.executable, "-c", "from launch.cli import main; main()"]
@@ -118,6 +117,8 @@ def test_wrong_launches_are_refused(arguments, message, tmp_path):
 
 
 def test_variables_of_other_launchers():
+    from pretrain.dist import _of_other_launchers
+
     slurm = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}
     meet = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
     assert _of_other_launchers(slurm | meet) == {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}

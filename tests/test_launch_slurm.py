@@ -11,7 +11,6 @@ import pytest
 
 from launch.requeue import requeue_code
 from launch.slurm_script import RankCommand, SlurmJob, render, seconds_of
-from pretrain import checkpoint
 from pretrain.config import RunConfig
 from tests.ranks import run_ranks
 from tests.runs import (
@@ -105,6 +104,8 @@ def test_killed_and_signalled_run_ends_as_if_undisturbed(cluster, shards, tmp_pa
 
 
 def test_cancelled_run_saves_and_stays_cancelled(cluster, shards, tmp_path):
+    from pretrain import checkpoint
+
     config = tiny_config(shards, tmp_path / "run", run__max_steps=20_000, run__epochs=5000)
     job = start(cluster, config)
     wait_for_step(config, 3)

@@ -4,14 +4,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
 from data_prep.medians import gene_medians
 from data_prep.prepare import SERIAL
 from data_prep.sources import SourceOptions, source_at
-from eval.demo_cells import recover_counts
 from pretrain.config import ModelConfig
-from pretrain.model import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
@@ -19,6 +16,9 @@ NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
+    from eval.demo_cells import recover_counts
+    from pretrain.model import build_model
+
     folder = tmp_path_factory.mktemp("model")
     recover_counts().write_h5ad(folder / "cells.h5ad")
     specs = [source_at(folder / "cells.h5ad", SourceOptions())]
@@ -34,6 +34,8 @@ def model(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, model, monkeypatch):
     """All its code; the kernel takes its time to start."""
+    from nbclient import NotebookClient
+
     monkeypatch.setenv("GENELOOM_MODEL", str(model))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(path, as_version=4)

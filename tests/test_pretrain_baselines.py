@@ -1,18 +1,25 @@
 """The guesses that a model is measured against, on the cells of the golden shards."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from data_prep.shards import ShardSet
-from pretrain.baselines import RANK_BINS, RankBaselines
+
+if TYPE_CHECKING:
+    from pretrain.baselines import RankBaselines
 
 SHARDS = Path(__file__).parent / "golden" / "shards-1"
 
 
 @pytest.fixture(scope="module")
 def baselines() -> RankBaselines:
+    from pretrain.baselines import RankBaselines
+
     return RankBaselines(ShardSet(SHARDS), max_cells=1000)
 
 
@@ -52,6 +59,8 @@ def test_rank_helps_where_rank_decides(baselines):
 @pytest.mark.parametrize("name", ["unigram", "unigram_by_rank", "mean_rank"])
 def test_places_count_the_more_likely_genes(baselines, name):
     """Every gene at every rank, one by one."""
+    from pretrain.baselines import RANK_BINS
+
     table = baselines.log_probabilities[name]
     genes = np.arange(table.shape[1])
     for number, row in enumerate(table):

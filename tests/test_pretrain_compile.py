@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from torch._dynamo.utils import counters
 
 from pretrain.config import load_config
 from pretrain.ds_config import derive_ds_config
 from pretrain.masking import NO_LABEL
-from pretrain.model import MaskedGeneModel, build_model
 from tests.ranks import run_ranks
 from tests.runs import cut_off, require_same_state, run_training, tiny_config
 from tests.synthetic import make_shards
 from tests.test_pretrain_masking import vocabulary
+
+if TYPE_CHECKING:
+    from pretrain.model import MaskedGeneModel
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None,
@@ -25,6 +26,8 @@ pytestmark = pytest.mark.skipif(
 
 def losses_and_slopes(model: MaskedGeneModel, rows: int, length: int, is_padded: bool):
     """Return the losses of a micro-batch and the gradients of all weights."""
+    import torch
+
     torch.manual_seed(rows * length)
     ids = torch.randint(4, 40, (rows, length), dtype=torch.int32)
     places = torch.arange(0, rows * length, 5)
@@ -38,6 +41,8 @@ def losses_and_slopes(model: MaskedGeneModel, rows: int, length: int, is_padded:
 
 
 def graphs() -> int:
+    from torch._dynamo.utils import counters
+
     return counters["stats"]["unique_graphs"]
 
 
@@ -47,6 +52,11 @@ def one_compiler(monkeypatch):
 
 
 def test_compiled_layers_are_the_plain_ones(tmp_path):
+    import torch
+    from torch._dynamo.utils import counters
+
+    from pretrain.model import build_model
+
     settings = tiny_config(tmp_path, tmp_path / "run", model__num_layers=4).model
     plain, compiled = (build_model(settings, vocabulary(False), 0).train() for _ in range(2))
     torch._dynamo.reset()

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import torch
 
 from data_prep.hashing import mix64
 from data_prep.shards import DamagedBlock, ShardSet
 from pretrain.config import MaskingConfig
-from pretrain.data import MicroBatch, StepDataset, micro_batch_slots, steps_in_background
 from pretrain.masking import NO_LABEL
 from tests.synthetic import make_shards
+
+if TYPE_CHECKING:
+    from pretrain.data import MicroBatch, StepDataset
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +26,8 @@ def many_shards(tmp_path_factory) -> Path:
 
 
 def dataset(folder: Path, rank: int = 0, world_size: int = 1, **options) -> StepDataset:
+    from pretrain.data import StepDataset
+
     shards = ShardSet(folder)
     return StepDataset(
         shards, "train", 0, 2048, 512, MaskingConfig(), rank, world_size, **options
@@ -31,6 +35,8 @@ def dataset(folder: Path, rank: int = 0, world_size: int = 1, **options) -> Step
 
 
 def assert_equal(a: MicroBatch, b: MicroBatch) -> None:
+    import torch
+
     for name in ("input_ids", "masked_places", "labels", "relative_ranks", "attention_mask"):
         one, other = getattr(a, name), getattr(b, name)
         assert (one is None) == (other is None), name
@@ -42,6 +48,8 @@ def assert_equal(a: MicroBatch, b: MicroBatch) -> None:
 @pytest.mark.parametrize("budget", [400, 1024])
 @pytest.mark.parametrize("num_cells", [1, 2, 11, 32])
 def test_micro_batches_cover_the_batch(world_size, budget, num_cells):
+    from pretrain.data import micro_batch_slots
+
     length = 100
     parts = [micro_batch_slots(num_cells, length, r, world_size, budget) for r in range(world_size)]
     assert len({len(p) for p in parts}) == 1, "ranks must do the same number of passes"
@@ -92,6 +100,8 @@ def test_what_is_served_does_not_depend_on_history(many_shards):
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_change_nothing(threads, many_shards):
+    from pretrain.data import steps_in_background
+
     plain = list(steps_in_background(dataset(many_shards), 3, 40, 0))
     ahead = list(steps_in_background(dataset(many_shards), 3, 40, threads))
     assert [d.step for d in ahead] == list(range(3, 40))
@@ -104,6 +114,8 @@ def test_threads_change_nothing(threads, many_shards):
 
 
 def test_each_block_is_read_once_by_many_threads(many_shards):
+    from pretrain.data import steps_in_background
+
     read = dataset(many_shards)
     steps = read.plan.steps_per_epoch
     for _ in steps_in_background(read, 0, steps, 4):
@@ -126,6 +138,8 @@ def damaged(many_shards, tmp_path) -> tuple[Path, ShardSet, int]:
 
 
 def test_damaged_block_stops_with_its_name(damaged):
+    from pretrain.data import steps_in_background
+
     folder, shards, _ = damaged
     name = shards.manifest["shards"][0]["name"]
     read = dataset(folder)
@@ -135,6 +149,8 @@ def test_damaged_block_stops_with_its_name(damaged):
 
 @pytest.mark.parametrize("threads", [0, 3])
 def test_damaged_block_is_quarantined_and_counted(threads, damaged, many_shards, caplog):
+    from pretrain.data import steps_in_background
+
     folder, shards, number = damaged
     lost = int(shards.index["cells"][number])
     read = dataset(folder, quarantine=True)

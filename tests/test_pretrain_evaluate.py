@@ -10,9 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from pretrain.baselines import RANK_BINS, RankBaselines
-from pretrain.evaluate import curve_remark, heldout_history
-from pretrain.metrics import RunLog, read_metrics
 from tests.ranks import run_ranks
 from tests.runs import tiny_config
 from tests.synthetic import make_shards
@@ -84,6 +81,8 @@ def one_rank(shards, tmp_path_factory) -> dict[str, Any]:
 
 def by_hand(rows: list[Hidden], table: np.ndarray | None = None) -> list[dict[str, float]]:
     """Return length, decile, loss and place of each; given a table by rank, of its guesses."""
+    from pretrain.baselines import RANK_BINS
+
     scored = []
     for gene in rows:
         guess = gene.logits - np.log(np.exp(gene.logits).sum())
@@ -118,6 +117,7 @@ def test_scores_are_those_counted_by_hand(one_rank):
 @pytest.mark.parametrize("name", BASELINES)
 def test_baselines_are_scored_like_the_model(name, one_rank, shards):
     from data_prep.shards import ShardSet
+    from pretrain.baselines import RankBaselines
 
     record = one_rank["record"]
     table = RankBaselines(ShardSet(shards), BASELINE_CELLS).log_probabilities[name]
@@ -176,6 +176,8 @@ def test_the_line_has_every_number_with_its_neighbours(one_rank):
 def test_tensorboard_and_file_hold_every_number(one_rank, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    from pretrain.metrics import RunLog, read_metrics
+
     log = RunLog(tmp_path, 0)
     record = one_rank["record"] | {"lost": math.nan, "curve": [1.5, None, math.inf]}
     log.write("heldout", 7, record)
@@ -207,6 +209,8 @@ BARS = {"unigram": 7.0, "mean_rank": 6.5, "unigram_by_rank": 6.0}
 
 def remarks_of(losses: list[float], total_steps: int = 100) -> dict[int, tuple[int, str]]:
     """Return the remarks of a run that evaluates every 10 steps, by step."""
+    from pretrain.evaluate import curve_remark
+
     history = [(10 * (i + 1), loss) for i, loss in enumerate(losses)]
     found = {history[i][0]: curve_remark(history[: i + 1], BARS, total_steps, 0.25)
              for i in range(len(history))}  # fmt: skip
@@ -263,6 +267,9 @@ def test_a_lost_number_is_a_loss_above_everything():
 
 
 def test_a_resumed_run_repeats_no_remark(tmp_path):
+    from pretrain.evaluate import curve_remark, heldout_history
+    from pretrain.metrics import RunLog, read_metrics
+
     log = RunLog(tmp_path, 0)
     for step, loss in ((10, 6.5), (20, math.nan), (30, 5.9), (40, 5.8)):
         log.write("heldout", step, {"loss": loss})

@@ -4,12 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForMaskedLM
 
-from pretrain import checkpoint, zero_state
-from pretrain.export import export, load_exported, model_digest
-from pretrain.model import build_model
 from tests.ranks import run_ranks
 from tests.runs import run_training, tiny_config
 
@@ -23,12 +18,21 @@ def run(shards, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(run, tmp_path_factory) -> Path:
+    from pretrain.export import export
+
     out = tmp_path_factory.mktemp("exported") / "model"
     export(run, out)
     return out
 
 
 def test_same_logits_after_reloading(run, exported, shards):
+    import torch
+    from transformers import AutoModelForMaskedLM
+
+    from pretrain import checkpoint, zero_state
+    from pretrain.export import load_exported
+    from pretrain.model import build_model
+
     model, vocabulary = load_exported(exported)
     trained = build_model(tiny_config(shards, run).model, vocabulary, seed=99)
     last = checkpoint.newest(run)
@@ -62,6 +66,8 @@ def test_record_and_card(run, exported, shards):
 
 
 def test_refusals(run, exported, tmp_path):
+    from pretrain.export import export, load_exported
+
     with pytest.raises(ValueError, match="not an empty folder"):
         export(run, exported)
     with pytest.raises(ValueError, match="no model_config.json"):
@@ -74,6 +80,8 @@ def test_refusals(run, exported, tmp_path):
 def test_geneformer_folder_with_its_dictionaries(exported, tmp_path):
     """A published folder has weights only; its dictionaries are given beside it."""
     import shutil
+
+    from pretrain.export import load_exported
 
     weights = Path(shutil.copytree(exported, tmp_path / "weights"))
     for name in ("vocabulary.json", "geneloom.json"):
@@ -92,6 +100,8 @@ def test_weights_of_older_pytorch(exported, tmp_path):
 
     import torch
     from safetensors.torch import load_file
+
+    from pretrain.export import load_exported, model_digest
 
     old = Path(shutil.copytree(exported, tmp_path / "old"))
     torch.save(load_file(old / "model.safetensors"), old / "pytorch_model.bin")
@@ -112,6 +122,8 @@ def test_torn_or_foreign_weights_are_refused(exported, tmp_path):
 
     from safetensors.torch import load_file, save_file
 
+    from pretrain.export import load_exported
+
     copy = Path(shutil.copytree(exported, tmp_path / "model"))
     # Loaded tensors are mapped from the file, which is overwritten below.
     weights = {k: v.clone() for k, v in load_file(copy / "model.safetensors").items()}
@@ -130,6 +142,8 @@ def test_torn_or_foreign_weights_are_refused(exported, tmp_path):
 
 def test_model_and_vocabulary_must_belong_together(exported, tmp_path):
     import shutil
+
+    from pretrain.export import load_exported
 
     copy = Path(shutil.copytree(exported, tmp_path / "model"))
     text = (copy / "vocabulary.json").read_text()

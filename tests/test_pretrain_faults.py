@@ -18,23 +18,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from data_prep.shards import ShardSet, file_sha256
-from pretrain import checkpoint, dist
 from pretrain.config import RunConfig
-from pretrain.data import MicroBatch, StepDataset
 from pretrain.ds_config import derive_ds_config
-from pretrain.engine import Engine
-from pretrain.model import build_model
-from pretrain.watch import Watch
-from pretrain.zero_state import BYTES_PER_PARAMETER, KINDS, owned_fragments
 from tests.ranks import Command, commands, free_port, run_ranks
 from tests.runs import (
     console,
@@ -48,6 +40,12 @@ from tests.runs import (
     tiny_config,
 )
 from tests.synthetic import make_shards
+
+if TYPE_CHECKING:
+    import torch
+
+    from pretrain.data import MicroBatch, StepDataset
+    from pretrain.engine import Engine
 
 # Of a run that is to start, on a machine that does a lot beside it.
 _LIMIT_S = 120
@@ -100,6 +98,8 @@ def is_being_written(run: Path) -> bool:
 
 def require_saved(config: RunConfig) -> None:
     """Assert that the last step is in a complete checkpoint, and nothing half-written is left."""
+    from pretrain import checkpoint
+
     last = checkpoint.newest(config.run.out)
     assert last is not None
     assert last.step == last_step(config.run.out)
@@ -277,6 +277,9 @@ def test_without_watching_a_hung_collective_ends_in_time(shards, tmp_path):
 
 
 def watch_again_and_again(times: int) -> int:
+    from pretrain import dist
+    from pretrain.watch import Watch
+
     ranks = dist.start(60, 1)
     for number in range(times):
         with Watch(ranks, 0.5):
@@ -365,6 +368,8 @@ _HEAD_NORM = "bert.cls.predictions.transform.LayerNorm"
 
 
 def dataset_of(config: RunConfig, rank: int, world_size: int) -> StepDataset:
+    from pretrain.data import StepDataset
+
     return StepDataset(
         ShardSet(config.data.shards), "train", config.run.seed, config.batch.tokens_per_step,
         config.batch.tokens_per_micro_batch, config.masking, rank, world_size,
@@ -382,6 +387,11 @@ def half_way(shards, tmp_path_factory) -> Path:
 
 def with_weights(run: Path, to: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
     """Copy a run whose newest checkpoint gets other weights, given as tensors by name, flat."""
+    from safetensors.torch import save_file
+
+    from pretrain import checkpoint
+    from pretrain.zero_state import KINDS
+
     shutil.copytree(run, to)
     last = checkpoint.newest(to)
     assert last is not None
@@ -547,6 +557,11 @@ _ATTEMPTS = [
 
 def try_steps(configs: list[RunConfig]) -> list[dict[str, Any]]:
     """Take the step after the newest checkpoint of each run; return what came of it."""
+    import torch
+
+    from pretrain import checkpoint, dist
+    from pretrain.engine import Engine
+
     ranks = dist.start(60, 1)
     results = []
     for config in configs:
@@ -570,6 +585,8 @@ def try_steps(configs: list[RunConfig]) -> list[dict[str, Any]]:
 
 def live_state(engine: Engine, rank: int) -> dict[str, torch.Tensor]:
     """Return copies of what a rank holds: its weights, master weights and moments."""
+    from pretrain.zero_state import owned_fragments
+
     tensors = {
         f"{kind}/{fragment.name}": tensor
         for fragment in owned_fragments(engine.deepspeed, engine.stage, rank)
@@ -632,6 +649,9 @@ def small_disk(folder: Path, mib: float) -> Iterator[Callable[[float], None]]:
 
 def checkpoint_mib(config: RunConfig) -> float:
     """Return what one checkpoint needs."""
+    from pretrain.model import build_model
+    from pretrain.zero_state import BYTES_PER_PARAMETER
+
     model = build_model(config.model, ShardSet(config.data.shards).vocabulary, 0)
     return sum(p.numel() for p in model.parameters()) * BYTES_PER_PARAMETER / 2**20
 
@@ -654,6 +674,8 @@ def cut_files_off(rank: Command) -> None:
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_write_that_fails_half_way_leaves_nothing(rank, undisturbed, shards, tmp_path):
+    from pretrain import checkpoint
+
     config = tiny_config(shards, tmp_path / "run", **_WRITING)
     with running(config, 2) as ranks:
         cut_files_off(ranks[rank])
@@ -697,6 +719,9 @@ def test_old_checkpoint_stays_until_the_new_one_is_complete(shards, tmp_path):
 
 def stand_still_outside(limit_s: float) -> None:
     """Rank 1 waits for what never comes, alive; the others for rank 1."""
+    from pretrain import dist
+    from pretrain.watch import Watch
+
     ranks = dist.start(60, 1)
     with Watch(ranks, 1, limit_s) as watch:
         watch.progress(6)

@@ -16,7 +16,6 @@ import pytest
 from data_prep.hashing import mix64
 from data_prep.order import EpochPlan
 from data_prep.shards import ShardSet
-from pretrain import checkpoint
 from pretrain.config import RunConfig
 from tests.ranks import run_ranks
 from tests.runs import (
@@ -228,6 +227,8 @@ def _require_same_metrics(run: Path, other: Path) -> None:
 
 def _require_every_cell_in_every_epoch(config: RunConfig) -> None:
     """Assert that each step served the cells that belong to it, and each epoch the whole corpus."""
+    from pretrain import checkpoint
+
     shards = ShardSet(config.data.shards)
     corpus = np.concatenate(
         [np.arange(e.first_cell, e.first_cell + e.num_cells) for e in shards.extents("train")]
@@ -258,6 +259,8 @@ def _digest(cells: np.ndarray) -> int:
 
 
 def test_signal_through_the_launcher_saves_and_exits_75(shards, tmp_path):
+    from pretrain import checkpoint
+
     config = tiny_config(shards, tmp_path / "run", run__max_steps=20000, run__epochs=5000)
     process = start_command(config, ranks=2)
     assert wait_until(lambda: last_step(config.run.out) >= 3, process), console(config)

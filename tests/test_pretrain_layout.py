@@ -1,15 +1,16 @@
 """TensorBoard's plots of several curves: every curve that they name is one that a run writes."""
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-from pretrain.baselines import BASELINE_NAMES
-from pretrain.metrics import LAYOUT
 from tests.ranks import run_ranks
 from tests.runs import run_training, tiny_config
 from tests.synthetic import make_shards
 
 
 def test_curves_of_the_layout_are_written(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from pretrain.baselines import BASELINE_NAMES
+    from pretrain.metrics import LAYOUT
+
     config = tiny_config(make_shards(tmp_path), tmp_path / "run", run__max_steps=6)
     run_ranks(1, run_training, config)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()

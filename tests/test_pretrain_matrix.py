@@ -17,7 +17,6 @@ import pytest
 from data_prep.order import EpochPlan
 from data_prep.shards import ShardSet
 from pretrain.config import RunConfig
-from pretrain.data import micro_batch_slots
 from tests.ranks import run_ranks
 from tests.runs import OFFLOAD, final_state, tiny_config
 from tests.synthetic import make_shards
@@ -105,6 +104,8 @@ def _results(cases: Sequence[Case], shards: Path, folder: Path) -> list[Result]:
 
 def _require_accumulation(case: Case, config: RunConfig) -> None:
     """Assert that ranks have so many micro-batches in full steps, which are most."""
+    from pretrain.data import micro_batch_slots
+
     plan = EpochPlan(
         ShardSet(config.data.shards), "train", config.run.seed, config.batch.tokens_per_step
     )

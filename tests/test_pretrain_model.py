@@ -4,13 +4,8 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
-from pretrain import kernels
-from pretrain.attention import attention
 from pretrain.config import ModelConfig, OptimConfig
-from pretrain.model import asked_places, build_model, guess_places
-from pretrain.optim import build_optimizer, learning_rate_at
 from tests.test_pretrain_masking import vocabulary
 
 CONFIG = ModelConfig(
@@ -21,10 +16,14 @@ CONFIG = ModelConfig(
 
 @pytest.fixture(scope="module")
 def model():
+    from pretrain.model import build_model
+
     return build_model(CONFIG, vocabulary(False), seed=0).eval()
 
 
 def batch(seed=0, rows=3, length=40):
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, 502, (rows, length), generator=generator)
     places = torch.arange(0, rows * length, 7)
@@ -32,6 +31,8 @@ def batch(seed=0, rows=3, length=40):
 
 
 def test_head_on_masked_places_equals_the_full_head(model):
+    import torch
+
     ids, places, labels = batch()
     losses, guesses = model(ids, None, places, labels)
     logits = model.bert(input_ids=ids).logits.flatten(0, 1)[places]
@@ -45,6 +46,10 @@ def test_head_on_masked_places_equals_the_full_head(model):
 
 def test_places_equal_a_sorted_list():
     """Distinct logits: the place in the order of guesses, each gene asked for once."""
+    import torch
+
+    from pretrain.model import guess_places
+
     generator = np.random.default_rng(0)
     logits = np.stack([generator.permutation(500) for _ in range(500)]).astype(np.float32)
     labels = generator.permutation(500)
@@ -55,6 +60,10 @@ def test_places_equal_a_sorted_list():
 
 def test_ties_are_shared_out():
     """Equal logits, as bfloat16 makes them, must not make every one of them the first guess."""
+    import torch
+
+    from pretrain.model import guess_places
+
     labels = torch.arange(2, 502)
     knows_nothing = guess_places(torch.zeros(500, 502), labels)
     assert sorted(knows_nothing.tolist()) == list(range(2, 502)), "token modulo 502 tied genes"
@@ -65,6 +74,10 @@ def test_ties_are_shared_out():
 
 
 def test_no_label_and_no_number_have_no_place():
+    import torch
+
+    from pretrain.model import guess_places
+
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
     logits[2, 5] = math.nan
     logits[1] = -9.0
@@ -72,6 +85,8 @@ def test_no_label_and_no_number_have_no_place():
 
 
 def test_padding_and_neighbours_change_nothing(model):
+    import torch
+
     ids, places, labels = batch(rows=1)
     alone, _ = model(ids, None, places, labels)
     padded = torch.zeros((3, 64), dtype=torch.int64)
@@ -84,6 +99,8 @@ def test_padding_and_neighbours_change_nothing(model):
 
 
 def test_no_masked_place_gives_an_attached_zero(model):
+    import torch
+
     ids, _, _ = batch()
     empty = torch.zeros(0, dtype=torch.int64)
     losses, _ = model(ids, None, empty, empty)
@@ -95,12 +112,18 @@ def test_no_masked_place_gives_an_attached_zero(model):
 
 
 def test_seed_decides_the_weights():
+    import torch
+
+    from pretrain.model import build_model
+
     a, b, c = (build_model(CONFIG, vocabulary(False), seed) for seed in (1, 1, 2))
     assert torch.equal(next(a.parameters()), next(b.parameters()))
     assert not torch.equal(next(a.parameters()), next(c.parameters()))
 
 
 def test_no_decay_on_biases_and_layer_norm(model):
+    from pretrain.optim import build_optimizer
+
     optimizer = build_optimizer(model, OptimConfig(weight_decay=0.5))
     decay, plain = optimizer.param_groups
     assert decay["weight_decay"] == 0.5
@@ -113,6 +136,8 @@ def test_no_decay_on_biases_and_layer_norm(model):
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_learning_rate_is_a_function_of_the_step(schedule):
+    from pretrain.optim import learning_rate_at
+
     config = OptimConfig(learning_rate=1.0, schedule=schedule, warmup_steps=10)
     rates = np.array([learning_rate_at(s, 110, config) for s in range(110)])
     assert 0 < rates[0] < 0.1
@@ -128,6 +153,10 @@ def test_learning_rate_is_a_function_of_the_step(schedule):
 
 def dropped_by_hand(query, key, value, heads, real, dropout, seed):
     """Attention with every weight written down; which ones are dropped, hash by hash."""
+    import torch
+
+    from pretrain import kernels
+
     kept = torch.ones(len(query), heads, query.shape[1], key.shape[1])
     threshold = int(dropout * 2**32)
     for cell, head, asking, asked in np.ndindex(*kept.shape):
@@ -145,10 +174,15 @@ def dropped_by_hand(query, key, value, heads, real, dropout, seed):
     return context.transpose(1, 2).flatten(2), 1 - kept.mean().item()
 
 
-@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 2e-6), (torch.bfloat16, 0.04)])
+@pytest.mark.parametrize(("dtype", "atol"), [("float32", 2e-6), ("bfloat16", 0.04)])
 def test_attention_with_dropout_on_a_cpu(dtype, atol, monkeypatch):
     """Several tiles, padded cells, fewer places that ask than are asked: values and slopes."""
+    import torch
+
+    from pretrain.attention import attention
+
     monkeypatch.setattr("pretrain.attention._TILE_BYTES", 600)
+    dtype = getattr(torch, dtype)
     generator = torch.Generator().manual_seed(0)
     inputs = [
         torch.randn(2, places, 32, generator=generator).to(dtype).requires_grad_()
@@ -171,6 +205,10 @@ def test_attention_with_dropout_on_a_cpu(dtype, atol, monkeypatch):
 
 
 def test_attention_without_dropout_is_torchs():
+    import torch
+
+    from pretrain.attention import attention
+
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, 20, 32, generator=generator) for _ in range(3))
     real = torch.arange(20) < torch.tensor([[20], [7]])
@@ -185,6 +223,8 @@ def test_attention_without_dropout_is_torchs():
 
 def test_slopes_of_labels_are_torchs(model):
     """The loss of hidden genes and all slopes equal cross-entropy over written down logits."""
+    import torch
+
     ids, places, labels = batch()
     labels = torch.where(torch.arange(len(labels)) < 15, labels, -100)
     model.zero_grad()
@@ -204,6 +244,10 @@ def test_slopes_of_labels_are_torchs(model):
 
 def test_asked_places_hold_every_hidden_gene():
     """Rows with none, some and most hidden genes; filler behind them."""
+    import torch
+
+    from pretrain.model import asked_places
+
     places = torch.tensor([2, 5, 31, 33, 35, 39, 0, 0])
     labels = torch.tensor([7, 7, 7, 7, 7, 7, -100, -100])
     asked, slots = asked_places(places, labels, 4, 10)

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from data_prep.shards import ShardSet
-from pretrain import checkpoint
 from pretrain.config import RunConfig
 from pretrain.ds_config import DEEPSPEED_CONFIG_FOLDER, derive_ds_config
 from tests.ranks import run_ranks
@@ -28,6 +26,8 @@ def plain_pytorch(config: RunConfig) -> dict:
     Written from the definition: mean over hidden genes of the global batch, norm over all
     parameters, decay on everything that is no bias and no LayerNorm.
     """
+    import torch
+
     from pretrain.data import StepDataset
     from pretrain.evaluate import to_device
     from pretrain.model import build_model
@@ -127,6 +127,10 @@ def test_activation_checkpointing_changes_nothing(deepspeed, expected, shards, t
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bf16_has_master_weights_in_fp32(stage, shards, tmp_path):
+    import torch
+
+    from pretrain import checkpoint
+
     changes = {"run__precision": "bf16", "run__deepspeed": f"zero{stage}", "run__max_steps": 2,
                "optim__learning_rate": 1e-6, "optim__warmup_steps": 1,
                "checkpoint__every_steps": 1}  # fmt: skip

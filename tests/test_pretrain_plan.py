@@ -6,16 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
-from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
-from transformers import BertForMaskedLM
 
 from data_prep.order import EpochPlan
 from data_prep.shards import ShardSet
-from pretrain.checkpoint import newest
 from pretrain.config import CONFIG_FOLDER
-from pretrain.model import MaskedGeneModel
 from pretrain.plan import (
     GPUS,
     Corpus,
@@ -57,6 +51,9 @@ def bert_of(config, num_tokens, max_length):
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in CONFIG_FOLDER.glob("geneformer*.yaml")))
 def test_parameters_are_those_of_the_model(name):
+    import torch
+    from transformers import BertForMaskedLM
+
     config = read_config(name, [])
     with torch.device("meta"):
         model = BertForMaskedLM(bert_of(config, 20_275, 4096))
@@ -65,6 +62,11 @@ def test_parameters_are_those_of_the_model(name):
 
 def saved_bytes(config, length, cells):
     """Return bytes that a real forward pass keeps for backward, weights apart."""
+    import torch
+    from transformers import BertForMaskedLM
+
+    from pretrain.model import MaskedGeneModel
+
     bert = BertForMaskedLM._from_config(bert_of(config, 300, length), attn_implementation="sdpa")
     dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
     torch.nn.Module.to(bert.train(), dtype=dtype)
@@ -107,6 +109,9 @@ def test_states_are_those_of_the_estimator_of_deepspeed():
 
     At stage 3 the estimator leaves out 2 of them, the weights that are gathered.
     """
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+
     config = read_config("geneformer_v2_104m", ["run.precision=bf16"])
     parameters = num_parameters(config.model, CORPUS.num_tokens, 4096)
     for stage, estimate, left_out in (
@@ -165,6 +170,8 @@ def test_traffic_of_a_ring():
 
 
 def test_checkpoint_is_as_large_as_planned(shards, tmp_path):
+    from pretrain.checkpoint import newest
+
     config = tiny_config(shards, tmp_path / "run", run__precision="bf16", model__hidden_size=128)
     run_ranks(1, run_training, config)
     corpus, max_length = read_corpus(config, 1, 1, 64, 10)

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain import checkpoint
 from pretrain.config import RunConfig
 from tests.ranks import run_ranks
 from tests.runs import OFFLOAD, final_state, metrics, require_same_state, run_training, tiny_config
@@ -247,6 +246,8 @@ def test_damage_costs_one_checkpoint_and_no_bit(name, two_ranks, resumed):
 
 
 def test_no_checkpoint_is_complete(finished, tmp_path):
+    from pretrain import checkpoint
+
     run = copied(finished, tmp_path)
     _flip(run / "checkpoints" / "step-00000010" / _RANK_0)
     record = run / "checkpoints" / "step-00000005" / _RECORD

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from data_prep.shards import ShardSet
-from pretrain import checkpoint
 from tests.ranks import run_ranks
 from tests.runs import run_training, tiny_config
 from tests.test_data_prep_remote import Server
@@ -60,6 +59,8 @@ def test_damage_stops_the_run_with_its_name(damaged, tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_damage_is_quarantined_and_counted(ranks, damaged, shards, tmp_path):
+    from pretrain import checkpoint
+
     folder, _, lost = damaged
     config = one_epoch(folder, tmp_path / "run", data__on_damage="quarantine")
     summary, _ = run_ranks(ranks, run_training, config)[0]

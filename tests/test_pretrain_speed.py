@@ -9,9 +9,7 @@ import pytest
 from data_prep.prepare import PrepareOptions, prepare
 from data_prep.sources import SourceOptions, source_at
 from pretrain.config import load_config
-from pretrain.metrics import Meter, console_line
 from pretrain.plan import GPUS, Work, known_gpu
-from pretrain.step_profile import PHASES
 from tests.ranks import run_new_ranks, run_ranks
 from tests.runs import metrics, run_training, tiny_config
 from tests.synthetic import write_cells
@@ -22,6 +20,8 @@ CONFIG = load_config("geneformer_v1_6l", ["data.shards=x", "run.out=x", "run.pre
 
 def filled_meter(gpu):
     """Two steps of warm-up and two of one second, on two ranks."""
+    from pretrain.metrics import Meter
+
     meter = Meter(2, 10, Work(CONFIG, 25_426, gpu))
     for seconds in (50.0, 50.0, 1.0, 1.0):
         meter.add(COUNTS, 100, 60.0, 3.0, seconds / 10, seconds)
@@ -30,6 +30,8 @@ def filled_meter(gpu):
 
 
 def test_rates_leave_the_warm_up_out_and_the_wall_does_not():
+    from pretrain.metrics import console_line
+
     found = filled_meter(GPUS["h200"]).close_window(4)
     assert found["tokens_per_s"] == 190
     assert found["padded_tokens_per_s"] == 200
@@ -56,6 +58,8 @@ def test_mfu_is_what_its_formula_says():
 
 
 def test_no_mfu_without_a_published_peak():
+    from pretrain.metrics import console_line
+
     meter = filled_meter(None)
     found = meter.close_window(4)
     assert "mfu" not in found
@@ -104,6 +108,8 @@ def test_deterministic_option_changes_nothing_on_a_cpu(tmp_path):
 
 
 def test_profile_says_where_a_step_goes(tmp_path):
+    from pretrain.step_profile import PHASES
+
     config = tiny_config(shards_in(tmp_path), tmp_path / "run", run__max_steps=6)
     run_ranks(2, run_with_profile, config, 3)
     folder = tmp_path / "run" / "profile"

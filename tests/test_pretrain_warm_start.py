@@ -1,29 +1,28 @@
 """Going on from exported and published weights: exact where genes are the same, told where not."""
 
+from __future__ import annotations
+
 import json
 import pickle
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM
 
 from data_prep.prepare import PrepareOptions, prepare
 from data_prep.sources import SourceOptions, source_at
 from data_prep.vocab import Vocabulary, from_dictionaries, load_vocabulary, open_vocabulary
-from pretrain import checkpoint
 from pretrain.cli import print_resolved, resolved
 from pretrain.config import ModelConfig, RunConfig, load_config
-from pretrain.export import export, load_exported, token_dictionary
-from pretrain.model import build_model
-from pretrain.warm_start import describe, log_start, require_same_start, start_weights
 from tests.ranks import run_ranks
 from tests.runs import run_training, tiny_config
 from tests.synthetic import make_cells
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BertForMaskedLM
 
 EMBEDDING = "bert.embeddings.word_embeddings.weight"
 POSITIONS = "bert.embeddings.position_embeddings.weight"
@@ -63,6 +62,8 @@ def going_on(folder: Path, shards: Path, out: Path, *more: str) -> RunConfig:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, Path, float]:
     """An exported model of 200 genes, its shards, and its held-out loss in the end."""
+    from pretrain.export import export
+
     base = tmp_path_factory.mktemp("trained")
     shards = make_shards(base, slice(0, 200))
     config = tiny_config(shards, base / "run")
@@ -85,12 +86,17 @@ def copy(trained, tmp_path) -> Path:
 
 def start(folder: Path, vocabulary: Vocabulary, seed: int = 5, **changes):
     """Return (started model, record)."""
+    from pretrain.model import build_model
+    from pretrain.warm_start import start_weights
+
     config = ModelConfig(**ARCHITECTURE, init_from=folder, **changes)
     model = build_model(config, vocabulary, seed)
     return model, start_weights(model, vocabulary, config)
 
 
 def logits_of(bert: BertForMaskedLM, num_tokens: int) -> torch.Tensor:
+    import torch
+
     ids = torch.randint(2, num_tokens, (2, 30), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[1, 20:] = 0
@@ -99,6 +105,11 @@ def logits_of(bert: BertForMaskedLM, num_tokens: int) -> torch.Tensor:
 
 
 def test_same_vocabulary_gives_the_same_model(trained):
+    import torch
+
+    from pretrain.export import load_exported
+    from pretrain.warm_start import describe
+
     expected, vocabulary = load_exported(trained[0])
     model, record = start(trained[0], vocabulary)
     n = vocabulary.num_tokens
@@ -125,6 +136,11 @@ def test_run_starts_where_the_other_ended_on_one_rank_and_on_two(trained, tmp_pa
 
 
 def test_genes_are_matched_by_id(trained, other_shards):
+    import torch
+
+    from pretrain.export import load_exported, token_dictionary
+    from pretrain.model import build_model
+
     source, theirs = load_exported(trained[0])
     vocabulary = load_vocabulary(other_shards / "vocabulary.json")
     config = ModelConfig(**ARCHITECTURE, init_from=trained[0])
@@ -156,6 +172,8 @@ def test_genes_are_matched_by_id(trained, other_shards):
 
 def test_new_genes_do_not_take_the_probability_of_the_others(trained, other_shards, copy):
     """A trained head scores most genes far below 0, where an untrained row would be."""
+    from safetensors.torch import load_file, save_file
+
     weights = {k: t.clone() for k, t in load_file(copy / "model.safetensors").items()}
     weights["cls.predictions.bias"] -= 8
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
@@ -166,6 +184,9 @@ def test_new_genes_do_not_take_the_probability_of_the_others(trained, other_shar
 
 
 def test_record_of_a_run_with_other_genes(trained, other_shards, tmp_path):
+    from pretrain import checkpoint
+    from pretrain.export import export
+
     config = going_on(trained[0], other_shards, tmp_path / "run")
     run_ranks(1, run_training, config)
     last = checkpoint.newest(config.run.out)
@@ -184,6 +205,9 @@ def test_record_of_a_run_with_other_genes(trained, other_shards, tmp_path):
 
 
 def test_other_medians_are_a_warning(trained, other_shards, caplog):
+    from pretrain.export import load_exported
+    from pretrain.warm_start import log_start
+
     _, same = load_exported(trained[0])
     with caplog.at_level("INFO"):
         log_start(start(trained[0], same)[1])
@@ -204,6 +228,12 @@ def published_folder(
     folder: Path, vocabulary: Vocabulary, form: str, positions: int | None = None, **architecture
 ) -> BertForMaskedLM:
     """Write a model and dictionaries as Geneformer publishes them; return the model."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import BertConfig, BertForMaskedLM
+
+    from pretrain.export import token_dictionary
+
     folder.mkdir()
     settings = {
         "attention_probs_dropout_prob": 0.02,
@@ -261,6 +291,8 @@ def dictionaries(with_cls: bool, genes: range = range(200)) -> Vocabulary:
 
 @pytest.mark.parametrize(("form", "with_cls"), [("pickle", False), ("json", True)])
 def test_published_folder_gives_the_same_model(form, with_cls, tmp_path):
+    import torch
+
     vocabulary = dictionaries(with_cls)
     bert = published_folder(tmp_path / "model", vocabulary, form)
     model, record = start(tmp_path / "model", vocabulary, init_vocabulary=tmp_path / "model")
@@ -272,6 +304,8 @@ def test_published_folder_gives_the_same_model(form, with_cls, tmp_path):
 
 def test_run_from_published_weights_to_longer_cells_with_special_tokens(tmp_path):
     """V1's layout to V2's: <cls>, <eos> and half of the positions are new."""
+    from pretrain.warm_start import describe
+
     published_folder(tmp_path / "model", dictionaries(False), "pickle")
     shards = make_shards(tmp_path, slice(0, 230), dictionaries(True, range(10, 230)))
     more = f"model.init_vocabulary={tmp_path / 'model'}"
@@ -286,6 +320,8 @@ def test_run_from_published_weights_to_longer_cells_with_special_tokens(tmp_path
 
 
 def test_special_tokens_and_places_can_become_fewer(tmp_path):
+    import torch
+
     bert = published_folder(tmp_path / "model", dictionaries(True), "json")
     model, record = start(
         tmp_path / "model", dictionaries(False), init_vocabulary=tmp_path / "model"
@@ -298,6 +334,11 @@ def test_special_tokens_and_places_can_become_fewer(tmp_path):
 
 
 def test_published_dictionaries_of_both_versions(real_data, tmp_path):
+    import torch
+
+    from pretrain.model import build_model
+    from pretrain.warm_start import describe, start_weights
+
     first = open_vocabulary(real_data / "geneformer_v1_dicts")
     second = open_vocabulary(real_data / "geneformer_v2_dicts")
     small: dict[str, Any] = {
@@ -335,10 +376,14 @@ def _without(name: str):
 
 
 def _add_layer(weights: dict[str, torch.Tensor]) -> None:
+    import torch
+
     weights["bert.encoder.layer.2.output.dense.bias"] = torch.zeros(32)
 
 
 def _widen(weights: dict[str, torch.Tensor]) -> None:
+    import torch
+
     weights["bert.encoder.layer.0.intermediate.dense.bias"] = torch.zeros(65)
 
 
@@ -358,6 +403,10 @@ def _untie(weights: dict[str, torch.Tensor]) -> None:
 )
 def test_weights_that_do_not_fit_are_named(change, message, copy, trained):
     # Loaded tensors are mapped from the file, which is overwritten below.
+    from safetensors.torch import load_file, save_file
+
+    from pretrain.export import load_exported
+
     weights = {k: t.clone() for k, t in load_file(copy / "model.safetensors").items()}
     change(weights)
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
@@ -366,6 +415,10 @@ def test_weights_that_do_not_fit_are_named(change, message, copy, trained):
 
 
 def test_unreadable_weights(copy, trained):
+    import torch
+
+    from pretrain.export import load_exported
+
     _, vocabulary = load_exported(trained[0])
     weights = copy / "model.safetensors"
     weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
@@ -384,6 +437,8 @@ def test_unreadable_weights(copy, trained):
 
 
 def test_dictionaries_that_do_not_belong(copy, trained, tmp_path):
+    from pretrain.export import load_exported
+
     _, vocabulary = load_exported(trained[0])
     shifted = dictionaries(False, range(500, 700))
     with pytest.raises(
@@ -401,6 +456,8 @@ def test_dictionaries_that_do_not_belong(copy, trained, tmp_path):
 
 
 def test_half_of_the_smaller_vocabulary_is_enough(trained):
+    from pretrain.export import load_exported
+
     _, same = load_exported(trained[0])
     start(trained[0], dictionaries(False, range(100, 300)))
     start(trained[0], dictionaries(False, range(100, 1000)))
@@ -421,6 +478,10 @@ def test_architecture_comes_from_the_folder(trained):
 
 
 def test_given_architecture_must_be_the_folders(trained):
+    from pretrain.export import load_exported
+    from pretrain.model import build_model
+    from pretrain.warm_start import start_weights
+
     with pytest.raises(ValueError) as caught:
         load_config(
             "tiny",
@@ -469,6 +530,8 @@ def test_folders_that_are_no_models(trained, copy, tmp_path):
 
 
 def test_run_goes_on_after_its_first_weights_are_gone(copy, trained, other_shards, tmp_path):
+    from pretrain import checkpoint
+
     def config(out: str) -> RunConfig:
         return going_on(copy, other_shards, tmp_path / out)
 
@@ -498,6 +561,11 @@ def test_run_goes_on_after_its_first_weights_are_gone(copy, trained, other_shard
 
 
 def test_other_first_weights_are_refused_on_resume(trained, copy, tmp_path, caplog):
+    from safetensors.torch import load_file, save_file
+
+    from pretrain.export import load_exported
+    from pretrain.warm_start import require_same_start
+
     _, vocabulary = load_exported(trained[0])
     record = {"init": start(trained[0], vocabulary)[1]}
     given = ModelConfig(init_from=trained[0])

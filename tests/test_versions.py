@@ -5,15 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import anndata
 import pytest
 
 from data_prep.version import VERSION
-from eval.attention_tables import attention_file
-from eval.embed import embed_file
-from pretrain.checkpoint import newest
-from pretrain.export import export
-from pretrain.record import environment
 from tests.runs import run_training, tiny_config
 from tests.synthetic import make_shards
 
@@ -21,6 +15,10 @@ from tests.synthetic import make_shards
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     """Shards, a run, its model, embedded cells, tables of attention."""
+    from eval.attention_tables import attention_file
+    from eval.embed import embed_file
+    from pretrain.export import export
+
     folder = tmp_path_factory.mktemp("versions")
     run_training(tiny_config(make_shards(folder, num_cells=60), folder / "run", run__max_steps=5))
     export(folder / "run", folder / "model")
@@ -30,6 +28,11 @@ def home(tmp_path_factory) -> Path:
 
 
 def test_every_artefact_names_the_version(home):
+    import anndata
+
+    from pretrain.checkpoint import newest
+    from pretrain.record import environment
+
     read = lambda path: json.loads((home / path).read_text())  # noqa: E731
     last = newest(home / "run")
     assert last is not None
