@@ -2,20 +2,35 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+# 11 minutes, and a quarter for machines that are slower or do other things beside.
+CPU_BUDGET_S ?= 825
+PYTEST_ARGS ?=
+# Where it is set, every process that a test starts compiles this project's modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow lint docs install clean
+.PHONY: demo quick test test-long test-slow lint docs install clean
 
 demo: install ## the whole path on real cells, ends with demo_out/report.html
 	rm -rf demo_out
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh demo_out
 
-test: install ## the default tests and the linter
+# Tests in memory, in one process: at every save.
+quick: install ## the arithmetic, under 45 s
+	$(PYTEST) -n0 -q -m quick $(PYTEST_ARGS)
+
+# What proves a contract, within a budget of processor time: docs/testing.md.
+test: install ## the default tests and the linter; `make test PYTEST_ARGS="-p randomly"`: in any order
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m tests.cpu_budget $(CPU_BUDGET_S) \
+		$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-test-slow: install ## and the slow ones
-	$(BIN)/python -m pytest -m "slow or not slow"
+test-long: install ## several hosts, SLURM, MPI, launched runs, whole documents
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m long $(PYTEST_ARGS)
+
+test-slow: install ## everything, torture and scale too
+	$(PYTEST) -m "slow or long or not slow" $(PYTEST_ARGS)
 
 lint: install ## types (the pyright package needs node, and fetches its code from npm once)
 	$(BIN)/ruff check .

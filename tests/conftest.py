@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,9 @@ os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 
+from tests.built_once import BuiltOnce  # noqa: E402
+from tests.ranks import close_pool, run_ranks  # noqa: E402
+from tests.runs import run_training, tiny_config  # noqa: E402
 from tests.synthetic import make_shards  # noqa: E402
 
 # First, so that no process works alone on one of them while the others have nothing left.
@@ -43,11 +45,28 @@ def real_data() -> Path:
 def _pool_of_ranks() -> Iterator[None]:
     """End the rank processes after the last test; it fails if they are not clean."""
     yield
-    if "tests.ranks" in sys.modules:
-        sys.modules["tests.ranks"].close_pool()
+    close_pool()
 
 
 @pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BuiltOnce]:
+    """Folders that all test workers read and nobody writes to."""
+    once = BuiltOnce(tmp_path_factory)
+    yield once
+    once.require_untouched()
+
+
+@pytest.fixture(scope="session")
+def shards(built_once: BuiltOnce) -> Path:
     """Shards of 120 fake cells, several buckets and blocks."""
-    return make_shards(tmp_path_factory.mktemp("shards"))
+    return built_once.folder("cells", make_shards) / "shards"
+
+
+@pytest.fixture(scope="session")
+def trained(built_once: BuiltOnce, shards: Path) -> Path:
+    """A run of `tiny_config` on one rank: ten steps, checkpoints of steps 5 and 10."""
+
+    def train(folder: Path) -> None:
+        run_ranks(1, run_training, tiny_config(shards, folder / "run"))
+
+    return built_once.folder("trained", train) / "run"

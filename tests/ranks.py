@@ -260,9 +260,8 @@ class Command:
         return code
 
 
-@contextlib.contextmanager
-def commands(arguments: Sequence[Sequence[str]], logs: Path) -> Iterator[list[Command]]:
-    """Start ``python -m pretrain ARGUMENTS`` for each rank, without a launcher; kill what is left.
+def start_commands(arguments: Sequence[Sequence[str]], logs: Path) -> list[Command]:
+    """Start ``python -m pretrain ARGUMENTS`` for each rank, without a launcher.
 
     Forked from the server, a rank starts in a second.
     """
@@ -276,13 +275,25 @@ def commands(arguments: Sequence[Sequence[str]], logs: Path) -> Iterator[list[Co
         )
         process.start()
         ranks.append(Command(process, log))
+    return ranks
+
+
+@contextlib.contextmanager
+def commands(arguments: Sequence[Sequence[str]], logs: Path) -> Iterator[list[Command]]:
+    """Do as `start_commands`, and kill what is left at the end."""
+    ranks = start_commands(arguments, logs)
     try:
         yield ranks
     finally:
-        for rank in ranks:
-            if rank.process.is_alive():
-                rank.process.kill()
-            rank.process.join(10)
+        end_commands(ranks)
+
+
+def end_commands(ranks: Sequence[Command]) -> None:
+    """Kill the ranks that are left."""
+    for rank in ranks:
+        if rank.process.is_alive():
+            rank.process.kill()
+        rank.process.join(10)
 
 
 def _enter_command(words: list[str], rank: int, world_size: int, port: int, log: Path) -> None:

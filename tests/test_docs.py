@@ -28,6 +28,7 @@ FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", flags=re.M | re.S)
 MARKED = re.compile(r"<!-- run -->\n+```(bash|python)\n(.*?)^```", flags=re.M | re.S)
 
 
+@pytest.mark.long
 def test_site_builds_without_a_warning(tmp_path):
     """Links, anchors, pages that no menu names: mkdocs is strict about them."""
     done = subprocess.run(
@@ -41,6 +42,7 @@ def test_site_builds_without_a_warning(tmp_path):
     assert "optim.warmup_steps" in settings and "10000" in settings
 
 
+@pytest.mark.long
 def test_guide_runs_and_others_can_read_what_it_makes(tmp_path):
     """Blocks that are marked, in their order: the guide makes the files that formats.md reads."""
     if not (BIN / "geneloom").exists():

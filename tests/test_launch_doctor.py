@@ -41,6 +41,7 @@ def doctor(host: Host, hostfile: Path, shared: Path, *more: str) -> subprocess.C
     return host.run([sys.executable, "-c", code, *words], timeout=200, env=environment())
 
 
+@pytest.mark.long
 @needs_hosts
 def test_healthy_hosts_and_a_slow_one(three, tmp_path):
     hostfile = write_hostfile(tmp_path, "ds1", "ds2", "ds3")
@@ -63,6 +64,7 @@ def test_healthy_hosts_and_a_slow_one(three, tmp_path):
     assert list(tmp_path.iterdir()) == [hostfile]
 
 
+@pytest.mark.long
 @needs_hosts
 def test_broken_hosts_are_named_with_what_to_do(three, tmp_path, shards):
     """Another version, no shared folder, an unknown host; then the key: doctor and launch."""
@@ -107,6 +109,7 @@ def test_broken_hosts_are_named_with_what_to_do(three, tmp_path, shards):
     assert "ds2: not reachable: no login without a password; `ssh-copy-id ds2`" in refused.stderr
 
 
+@pytest.mark.long
 @needs_hosts
 def test_more_slots_than_gpus_and_a_port_in_use(three, tmp_path, shards):
     hostfile = write_hostfile(tmp_path, "ds1", "ds2", slots=8)

@@ -87,6 +87,7 @@ def events(config: RunConfig, kind: str) -> list[dict]:
     return [e for e in map(json.loads, lines) if e["event"] == kind]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "words",
     [
@@ -125,6 +126,7 @@ def kill_all(host: Host) -> None:
         host.run(["kill", "-KILL", str(pid)])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("words", "disturb", "left"),
     [
@@ -170,6 +172,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen, log: Path
         time.sleep(0.02)
 
 
+@pytest.mark.long
 def test_preparing_on_two_hosts_gives_the_same_bytes(three, tmp_path):
     cells = tmp_path / "cells.h5ad"
     write_cells(cells, num_cells=120)

@@ -187,6 +187,7 @@ def _expanded(word: str, variables: dict[str, str]) -> str:
     return re.sub(r"\$\((\w+)\)", lambda match: variables[match[1]], word)
 
 
+@pytest.mark.long
 def test_pods_save_when_evicted_and_resume(shards, tmp_path):
     """The commands of a PyTorchJob of two pods: SIGTERM as at an eviction, then the pods again."""
     from pretrain import checkpoint

@@ -41,6 +41,7 @@ def test_two_ranks_under_mpirun_are_one_run(shards, tmp_path):
     assert "launch mpi --ranks 2" in record["command"]
 
 
+@pytest.mark.long
 def test_request_to_stop_reaches_the_ranks(shards, tmp_path):
     """SIGTERM to the launcher: a checkpoint, exit code 75, no process left behind."""
     out = tmp_path / "run"

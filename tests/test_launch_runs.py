@@ -11,18 +11,17 @@ from pathlib import Path
 import pytest
 
 from launch.runs import find_runs, format_age, look_at
-from tests.runs import run_training, tiny_config
-from tests.synthetic import make_shards
 from tests.test_cli import geneloom
 
 DAY = 86_400
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
+def home(shards, trained, tmp_path_factory) -> Path:
     """A folder with shards, and with a run of ten steps that saved at 5 and 10."""
     folder = tmp_path_factory.mktemp("home")
-    run_training(tiny_config(make_shards(folder), folder / "runs" / "whole"))
+    shutil.copytree(shards, folder / "shards")
+    shutil.copytree(trained, folder / "runs" / "whole")
     return folder
 
 

@@ -71,6 +71,7 @@ def wait_for_step(config: RunConfig, step: int) -> None:
     wait_until(lambda: last_step(config.run.out) >= step, config)
 
 
+@pytest.mark.long
 def test_killed_and_signalled_run_ends_as_if_undisturbed(cluster, shards, tmp_path):
     """A rank dies, then USR1 as before a time limit: requeued twice, same cells, same bits."""
     settings = {"run__max_steps": 300, "checkpoint__every_steps": 10}
@@ -103,6 +104,7 @@ def test_killed_and_signalled_run_ends_as_if_undisturbed(cluster, shards, tmp_pa
     assert "all ranks are done" in text
 
 
+@pytest.mark.long
 def test_cancelled_run_saves_and_stays_cancelled(cluster, shards, tmp_path):
     from pretrain import checkpoint
 
@@ -119,6 +121,7 @@ def test_cancelled_run_saves_and_stays_cancelled(cluster, shards, tmp_path):
     assert not cluster.nodes[1].processes("-m pretrain")
 
 
+@pytest.mark.long
 def test_prepare_is_a_job_of_one_task(cluster, tmp_path):
     """The shards are those of the command without a queue, byte for byte."""
     cells = write_cells(tmp_path / "cells.h5ad")

@@ -63,6 +63,7 @@ def test_a_killed_rank_costs_no_cell(shards, tmp_path):
     assert all((folder / f"attempt_{n}" / "rank_00001.log").exists() for n in (1, 2))
 
 
+@pytest.mark.long
 def test_a_crash_that_repeats_is_not_started_again(shards, tmp_path):
     """A learning rate that makes every step after the first infinite."""
     config = tiny_config(

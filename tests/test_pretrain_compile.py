@@ -18,7 +18,7 @@ from tests.test_pretrain_masking import vocabulary
 if TYPE_CHECKING:
     from pretrain.model import MaskedGeneModel
 
-pytestmark = pytest.mark.skipif(
+NEEDS_COMPILER = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None,
     reason="torch.compile on a CPU needs a C++ compiler",
 )
@@ -51,12 +51,22 @@ def one_compiler(monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
-def test_compiled_layers_are_the_plain_ones(tmp_path):
+@pytest.mark.parametrize(
+    "backend",
+    # The same graphs, forward and backward; the long tier has them written in C++ too.
+    ["aot_eager", pytest.param("inductor", marks=[pytest.mark.long, NEEDS_COMPILER])],
+)
+def test_compiled_layers_are_the_plain_ones(backend, tmp_path, monkeypatch):
     import torch
     from torch._dynamo.utils import counters
 
     from pretrain.model import build_model
 
+    if backend != "inductor":
+        in_torch = torch.compile
+        monkeypatch.setattr(
+            torch, "compile", lambda f, mode, **kwargs: in_torch(f, backend=backend, **kwargs)
+        )
     settings = tiny_config(tmp_path, tmp_path / "run", model__num_layers=4).model
     plain, compiled = (build_model(settings, vocabulary(False), 0).train() for _ in range(2))
     torch._dynamo.reset()
@@ -79,6 +89,8 @@ def test_compiled_layers_are_the_plain_ones(tmp_path):
     torch._dynamo.reset()
 
 
+@pytest.mark.long
+@NEEDS_COMPILER
 def test_a_compiled_run_resumes_to_the_same_bits(tmp_path):
     whole = tiny_config(
         make_shards(tmp_path, num_cells=100, num_genes=12), tmp_path / "whole",

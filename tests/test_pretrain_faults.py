@@ -246,6 +246,7 @@ def test_a_lost_rank_ends_the_others_by_name(
             assert lost.process.is_alive()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("number", "rank"),
     [

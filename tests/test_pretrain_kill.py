@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from data_prep.hashing import mix64
 from data_prep.order import EpochPlan
 from data_prep.shards import ShardSet
 from pretrain.config import RunConfig
-from tests.ranks import run_ranks
+from tests.ranks import Command, run_ranks, start_commands
 from tests.runs import (
     LIMIT_S,
     console,
@@ -52,25 +53,46 @@ def _config(shards: Path, out: Path, deepspeed: str) -> RunConfig:
     )  # fmt: skip
 
 
+@dataclass
+class Forked:
+    """Ranks of a run that were forked from a server, without a launcher: they start in a second.
+
+    It is asked as a `subprocess.Popen` of the command is.
+    """
+
+    ranks: list[Command]
+
+    def poll(self) -> int | None:
+        codes = [rank.process.exitcode for rank in self.ranks]
+        return None if None in codes else max(map(abs, codes))
+
+    def wait(self, timeout: float) -> int:
+        return max(abs(rank.code(timeout)) for rank in self.ranks)
+
+
+Start = subprocess.Popen | Forked
+
+
 @pytest.mark.parametrize(
-    ("ranks", "deepspeed", "kills"),
+    ("ranks", "deepspeed", "kills", "way"),
     [
-        pytest.param(1, "zero1", 3, marks=pytest.mark.slow),
-        (2, "zero2", 3),
-        pytest.param(1, "zero0", 20, marks=pytest.mark.slow),
-        pytest.param(2, "zero3", 20, marks=pytest.mark.slow),
+        (2, "zero2", 3, "forked"),
+        pytest.param(1, "zero1", 3, "launched", marks=pytest.mark.slow),
+        pytest.param(2, "zero2", 3, "launched", marks=pytest.mark.slow),
+        pytest.param(1, "zero0", 20, "launched", marks=pytest.mark.slow),
+        pytest.param(2, "zero3", 20, "launched", marks=pytest.mark.slow),
     ],
 )
-def test_killed_again_and_again_is_bit_exact(ranks, deepspeed, kills, shards, tmp_path):
+def test_killed_again_and_again_is_bit_exact(ranks, deepspeed, kills, way, shards, tmp_path):
     """Weights, moments, losses and cells are those of the run that nobody disturbed."""
     whole = _config(shards, tmp_path / "whole", deepspeed)
     run_ranks(ranks, run_training, whole)
     cut = _config(shards, tmp_path / "cut", deepspeed)
     seed = time.time_ns() % 2**32
     print(f"seed {seed}")
-    _kill_again_and_again(cut, ranks, kills, np.random.default_rng(seed))
-    process = _go_on(cut, ranks)
-    assert process.wait(LIMIT_S) == 0, console(cut)
+    _kill_again_and_again(cut, ranks, kills, way, np.random.default_rng(seed))
+    process = _go_on(cut, ranks, way)
+    assert process.wait(LIMIT_S) == 0, _said(cut, process)
 
     require_same_state(cut.run.out, whole.run.out)
     _require_same_metrics(cut.run.out, whole.run.out)
@@ -81,7 +103,7 @@ def test_killed_again_and_again_is_bit_exact(ranks, deepspeed, kills, shards, tm
 
 
 def _kill_again_and_again(
-    config: RunConfig, ranks: int, kills: int, rng: np.random.Generator
+    config: RunConfig, ranks: int, kills: int, way: str, rng: np.random.Generator
 ) -> None:
     """Kill starts of a run: so many, and more until one was writing a checkpoint."""
     plan = EpochPlan(
@@ -97,7 +119,7 @@ def _kill_again_and_again(
         # "starting" needs luck to hit anything: not in the first two.
         moment = ("writing", "training")[done] if done < 2 else str(rng.choice(_MOMENTS, p=_SHARES))
         before = _partial_folders(config.run.out)
-        process = _go_on(config, ranks)
+        process = _go_on(config, ranks, way)
         of_ranks, others = _wait_for_moment(moment, process, config, ranks, most, before, rng)
         # Of a launched run: one rank, and the others end by themselves; or all processes.
         # With three kills both happen.
@@ -110,17 +132,27 @@ def _kill_again_and_again(
         done, hits = done + 1, hits + hit
 
 
-def _go_on(config: RunConfig, ranks: int) -> subprocess.Popen:
-    if _saved_step(config.run.out):
-        return start_command(config, "--resume", ranks=ranks)
-    # Nothing was saved yet: what the command asks a user to do.
-    shutil.rmtree(config.run.out, ignore_errors=True)
-    return start_command(config, ranks=ranks)
+def _go_on(config: RunConfig, ranks: int, way: str) -> Start:
+    words = ["--resume"] if _saved_step(config.run.out) else []
+    if not words:
+        # Nothing was saved yet: what the command asks a user to do.
+        shutil.rmtree(config.run.out, ignore_errors=True)
+    if way == "launched":
+        return start_command(config, *words, ranks=ranks)
+    path = config.run.out.with_name("cut.yaml")
+    path.write_text(config.to_yaml())
+    return Forked(start_commands([["--config", str(path), *words]] * ranks, path.parent / "logs"))
+
+
+def _said(config: RunConfig, process: Start) -> str:
+    if isinstance(process, Forked):
+        return "\n".join(rank.said for rank in process.ranks)
+    return console(config)
 
 
 def _wait_for_moment(
     moment: str,
-    process: subprocess.Popen,
+    process: Start,
     config: RunConfig,
     ranks: int,
     most: int,
@@ -149,7 +181,7 @@ def _wait_for_moment(
         until = time.monotonic() + rng.uniform(0, _STARTING_S)
         wait_until(lambda: time.monotonic() > until or steps_of_this_start() > 0, process)
         return _processes(process, ranks)
-    assert wait_until(lambda: steps_of_this_start() > 0, process), console(config)
+    assert wait_until(lambda: steps_of_this_start() > 0, process), _said(config, process)
     # Now, for it takes as long as writing a checkpoint does.
     processes = _processes(process, ranks)
     if moment == "training":
@@ -159,15 +191,15 @@ def _wait_for_moment(
     else:
         target = saved + int(rng.integers(0, most + 1))
         in_time = wait_until(lambda: writes_after(target), process)
-    assert in_time, f"the run has ended, too early to be killed:\n{console(config)}"
+    assert in_time, f"the run has ended, too early to be killed:\n{_said(config, process)}"
     return processes
 
 
-def _processes(
-    process: subprocess.Popen, ranks: int
-) -> tuple[list[psutil.Process], list[psutil.Process]]:
+def _processes(process: Start, ranks: int) -> tuple[list[psutil.Process], list[psutil.Process]]:
     """Return the ranks of a started command, and what else it runs."""
     try:
+        if isinstance(process, Forked):
+            return [psutil.Process(rank.pid) for rank in process.ranks], []
         root = psutil.Process(process.pid)
         of_ranks = rank_processes(process.pid, "pretrain") if ranks > 1 else [root]
         return of_ranks, [p for p in (root, *root.children(recursive=True)) if p not in of_ranks]
@@ -181,10 +213,10 @@ def _kill(processes: list[psutil.Process]) -> None:
             process.kill()
 
 
-def _wait_for_the_end(process: subprocess.Popen, config: RunConfig, alone: bool) -> None:
+def _wait_for_the_end(process: Start, config: RunConfig, alone: bool) -> None:
     """Return when no process of a run is left; if all were killed, kill one just started too."""
     deadline = time.monotonic() + LIMIT_S
-    assert process.wait(LIMIT_S) != 0, console(config)
+    assert process.wait(LIMIT_S) != 0, _said(config, process)
     name = str(config.run.out)
     while left := [
         p
@@ -258,6 +290,7 @@ def _digest(cells: np.ndarray) -> int:
     return int(mix64(cells).sum(dtype=np.uint64))
 
 
+@pytest.mark.long
 def test_signal_through_the_launcher_saves_and_exits_75(shards, tmp_path):
     from pretrain import checkpoint
 

@@ -19,14 +19,6 @@ from tests.runs import OFFLOAD, final_state, metrics, require_same_state, run_tr
 from tests.synthetic import make_shards
 
 
-@pytest.fixture(scope="module")
-def finished(shards, tmp_path_factory) -> Path:
-    """A run of one rank, with checkpoints of steps 5 and 10."""
-    out = tmp_path_factory.mktemp("finished") / "run"
-    run_ranks(1, run_training, tiny_config(shards, out))
-    return out
-
-
 def copied(run: Path, to: Path) -> Path:
     return Path(shutil.copytree(run, to / "run"))
 
@@ -245,10 +237,10 @@ def test_damage_costs_one_checkpoint_and_no_bit(name, two_ranks, resumed):
     assert (run / "checkpoints" / _LATEST).read_text() == "step-00000010\n"
 
 
-def test_no_checkpoint_is_complete(finished, tmp_path):
+def test_no_checkpoint_is_complete(trained, tmp_path):
     from pretrain import checkpoint
 
-    run = copied(finished, tmp_path)
+    run = copied(trained, tmp_path)
     _flip(run / "checkpoints" / "step-00000010" / _RANK_0)
     record = run / "checkpoints" / "step-00000005" / _RECORD
     record.write_text(record.read_text().replace('"step": 5', '"step": 6'))
@@ -256,8 +248,8 @@ def test_no_checkpoint_is_complete(finished, tmp_path):
         checkpoint.newest(run)
 
 
-def test_torn_checkpoints_do_not_crowd_out_good_ones(shards, finished, tmp_path):
-    run = copied(finished, tmp_path)
+def test_torn_checkpoints_do_not_crowd_out_good_ones(shards, trained, tmp_path):
+    run = copied(trained, tmp_path)
     config = tiny_config(shards, run, checkpoint__every_steps=1, checkpoint__keep=2)
     # The same one twice: a disk that goes bad does not do it once.
     for _ in range(2):
@@ -265,12 +257,12 @@ def test_torn_checkpoints_do_not_crowd_out_good_ones(shards, finished, tmp_path)
         run_ranks(1, run_training, config, True)
         names = sorted(p.name for p in (run / "checkpoints").iterdir())
         assert names == ["latest", "step-00000009", "step-00000010", "torn-step-00000010"]
-    require_same_state(run, finished)
+    require_same_state(run, trained)
 
 
-def test_a_start_finishes_what_the_one_before_left(shards, finished, tmp_path):
+def test_a_start_finishes_what_the_one_before_left(shards, trained, tmp_path):
     """Killed after the last checkpoint got its name, before `latest` and old ones were done."""
-    run = copied(finished, tmp_path)
+    run = copied(trained, tmp_path)
     checkpoints = run / "checkpoints"
     shutil.copytree(checkpoints / "step-00000010", checkpoints / ".step-00000010.0a1b.partial")
     shutil.copytree(checkpoints / "step-00000005", checkpoints / ".step-00000003.trash")
@@ -282,16 +274,16 @@ def test_a_start_finishes_what_the_one_before_left(shards, finished, tmp_path):
     assert (checkpoints / _LATEST).read_text() == "step-00000010\n"
 
 
-def test_a_line_that_was_torn_off_is_written_again(shards, finished, tmp_path):
+def test_a_line_that_was_torn_off_is_written_again(shards, trained, tmp_path):
     """A kill can leave half a line in metrics.jsonl, and lines of steps that are lost."""
-    run = copied(finished, tmp_path)
+    run = copied(trained, tmp_path)
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     at = next(i for i, line in enumerate(lines) if json.loads(line)["step"] == 8)
     path.write_text("".join(lines[:at]) + lines[at][:40])
     shutil.rmtree(run / "checkpoints" / "step-00000010")
     run_ranks(1, run_training, tiny_config(shards, run), True)
-    mine, theirs = metrics(run, "train"), metrics(finished, "train")
+    mine, theirs = metrics(run, "train"), metrics(trained, "train")
     assert [(m["step"], m["loss"]) for m in mine] == [(m["step"], m["loss"]) for m in theirs]
 
 
@@ -313,29 +305,29 @@ def test_a_line_that_was_torn_off_is_written_again(shards, finished, tmp_path):
         ),
     ],
 )
-def test_changed_recipe_is_refused_by_name(change, message, shards, finished, tmp_path):
-    run = copied(finished, tmp_path)
+def test_changed_recipe_is_refused_by_name(change, message, shards, trained, tmp_path):
+    run = copied(trained, tmp_path)
     config = tiny_config(shards, run, **change)
     with pytest.raises(AssertionError, match=message):
         run_ranks(1, run_training, config, True)
 
 
-def test_other_shards_are_refused(shards, finished, tmp_path):
-    run = copied(finished, tmp_path)
+def test_other_shards_are_refused(shards, trained, tmp_path):
+    run = copied(trained, tmp_path)
     other = make_shards(tmp_path, seed=9)
     with pytest.raises(AssertionError, match="checkpoint was trained on vocabulary"):
         run_ranks(1, run_training, tiny_config(other, run), True)
 
 
-def test_run_folder_is_not_overwritten_nor_invented(shards, finished, tmp_path):
+def test_run_folder_is_not_overwritten_nor_invented(shards, trained, tmp_path):
     with pytest.raises(AssertionError, match="add --resume"):
-        run_ranks(1, run_training, tiny_config(shards, finished))
+        run_ranks(1, run_training, tiny_config(shards, trained))
     with pytest.raises(AssertionError, match="there is no checkpoint"):
         run_ranks(1, run_training, tiny_config(shards, tmp_path / "new"), True)
     assert not (tmp_path / "new").exists()
 
 
-def test_restart_begins_again_only_what_was_begun(shards, finished, tmp_path):
+def test_restart_begins_again_only_what_was_begun(shards, trained, tmp_path):
     """Ended before its first checkpoint: from step 0; anything else in the folder: refused."""
     out = tmp_path / "run"
     (out / "launch").mkdir(parents=True)

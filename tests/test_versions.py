@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from data_prep.version import VERSION
-from tests.runs import run_training, tiny_config
-from tests.synthetic import make_shards
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
+def home(shards, trained, tmp_path_factory) -> Path:
     """Shards, a run, its model, embedded cells, tables of attention."""
     from eval.attention_tables import attention_file
     from eval.embed import embed_file
     from pretrain.export import export
 
     folder = tmp_path_factory.mktemp("versions")
-    run_training(tiny_config(make_shards(folder, num_cells=60), folder / "run", run__max_steps=5))
+    shutil.copytree(shards, folder / "shards")
+    shutil.copy(shards.parent / "cells.h5ad", folder)
+    shutil.copytree(trained, folder / "run")
     export(folder / "run", folder / "model")
     embed_file(folder / "cells.h5ad", folder / "model", folder / "embedded.h5ad")
     attention_file(folder / "cells.h5ad", folder / "model", folder / "attention")

@@ -1,0 +1,62 @@
+"""Run a command and fail if it, with all that it starts, needs more processor time than allowed.
+
+``python -m tests.cpu_budget SECONDS COMMAND...``. Processor time, not wall time: it hardly depends
+on what else the machine does. Processes that outlive their parents (servers that are forked from,
+daemons) are counted too: this process adopts them, and waits for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import subprocess
+import sys
+import time
+
+import psutil
+
+_PR_SET_CHILD_SUBREAPER = 36
+# Whoever is left after the command gets so long to end by itself.
+_GRACE_S = 10.0
+
+
+def run(command: list[str]) -> tuple[int, float]:
+    """Return (exit code, processor seconds of the command and all its descendants)."""
+    # Without it (no Linux) orphans are not counted.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    code = subprocess.call(command)
+    deadline = time.monotonic() + _GRACE_S
+    while orphans := psutil.Process().children(recursive=True):
+        if time.monotonic() > deadline:
+            for orphan in orphans:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    orphan.kill()
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        time.sleep(0.05)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return code, used.ru_utime + used.ru_stime
+
+
+def main(allowed_s: float, command: list[str]) -> int:
+    """Run, say what it took, and return the exit code: the command's, or 1 above the budget."""
+    started = time.monotonic()
+    code, used_s = run(command)
+    wall_s = time.monotonic() - started
+    print(f"processor time {used_s:.0f} s of {allowed_s:.0f} s allowed, wall time {wall_s:.0f} s")
+    if not code and used_s > allowed_s:
+        print(
+            "error: the tests have become too expensive; docs/testing.md says what costs how much, "
+            "and what to do about it",
+            file=sys.stderr,
+        )
+        return 1
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(float(sys.argv[1]), sys.argv[2:]))
