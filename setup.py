@@ -90,6 +90,7 @@ setup(
             "nbclient",
             "pyright",
             "pytest",
+            "pytest-randomly",
             "pytest-xdist",
             "ruff",
             "statsmodels",

@@ -21,6 +21,8 @@ from data_prep.shards import ShardSet
 from data_prep.sources import SourceOptions, source_at
 from data_prep.vocab import from_dictionaries
 
+pytestmark = pytest.mark.quick
+
 PASSED, EMPTY, FEW, COUNTS, MITO, DUPLICATE = REASONS[1:]
 MT_IDS = ["ENSG00000198695", "ENSG00000198712", "ENSG00000198727", "ENSG00000198763"]
 GENES = [f"ENSG{i:011d}" for i in range(40)] + MT_IDS

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,6 +11,8 @@ from data_prep.hashing import (
     stream_key,
     unit_interval,
 )
+
+pytestmark = pytest.mark.quick
 
 
 def test_mix64_is_splitmix64():

@@ -50,6 +50,7 @@ def billion(tmp_path_factory) -> ShardSet:
     return ShardSet(folder)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("seed", range(12))
 def test_each_cell_exactly_once_per_epoch(seed):
     rng = np.random.default_rng(seed)
@@ -69,6 +70,7 @@ def test_each_cell_exactly_once_per_epoch(seed):
         np.testing.assert_array_equal(np.sort(np.concatenate(seen)), np.arange(plan.num_cells))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7, 64])
 def test_ranks_divide_a_batch(ranks, many_shards):
     plan = EpochPlan(ShardSet(many_shards), "train", 0, 2048)
@@ -79,6 +81,7 @@ def test_ranks_divide_a_batch(ranks, many_shards):
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+@pytest.mark.quick
 def test_order_depends_on_seed_and_epoch_only(many_shards):
     shards = ShardSet(many_shards)
     steps = EpochPlan(shards, "train", 0, 2048).steps_per_epoch
@@ -92,6 +95,7 @@ def test_order_depends_on_seed_and_epoch_only(many_shards):
     assert order(0, 0) != order(0, 1)
 
 
+@pytest.mark.quick
 def test_buckets_are_spread_over_the_epoch(many_shards):
     plan = EpochPlan(ShardSet(many_shards), "train", 0, 1024)
     buckets = np.array([plan.step(i).bucket for i in range(plan.steps_per_epoch)])
@@ -100,6 +104,7 @@ def test_buckets_are_spread_over_the_epoch(many_shards):
         assert abs(first_half - chosen.num_steps / 2) <= 2
 
 
+@pytest.mark.quick
 def test_cells_of_a_block_do_not_meet_in_every_epoch(many_shards):
     plan = EpochPlan(ShardSet(many_shards), "train", 0, 2048)
 
@@ -118,6 +123,7 @@ def test_cells_of_a_block_do_not_meet_in_every_epoch(many_shards):
     assert max(again) < 2 * by_chance, (again, by_chance)
 
 
+@pytest.mark.quick
 def test_labels_are_mixed_as_in_a_permutation(many_shards):
     shards = ShardSet(many_shards)
     mixing = label_mixing(shards, EpochPlan(shards, "train", 0, 2048), "cell_type")
@@ -128,6 +134,7 @@ def test_labels_are_mixed_as_in_a_permutation(many_shards):
         label_mixing(shards, EpochPlan(shards, "train", 0, 2048), "nothing")
 
 
+@pytest.mark.quick
 def test_inspect_prints_the_measures(many_shards):
     arguments = ["inspect", str(many_shards), "--shuffle", "--label", "donor"]
     done = CliRunner().invoke(build_app("inspect"), [*arguments, "--tokens-per-step", "1024"])
@@ -140,6 +147,7 @@ def test_inspect_prints_the_measures(many_shards):
     assert f"  2: {amplification:.3f}  " in done.output
 
 
+@pytest.mark.quick
 def test_sorted_cells_are_found_out(many_shards):
     shards = ShardSet(many_shards)
     plan = EpochPlan(shards, "train", 0, 2048)
@@ -164,6 +172,7 @@ def test_sorted_cells_are_found_out(many_shards):
     assert mixing.ratio < 0.6
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("nodes", [1, 2, 3])
 @pytest.mark.parametrize("tokens_per_step", [256, 1024])
 def test_readers_read_what_was_computed(nodes, tokens_per_step, many_shards):
@@ -213,6 +222,7 @@ def test_any_step_of_a_billion_cells_at_once(billion):
     assert np.median(seconds) < 0.04
 
 
+@pytest.mark.quick
 def test_budget_below_one_cell_is_refused(many_shards):
     with pytest.raises(ValueError, match="tokens_per_step=16"):
         EpochPlan(ShardSet(many_shards), "train", 0, 16)

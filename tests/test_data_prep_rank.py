@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from data_prep.rank import encode_cells
 from data_prep.vocab import from_dictionaries, open_vocabulary
 
+pytestmark = pytest.mark.quick
+
 
 def reference(counts: np.ndarray, tokens: np.ndarray, vocabulary) -> list[np.ndarray]:
     """Dense, per cell, stable sort: what the encoding is defined by."""

@@ -13,6 +13,8 @@ from data_prep.vocab import (
     read_dictionary,
 )
 
+pytestmark = pytest.mark.quick
+
 TOKENS = {"<pad>": 0, "<mask>": 1, "ENSG1": 2, "ENSG2": 3}
 MEDIANS = {"ENSG1": 2.0, "ENSG2": 0.5}
 

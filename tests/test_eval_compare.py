@@ -9,6 +9,8 @@ import pytest
 
 from eval.benchmark.outcome import Outcome, TaskRun
 
+pytestmark = pytest.mark.quick
+
 # Scores of folds, by contender, role and model.
 Scores = Mapping[tuple, list]
 FOLDS = 5

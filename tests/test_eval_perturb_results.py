@@ -10,6 +10,8 @@ import pytest
 
 from eval.perturb.results import Results, ResultsWriter, locked_folder
 
+pytestmark = pytest.mark.quick
+
 
 def make_results(
     folder: Path,

@@ -13,6 +13,8 @@ from data_prep.shards import ShardSet
 if TYPE_CHECKING:
     from pretrain.baselines import RankBaselines
 
+pytestmark = pytest.mark.quick
+
 SHARDS = Path(__file__).parent / "golden" / "shards-1"
 
 

@@ -8,6 +8,8 @@ import yaml
 from pretrain.config import CONFIG_FOLDER, load_config
 from pretrain.ds_config import DEEPSPEED_CONFIG_FOLDER, derive_ds_config, zero_stage
 
+pytestmark = pytest.mark.quick
+
 REQUIRED = ["data.shards=shards", "run.out=out"]
 
 

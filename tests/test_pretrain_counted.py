@@ -10,6 +10,8 @@ import pytest
 from data_prep.shards import ShardSet
 from pretrain.counted import FOLDER_NAME, counted_tables
 
+pytestmark = pytest.mark.quick
+
 
 class _Counter:
     def __init__(self) -> None:

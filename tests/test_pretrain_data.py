@@ -18,6 +18,8 @@ from tests.synthetic import make_shards
 if TYPE_CHECKING:
     from pretrain.data import MicroBatch, StepDataset
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(scope="module")
 def many_shards(tmp_path_factory) -> Path:

@@ -12,6 +12,8 @@ from data_prep.vocab import from_dictionaries
 from pretrain.config import MaskingConfig
 from pretrain.masking import NO_LABEL, Masks, mask_rows, masks_of, num_masked
 
+pytestmark = pytest.mark.quick
+
 NUM_GENES = 500
 
 

@@ -8,6 +8,8 @@ import pytest
 from pretrain.config import ModelConfig, OptimConfig
 from tests.test_pretrain_masking import vocabulary
 
+pytestmark = pytest.mark.quick
+
 CONFIG = ModelConfig(
     num_layers=2, hidden_size=32, num_heads=2, intermediate_size=64,
     hidden_dropout=0.0, attention_dropout=0.0,

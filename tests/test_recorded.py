@@ -11,6 +11,8 @@ import pytest
 
 from tests.pages import section
 
+pytestmark = pytest.mark.quick
+
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PRETRAINING = section((DOCS / "benchmarks.md").read_text(), "pretraining")
 
