@@ -8,10 +8,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from data_prep.shards import ShardSet
-from pretrain.data import BlockCache
+from pretrain.counted import train_blocks
 
 BASELINE_NAMES = ("unigram", "unigram_by_rank", "mean_rank")
 RANK_BINS = 50
@@ -94,19 +96,14 @@ def _places(table: np.ndarray) -> np.ndarray:
     return places
 
 
-def _train_tokens(shards: ShardSet, max_cells: int, quarantine: bool):
-    """Yield (tokens int64, relative ranks float64) of train blocks, spread over the corpus."""
-    extents = shards.extents("train")
-    numbers = np.concatenate([shards.block_numbers("train", e.length) for e in extents])
-    share = min(1.0, max_cells / sum(e.num_cells for e in extents))
-    wanted = max(1, int(len(numbers) * share))
-    blocks = BlockCache(shards, 1, quarantine)
-    for number in numbers[np.linspace(0, len(numbers) - 1, wanted).astype(np.int64)]:
-        if block := blocks.block(int(number)):
-            tokens, offsets = block
-            lengths = np.diff(offsets)
-            places = np.arange(len(tokens)) - np.repeat(offsets[:-1], lengths)
-            yield tokens.astype(np.int64), places / np.repeat(lengths, lengths)
+def _train_tokens(
+    shards: ShardSet, max_cells: int, quarantine: bool
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (tokens int64, relative ranks float64) of blocks of training cells."""
+    for block in train_blocks(shards, max_cells, quarantine):
+        lengths = np.diff(block.offsets)
+        places = np.arange(len(block.tokens)) - np.repeat(block.offsets[:-1], lengths)
+        yield block.tokens.astype(np.int64), places / np.repeat(lengths, lengths)
 
 
 def _normalised_log(weights: np.ndarray) -> np.ndarray:

@@ -13,20 +13,16 @@ import torch
 from data_prep.shards import ShardSet
 from pretrain import dist
 from pretrain.baselines import BASELINE_NAMES, RankBaselines
-from pretrain.config import MaskingConfig, RunConfig
+from pretrain.config import RunConfig
 from pretrain.data import MicroBatch, StepDataset
 from pretrain.dist import Ranks
-from pretrain.masking import NO_LABEL
+from pretrain.masking import EVALUATION_MASKING, NO_LABEL
 from pretrain.metrics import RunLog
 
 logger = logging.getLogger(__name__)
 
 TOP_GUESSES = 10
 RANK_DECILES = 10
-# Evaluation always hides 15 % with one seed, whatever the run trains with: curves stay comparable.
-# All of them become <mask>: under 80/10/10 a tenth of the answers can be copied from the input.
-# That was worth 0.75 nats to a 6-layer model, and no baseline blind to the cell can do it.
-EVALUATION_MASKING = MaskingConfig(mask_share=1.0, random_share=0.0)
 EVALUATION_SEED = 0
 # Not the run's budget: it would change which cells the first N of the plan are.
 EVALUATION_TOKENS = 16_384
