@@ -1,9 +1,9 @@
 """What counting can tell of a hidden gene: the line that a model has to be below.
 
 A cell is a sorted list: the value of a hidden gene, count x 1 / median, lies between those of its
-visible neighbours. Counts are whole and mostly small, so the difference of log(1 / median) between a
-gene and its neighbour is near the logarithm of a ratio of small whole numbers, and few genes have
-such a median. This takes no learning from cells: three tables of counts and a product.
+visible neighbours. Counts are whole and mostly small, so the difference of log(1 / median) between
+a gene and its neighbour is near the logarithm of a ratio of small whole numbers, and few genes have
+such a median. No biology is needed for that: tables of counts, and a product.
 
 1. u = log(1 / median) of every gene, on a fine grid.
 2. On training cells, hidden as held-out cells are: how often the hidden gene stands at which
@@ -23,7 +23,6 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import scipy.signal
@@ -67,8 +66,12 @@ _NEWTON_STEPS = 8
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Padded cells with their genes hidden, as the kernels take them."""
+class MaskedRows:
+    """Padded cells in which each hidden gene is <mask>: int32 [B, L] inputs, int64 [B] lengths.
+
+    ``labels`` int64 [M]: the hidden genes in the order of the rows; that they are as many as there
+    are masks is not checked.
+    """
 
     inputs: np.ndarray
     lengths: np.ndarray
@@ -111,23 +114,15 @@ class Arithmetic:
         self._mask_token = vocabulary.mask_token
         self._first_gene = vocabulary.first_gene_token
 
-    def scores(
-        self, inputs: np.ndarray, lengths: np.ndarray, labels: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def scores(self, rows: MaskedRows) -> tuple[np.ndarray, np.ndarray]:
         """Return float64 [M] losses (nats) and int32 [M] places of hidden genes.
 
         A place is the number of genes that could be hidden and are more likely than the label.
-
-        Parameters
-        ----------
-        inputs, lengths
-            int32 [B, L] padded cells in which each hidden gene is <mask>; int64 [B].
-        labels
-            int64 [M], the hidden genes in the order of the rows: not checked.
         """
+        labels = rows.labels
         losses, places = np.empty(len(labels)), np.empty(len(labels), np.int32)
         score_hidden(
-            inputs, lengths, labels, self._mask_token, self._first_gene, self._grid.place,
+            rows.inputs, rows.lengths, labels, self._mask_token, self._first_gene, self._grid.place,
             self._grid.frequency, self._grid.mass, self._edges, self._factors, self._most,
             self._ordered, self._starts, MIXED_SHARE, losses, places,
         )  # fmt: skip
@@ -183,7 +178,9 @@ def _count(shards: ShardSet, max_cells: int, quarantine: bool) -> dict[str, np.n
     shape = ((len(edges) + 1) * RANK_CLASSES, SLOTS)
     differences = np.zeros((*shape, 2 * grid.size - 1), np.int64)
     neighbours = np.zeros((*shape, grid.size), np.int64)
-    choosing_differences, choosing_neighbours = (np.zeros_like(a) for a in (differences, neighbours))
+    choosing_differences, choosing_neighbours = (
+        np.zeros_like(a) for a in (differences, neighbours)
+    )
     stride = max(_CHOOSING_SHARE, len(lengths) // _CHOOSING_CELLS)
     counted, choosing = 0, []
     for number in range(rounds):
@@ -195,9 +192,7 @@ def _count(shards: ShardSet, max_cells: int, quarantine: bool) -> dict[str, np.n
             chosen = np.arange(-first % stride, len(block.cells), stride)
             first += len(block.cells)
             rows = _hidden_rows(block.take(chosen), masks, vocabulary.pad_token)
-            _count_rows(
-                rows, vocabulary, grid, edges, choosing_differences, choosing_neighbours
-            )
+            _count_rows(rows, vocabulary, grid, edges, choosing_differences, choosing_neighbours)
             choosing += [rows] if number == 0 else []
     others = _log_ratios(
         differences - choosing_differences, neighbours - choosing_neighbours, grid.mass
@@ -233,9 +228,10 @@ def _grid_of(vocabulary: Vocabulary, frequency: np.ndarray) -> _Grid:
 
 
 def _length_edges(lengths: np.ndarray, hidden: int) -> np.ndarray:
-    """Return int64, the longest cells of all classes of length but the last; each has as many tokens.
+    """Return int64, the longest cells of all classes of length but the last.
 
-    Deep cells have other counts than shallow ones at the same rank.
+    Each class has as many tokens. At the same rank deep cells have other counts than shallow
+    ones.
     """
     classes = min(_MOST_CLASSES, max(1, hidden // _GENES_A_CLASS))
     ordered = np.sort(lengths)
@@ -245,7 +241,7 @@ def _length_edges(lengths: np.ndarray, hidden: int) -> np.ndarray:
     return edges[edges < ordered[-1]]
 
 
-def _hidden_rows(block: TrainBlock, masks: Masks, pad_token: int) -> _Rows:
+def _hidden_rows(block: TrainBlock, masks: Masks, pad_token: int) -> MaskedRows:
     """Return the cells of a block, padded, with genes hidden as in held-out cells."""
     lengths = np.diff(block.offsets)
     shape = (len(lengths), int(lengths.max(initial=1)))
@@ -256,11 +252,11 @@ def _hidden_rows(block: TrainBlock, masks: Masks, pad_token: int) -> _Rows:
         block.tokens, block.offsets, block.cells, masks, pad_token, inputs, real, places, labels,
         np.empty(most, np.float32),
     )  # fmt: skip
-    return _Rows(inputs, lengths, labels[:found])
+    return MaskedRows(inputs, lengths, labels[:found])
 
 
 def _count_rows(
-    rows: _Rows,
+    rows: MaskedRows,
     vocabulary: Vocabulary,
     grid: _Grid,
     edges: np.ndarray,
@@ -297,7 +293,7 @@ def _log_ratios(differences: np.ndarray, neighbours: np.ndarray, mass: np.ndarra
 
 
 def _fit_exponents(
-    choosing: list[_Rows],
+    choosing: list[MaskedRows],
     log_ratios: np.ndarray,
     vocabulary: Vocabulary,
     grid: _Grid,

@@ -151,7 +151,8 @@ def score_hidden(
     factors
         float32 [contexts, SLOTS, 2 G - 1], what a neighbour makes of a gene's frequency.
     most, ordered, starts
-        float32 [G], the largest frequency at each place; int64 [genes] genes by place, the most frequent first; int64 [G + 1] where each begins.
+        float32 [G], the largest frequency at each place; int64 [genes], genes by place, the most
+        frequent first; int64 [G + 1], where each place begins.
     mixed
         Share of the plain frequency in the prediction.
     losses, places
@@ -181,9 +182,7 @@ def score_hidden(
             own = 0.0 if is_visible[label] else product[place_of[label]] * frequency[label]
             share = min(own / total, 1.0) if total > 0 else 0.0
             losses[found] = -np.log((1 - mixed) * share + mixed * frequency[label])
-            places[found] = _more_likely(
-                product, frequency, most, ordered, starts, is_visible, own
-            )
+            places[found] = _more_likely(product, frequency, most, ordered, starts, is_visible, own)
             found += 1
         is_visible[genes[:visible]] = False
     return found

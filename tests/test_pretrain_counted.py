@@ -1,4 +1,4 @@
-"""Counted tables are kept beside the shards, and only ever read for the shards they were made of."""
+"""Counted tables are kept beside the shards, and only read for the shards they were made of."""
 
 from __future__ import annotations
 
