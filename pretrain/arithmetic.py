@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import scipy.signal
 
 from data_prep.shards import ShardSet
 from data_prep.vocab import Vocabulary
@@ -281,8 +280,7 @@ def _log_ratios(differences: np.ndarray, neighbours: np.ndarray, mass: np.ndarra
     for context, slot in np.ndindex(differences.shape[:2]):
         counts = differences[context, slot].astype(np.float64)
         # How often each difference would be seen, were the hidden gene drawn by frequency.
-        expected = scipy.signal.fftconvolve(mass, neighbours[context, slot, ::-1])
-        expected = expected.clip(0)
+        expected = _convolve(mass, neighbours[context, slot, ::-1])
         ratio = np.ones(len(counts))
         for bin_of in bins:
             seen = np.bincount(bin_of, counts)
@@ -290,6 +288,13 @@ def _log_ratios(differences: np.ndarray, neighbours: np.ndarray, mass: np.ndarra
             ratio *= ((seen + _PULL) / (foreseen + _PULL))[bin_of]
         result[context, slot] = np.log(ratio)
     return result
+
+
+def _convolve(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return float64 [2 G - 1], the convolution of two arrays [G] that are not negative."""
+    length = 1 << (2 * len(first) - 2).bit_length()
+    product = np.fft.rfft(first, length) * np.fft.rfft(second, length)
+    return np.fft.irfft(product, length)[: 2 * len(first) - 1].clip(0)
 
 
 def _fit_exponents(

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from data_prep.files import complete_file
 from data_prep.shards import DamagedBlock, ShardSet
@@ -61,8 +61,12 @@ def counted_tables(
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with complete_file(file) as aside:
-                metadata = {"key": key, "sha256": _digest(tables)}
-                save_file({k: np.ascontiguousarray(v) for k, v in tables.items()}, aside, metadata)
+                # One entry: several would be written in another order each time.
+                identity = {"key": key, "sha256": _digest(tables)}
+                metadata = {"identity": json.dumps(identity)}
+                content = {k: np.ascontiguousarray(v) for k, v in tables.items()}
+                # Not save_file: what it writes only its owner can read.
+                aside.write_bytes(save(content, metadata))
             break
         except OSError as error:
             logger.info("%s: %s cannot be kept here (%s)", file.parent, name, error)
@@ -126,11 +130,11 @@ def _stored(file: Path, key: str) -> dict[str, np.ndarray] | None:
     """Return the tables of a file; None if there are none, of another key, or damaged ones."""
     try:
         with safe_open(file, "numpy") as opened:
-            metadata = opened.metadata() or {}
+            identity = json.loads((opened.metadata() or {}).get("identity", "{}"))
             tables = {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError, json.JSONDecodeError):
         return None
-    if metadata.get("key") != key or metadata.get("sha256") != _digest(tables):
+    if identity != {"key": key, "sha256": _digest(tables)}:
         logger.warning("%s: damaged or not of these shards; counted again", file)
         return None
     return tables

@@ -18,23 +18,17 @@ from pretrain.baselines import ARITHMETIC, BASELINE_NAMES, Baselines, RankBaseli
 from pretrain.config import RunConfig
 from pretrain.data import MicroBatch, StepDataset
 from pretrain.dist import Ranks
+from pretrain.heldout_sums import CURVES, SCORES, CellDatasets, HeldoutSums
 from pretrain.masking import EVALUATION_MASKING, NO_LABEL
 from pretrain.metrics import RunLog
 from pretrain.record import is_run_folder
 
 logger = logging.getLogger(__name__)
 
-TOP_GUESSES = 10
-RANK_DECILES = 10
 EVALUATION_SEED = 0
 # Not the run's budget: it would change which cells the first N of the plan are.
 EVALUATION_TOKENS = 16_384
-_SCORES = ("loss", "accuracy", "top10")
 BEYOND = f"beyond_{ARITHMETIC}"
-_CURVES = ("rank_decile", "bucket", "dataset")
-# A line for each of the data sets with the most hidden genes, and one for all others together.
-MOST_DATASETS = 50
-OTHER_DATASETS = "all other data sets"
 # A held-out loss this far above the lowest one is no noise: cells and masks are always the same.
 _TOLERANCE = 0.02
 
@@ -97,8 +91,8 @@ class HeldoutEvaluation:
             for micro in self._dataset[step].micro_batches:
                 yield self._lengths.index(micro.input_ids.shape[1]), micro
 
-    def _no_sums(self) -> _Sums:
-        return _Sums(len(self._lengths), len(self._datasets.names))
+    def _no_sums(self) -> HeldoutSums:
+        return HeldoutSums(len(self._lengths), len(self._datasets.names))
 
     def _score_baselines(self, baselines: Baselines) -> dict[str, dict[str, Any]]:
         sums = {name: self._no_sums() for name in baselines.names}
@@ -106,7 +100,7 @@ class HeldoutEvaluation:
             hidden = _Hidden.of(micro, self._datasets)
             scores = baselines.scores(_masked_rows(micro, hidden.labels), hidden.ranks)
             for name, total in sums.items():
-                total.add(bucket, hidden, *scores[name])
+                total.add(bucket, hidden.ranks, hidden.datasets, *scores[name])
         return {name: self._result(total) for name, total in sums.items()}
 
     def run(
@@ -127,52 +121,15 @@ class HeldoutEvaluation:
                 losses, places = model(*to_device(micro, self._ranks.device))
                 hidden = _Hidden.of(micro, self._datasets)
                 scores = (t.cpu().numpy()[hidden.is_real] for t in (losses, places))
-                sums.add(bucket, hidden, *scores)
+                sums.add(bucket, hidden.ranks, hidden.datasets, *scores)
                 on_batch()
         model.train(was_training)
         return self._result(sums)
 
-    def _result(self, sums: _Sums) -> dict[str, Any]:
+    def _result(self, sums: HeldoutSums) -> dict[str, Any]:
         """Return the means over all ranks of the sums of this one."""
-        total = sums.over_ranks(self._ranks)
-        overall = _scores(total.cells.sum(axis=(0, 1)))
-        by_decile = [_scores(row) for row in total.cells.sum(axis=0)]
-        rows = zip(map(str, self._lengths), total.cells.sum(axis=1), strict=True)
-        by_bucket = {length: _scores(row) for length, row in rows if row[0]}
-        by_dataset = {k: _scores(row) for k, row in total.by_dataset(self._datasets.names).items()}
-        result: dict[str, Any] = dict(overall)
-        for name in overall:
-            result[f"{name}_by_rank_decile"] = [scores[name] for scores in by_decile]
-            result[f"{name}_by_bucket"] = {k: scores[name] for k, scores in by_bucket.items()}
-            result[f"{name}_by_dataset"] = {k: scores[name] for k, scores in by_dataset.items()}
-        return result
-
-
-class CellDatasets:
-    """Which data set each held-out cell belongs to; its blocks are read when first asked for."""
-
-    def __init__(self, shards: ShardSet) -> None:
-        self._shards = shards
-        # Format 1 of the shards lists sources only.
-        listed = shards.manifest.get("datasets") or shards.manifest["sources"]
-        self.names = [*dict.fromkeys(str(d["name"]) for d in listed), OTHER_DATASETS]
-        self._number_of = {name: i for i, name in enumerate(self.names)}
-        self._first_cells = np.asarray(shards.index["first_cell"])
-        self._blocks: dict[int, np.ndarray] = {}
-
-    def of(self, cells: np.ndarray) -> np.ndarray:
-        """Return int64 [cells], numbers of their data sets in `names`."""
-        numbers = np.searchsorted(self._first_cells, cells, side="right") - 1
-        found = np.empty(len(cells), np.int64)
-        for number in np.unique(numbers).tolist():
-            if number not in self._blocks:
-                column = self._shards.read_block(number).batch.column("dataset").to_pylist()
-                other = len(self.names) - 1
-                block = [self._number_of.get(name, other) for name in column]
-                self._blocks[number] = np.array(block, np.int32)
-            mine = numbers == number
-            found[mine] = self._blocks[number][cells[mine] - self._first_cells[number]]
-        return found
+        sums.replace(dist.sum_over_ranks(sums.flat(), self._ranks.device))
+        return sums.means([str(length) for length in self._lengths], self._datasets.names)
 
 
 @dataclass(frozen=True)
@@ -201,44 +158,6 @@ def _masked_rows(micro: MicroBatch, labels: np.ndarray) -> MaskedRows:
     return MaskedRows(inputs, lengths.astype(np.int64), labels)
 
 
-class _Sums:
-    """Sums over hidden genes: how many, and their scores.
-
-    ``cells`` float64 [buckets, deciles, 1 + scores], ``datasets`` float64 [data sets, 1 + scores].
-    """
-
-    def __init__(self, num_buckets: int, num_datasets: int) -> None:
-        self.cells = np.zeros((num_buckets, RANK_DECILES, 1 + len(_SCORES)))
-        self.datasets = np.zeros((num_datasets, 1 + len(_SCORES)))
-
-    def add(self, bucket: int, hidden: _Hidden, losses: np.ndarray, places: np.ndarray) -> None:
-        decile = np.minimum((hidden.ranks * RANK_DECILES).astype(np.int64), RANK_DECILES - 1)
-        columns = (np.ones(len(losses)), losses, places == 0, places < TOP_GUESSES)
-        for number, column in enumerate(columns):
-            self.cells[bucket, :, number] += np.bincount(decile, column, RANK_DECILES)
-            self.datasets[:, number] += np.bincount(hidden.datasets, column, len(self.datasets))
-
-    def over_ranks(self, ranks: Ranks) -> _Sums:
-        """Return the sums of all ranks."""
-        flat = np.concatenate([self.cells.ravel(), self.datasets.ravel()])
-        summed = np.array(dist.sum_over_ranks(flat.tolist(), ranks.device))
-        total = _Sums(len(self.cells), len(self.datasets))
-        total.cells[:] = summed[: self.cells.size].reshape(self.cells.shape)
-        total.datasets[:] = summed[self.cells.size :].reshape(self.datasets.shape)
-        return total
-
-    def by_dataset(self, names: list[str]) -> dict[str, np.ndarray]:
-        """Return the rows of the data sets with the most hidden genes, and the rest in one."""
-        found = dict(zip(names, self.datasets, strict=True))
-        other = found.pop(OTHER_DATASETS).copy()
-        ordered = sorted(found, key=lambda name: -found[name][0])
-        kept = {name for name in ordered[:MOST_DATASETS] if found[name][0]}
-        for name in ordered[MOST_DATASETS:]:
-            other += found[name]
-        rows = {name: row for name, row in found.items() if name in kept}
-        return rows | ({OTHER_DATASETS: other} if other[0] else {})
-
-
 def to_device(micro: MicroBatch, device: torch.device) -> tuple:
     """Return the arguments of the model's forward, on a device."""
     mask = micro.attention_mask
@@ -250,13 +169,6 @@ def to_device(micro: MicroBatch, device: torch.device) -> tuple:
     )
 
 
-def _scores(sums: np.ndarray) -> dict[str, Any]:
-    """Return the number of hidden genes and the mean scores of a row of sums; None without any."""
-    count = int(sums[0])
-    means = [float(value) / count if count else None for value in sums[1:]]
-    return {"genes": count, **dict(zip(_SCORES, means, strict=True))}
-
-
 def heldout_record(
     result: dict[str, Any], evaluation: HeldoutEvaluation, remark: str | None = None
 ) -> dict[str, Any]:
@@ -266,12 +178,12 @@ def heldout_record(
     ``baseline_NAME_accuracy``, ``baseline_NAME_top10``; of its curves only the losses are kept.
     ``beyond_arithmetic``, with the same curves: loss of that baseline - loss of the model.
     """
-    curves = [f"{score}_by_{what}" for score in _SCORES for what in _CURVES]
+    curves = [f"{score}_by_{what}" for score in SCORES for what in CURVES]
     record = {"loss": result["loss"], "masked_accuracy": result["accuracy"]}
     record |= {name: result[name] for name in ("top10", *curves)}
     for name, baseline in evaluation.baselines.items():
         record[f"baseline_{name}"] = baseline["loss"]
-        for part in ("accuracy", "top10", *(f"loss_by_{what}" for what in _CURVES)):
+        for part in ("accuracy", "top10", *(f"loss_by_{what}" for what in CURVES)):
             record[f"baseline_{name}_{part}"] = baseline[part]
     record |= _beyond_arithmetic(result, evaluation.baselines.get(ARITHMETIC))
     record |= {name: result[name] for name in ("genes", "genes_by_bucket", "genes_by_dataset")}
