@@ -80,14 +80,14 @@ def score(shards: ShardSet, baselines: Baselines) -> dict:
                 places[name].append(place)
     owner = np.concatenate(owners)
     joined = {name: np.concatenate(parts) for name, parts in losses.items()}
-    line = joined["arithmetic"]
     return {
         "hidden_genes": len(owner),
         "score_s": seconds,
         "nats": {name: float(loss.mean()) for name, loss in joined.items()},
         "top1": {k: float((np.concatenate(p) == 0).mean()) for k, p in places.items()},
-        "arithmetic_by_dataset": {
-            str(name): float(line[owner == name].mean()) for name in np.unique(owner)
+        "nats_by_dataset": {
+            name: {str(o): float(loss[owner == o].mean()) for o in np.unique(owner)}
+            for name, loss in joined.items()
         },
     }
 

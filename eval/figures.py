@@ -113,7 +113,7 @@ def _by_dataset(record: dict) -> Figure | None:
     """Draw the data sets with the most hidden genes, the best learned first."""
     beyond = record.get(f"{_BEYOND}_by_dataset") or {}
     known = {name: value for name, value in beyond.items() if value is not None}
-    if not known:
+    if len(known) < 2:
         return None
     genes = record["genes_by_dataset"]
     shown = sorted(known, key=lambda name: -genes[name])[:_MOST_DATASETS]
