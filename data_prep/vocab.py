@@ -88,6 +88,11 @@ class Vocabulary:
     def has_cls(self) -> bool:
         return CLS in self.special_tokens
 
+    @property
+    def has_medians(self) -> bool:
+        """False if all medians are one number: given for tokens whose medians are not known."""
+        return bool((self.medians != self.medians[0]).any())
+
     @cached_property
     def token_of(self) -> dict[str, int]:
         """Gene id or alias -> token id."""

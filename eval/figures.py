@@ -14,13 +14,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from pretrain.baselines import BASELINE_NAMES
+from pretrain.baselines import ARITHMETIC, BASELINE_NAMES
 
 # Okabe & Ito (2008): told apart with any colour vision.
 BLUE, LIGHT_BLUE, GREY = "#0072b2", "#56b4e9", "#8c8c8c"
-_BASELINE_COLOURS = dict(zip(BASELINE_NAMES, (GREY, "#d55e00", "#009e73"), strict=True))
+_BASELINE_COLOURS = dict(
+    zip(BASELINE_NAMES, (GREY, "#e69f00", "#009e73", "#cc79a7", "#d55e00"), strict=True)
+)
 _WIDTH = 5.2  # inches: on a phone the text is still 9 pixels high
 _MOST_POINTS, _MOST_TICKS = 1000, 24
+_MOST_DATASETS, _LONGEST_NAME = 25, 28
+_BEYOND = f"beyond_{ARITHMETIC}"
 _STYLE: dict = {
     "font.size": 9.5, "legend.fontsize": 9, "legend.frameon": False, "lines.linewidth": 1.4,
     "lines.markersize": 3.5, "axes.spines.top": False, "axes.spines.right": False,
@@ -58,9 +62,12 @@ def run_figures(metrics: list[dict[str, Any]]) -> dict[str, str]:
     with style():
         figures = {
             "Loss of hidden genes, training and held out": _loss(train, heldout),
+            "Nats below the arithmetic line, which needs no learning: above zero the model knows "
+            "more than counting": _beyond(heldout),
             "Held-out genes guessed: first guess, first ten guesses": _accuracy(heldout),
             "Held-out loss by rank of the gene (1: most characteristic tenth)": _by_decile(last),
             "Held-out loss by length of the cell": _by_bucket(last),
+            "Nats below the arithmetic line, by data set": _by_dataset(last),
             "Gradient norm before clipping (the largest, where steps are drawn together) and "
             "learning rate": _stacked(
                 train,
@@ -81,6 +88,48 @@ def _loss(train: list[dict], heldout: list[dict]) -> Figure:
     _draw_bars(axes, heldout, "")
     axes.set(xlabel="optimizer step", ylabel="cross-entropy (nats)")
     _close(figure, [axes])
+    return figure
+
+
+def _beyond(heldout: list[dict]) -> Figure | None:
+    """Draw how far the held-out loss is below the arithmetic line, and the other baselines are."""
+    line = heldout[-1].get(f"baseline_{ARITHMETIC}") if heldout else None
+    steps, values = _series(heldout, _BEYOND)
+    if line is None or not np.isfinite(values).any():
+        return None
+    figure = new_figure(3.6)
+    axes = figure.subplots()
+    axes.plot(steps, values, "o-", color=BLUE, label="this model")
+    for name, colour in _BASELINE_COLOURS.items():
+        value = heldout[-1].get(f"baseline_{name}")
+        if value is not None:
+            axes.axhline(line - value, color=colour, ls="--", lw=1.2, label=_label(name))
+    axes.set(xlabel="optimizer step", ylabel="nats beyond arithmetic")
+    _close(figure, [axes])
+    return figure
+
+
+def _by_dataset(record: dict) -> Figure | None:
+    """Draw the data sets with the most hidden genes, the best learned first."""
+    beyond = record.get(f"{_BEYOND}_by_dataset") or {}
+    known = {name: value for name, value in beyond.items() if value is not None}
+    if len(known) < 2:
+        return None
+    genes = record["genes_by_dataset"]
+    shown = sorted(known, key=lambda name: -genes[name])[:_MOST_DATASETS]
+    shown = sorted(shown, key=lambda name: -known[name])
+    figure = new_figure(0.9 + 0.24 * len(shown))
+    axes = figure.subplots()
+    values = [known[name] for name in shown]
+    colours = [BLUE if value > 0 else GREY for value in values]
+    labels = [name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "…" for name in shown]
+    axes.barh(range(len(shown)), values, color=colours)
+    axes.set_yticks(range(len(shown)), labels)
+    axes.axvline(0, color="#222222", lw=0.8)
+    axes.invert_yaxis()
+    axes.grid(axis="x")
+    axes.grid(visible=False, axis="y")
+    axes.set(xlabel="nats beyond arithmetic")
     return figure
 
 
@@ -125,7 +174,9 @@ def _by_bucket(record: dict) -> Figure | None:
     axes = figure.subplots()
     lengths = sorted(record["loss_by_bucket"], key=int)
     for name, colour, line in _curves():
-        losses = record[f"{name}loss_by_bucket"]
+        losses = record.get(f"{name}loss_by_bucket")
+        if losses is None:
+            continue
         values = _numbers(losses.get(length) for length in lengths)
         axes.plot(values, line, color=colour, label=_label(name))
     ticks = range(0, len(lengths), -(-len(lengths) // _MOST_TICKS))

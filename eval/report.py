@@ -19,8 +19,8 @@ from eval.embed import OBSM_KEY
 from eval.figures import BLUE, GREY, as_image, new_figure, run_figures, style
 from eval.finetune.cells import RESULTS_NAME
 from eval.tables import SCORE_NAMES, format_interval
-from pretrain.baselines import BASELINE_NAMES
-from pretrain.evaluate import format_score, score_rows
+from pretrain.baselines import ARITHMETIC, BASELINE_NAMES
+from pretrain.evaluate import BEYOND, arithmetic_sentence, format_score, score_rows
 from pretrain.metrics import read_metrics
 
 _TEMPLATE = Path(__file__).parent / "report.html"
@@ -68,7 +68,9 @@ def write_report(
         remarks=[m["remark"] for m in heldout if "remark" in m],
         heldout=heldout[-1] if heldout else None,
         heldout_scores=score_rows(heldout[-1]) if heldout else [],
+        beside_counting=arithmetic_sentence(heldout[-1]) if heldout else "",
         buckets=_bucket_rows(heldout[-1]) if heldout else [],
+        datasets=_dataset_rows(heldout[-1]) if heldout else [],
         last=next((m for m in reversed(metrics) if m["kind"] == "train"), None),
         umap_figure=_umap_figure(embedding, color) if embedding else None,
         embedding=embedding.name if embedding else None,
@@ -118,7 +120,8 @@ def _task(folder: Path) -> dict:
 
 def _bucket_rows(heldout: dict) -> list[list[str]]:
     """Return what the page shows of each length bucket, the shortest first; older runs: nothing."""
-    curves = ["loss", *(f"baseline_{name}_loss" for name in BASELINE_NAMES), "accuracy", "top10"]
+    beside = [f"baseline_{name}" for name in BASELINE_NAMES if f"baseline_{name}" in heldout]
+    curves = ["loss", *(f"{name}_loss" for name in beside), "accuracy", "top10"]
     rows = []
     for length in sorted(heldout.get("loss_by_bucket", {}), key=int):
         values = [heldout[f"{curve}_by_bucket"][length] for curve in curves]
@@ -126,6 +129,22 @@ def _bucket_rows(heldout: dict) -> list[list[str]]:
         scores += [format_score(v, ".2%") for v in values[-2:]]
         rows.append([f"{int(length):,}", f"{heldout['genes_by_bucket'][length]:,}", *scores])
     return rows
+
+
+def _dataset_rows(heldout: dict) -> list[list[str]]:
+    """Return what the page shows of each data set: the model, nats beyond arithmetic, that line."""
+    lines = heldout.get(f"baseline_{ARITHMETIC}_loss_by_dataset", {})
+    beyond = heldout.get(f"{BEYOND}_by_dataset", {})
+    return [
+        [
+            name,
+            f"{heldout['genes_by_dataset'][name]:,}",
+            format_score(loss, ".4f"),
+            format_score(lines.get(name), ".4f"),
+            format_score(beyond.get(name), "+.4f"),
+        ]
+        for name, loss in heldout.get("loss_by_dataset", {}).items()
+    ]
 
 
 def _score_figure(summary: dict, ordered: list[str]) -> str:

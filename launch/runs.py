@@ -41,6 +41,7 @@ class Run:
     heldout_loss: float | None = None
     tokens_per_s: float | None = None
     age_s: float | None = None
+    beyond_arithmetic: float | None = None
 
 
 def runs_command(
@@ -48,6 +49,8 @@ def runs_command(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """List runs, shards, screens and scores below a folder: state, step, loss, speed, age.
+
+    beyond arithmetic: by how many nats the held-out loss is below what counting tells.
 
     running: it wrote something within three of its usual intervals, or two minutes. stopped: on a
     signal, after a checkpoint. failed: its loss was not finite. silent: neither finished nor heard
@@ -128,6 +131,7 @@ def _pretraining(folder: Path, now: float) -> Run:
         heldout[-1]["loss"] if heldout else None,
         last.get("tokens_per_s"),
         age,
+        heldout[-1].get("beyond_arithmetic") if heldout else None,
     )
 
 
@@ -192,7 +196,7 @@ def print_runs(runs: list[Run], below: Path, console: Console | None = None) -> 
     table.add_column("folder", overflow="fold", min_width=12)
     for name in ("kind", "state"):
         table.add_column(name, no_wrap=True)
-    for name in ("done", "loss", "held out", "tokens/s", "age"):
+    for name in ("done", "loss", "held out", "beyond arithmetic", "tokens/s", "age"):
         table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
         style = _STATE_STYLES.get(run.state, "")
@@ -203,6 +207,7 @@ def print_runs(runs: list[Run], below: Path, console: Console | None = None) -> 
             _done(run),
             "-" if run.loss is None else f"{run.loss:.4f}",
             "-" if run.heldout_loss is None else f"{run.heldout_loss:.4f}",
+            "-" if run.beyond_arithmetic is None else f"{run.beyond_arithmetic:+.4f}",
             "-" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}",
             "-" if run.age_s is None else format_age(run.age_s),
         )

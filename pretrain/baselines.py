@@ -1,21 +1,37 @@
-"""What a model must beat: guesses of a hidden gene from its rank alone, blind to the cell.
+"""What a model must beat: guesses of a hidden gene that only counting is needed for.
+
+Blind to the cell:
 
 - ``unigram``: how often a gene is expressed.
 - ``unigram_by_rank``: how often a gene is expressed at this relative rank.
 - ``mean_rank``: each gene is normally distributed around its own mean relative rank. Kedzierska et
   al. (Genome Biology 2025) found Geneformer below a gene's mean rank.
+
+From what is visible in the cell:
+
+- ``no_repeat``: as ``unigram_by_rank``, but genes that stand elsewhere in the cell are left out.
+- ``arithmetic``: from the medians of the nearest visible genes, see `pretrain.arithmetic`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from data_prep.shards import ShardSet
-from pretrain.data import BlockCache
+from pretrain.arithmetic import MIXED_SHARE, Arithmetic, MaskedRows
+from pretrain.arithmetic_kernels import score_without_repeats
+from pretrain.counted import train_blocks
 
-BASELINE_NAMES = ("unigram", "unigram_by_rank", "mean_rank")
+RANK_BASELINES = ("unigram", "unigram_by_rank", "mean_rank")
+ARITHMETIC = "arithmetic"
+BASELINE_NAMES = (*RANK_BASELINES, "no_repeat", ARITHMETIC)
 RANK_BINS = 50
 _SMALLEST_SPREAD = 0.02  # of relative rank; a gene seen once has no spread
+# Of the frequency in the guess by the mean rank: a gene is found far from its mean more often than
+# a normal distribution says, and at its end the loss would be infinite.
+_FREQUENCY_SHARE = 0.05
 
 
 class RankBaselines:
@@ -53,10 +69,17 @@ class RankBaselines:
         spread[counts < 2] = 0.3
         centre = (np.arange(RANK_BINS)[:, None] + 0.5) / RANK_BINS
         density = frequency * np.exp(-0.5 * ((centre - mean) / spread) ** 2) / spread
-        weights = np.broadcast_to(frequency, table.shape), by_rank, density
+        total = np.maximum(density.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+        near = (1 - _FREQUENCY_SHARE) * density / total + _FREQUENCY_SHARE * frequency
+        weights = np.broadcast_to(frequency, table.shape), by_rank, near
         self.log_probabilities = {
-            name: _normalised_log(w) for name, w in zip(BASELINE_NAMES, weights, strict=True)
+            name: _normalised_log(w) for name, w in zip(RANK_BASELINES, weights, strict=True)
         }
+        self._frequency, self._by_rank = (
+            frequency,
+            np.exp(self.log_probabilities["unigram_by_rank"]),
+        )
+        self._mask_token, self._first_gene = vocabulary.mask_token, first
         self._places = {k: _places(table) for k, table in self.log_probabilities.items()}
 
     def losses(self, labels: np.ndarray, relative_ranks: np.ndarray) -> dict[str, np.ndarray]:
@@ -80,6 +103,50 @@ class RankBaselines:
         bins = rank_bins(relative_ranks)
         return {k: table[bins, labels] for k, table in self._places.items()}
 
+    def without_repeats(
+        self, rows: MaskedRows, relative_ranks: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return float64 [M] losses and int32 [M] places of ``no_repeat``."""
+        losses, places = np.empty(len(rows.labels)), np.empty(len(rows.labels), np.int32)
+        score_without_repeats(
+            rows.inputs, rows.lengths, rows.labels, rank_bins(relative_ranks), self._mask_token,
+            self._first_gene, self._by_rank, self._places["unigram_by_rank"], self._frequency,
+            MIXED_SHARE, losses, places,
+        )  # fmt: skip
+        return losses, places
+
+
+class Baselines:
+    """All guesses together, of the same hidden genes.
+
+    Parameters
+    ----------
+    arithmetic
+        None where the vocabulary has no medians: that row is absent.
+    """
+
+    def __init__(self, ranks: RankBaselines, arithmetic: Arithmetic | None) -> None:
+        self._ranks, self._arithmetic = ranks, arithmetic
+        self.names = tuple(n for n in BASELINE_NAMES if arithmetic or n != ARITHMETIC)
+
+    def scores(
+        self, rows: MaskedRows, relative_ranks: np.ndarray
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Return for each baseline float64 [M] losses (nats) and int32 [M] places of the labels.
+
+        Parameters
+        ----------
+        relative_ranks
+            float [M] in [0, 1), place of each hidden gene in its cell over the cell's length.
+        """
+        losses = self._ranks.losses(rows.labels, relative_ranks)
+        places = self._ranks.places(rows.labels, relative_ranks)
+        scores = {name: (losses[name], places[name]) for name in RANK_BASELINES}
+        scores["no_repeat"] = self._ranks.without_repeats(rows, relative_ranks)
+        if self._arithmetic:
+            scores[ARITHMETIC] = self._arithmetic.scores(rows)
+        return scores
+
 
 def rank_bins(relative_ranks: np.ndarray) -> np.ndarray:
     """Return int64 [M], the bin of each relative rank."""
@@ -94,19 +161,14 @@ def _places(table: np.ndarray) -> np.ndarray:
     return places
 
 
-def _train_tokens(shards: ShardSet, max_cells: int, quarantine: bool):
-    """Yield (tokens int64, relative ranks float64) of train blocks, spread over the corpus."""
-    extents = shards.extents("train")
-    numbers = np.concatenate([shards.block_numbers("train", e.length) for e in extents])
-    share = min(1.0, max_cells / sum(e.num_cells for e in extents))
-    wanted = max(1, int(len(numbers) * share))
-    blocks = BlockCache(shards, 1, quarantine)
-    for number in numbers[np.linspace(0, len(numbers) - 1, wanted).astype(np.int64)]:
-        if block := blocks.block(int(number)):
-            tokens, offsets = block
-            lengths = np.diff(offsets)
-            places = np.arange(len(tokens)) - np.repeat(offsets[:-1], lengths)
-            yield tokens.astype(np.int64), places / np.repeat(lengths, lengths)
+def _train_tokens(
+    shards: ShardSet, max_cells: int, quarantine: bool
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (tokens int64, relative ranks float64) of blocks of training cells."""
+    for block in train_blocks(shards, max_cells, quarantine):
+        lengths = np.diff(block.offsets)
+        places = np.arange(len(block.tokens)) - np.repeat(block.offsets[:-1], lengths)
+        yield block.tokens.astype(np.int64), places / np.repeat(lengths, lengths)
 
 
 def _normalised_log(weights: np.ndarray) -> np.ndarray:

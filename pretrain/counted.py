@@ -11,16 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from data_prep.files import complete_file
-from data_prep.shards import ShardSet
+from data_prep.shards import DamagedBlock, ShardSet
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +61,64 @@ def counted_tables(
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with complete_file(file) as aside:
-                metadata = {"key": key, "sha256": _digest(tables)}
-                save_file({k: np.ascontiguousarray(v) for k, v in tables.items()}, aside, metadata)
+                # One entry: several would be written in another order each time.
+                identity = {"key": key, "sha256": _digest(tables)}
+                metadata = {"identity": json.dumps(identity)}
+                content = {k: np.ascontiguousarray(v) for k, v in tables.items()}
+                # Not save_file: what it writes only its owner can read.
+                aside.write_bytes(save(content, metadata))
             break
         except OSError as error:
             logger.info("%s: %s cannot be kept here (%s)", file.parent, name, error)
     return tables
+
+
+@dataclass(frozen=True)
+class TrainBlock:
+    """Training cells: numbers int64 [cells], `tokens` flat, `offsets` int64 [cells + 1]."""
+
+    cells: np.ndarray
+    tokens: np.ndarray
+    offsets: np.ndarray
+
+    def take(self, rows: np.ndarray) -> TrainBlock:
+        """Return some of its cells."""
+        lengths = np.diff(self.offsets)[rows]
+        parts = [self.tokens[self.offsets[row] : self.offsets[row + 1]] for row in rows]
+        tokens = np.concatenate([self.tokens[:0], *parts])
+        return TrainBlock(self.cells[rows], tokens, np.concatenate([[0], np.cumsum(lengths)]))
+
+
+def train_blocks(shards: ShardSet, max_cells: int, quarantine: bool) -> Iterator[TrainBlock]:
+    """Yield blocks of training cells, one at a time, spread evenly over the corpus.
+
+    Parameters
+    ----------
+    max_cells
+        So many cells in about all, in whole blocks, at least one.
+    quarantine
+        Leave damaged blocks out, instead of raising.
+
+    Raises
+    ------
+    DamagedBlock
+        Without `quarantine`.
+    """
+    extents = shards.extents("train")
+    numbers = np.concatenate([shards.block_numbers("train", e.length) for e in extents])
+    share = min(1.0, max_cells / sum(e.num_cells for e in extents))
+    wanted = max(1, int(len(numbers) * share))
+    first_cells = shards.index["first_cell"]
+    for number in numbers[np.linspace(0, len(numbers) - 1, wanted).astype(np.int64)].tolist():
+        try:
+            block = shards.read_block(number)
+        except DamagedBlock as error:
+            if not quarantine:
+                raise
+            logger.warning("quarantined: %s", error)
+            continue
+        cells = int(first_cells[number]) + np.arange(len(block.offsets) - 1)
+        yield TrainBlock(cells, block.tokens, block.offsets)
 
 
 def _key(shards: ShardSet, name: str, settings: Mapping[str, Any]) -> str:
@@ -77,11 +130,11 @@ def _stored(file: Path, key: str) -> dict[str, np.ndarray] | None:
     """Return the tables of a file; None if there are none, of another key, or damaged ones."""
     try:
         with safe_open(file, "numpy") as opened:
-            metadata = opened.metadata() or {}
+            identity = json.loads((opened.metadata() or {}).get("identity", "{}"))
             tables = {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError, json.JSONDecodeError):
         return None
-    if metadata.get("key") != key or metadata.get("sha256") != _digest(tables):
+    if identity != {"key": key, "sha256": _digest(tables)}:
         logger.warning("%s: damaged or not of these shards; counted again", file)
         return None
     return tables

@@ -6,9 +6,10 @@ import importlib
 import os
 import socket
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed
@@ -17,6 +18,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from pretrain.ds_config import DEEPSPEED_VERSION
 
+T = TypeVar("T")
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # What other launchers call RANK, WORLD_SIZE and LOCAL_RANK. A batch script of SLURM has these too
 # but for the step, which only srun's processes are in.
@@ -222,6 +224,21 @@ def first_rank_says(text: str) -> str:
     holder = [text]
     torch.distributed.broadcast_object_list(holder, src=0)
     return holder[0]
+
+
+def first_rank_first(ranks: Ranks, function: Callable[[], T]) -> T:
+    """Return what a function returns; the others call it when rank 0 has done so.
+
+    For what is kept in a file: rank 0 makes it, the others find it. An error of rank 0 is raised
+    there alone; the others try for themselves.
+    """
+    if not ranks.is_first:
+        wait_for_all()
+        return function()
+    try:
+        return function()
+    finally:
+        wait_for_all()
 
 
 def wait_for_all() -> None:

@@ -1,10 +1,11 @@
-"""Held-out loss at fixed masks, beside what can be guessed from the rank alone."""
+"""Held-out loss at fixed masks, beside what can be guessed by counting alone."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,25 +13,22 @@ import torch
 
 from data_prep.shards import ShardSet
 from pretrain import dist
-from pretrain.baselines import BASELINE_NAMES, RankBaselines
-from pretrain.config import MaskingConfig, RunConfig
+from pretrain.arithmetic import Arithmetic, MaskedRows, arithmetic_tables, describe
+from pretrain.baselines import ARITHMETIC, BASELINE_NAMES, Baselines, RankBaselines
+from pretrain.config import RunConfig
 from pretrain.data import MicroBatch, StepDataset
 from pretrain.dist import Ranks
-from pretrain.masking import NO_LABEL
+from pretrain.heldout_sums import CURVES, SCORES, CellDatasets, HeldoutSums
+from pretrain.masking import EVALUATION_MASKING, NO_LABEL
 from pretrain.metrics import RunLog
+from pretrain.record import is_run_folder
 
 logger = logging.getLogger(__name__)
 
-TOP_GUESSES = 10
-RANK_DECILES = 10
-# Evaluation always hides 15 % with one seed, whatever the run trains with: curves stay comparable.
-# All of them become <mask>: under 80/10/10 a tenth of the answers can be copied from the input.
-# That was worth 0.75 nats to a 6-layer model, and no baseline blind to the cell can do it.
-EVALUATION_MASKING = MaskingConfig(mask_share=1.0, random_share=0.0)
 EVALUATION_SEED = 0
 # Not the run's budget: it would change which cells the first N of the plan are.
 EVALUATION_TOKENS = 16_384
-_SCORES = ("loss", "accuracy", "top10")
+BEYOND = f"beyond_{ARITHMETIC}"
 # A held-out loss this far above the lowest one is no noise: cells and masks are always the same.
 _TOLERANCE = 0.02
 
@@ -62,11 +60,30 @@ class HeldoutEvaluation:
         self._num_steps, self.num_cells = steps, cells
         self._lengths = shards.bucket_lengths("heldout")
         self.expect_below_baseline_by = config.evaluation.expect_below_baseline_by
-        self.baselines = self._score_baselines(
-            RankBaselines(shards, config.evaluation.baseline_cells, quarantine)
-        )
+        self._datasets = CellDatasets(shards)
+        self.without_arithmetic = ""
+        self.baselines = self._score_baselines(self._count(shards, config, quarantine))
         if next(iter(self.baselines.values()))["genes"] == 0:
             raise ValueError(f"{shards.name}: no held-out cell can be read; copy the shards again")
+
+    def _count(self, shards: ShardSet, config: RunConfig, quarantine: bool) -> Baselines:
+        """Return the baselines; say which one the vocabulary does not allow."""
+        cells, out = config.evaluation.baseline_cells, config.run.out
+        by_rank = RankBaselines(shards, cells, quarantine)
+        if not shards.vocabulary.has_medians:
+            self.without_arithmetic = (
+                "the vocabulary has no medians (all are the same number): there is no arithmetic "
+                "baseline, and what a model learns beyond counting is not known"
+            )
+            logger.warning("%s: %s", shards.name, self.without_arithmetic)
+            return Baselines(by_rank, None)
+        # A new run's folder has to stay empty until nothing can be refused any more.
+        fallback = out if is_run_folder(out) else None
+        tables = dist.first_rank_first(
+            self._ranks, lambda: arithmetic_tables(shards, cells, quarantine, fallback)
+        )
+        logger.info("%s", describe(tables))
+        return Baselines(by_rank, Arithmetic(tables, shards.vocabulary))
 
     def _batches(self) -> Iterator[tuple[int, MicroBatch]]:
         """Yield (number of the bucket, micro-batch of this rank)."""
@@ -74,18 +91,16 @@ class HeldoutEvaluation:
             for micro in self._dataset[step].micro_batches:
                 yield self._lengths.index(micro.input_ids.shape[1]), micro
 
-    def _no_sums(self) -> np.ndarray:
-        """Return zeros [buckets, deciles, hidden genes and scores]."""
-        return np.zeros((len(self._lengths), RANK_DECILES, 1 + len(_SCORES)))
+    def _no_sums(self) -> HeldoutSums:
+        return HeldoutSums(len(self._lengths), len(self._datasets.names))
 
-    def _score_baselines(self, baselines: RankBaselines) -> dict[str, dict[str, Any]]:
-        sums = {name: self._no_sums() for name in baselines.log_probabilities}
+    def _score_baselines(self, baselines: Baselines) -> dict[str, dict[str, Any]]:
+        sums = {name: self._no_sums() for name in baselines.names}
         for bucket, micro in self._batches():
-            hidden = micro.labels.numpy() != NO_LABEL
-            labels, ranks = micro.labels.numpy()[hidden], micro.relative_ranks.numpy()[hidden]
-            losses, places = baselines.losses(labels, ranks), baselines.places(labels, ranks)
+            hidden = _Hidden.of(micro, self._datasets)
+            scores = baselines.scores(_masked_rows(micro, hidden.labels), hidden.ranks)
             for name, total in sums.items():
-                total[bucket] += _by_decile(losses[name], places[name], ranks)
+                total.add(bucket, hidden.ranks, hidden.datasets, *scores[name])
         return {name: self._result(total) for name, total in sums.items()}
 
     def run(
@@ -94,8 +109,9 @@ class HeldoutEvaluation:
         """Return the scores of a model; its mode is restored. `on_batch`: called after each.
 
         ``loss`` (nats), ``accuracy`` (top-1) and ``top10`` are means over all hidden genes of all
-        ranks; each also with ``_by_rank_decile`` (a list, None where no gene is hidden) and
-        ``_by_bucket`` (by padded length, as text); so has ``genes``, how many are hidden.
+        ranks; each also with ``_by_rank_decile`` (a list, None where no gene is hidden),
+        ``_by_bucket`` (by padded length, as text) and ``_by_dataset`` (by name); so has ``genes``,
+        how many are hidden.
         """
         was_training = model.training
         model.eval()
@@ -103,27 +119,43 @@ class HeldoutEvaluation:
         with torch.no_grad():
             for bucket, micro in self._batches():
                 losses, places = model(*to_device(micro, self._ranks.device))
-                hidden = micro.labels.numpy() != NO_LABEL
-                ranks = micro.relative_ranks.numpy()[hidden]
-                scores = losses.cpu().numpy()[hidden], places.cpu().numpy()[hidden]
-                sums[bucket] += _by_decile(*scores, ranks)
+                hidden = _Hidden.of(micro, self._datasets)
+                scores = (t.cpu().numpy()[hidden.is_real] for t in (losses, places))
+                sums.add(bucket, hidden.ranks, hidden.datasets, *scores)
                 on_batch()
         model.train(was_training)
         return self._result(sums)
 
-    def _result(self, sums: np.ndarray) -> dict[str, Any]:
+    def _result(self, sums: HeldoutSums) -> dict[str, Any]:
         """Return the means over all ranks of the sums of this one."""
-        flat = dist.sum_over_ranks(sums.ravel().tolist(), self._ranks.device)
-        total = np.array(flat).reshape(sums.shape)
-        overall = _scores(total.sum(axis=(0, 1)))
-        by_decile = [_scores(row) for row in total.sum(axis=0)]
-        rows = zip(map(str, self._lengths), total.sum(axis=1), strict=True)
-        by_bucket = {length: _scores(row) for length, row in rows if row[0]}
-        result: dict[str, Any] = dict(overall)
-        for name in overall:
-            result[f"{name}_by_rank_decile"] = [scores[name] for scores in by_decile]
-            result[f"{name}_by_bucket"] = {k: scores[name] for k, scores in by_bucket.items()}
-        return result
+        sums.replace(dist.sum_over_ranks(sums.flat(), self._ranks.device))
+        return sums.means([str(length) for length in self._lengths], self._datasets.names)
+
+
+@dataclass(frozen=True)
+class _Hidden:
+    """The hidden genes of a micro-batch: labels, relative ranks, numbers of data sets, all [H].
+
+    `is_real` bool [M]: which places of the micro-batch they are at.
+    """
+
+    is_real: np.ndarray
+    labels: np.ndarray
+    ranks: np.ndarray
+    datasets: np.ndarray
+
+    @staticmethod
+    def of(micro: MicroBatch, datasets: CellDatasets) -> _Hidden:
+        is_real = micro.labels.numpy() != NO_LABEL
+        rows = micro.masked_places.numpy()[is_real] // micro.input_ids.shape[1]
+        labels, ranks = micro.labels.numpy()[is_real], micro.relative_ranks.numpy()[is_real]
+        return _Hidden(is_real, labels, ranks, datasets.of(micro.cells[rows]))
+
+
+def _masked_rows(micro: MicroBatch, labels: np.ndarray) -> MaskedRows:
+    inputs, real = micro.input_ids.numpy(), micro.attention_mask
+    lengths = np.full(len(inputs), inputs.shape[1]) if real is None else real.numpy().sum(axis=1)
+    return MaskedRows(inputs, lengths.astype(np.int64), labels)
 
 
 def to_device(micro: MicroBatch, device: torch.device) -> tuple:
@@ -137,20 +169,6 @@ def to_device(micro: MicroBatch, device: torch.device) -> tuple:
     )
 
 
-def _by_decile(losses: np.ndarray, places: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-    """Return [deciles, hidden genes and scores], sums over hidden genes."""
-    decile = np.minimum((ranks * RANK_DECILES).astype(np.int64), RANK_DECILES - 1)
-    columns = (np.ones(len(ranks)), losses, places == 0, places < TOP_GUESSES)
-    return np.stack([np.bincount(decile, w, RANK_DECILES) for w in columns], axis=1)
-
-
-def _scores(sums: np.ndarray) -> dict[str, Any]:
-    """Return the number of hidden genes and the mean scores of a row of sums; None without any."""
-    count = int(sums[0])
-    means = [float(value) / count if count else None for value in sums[1:]]
-    return {"genes": count, **dict(zip(_SCORES, means, strict=True))}
-
-
 def heldout_record(
     result: dict[str, Any], evaluation: HeldoutEvaluation, remark: str | None = None
 ) -> dict[str, Any]:
@@ -158,36 +176,80 @@ def heldout_record(
 
     ``masked_accuracy`` is top-1. A baseline's scores are ``baseline_NAME`` (loss),
     ``baseline_NAME_accuracy``, ``baseline_NAME_top10``; of its curves only the losses are kept.
+    ``beyond_arithmetic``, with the same curves: loss of that baseline - loss of the model.
     """
-    curves = [f"{score}_by_{what}" for score in _SCORES for what in ("rank_decile", "bucket")]
+    curves = [f"{score}_by_{what}" for score in SCORES for what in CURVES]
     record = {"loss": result["loss"], "masked_accuracy": result["accuracy"]}
     record |= {name: result[name] for name in ("top10", *curves)}
     for name, baseline in evaluation.baselines.items():
         record[f"baseline_{name}"] = baseline["loss"]
-        for part in ("accuracy", "top10", "loss_by_rank_decile", "loss_by_bucket"):
+        for part in ("accuracy", "top10", *(f"loss_by_{what}" for what in CURVES)):
             record[f"baseline_{name}_{part}"] = baseline[part]
-    record |= {name: result[name] for name in ("genes", "genes_by_bucket")}
+    record |= _beyond_arithmetic(result, evaluation.baselines.get(ARITHMETIC))
+    record |= {name: result[name] for name in ("genes", "genes_by_bucket", "genes_by_dataset")}
     record["cells"] = evaluation.num_cells
+    if evaluation.without_arithmetic:
+        record["without_arithmetic"] = evaluation.without_arithmetic
     return record | ({"remark": remark} if remark else {})
 
 
-def score_rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Return (name, loss, top-1, top-10) of the model and each baseline, for a table.
+def _beyond_arithmetic(result: dict[str, Any], arithmetic: dict[str, Any] | None) -> dict[str, Any]:
+    """Return by how many nats a model's loss is below the arithmetic line, with the curves."""
+    if arithmetic is None:
+        return {}
 
-    "-": not recorded, as top-10 in older runs, or lost.
+    def below(line: float | None, loss: float | None) -> float | None:
+        return None if line is None or loss is None else line - loss
+
+    deciles = zip(arithmetic["loss_by_rank_decile"], result["loss_by_rank_decile"], strict=True)
+    beyond: dict[str, Any] = {
+        BEYOND: below(arithmetic["loss"], result["loss"]),
+        f"{BEYOND}_by_rank_decile": [below(*pair) for pair in deciles],
+    }
+    for what in ("bucket", "dataset"):
+        lines = arithmetic[f"loss_by_{what}"]
+        losses = result[f"loss_by_{what}"]
+        beyond[f"{BEYOND}_by_{what}"] = {k: below(lines[k], losses[k]) for k in lines}
+    return beyond
+
+
+def score_rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return (name, loss, nats beyond arithmetic, top-1, top-10) of the model and each baseline.
+
+    "-": not recorded, as top-10 in older runs, or lost. A baseline that the record does not have
+    has no row.
     """
+    line = record.get(f"baseline_{ARITHMETIC}")
     keys = [("this model", "loss", "masked_accuracy", "top10")]
     for name in BASELINE_NAMES:
         key = f"baseline_{name}"
-        keys.append((name.replace("_", " "), key, f"{key}_accuracy", f"{key}_top10"))
-    return [
-        (
-            name,
-            format_score(record.get(loss), ".4f"),
-            *(format_score(record.get(k), ".2%") for k in shares),
+        if key in record:
+            keys.append((name.replace("_", " "), key, f"{key}_accuracy", f"{key}_top10"))
+    rows = []
+    for name, loss_key, *shares in keys:
+        loss = record.get(loss_key)
+        beyond = None if line is None or loss is None else line - loss
+        shown = (format_score(record.get(k), ".2%") for k in shares)
+        rows.append((name, format_score(loss, ".4f"), format_score(beyond, "+.4f"), *shown))
+    return rows
+
+
+def arithmetic_sentence(record: dict[str, Any]) -> str:
+    """Return what a record says of a model beside counting, for its card and its page."""
+    if "without_arithmetic" in record:
+        return f"Beside counting: {record['without_arithmetic']}."
+    beyond = record.get(BEYOND)
+    if beyond is None:
+        return "How far the model is from counting was not recorded."
+    if beyond <= 0:
+        return (
+            f"The loss is {-beyond:.4f} nats above what counting tells (arithmetic: the medians of "
+            "the visible neighbours): no biology can be seen in it."
         )
-        for name, loss, *shares in keys
-    ]
+    return (
+        f"The loss is {beyond:.4f} nats below what counting tells (arithmetic: the medians of the "
+        "visible neighbours): so much the model has learned beyond it."
+    )
 
 
 def format_score(value: float | None, how: str) -> str:
@@ -203,9 +265,12 @@ def heldout_line(
         f"{name} {b['loss']:.4f} / {b['accuracy']:.2%} / {b['top10']:.2%}"
         for name, b in evaluation.baselines.items()
     )
+    line = evaluation.baselines.get(ARITHMETIC)
+    beyond = f"beyond arithmetic {line['loss'] - result['loss']:+.4f}  " if line else ""
     return (
-        f"step {step}/{steps}  held-out loss {result['loss']:.4f}  top-1 {result['accuracy']:.2%}  "
-        f"top-10 {result['top10']:.2%}  ({evaluation.num_cells} cells; baselines: {beside})"
+        f"step {step}/{steps}  held-out loss {result['loss']:.4f}  {beyond}"
+        f"top-1 {result['accuracy']:.2%}  top-10 {result['top10']:.2%}  "
+        f"({evaluation.num_cells} cells; baselines: {beside})"
     )
 
 
@@ -261,20 +326,19 @@ def curve_remark(
     """
     step = history[-1][0]
     losses = [loss if math.isfinite(loss) else math.inf for _, loss in history]
-    name, bar = min(baselines.items(), key=lambda item: item[1])
-    best = f"the best baseline ({name}, {bar:.4f})"
+    bar, best, known, unknown = _bar(baselines)
     is_below = [loss < bar for loss in losses]
     if is_below[-1] and not any(is_below[:-1]):
         return logging.INFO, (
             f"step {step}: held-out loss {losses[-1]:.4f} is below {best} for the first time, by "
-            f"{bar - losses[-1]:.4f}; from here on the model uses more than a gene's own rank"
+            f"{bar - losses[-1]:.4f}; {known}"
         )
     warnings = []
     is_due = [at >= expected_by * total_steps for at, _ in history]
     if not any(is_below) and is_due[-1] and not any(is_due[:-1]):
         warnings.append(
             f"after {step / total_steps:.0%} of the steps the held-out loss {losses[-1]:.4f} has "
-            f"not been below {best}: the model knows no more than each gene's rank. Look at "
+            f"not been below {best}: {unknown}. Look at "
             "optim.learning_rate, optim.warmup_steps and the number of training cells"
         )
     if not is_below[-1] and any(is_below[-2:]):
@@ -287,6 +351,25 @@ def curve_remark(
             "overfits"
         )
     return (logging.WARNING, f"step {step}: " + "; ".join(warnings)) if warnings else None
+
+
+def _bar(baselines: dict[str, float]) -> tuple[float, str, str, str]:
+    """Return the loss to be below, its name, what a loss below it says, and what one above."""
+    if ARITHMETIC in baselines:
+        bar = baselines[ARITHMETIC]
+        return (
+            bar,
+            f"counting ({ARITHMETIC}, {bar:.4f})",
+            "from here on the model knows more than medians and frequencies tell",
+            "the model has learned less than counting tells, without learning",
+        )
+    name, bar = min(baselines.items(), key=lambda item: item[1])
+    return (
+        bar,
+        f"the best baseline ({name}, {bar:.4f})",
+        "from here on the model uses more than a gene's own rank",
+        "the model knows no more than each gene's rank",
+    )
 
 
 def _is_diverging(losses: list[float]) -> bool:

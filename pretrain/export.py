@@ -16,7 +16,7 @@ from data_prep.shards import complete_folder, file_sha256, require_new
 from data_prep.vocab import Vocabulary, load_vocabulary, open_vocabulary
 from pretrain import checkpoint, zero_state
 from pretrain.architecture import read_bert_config
-from pretrain.evaluate import score_rows
+from pretrain.evaluate import arithmetic_sentence, score_rows
 from pretrain.metrics import read_metrics
 from pretrain.model import MaskedGeneModel
 
@@ -216,8 +216,10 @@ def _model_card(record: dict, bert: BertForMaskedLM) -> str:
     if heldout:
         lines += [
             f"Held-out cells (n = {heldout['cells']}), 15 % of the genes hidden:", "",
-            "| | cross-entropy (nats) | top-1 | top-10 |", "|---|---|---|---|",
-            *(f"| {' | '.join(row)} |" for row in score_rows(heldout)),
+            "| | cross-entropy (nats) | beyond arithmetic | top-1 | top-10 |",
+            "|---|---|---|---|---|",
+            *(f"| {' | '.join(row)} |" for row in score_rows(heldout)), "",
+            arithmetic_sentence(heldout),
         ]  # fmt: skip
     lines += [
         "", "Input: ranked gene tokens. `vocabulary.json` holds genes, medians, special tokens and "

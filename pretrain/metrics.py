@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pretrain.baselines import BASELINE_NAMES
+from pretrain.baselines import ARITHMETIC, BASELINE_NAMES
 from pretrain.config import RunConfig
 from pretrain.plan import Work, known_gpu
 
@@ -29,6 +29,10 @@ LAYOUT = {
         "held-out loss beside the baselines": [
             "Multiline",
             ["heldout/loss", *(f"heldout/baseline_{name}" for name in BASELINE_NAMES)],
+        ],
+        "held-out loss below the arithmetic baseline, nats": [
+            "Multiline",
+            [f"heldout/beyond_{ARITHMETIC}"],
         ],
         "held-out top-10 beside the baselines": [
             "Multiline",

@@ -23,6 +23,11 @@ def heldout_record(step: int, loss: float) -> dict:
     record = {"kind": "heldout", "step": step, "cells": 1234, "genes": 30, "loss": loss}
     record |= {"masked_accuracy": 0.0123, "top10": 0.0789}
     record["genes_by_bucket"] = {"96": 10, "2048": 20}
+    record["genes_by_dataset"] = {"blood": 12, "brain <2>": 18}
+    record |= {"beyond_arithmetic": 7.5 - loss}
+    record["beyond_arithmetic_by_dataset"] = {"blood": 1.25, "brain <2>": -0.75}
+    record["loss_by_dataset"] = {"blood": 6.25, "brain <2>": 8.25}
+    record["baseline_arithmetic_loss_by_dataset"] = {"blood": 7.5, "brain <2>": 7.5}
     for score in ("loss", "accuracy", "top10"):
         record[f"{score}_by_rank_decile"] = [loss + i / 10 for i in range(9)] + [None]
         record[f"{score}_by_bucket"] = {"2048": 0.3456, "96": 0.2345}
@@ -80,15 +85,17 @@ def figure_with(figures: dict[str, str], word: str) -> str:
     return " ".join("".join(text.itertext()) for text in texts)
 
 
-def test_a_run_is_shown_in_six_figures(tmp_path):
+def test_a_run_is_shown_in_eight_figures(tmp_path):
     heldout = [heldout_record(20, 7.5), heldout_record(40, 6.5)]
     heldout[1]["remark"] = "step 40: below <the> best"
     metrics = [*(train_record(s, None if s < 20 else 1000.0) for s in range(10, 50, 10)), *heldout]
     html, page, figures = page_of(tmp_path, metrics)
-    assert len(figures) == 6
-    beside = ["unigram", "unigram by rank", "mean rank"]
+    assert len(figures) == 8
+    beside = ["unigram", "unigram by rank", "mean rank", "no repeat", "arithmetic"]
     for word, texts in {
         "training and held out": ["training", "held out", "optimizer step", *beside],
+        "needs no learning": ["nats beyond arithmetic", "optimizer step", "this model", *beside],
+        "by data set": ["nats beyond arithmetic", "blood", "brain <2>"],
         "first ten guesses": ["top-1", "top-10", "this model", *beside],
         "by rank": ["decile of rank", "this model", *beside],
         "length of the cell": ["96", "2,048", "this model", *beside],
@@ -100,17 +107,47 @@ def test_a_run_is_shown_in_six_figures(tmp_path):
             assert text in shown, (word, text)
     assert "<li>step 40: below &lt;the&gt; best</li>" in html
     assert page.table("held out") == [
-        {"held out": name, "cross-entropy (nats)": loss, "top-1": top1, "top-10": top10}
-        for name, loss, top1, top10 in [
-            ("this model", "6.5000", "1.23%", "7.89%"),
-            ("unigram", "7.1000", "0.10%", "1.00%"),
-            ("unigram by rank", "7.2000", "0.20%", "2.00%"),
-            ("mean rank", "7.3000", "0.30%", "3.00%"),
+        {"held out": name, "cross-entropy (nats)": loss, "beyond arithmetic": beyond,
+         "top-1": top1, "top-10": top10}
+        for name, loss, beyond, top1, top10 in [
+            ("this model", "6.5000", "+1.0000", "1.23%", "7.89%"),
+            ("unigram", "7.1000", "+0.4000", "0.10%", "1.00%"),
+            ("unigram by rank", "7.2000", "+0.3000", "0.20%", "2.00%"),
+            ("mean rank", "7.3000", "+0.2000", "0.30%", "3.00%"),
+            ("no repeat", "7.4000", "+0.1000", "0.40%", "4.00%"),
+            ("arithmetic", "7.5000", "+0.0000", "0.50%", "5.00%"),
         ]
+    ]  # fmt: skip
+    assert "<b>The loss is 1.0000 nats below what counting tells" in html
+    assert [list(row.values()) for row in page.table("data set")] == [
+        ["blood", "12", "6.2500", "7.5000", "+1.2500"],
+        ["brain <2>", "18", "8.2500", "7.5000", "-0.7500"],
     ]
     assert [list(row.values()) for row in page.table("tokens, at most")] == [
-        ["96", "10", "0.2345", "6.1000", "6.2000", "6.3000", "23.45%", "23.45%"],
-        ["2,048", "20", "0.3456", "8.1000", "8.2000", "8.3000", "34.56%", "34.56%"],
+        [
+            "96",
+            "10",
+            "0.2345",
+            "6.1000",
+            "6.2000",
+            "6.3000",
+            "6.4000",
+            "6.5000",
+            "23.45%",
+            "23.45%",
+        ],
+        [
+            "2,048",
+            "20",
+            "0.3456",
+            "8.1000",
+            "8.2000",
+            "8.3000",
+            "8.4000",
+            "8.5000",
+            "34.56%",
+            "34.56%",
+        ],
     ]
 
 
@@ -125,12 +162,17 @@ def test_records_of_older_runs_are_readable(tmp_path):
     """Without top-10, buckets, baselines by decile, remarks: what there is, and "-"."""
     old = {k: v for k, v in heldout_record(40, 6.5).items()
            if "top10" not in k and "_by_bucket" not in k and k != "genes"
-           and not re.match("baseline_.*_by_", k)}  # fmt: skip
+           and not re.match("baseline_.*_loss_by_|.*by_dataset|.*arithmetic|.*no_repeat", k)
+           }  # fmt: skip
     _, page, figures = page_of(tmp_path, [train_record(40, 1000.0), old])
     assert len(figures) == 5
     assert "top-10" not in figure_with(figures, "first guess")
     assert "unigram" not in figure_with(figures, "by rank of the gene")
+    assert [row["held out"] for row in page.table("held out")] == [
+        "this model", "unigram", "unigram by rank", "mean rank",
+    ]  # fmt: skip
     assert [row["top-10"] for row in page.table("held out")] == ["-"] * 4
+    assert page.table("held out")[0]["beyond arithmetic"] == "-"
     assert page.table("held out")[0]["top-1"] == "1.23%"
 
 
@@ -138,6 +180,8 @@ def test_lost_numbers_leave_gaps(tmp_path):
     lost = heldout_record(40, 6.5) | {"loss": None}
     lost["loss_by_bucket"] = dict.fromkeys(LENGTHS)
     lost["loss_by_rank_decile"] = [None] * 10
+    lost["beyond_arithmetic"] = None
+    lost["beyond_arithmetic_by_dataset"] = {"blood": None, "brain <2>": None}
     _, page, figures = page_of(tmp_path, [train_record(40, None), lost])
     assert page.table("held out")[0]["cross-entropy (nats)"] == "-"
     assert page.table("tokens, at most")[0]["this model, nats"] == "-"

@@ -44,7 +44,9 @@ def test_all_that_lies_there(home):
     records = [json.loads(x) for x in (home / "runs/whole/metrics.jsonl").read_text().splitlines()]
     last = [r for r in records if r["kind"] == "train"][-1]
     assert (whole.loss, whole.tokens_per_s) == (last["loss"], last["tokens_per_s"])
-    assert whole.heldout_loss == next(r["loss"] for r in records if r["kind"] == "heldout")
+    heldout = next(r for r in records if r["kind"] == "heldout")
+    assert whole.heldout_loss == heldout["loss"]
+    assert whole.beyond_arithmetic == heldout["baseline_arithmetic"] - heldout["loss"]
 
 
 def test_a_finished_run_stays_finished(run):

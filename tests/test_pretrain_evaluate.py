@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from pretrain.baselines import BASELINE_NAMES, RANK_BINS, RankBaselines
 from tests.ranks import run_ranks
 from tests.runs import tiny_config
 from tests.synthetic import make_shards
 
-BASELINES = ("unigram", "unigram_by_rank", "mean_rank")
+BASELINES = BASELINE_NAMES
 BASELINE_CELLS = 50
 
 
@@ -81,7 +82,6 @@ def one_rank(shards, tmp_path_factory) -> dict[str, Any]:
 
 def by_hand(rows: list[Hidden], table: np.ndarray | None = None) -> list[dict[str, float]]:
     """Return length, decile, loss and place of each; given a table by rank, of its guesses."""
-    from pretrain.baselines import RANK_BINS
 
     scored = []
     for gene in rows:
@@ -114,10 +114,9 @@ def test_scores_are_those_counted_by_hand(one_rank):
         assert record["accuracy_by_rank_decile"][decile] == first
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", ["unigram", "unigram_by_rank", "mean_rank"])
 def test_baselines_are_scored_like_the_model(name, one_rank, shards):
     from data_prep.shards import ShardSet
-    from pretrain.baselines import RankBaselines
 
     record = one_rank["record"]
     table = RankBaselines(ShardSet(shards), BASELINE_CELLS).log_probabilities[name]
@@ -207,12 +206,15 @@ def test_tensorboard_and_file_hold_every_number(one_rank, tmp_path):
 BARS = {"unigram": 7.0, "mean_rank": 6.5, "unigram_by_rank": 6.0}
 
 
-def remarks_of(losses: list[float], total_steps: int = 100) -> dict[int, tuple[int, str]]:
+def remarks_of(
+    losses: list[float], total_steps: int = 100, bars: dict[str, float] = BARS
+) -> dict[int, tuple[int, str]]:
     """Return the remarks of a run that evaluates every 10 steps, by step."""
+
     from pretrain.evaluate import curve_remark
 
     history = [(10 * (i + 1), loss) for i, loss in enumerate(losses)]
-    found = {history[i][0]: curve_remark(history[: i + 1], BARS, total_steps, 0.25)
+    found = {history[i][0]: curve_remark(history[: i + 1], bars, total_steps, 0.25)
              for i in range(len(history))}  # fmt: skip
     return {step: remark for step, remark in found.items() if remark}
 
@@ -244,6 +246,21 @@ def test_rising_above_the_baselines_again_is_warned_about_each_time():
     assert remarks.keys() == {10, 20, 50}
     assert [remarks[s][0] for s in (20, 50)] == [logging.WARNING] * 2
     assert "risen to 6.0500, above the best baseline (unigram_by_rank, 6.0000)" in remarks[50][1]
+
+
+def test_the_bar_is_the_arithmetic_line_where_there_is_one():
+    """Below all guesses by rank is not below counting."""
+    bars = BARS | {"no_repeat": 5.0, "arithmetic": 4.0}
+    remarks = remarks_of([6.8, 5.9, 4.5, 3.75, 4.01], bars=bars)
+    assert remarks.keys() == {30, 40, 50}
+    assert remarks[30][0] == logging.WARNING
+    assert "4.5000 has not been below counting (arithmetic, 4.0000)" in remarks[30][1]
+    assert "learned less than counting" in remarks[30][1]
+    level, text = remarks[40]
+    assert level == logging.INFO
+    for part in ("below counting (arithmetic, 4.0000) for the first time", "by 0.2500", "medians"):
+        assert part in text
+    assert "above counting (arithmetic, 4.0000) again" in remarks[50][1]
 
 
 def test_divergence_is_warned_about_when_it_begins():

@@ -62,6 +62,25 @@ def test_zero_by_stage_and_size():
             assert peak == f"{case['peak_gib']:.1f}"
 
 
+def test_what_counting_costs():
+    text = section((DOCS / "benchmarks.md").read_text(), "what-counting-costs")
+    for name, run in zip(
+        ("13 data sets", "the demo", "generated"), recorded("counting")["runs"], strict=True
+    ):
+        lines = [x for x in text.splitlines() if x.startswith(f"| {name} |")]
+        said = [[c.strip().strip("*") for c in x.strip("|").split("|")][1:] for x in lines]
+        assert said[0] == [
+            f"{run['training_cells']:,}",
+            f"{run['by_rank_s']:.1f} s",
+            f"{run['arithmetic_s']:.1f} s",
+            f"{run['kept_bytes'] / 2**20:.1f} MiB",
+            f"{run['peak_gib']:.2f} GiB",
+        ]
+        if "nats" in run:
+            assert said[1][:5] == [f"{loss:.3f}" for loss in run["nats"].values()]
+            assert said[1][5] == f"{run['top1']['arithmetic']:.1%}".replace("%", " %")
+
+
 def test_a_second_rank():
     one, two = recorded("scaling_cpu")["cases"]
     assert (
