@@ -38,7 +38,7 @@ def predict_classes(
         if fitted.shape[1] > len(train):
             # With a squared penalty the weights are sums of training cells: in a basis of those
             # the problem is the same, with fewer dimensions than genes.
-            basis = np.linalg.svd(fitted, full_matrices=False)[2]
-            fitted, tested = fitted @ basis.T, tested @ basis.T
+            basis = np.linalg.qr(fitted.T)[0]
+            fitted, tested = fitted @ basis, tested @ basis
         model = LogisticRegression(C=PENALTY_C, max_iter=_ITERATIONS)
         return model.fit(fitted, labels[train]).predict(tested)
