@@ -205,7 +205,7 @@ def corpus_svd(
 def _count(
     shards: ShardSet, num_components: int, max_cells: int, quarantine: bool
 ) -> dict[str, np.ndarray]:
-    matrix = _RankWeights(shards, max_cells, quarantine)
+    matrix = RankWeights(shards, chosen_blocks(shards, max_cells), quarantine)
     vocabulary = shards.vocabulary
     most = min(num_components, matrix.num_cells, len(vocabulary.genes))
     values, vectors, residual = leading_vectors(matrix.gram, vocabulary.num_tokens, most)
@@ -262,12 +262,19 @@ def _ordered(
         return values, vectors, float(np.max(residuals[order] / values))
 
 
-class _RankWeights:
-    """The matrix of rank weights of training cells, as its product with vectors."""
+class RankWeights:
+    """The matrix of rank weights of the cells of some blocks, as its product with vectors.
 
-    def __init__(self, shards: ShardSet, max_cells: int, quarantine: bool) -> None:
+    Parameters
+    ----------
+    numbers
+        int [blocks], index rows.
+    quarantine
+        Leave damaged blocks out, instead of raising.
+    """
+
+    def __init__(self, shards: ShardSet, numbers: np.ndarray, quarantine: bool = False) -> None:
         self._shards, self._quarantine = shards, quarantine
-        numbers = _chosen_blocks(shards, max_cells)
         blocks_of_a_group = max(1, _GROUP_CELLS // shards.manifest["settings"]["block_cells"])
         cuts = range(blocks_of_a_group, len(numbers), blocks_of_a_group)
         self._groups = np.split(numbers, cuts)
@@ -309,7 +316,7 @@ class _RankWeights:
         return out
 
 
-def _chosen_blocks(shards: ShardSet, max_cells: int) -> np.ndarray:
+def chosen_blocks(shards: ShardSet, max_cells: int) -> np.ndarray:
     """Return numbers of training blocks, of `max_cells` cells or few more, spread evenly."""
     extents = shards.extents("train")
     if not extents:

@@ -51,8 +51,8 @@ def invoke(*arguments: Any):
 
 def probe(folder: Path, model: str, *arguments: Any) -> dict[str, Any]:
     done = invoke(
-        folder / model, folder / "new" / "cells.h5ad", "--label", "cell_type", "--cells-a-class", "10,5",
-        "--seeds", "3", "--device", "cpu", "--json", *arguments,
+        folder / model, folder / "new" / "cells.h5ad", "--label", "cell_type", "--seeds", "3",
+        "--cells-a-class", "10,5", "--device", "cpu", "--json", *arguments,
     )  # fmt: skip
     assert done.exit_code == 0, done.exception
     return json.loads(done.stdout)
@@ -212,13 +212,19 @@ def test_checkpoints_of_a_run_are_a_curve_that_ends_at_the_export(
 def test_without_a_corpus_svd_the_probe_says_how_to_get_one(folder: Path, tmp_path: Path):
     import shutil
 
+    from eval.probe.models import open_probed
+    from eval.probe.probe import find_svd
+
     shutil.copytree(folder / "model", folder / "old")
     (folder / "old" / "corpus_svd.safetensors").unlink()
-    old = probe(folder, "old")
-    assert old["corpus_svd"] is None and old["verdicts"] == []
-    assert "--shards" in old["corpus_svd_missing"]
-    again = probe(folder, "old", "--shards", folder / "shards", "--cells", "good=1")
-    assert again["corpus_svd"]["cells"] > 0
+    found = probe(folder, "old")
+    assert found["corpus_svd"] is None and found["verdicts"] == []
+    assert "--shards" in found["corpus_svd_missing"]
+    old = open_probed(folder / "old", None)
+    made, missing = find_svd(old, folder / "shards")
+    stored, _ = find_svd(open_probed(folder / "model", None), None)
+    assert missing is None and made is not None and stored is not None
+    np.testing.assert_array_equal(made.components, stored.components)
     other = make_shards(tmp_path, num_genes=90)
     done = invoke(
         folder / "old", folder / "new" / "cells.h5ad", "--label", "cell_type", "--shards", other,
