@@ -178,8 +178,9 @@ def corpus_svd(
         raise ValueError(
             f"corpus SVD: {num_components} components of {max_cells} cells; both must be at least 1"
         )
+    cells = sum(extent.num_cells for extent in shards.extents("train"))
     settings = {
-        "method": _METHOD, "components": num_components, "cells": max_cells,
+        "method": _METHOD, "components": num_components, "cells": min(max_cells, cells),
         "quarantine": quarantine,
     }  # fmt: skip
     tables = counted_tables(

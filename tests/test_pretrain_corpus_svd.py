@@ -137,6 +137,7 @@ def test_it_is_counted_once_for_shards(shards: Path, monkeypatch: pytest.MonkeyP
     first = corpus_svd(opened, 7)
     monkeypatch.setattr(module, "_count", None)
     np.testing.assert_array_equal(corpus_svd(opened, 7).components, first.components)
+    corpus_svd(opened, 7, max_cells=10**9)  # all cells in both cases
     assert list((shards / FOLDER_NAME).glob("corpus-svd-*"))
 
 
