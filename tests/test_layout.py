@@ -89,7 +89,7 @@ BESIDE = {
     "cli.py", "check.py", "verify.py", "page.py", "tables.py", "progress.py", "shuffle.py",
     "remote.py", "warm_start.py", "plan.py", "mpi.py", "runs.py", "doctor.py", "node.py",
     "allreduce.py", "kubernetes.py", "slurm.py", "slurm_script.py", "requeue.py",
-    "step_profile.py", "checks.py", "export.py",
+    "step_profile.py", "checks.py", "export.py", "corpus_svd.py",
 }  # fmt: skip
 
 
