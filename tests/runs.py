@@ -19,7 +19,6 @@ from pretrain import checkpoint
 from pretrain.config import RunConfig
 from pretrain.ds_config import DEEPSPEED_CONFIG_FOLDER
 from pretrain.metrics import read_metrics
-from pretrain.zero_state import KINDS
 
 _ROOT = Path(__file__).resolve().parent.parent
 # Only the slow tests take these too.
@@ -75,20 +74,23 @@ def cut_off(whole: RunConfig, out: Path) -> RunConfig:
 
 
 def final_state(run: Path) -> dict[str, dict[str, np.ndarray]]:
-    """Return weights and both moments of the newest checkpoint: kind -> name -> flat fp32."""
+    """Return weights and moments of the newest checkpoint: kind -> name -> flat fp32."""
     last = checkpoint.newest(run)
     assert last is not None
     reader = last.reader()
-    return {
-        kind: {n: reader.read(kind, n, 0, reader.numel(n)).numpy() for n in reader.names}
-        for kind in KINDS
-    }
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for name in reader.names:
+        for kind in reader.kinds(name):
+            values = reader.read(kind, name, 0, reader.numel(name)).numpy()
+            found.setdefault(kind, {})[name] = values
+    return found
 
 
 def require_same_state(run: Path, other: Path) -> None:
     """Assert that the newest checkpoints of two runs hold the same bits."""
     state, expected = final_state(run), final_state(other)
-    for kind in KINDS:
+    assert state.keys() == expected.keys()
+    for kind in expected:
         assert state[kind].keys() == expected[kind].keys()
         for name, values in expected[kind].items():
             np.testing.assert_array_equal(state[kind][name], values, err_msg=f"{kind}/{name}")
