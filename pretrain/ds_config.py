@@ -102,8 +102,8 @@ def _require_exact_muon(path: Path, zero: dict) -> None:
     quantized = [k for k, v in zero.items() if k.startswith("zero_quantized") and v]
     if quantized:
         raise ValueError(
-            f"{path}: {', '.join(quantized)}: not with optim.kind=muon, which makes small errors of "
-            "a gradient large ones of a step; take zero3, or optim.kind=adamw"
+            f"{path}: {', '.join(quantized)}: not with optim.kind=muon, which makes small errors "
+            "of a gradient large ones of a step; take zero3, or optim.kind=adamw"
         )
 
 

@@ -24,6 +24,7 @@ from pretrain.optim import (
     build_optimizer,
     learning_rates_at,
     set_learning_rate,
+    state_bytes,
 )
 from pretrain.step_profile import mark
 from pretrain.warm_start import log_start, start_weights
@@ -89,6 +90,8 @@ class Engine:
         import deepspeed
 
         optimizer = build_optimizer(model, self._config.optim)
+        # Of weights and moments over all ranks, in float32.
+        self.state_bytes = state_bytes(optimizer)
         if self.stage == 0:
             self._clipper = StageZeroClipper(optimizer, self._config.optim.max_grad_norm)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)

@@ -10,6 +10,7 @@ from torch import nn
 
 from pretrain.config import OptimConfig
 from pretrain.muon import MuonBesideAdamW, is_layer_matrix
+from pretrain.zero_state import MOMENTS
 
 RATE, MUON_RATE = "learning_rate", "muon_learning_rate"
 
@@ -54,6 +55,15 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     }
     others = parameter_groups(model, config.weight_decay, matrices)
     return MuonBesideAdamW(matrices, muon, others, **adamw)
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Return the size of float32 weights and moments of a whole model, before ZeRO divides it."""
+    return sum(
+        4 * parameter.numel() * (1 + len(MOMENTS[group.get("kind", "adamw")]))
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    )
 
 
 def learning_rates_at(step: int, total_steps: int, config: OptimConfig) -> dict[str, float]:

@@ -174,7 +174,7 @@ class _Run:
             self._summary.cells_quarantined = last.record["cells_quarantined"]
         self._record = run_record(config, shards, ranks.world_size, engine.stage, engine.init)
         self.publisher = Publisher(
-            config.run.out, ranks, config.checkpoint, engine.num_parameters,
+            config.run.out, ranks, config.checkpoint, engine.state_bytes,
             config.run.collective_timeout_s,
         )  # fmt: skip
         self._meter = meter_of(config, shards.vocabulary.num_tokens, ranks.world_size, steps)
