@@ -2,9 +2,9 @@
 
 ``python -m benchmarks.muon SHARDS [--model geneformer_v1_6l] [--steps 10] [--out FILE.json]``
 
-Both optimizers in one process, ZeRO 1, one thread, one core, small steps in turns: what an optimizer
-costs does not depend on the batch. Then one whole step of the configuration with Muon: forward and
-backward are the same for both. Processor seconds. Prints JSON.
+Both optimizers in one process, ZeRO 1, one thread, one core, small steps in turns: what an
+optimizer costs does not depend on the batch. Then one whole step of the configuration with Muon:
+forward and backward are the same for both. Processor seconds. Prints JSON.
 """
 
 from __future__ import annotations
