@@ -3,8 +3,9 @@
 ``python -m benchmarks.muon SHARDS [--model geneformer_v1_6l] [--steps 10] [--out FILE.json]``
 
 Both optimizers in one process, ZeRO 1, one thread, one core, small steps in turns: what an
-optimizer costs does not depend on the batch. Then one whole step of the configuration with Muon:
-forward and backward are the same for both. Processor seconds. Prints JSON.
+optimizer costs does not depend on the batch. Forward and backward are the same for both; they are
+measured on one full micro-batch, and a step of the configuration has so many of them. Processor
+seconds. Prints JSON.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def main() -> None:
     trainers = {kind: Trainer(kind, arguments) for kind in KINDS}
     for _ in range(arguments.steps + 1):
         for trainer in trainers.values():
-            trainer.step(2048)
+            trainer.step(1024)
     found: dict[str, Any] = {"model": arguments.model, "load": os.getloadavg()}
     for kind, trainer in trainers.items():
         # The first step makes the moments.
@@ -89,13 +90,15 @@ def main() -> None:
     for kind, trainer in trainers.items():
         found[kind]["state_bytes"] = trainer.engine.state_bytes
     muon, step_s = trainers["muon"], found["muon"]["step_s"]
-    tokens = muon.step(muon.config.batch.tokens_per_step)
-    whole_s = muon.computing_s[-1] + step_s
+    tokens = muon.step(arguments.micro_batch)
+    of_a_step = muon.config.batch.tokens_per_step
+    whole_s = muon.computing_s[-1] * of_a_step / tokens + step_s
     found |= {
         "parameters": muon.engine.num_parameters,
-        "padded_tokens": tokens,
-        "forward_backward_s": muon.computing_s[-1],
-        "step_after_it_s": muon.stepping_s[-1],
+        "micro_batch_tokens": tokens,
+        "micro_batch_s": muon.computing_s[-1],
+        "step_tokens": of_a_step,
+        "whole_step_s": whole_s,
         "share_of_muon": step_s / whole_s,
         "added_by_muon": (step_s - found["adamw"]["step_s"]) / whole_s,
     }
