@@ -46,7 +46,8 @@ def derive_ds_config(config: RunConfig) -> dict:
     ------
     ValueError
         The file is unreadable, has keys that belong to the run configuration, or no ZeRO stage; or
-        torch.compile is asked for at stage 3, whose hooks break its graphs (docs/speed_log.md); or
+        it asks for an order of weights that checkpoints do not understand; or torch.compile is
+        asked for at stage 3, whose hooks break its graphs (docs/speed_log.md); or
         Muon with a file under which it is not exact.
     """
     path = find_deepspeed_file(config.run.deepspeed)
@@ -67,6 +68,11 @@ def derive_ds_config(config: RunConfig) -> dict:
         raise ValueError(
             f"run.compile={config.run.compile}: not with ZeRO 3, which gathers weights while a "
             "layer runs; use zero1 or zero2, or run.compile=off"
+        )
+    if content["zero_optimization"].get("round_robin_gradients"):
+        raise ValueError(
+            f"{path}: round_robin_gradients: not supported, for DeepSpeed then says wrongly where "
+            "a weight is, and a checkpoint would hold it under another's name; leave it out"
         )
     if config.optim.kind == "muon":
         _require_exact_muon(path, content["zero_optimization"])

@@ -96,11 +96,10 @@ def _scheduled(step: int, total_steps: int, peak: float, schedule: str, warmup: 
 
 def require_reachable_peak(config: OptimConfig, steps: int) -> None:
     """Raise ValueError if a run ends before its warm-up does."""
-    for name in ("warmup_steps", "muon_warmup_steps"):
-        warmup = getattr(config, name)
+    for of, warmup in (("", config.warmup_steps), ("muon_", config.muon_warmup_steps)):
         if warmup is not None and warmup >= steps:
             raise ValueError(
-                f"optim.{name}={warmup}: the run has only {steps} steps and would "
+                f"optim.{of}warmup_steps={warmup}: the run has only {steps} steps and would "
                 "never reach its learning rate; lower it (a tenth of the steps is usual)"
             )
 

@@ -329,6 +329,21 @@ def test_work_is_dealt_evenly():
     assert sorted(owners.count(r) for r in range(3)) == [2, 2, 3]
 
 
+def test_a_layout_that_is_not_known_is_refused():
+    from pretrain.dealing import Matrix, _require_whole, pieces_of
+
+    matrices = [Matrix("a.weight", 0, 2, 3), Matrix("a.weight", 6, 2, 3)]
+    halves = [("a.weight", 0, 5, 0, 0)], [("a.weight", 5, 7, 0, 0)]
+    pieces = [pieces_of(matrices, held, rank) for rank, held in enumerate(halves)]
+    assert [(p.matrix, p.rank, p.start, p.numel, p.offset) for p in sum(pieces, [])] == [
+        (0, 0, 0, 5, 0), (0, 1, 5, 1, 0), (1, 1, 0, 6, 1),
+    ]  # fmt: skip
+    _require_whole(matrices, sum(pieces, []), 1)
+    for wrong in (pieces[0], [*pieces[0], *pieces[0], *pieces[1]]):
+        with pytest.raises(ValueError, match="optim.kind=muon: .* not each element once.*zero1"):
+            _require_whole(matrices, wrong, 1)
+
+
 def test_fused_parameters_are_orthogonalised_by_map():
     from pretrain.muon import matrices_of
 
@@ -370,6 +385,14 @@ def test_files_under_which_muon_is_not_exact_are_refused(file):
             derive_ds_config(config)
     else:
         assert derive_ds_config(config)["zero_allow_untested_optimizer"]
+
+
+def test_another_order_of_weights_is_refused(tmp_path):
+    zero = {"stage": 2, "round_robin_gradients": True}
+    (tmp_path / "own.json").write_text(json.dumps({"zero_optimization": zero}))
+    config = tiny_config(Path("s"), Path("r"), run__deepspeed=str(tmp_path / "own.json"))
+    with pytest.raises(ValueError, match="own.json: round_robin_gradients: not supported"):
+        derive_ds_config(config)
 
 
 def _record(config: RunConfig) -> dict[str, Any]:
@@ -414,6 +437,19 @@ def test_plain_pytorch_in_all_combinations(ranks, runs):
     losses = run_ranks(ranks, train_all, [Start(c) for c in configs])[0]
     for config, found in zip(configs, losses, strict=True):
         _require_replayed(config.run.out, found, runs.replay)
+
+
+@pytest.mark.slow
+def test_zero_3_in_groups_of_few_weights(runs, tmp_path):
+    """A file of a user's own; Muon's matrices come in several calls of a step."""
+    zero = {"stage": 3, "overlap_comm": False, "sub_group_size": 500}
+    (tmp_path / "own.json").write_text(json.dumps({"zero_optimization": zero}))
+    own = {"run__deepspeed": str(tmp_path / "own.json")}
+    whole, on = (runs.config(f"groups{end}", 3, **own) for end in ("", "-on"))
+    losses = run_ranks(2, train_all, [Start(whole), Start(on, whole.run.out)])[0]
+    _require_replayed(whole.run.out, losses[0], runs.replay)
+    assert losses[1] == losses[0][_CUT:]
+    require_same_state(on.run.out, whole.run.out)
 
 
 @pytest.mark.slow
