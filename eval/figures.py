@@ -59,6 +59,7 @@ def run_figures(metrics: list[dict[str, Any]]) -> dict[str, str]:
     train = [m for m in metrics if m["kind"] == "train"]
     heldout = [m for m in metrics if m["kind"] == "heldout"]
     last = heldout[-1] if heldout else {}
+    rates = [("learning rate", "learning_rate", ""), ("Muon's rate", "muon_learning_rate", "")]
     with style():
         figures = {
             "Loss of hidden genes, training and held out": _loss(train, heldout),
@@ -71,7 +72,7 @@ def run_figures(metrics: list[dict[str, Any]]) -> dict[str, str]:
             "Gradient norm before clipping (the largest, where steps are drawn together) and "
             "learning rate": _stacked(
                 train,
-                [("gradient norm", "grad_norm", "log"), ("learning rate", "learning_rate", "")],
+                [("gradient norm", "grad_norm", "log"), *rates],
             ),
             "Speed, and share of the time spent waiting for data": _stacked(
                 train, [("real tokens/s", "tokens_per_s", ""), ("data wait", "data_wait", "share")]

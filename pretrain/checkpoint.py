@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 # /1 was written for another order of cells: going on would repeat some and leave others out.
 CHECKPOINT_FORMAT = "geneloom-checkpoint/2"
 _RECORD = "checkpoint.json"
+# Settings that older records do not name, with what there was.
+_BEFORE_THERE_WAS_A_CHOICE = {"optim.kind": "adamw"}
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ def _record_sha256(record: dict[str, Any]) -> str:
 def require_same(record: dict[str, Any], now: dict[str, Any], allow_changes: bool) -> None:
     """Raise ValueError if a run would go on with other data, vocabulary, model or recipe.
 
-    Other shards and another recipe can be allowed; another vocabulary or architecture cannot.
+    Other shards and another recipe can be allowed; another vocabulary, architecture or optimizer
+    cannot.
     """
     if record["vocabulary_sha256"] != now["vocabulary_sha256"]:
         raise ValueError(
@@ -148,7 +151,7 @@ def require_same(record: dict[str, Any], now: dict[str, Any], allow_changes: boo
             "run was started with. To train on with other genes, export the run and start a new "
             "one with model.init_from"
         )
-    before, after = record["recipe"], now["recipe"]
+    before, after = _BEFORE_THERE_WAS_A_CHOICE | record["recipe"], now["recipe"]
     changed = {
         k: f"{k}: {before.get(k)!r} -> {after.get(k)!r}"
         for k in sorted(set(before) | set(after))
@@ -159,6 +162,12 @@ def require_same(record: dict[str, Any], now: dict[str, Any], allow_changes: boo
         raise ValueError(
             "resume: the checkpoint holds another model: " + "; ".join(other_model) + "; give the "
             "old values"
+        )
+    if "optim.kind" in changed:
+        raise ValueError(
+            f"resume: the checkpoint holds another optimizer's state: {changed['optim.kind']}; "
+            f"give optim.kind={before['optim.kind']}. To go on from its weights, export the run "
+            "and start a new one with model.init_from"
         )
     if record["shards_fingerprint"] != now["shards_fingerprint"]:
         changed["shards"] = (

@@ -125,9 +125,24 @@ class BatchConfig(_Section):
     )
 
 
-class OptimConfig(_Section):
-    """AdamW with warm-up and decay as functions of the global step. Defaults: Geneformer V1."""
+# Measured on 15,512 real cells at width 128, 4 layers, 8,192 tokens a step.
+_MUON_DEFAULTS = {
+    "muon_learning_rate": 0.02,
+    "muon_weight_decay": 0.01,
+    "muon_momentum": 0.95,
+    "muon_newton_schulz_steps": 5,
+}
 
+
+class OptimConfig(_Section):
+    """AdamW, or Muon for the matrices inside the layers and AdamW for the rest. Rates are functions
+    of the global step. Defaults: AdamW of Geneformer V1."""
+
+    kind: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="muon: the matrices inside the layers are orthogonalised (settings muon_...); "
+        "embeddings, head, norms and biases have AdamW (all other settings)",
+    )
     learning_rate: float = Field(default=1e-3, gt=0, description="peak")
     schedule: Literal["linear", "cosine", "constant"] = Field(
         default="linear", description="of the learning rate from the peak to the last step"
@@ -140,6 +155,43 @@ class OptimConfig(_Section):
     )
     eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
     max_grad_norm: float = Field(default=1.0, ge=0, description="global norm; 0: no clipping")
+    muon_learning_rate: float | None = Field(
+        default=None, gt=0, description="Muon's peak; default with kind=muon: 0.02"
+    )
+    muon_schedule: Literal["linear", "cosine", "constant"] | None = Field(
+        default=None, description="of Muon's rate; default with kind=muon: as schedule"
+    )
+    muon_warmup_steps: int | None = Field(
+        default=None, ge=0, description="up to Muon's peak; default with kind=muon: as warmup_steps"
+    )
+    muon_weight_decay: float | None = Field(
+        default=None, ge=0, description="of Muon's matrices; default with kind=muon: 0.01"
+    )
+    muon_momentum: float | None = Field(
+        default=None, ge=0, lt=1, description="Nesterov's; default with kind=muon: 0.95"
+    )
+    muon_newton_schulz_steps: int | None = Field(
+        default=None, ge=1, le=20,
+        description="towards an orthogonal matrix; default with kind=muon: 5",
+    )  # fmt: skip
+
+    @model_validator(mode="before")
+    @classmethod
+    def _muon_defaults(cls, values: Any) -> Any:
+        """Fill in what Muon has by default, so that a run's record shows what it had."""
+        if not isinstance(values, dict) or values.get("kind") != "muon":
+            return values
+        of_adamw = {k: cls.model_fields[k].default for k in ("schedule", "warmup_steps")} | values
+        defaults = _MUON_DEFAULTS | {f"muon_{k}": of_adamw[k] for k in ("schedule", "warmup_steps")}
+        return values | {k: v for k, v in defaults.items() if values.get(k) is None}
+
+    @model_validator(mode="after")
+    def _muon_settings_with_muon(self) -> OptimConfig:
+        names = [n for n in type(self).model_fields if n.startswith("muon_")]
+        given = [n for n in names if getattr(self, n) is not None]
+        if self.kind != "muon" and given:
+            raise ValueError(f"{', '.join(given)}: belong to kind=muon, kind is {self.kind}")
+        return self
 
 
 class RunSection(_Section):
@@ -255,7 +307,8 @@ class RunConfig(_Section):
             ),
             "masking": self.masking.model_dump(),
             "batch": self.batch.model_dump(include={"tokens_per_step"}),
-            "optim": self.optim.model_dump(),
+            # What is None does not apply, and is no part of the records of older versions.
+            "optim": self.optim.model_dump(exclude_none=True),
             "run": self.run.model_dump(include={"seed", "epochs", "max_steps", "precision"}),
         }
         return {f"{s}.{k}": v for s, fields in decisive.items() for k, v in fields.items()}

@@ -212,6 +212,23 @@ def receive(values: torch.Tensor, source: int) -> None:
     torch.distributed.recv(values, source)
 
 
+def exchange(
+    values: torch.Tensor, sent_sizes: list[int], received_sizes: list[int]
+) -> torch.Tensor:
+    """Return what all ranks send to this one, in their order; `values` go out in that order.
+
+    Parameters
+    ----------
+    values
+        Flat, of sum(sent_sizes) elements.
+    sent_sizes, received_sizes
+        Elements for and from each rank; its own included.
+    """
+    received = values.new_empty(sum(received_sizes))
+    torch.distributed.all_to_all_single(received, values, received_sizes, sent_sizes)
+    return received
+
+
 def gather_text(text: str, ranks: Ranks) -> list[str]:
     """Return every rank's text, in the order of ranks, on every rank."""
     texts: list[str] = [""] * ranks.world_size

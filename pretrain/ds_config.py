@@ -22,6 +22,7 @@ _ALLOWED_KEYS = {
     "prescale_gradients",
     "comms_logger",
 }
+_OFFLOADING = ("offload_optimizer", "offload_param", "cpu_offload", "zenflow")
 
 
 def find_deepspeed_file(name: str) -> Path:
@@ -45,7 +46,9 @@ def derive_ds_config(config: RunConfig) -> dict:
     ------
     ValueError
         The file is unreadable, has keys that belong to the run configuration, or no ZeRO stage; or
-        torch.compile is asked for at stage 3, whose hooks break its graphs (docs/speed_log.md).
+        it asks for an order of weights that checkpoints do not understand; or torch.compile is
+        asked for at stage 3, whose hooks break its graphs (docs/speed_log.md); or
+        Muon with a file under which it is not exact.
     """
     path = find_deepspeed_file(config.run.deepspeed)
     try:
@@ -66,6 +69,13 @@ def derive_ds_config(config: RunConfig) -> dict:
             f"run.compile={config.run.compile}: not with ZeRO 3, which gathers weights while a "
             "layer runs; use zero1 or zero2, or run.compile=off"
         )
+    if content["zero_optimization"].get("round_robin_gradients"):
+        raise ValueError(
+            f"{path}: round_robin_gradients: not supported, for DeepSpeed then says wrongly where "
+            "a weight is, and a checkpoint would hold it under another's name; leave it out"
+        )
+    if config.optim.kind == "muon":
+        _require_exact_muon(path, content["zero_optimization"])
     result = content | {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -85,6 +95,22 @@ def derive_ds_config(config: RunConfig) -> dict:
             result["bf16"] = {"enabled": True}
             result["data_types"] = {"grad_accum_dtype": "fp32"}
     return result
+
+
+def _require_exact_muon(path: Path, zero: dict) -> None:
+    """Raise ValueError if weights, state or gradients are not where Muon's pieces are exact."""
+    offloads = [k for k in _OFFLOADING if zero.get(k)]
+    if offloads:
+        raise ValueError(
+            f"{path}: {', '.join(offloads)}: not with optim.kind=muon, whose matrices are computed "
+            "where the ranks talk to each other; take zero1, zero2 or zero3, or optim.kind=adamw"
+        )
+    quantized = [k for k, v in zero.items() if k.startswith("zero_quantized") and v]
+    if quantized:
+        raise ValueError(
+            f"{path}: {', '.join(quantized)}: not with optim.kind=muon, which makes small errors "
+            "of a gradient large ones of a step; take zero3, or optim.kind=adamw"
+        )
 
 
 def zero_stage(ds_config: dict) -> int:

@@ -18,7 +18,14 @@ from pretrain.dist import Ranks
 from pretrain.ds_config import zero_stage
 from pretrain.evaluate import to_device
 from pretrain.model import MaskedGeneModel, build_model
-from pretrain.optim import StageZeroClipper, build_optimizer, learning_rate_at, set_learning_rate
+from pretrain.muon import MuonBesideAdamW
+from pretrain.optim import (
+    StageZeroClipper,
+    build_optimizer,
+    learning_rates_at,
+    set_learning_rate,
+    state_bytes,
+)
 from pretrain.step_profile import mark
 from pretrain.warm_start import log_start, start_weights
 
@@ -71,21 +78,36 @@ class Engine:
         self._clipper: StageZeroClipper | None = None
         self.deepspeed = self._initialise(model, ds_config)
         dist.limit_waiting(config.run.collective_timeout_s)
+        self._optimizer = zero_state.torch_optimizer(self.deepspeed, self.stage)
+        if isinstance(self._optimizer, MuonBesideAdamW):
+            self._deal_matrices(self._optimizer)
         if last:
             zero_state.restore_training_state(
                 self.deepspeed, self.stage, ranks.rank, last.reader(), last.step
             )
-        self._optimizer = zero_state.torch_optimizer(self.deepspeed, self.stage)
 
     def _initialise(self, model: MaskedGeneModel, ds_config: dict):
         import deepspeed
 
         optimizer = build_optimizer(model, self._config.optim)
+        # Of weights and moments over all ranks, in float32.
+        self.state_bytes = state_bytes(optimizer)
         if self.stage == 0:
             self._clipper = StageZeroClipper(optimizer, self._config.optim.max_grad_norm)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
         engine.train()
         return engine
+
+    def _deal_matrices(self, optimizer: MuonBesideAdamW) -> None:
+        """Tell Muon where ZeRO has put the matrices."""
+        is_replicated = self.stage == 0
+        rank = 0 if is_replicated else self._ranks.rank
+        optimizer.deal(
+            zero_state.vectors_of_kind(self.deepspeed, self.stage, "muon"),
+            zero_state.owned_fragments(self.deepspeed, self.stage, rank),
+            self._ranks,
+            is_replicated,
+        )
 
     def compile_for(self, shapes: set[tuple[int, int]]) -> None:
         """Compile the training pass for these shapes of micro-batches, if `run.compile` says so."""
@@ -141,15 +163,15 @@ class Engine:
             loss, hits = dist.sum_over_ranks([float(loss_sum), float(hit_sum)], device)
         return StepLoss(loss, hits, own)
 
-    def step(self, step: int, total_steps: int) -> tuple[float, float]:
-        """Apply the gradients; return (learning rate, their global norm before clipping).
+    def step(self, step: int, total_steps: int) -> tuple[dict[str, float], float]:
+        """Apply the gradients; return (learning rates, the global norm before clipping).
 
         Nothing is applied if the norm is not finite: DeepSpeed skips the step, the clipper raises.
         """
-        rate = learning_rate_at(step, total_steps, self._config.optim)
-        set_learning_rate(self._optimizer, rate)
+        rates = learning_rates_at(step, total_steps, self._config.optim)
+        set_learning_rate(self._optimizer, **rates)
         with mark("optimizer"), contextlib.suppress(FloatingPointError):  # the norm is looked at
             self.deepspeed.step()
         if self._clipper:
-            return rate, self._clipper.last_norm
-        return rate, float(self.deepspeed.get_global_grad_norm() or 0.0)
+            return rates, self._clipper.last_norm
+        return rates, float(self.deepspeed.get_global_grad_norm() or 0.0)

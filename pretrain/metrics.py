@@ -41,7 +41,7 @@ LAYOUT = {
     },
     "is it stable?": {
         "gradient norm": ["Multiline", ["train/grad_norm"]],
-        "learning rate": ["Multiline", ["train/learning_rate"]],
+        "learning rate": ["Multiline", ["train/learning_rate", "train/muon_learning_rate"]],
     },
     "is it fast?": {
         "real tokens a second": ["Multiline", ["train/tokens_per_s", "train/tokens_per_s_wall"]],
@@ -241,9 +241,10 @@ def console_line(step: int, total: int, values: dict[str, float]) -> str:
     flops = f"{values['flops_per_s_per_rank'] / 1e12:.3g} TFLOP/s"
     used = f"MFU {values['mfu']:.1%}" if "mfu" in values else flops
     eta = str(timedelta(seconds=int(values["eta_s"]))) if known else "-"
+    muon = f"muon {values['muon_learning_rate']:.2e}  " if "muon_learning_rate" in values else ""
     return (
         f"step {step}/{total}  loss {values['loss']:.4f}  acc {values['masked_accuracy']:.2%}  "
-        f"gnorm {values['grad_norm']:.2f}  lr {values['learning_rate']:.2e}  "
+        f"gnorm {values['grad_norm']:.2f}  lr {values['learning_rate']:.2e}  {muon}"
         f"{values['cells_per_s']:.1f} cells/s of {values['tokens_per_cell']:,.0f}  "
         f"{values['tokens_per_s_per_rank']:,.0f} tok/s/rank  {used}  "
         f"pad {values['padding']:.1%}  wait {values['data_wait']:.1%}  "

@@ -3,64 +3,114 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
 from torch import nn
 
 from pretrain.config import OptimConfig
+from pretrain.muon import MuonBesideAdamW, is_layer_matrix
+from pretrain.zero_state import MOMENTS
+
+RATE, MUON_RATE = "learning_rate", "muon_learning_rate"
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Return two groups: matrices decay; biases and LayerNorm (fewer dimensions) do not."""
-    decay = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+def parameter_groups(
+    model: nn.Module, weight_decay: float, left_out: Collection[str] = ()
+) -> list[dict]:
+    """Return two groups: matrices decay; biases and LayerNorm (fewer dimensions) do not.
+
+    `left_out`: names of parameters that belong to another optimizer.
+    """
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and n not in left_out]
+    decay = [p for _, p in named if p.ndim >= 2]
+    plain = [p for _, p in named if p.ndim < 2]
     return [
         {"params": decay, "weight_decay": weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """Return torch's AdamW, fused: one pass over weights, gradient and moments instead of ten.
 
     DeepSpeed's own CPU kernels keep running powers of beta, so a resumed run would differ in the
-    last bits; torch's is exact, and needs no compiler.
+    last bits; torch's is exact, and needs no compiler. With `optim.kind` muon the matrices inside
+    the layers are Muon's.
     """
-    return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
+    adamw = {
+        "lr": config.learning_rate,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "fused": True,
+    }
+    if config.kind == "adamw":
+        return torch.optim.AdamW(parameter_groups(model, config.weight_decay), **adamw)
+    matrices = {n: p for n, p in model.named_parameters() if is_layer_matrix(n, p)}
+    muon = {
+        "lr": config.muon_learning_rate,
+        "weight_decay": config.muon_weight_decay,
+        "momentum": config.muon_momentum,
+        "newton_schulz_steps": config.muon_newton_schulz_steps,
+    }
+    others = parameter_groups(model, config.weight_decay, matrices)
+    return MuonBesideAdamW(matrices, muon, others, **adamw)
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Return the size of float32 weights and moments of a whole model, before ZeRO divides it."""
+    return sum(
+        4 * parameter.numel() * (1 + len(MOMENTS[group.get("kind", "adamw")]))
+        for group in optimizer.param_groups
+        for parameter in group["params"]
     )
 
 
+def learning_rates_at(step: int, total_steps: int, config: OptimConfig) -> dict[str, float]:
+    """Return the rates of a step (0-based) by the names that metrics have for them."""
+    rates = {RATE: learning_rate_at(step, total_steps, config)}
+    if config.kind == "muon":
+        peak, schedule = config.muon_learning_rate, config.muon_schedule
+        warmup = config.muon_warmup_steps
+        assert peak is not None and schedule is not None and warmup is not None
+        rates[MUON_RATE] = _scheduled(step, total_steps, peak, schedule, warmup)
+    return rates
+
+
 def learning_rate_at(step: int, total_steps: int, config: OptimConfig) -> float:
-    """Return the learning rate of a step (0-based): warm-up from 0 to the peak, then decay to 0."""
-    warmup = config.warmup_steps
+    """Return AdamW's rate of a step (0-based): warm-up from 0 to the peak, then decay to 0."""
+    peak, schedule = config.learning_rate, config.schedule
+    return _scheduled(step, total_steps, peak, schedule, config.warmup_steps)
+
+
+def _scheduled(step: int, total_steps: int, peak: float, schedule: str, warmup: int) -> float:
     if step < warmup:
-        return config.learning_rate * (step + 1) / (warmup + 1)
-    if config.schedule == "constant":
-        return config.learning_rate
+        return peak * (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return peak
     done = (step - warmup) / max(1, total_steps - warmup)
-    if config.schedule == "cosine":
-        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-    return config.learning_rate * (1 - done)
+    if schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * done))
+    return peak * (1 - done)
 
 
 def require_reachable_peak(config: OptimConfig, steps: int) -> None:
     """Raise ValueError if a run ends before its warm-up does."""
-    if config.warmup_steps >= steps:
-        raise ValueError(
-            f"optim.warmup_steps={config.warmup_steps}: the run has only {steps} steps and would "
-            "never reach its learning rate; lower it (a tenth of the steps is usual)"
-        )
+    for of, warmup in (("", config.warmup_steps), ("muon_", config.muon_warmup_steps)):
+        if warmup is not None and warmup >= steps:
+            raise ValueError(
+                f"optim.{of}warmup_steps={warmup}: the run has only {steps} steps and would "
+                "never reach its learning rate; lower it (a tenth of the steps is usual)"
+            )
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the rate of all groups."""
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, learning_rate: float, muon_learning_rate: float | None = None
+) -> None:
+    """Set the rate of all groups, of Muon's to its own."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        is_muon = group.get("kind") == "muon"
+        group["lr"] = muon_learning_rate if is_muon else learning_rate
 
 
 class StageZeroClipper:

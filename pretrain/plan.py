@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 GIB = 2**30
-# Sum of weights and Adam's two moments in float32: what a checkpoint holds of each parameter.
-_STATE_BYTES = 12
+# Sum of weights and Adam's two moments in float32: what a checkpoint holds of each parameter, and
+# how much less it is of Muon's, which have one.
+_STATE_BYTES, _MUON_SAVES = 12, 4
 # The CUDA context, NCCL's buffers and the allocator's waste.
 _OVERHEAD_GIB = 3.0
 _LAYER_NORM_BYTES = 16
@@ -111,6 +112,15 @@ def num_parameters(model: ModelConfig, num_tokens: int, max_length: int) -> int:
     return embeddings + model.num_layers * layer + head
 
 
+def muon_parameters(config: RunConfig) -> int:
+    """Return how many parameters Muon has: those of the matrices inside the layers, or none."""
+    model = config.model
+    if config.optim.kind != "muon":
+        return 0
+    d, i = model.hidden_size, model.intermediate_size
+    return model.num_layers * (4 * d * d + 2 * d * i)
+
+
 def flops_per_token(config: RunConfig, num_tokens: int, length: float) -> float:
     """Return floating point operations, forward and backward, of a token in a cell of this length.
 
@@ -192,6 +202,7 @@ def memory_per_gpu(
     else:
         # bfloat16 weights and gradients, summed in float32; the optimizer's own float32 weights.
         weights, gradients, optimizer = 2 * p, 6 * p, 12 * p
+    optimizer -= _MUON_SAVES * muon_parameters(config)
     activations = micro_batch * activation_bytes(config)
     # The head's input, logits as computed and in float32, their log-softmax and its gradient.
     hidden = micro_batch * config.masking.probability
@@ -227,23 +238,31 @@ def activation_bytes(config: RunConfig, on_gpu: bool = True) -> float:
     return embeddings + model.num_layers * layer
 
 
-def checkpoint_bytes(parameters: int) -> int:
-    """Return the size of one checkpoint: float32 weights and two moments, at any precision."""
-    return parameters * _STATE_BYTES
+def checkpoint_bytes(parameters: int, of_muon: int = 0) -> int:
+    """Return the size of one checkpoint: float32 weights and moments, at any precision.
+
+    `of_muon`: how many of the parameters have one moment instead of two.
+    """
+    return parameters * _STATE_BYTES - of_muon * _MUON_SAVES
 
 
-def traffic_bytes(parameters: int, precision: str, stage: int, gpus: int, passes: int) -> float:
+def traffic_bytes(
+    parameters: int, precision: str, stage: int, gpus: int, passes: int, of_muon: int = 0
+) -> float:
     """Return the least that one GPU sends in a step of `passes` micro-batches, by a ring.
 
     Gradients once in the weights' precision at stages 0 and 1; at stages 2 and 3 once for every
     micro-batch, for a rank keeps only its part of the sum. Weights are collected once after the
-    step (1, 2), or twice for every micro-batch (3). An all-reduce is both, 2 (N - 1) / N.
+    step (1, 2), or twice for every micro-batch (3). An all-reduce is both, 2 (N - 1) / N. Muon's
+    matrices travel once more in float32: a rank's pieces to the owners and back, or, where all
+    ranks hold everything (stage 0), from their owners to all.
     """
     size = 4 if precision == "fp32" or stage == 0 else 2
     part = (gpus - 1) / gpus * parameters * size
+    muon = 4 * (gpus - 1) / gpus * of_muon * (2 / gpus if stage else 1)
     if stage <= 1:
-        return 2 * part
-    return part * (passes + 1) if stage == 2 else part * 3 * passes
+        return 2 * part + muon
+    return (part * (passes + 1) if stage == 2 else part * 3 * passes) + muon
 
 
 @dataclass(frozen=True)
@@ -364,6 +383,7 @@ def make_plan(
     hours = tokens / (rate * gpus) / 3600
     micro_batch = chosen.micro_batch if chosen else corpus.longest
     passes = -(-config.batch.tokens_per_step // (gpus * micro_batch))
+    of_muon = muon_parameters(config)
     return {
         "gpu": gpu.name,
         "gpus": gpus,
@@ -385,9 +405,10 @@ def make_plan(
             for stage in (0, 1, 2, 3)
             for m in [memory_per_gpu(config, corpus, max_length, stage, gpus, micro_batch)]
         ],
-        "checkpoint_bytes": checkpoint_bytes(parameters),
+        "checkpoint_bytes": checkpoint_bytes(parameters, of_muon),
         "traffic_bytes_per_step": {
-            stage: traffic_bytes(parameters, precision, stage, gpus, passes) for stage in range(4)
+            stage: traffic_bytes(parameters, precision, stage, gpus, passes, of_muon)
+            for stage in range(4)
         },
         "loader_bytes_per_second": rate * gpus * corpus.bytes_per_token,
     }

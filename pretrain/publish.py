@@ -26,7 +26,7 @@ from data_prep.shards import file_sha256
 from pretrain import checkpoint, dist
 from pretrain.config import CheckpointConfig
 from pretrain.dist import Ranks
-from pretrain.zero_state import BYTES_PER_PARAMETER, Snapshot
+from pretrain.zero_state import Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +51,8 @@ class Publisher:
     ----------
     run
         Run folder, shared by all ranks.
-    num_parameters
-        Of the model, over all ranks.
+    state_bytes
+        Of weights and moments, over all ranks.
     timeout_s
         How long rank 0 waits for the files of the others.
 
@@ -67,7 +67,7 @@ class Publisher:
         run: Path,
         ranks: Ranks,
         config: CheckpointConfig,
-        num_parameters: int,
+        state_bytes: int,
         timeout_s: float,
     ) -> None:
         self._root = run / "checkpoints"
@@ -75,7 +75,7 @@ class Publisher:
         # The same on all ranks of this start of the run: nobody writes into what an earlier start
         # left behind.
         self._nonce = dist.first_rank_says(uuid.uuid4().hex[:8])
-        self._fragment_bytes, self._timeout_s = num_parameters * BYTES_PER_PARAMETER, timeout_s
+        self._fragment_bytes, self._timeout_s = state_bytes, timeout_s
         lack = dist.first_rank_says(self._lack_of_space())
         if lack:
             raise NoRoom(

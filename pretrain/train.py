@@ -174,7 +174,7 @@ class _Run:
             self._summary.cells_quarantined = last.record["cells_quarantined"]
         self._record = run_record(config, shards, ranks.world_size, engine.stage, engine.init)
         self.publisher = Publisher(
-            config.run.out, ranks, config.checkpoint, engine.num_parameters,
+            config.run.out, ranks, config.checkpoint, engine.state_bytes,
             config.run.collective_timeout_s,
         )  # fmt: skip
         self._meter = meter_of(config, shards.vocabulary.num_tokens, ranks.world_size, steps)
@@ -203,7 +203,7 @@ class _Run:
             counts = self._agree(data, stop.was_asked())
             loss = self._engine.forward_backward(data, step, counts["masked"])
             self._require_finite(loss.loss, "loss", step, data, loss)
-            rate, norm = self._engine.step(step, steps)
+            rates, norm = self._engine.step(step, steps)
             self._require_finite(norm, "gradient norm", step, data, loss)
             done = summary.last_step = step + 1
             summary.losses.append(loss.loss / counts["masked"])
@@ -211,7 +211,7 @@ class _Run:
             seconds = time.perf_counter() - started + wait_s
             self._meter.add(counts, data.length, loss.loss, loss.hits, wait_s, seconds)
             if done % config.run.log_every_steps == 0 or done == steps:
-                self._log_window(done, {"grad_norm": norm, "learning_rate": rate})
+                self._log_window(done, {"grad_norm": norm} | rates)
             summary.stopped = bool(counts["stop"]) and done < steps
             if done % config.evaluation.every_steps == 0 or done == steps:
                 self._evaluate(done, watch)

@@ -1,7 +1,8 @@
 """ZeRO's sharded training state, in and out, independent of stage and number of ranks.
 
-Every rank writes what it owns: for each parameter a range of its flat fp32 weight and of AdamW's
-two moments, with the range's start. Whoever reads asks for ranges again, from however many files.
+Every rank writes what it owns: for each parameter a range of its flat fp32 weight and of what its
+optimizer keeps (AdamW two moments, Muon a momentum), with the range's start. Whoever reads asks for
+ranges again, from however many files.
 So a run goes on at another world size or stage without any conversion, from safetensors alone.
 """
 
@@ -16,42 +17,60 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
+# What an optimizer keeps of every element, by the kind of its parameter group.
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum",)}
+KINDS = ("weight", *MOMENTS["adamw"])
 BYTES_PER_PARAMETER = 4 * len(KINDS)
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """A range of one flat parameter that this rank owns; `tensors` are live fp32 views by kind."""
+    """A range of one flat parameter that this rank owns.
+
+    Attributes
+    ----------
+    name, start, numel
+        Of the parameter, the range in it.
+    flat, offset
+        The tensor that the torch optimizer steps on, and where in it (flattened) the range begins.
+    state
+        What the optimizer keeps of `flat`; empty before the first step.
+    """
 
     name: str
     start: int
     numel: int
-    tensors: dict[str, torch.Tensor]
+    flat: torch.Tensor
+    offset: int
+    state: dict[str, torch.Tensor]
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Live fp32 views, by kind: ``weight`` and what there is of `MOMENTS`."""
+        known = {k for kinds in MOMENTS.values() for k in kinds}
+        moments = {k: v for k, v in self.state.items() if k in known}
+        return {k: self._view(t) for k, t in ({"weight": self.flat} | moments).items()}
+
+    def _view(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
 
 
 def owned_fragments(engine, stage: int, rank: int) -> Iterator[Fragment]:
-    """Yield this rank's fragments of a DeepSpeed engine; moments must exist (`ensure_moments`)."""
+    """Yield this rank's fragments of a DeepSpeed engine, with moments after `ensure_moments`.
+
+    At stage 0 everything is rank 0's.
+    """
+    states = torch_optimizer(engine, stage).state
     for name, parameter in engine.module.named_parameters():
         if stage == 0:
-            yield from _fragments_stage_0(engine, name, parameter, rank)
+            if rank == 0:
+                yield Fragment(name, 0, parameter.numel(), parameter, 0, states[parameter])
         elif stage == 3:
             yield from _fragments_stage_3(engine, name, parameter, rank)
-        else:
-            mapping = parameter._hp_mapping
-            if mapping is not None:
-                address = mapping.lp_fragment_address
-                tensors = {"weight": mapping.hp_fragment} | {
-                    k: mapping.get_optim_state_fragment(k) for k in KINDS[1:]
-                }
-                yield Fragment(name, address.start, address.numel, tensors)
-
-
-def _fragments_stage_0(engine, name: str, parameter, rank: int) -> Iterator[Fragment]:
-    if rank == 0:
-        state = engine.optimizer.state[parameter]
-        tensors = {"weight": parameter.detach(), **{k: state[k] for k in KINDS[1:]}}
-        yield Fragment(name, 0, parameter.numel(), {k: t.view(-1) for k, t in tensors.items()})
+        elif (mapping := parameter._hp_mapping) is not None:
+            flat = _vectors(engine, stage)[mapping.param_group_index][0]
+            at, address = mapping.hp_fragment_address.start, mapping.lp_fragment_address
+            yield Fragment(name, address.start, address.numel, flat, at, states[flat])
 
 
 def _fragments_stage_3(engine, name: str, parameter, rank: int) -> Iterator[Fragment]:
@@ -60,20 +79,29 @@ def _fragments_stage_3(engine, name: str, parameter, rank: int) -> Iterator[Frag
     numel = min(share, parameter.ds_numel - start)
     if numel > 0:
         zero = engine.optimizer
-        tensors = {
-            kind: zero._get_fp32_opt_state_partition(
-                parameter, release_swap_buffers=True, optim_state_key=key
-            )[0][:numel]
-            for kind, key in zip(KINDS, (None, *KINDS[1:]), strict=True)
-        }
-        yield Fragment(name, start, numel, tensors)
+        view, group = zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=True)
+        flat = zero.fp32_partitioned_groups_flat[group]
+        at = view.storage_offset() - flat.storage_offset()
+        yield Fragment(name, start, numel, flat, at, zero.optimizer.state[flat])
 
 
-def _flat_parameters(engine, stage: int) -> list[torch.Tensor]:
-    """Return the tensors that the torch optimizer steps on."""
-    if stage == 3:
-        return list(engine.optimizer.fp32_partitioned_groups_flat)
-    return [p for g in torch_optimizer(engine, stage).param_groups for p in g["params"]]
+def _vectors(engine, stage: int) -> list[tuple[torch.Tensor, dict]]:
+    """Return (tensor, parameter group) of all that the torch optimizer steps on, in its order."""
+    groups = torch_optimizer(engine, stage).param_groups
+    if stage < 3:
+        return [(p, g) for g in groups for p in g["params"]]
+    zero = engine.optimizer
+    flats = enumerate(zero.fp32_partitioned_groups_flat)
+    return [(flat, groups[zero.sub_group_to_group_id[number]]) for number, flat in flats]
+
+
+def vectors_of_kind(engine, stage: int, kind: str) -> list[torch.Tensor]:
+    """Return the tensors that the torch optimizer steps on in groups of a kind of `MOMENTS`."""
+    return [flat for flat, group in _vectors(engine, stage) if _kind(group) == kind]
+
+
+def _kind(group: dict) -> str:
+    return group.get("kind", "adamw")
 
 
 def torch_optimizer(engine, stage: int) -> torch.optim.Optimizer:
@@ -82,7 +110,7 @@ def torch_optimizer(engine, stage: int) -> torch.optim.Optimizer:
 
 
 def ensure_moments(engine, stage: int, step: int | None = None) -> None:
-    """Make AdamW's state exist (torch makes it in the first step), linked to the parameters.
+    """Make the optimizer's state exist (it is made in the first step), linked to the parameters.
 
     Parameters
     ----------
@@ -90,13 +118,14 @@ def ensure_moments(engine, stage: int, step: int | None = None) -> None:
         Number of finished optimizer steps to set; None leaves existing state as it is.
     """
     optimizer = torch_optimizer(engine, stage)
-    for flat in _flat_parameters(engine, stage):
-        state = optimizer.state[flat]
+    for flat, group in _vectors(engine, stage):
+        state, kind = optimizer.state[flat], _kind(group)
         if not state:
-            state["step"] = torch.tensor(0.0, device=flat.device)
-            for kind in KINDS[1:]:
-                state[kind] = torch.zeros_like(flat, dtype=torch.float32)
-        if step is not None:
+            for moment in MOMENTS[kind]:
+                state[moment] = torch.zeros_like(flat, dtype=torch.float32)
+            if kind == "adamw":
+                state["step"] = torch.tensor(0.0, device=flat.device)
+        if step is not None and kind == "adamw":
             # One tensor each: torch counts in place.
             state["step"] = torch.tensor(float(step), device=flat.device)
     if stage in (1, 2):
@@ -150,6 +179,11 @@ class FragmentReader:
     @property
     def names(self) -> list[str]:
         return sorted(self._ranges)
+
+    def kinds(self, name: str) -> list[str]:
+        """Return what is stored of a parameter, ``weight`` among it."""
+        keys = self._files[self._ranges[name][0][2]].keys()
+        return [kind for kind, _, of in (key.partition("/") for key in keys) if of == name]
 
     def numel(self, name: str) -> int:
         """Return how many elements of a parameter are stored."""

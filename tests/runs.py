@@ -72,25 +72,25 @@ def cut_off(whole: RunConfig, out: Path) -> RunConfig:
 
 
 def final_state(run: Path) -> dict[str, dict[str, np.ndarray]]:
-    """Return weights and both moments of the newest checkpoint: kind -> name -> flat fp32."""
+    """Return weights and moments of the newest checkpoint: kind -> name -> flat fp32."""
     from pretrain import checkpoint
-    from pretrain.zero_state import KINDS
 
     last = checkpoint.newest(run)
     assert last is not None
     reader = last.reader()
-    return {
-        kind: {n: reader.read(kind, n, 0, reader.numel(n)).numpy() for n in reader.names}
-        for kind in KINDS
-    }
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for name in reader.names:
+        for kind in reader.kinds(name):
+            values = reader.read(kind, name, 0, reader.numel(name)).numpy()
+            found.setdefault(kind, {})[name] = values
+    return found
 
 
 def require_same_state(run: Path, other: Path) -> None:
     """Assert that the newest checkpoints of two runs hold the same bits."""
-    from pretrain.zero_state import KINDS
-
     state, expected = final_state(run), final_state(other)
-    for kind in KINDS:
+    assert state.keys() == expected.keys()
+    for kind in expected:
         assert state[kind].keys() == expected[kind].keys()
         for name, values in expected[kind].items():
             np.testing.assert_array_equal(state[kind][name], values, err_msg=f"{kind}/{name}")

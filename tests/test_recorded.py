@@ -90,6 +90,18 @@ def test_a_second_rank():
     assert f"{two['processor_s'] / one['processor_s']:.2f} in processor" in PRETRAINING
 
 
+def test_muon_beside_adamw():
+    found = recorded("muon_cpu")
+    for first, said in (
+        ("AdamW's step", f"{found['adamw']['step_s']:.2f} s"),
+        ("Muon's step, with AdamW for the rest", f"{found['muon']['step_s']:.2f} s"),
+        ("Muon's step of a whole step", f"{found['share_of_muon']:.2%}"),
+        ("what Muon adds to a whole step", f"{found['added_by_muon']:.2%}"),
+    ):
+        assert row(PRETRAINING, first) == [said]
+    assert found["share_of_muon"] < 0.1, "the aim"
+
+
 def test_launching():
     text = section((DOCS / "benchmarks.md").read_text(), "launching")
     found = recorded("launch")
