@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pretrain import checkpoint
 from pretrain.config import OptimConfig, RunConfig, load_config
 from pretrain.ds_config import DEEPSPEED_CONFIG_FOLDER, derive_ds_config
 from tests.ranks import run_ranks
@@ -220,7 +219,10 @@ def test_a_matrix_is_cut_in_the_middle_of_a_row(runs):
 
 def _starts(run: Path) -> dict[str, list[int]]:
     """Return where the fragments of each parameter begin, of all ranks."""
+
     from safetensors import safe_open
+
+    from pretrain import checkpoint
 
     last = checkpoint.newest(run)
     assert last is not None
@@ -400,6 +402,8 @@ def _record(config: RunConfig) -> dict[str, Any]:
 
 
 def test_resume_across_optimizers_names_both():
+    from pretrain import checkpoint
+
     adamw = _record(tiny_config(Path("s"), Path("r")))
     muon = _record(tiny_config(Path("s"), Path("r"), optim__kind="muon"))
     old = json.loads(json.dumps(adamw))
