@@ -83,13 +83,14 @@ def test_init_files_are_empty():
             assert path.read_text() == "", path
 
 
-# What no cell passes through: readers of foreign formats, and tools beside the path. Nobody reads
-# one of these before they need it.
+# What no cell passes through on its way to the model: readers of foreign formats, guesses that it
+# is held against, tools beside the path. Nobody reads one of these before they need it.
 BESIDE = {
     "cli.py", "check.py", "verify.py", "page.py", "tables.py", "progress.py", "shuffle.py",
     "remote.py", "warm_start.py", "plan.py", "mpi.py", "runs.py", "doctor.py", "node.py",
     "allreduce.py", "kubernetes.py", "slurm.py", "slurm_script.py", "requeue.py",
-    "step_profile.py", "checks.py", "export.py",
+    "step_profile.py", "checks.py", "export.py", "baselines.py", "counted.py", "arithmetic.py",
+    "arithmetic_kernels.py", "heldout_sums.py",
 }  # fmt: skip
 
 
