@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 import os
 import pickle
@@ -123,5 +124,6 @@ def _code() -> dict[str, int]:
                 if isinstance(value, type):
                     for attribute, part in list(vars(value).items()):
                         if callable(part) and not attribute.startswith("__"):
-                            found[f"{name}.{key}.{attribute}"] = id(part)
+                            # Torch wraps the step of an optimizer's class at its first use.
+                            found[f"{name}.{key}.{attribute}"] = id(inspect.unwrap(part))
     return found

@@ -83,25 +83,26 @@ def test_init_files_are_empty():
             assert path.read_text() == "", path
 
 
-# What no cell passes through: readers of foreign formats, and tools beside the path. Nobody reads
-# one of these before they need it.
-BESIDE = {
-    "cli.py", "check.py", "verify.py", "page.py", "tables.py", "progress.py", "shuffle.py",
-    "remote.py", "warm_start.py", "plan.py", "mpi.py", "runs.py", "doctor.py", "node.py",
-    "allreduce.py", "kubernetes.py", "slurm.py", "slurm_script.py", "requeue.py",
-    "step_profile.py", "checks.py", "export.py", "corpus_svd.py",
-}  # fmt: skip
+# The files that someone reads to understand a run, in this order; docs/architecture.md names them.
+READING_PATH = (
+    "pretrain/config.py", "pretrain/train.py", "pretrain/engine.py", "pretrain/data.py",
+    "pretrain/masking.py", "pretrain/model.py", "pretrain/optim.py", "data_prep/order.py",
+    "data_prep/shards.py", "data_prep/rank.py",
+)  # fmt: skip
 
 
-def test_core_fits_in_an_afternoon():
-    paths = [p for f in ("data_prep", "pretrain", "launch") for p in modules(f)]
-    lines = {p: len(p.read_text().splitlines()) for p in paths}
-    core = [p for p in paths if p.parent.name != "formats" and p.name not in BESIDE]
-    # Docstrings included, a third. Half of them prepare cells; a reader of the training alone has
-    # two fifths, and one of the launching a tenth.
-    assert sum(lines[p] for p in core) <= 11_100
-    assert max(lines.values()) <= 500, max(lines, key=lambda p: lines[p])
-    assert lines[ROOT / "pretrain" / "train.py"] <= 300
+def test_the_reading_path_fits_in_an_afternoon():
+    lines = {name: len((ROOT / name).read_text().splitlines()) for name in READING_PATH}
+    assert sum(lines.values()) < 3_000, lines
+    assert lines["pretrain/train.py"] <= 300
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    places = [page.index(f"`{name}`") for name in READING_PATH]
+    assert places == sorted(places), "docs/architecture.md names them in another order"
+
+
+def test_no_file_is_long():
+    for path in [p for f in FOLDERS for p in modules(f)]:
+        assert len(path.read_text().splitlines()) <= 500, path
 
 
 def test_functions_are_short():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -268,6 +269,9 @@ def test_no_baseline_is_infinite_anywhere(tmp_path):
 def test_counted_once_and_anew_for_other_shards_or_cells(shards, tables, tmp_path, monkeypatch):
     from pretrain import arithmetic
 
+    shards = Path(shutil.copytree(shards, tmp_path / "copy"))
+    shutil.rmtree(shards / FOLDER_NAME)
+    arithmetic_tables(ShardSet(shards), ALL_CELLS)
     (kept,) = (shards / FOLDER_NAME).glob("arithmetic-*")
     monkeypatch.setattr(arithmetic, "_count", pytest.fail)
     again = arithmetic_tables(ShardSet(shards), ALL_CELLS)
