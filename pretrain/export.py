@@ -10,12 +10,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import BertConfig, BertForMaskedLM
 
 from data_prep.shards import complete_folder, file_sha256, require_new
 from data_prep.vocab import Vocabulary, load_vocabulary, open_vocabulary
 from pretrain import checkpoint, zero_state
-from pretrain.architecture import read_bert_config
+from pretrain.encoders import (
+    Network,
+    network_class,
+    new_network,
+    read_encoder_config,
+)
 from pretrain.evaluate import score_rows
 from pretrain.metrics import read_metrics
 from pretrain.model import MaskedGeneModel
@@ -52,7 +56,7 @@ def export(run: Path, out: Path) -> str:
             f"{run}: vocabulary.json has hash {vocabulary.sha256[:12]}, the checkpoint was trained "
             f"with {last.record['vocabulary_sha256'][:12]}"
         )
-    bert = BertForMaskedLM(BertConfig.from_json_file(str(run / "model_config.json")))
+    bert = new_network(read_encoder_config(run / "model_config.json"))
     zero_state.load_weights(MaskedGeneModel(bert), last.reader())
     with complete_folder(out, "config.json") as partial:
         bert.save_pretrained(partial)
@@ -63,9 +67,7 @@ def export(run: Path, out: Path) -> str:
     return f"{out}: step {last.step}, {bert.num_parameters():,} parameters"
 
 
-def load_exported(
-    folder: Path, vocabulary_path: Path | None = None
-) -> tuple[BertForMaskedLM, Vocabulary]:
+def load_exported(folder: Path, vocabulary_path: Path | None = None) -> tuple[Network, Vocabulary]:
     """Return model and vocabulary of an exported folder, or of a published Geneformer folder.
 
     Parameters
@@ -78,9 +80,9 @@ def load_exported(
     ValueError
         No model, no vocabulary, or the two do not belong together.
     """
-    read_bert_config(folder / "config.json")
+    config = read_encoder_config(folder / "config.json")
     vocabulary = folder_vocabulary(folder, vocabulary_path)
-    model = _load_bert(folder)
+    model = _load_network(folder, network_class(config))
     require_belonging(folder, model.config.vocab_size, vocabulary)
     if model.config.max_position_embeddings < vocabulary.max_length:
         raise ValueError(
@@ -134,9 +136,9 @@ def require_belonging(folder: Path, num_tokens: int, vocabulary: Vocabulary) -> 
         )
 
 
-def _load_bert(folder: Path) -> BertForMaskedLM:
+def _load_network(folder: Path, kind: Any) -> Network:
     try:
-        loaded: Any = BertForMaskedLM.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             folder,
             local_files_only=True,
             attn_implementation="sdpa",
@@ -145,7 +147,8 @@ def _load_bert(folder: Path) -> BertForMaskedLM:
     except (OSError, *UNREADABLE) as error:
         raise ValueError(f"{folder}: the weights cannot be read ({error})") from error
     model, loading = loaded
-    missing = sorted(k for k in loading["missing_keys"] if k.startswith("bert."))
+    prefix = f"{model.base_model_prefix}."
+    missing = sorted(k for k in loading["missing_keys"] if k.startswith(prefix))
     if missing:
         raise ValueError(
             f"{folder}: the weights lack {len(missing)} encoder tensors, which would be random, "
@@ -154,10 +157,10 @@ def _load_bert(folder: Path) -> BertForMaskedLM:
     return model
 
 
-def random_twin(model: BertForMaskedLM, seed: int) -> BertForMaskedLM:
+def random_twin(model: Network, seed: int) -> Network:
     """Return the same architecture with freshly initialised weights: what pretraining must beat."""
     torch.manual_seed(seed)
-    return BertForMaskedLM._from_config(model.config, attn_implementation="sdpa").eval()
+    return new_network(model.config).eval()
 
 
 def token_dictionary(vocabulary: Vocabulary) -> dict[str, int]:
@@ -199,7 +202,7 @@ def _start_sentence(init: dict) -> str:
     )
 
 
-def _model_card(record: dict, bert: BertForMaskedLM) -> str:
+def _model_card(record: dict, bert: Network) -> str:
     cells = record["train_cells"]
     names = ", ".join(s["name"] for s in record["sources"])
     lines = [

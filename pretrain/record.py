@@ -17,7 +17,7 @@ import torch
 from data_prep.shards import ShardSet
 from data_prep.version import VERSION
 from pretrain.config import RunConfig
-from pretrain.model import bert_config
+from pretrain.encoders import encoder_config
 
 
 def run_record(
@@ -47,7 +47,7 @@ def write_run_files(
     (out / "config.yaml").write_text(config.to_yaml())
     (out / "ds_config.json").write_text(json.dumps(ds_config, indent=1))
     (out / "model_config.json").write_text(
-        bert_config(config.model, shards.vocabulary).to_json_string()
+        encoder_config(config.model, shards.vocabulary).to_json_string()
     )
     shards.vocabulary.save(out / "vocabulary.json")
     (out / "shards_manifest.json").write_text(json.dumps(shards.manifest, indent=1))
