@@ -67,6 +67,7 @@ def resolved(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     """
     from data_prep.order import EpochPlan
     from data_prep.shards import ShardSet
+    from pretrain.counted_genes import require_countable
     from pretrain.ds_config import derive_ds_config, zero_stage
     from pretrain.model import build_model
     from pretrain.optim import require_reachable_peak
@@ -79,6 +80,9 @@ def resolved(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     require_reachable_peak(config.optim, steps)
     model = build_model(config.model, shards.vocabulary, config.run.seed)
     weights = "weights of the newest checkpoint" if resume else "random weights"
+    if config.model.init_genes == "counted" and not resume:
+        require_countable(config.model, shards.vocabulary)
+        weights = f"random weights, genes from what is counted: {', '.join(config.model.counted)}"
     if config.model.init_from and not resume:
         weights = describe(start_weights(model, shards.vocabulary, config.model))
     given = config.model_dump(mode="json")

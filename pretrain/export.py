@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from data_prep.shards import complete_folder, file_sha256, require_new
 from data_prep.vocab import Vocabulary, load_vocabulary, open_vocabulary
 from pretrain import checkpoint, zero_state
+from pretrain.counted_genes import describe
 from pretrain.encoders import (
     Network,
     network_class,
@@ -194,6 +195,8 @@ def _record(run: Path, last: checkpoint.Checkpoint) -> dict:
 
 
 def _start_sentence(init: dict) -> str:
+    if "counted" in init:
+        return f"Its {describe(init)}."
     kept, new = init["genes"]["kept"]["count"], init["genes"]["new"]["count"]
     return (
         f"It started from the weights of `{Path(init['folder']).name}` (SHA-256 "
@@ -208,6 +211,7 @@ def _model_card(record: dict, bert: Network) -> str:
     lines = [
         "---", "library_name: transformers", "tags: [single-cell, masked-lm]", "---", "",
         "# Masked encoder of single cells", "",
+        f"A {type(bert).__name__}: "
         f"{bert.config.num_hidden_layers} layers of width {bert.config.hidden_size}, "
         f"{bert.num_parameters():,} parameters, {bert.config.vocab_size:,} tokens, at most "
         f"{bert.config.max_position_embeddings:,} of them in a cell. Pretrained with Geneloom for "

@@ -25,7 +25,7 @@ def run_record(
 ) -> dict[str, Any]:
     """Return what every checkpoint says about its run.
 
-    `init` is what `start_weights` returned, None for a run from random weights.
+    `init` is what `start_weights` or `start_counted` returned, None for random weights.
     """
     return {
         "vocabulary_sha256": shards.vocabulary.sha256,

@@ -131,9 +131,12 @@ def require_same_start(record: dict[str, Any], config: ModelConfig, allow_change
     """
     # Absent in checkpoints of runs that could only start from random weights.
     before, folder = record.get("init"), config.init_from
+    new = "random"
+    if before is not None and "counted" in before:
+        before, new = None, "counted"  # its settings are part of the recipe
     problem = None
     if before is None and folder is not None:
-        problem = f"from random weights, model.init_from={folder} would not be used; leave it out"
+        problem = f"from {new} weights, model.init_from={folder} would not be used; leave it out"
     elif before is not None and folder is None:
         problem = f"from {before['folder']}; give model.init_from={before['folder']} again"
     elif before is not None and folder is not None:
