@@ -38,6 +38,7 @@ setup(
         "eval.finetune",
         "eval.simulate",
         "eval.perturb",
+        "eval.probe",
         "deepspeed_configs",
     ],
     package_data={
@@ -47,6 +48,7 @@ setup(
         "eval": ["*.html"],
         "eval.benchmark": ["*.html", "tasks/*"],
         "eval.perturb": ["*.html"],
+        "eval.probe": ["*.html"],
     },
     install_requires=[
         "aiohttp",

@@ -132,6 +132,17 @@ def seen_in_training(
     return np.array([_row_hash(counts, cell) in known for cell in test], dtype=bool)
 
 
+def repeated_cells(counts: scipy.sparse.csr_matrix) -> np.ndarray:
+    """Return bool [cells]: which cells have exactly the counts of a cell before them."""
+    known: set[bytes] = set()
+    repeated = np.zeros(counts.shape[0], dtype=bool)
+    for cell in range(len(repeated)):
+        digest = _row_hash(counts, cell)
+        repeated[cell] = digest in known
+        known.add(digest)
+    return repeated
+
+
 def _row_hash(counts: scipy.sparse.csr_matrix, cell: int) -> bytes:
     start, stop = counts.indptr[cell : cell + 2]
     genes, values = counts.indices[start:stop], counts.data[start:stop]

@@ -28,6 +28,7 @@ VERBS = {
     "doctor": ("launch.doctor", "doctor_command", "can these hosts train together, and how fast"),
     "export": ("pretrain.cli", "export_command", "checkpoint -> Hugging Face folder"),
     "embed": ("eval.cli", "embed_command", "cells -> embeddings in an h5ad"),
+    "probe": ("eval.probe.cli", "probe_command", "frozen cells beside what counting knows"),
     "finetune": ("eval.cli", "finetune_app", "fine-tune and score beside baselines"),
     "benchmark": (
         "eval.benchmark.cli",

@@ -149,6 +149,12 @@ class EvaluationConfig(Section):
     baseline_cells: int = Field(
         default=50_000, ge=1, description="train cells the baselines are made of"
     )
+    svd_cells: int = Field(
+        default=50_000,
+        ge=0,
+        description="train cells of the corpus SVD that is stored with the model, read before the "
+        "first step; 0: none",
+    )
     expect_below_baseline_by: float = Field(
         default=0.25, gt=0, le=1, description="share of the steps; above them by then: a warning"
     )

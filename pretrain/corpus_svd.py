@@ -23,6 +23,7 @@ from typing import Any
 
 import numba
 import numpy as np
+import scipy.linalg
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from scipy.sparse.linalg import LinearOperator, lobpcg
@@ -42,8 +43,10 @@ _METHOD = 1
 _SPARE = 14
 # Columns of one product. As many as the loops below are compiled for: 16 or 32 are slower in all.
 _WIDTH = 64
-_ITERATIONS = 6
+_ITERATIONS = 5
 _SEED = 0
+# Vocabularies of so many tokens are solved as a whole: as fast, and exact.
+_DENSE = 1024
 # Products of so many cells are added up in float32 by one thread, those sums in float64, in order:
 # the result does not depend on the number of threads.
 _GROUP_CELLS = 8192
@@ -99,6 +102,8 @@ class CorpusSvd:
     def save(self, folder: Path) -> Path:
         """Write ``corpus_svd.safetensors`` into a folder and return its path."""
         tables = {"components": self.components, "singular_values": self.singular_values}
+        # The writer takes an array's memory as it lies.
+        tables = {name: np.ascontiguousarray(table) for name, table in tables.items()}
         metadata = {
             "format": _FORMAT,
             "vocabulary_sha256": self.vocabulary_sha256,
@@ -206,7 +211,7 @@ def _count(
     values, vectors, residual = leading_vectors(matrix.gram, vocabulary.num_tokens, most)
     vectors[: vocabulary.first_gene_token] = 0
     return {
-        "components": vectors.astype(np.float32),
+        "components": np.ascontiguousarray(vectors, dtype=np.float32),
         "singular_values": np.sqrt(values).astype(np.float32),
         "cells": np.array([matrix.num_cells]),
         "residual": np.array([residual]),
@@ -227,8 +232,11 @@ def leading_vectors(gram: Any, size: int, number: int) -> tuple[np.ndarray, np.n
     vectors : float64 [size, number]
     residual : |A'A v - value v| / value, the largest of all vectors; NaN for a value of 0
     """
-    columns = min(number + _SPARE, size)
-    start = np.random.default_rng(_SEED).standard_normal((size, columns))
+    if size <= _DENSE:
+        values, vectors = scipy.linalg.eigh(gram(np.eye(size)))
+        residuals = np.linalg.norm(gram(vectors) - vectors * values, axis=0)
+        return _ordered(values, vectors, residuals, number)
+    start = np.random.default_rng(_SEED).standard_normal((size, number + _SPARE))
     # The product first: its columns lie near the leading vectors. QR also fills up what a matrix
     # of lower rank leaves empty.
     start = np.linalg.qr(gram(start))[0]
@@ -236,14 +244,22 @@ def leading_vectors(gram: Any, size: int, number: int) -> tuple[np.ndarray, np.n
     with warnings.catch_warnings():
         # It says that it stopped at the number of iterations it was given.
         warnings.simplefilter("ignore", UserWarning)
-        values, vectors = lobpcg(operator, start, largest=True, maxiter=_ITERATIONS)
+        values, vectors, residuals = lobpcg(
+            operator, start, largest=True, maxiter=_ITERATIONS, retResidualNormsHistory=True
+        )
+    return _ordered(values, vectors, residuals[-1], number)
+
+
+def _ordered(
+    values: np.ndarray, vectors: np.ndarray, residuals: np.ndarray, number: int
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return what `leading_vectors` does; the largest entry of a vector, by size, is positive."""
     order = np.argsort(-values, kind="stable")[:number]
     values, vectors = np.maximum(values[order], 0), vectors[:, order]
     largest = np.abs(vectors).argmax(axis=0)
     vectors *= np.sign(vectors[largest, np.arange(number)])
-    rest = np.linalg.norm(gram(vectors) - vectors * values, axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return values, vectors, float(np.max(rest / values))
+        return values, vectors, float(np.max(residuals[order] / values))
 
 
 class _RankWeights:

@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from data_prep.shards import complete_folder, file_sha256, require_new
 from data_prep.vocab import Vocabulary, load_vocabulary, open_vocabulary
 from pretrain import checkpoint, zero_state
+from pretrain.corpus_svd import FILE_NAME as SVD_NAME
+from pretrain.corpus_svd import CorpusSvd
 from pretrain.counted_genes import describe
 from pretrain.encoders import (
     Network,
@@ -38,7 +40,8 @@ def export(run: Path, out: Path) -> str:
 
     The folder holds fp32 weights (safetensors), ``config.json``, ``vocabulary.json``, the same
     vocabulary as Geneformer's two dictionaries, ``geneloom.json`` (what the model was trained on
-    and how far) and a model card. It appears complete or not at all.
+    and how far), the corpus SVD where the run has it, and a model card. It appears complete or not
+    at all.
 
     Raises
     ------
@@ -57,15 +60,23 @@ def export(run: Path, out: Path) -> str:
             f"{run}: vocabulary.json has hash {vocabulary.sha256[:12]}, the checkpoint was trained "
             f"with {last.record['vocabulary_sha256'][:12]}"
         )
-    bert = new_network(read_encoder_config(run / "model_config.json"))
-    zero_state.load_weights(MaskedGeneModel(bert), last.reader())
+    bert = load_checkpoint(run, last)
     with complete_folder(out, "config.json") as partial:
         bert.save_pretrained(partial)
         _write_vocabulary(partial, vocabulary)
+        if (run / SVD_NAME).exists():
+            CorpusSvd.load(run, vocabulary).save(partial)
         record = _record(run, last)
         (partial / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n")
         (partial / "README.md").write_text(_model_card(record, bert))
     return f"{out}: step {last.step}, {bert.num_parameters():,} parameters"
+
+
+def load_checkpoint(run: Path, found: checkpoint.Checkpoint) -> Network:
+    """Return the model of a run's checkpoint, fp32 weights, in evaluation mode."""
+    bert = new_network(read_encoder_config(run / "model_config.json"))
+    zero_state.load_weights(MaskedGeneModel(bert), found.reader())
+    return bert.eval()
 
 
 def load_exported(folder: Path, vocabulary_path: Path | None = None) -> tuple[Network, Vocabulary]:
@@ -95,7 +106,8 @@ def load_exported(folder: Path, vocabulary_path: Path | None = None) -> tuple[Ne
 
 def model_digest(folder: Path, vocabulary: Vocabulary) -> str:
     """Return a hash of a model folder's weights and of the vocabulary it is used with."""
-    files = sorted(folder.glob("*.safetensors")) or [weight_file(folder)]
+    found = sorted(p for p in folder.glob("*.safetensors") if p.name != SVD_NAME)
+    files = found or [weight_file(folder)]
     weights = [file_sha256(p) for p in files]
     return hashlib.sha256("".join([*weights, vocabulary.sha256]).encode()).hexdigest()
 

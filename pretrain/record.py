@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import shlex
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,10 @@ import torch
 from data_prep.shards import ShardSet
 from data_prep.version import VERSION
 from pretrain.config import RunConfig
+from pretrain.corpus_svd import corpus_svd
 from pretrain.encoders import encoder_config
+
+logger = logging.getLogger(__name__)
 
 
 def run_record(
@@ -54,6 +59,20 @@ def write_run_files(
     if init:
         (out / "init.json").write_text(json.dumps(init, indent=1))
     (out / "env.json").write_text(json.dumps(environment(), indent=1))
+    _write_corpus_svd(config, shards)
+
+
+def _write_corpus_svd(config: RunConfig, shards: ShardSet) -> None:
+    """Write the corpus SVD, so that whoever has the model can embed new cells by it too."""
+    number = config.evaluation.svd_cells
+    if number == 0:
+        return
+    started = time.perf_counter()
+    quarantine = config.data.on_damage == "quarantine"
+    svd = corpus_svd(shards, fallback=config.run.out, max_cells=number, quarantine=quarantine)
+    svd.save(config.run.out)
+    seconds = time.perf_counter() - started
+    logger.info("corpus SVD of %d training cells: %.1f s", svd.origin["cells"], seconds)
 
 
 def is_run_folder(out: Path) -> bool:

@@ -1,0 +1,70 @@
+"""The models of a folder: one of an export, or one for each checkpoint of a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.vocab import Vocabulary, load_vocabulary
+from pretrain import checkpoint
+from pretrain.export import RECORD_NAME, load_checkpoint, load_exported
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ProbedModel:
+    """Models of one folder, to be loaded one after the other.
+
+    Attributes
+    ----------
+    sources
+        Names of the files that the model was pretrained on, as far as the folder says.
+    loaders
+        (step, or None where it is not known; what loads the network), by ascending step.
+    """
+
+    folder: Path
+    vocabulary: Vocabulary
+    sources: tuple[str, ...]
+    loaders: tuple[tuple[int | None, Callable[[], Any]], ...]
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+
+def open_probed(folder: Path, vocabulary: Path | None) -> ProbedModel:
+    """Return the models of a folder of ``geneloom export`` or ``pretrain``, or of Geneformer's.
+
+    Raises
+    ------
+    ValueError
+        The folder holds no model, or a run without a complete checkpoint.
+    """
+    if (folder / "shards_manifest.json").exists() and not (folder / "config.json").exists():
+        return _open_run(folder)
+    network, found = load_exported(folder, vocabulary)
+    record = folder / RECORD_NAME
+    content = json.loads(record.read_text()) if record.exists() else {}
+    names = tuple(source["name"] for source in content.get("sources", []))
+    return ProbedModel(folder, found, names, ((content.get("step"), lambda: network),))
+
+
+def _open_run(run: Path) -> ProbedModel:
+    loaders = []
+    for folder in sorted((run / "checkpoints").glob("step-*")):
+        if problem := checkpoint.damage(folder):
+            logger.warning("checkpoint %s is skipped: %s", folder, problem)
+            continue
+        found = checkpoint.open_checkpoint(folder)
+        loaders.append((found.step, lambda found=found: load_checkpoint(run, found)))
+    if not loaders:
+        raise ValueError(f"{run}: has no complete checkpoint to probe")
+    manifest = json.loads((run / "shards_manifest.json").read_text())
+    names = tuple(source["name"] for source in manifest["sources"])
+    return ProbedModel(run, load_vocabulary(run / "vocabulary.json"), names, tuple(loaders))
