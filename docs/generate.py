@@ -166,8 +166,12 @@ def _default(field: Any) -> str:
         return "required"
     value = field.get_default(call_default_factory=True)
     if value is PydanticUndefined or value is None or value in ((), {}, "", []):
-        return "-"
-    return "-" if isinstance(value, BaseModel) else f"`{value}`"
+        said = "-"
+    else:
+        said = "-" if isinstance(value, BaseModel) else f"`{value}`"
+    # A default that is another one for another architecture.
+    others = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    return said + "".join(f"; {k}: `{v}`" for k, v in others.items())
 
 
 def _type(annotation: Any) -> str:

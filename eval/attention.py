@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import nn
-from transformers import BertModel
 
 from data_prep.vocab import Vocabulary
 from eval.embed import computing, encode_batch, length_batches
+from pretrain.encoders import Encoder, architecture_of, layers_of
 
 # Weights of a layer: batch x heads x length x length.
 _TOKEN_BUDGET = 4_096
@@ -57,7 +57,7 @@ class Attention:
 
 def mean_attention(
     cells: list[np.ndarray],
-    encoder: BertModel,
+    encoder: Encoder,
     vocabulary: Vocabulary,
     genes: np.ndarray,
     groups: np.ndarray | None = None,
@@ -198,7 +198,7 @@ def _means(sums: np.ndarray, cells: np.ndarray) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _seen(encoder: BertModel, add: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+def _seen(encoder: Encoder, add: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
     """Call `add` with (layer, weights) of every layer that is computed; then all is as before.
 
     Fused kernels have no weights to show: attention is computed step by step meanwhile.
@@ -206,12 +206,14 @@ def _seen(encoder: BertModel, add: Callable[[int, torch.Tensor], None]) -> Itera
     before = encoder.config._attn_implementation
     assert before is not None
 
+    kind = architecture_of(encoder)
+
     def shown(number: int) -> Callable:
         return lambda module, inputs, output: add(number, output[1])
 
     hooks = [
-        encoder.get_submodule(f"encoder.layer.{n}.attention.self").register_forward_hook(shown(n))
-        for n in range(encoder.config.num_hidden_layers)
+        kind.attention_of(layer).register_forward_hook(shown(number))
+        for number, layer in enumerate(layers_of(encoder))
     ]
     try:
         encoder.set_attn_implementation("eager")

@@ -25,6 +25,7 @@ from data_prep.vocab import Vocabulary
 from eval.attention import Attention, mean_attention
 from eval.encode import CellSet, encode_file
 from eval.gene_lists import read_genes
+from pretrain.encoders import encoder_of
 from pretrain.export import load_exported
 
 ATTENTION_FORMAT = "geneloom-attention/1"
@@ -71,7 +72,13 @@ def attention_file(
         raise ValueError(f"{genes}: none of {len(asked):,} genes is in the vocabulary of {model}")
     names, numbers = _groups(found, group)
     attention = mean_attention(
-        found.tokens, network.bert, vocab, np.array(list(known)), numbers, with_pairs, **settings
+        found.tokens,
+        encoder_of(network),
+        vocab,
+        np.array(list(known)),
+        numbers,
+        with_pairs,
+        **settings,
     )
     ids = list(known.values())
     unknown = [g for g, t in zip(asked, tokens, strict=True) if t < 0]

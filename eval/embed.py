@@ -10,13 +10,13 @@ import anndata
 import numpy as np
 import torch
 from torch import nn
-from transformers import BertModel
 
 from data_prep.files import complete_file, require_new_file
 from data_prep.sources import SourceOptions
 from data_prep.version import VERSION
 from data_prep.vocab import Vocabulary
 from eval.encode import encode_file
+from pretrain.encoders import Encoder, encoder_of, layers_of, set_layers
 from pretrain.export import load_exported
 
 OBSM_KEY = "X_geneloom"
@@ -62,7 +62,7 @@ def pool_genes(
 
 def embed_cells(
     tokens: list[np.ndarray],
-    encoder: BertModel,
+    encoder: Encoder,
     vocabulary: Vocabulary,
     pooling: str = "mean",
     layer: int = -1,
@@ -107,7 +107,7 @@ def require_pooling(pooling: str, vocabulary: Vocabulary) -> None:
         raise ValueError("--pooling cls: this vocabulary has no <cls> token; use mean")
 
 
-def num_layers_up_to(encoder: BertModel, layer: int) -> int:
+def num_layers_up_to(encoder: Encoder, layer: int) -> int:
     """Return how many layers are computed for one of them (0: last, -1: second-to-last, ...).
 
     Raises
@@ -122,7 +122,7 @@ def num_layers_up_to(encoder: BertModel, layer: int) -> int:
 
 
 @contextlib.contextmanager
-def computing(encoder: BertModel, layer: int, device: str, bf16: bool) -> Iterator[None]:
+def computing(encoder: Encoder, layer: int, device: str, bf16: bool) -> Iterator[None]:
     """Let an encoder compute states on a device, without gradients and dropout.
 
     No layer above the wanted one is computed; at the end the encoder has all of them again.
@@ -132,19 +132,19 @@ def computing(encoder: BertModel, layer: int, device: str, bf16: bool) -> Iterat
     ValueError
         As `num_layers_up_to`.
     """
-    layers, number = encoder.encoder.layer, num_layers_up_to(encoder, layer)
+    layers, number = layers_of(encoder), num_layers_up_to(encoder, layer)
     nn.Module.to(encoder, device=torch.device(device))
     encoder.eval()
     try:
-        encoder.encoder.layer = nn.ModuleList(layers[:number])
+        set_layers(encoder, nn.ModuleList(layers[:number]))
         with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=bf16):
             yield
     finally:
-        encoder.encoder.layer = layers
+        set_layers(encoder, layers)
 
 
 def encode_batch(
-    encoder: BertModel, cells: list[np.ndarray], vocabulary: Vocabulary
+    encoder: Encoder, cells: list[np.ndarray], vocabulary: Vocabulary
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (hidden states [B, L, D], lengths int64 [B]) of cells, padded to a common length."""
     longest = max(len(c) for c in cells)
@@ -178,7 +178,7 @@ def embed_file(
     require_new_file(out)
     network, vocab = load_exported(model, vocabulary)
     cell_set = encode_file(cells, vocab, options)
-    embeddings = embed_cells(cell_set.tokens, network.bert, vocab, **settings)
+    embeddings = embed_cells(cell_set.tokens, encoder_of(network), vocab, **settings)
     data = anndata.read_h5ad(cells)
     data.obsm[OBSM_KEY] = embeddings
     data.obs["geneloom_tokens"] = cell_set.lengths

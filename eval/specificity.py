@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
-from transformers import BertModel
 
 from data_prep.vocab import Vocabulary
 from eval.embed import computing, encode_batch, length_batches
+from pretrain.encoders import Encoder
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class GeneStates:
 
 def gene_states(
     cells: list[np.ndarray],
-    encoder: BertModel,
+    encoder: Encoder,
     vocabulary: Vocabulary,
     genes: np.ndarray,
     layer: int = -1,

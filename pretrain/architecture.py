@@ -6,51 +6,82 @@ import json
 from pathlib import Path
 from typing import Any
 
+BERT, MODERNBERT = "bert", "modernbert"
+_TITLES = {BERT: "BERT", MODERNBERT: "ModernBERT"}
 # Settings that the config.json of `model.init_from` decides, and Hugging Face's names for them.
-_FOLDER_NAMES = {
+_NAMES = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
     "num_heads": "num_attention_heads",
     "intermediate_size": "intermediate_size",
-    "activation": "hidden_act",
-    "layer_norm_eps": "layer_norm_eps",
-    "hidden_dropout": "hidden_dropout_prob",
-    "attention_dropout": "attention_probs_dropout_prob",
     "initializer_range": "initializer_range",
 }
+_FOLDER_NAMES = {
+    BERT: _NAMES
+    | {
+        "activation": "hidden_act",
+        "layer_norm_eps": "layer_norm_eps",
+        "hidden_dropout": "hidden_dropout_prob",
+        "attention_dropout": "attention_probs_dropout_prob",
+    },
+    MODERNBERT: _NAMES
+    | {
+        "activation": "hidden_activation",
+        "layer_norm_eps": "norm_eps",
+        "hidden_dropout": "mlp_dropout",
+        "attention_dropout": "attention_dropout",
+        "local_window": "local_attention",
+    },
+}
+# Of a ModernBERT, what does not stand in its config.json as one value.
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+_ROTARY_BASES = dict(zip(("rotary_base", "local_rotary_base"), _LAYER_TYPES, strict=True))
 # No stored weight depends on them: a run may choose others.
 _FREE_TO_DIFFER = {"hidden_dropout", "attention_dropout", "initializer_range"}
 # What the shapes and the meaning of weights depend on.
-ARCHITECTURE = _FOLDER_NAMES.keys() - _FREE_TO_DIFFER
+ARCHITECTURE = {
+    "architecture", "global_every", *_ROTARY_BASES, *_FOLDER_NAMES[BERT], *_FOLDER_NAMES[MODERNBERT]
+} - _FREE_TO_DIFFER  # fmt: skip
 # What the model always is. Folders leave these out when they are so.
 _NOT_SETTABLE = {
-    "position_embedding_type": "absolute",
-    "is_decoder": False,
-    "tie_word_embeddings": True,
+    BERT: {
+        "position_embedding_type": "absolute",
+        "is_decoder": False,
+        "tie_word_embeddings": True,
+    },
+    MODERNBERT: {
+        "attention_bias": False,
+        "mlp_bias": False,
+        "norm_bias": False,
+        "classifier_bias": False,
+        "decoder_bias": True,
+        "tie_word_embeddings": True,
+    },
 }
 
 
-def read_bert_config(path: Path) -> dict[str, Any]:
+def read_model_config(path: Path) -> dict[str, Any]:
     """Return the content of a model folder's ``config.json``.
 
     Raises
     ------
     ValueError
-        The file is missing or damaged, or describes a model that is no BERT.
+        The file is missing or damaged, or describes neither a BERT nor a ModernBERT.
     """
     try:
         content = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
-        hint = "expected a folder of `geneloom export` or a Hugging Face BERT folder"
+        hint = "expected a folder of `geneloom export`, or a BERT or ModernBERT of Hugging Face"
         if (path.parent / "model_config.json").exists():
             hint = "this is a run folder; `geneloom export` makes a model folder of it"
         raise ValueError(f"{path.parent}: no {path.name}; {hint}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not readable as JSON ({error})") from error
     kind = content.get("model_type") if isinstance(content, dict) else None
-    if kind != "bert":
+    if kind not in _FOLDER_NAMES:
         raise ValueError(
-            f"{path.parent}: {path.name} describes a model of type {kind!r}, not 'bert'"
+            f"{path.parent}: {path.name} describes a model of type {kind!r}, neither 'bert' nor "
+            "'modernbert'"
         )
     return content
 
@@ -61,20 +92,51 @@ def read_architecture(path: Path) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        As `read_bert_config`; or the file lacks a setting, or describes another kind of BERT.
+        As `read_model_config`; or the file lacks a setting, or describes another kind of model.
     """
-    content = read_bert_config(path)
-    missing = sorted(set(_FOLDER_NAMES.values()) - content.keys())
+    content = read_model_config(path)
+    kind = content["model_type"]
+    names = _FOLDER_NAMES[kind]
+    missing = sorted(set(names.values()) - content.keys())
     if missing:
         raise ValueError(f"{path}: has no {', '.join(missing)}")
     foreign = [
         f"{k} {content[k]!r} instead of {v!r}"
-        for k, v in _NOT_SETTABLE.items()
+        for k, v in _NOT_SETTABLE[kind].items()
         if content.get(k, v) != v
     ]
     if foreign:
-        raise ValueError(f"{path}: another kind of BERT: {', '.join(foreign)}")
-    return {ours: content[theirs] for ours, theirs in _FOLDER_NAMES.items()}
+        raise ValueError(f"{path}: another kind of {_TITLES[kind]}: {', '.join(foreign)}")
+    found = {"architecture": kind} | {ours: content[theirs] for ours, theirs in names.items()}
+    return found | (_rotary_settings(path, content) if kind == MODERNBERT else {})
+
+
+def layer_types(num_layers: int, global_every: int) -> list[str]:
+    """Return what each layer of a ModernBERT attends to, in Hugging Face's words."""
+    return [_LAYER_TYPES[bool(n % global_every)] for n in range(num_layers)]
+
+
+def _rotary_settings(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Return which layers of a ModernBERT are global, and the bases of its rotary positions.
+
+    Folders of 2024 name these as numbers, later ones as lists and dictionaries.
+    """
+    number = content["num_hidden_layers"]
+    types = content.get("layer_types") or layer_types(
+        number, content.get("global_attn_every_n_layers", 3)
+    )
+    rotary = content.get("rope_parameters") or {
+        _LAYER_TYPES[0]: {"rope_theta": content.get("global_rope_theta", 160_000.0)},
+        _LAYER_TYPES[1]: {"rope_theta": content.get("local_rope_theta", 10_000.0)},
+    }
+    every = next((n for n in range(1, number + 1) if layer_types(number, n) == types), None)
+    if every is None:
+        raise ValueError(f"{path}: its global layers are not every n-th: {types}")
+    kinds = {str(rotary[t].get("rope_type", "default")) for t in _LAYER_TYPES}
+    if kinds != {"default"}:
+        raise ValueError(f"{path}: rotary positions of kind {sorted(kinds)}, not 'default'")
+    bases = {ours: float(rotary[theirs]["rope_theta"]) for ours, theirs in _ROTARY_BASES.items()}
+    return {"global_every": every} | bases
 
 
 def architecture_conflicts(
@@ -89,10 +151,17 @@ def architecture_conflicts(
     theirs
         What `read_architecture` says of `folder`.
     """
+    own, other = given.get("architecture"), theirs["architecture"]
+    if own is not None and own != other:
+        return [
+            f"'model.init_from': {folder} holds a {other}, model.architecture is {own}: weights of "
+            "one are of no use to the other; leave model.architecture out to go on with the "
+            f"{other}, or model.init_from to train a {own} from its first step"
+        ]
     differing = [
-        f"{k} {given[k]} given, {theirs[k]} there"
-        for k in _FOLDER_NAMES
-        if k in given and k not in _FREE_TO_DIFFER and number_if_one(given[k]) != theirs[k]
+        f"{k} {given[k]} given, {v} there"
+        for k, v in theirs.items()
+        if k not in _FREE_TO_DIFFER and given.get(k) is not None and number_if_one(given[k]) != v
     ]
     if not differing:
         return []
@@ -118,8 +187,10 @@ def take_architecture(content: dict) -> list[str]:
         theirs = read_architecture(path)
     except ValueError as error:
         return [f"'model.init_from': {error}"]
-    content["model"] = theirs | given
-    return architecture_conflicts(given, folder, theirs)
+    conflicts = architecture_conflicts(given, folder, theirs)
+    if not conflicts:
+        content["model"] = theirs | given
+    return conflicts
 
 
 def number_if_one(value: Any) -> Any:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.shards import file_sha256
-from pretrain.architecture import ARCHITECTURE
+from pretrain.architecture import ARCHITECTURE, BERT
 from pretrain.zero_state import FragmentReader
 
 logger = logging.getLogger(__name__)
@@ -30,8 +30,12 @@ logger = logging.getLogger(__name__)
 # /1 was written for another order of cells: going on would repeat some and leave others out.
 CHECKPOINT_FORMAT = "geneloom-checkpoint/2"
 _RECORD = "checkpoint.json"
-# Settings that older records do not name, with what there was.
-_BEFORE_THERE_WAS_A_CHOICE = {"optim.kind": "adamw"}
+# Settings that not all records name, and what they are then.
+_ALWAYS_WAS = {
+    "model.architecture": BERT,
+    "model.init_genes": "random",
+    "optim.kind": "adamw",
+}
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,13 @@ def require_same(record: dict[str, Any], now: dict[str, Any], allow_changes: boo
             "run was started with. To train on with other genes, export the run and start a new "
             "one with model.init_from"
         )
-    before, after = _BEFORE_THERE_WAS_A_CHOICE | record["recipe"], now["recipe"]
+    before, after = (_ALWAYS_WAS | r["recipe"] for r in (record, now))
+    kinds = [recipe["model.architecture"] for recipe in (before, after)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"resume: the checkpoint holds a {kinds[0]}, model.architecture is {kinds[1]}; give "
+            f"model.architecture={kinds[0]}, or start a {kinds[1]} in a new run folder"
+        )
     changed = {
         k: f"{k}: {before.get(k)!r} -> {after.get(k)!r}"
         for k in sorted(set(before) | set(after))

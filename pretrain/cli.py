@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.errors import EXIT_RESUMABLE, run_app
-from pretrain.config import RunConfig, load_config
+from pretrain.config import ModelConfig, RunConfig, load_config
 
 
 def pretrain_command(
@@ -67,6 +67,7 @@ def resolved(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     """
     from data_prep.order import EpochPlan
     from data_prep.shards import ShardSet
+    from pretrain.counted_genes import require_countable
     from pretrain.ds_config import derive_ds_config, zero_stage
     from pretrain.model import build_model
     from pretrain.optim import require_reachable_peak
@@ -79,17 +80,21 @@ def resolved(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     require_reachable_peak(config.optim, steps)
     model = build_model(config.model, shards.vocabulary, config.run.seed)
     weights = "weights of the newest checkpoint" if resume else "random weights"
+    if config.model.init_genes == "counted" and not resume:
+        require_countable(config.model, shards.vocabulary)
+        weights = f"random weights, genes from what is counted: {', '.join(config.model.counted)}"
     if config.model.init_from and not resume:
         weights = describe(start_weights(model, shards.vocabulary, config.model))
     given = config.model_dump(mode="json")
     settings = {
         f"{section}.{key}": {
             "value": given[section][key],
-            "default": "required" if field.is_required() else field.get_default(),
-            "changed": getattr(values, key) != field.get_default(),
+            "default": "required" if field.is_required() else default,
+            "changed": getattr(values, key) != default,
         }
         for section, values in config
         for key, field in type(values).model_fields.items()
+        for default in [_default(values, key)]
     }
     return {
         "settings": settings,
@@ -100,6 +105,13 @@ def resolved(config: RunConfig, resume: bool = False) -> dict[str, Any]:
         "cells_per_step_by_bucket": {b.extent.length: b.cells_per_step for b in plan.buckets},
         "weights": weights,
     }
+
+
+def _default(section: Any, name: str) -> Any:
+    """Return what a setting is where it is not given, in a model of this architecture."""
+    if isinstance(section, ModelConfig):
+        return section.default_of(name, section.architecture)
+    return type(section).model_fields[name].get_default()
 
 
 def print_resolved(found: dict[str, Any]) -> None:

@@ -10,18 +10,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from pretrain.architecture import number_if_one, take_architecture
+from pretrain.model_config import ModelConfig, Section
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class DataConfig(_Section):
+class DataConfig(Section):
     """Where the cells come from."""
 
     shards: str = Field(description="folder made by `geneloom prepare`, or its URL")
@@ -50,55 +47,7 @@ class DataConfig(_Section):
         return self
 
 
-class ModelConfig(_Section):
-    """The encoder: BERT, post-norm, learned positions, tied embeddings. Defaults: V1 6 layers
-    (Geneformer, Nature 2023); with `init_from` the folder's config.json instead."""
-
-    num_layers: int = Field(default=6, ge=1, description="encoder layers")
-    hidden_size: int = Field(default=256, ge=8, description="width of a token's state")
-    num_heads: int = Field(default=4, ge=1, description="attention heads of a layer; divides width")
-    intermediate_size: int = Field(default=512, ge=8, description="width of the feed-forward part")
-    hidden_dropout: float = Field(
-        default=0.02, ge=0, lt=1, description="share of states set to zero in training"
-    )
-    attention_dropout: float = Field(
-        default=0.02, ge=0, lt=1, description="share of attention weights set to zero in training"
-    )
-    activation: Literal["relu", "gelu"] = Field(
-        default="relu", description="of the feed-forward part"
-    )
-    initializer_range: float = Field(
-        default=0.02, gt=0, description="standard deviation of random weights"
-    )
-    layer_norm_eps: float = Field(default=1e-12, gt=0, description="added to the variance")
-    activation_checkpointing: bool = Field(
-        default=False, description="recompute layers in backward"
-    )
-    init_from: Path | None = Field(
-        default=None,
-        description="start from these weights: `geneloom export`'s folder, or a BERT's",
-    )
-    init_vocabulary: Path | None = Field(
-        default=None,
-        description="Geneformer's dictionaries, where init_from has no vocabulary.json",
-    )
-
-    @model_validator(mode="after")
-    def _vocabulary_of_something(self) -> ModelConfig:
-        if self.init_vocabulary and not self.init_from:
-            raise ValueError("init_vocabulary belongs to init_from, which is not given")
-        return self
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> ModelConfig:
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}"
-            )
-        return self
-
-
-class MaskingConfig(_Section):
+class MaskingConfig(Section):
     """Which genes are hidden, and what stands in their place (BERT's 80/10/10)."""
 
     probability: float = Field(default=0.15, gt=0, lt=1, description="share of a cell's genes")
@@ -114,7 +63,7 @@ class MaskingConfig(_Section):
         return self
 
 
-class BatchConfig(_Section):
+class BatchConfig(Section):
     """Token budgets. Cells per step = tokens_per_step // bucket length, on any number of ranks."""
 
     tokens_per_step: int = Field(
@@ -134,7 +83,7 @@ _MUON_DEFAULTS = {
 }
 
 
-class OptimConfig(_Section):
+class OptimConfig(Section):
     """AdamW, or Muon for the matrices inside the layers and AdamW for the rest. Rates are functions
     of the global step. Defaults: AdamW of Geneformer V1."""
 
@@ -194,7 +143,7 @@ class OptimConfig(_Section):
         return self
 
 
-class RunSection(_Section):
+class RunSection(Section):
     """One run: where, how long, how precise."""
 
     out: Path = Field(description="run folder")
@@ -244,7 +193,7 @@ class RunSection(_Section):
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """Held-out loss at fixed masks."""
 
     every_steps: int = Field(default=1000, ge=1, description="and after the last step")
@@ -263,7 +212,7 @@ class EvaluationConfig(_Section):
     )
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """When to save and how many to keep."""
 
     every_steps: int = Field(
@@ -284,7 +233,7 @@ class CheckpointConfig(_Section):
         return self
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Everything a run depends on."""
 
     data: DataConfig
@@ -297,14 +246,9 @@ class RunConfig(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     def recipe(self) -> dict[str, Any]:
-        """Return the settings that decide the weights, flat: a resumed run must agree on them.
-
-        Without paths: the weights that a run started from have a hash in its record.
-        """
+        """Return the settings that decide the weights, flat: a resumed run must agree on them."""
         decisive = {
-            "model": self.model.model_dump(
-                exclude={"activation_checkpointing", "init_from", "init_vocabulary"}
-            ),
+            "model": self.model.decisive(),
             "masking": self.masking.model_dump(),
             "batch": self.batch.model_dump(include={"tokens_per_step"}),
             # What is None does not apply, and is no part of the records of older versions.

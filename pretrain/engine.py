@@ -13,6 +13,7 @@ from data_prep.shards import ShardSet
 from pretrain import dist, zero_state
 from pretrain.checkpoint import Checkpoint
 from pretrain.config import RunConfig
+from pretrain.counted_genes import start_counted
 from pretrain.data import MicroBatch, RankStep
 from pretrain.dist import Ranks
 from pretrain.ds_config import zero_stage
@@ -45,8 +46,8 @@ class StepLoss:
 class Engine:
     """A model with its optimizer under one ZeRO stage.
 
-    `ds_config` is what DeepSpeed got; `init` the record of the weights it was started from, None if
-    they were random.
+    `ds_config` is what DeepSpeed got; `init` the record of the weights it was started from
+    (`pretrain.warm_start`, `pretrain.counted_genes`), None if they were random.
 
     Parameters
     ----------
@@ -75,6 +76,9 @@ class Engine:
             self.init = start_weights(model, shards.vocabulary, config.model)
             if ranks.is_first:
                 log_start(self.init)
+        elif config.model.init_genes == "counted":
+            quarantine = config.data.on_damage == "quarantine"
+            self.init = start_counted(model, shards, config.model, quarantine, ranks)
         self._clipper: StageZeroClipper | None = None
         self.deepspeed = self._initialise(model, ds_config)
         dist.limit_waiting(config.run.collective_timeout_s)

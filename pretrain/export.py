@@ -10,14 +10,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import BertConfig, BertForMaskedLM
 
 from data_prep.shards import complete_folder, file_sha256, require_new
 from data_prep.vocab import Vocabulary, load_vocabulary, open_vocabulary
 from pretrain import checkpoint, zero_state
-from pretrain.architecture import read_bert_config
 from pretrain.corpus_svd import FILE_NAME as SVD_NAME
 from pretrain.corpus_svd import CorpusSvd
+from pretrain.counted_genes import describe
+from pretrain.encoders import (
+    Network,
+    network_class,
+    new_network,
+    read_encoder_config,
+)
 from pretrain.evaluate import arithmetic_sentence, score_rows
 from pretrain.metrics import read_metrics
 from pretrain.model import MaskedGeneModel
@@ -67,16 +72,14 @@ def export(run: Path, out: Path) -> str:
     return f"{out}: step {last.step}, {bert.num_parameters():,} parameters"
 
 
-def load_checkpoint(run: Path, found: checkpoint.Checkpoint) -> BertForMaskedLM:
+def load_checkpoint(run: Path, found: checkpoint.Checkpoint) -> Network:
     """Return the model of a run's checkpoint, fp32 weights, in evaluation mode."""
-    bert = BertForMaskedLM(BertConfig.from_json_file(str(run / "model_config.json")))
+    bert = new_network(read_encoder_config(run / "model_config.json"))
     zero_state.load_weights(MaskedGeneModel(bert), found.reader())
     return bert.eval()
 
 
-def load_exported(
-    folder: Path, vocabulary_path: Path | None = None
-) -> tuple[BertForMaskedLM, Vocabulary]:
+def load_exported(folder: Path, vocabulary_path: Path | None = None) -> tuple[Network, Vocabulary]:
     """Return model and vocabulary of an exported folder, or of a published Geneformer folder.
 
     Parameters
@@ -89,9 +92,9 @@ def load_exported(
     ValueError
         No model, no vocabulary, or the two do not belong together.
     """
-    read_bert_config(folder / "config.json")
+    config = read_encoder_config(folder / "config.json")
     vocabulary = folder_vocabulary(folder, vocabulary_path)
-    model = _load_bert(folder)
+    model = _load_network(folder, network_class(config))
     require_belonging(folder, model.config.vocab_size, vocabulary)
     if model.config.max_position_embeddings < vocabulary.max_length:
         raise ValueError(
@@ -146,9 +149,9 @@ def require_belonging(folder: Path, num_tokens: int, vocabulary: Vocabulary) -> 
         )
 
 
-def _load_bert(folder: Path) -> BertForMaskedLM:
+def _load_network(folder: Path, kind: Any) -> Network:
     try:
-        loaded: Any = BertForMaskedLM.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             folder,
             local_files_only=True,
             attn_implementation="sdpa",
@@ -157,7 +160,8 @@ def _load_bert(folder: Path) -> BertForMaskedLM:
     except (OSError, *UNREADABLE) as error:
         raise ValueError(f"{folder}: the weights cannot be read ({error})") from error
     model, loading = loaded
-    missing = sorted(k for k in loading["missing_keys"] if k.startswith("bert."))
+    prefix = f"{model.base_model_prefix}."
+    missing = sorted(k for k in loading["missing_keys"] if k.startswith(prefix))
     if missing:
         raise ValueError(
             f"{folder}: the weights lack {len(missing)} encoder tensors, which would be random, "
@@ -166,10 +170,10 @@ def _load_bert(folder: Path) -> BertForMaskedLM:
     return model
 
 
-def random_twin(model: BertForMaskedLM, seed: int) -> BertForMaskedLM:
+def random_twin(model: Network, seed: int) -> Network:
     """Return the same architecture with freshly initialised weights: what pretraining must beat."""
     torch.manual_seed(seed)
-    return BertForMaskedLM._from_config(model.config, attn_implementation="sdpa").eval()
+    return new_network(model.config).eval()
 
 
 def token_dictionary(vocabulary: Vocabulary) -> dict[str, int]:
@@ -203,6 +207,8 @@ def _record(run: Path, last: checkpoint.Checkpoint) -> dict:
 
 
 def _start_sentence(init: dict) -> str:
+    if "counted" in init:
+        return f"Its {describe(init)}."
     kept, new = init["genes"]["kept"]["count"], init["genes"]["new"]["count"]
     return (
         f"It started from the weights of `{Path(init['folder']).name}` (SHA-256 "
@@ -211,12 +217,13 @@ def _start_sentence(init: dict) -> str:
     )
 
 
-def _model_card(record: dict, bert: BertForMaskedLM) -> str:
+def _model_card(record: dict, bert: Network) -> str:
     cells = record["train_cells"]
     names = ", ".join(s["name"] for s in record["sources"])
     lines = [
         "---", "library_name: transformers", "tags: [single-cell, masked-lm]", "---", "",
         "# Masked encoder of single cells", "",
+        f"A {type(bert).__name__}: "
         f"{bert.config.num_hidden_layers} layers of width {bert.config.hidden_size}, "
         f"{bert.num_parameters():,} parameters, {bert.config.vocab_size:,} tokens, at most "
         f"{bert.config.max_position_embeddings:,} of them in a cell. Pretrained with Geneloom for "

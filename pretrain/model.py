@@ -1,4 +1,4 @@
-"""The masked encoder: Hugging Face's BERT, its vocabulary head at hidden genes only."""
+"""The masked encoder: Hugging Face's network, its vocabulary head at hidden genes only."""
 
 from __future__ import annotations
 
@@ -9,32 +9,19 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import BertConfig, BertForMaskedLM
 
 from data_prep.vocab import Vocabulary
 from pretrain import kernels
-from pretrain.attention import attention
-from pretrain.config import ModelConfig
-
-
-def bert_config(config: ModelConfig, vocabulary: Vocabulary) -> BertConfig:
-    """Return the Hugging Face configuration of a model over a vocabulary."""
-    return BertConfig(
-        vocab_size=vocabulary.num_tokens,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        intermediate_size=config.intermediate_size,
-        hidden_act=config.activation,
-        hidden_dropout_prob=config.hidden_dropout,
-        attention_probs_dropout_prob=config.attention_dropout,
-        max_position_embeddings=vocabulary.max_length,
-        type_vocab_size=2,
-        initializer_range=config.initializer_range,
-        layer_norm_eps=config.layer_norm_eps,
-        pad_token_id=vocabulary.pad_token,
-        tie_word_embeddings=True,
-    )
+from pretrain.encoders import (
+    Network,
+    Rotation,
+    architecture_of,
+    encoder_config,
+    encoder_of,
+    layers_of,
+    new_network,
+)
+from pretrain.model_config import ModelConfig
 
 
 class MaskedGeneModel(nn.Module):
@@ -46,18 +33,20 @@ class MaskedGeneModel(nn.Module):
     at most, V vocabulary.
     """
 
-    def __init__(self, bert: BertForMaskedLM, activation_checkpointing: bool = False) -> None:
+    def __init__(self, bert: Network, activation_checkpointing: bool = False) -> None:
         super().__init__()
+        # The name is part of all names in checkpoints, whatever the architecture.
         self.bert = bert
+        self._architecture = architecture_of(bert)
         self._checkpointing = activation_checkpointing
-        self._compiled: Callable[..., torch.Tensor] = _through_layer
+        self._compiled: Callable[..., torch.Tensor] = self._architecture.through_layer
         self._compiled_shapes: set[tuple[int, int]] = set()
 
     def compile_layers(self, mode: str, shapes: set[tuple[int, int]]) -> None:
         """Compile the layers for training, each shape when it first comes.
 
-        All layers but the last share a graph, so it costs the same for six as for eighteen. Other
-        shapes, and evaluation, run as written.
+        Layers of a kind share a graph, so it costs the same for six as for eighteen. Other shapes,
+        and evaluation, run as written.
 
         Parameters
         ----------
@@ -66,9 +55,10 @@ class MaskedGeneModel(nn.Module):
         shapes
             (B, L) of the micro-batches to compile for.
         """
-        # With and without a mask, and once more for the last layer.
-        torch._dynamo.config.recompile_limit = 4 * len(shapes)
-        self._compiled = torch.compile(_through_layer, mode=mode, dynamic=False)
+        # With and without a mask.
+        graphs = 2 * self._architecture.graphs_of_layers
+        torch._dynamo.config.recompile_limit = graphs * len(shapes)
+        self._compiled = torch.compile(self._architecture.through_layer, mode=mode, dynamic=False)
         self._compiled_shapes = shapes
 
     def forward(
@@ -97,15 +87,15 @@ class MaskedGeneModel(nn.Module):
         if self._compiled_shapes:
             # Where CUDA graphs replay: what the pass before has left may be written over.
             torch.compiler.cudagraph_mark_step_begin()
-        encoder = self.bert.bert
+        encoder, kind = encoder_of(self.bert), self._architecture
         hidden_BLD = encoder.embeddings(input_ids=input_ids)
-        *layers, last = encoder.encoder.layer
-        for layer in layers:
-            hidden_BLD = self._layer(layer, hidden_BLD, hidden_BLD, attention_mask)
+        layers = layers_of(encoder)
+        rotations = kind.rotations(encoder, input_ids.shape[1], input_ids.device)
+        for layer, rotation in zip(layers[:-1], rotations, strict=False):
+            hidden_BLD = self._layer(layer, hidden_BLD, None, attention_mask, rotation)
         asked_BQ, slots_M = asked_places(masked_places, labels, *input_ids.shape)
-        asked_BQD = hidden_BLD.flatten(0, 1)[asked_BQ]
-        asked_BQD = self._layer(last, asked_BQD, hidden_BLD, attention_mask)
-        logits_MV = self.bert.cls(asked_BQD.flatten(0, 1)[slots_M])
+        asked_BQD = self._layer(layers[-1], hidden_BLD, asked_BQ, attention_mask, rotations[-1])
+        logits_MV = kind.logits(self.bert, asked_BQD.flatten(0, 1)[slots_M])
         if logits_MV.device.type == "cpu":
             return _ScoredLabels.apply(logits_MV, labels)  # type: ignore[return-value]
         # Cross-entropy in float32: in bfloat16 a loss of 6 is quantised to 1/64.
@@ -117,31 +107,19 @@ class MaskedGeneModel(nn.Module):
     def _layer(
         self,
         layer: Any,
-        asking_BQD: torch.Tensor,
         hidden_BLD: torch.Tensor,
+        asked_BQ: torch.Tensor | None,
         real_BL: torch.Tensor | None,
+        rotation: Rotation | None,
     ) -> torch.Tensor:
-        arguments = layer, asking_BQD, hidden_BLD, real_BL
+        arguments = layer, hidden_BLD, asked_BQ, real_BL, rotation
         if not self.training:
-            return _through_layer(*arguments)
+            return self._architecture.through_layer(*arguments)
         is_compiled = tuple(hidden_BLD.shape[:2]) in self._compiled_shapes
-        through_layer = self._compiled if is_compiled else _through_layer
+        through_layer = self._compiled if is_compiled else self._architecture.through_layer
         if self._checkpointing:
             return checkpoint(through_layer, *arguments, use_reentrant=False)  # type: ignore
         return through_layer(*arguments)
-
-
-def _through_layer(
-    layer: Any, asking_BQD: torch.Tensor, hidden_BLD: torch.Tensor, real_BL: torch.Tensor | None
-) -> torch.Tensor:
-    """Return [B, Q, D], what a layer of BERT makes of places that ask all places."""
-    part = layer.attention.self
-    context_BQD = attention(
-        part.query(asking_BQD), part.key(hidden_BLD), part.value(hidden_BLD),
-        part.num_attention_heads, real_BL, part.dropout.p if layer.training else 0.0,
-    )  # fmt: skip
-    asking_BQD = layer.attention.output(context_BQD, asking_BQD)
-    return layer.output(layer.intermediate(asking_BQD), asking_BQD)
 
 
 def asked_places(
@@ -222,5 +200,5 @@ def guess_places(logits_MV: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def build_model(config: ModelConfig, vocabulary: Vocabulary, seed: int) -> MaskedGeneModel:
     """Return a freshly initialised model; the same weights for the same seed."""
     torch.manual_seed(seed)
-    bert = BertForMaskedLM._from_config(bert_config(config, vocabulary), attn_implementation="sdpa")
+    bert = new_network(encoder_config(config, vocabulary))
     return MaskedGeneModel(bert, config.activation_checkpointing)

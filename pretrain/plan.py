@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_prep.shards import ShardSet
-from pretrain.config import ModelConfig, RunConfig, load_config
+from pretrain.architecture import MODERNBERT, layer_types
+from pretrain.config import RunConfig, load_config
+from pretrain.model_config import ModelConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -106,6 +108,10 @@ class Memory:
 def num_parameters(model: ModelConfig, num_tokens: int, max_length: int) -> int:
     """Return the parameters of `pretrain.model.build_model`, tied embeddings counted once."""
     d, i = model.hidden_size, model.intermediate_size
+    if model.architecture == MODERNBERT:
+        # Norms without bias, and none before the first layer; the gate is a third matrix.
+        layer = 4 * d * d + 3 * d * i + 2 * d
+        return num_tokens * (d + 1) + model.num_layers * layer + d * d + 2 * d
     embeddings = (num_tokens + max_length + 2) * d + 2 * d
     layer = 4 * (d * d + d) + 2 * d * i + i + d + 4 * d
     head = d * d + d + 2 * d + num_tokens
@@ -114,25 +120,49 @@ def num_parameters(model: ModelConfig, num_tokens: int, max_length: int) -> int:
 
 def muon_parameters(config: RunConfig) -> int:
     """Return how many parameters Muon has: those of the matrices inside the layers, or none."""
-    model = config.model
     if config.optim.kind != "muon":
         return 0
+    return config.model.num_layers * sum(_matrices(config.model))
+
+
+def _matrices(model: ModelConfig) -> tuple[int, int]:
+    """Return weights of a layer that all places pass, and those that places that ask pass.
+
+    In the last layer few ask. ModernBERT projects queries with keys and values, and has a gate.
+    """
     d, i = model.hidden_size, model.intermediate_size
-    return model.num_layers * (4 * d * d + 2 * d * i)
+    if model.architecture == MODERNBERT:
+        return 3 * d * d, d * d + 3 * d * i
+    return 2 * d * d, 2 * d * d + 2 * d * i
+
+
+def _places_seen(model: ModelConfig, asked: float) -> tuple[float, float]:
+    """Return (a, b): in all layers together a token is compared with a L + b places.
+
+    In the last layer the share `asked` of them asks, and sees the whole cell. A local layer of a
+    long cell is computed in blocks of two windows that see three (`pretrain.window`).
+    """
+    if model.architecture != MODERNBERT:
+        return model.num_layers - 1 + asked, 0.0
+    assert model.local_window and model.global_every
+    kinds = layer_types(model.num_layers, model.global_every)[:-1]
+    whole = sum(kind == "full_attention" for kind in kinds)
+    return whole + asked, 3.0 * model.local_window * (len(kinds) - whole)
 
 
 def flops_per_token(config: RunConfig, num_tokens: int, length: float) -> float:
     """Return floating point operations, forward and backward, of a token in a cell of this length.
 
-    6 for each weight of the layers' matrices, 12 L d a layer for attention, and the head. The head
-    and the last layer but for its keys and values are computed at hidden genes only.
+    6 for each weight of the layers' matrices, 12 d for each place seen in a layer, and the head.
+    The head and the last layer but for its keys and values (in a ModernBERT, its queries too) are
+    computed at hidden genes only.
     """
     model, asked = config.model, config.masking.probability
     d = model.hidden_size
-    keys, others = 2 * d * d, 2 * d * d + 2 * d * model.intermediate_size
-    layers = model.num_layers - 1 + asked
-    matrices = model.num_layers * keys + layers * others
-    attention = 12 * layers * d * length
+    keys, others = _matrices(model)
+    matrices = model.num_layers * keys + (model.num_layers - 1 + asked) * others
+    whole, local = _places_seen(model, asked)
+    attention = 12 * d * (whole * length + local)
     head = 6 * asked * (d * num_tokens + d * d)
     recomputed = (2 * matrices + attention / 3) if model.activation_checkpointing else 0
     return 6 * matrices + attention + head + recomputed
@@ -160,9 +190,13 @@ class Work:
     def formula(self) -> str:
         """Return in words how FLOP/s and MFU are counted."""
         model, asked = self.config.model, self.config.masking.probability
-        d, i, layers = model.hidden_size, model.intermediate_size, model.num_layers
-        matrices = f"6 x ({layers} x {2 * d * d} + {layers - 1 + asked:g} x {2 * d * (d + i)})"
-        attention = f"12 x {layers - 1 + asked:g} x {d} x L"
+        d, layers = model.hidden_size, model.num_layers
+        keys, others = _matrices(model)
+        matrices = f"6 x ({layers} x {keys} + {layers - 1 + asked:g} x {others})"
+        whole, local = _places_seen(model, asked)
+        attention = f"12 x {whole:g} x {d} x L"
+        if local:
+            attention = f"12 x {d} x ({whole:g} x L + {local:g})"
         head = f"6 x {asked:g} x {d * (self.num_tokens + d)}"
         peak = "no MFU: the peak of this device is not published"
         if self.peak_flops:
@@ -221,17 +255,21 @@ def memory_per_gpu(
 def activation_bytes(config: RunConfig, on_gpu: bool = True) -> float:
     """Return bytes that the layers keep of a token for backward, the head not included.
 
-    A layer keeps 8 d + i values and its dropout masks, on a CPU as numbers (measured: hooks on the
-    saved tensors of the model, `tests/test_pretrain_plan.py`); weights of attention are never kept.
+    A layer of a BERT keeps 8 d + i values, of a ModernBERT 10 d + 4 i, and its dropout masks, on a
+    CPU as numbers (measured: hooks on the saved tensors of the model,
+    `tests/test_pretrain_plan.py`); weights of attention are never kept.
     With checkpointing, layers keep their input alone and one layer at a time is recomputed. That
     the last layer keeps less is left out.
     """
     model = config.model
     size = 2 if config.run.precision == "bf16" else 4
     d = model.hidden_size
-    masks = 2 * d * (1 if on_gpu else size) if model.hidden_dropout else 0
-    between = model.intermediate_size * (2 if model.activation == "gelu" else 1)
-    layer = size * (8 * d + between) + masks + 2 * _LAYER_NORM_BYTES
+    values = 8 * d + model.intermediate_size * (2 if model.activation == "gelu" else 1)
+    masked = 2 * d
+    if model.architecture == MODERNBERT:
+        values, masked = 10 * d + 4 * model.intermediate_size, model.intermediate_size
+    masks = masked * (1 if on_gpu else size) if model.hidden_dropout else 0
+    layer = size * values + masks + 2 * _LAYER_NORM_BYTES
     embeddings = 4 * size * d
     if model.activation_checkpointing:
         return embeddings + model.num_layers * size * d + layer

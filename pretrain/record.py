@@ -20,7 +20,7 @@ from data_prep.shards import ShardSet
 from data_prep.version import VERSION
 from pretrain.config import RunConfig
 from pretrain.corpus_svd import corpus_svd
-from pretrain.model import bert_config
+from pretrain.encoders import encoder_config
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def run_record(
 ) -> dict[str, Any]:
     """Return what every checkpoint says about its run.
 
-    `init` is what `start_weights` returned, None for a run from random weights.
+    `init` is what `start_weights` or `start_counted` returned, None for random weights.
     """
     return {
         "vocabulary_sha256": shards.vocabulary.sha256,
@@ -52,7 +52,7 @@ def write_run_files(
     (out / "config.yaml").write_text(config.to_yaml())
     (out / "ds_config.json").write_text(json.dumps(ds_config, indent=1))
     (out / "model_config.json").write_text(
-        bert_config(config.model, shards.vocabulary).to_json_string()
+        encoder_config(config.model, shards.vocabulary).to_json_string()
     )
     shards.vocabulary.save(out / "vocabulary.json")
     (out / "shards_manifest.json").write_text(json.dumps(shards.manifest, indent=1))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from data_prep.shards import file_sha256
 from data_prep.vocab import Vocabulary
 from pretrain.architecture import architecture_conflicts, read_architecture
-from pretrain.config import ModelConfig
+from pretrain.encoders import Architecture, architecture_of
 from pretrain.export import (
     UNREADABLE,
     WEIGHT_FILES,
@@ -23,19 +23,11 @@ from pretrain.export import (
     weight_file,
 )
 from pretrain.model import MaskedGeneModel
+from pretrain.model_config import ModelConfig
 
 logger = logging.getLogger(__name__)
 
 _LFS_POINTER = b"version https://git-lfs"
-_EMBEDDING = "bert.embeddings.word_embeddings.weight"
-_POSITIONS = "bert.embeddings.position_embeddings.weight"
-_BIAS = "cls.predictions.bias"
-# One row for each token of the vocabulary.
-_BY_TOKEN = (_EMBEDDING, _BIAS)
-# PyTorch files name the tied tensors twice.
-_TIED = {"cls.predictions.decoder.weight": _EMBEDDING, "cls.predictions.decoder.bias": _BIAS}
-# Heads of other objectives, and the buffer 0, 1, 2, ... that older versions stored.
-_NOT_USED = ("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids")
 _MAX_EXAMPLES = 10
 # A gene's median moved if it did more than rounding can; the scale of all medians is no matter.
 _MEDIAN_TOLERANCE = 1e-6
@@ -69,15 +61,17 @@ def start_weights(
         raise ValueError(conflict)
     source = folder_vocabulary(folder, config.init_vocabulary)
     path = weight_file(folder)
-    tensors = _read_tensors(path)
+    kind = architecture_of(model.bert)
+    tensors = _read_tensors(path, kind)
     parameters = dict(model.bert.named_parameters())
-    _require_complete(path, tensors, parameters)
-    require_belonging(folder, len(tensors[_EMBEDDING]), source)
+    _require_complete(path, tensors, parameters, kind)
+    require_belonging(folder, len(tensors[kind.embedding]), source)
     rows = source_rows(vocabulary, source)
     genes = _compare_genes(vocabulary, source, rows)
     _require_related(folder, genes, min(len(vocabulary.genes), len(source.genes)))
-    _fill(parameters, tensors, torch.from_numpy(rows), vocabulary.first_gene_token)
-    own, stored = len(parameters[_POSITIONS]), len(tensors[_POSITIONS])
+    _fill(parameters, tensors, torch.from_numpy(rows), vocabulary.first_gene_token, kind)
+    # Where positions are rotary there is nothing to copy.
+    own, stored = (len(x[kind.positions]) if kind.positions else 0 for x in (parameters, tensors))
     return {
         "folder": str(folder.resolve()),
         "weights_file": path.name,
@@ -113,7 +107,7 @@ def describe(record: dict[str, Any]) -> str:
     for kind, names in record["special_tokens"].items():
         parts += [f"special tokens {kind}: {' '.join(names)}"] if names else []
     places = ", ".join(f"{n:,} {k}" for k, n in record["positions"].items() if n)
-    parts.append(f"positions: {places}")
+    parts += [f"positions: {places}"] if places else []
     if medians["changed"]:
         parts.append(
             f"medians of {medians['changed']:,} of these genes ({medians['changed'] / kept:.1%}) "
@@ -137,9 +131,12 @@ def require_same_start(record: dict[str, Any], config: ModelConfig, allow_change
     """
     # Absent in checkpoints of runs that could only start from random weights.
     before, folder = record.get("init"), config.init_from
+    new = "random"
+    if before is not None and "counted" in before:
+        before, new = None, "counted"  # its settings are part of the recipe
     problem = None
     if before is None and folder is not None:
-        problem = f"from random weights, model.init_from={folder} would not be used; leave it out"
+        problem = f"from {new} weights, model.init_from={folder} would not be used; leave it out"
     elif before is not None and folder is None:
         problem = f"from {before['folder']}; give model.init_from={before['folder']} again"
     elif before is not None and folder is not None:
@@ -162,7 +159,7 @@ def _other_weights(before: dict[str, Any], folder: Path) -> str | None:
     return f"{was}; model.init_from={folder} holds {found[:12]}; --allow-changes goes on regardless"
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def _read_tensors(path: Path, kind: Architecture) -> dict[str, torch.Tensor]:
     """Return float32 tensors by name, each once; pickled files may hold tensors only."""
     with path.open("rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
@@ -175,16 +172,19 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         tensors = {name: tensor.float() for name, tensor in stored.items()}
     except UNREADABLE as error:
         raise ValueError(f"{path}: the weights cannot be read ({error})") from error
-    for copy, name in _TIED.items():
+    for copy, name in kind.tied.items():
         if copy in tensors:
             twin = tensors.pop(copy)
             if not torch.equal(tensors.setdefault(name, twin), twin):
                 raise ValueError(f"{path}: {copy} differs from {name}; only tied heads are known")
-    return {k: t for k, t in tensors.items() if not k.startswith(_NOT_USED)}
+    return {k: t for k, t in tensors.items() if not k.startswith(kind.not_used)}
 
 
 def _require_complete(
-    path: Path, tensors: dict[str, torch.Tensor], parameters: dict[str, torch.nn.Parameter]
+    path: Path,
+    tensors: dict[str, torch.Tensor],
+    parameters: dict[str, torch.nn.Parameter],
+    kind: Architecture,
 ) -> None:
     """Raise ValueError, with all names, unless a file has the model's tensors and no others.
 
@@ -193,12 +193,12 @@ def _require_complete(
     problems = [f"{name} is missing" for name in sorted(parameters.keys() - tensors.keys())]
     problems += [f"{name} is foreign" for name in sorted(tensors.keys() - parameters.keys())]
     for name in sorted(parameters.keys() & tensors.keys()):
-        rows = 1 if name in (*_BY_TOKEN, _POSITIONS) else 0
+        rows = 1 if name in (kind.embedding, kind.bias, kind.positions) else 0
         stored, own = tensors[name].shape, parameters[name].shape
         if len(stored) != len(own) or stored[rows:] != own[rows:]:
             problems.append(f"{name} is {list(stored)} instead of {list(own)}")
-    if not problems and len(tensors[_EMBEDDING]) != len(tensors[_BIAS]):
-        problems.append(f"{_EMBEDDING} and {_BIAS} have different numbers of tokens")
+    if not problems and len(tensors[kind.embedding]) != len(tensors[kind.bias]):
+        problems.append(f"{kind.embedding} and {kind.bias} have different numbers of tokens")
     if problems:
         raise ValueError(f"{path}: the weights do not fit the model: {'; '.join(problems)}")
 
@@ -208,6 +208,7 @@ def _fill(
     tensors: dict[str, torch.Tensor],
     rows: torch.Tensor,
     first_gene: int,
+    kind: Architecture,
 ) -> None:
     """Copy tensors into the parameters; `rows` is what `source_rows` says."""
     known = rows >= 0
@@ -215,10 +216,10 @@ def _fill(
     with torch.no_grad():
         for name, parameter in parameters.items():
             stored = tensors[name]
-            if name in _BY_TOKEN:
+            if name in (kind.embedding, kind.bias):  # one row for each token
                 parameter[~known] += stored[rows[genes]].mean(dim=0)
                 parameter[known] = stored[rows[known]]
-            elif name == _POSITIONS:
+            elif name == kind.positions:
                 shared = min(len(parameter), len(stored))
                 parameter[:shared] = stored[:shared]
             else:

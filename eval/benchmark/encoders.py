@@ -9,13 +9,14 @@ from typing import Generic, TypeVar
 
 import numpy as np
 import torch
-from transformers import BertModel
 
 from eval.benchmark.inputs import Model
 from eval.benchmark.task import Size
 from eval.embed import embed_cells
 from eval.finetune.engine import Classifier, FinetuneSettings, Head, Target, finetune
 from eval.splits import validation_cells
+from pretrain import encoders
+from pretrain.encoders import Encoder
 from pretrain.export import random_twin
 
 HEAD_NAME = "label"
@@ -39,10 +40,10 @@ def kept_threads() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def encoder_of(model: Model, twin_seed: int | None) -> BertModel:
+def encoder_of(model: Model, twin_seed: int | None) -> Encoder:
     """Return the pretrained encoder (`twin_seed` None), or one of random weights."""
     network = model.network if twin_seed is None else random_twin(model.network, twin_seed)
-    return network.bert
+    return encoders.encoder_of(network)
 
 
 class OncePerEncoder(Generic[Value]):
@@ -93,7 +94,7 @@ class Embeddings:
         assert np.array_equal(wanted[np.minimum(place, len(wanted) - 1)], cells), "other cells"
         return states[place]
 
-    def embed(self, encoder: BertModel, model: Model, cells: np.ndarray) -> np.ndarray:
+    def embed(self, encoder: Encoder, model: Model, cells: np.ndarray) -> np.ndarray:
         """Return float32 [cells, width] by an encoder of this model's vocabulary; not kept."""
         tokens = [self._tokens[model.name][i] for i in cells]
         return embed_cells(
@@ -104,10 +105,10 @@ class Embeddings:
 
 
 def mean_of_inputs(
-    encoder: BertModel, model: Model, tokens: list[np.ndarray], cells: np.ndarray
+    encoder: Encoder, model: Model, tokens: list[np.ndarray], cells: np.ndarray
 ) -> np.ndarray:
     """Return float32 [cells, width]: the mean input embedding of a cell's genes, no layer above."""
-    table = encoder.embeddings.word_embeddings.weight.detach().cpu().numpy()
+    table = encoders.input_table(encoder).detach().cpu().numpy()
     first = model.vocabulary.first_gene_token
     return np.stack([table[tokens[i][tokens[i] >= first]].mean(axis=0) for i in cells])
 
@@ -126,7 +127,7 @@ def settings_of(size: Size, device: str, bf16: bool) -> FinetuneSettings:
 
 
 def train(
-    encoder: BertModel,
+    encoder: Encoder,
     model: Model,
     tokens: list[np.ndarray],
     labels: np.ndarray,

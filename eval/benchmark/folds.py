@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from transformers import BertModel
 
 from eval.benchmark.encoders import encoder_of, settings_of
 from eval.benchmark.inputs import Model, TaskCells
 from eval.benchmark.outcome import Outcome, Role
 from eval.benchmark.task import Size
 from eval.finetune.engine import FinetuneSettings
+from pretrain.encoders import Encoder
 
 FINE_TUNED = "fine-tuned"
 # Folds of two benchmarks with other seeds share none.
@@ -54,7 +54,7 @@ class CellFold:
         """How a model is fine-tuned in this fold."""
         return settings_of(self.size, self.device, self.bf16)
 
-    def encoder(self, model: Model, role: Role) -> BertModel:
+    def encoder(self, model: Model, role: Role) -> Encoder:
         """Return a model's encoder, or its twin of this fold."""
         return encoder_of(model, self.twin_seed(role))
 

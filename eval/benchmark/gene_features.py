@@ -6,11 +6,11 @@ import numpy as np
 import scipy.sparse
 import torch
 from sklearn.decomposition import TruncatedSVD
-from transformers import BertModel
 
 from data_prep.vocab import Vocabulary
 from eval.baselines import log_normalise
 from eval.embed import computing, encode_batch, length_batches
+from pretrain.encoders import Encoder
 
 _COMPONENTS = 50
 STATIC_NAMES = (
@@ -96,7 +96,7 @@ def static_features(
 
 def embed_genes(
     cells: list[np.ndarray],
-    encoder: BertModel,
+    encoder: Encoder,
     vocabulary: Vocabulary,
     token_budget: int = 16_384,
     device: str = "cpu",

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 from sklearn.metrics import roc_auc_score
-from transformers import BertModel
 
 from eval.benchmark.compare import display_name
 from eval.benchmark.encoders import settings_of
@@ -43,6 +42,7 @@ from eval.benchmark.outcome import Outcome, Role, TaskRun
 from eval.benchmark.task import GeneTask, Size
 from eval.finetune.classifier import FinetuneSettings, Head
 from eval.finetune.engine import Target, finetune
+from pretrain.encoders import Encoder, encoder_of
 from pretrain.export import random_twin
 
 _SHUFFLED = "shuffled labels"
@@ -119,11 +119,13 @@ class _Draw:
         self.vocabulary_sha256 = models[0].reading_vocabulary.sha256
         self._made: dict[tuple, Any] = {}
 
-    def encoder(self, model: Model, role: Role) -> BertModel:
+    def encoder(self, model: Model, role: Role) -> Encoder:
         """Return the model's encoder, or the same one with random weights."""
         if role != "twin":
-            return model.network.bert
-        return self._once(("twin", model.name), lambda: random_twin(model.network, self.seed).bert)
+            return encoder_of(model.network)
+        return self._once(
+            ("twin", model.name), lambda: encoder_of(random_twin(model.network, self.seed))
+        )
 
     def features(self, contender: _Contender) -> np.ndarray:
         """Return float [genes, features] of a contender with a classifier."""

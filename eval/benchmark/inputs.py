@@ -13,7 +13,6 @@ import anndata
 import numpy as np
 import pandas as pd
 import scipy.sparse
-from transformers import BertForMaskedLM
 
 from data_prep.shards import file_sha256
 from data_prep.sources import SourceOptions
@@ -22,6 +21,7 @@ from eval.benchmark.outcome import Store
 from eval.benchmark.task import Cells
 from eval.demo_cells import recover_counts
 from eval.encode import CellSet, encode_file
+from pretrain.encoders import Network
 from pretrain.export import load_exported, model_digest
 
 
@@ -35,7 +35,7 @@ class Model:
 
     name: str
     folder: Path
-    network: BertForMaskedLM
+    network: Network
     vocabulary: Vocabulary
     digest: str
     gene_names: dict[str, str] = field(default_factory=dict)

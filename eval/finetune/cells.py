@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from transformers import BertForMaskedLM, BertModel
 
 from data_prep.files import complete_file
 from data_prep.shards import file_sha256, require_new
@@ -32,6 +31,7 @@ from eval.finetune.unfinished import Unfinished
 from eval.metrics import mean_and_interval, score_classes
 from eval.splits import limit_per_class, split_cells
 from pretrain.dist import Ranks
+from pretrain.encoders import Encoder, Network, encoder_of
 from pretrain.export import load_exported, model_digest, random_twin
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class _Problem:
     ranks: Ranks | None
     unfinished: Unfinished
 
-    def finetuned(self, encoder: BertModel, train: np.ndarray, seed: int, name: str) -> Classifier:
+    def finetuned(self, encoder: Encoder, train: np.ndarray, seed: int, name: str) -> Classifier:
         """Return a classifier of training cells; some of them decide when to stop, if asked to.
 
         `name` tells this training's progress from that of the others.
@@ -70,7 +70,7 @@ class _Problem:
         )  # fmt: skip
 
     def predict(
-        self, encoder: BertModel, train: np.ndarray, test: np.ndarray, seed: int, name: str
+        self, encoder: Encoder, train: np.ndarray, test: np.ndarray, seed: int, name: str
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return predictions of a linear layer on the frozen encoder, and of the fine-tuned one."""
         used = np.concatenate([train, test])
@@ -168,7 +168,7 @@ def finetune_cells(
     }
     if save_head is not None:
         every = limit_per_class(np.arange(len(labels)), labels, max_train_per_class, 0)
-        classifier = problem.finetuned(network.bert, every, 0, "head")
+        classifier = problem.finetuned(encoder_of(network), every, 0, "head")
         if is_first:
             kept = ("task", "label", "cells", "split", "model", "summary")
             save_classifier(classifier, save_head, {k: results[k] for k in kept})
@@ -217,7 +217,7 @@ def _problem(
 
 def _score_seed(
     problem: _Problem,
-    network: BertForMaskedLM,
+    network: Network,
     seed: int,
     most_per_class: tuple[int | None, int | None],
 ) -> dict:
@@ -229,8 +229,8 @@ def _score_seed(
     started = time.perf_counter()
     predictions = predict_baselines(problem.cells.counts, labels, train, test, seed)
     for weights, encoder in (
-        ("pretrained", network.bert),
-        ("random weights", random_twin(network, seed).bert),
+        ("pretrained", encoder_of(network)),
+        ("random weights", encoder_of(random_twin(network, seed))),
     ):
         name = f"seed-{seed}, {weights}"
         frozen, tuned = problem.predict(encoder, train, test, seed, name)

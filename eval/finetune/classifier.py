@@ -14,18 +14,17 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertConfig, BertModel
+from transformers import BertModel
 
 from data_prep.shards import complete_folder, file_sha256, require_new
 from data_prep.version import VERSION
 from data_prep.vocab import Vocabulary, load_vocabulary
 from eval.embed import encode_batch, length_batches, pool_genes
+from pretrain.encoders import Encoder, architecture_of, layers_of, new_encoder, read_encoder_config
 
 CLASSIFIER_FORMAT = "geneloom-classifier/1"
 RECORD_NAME = "classifier.json"
 WEIGHTS_NAME = "classifier.safetensors"
-# What LoRA's authors adapt: the projections of queries and values.
-_LORA_TARGETS = ["query", "value"]
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,8 @@ class FinetuneSettings:
     device
         ``cpu`` or ``cuda``.
     lora_rank, lora_alpha
-        Train low-rank adapters of queries and values (and the heads) instead of the encoder's own
-        weights; 0: off.
+        Train low-rank adapters of queries and values (in a ModernBERT of keys too) and the heads
+        instead of the encoder's own weights; 0: off.
     patience
         Epochs without a better validation loss before training stops; the best weights are
         returned. 0: all epochs, the last weights.
@@ -164,7 +163,7 @@ class Classifier(nn.Module):
 
     def __init__(
         self,
-        encoder: BertModel,
+        encoder: Encoder,
         vocabulary: Vocabulary,
         heads: tuple[Head, ...],
         settings: FinetuneSettings,
@@ -173,7 +172,8 @@ class Classifier(nn.Module):
         super().__init__()
         if not heads or len({h.name for h in heads}) < len(heads):
             raise ValueError("classifier: needs one head or more, each with a name of its own")
-        encoder.pooler = None  # reads the first token only; nothing here does
+        if isinstance(encoder, BertModel):
+            encoder.pooler = None  # reads the first token only; nothing here does
         self.encoder = encoder
         self.vocabulary, self.heads, self.settings = vocabulary, heads, settings
         self.history: list[dict] = []
@@ -281,25 +281,26 @@ class Classifier(nn.Module):
         return logits[self.heads.index(head)].softmax(dim=-1).cpu().numpy()
 
 
-def _frozen_modules(encoder: BertModel, num_layers: int) -> list[nn.Module]:
-    return [encoder.embeddings, *encoder.encoder.layer[:num_layers]] if num_layers else []
+def _frozen_modules(encoder: Encoder, num_layers: int) -> list[nn.Module]:
+    return [encoder.embeddings, *layers_of(encoder)[:num_layers]] if num_layers else []
 
 
-def _freeze(encoder: BertModel, settings: FinetuneSettings) -> None:
+def _freeze(encoder: Encoder, settings: FinetuneSettings) -> None:
     """Freeze the lowest layers; with LoRA everything but the adapters that are put in here."""
-    depth = len(encoder.encoder.layer)
+    depth = len(layers_of(encoder))
     if not 0 <= settings.freeze_layers <= depth:
         raise ValueError(f"--freeze-layers {settings.freeze_layers}: the model has {depth} layers")
     encoder.requires_grad_(True)
     if settings.lora_rank and settings.freeze_layers == depth:
         raise ValueError(f"--lora-rank: no layer is left for it, all {depth} are frozen")
     if settings.lora_rank:
+        kind = architecture_of(encoder)
         adapters = LoraConfig(
             r=settings.lora_rank,
             lora_alpha=settings.lora_alpha,
-            target_modules=_LORA_TARGETS,
+            target_modules=kind.lora_targets,
             layers_to_transform=list(range(settings.freeze_layers, depth)),
-            layers_pattern="layer",
+            layers_pattern=kind.layers_name,
         )
         inject_adapter_in_model(adapters, encoder)
         for name, parameter in encoder.named_parameters():
@@ -382,8 +383,7 @@ def load_classifier(folder: Path, device: str = "cpu") -> Classifier:
     weights = folder / WEIGHTS_NAME
     if not weights.exists() or file_sha256(weights) != content["weights_sha256"]:
         raise ValueError(f"{weights}: is missing or damaged (another SHA-256 than recorded)")
-    config = BertConfig.from_json_file(str(folder / "config.json"))
-    encoder = BertModel._from_config(config, attn_implementation="sdpa", add_pooling_layer=False)
+    encoder = new_encoder(read_encoder_config(folder / "config.json"))
     heads = tuple(Head(h["name"], h["kind"], tuple(h["classes"])) for h in content["heads"])
     settings = replace(FinetuneSettings(**content["settings"]), device=device)
     classifier = Classifier(encoder, vocabulary, heads, settings)

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional
-from transformers import BertModel
 
 from data_prep.hashing import stream_key
 from data_prep.vocab import Vocabulary
@@ -28,6 +27,7 @@ from eval.finetune.classifier import (
 from eval.finetune.progress import Progress, identity_of, load_progress, save_progress
 from pretrain import dist
 from pretrain.dist import Ranks
+from pretrain.encoders import Encoder
 from pretrain.optim import StageZeroClipper, parameter_groups, set_learning_rate
 
 __all__ = [
@@ -76,7 +76,7 @@ class Target:
 
 
 def finetune(
-    encoder: BertModel,
+    encoder: Encoder,
     vocabulary: Vocabulary,
     tokens: list[np.ndarray],
     targets: list[Target],

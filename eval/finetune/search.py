@@ -18,12 +18,12 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from sklearn.metrics import f1_score
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-from transformers import BertModel
 
 from data_prep.hashing import stream_key
 from data_prep.vocab import Vocabulary
 from eval.finetune.engine import Classifier, FinetuneSettings, Target, finetune
 from eval.finetune.progress import identity_of
+from pretrain.encoders import Encoder
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def macro_f1(classifier: Classifier, tokens: list[np.ndarray], targets: list[Tar
 
 
 def search(
-    encoder: BertModel,
+    encoder: Encoder,
     vocabulary: Vocabulary,
     tokens: list[np.ndarray],
     targets: list[Target],
@@ -177,7 +177,7 @@ def _divide(
     return inner, held_out
 
 
-def _space(encoder: BertModel, settings: FinetuneSettings) -> dict[str, BaseDistribution]:
+def _space(encoder: Encoder, settings: FinetuneSettings) -> dict[str, BaseDistribution]:
     # Adapters need a layer that is not frozen.
     most_frozen = encoder.config.num_hidden_layers - (1 if settings.lora_rank else 0)
     return {

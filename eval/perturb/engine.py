@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import BertModel
 
 from data_prep.vocab import CLS, EOS, Vocabulary
 from eval.embed import embed_cells, num_layers_up_to, require_pooling
 from eval.finetune.classifier import Classifier, Head
 from eval.perturb.edits import Copies, Edit, GeneSets, applicable, copies_of, places_in
+from pretrain.encoders import Encoder, architecture_of, layers_of, set_layers, to_bfloat16
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Engine:
 
     def __init__(
         self,
-        encoder: BertModel,
+        encoder: Encoder,
         vocabulary: Vocabulary,
         settings: EngineSettings = EngineSettings(),  # noqa: B008  frozen
         classifier: Classifier | None = None,
@@ -122,10 +122,10 @@ class Engine:
         self._wanted: torch.Tensor | None = None
         if settings.bf16:
             # Norms and the residual stream too, which in float32 cost a fifth of the time (LOG.md).
-            nn.Module.to(encoder, torch.bfloat16)
-        layers = encoder.encoder.layer
+            to_bfloat16(encoder)
+        layers = layers_of(encoder)
         if self.head is None:
-            encoder.encoder.layer = nn.ModuleList(layers[:number])
+            set_layers(encoder, nn.ModuleList(layers[:number]))
         layers[number - 1].register_forward_hook(self._remember)
         self.set_centroids(centroids or {})
 
@@ -219,7 +219,8 @@ class Engine:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self.settings.bf16):
             last = self.encoder(**inputs).last_hidden_state
         assert self._wanted is not None
-        wanted, self._wanted = self._wanted.float(), None
+        wanted = architecture_of(self.encoder).finished(self.encoder, self._wanted).float()
+        self._wanted = None
         return States(wanted, None if self.head is None else last.float())
 
     def genes_only(self, hidden_BLD: torch.Tensor) -> torch.Tensor:

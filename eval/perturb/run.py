@@ -34,6 +34,7 @@ from eval.perturb.engine import CellShifts, Engine, EngineSettings, centroid
 from eval.perturb.results import ResultsWriter, locked_folder
 from pretrain import dist
 from pretrain.dist import Ranks
+from pretrain.encoders import encoder_of
 from pretrain.export import load_exported, model_digest
 from pretrain.record import environment
 
@@ -116,7 +117,7 @@ def load_subject(
     else:
         assert model is not None
         network, vocabulary = load_exported(model, vocabulary_path)
-        classifier, encoder = None, network.bert
+        classifier, encoder = None, encoder_of(network)
         digest = model_digest(model, vocabulary)
     cells = read_cells(path, vocabulary, options, screen.cells)
     engine = Engine(encoder, vocabulary, screen.engine, classifier)

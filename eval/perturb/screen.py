@@ -22,10 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from scipy.stats import spearmanr
+from transformers.models.bert.modeling_bert import BertEmbeddings
 
 from data_prep.files import complete_file
 from eval.perturb.edits import ABSENT, GeneSets
 from eval.perturb.engine import Engine
+from pretrain.encoders import architecture_of
 
 if TYPE_CHECKING:
     from eval.perturb.run import Screen, Subject
@@ -40,6 +42,11 @@ _TOP = 50
 def require_screenable(screen: Screen, subject: Subject) -> None:
     """Raise ValueError unless the screen deletes single genes toward a goal or in a classifier."""
     genes = screen.genes
+    if architecture_of(subject.engine.encoder).positions is None:
+        raise ValueError(
+            "--screen: follows the learned position embeddings of a bert; this model is a "
+            "modernbert, whose positions are rotary: leave --screen out, all deletions are computed"
+        )
     if screen.edit.kind != "delete" or genes.group or genes.anchor or genes.set_size > 1:
         raise ValueError("--screen: estimates deletions of single genes; leave it out for others")
     if not screen.cells.states and subject.engine.head is None:
@@ -59,7 +66,8 @@ def estimate(engine: Engine, genes: np.ndarray, num_breaks: int = _BREAKS) -> np
     num_breaks
         Backward passes for the moving up; with as many as tokens it is exact.
     """
-    embeddings, has_cls = engine.encoder.embeddings, engine.vocabulary.has_cls
+    has_cls, embeddings = engine.vocabulary.has_cls, engine.encoder.embeddings
+    assert isinstance(embeddings, BertEmbeddings)
     sequence = torch.from_numpy(engine.sequences(genes[None])).to(engine.encoder.device)
     length = sequence.shape[1]
     words = embeddings.word_embeddings(sequence).detach()
