@@ -49,6 +49,7 @@ def user_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.long  # a dozen commands, each with its imports; in process: test_eval.py
 def test_commands_run_as_written(user_folder):
     if not (BIN / "geneloom").exists():
         pytest.skip(f"the console command is not installed beside {sys.executable}")
