@@ -11,10 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from data_prep.check import check_sources
-from data_prep.corpus import expand_corpus, organism_name
+from data_prep.corpus import expand_corpus
 from data_prep.medians import RELATIVE_ERROR, GeneMedians, MedianSketch, gene_medians
 from data_prep.prepare import prepare
 from data_prep.progress import show_progress
+from data_prep.reading import ALL, MATRIX, reading_options
 from data_prep.shards import MANIFEST_NAME, ShardSet
 from data_prep.sources import SourceOptions
 from data_prep.survey import PrepareOptions
@@ -38,22 +39,6 @@ VocabOrBuild = Annotated[
 Medians = Annotated[Path | None, typer.Option(help="median dictionary (json, pkl)")]
 Mapping = Annotated[Path | None, typer.Option(help="other id or symbol -> gene id (json, pkl)")]
 MaxLength = Annotated[int | None, typer.Option(help="tokens; default 2048, V2 4096")]
-Counts = Annotated[str, typer.Option(help="X, raw, or layers/NAME")]
-GeneColumn = Annotated[
-    str | None, typer.Option(help="column of var with gene ids [ensembl_id, else the index]")
-]
-Strip = Annotated[bool, typer.Option(help="cut .5 from ENSG00000141510.5")]
-Obs = Annotated[
-    list[str] | None, typer.Option(help="column of obs to carry along; NAME=COLUMN renames it")
-]
-Total = Annotated[
-    str | None, typer.Option(help="column of obs with total counts [sum over the file]")
-]
-Organism = Annotated[str | None, typer.Option(help="species that the gene ids must be of")]
-DatasetColumn = Annotated[
-    str | None, typer.Option(help="column of obs that names the data set [the file is one]")
-]
-ObsFilter = Annotated[str | None, typer.Option(help="query over obs of a Census")]
 Table = Annotated[
     Path | None, typer.Option(help="table of genes with biotypes (csv, tsv, parquet)")
 ]
@@ -85,6 +70,7 @@ def _vocabulary(
     return None
 
 
+@reading_options(*ALL)
 def prepare_command(
     sources: Sources,
     out: Annotated[Path, typer.Option(help="folder for the shards; a killed run continues there")],
@@ -92,14 +78,8 @@ def prepare_command(
     medians: Medians = None,
     gene_mapping: Mapping = None,
     max_length: MaxLength = None,
-    counts: Counts = "X",
-    gene_column: GeneColumn = None,
-    strip_gene_versions: Strip = False,
-    obs: Obs = None,
-    total_column: Total = None,
-    organism: Organism = None,
-    dataset_column: DatasetColumn = None,
-    obs_filter: ObsFilter = None,
+    *,
+    reading: SourceOptions,
     annotation: Table = None,
     min_genes: MinGenes = 7,
     max_sd_counts: SdCounts = 3.0,
@@ -136,10 +116,6 @@ def prepare_command(
     with open_workers(processes) as workers:
         if workers is None:
             return
-        reading = SourceOptions(
-            counts, gene_column, tuple(obs or ()), total_column, strip_gene_versions,
-            dataset_column, organism_name(organism) if organism else None, obs_filter,
-        )  # fmt: skip
         vocabulary = _vocabulary(vocab, medians, gene_mapping, max_length)
         with show_progress() as progress:
             specs = expand_corpus(sources, reading)
@@ -150,20 +126,15 @@ def prepare_command(
         print_manifest(manifest, str(out))
 
 
+@reading_options(*ALL)
 def check_command(
     sources: Sources,
     vocab: Vocab,
     medians: Medians = None,
     gene_mapping: Mapping = None,
     max_length: MaxLength = None,
-    counts: Counts = "X",
-    gene_column: GeneColumn = None,
-    strip_gene_versions: Strip = False,
-    obs: Obs = None,
-    total_column: Total = None,
-    organism: Organism = None,
-    dataset_column: DatasetColumn = None,
-    obs_filter: ObsFilter = None,
+    *,
+    reading: SourceOptions,
     annotation: Table = None,
     min_genes: MinGenes = 7,
     max_sd_counts: SdCounts = 3.0,
@@ -198,10 +169,6 @@ def check_command(
             raise ValueError("--work: under mpirun give a folder that all nodes share")
         if vocab == "build":
             raise ValueError("--vocab build: give `geneloom medians` the sources first, or a file")
-        reading = SourceOptions(
-            counts, gene_column, tuple(obs or ()), total_column, strip_gene_versions,
-            dataset_column, organism_name(organism) if organism else None, obs_filter,
-        )  # fmt: skip
         vocabulary = open_vocabulary(Path(vocab), medians, gene_mapping, max_length)
         with (
             show_progress() as progress,
@@ -217,6 +184,7 @@ def check_command(
         raise typer.Exit(2)
 
 
+@reading_options(*MATRIX, "total_column", "obs_filter")
 def medians_command(
     sources: Annotated[
         list[str],
@@ -230,10 +198,8 @@ def medians_command(
         bool, typer.Option(help="<cls> and <eos> around each cell, as Geneformer V2")
     ] = False,
     max_length: MaxLength = None,
-    counts: Counts = "X",
-    gene_column: GeneColumn = None,
-    strip_gene_versions: Strip = False,
-    total_column: Total = None,
+    *,
+    reading: SourceOptions,
     gene_mapping: Mapping = None,
     annotation: Table = None,
     memory: Memory = 2.0,
@@ -247,7 +213,6 @@ def medians_command(
     for path in (out, sketch_path, table_path):
         if path.exists():
             raise ValueError(f"{path}: exists; give --out a new name")
-    reading = SourceOptions(counts, gene_column, (), total_column, strip_gene_versions)
     with open_workers(processes) as workers:
         if workers is None:
             return

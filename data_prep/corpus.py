@@ -18,6 +18,7 @@ import glob
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -25,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from data_prep.genes import ORGANISMS, SPECIES
 from data_prep.sources import CENSUS, SourceOptions, SourceSpec, source_at
 
-_SUFFIXES = {".h5ad", ".loom", ".zarr", ".h5", ".parquet", ".arrow"}
+_SUFFIXES = {".h5ad", ".h5mu", ".loom", ".zarr", ".h5", ".parquet", ".arrow"}
 
 
 class _Settings(BaseModel):
@@ -49,6 +50,12 @@ class _Settings(BaseModel):
     organism: str | None = None
     # Query over obs of a Census.
     obs_filter: str | None = None
+    # Of files with features of several genomes: the one that is read.
+    genome: str | None = None
+    # Take fractional counts: round, or keep (ranked as they are).
+    fractional: Literal["round", "keep"] | None = None
+    # Take integers that do not look like counts: binarised, rounded CPM.
+    force_counts: bool | None = None
 
     @field_validator("organism")
     @classmethod

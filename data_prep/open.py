@@ -15,8 +15,8 @@ from data_prep.tokens import TokenSource
 Source = CountSource | TokenSource
 _ONLY_SOMA = "obs_filter works on a Census or another SOMA experiment only"
 ACCEPTED = (
-    ".h5ad, .loom, AnnData .zarr, 10x .h5, 10x folders with matrix.mtx[.gz], .parquet, .arrow, "
-    "Hugging Face folders of token ids, census:VERSION"
+    ".h5ad, .h5mu, .loom, AnnData or MuData .zarr, 10x .h5, 10x folders with matrix.mtx[.gz], "
+    ".parquet, .arrow, Hugging Face folders of token ids, census:VERSION"
 )
 
 
@@ -90,7 +90,7 @@ def _open_store(spec: SourceSpec, path: Path, staging: Path | None) -> Store:
         if is_tenx(path):
             _require_plain(spec)
             return TenxStore(path)
-    if path.suffix in (".h5ad", ".h5", ".zarr") or path.name.endswith(".zarr.zip"):
+    if path.suffix in (".h5ad", ".h5mu", ".h5", ".zarr") or path.name.endswith(".zarr.zip"):
         from data_prep.formats.anndata_store import AnnDataStore
 
         return AnnDataStore(path, counts, folder)

@@ -15,10 +15,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from data_prep.counts import check_counts, scan_counts
+from data_prep.features import genes_of, of_one_genome
 from data_prep.formats.store import Store, as_text
 from data_prep.genes import (
     ENSEMBL,
@@ -34,8 +36,9 @@ from data_prep.vocab import Vocabulary
 _READ_CELLS = 4096
 _READ_VALUES = 1 << 24  # 12 to 16 bytes each while a block is in use
 _FILTER_COLUMN = "filter_pass"
+INDEX = "index"  # as a gene column: the index of var, also where it has a column of ids
 CENSUS = "census"  # in front of a version or URI, where others have a path
-_SUFFIXES = (".h5ad", ".loom", ".zarr", ".h5", ".parquet", ".arrow", ".dataset")
+_SUFFIXES = (".h5ad", ".h5mu", ".loom", ".zarr", ".h5", ".parquet", ".arrow", ".dataset")
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class SourceOptions:
     counts
         Where the raw counts are: ``X``, ``raw``, or ``layers/NAME``.
     gene_column
-        Column of ``var`` with gene ids; None: ``ensembl_id`` where it exists, else the index.
+        Column of ``var`` with gene ids; ``index``: its index; None: ``ensembl_id`` where it exists,
+        else the index.
     columns
         Columns of ``obs`` to carry along, as strings: ``donor``, or ``donor=donor_id`` to call the
         column ``donor_id`` of this source ``donor``.
@@ -62,6 +66,13 @@ class SourceOptions:
         ``human``, ``mouse``, ...: the species that the gene ids must be of; None: not checked.
     obs_filter
         For a CELLxGENE Census or another SOMA experiment: its query over obs.
+    genome
+        Of files with features of several genomes: the one whose features are read.
+    fractional
+        What becomes of fractional counts (`data_prep.count_kinds`): ``round``, ``keep`` (they are
+        ranked as they are), or None: refused.
+    force_counts
+        Take integers that do not look like counts: binarised, or rounded to a constant total.
     """
 
     counts: str = "X"
@@ -72,6 +83,9 @@ class SourceOptions:
     dataset_column: str | None = None
     organism: str | None = None
     obs_filter: str | None = None
+    genome: str | None = None
+    fractional: Literal["round", "keep"] | None = None
+    force_counts: bool = False
 
     @property
     def column_names(self) -> tuple[str, ...]:
@@ -138,7 +152,10 @@ class CountBlock:
 
 @dataclass(frozen=True)
 class GeneReport:
-    """What became of a source's genes under a vocabulary."""
+    """What became of a source's genes under a vocabulary.
+
+    `left_out`: kind of features that are no genes (antibodies, another genome) -> how many.
+    """
 
     genes: int
     known: int
@@ -146,6 +163,7 @@ class GeneReport:
     duplicated: int
     nameless: int
     species: str | None
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 class CountSource:
@@ -156,14 +174,20 @@ class CountSource:
     def __init__(
         self, spec: SourceSpec, store: Store, annotation: Annotation | None = None
     ) -> None:
-        self.spec, self.store = spec, store
-        self.path, self.name, self.options = spec.path, spec.name, spec.options
-        self.num_cells, self.num_genes = store.num_cells, store.num_genes
-        self._annotation = annotation
-        if self.num_cells == 0 or self.num_genes == 0:
+        self.spec, self.options, self._annotation = spec, spec.options, annotation
+        self.path, self.name = spec.path, spec.name
+        if store.num_cells == 0 or store.num_genes == 0:
             raise ValueError(
-                f"{self.path}: is empty: {self.num_cells} cells, {self.num_genes} genes"
+                f"{self.path}: is empty: {store.num_cells} cells, {store.num_genes} genes"
             )
+        store, kinds = genes_of(spec.path, store)
+        self._ids = self._read_ids(store)
+        self.store, genomes = of_one_genome(spec.path, store, self._ids, self.options.genome)
+        if self.store is not store:
+            self._ids = self._read_ids(self.store)
+        # Features that are no genes of this source: kind -> how many.
+        self.left_out = kinds | genomes
+        self.num_cells, self.num_genes = self.store.num_cells, self.store.num_genes
         obs = store.obs_columns()
         wanted = [*self.options.column_sources.values()]
         wanted += [c for c in (self.options.total_column, self.options.dataset_column) if c]
@@ -175,17 +199,19 @@ class CountSource:
     @cached_property
     def gene_ids(self) -> list[str]:
         """Gene ids, one per matrix column; '' where the source has none."""
-        column, columns = self.options.gene_column, self.store.var_columns()
-        if column is not None and column not in columns:
+        return [strip_version(i) for i in self._ids] if self.options.strip_versions else self._ids
+
+    def _read_ids(self, store: Store) -> list[str]:
+        column, columns = self.options.gene_column, store.var_columns()
+        if column is not None and column not in columns and column != INDEX:
             raise ValueError(
                 f"{self.path}: var has no column '{column}'; --gene-column may be {columns}, or "
-                "leave it out to use the index"
+                f"'{INDEX}' for its index"
             )
         if column is None and "ensembl_id" in columns:
             column = "ensembl_id"
         with self._damage_named("genes"):
-            ids = as_text(self.store.var(column))
-        return [strip_version(i) for i in ids] if self.options.strip_versions else ids
+            return as_text(store.var(column if column in columns else None))
 
     @cached_property
     def mitochondrial(self) -> np.ndarray:
@@ -265,6 +291,7 @@ class CountSource:
             repeated,
             sum(not i for i in ids),
             species_of(ids),
+            self.left_out,
         )
 
     def group_sizes(self, column: str) -> Counter[str]:

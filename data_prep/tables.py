@@ -89,6 +89,9 @@ def _print_rejections(manifest: dict, console: Console) -> None:
             if number:
                 line = f"{s['name']}: {number:,} {text}"
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
+        for kind, number in genes.get("left_out", {}).items():
+            line = f"{s['name']}: {number:,} features left out: {kind}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     datasets = [d for d in manifest.get("datasets", manifest["sources"]) if d["rejected"]]
     if not datasets:
         return

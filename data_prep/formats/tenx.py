@@ -1,7 +1,6 @@
 """What Cell Ranger writes: ``.h5`` matrices (v2 and later), and folders with ``matrix.mtx``.
 
-Only features of type 'Gene Expression' are read where types are given: antibodies, guides and peaks
-are no genes, and their counts are in no total.
+Features of all kinds are read; `data_prep.features` tells which are genes.
 """
 
 from __future__ import annotations
@@ -20,30 +19,19 @@ import pyarrow.csv
 from data_prep.formats.staging import Entries, stage_rows
 from data_prep.formats.store import Rows, decoded
 
-_GENE_TYPE = "Gene Expression"
 _BATCH_BYTES = 1 << 24  # of text, in a batch of entries
 _BANNERS = [f"%%matrixmarket matrix coordinate {kind} general" for kind in ("integer", "real")]
 
 
 class _Features:
-    """var of a matrix without obs: the features that are genes.
-
-    `_gene_of` is int32 [features]: a feature's number among the genes, -1 where it is no gene.
-    """
+    """var of a matrix without obs."""
 
     counts_choices = ["X"]
 
     def __init__(self, path: Path, columns: dict[str, np.ndarray]) -> None:
         self.path = path
-        is_gene = np.ones(len(columns["ensembl_id"]), dtype=bool)
-        if "feature_type" in columns:
-            is_gene = columns["feature_type"] == _GENE_TYPE
-            if not is_gene.any():
-                types = sorted(set(columns["feature_type"]))
-                raise ValueError(f"{path}: has no features of type '{_GENE_TYPE}', only {types}")
-        self._columns = {name: values[is_gene] for name, values in columns.items()}
-        self._gene_of = np.where(is_gene, np.cumsum(is_gene) - 1, -1).astype(np.int32)
-        self.num_genes = int(is_gene.sum())
+        self._columns = columns
+        self.num_genes = len(columns["ensembl_id"])
 
     def obs_columns(self) -> list[str]:
         return []
@@ -107,14 +95,7 @@ class TenxStore(_Features):
         low, high = int(indptr[0]), int(indptr[-1])
         if np.any(np.diff(indptr) < 0) or high > self._data.shape[0]:
             raise OSError(f"index pointer of cells {start}-{stop} is damaged")
-        data, features, indptr = self._data[low:high], self._indices[low:high], indptr - low
-        if self.num_genes == len(self._gene_of):
-            return data, features.astype(np.int32), indptr
-        if features.size and features.min() < 0:
-            raise OSError(f"cells {start}-{stop} name feature {features.min()}")
-        genes = self._gene_of[features]
-        kept = genes >= 0
-        return data[kept], genes[kept], np.r_[0, np.cumsum(kept)][indptr]
+        return self._data[low:high], self._indices[low:high].astype(np.int32), indptr - low
 
     def num_stored(self, start: int, stop: int) -> int:
         return int(self._indptr[stop]) - int(self._indptr[start])
@@ -157,7 +138,7 @@ class MtxStore(_Features):
         if len(size) != 3 or not all(n.isdigit() for n in size):
             raise ValueError(f"'{line[:80]}' stands where features, cells and entries are counted")
         self._num_entries = int(size[2])
-        tables = [len(self._gene_of), self.num_cells]
+        tables = [self.num_genes, self.num_cells]
         if [int(n) for n in size[:2]] != tables:
             raise ValueError(
                 f"it is {size[0]} features x {size[1]} cells, but the tables beside it name "
@@ -165,7 +146,7 @@ class MtxStore(_Features):
             )
 
     def _entries(self) -> Entries:
-        """Yield (cells, genes, values) in batches; features that are no genes are left out."""
+        """Yield (cells, features, values) in batches."""
         types = {"feature": pa.int32(), "cell": pa.int32(), "value": self._value_type}
         num_entries = 0
         with _named(self._matrix), pa.input_stream(str(self._matrix)) as stream:
@@ -183,16 +164,14 @@ class MtxStore(_Features):
             for batch in batches:
                 features, cells, values = (column.to_numpy() for column in batch.columns)
                 for what, numbers, count in (
-                    ("feature", features, len(self._gene_of)),
+                    ("feature", features, self.num_genes),
                     ("cell", cells, self.num_cells),
                 ):
                     if numbers.min() < 1 or numbers.max() > count:
                         wrong = numbers[(numbers < 1) | (numbers > count)][0]
                         raise ValueError(f"an entry names {what} {wrong} of 1 to {count}")
                 num_entries += len(batch)
-                genes = self._gene_of[features - 1]
-                kept = genes >= 0
-                yield cells[kept] - 1, genes[kept], values[kept]
+                yield cells - 1, features - 1, values
             if num_entries != self._num_entries:
                 raise ValueError(
                     f"it has {num_entries} entries and should have {self._num_entries}; the file "
