@@ -31,7 +31,7 @@ from data_prep.sources import CountBlock, CountSource, SourceSpec
 from data_prep.tokens import TokenBlock, TokenSource
 from data_prep.vocab import Vocabulary, load_vocabulary
 
-_VERSION = 1  # of the chunk files; another number makes older ones useless
+_VERSION = 2  # of the chunk files; another number makes older ones useless
 # Columns of the chunk files only; no user's column is called so.
 KEY, SPLIT, ROW, REASON = "__key", "__split", "__row", "__reason"
 TOTAL, MITO, DETECTED, CONTENT = "__total", "__mito", "__detected", "__content"
@@ -89,12 +89,16 @@ class EncodeJob:
 
 @dataclass(frozen=True)
 class EncodeRecord:
-    """What an `EncodeJob` left: name, cells and bytes of its chunks, and sums for the report."""
+    """What an `EncodeJob` left: name, cells and bytes of its chunks, and sums for the report.
+
+    `fractional`: stored values that are no integers, and all stored values.
+    """
 
     chunks: list[tuple[str, int, int]]
     counts_in_vocabulary: float
     counts: float
     moments: dict[str, DatasetMoments]
+    fractional: tuple[int, int] = (0, 0)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -107,7 +111,10 @@ class EncodeRecord:
             for name, m in content["moments"].items()
         }
         chunks = [(name, cells, size) for name, cells, size in content["chunks"]]
-        return EncodeRecord(chunks, content["counts_in_vocabulary"], content["counts"], moments)
+        return EncodeRecord(
+            chunks, content["counts_in_vocabulary"], content["counts"], moments,
+            (content["fractional"][0], content["fractional"][1]),
+        )  # fmt: skip
 
 
 def finished_record(job: EncodeJob) -> EncodeRecord | None:
@@ -145,6 +152,7 @@ def encode_stretch(job: EncodeJob) -> EncodeRecord:
         job.annotation, job.settings.annotation_sha256, job.settings.min_overlap,
     )  # fmt: skip
     inside = total = 0.0
+    fractional = stored = 0
     chunks: list[tuple[str, int, int]] = []
     moments: dict[str, DatasetMoments] = {}
     parts: list[Cells] = []
@@ -160,6 +168,7 @@ def encode_stretch(job: EncodeJob) -> EncodeRecord:
         if isinstance(block, CountBlock):
             cells, (known, all_counts) = _of_counts(block, row, column_tokens, vocabulary, job)
             inside, total = inside + known, total + all_counts
+            fractional, stored = fractional + block.fractional, stored + len(block.data)
         else:
             assert isinstance(source, TokenSource)
             tokens = source.checked_tokens(block, vocabulary)
@@ -173,7 +182,7 @@ def encode_stretch(job: EncodeJob) -> EncodeRecord:
     write()
     if row != job.stop or job.spec.signature() != job.quick_signature:
         raise ValueError(_changed(job.spec))
-    record = EncodeRecord(chunks, inside, total, moments)
+    record = EncodeRecord(chunks, inside, total, moments, (fractional, stored))
     write_text(job.record_path, record.to_json())
     return record
 
@@ -372,6 +381,8 @@ def _mix(x):
 def _hash_counts(data, indices, indptr, column_tokens):
     """Sum of a hash over (token, count): the order of genes in the file does not matter."""
     num_cells = len(indptr) - 1
+    one = np.empty(1)
+    bits = one.view(np.uint64)  # fractional counts are told apart too
     hashes, sums = np.zeros(num_cells, np.uint64), np.zeros(column_tokens.max() + 1)
     for cell in range(num_cells):
         for k in range(indptr[cell], indptr[cell + 1]):
@@ -382,7 +393,8 @@ def _hash_counts(data, indices, indptr, column_tokens):
         for k in range(indptr[cell], indptr[cell + 1]):
             token = column_tokens[indices[k]]
             if token >= 0 and sums[token] > 0.0:
-                total += _mix((np.uint64(token) << np.uint64(40)) + np.uint64(np.rint(sums[token])))
+                one[0] = sums[token]
+                total += _mix(_mix(np.uint64(token)) ^ bits[0])
                 sums[token] = 0.0
         hashes[cell] = total
     return hashes

@@ -27,6 +27,8 @@ class Decisions:
     moments: dict[str, DatasetMoments]
     reports: list[decide.DatasetReport]
     counts_in_vocabulary: list[float | None]
+    # Of each source: share of the stored values that are no integers; None for tokens.
+    fractional_values: list[float | None]
 
 
 def write_manifest(
@@ -75,7 +77,9 @@ def write_manifest(
 def source_reports(survey: Survey, decisions: Decisions) -> list[dict]:
     """Return one entry per source: what it is, how it was read, what became of its cells."""
     entries = []
-    for source, share in zip(survey.sources, decisions.counts_in_vocabulary, strict=True):
+    for source, share, fractional in zip(
+        survey.sources, decisions.counts_in_vocabulary, decisions.fractional_values, strict=True
+    ):
         mine = [r for r in decisions.reports if r.source == source.spec.name]
         rejected: Counter[str] = Counter()
         for report in mine:
@@ -93,6 +97,7 @@ def source_reports(survey: Survey, decisions: Decisions) -> list[dict]:
                 "rejected": dict(rejected),
                 "genes": asdict(source.genes) if source.genes else None,
                 "counts_in_vocabulary": share,
+                "fractional_values": fractional,
             }
         )
     return entries

@@ -136,11 +136,13 @@ def decide_all(
     number_of = {s.spec: n for n, s in enumerate(survey.sources)}
     chunks: list[Chunk] = []
     inside, total = np.zeros(len(number_of)), np.zeros(len(number_of))
+    fractional = np.zeros((len(number_of), 2), dtype=np.int64)
     first = 0
     for job, record in zip(jobs, records, strict=True):
         number = number_of[job.spec]
         inside[number] += record.counts_in_vocabulary
         total[number] += record.counts
+        fractional[number] += record.fractional
         for name, cells, _ in record.chunks:
             chunks.append(Chunk(name, number, cells, first))
             first += cells
@@ -154,7 +156,8 @@ def decide_all(
     specials = survey.vocabulary.max_length - slots
     reports = decide.report_datasets(work, chunks, codes, names, slots, specials)
     shares = [i / t if t else None for i, t in zip(inside.tolist(), total.tolist(), strict=True)]
-    return Decisions(chunks, codes, moments, reports, shares)
+    fractions = [int(n) / int(of) if of else None for n, of in fractional]
+    return Decisions(chunks, codes, moments, reports, shares, fractions)
 
 
 def plan_shards(

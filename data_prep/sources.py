@@ -19,7 +19,8 @@ from typing import Literal
 
 import numpy as np
 
-from data_prep.counts import check_counts, scan_counts
+from data_prep.count_kinds import Place, check_integers, fractional_values
+from data_prep.counts import CountScan, scan_counts
 from data_prep.features import genes_of, of_one_genome
 from data_prep.formats.store import Store, as_text
 from data_prep.genes import (
@@ -136,7 +137,8 @@ class CountBlock:
     zeros possible; `metadata` maps a carried column to one string per cell; `passes` is False where
     the source itself marks a cell as filtered out (``filter_pass`` other than 1); `totals` float64
     [cells], all counts of a cell; `mitochondrial` float64 [cells], share of the counts in
-    mitochondrial genes, NaN where the source has none of these genes.
+    mitochondrial genes, NaN where the source has none of these genes; `fractional`, how many
+    values were no integers.
     """
 
     data: np.ndarray
@@ -148,6 +150,7 @@ class CountBlock:
     passes: np.ndarray
     totals: np.ndarray
     mitochondrial: np.ndarray
+    fractional: int = 0
 
 
 @dataclass(frozen=True)
@@ -348,9 +351,7 @@ class CountSource:
                 f"{self.path}: cells {start}-{stop} name gene {indices.max()} of {self.num_genes}; "
                 "the file is damaged"
             )
-        scan = scan_counts(data, indices, indptr, self.mitochondrial)
-        if scan.is_suspicious:
-            check_counts(self.path, data, self.options.counts, self.store.counts_choices)
+        data, fractional, scan = self._checked(data, indices, indptr)
         with self._damage_named(f"cells {start}-{stop}"):
             cell_ids = self.store.cell_ids(start, stop)
             metadata = {
@@ -370,8 +371,25 @@ class CountSource:
         if not self.mitochondrial.any():
             share = np.full(stop - start, np.nan)
         return CountBlock(
-            data, indices, indptr, cell_ids, datasets, metadata, passes, totals, share
+            data, indices, indptr, cell_ids, datasets, metadata, passes, totals, share, fractional
         )
+
+    def _checked(
+        self, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray
+    ) -> tuple[np.ndarray, int, CountScan]:
+        """Return the values as they are used, how many are no integers, and sums of the cells."""
+        place = Place(self.path, self.options.counts, self.store.counts_choices)
+        scan = scan_counts(data, indices, indptr, self.mitochondrial)
+        if not scan.is_suspicious:
+            if not self.options.force_counts:
+                check_integers(place, data, indptr, scan.totals)
+            return data, 0, scan
+        wanted = self.options.fractional
+        number = fractional_values(place, data, indptr, wanted is not None)
+        if wanted == "round" and number:
+            data = np.rint(data)
+            scan = scan_counts(data, indices, indptr, self.mitochondrial)
+        return data, number, scan
 
     def _totals(self, sums: np.ndarray, ids: list[str], start: int, stop: int) -> np.ndarray:
         """Return the cells' totals; a column that is smaller than the counts is refused."""

@@ -89,6 +89,10 @@ def _print_rejections(manifest: dict, console: Console) -> None:
             if number:
                 line = f"{s['name']}: {number:,} {text}"
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if s.get("fractional_values"):
+            done = {"round": "rounded", "keep": "ranked as they are"}[s["options"]["fractional"]]
+            line = f"{s['name']}: {s['fractional_values']:.1%} of the values are fractions: {done}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         for kind, number in genes.get("left_out", {}).items():
             line = f"{s['name']}: {number:,} features left out: {kind}"
             console.print(line, highlight=False, markup=False, soft_wrap=True)

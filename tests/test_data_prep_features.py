@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
 from pathlib import Path
 
 import anndata
 import h5py
 import numpy as np
 import pytest
-import scipy.io
 import scipy.sparse
 
 from data_prep.corpus import expand_path
@@ -19,6 +17,7 @@ from data_prep.open import open_path
 from data_prep.sources import CountSource, SourceOptions, source_at
 from data_prep.vocab import open_vocabulary
 from data_prep.workers import SERIAL
+from tests.data_files import WRITERS, write_h5ad, write_tenx
 from tests.synthetic import make_cells
 
 GENES, PROTEINS = 200, 30
@@ -35,75 +34,6 @@ def multimodal(names: str = "feature_types") -> anndata.AnnData:
     both = anndata.concat([genes, proteins], axis=1, merge="first")
     both.obs = genes.obs
     return both
-
-
-def write_h5ad(cells: anndata.AnnData, folder: Path) -> Path:
-    cells.write_h5ad(folder / "cells.h5ad")
-    return folder / "cells.h5ad"
-
-
-def write_zarr(cells: anndata.AnnData, folder: Path) -> Path:
-    cells.write_zarr(folder / "cells.zarr")
-    return folder / "cells.zarr"
-
-
-def write_loom(cells: anndata.AnnData, folder: Path) -> Path:
-    with h5py.File(folder / "cells.loom", "w") as file:
-        file["matrix"] = cells.X.toarray().T
-        file["row_attrs/Accession"] = [str(i) for i in cells.var_names]
-        file["row_attrs/feature_types"] = [str(k) for k in cells.var["feature_types"]]
-        file["col_attrs/CellID"] = list(cells.obs_names)
-    return folder / "cells.loom"
-
-
-def write_tenx(cells: anndata.AnnData, folder: Path, genome: list[str] | None = None) -> Path:
-    matrix = scipy.sparse.csr_matrix(cells.X)
-    with h5py.File(folder / "cells.h5", "w") as file:
-        group = file.create_group("matrix")
-        for name in ("data", "indices", "indptr"):
-            group[name] = getattr(matrix, name)
-        group["shape"] = matrix.shape[::-1]
-        group["barcodes"] = [str(i).encode() for i in cells.obs_names]
-        features = group.create_group("features")
-        features["id"] = features["name"] = [str(i).encode() for i in cells.var_names]
-        kinds = cells.var.get("feature_types", ["Gene Expression"] * cells.n_vars)
-        features["feature_type"] = [str(k).encode() for k in kinds]
-        features["genome"] = [g.encode() for g in genome or ["GRCh38"] * cells.n_vars]
-    return folder / "cells.h5"
-
-
-def write_mtx(cells: anndata.AnnData, folder: Path) -> Path:
-    rows = zip(cells.var_names, cells.var["feature_types"], strict=True)
-    for name, lines in (
-        ("features", [f"{i}\t{i}\t{kind}" for i, kind in rows]),
-        ("barcodes", list(cells.obs_names)),
-    ):
-        with gzip.open(folder / f"{name}.tsv.gz", "wt") as file:
-            file.write("\n".join(lines) + "\n")
-    entries = scipy.sparse.coo_matrix(cells.X.T).astype(np.int64)
-    scipy.io.mmwrite(folder / "matrix.mtx", entries, field="integer")
-    return folder
-
-
-def _modalities(cells: anndata.AnnData) -> dict[str, anndata.AnnData]:
-    is_gene = (cells.var["feature_types"] == "Gene Expression").to_numpy()
-    parts = {"rna": cells[:, is_gene].copy(), "prot": cells[:, ~is_gene].copy()}
-    for part in parts.values():
-        del part.var["feature_types"]
-    return parts
-
-
-def write_mudata(cells: anndata.AnnData, folder: Path) -> Path:
-    """As mudata does: a group for each modality, obs and var of all."""
-    with h5py.File(folder / "cells.h5mu", "w") as file:
-        for name, part in _modalities(cells).items():
-            anndata.io.write_elem(file, f"mod/{name}", part)
-        anndata.io.write_elem(file, "obs", cells.obs)
-        anndata.io.write_elem(file, "var", cells.var)
-    return folder / "cells.h5mu"
-
-
-WRITERS = (write_h5ad, write_zarr, write_loom, write_tenx, write_mtx, write_mudata)
 
 
 def read(path: Path, **options) -> tuple[CountSource, np.ndarray]:
