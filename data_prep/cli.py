@@ -37,7 +37,10 @@ VocabOrBuild = Annotated[
     str, typer.Option(help=f"{_VOCABULARIES}; or 'build' to make one from the sources")
 ]
 Medians = Annotated[Path | None, typer.Option(help="median dictionary (json, pkl)")]
-Mapping = Annotated[Path | None, typer.Option(help="other id or symbol -> gene id (json, pkl)")]
+Mapping = Annotated[
+    list[Path] | None,
+    typer.Option(help="other id or symbol -> gene id (json, pkl); adds to those of --vocab"),
+]
 MaxLength = Annotated[int | None, typer.Option(help="tokens; default 2048, V2 4096")]
 Table = Annotated[
     Path | None, typer.Option(help="table of genes with biotypes (csv, tsv, parquet)")
@@ -48,7 +51,7 @@ SdCounts = Annotated[
 ]
 SdMito = Annotated[float, typer.Option(help="the same for the mitochondrial share; 0: any")]
 Dedup = Annotated[bool, typer.Option(help="reject cells that stood before, gene for gene")]
-MinOverlap = Annotated[float, typer.Option(help="smallest share of known genes")]
+MinOverlap = Annotated[float, typer.Option(help="smallest share of counts in known genes")]
 MinCells = Annotated[int, typer.Option(help="fewest cells of a gene in a built vocabulary")]
 Heldout = Annotated[float, typer.Option(help="share of cells held out")]
 HeldoutBy = Annotated[str, typer.Option(help="cell, dataset, or an --obs column")]
@@ -61,7 +64,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of tabl
 
 
 def _vocabulary(
-    vocab: str, medians: Path | None, gene_mapping: Path | None, max_length: int | None
+    vocab: str, medians: Path | None, gene_mapping: list[Path] | None, max_length: int | None
 ) -> Vocabulary | None:
     if vocab != "build":
         return open_vocabulary(Path(vocab), medians, gene_mapping, max_length)
@@ -85,7 +88,7 @@ def prepare_command(
     max_sd_counts: SdCounts = 3.0,
     max_sd_mito: SdMito = 3.0,
     dedup: Dedup = False,
-    min_overlap: MinOverlap = 0.1,
+    min_overlap: MinOverlap = 0.5,
     min_cells: MinCells = 3,
     heldout: Heldout = 0.02,
     heldout_by: HeldoutBy = "cell",
@@ -140,7 +143,7 @@ def check_command(
     max_sd_counts: SdCounts = 3.0,
     max_sd_mito: SdMito = 3.0,
     dedup: Dedup = False,
-    min_overlap: MinOverlap = 0.1,
+    min_overlap: MinOverlap = 0.5,
     heldout: Heldout = 0.02,
     heldout_by: HeldoutBy = "cell",
     memory: Memory = 2.0,

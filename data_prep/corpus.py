@@ -24,8 +24,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from data_prep.genes import ORGANISMS, SPECIES
-from data_prep.sources import CENSUS, SourceOptions, SourceSpec, source_at
+from data_prep.sources import CENSUS, SourceOptions, SourceSpec, source_at, split_path
+from data_prep.tokens import split_names
 
+# Names of splits of a DatasetDict.
+_SIDES = {
+    "train": ("train", "training"),
+    "heldout": ("test", "validation", "valid", "val", "dev", "eval", "heldout", "held_out"),
+}
 _SUFFIXES = {".h5ad", ".h5mu", ".loom", ".zarr", ".h5", ".parquet", ".arrow"}
 
 
@@ -118,8 +124,33 @@ def expand_corpus(arguments: list[str], options: SourceOptions) -> list[SourceSp
         if Path(argument).suffix in (".yaml", ".yml"):
             specs += _read_list(Path(argument), options)
         else:
-            specs += [source_at(p, options) for p in expand_path(argument)]
+            specs += [s for p in expand_path(argument) for s in sources_at(p, options)]
     return _with_distinct_names(specs)
+
+
+def sources_at(path: str, options: SourceOptions) -> list[SourceSpec]:
+    """Return the source at a path, or each split of a Hugging Face DatasetDict.
+
+    Raises
+    ------
+    ValueError
+        A split is neither for training nor for holding out.
+    """
+    names = [] if split_path(path)[1] else split_names(Path(path))
+    if not names:
+        return [source_at(path, options)]
+    sides = {name: side for side, known in _SIDES.items() for name in known}
+    unknown = [n for n in names if n.lower() not in sides]
+    if unknown:
+        raise ValueError(
+            f"{path}: holds splits {names}, of which {unknown} are neither for training nor for "
+            f"holding out; choose by name: {path}#{unknown[0]}"
+        )
+    specs = []
+    for name in names:
+        spec = source_at(f"{path}#{name}", options)
+        specs.append(replace(spec, split=sides[name.lower()]))
+    return specs
 
 
 def expand_path(pattern: str) -> list[str]:
@@ -127,6 +158,8 @@ def expand_path(pattern: str) -> list[str]:
     if pattern.startswith(f"{CENSUS}:"):
         return [pattern]
     path = Path(pattern)
+    if split_path(pattern)[1] or split_names(path):
+        return [pattern]
     if any(c in pattern for c in "*?[") and not path.exists():
         found = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207  absolute patterns too
         if not found:
@@ -170,8 +203,7 @@ def _read_list(path: Path, options: SourceOptions) -> list[SourceSpec]:
         settings = entry.over(corpus.defaults.over(options))
         is_census = entry.path.startswith(f"{CENSUS}:")
         pattern = entry.path if is_census else str(path.parent / entry.path)
-        for found in expand_path(pattern):
-            spec = source_at(found, settings)
+        for spec in [s for p in expand_path(pattern) for s in sources_at(p, settings)]:
             specs.append(replace(spec, dataset=entry.dataset or spec.dataset))
     return specs
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.formats.store import Rows, Store, as_text
+from data_prep.gene_names import genome_of
 
 # Columns of var that may say what a feature is. The last one holds biotypes in other files.
 KIND_COLUMNS = ("feature_types", "feature_type", "modality", "gene_type")
@@ -28,10 +29,6 @@ _OTHER_KINDS = frozenset({
     "peak", "peaks", "atac", "chromatinaccessibility", "vdj", "vdjt", "vdjb", "spikein", "spikeins",
 })  # fmt: skip
 _UNNAMED = "no kind given"
-# Cell Ranger puts the genome in front of ids where a reference has two: GRCh38_ENSG...,
-# mm10___Xkr4.
-_GENOME_STARTS = ("GRCh", "GRCm", "hg", "mm", "Rnor", "mRatBN", "GRCz", "Mmul", "Sscrofa")
-_GENOME = re.compile(rf"^((?:{'|'.join(_GENOME_STARTS)})_?\d[A-Za-z0-9.]*?)_+(?=.)")
 
 
 def _plain(kind: str) -> str:
@@ -88,17 +85,6 @@ def genes_of(path: str, store: Store) -> tuple[Store, dict[str, int]]:
         left_out = dict(sorted(others.items())) | modalities
         return (ChosenFeatures(store, kept) if others else store), left_out
     return store, modalities
-
-
-def genome_of(gene_id: str) -> str:
-    """Return the genome in front of a gene id: ``GRCh38`` of ``GRCh38_ENSG...``; '' without one."""
-    found = _GENOME.match(gene_id) if gene_id.startswith(_GENOME_STARTS) else None
-    return found[1] if found else ""
-
-
-def without_genome(gene_id: str) -> str:
-    """Return a gene id without the genome in front of it."""
-    return _GENOME.sub("", gene_id) if gene_id.startswith(_GENOME_STARTS) else gene_id
 
 
 def of_one_genome(

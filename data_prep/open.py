@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data_prep.formats.store import Store
 from data_prep.genes import Annotation
-from data_prep.sources import CENSUS, CountSource, SourceOptions, SourceSpec, source_at
+from data_prep.sources import CENSUS, CountSource, SourceOptions, SourceSpec, source_at, split_path
 from data_prep.tokens import TokenSource
 
 Source = CountSource | TokenSource
@@ -38,8 +38,8 @@ def open_source(
     ValueError
         The path does not exist, is of no known kind, is damaged, or lacks what the spec asks for.
     """
-    path = Path(spec.path)
-    if _is_tokens(path):
+    path, split = split_path(spec.path)
+    if split is not None or _is_tokens(path):
         if spec.options.obs_filter:
             raise ValueError(f"{spec.path}: {_ONLY_SOMA}")
         return TokenSource(spec)
@@ -60,7 +60,10 @@ def _is_tokens(path: Path) -> bool:
     if path.suffix in (".parquet", ".arrow"):
         return True
     return path.is_dir() and bool(
-        list(path.glob("*.arrow")) or list(path.glob("*.parquet")) or (path / "state.json").exists()
+        (path / "dataset_dict.json").exists()
+        or (path / "state.json").exists()
+        or list(path.glob("*.arrow"))
+        or list(path.glob("*.parquet"))
     )
 
 

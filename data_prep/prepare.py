@@ -13,17 +13,21 @@ under a name that says what it is, so a killed run continues.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from data_prep import decide, encode, write
 from data_prep import shards as shards_format
+from data_prep.chunks import Chunk, tokens_path
 from data_prep.corpus import carried_columns
-from data_prep.decide import Chunk, WritePlan
+from data_prep.decide import WritePlan
 from data_prep.encode import EncodeJob, EncodeRecord, encode_stretch
 from data_prep.filters import merge_moments
+from data_prep.known_share import KnownCounts, refuse_unknown
 from data_prep.manifest import Decisions, write_manifest
 from data_prep.open import row_copy_name
 from data_prep.shards import SPLITS
@@ -101,7 +105,7 @@ def _remove_stale(work: Path, jobs: list[EncodeJob]) -> None:
         if record is not None:
             keep.add(job.record_path.name)
             for name, _, _ in record.chunks:
-                keep |= {name, encode.tokens_path(Path(name)).name}
+                keep |= {name, tokens_path(Path(name)).name}
     prefixes = ("tars-", "plan-", "decisions-", "medians-")
     keep |= {p.name for p in work.iterdir() if p.name.startswith(prefixes)}
     removed = remove_stale(work, keep)
@@ -117,10 +121,39 @@ def encode_all(jobs: list[EncodeJob], workers: Workers, progress: Progress) -> l
     sizes = [jobs[n].stop - jobs[n].start for n in open_jobs]
     done = sum(j.stop - j.start for j in jobs) - sum(sizes)
     shown = counter(progress, "encoding", sizes, done)
-    new = workers.run(encode_stretch, [jobs[n] for n in open_jobs], shown)
-    for number, record in zip(open_jobs, new, strict=True):
-        records[number] = record
+    known = KnownSoFar(jobs)
+    for job, record in zip(jobs, records, strict=True):
+        if record is not None:
+            known.add(job, record)
+    with contextlib.closing(workers.each(encode_stretch, [jobs[n] for n in open_jobs])) as ended:
+        for number, record in ended:
+            records[open_jobs[number]] = record
+            known.add(jobs[open_jobs[number]], record)
+            shown(number)
     return [r for r in records if r is not None]
+
+
+class KnownSoFar:
+    """Refuses a source of which too little is known as soon as all of it was read."""
+
+    def __init__(self, jobs: list[EncodeJob]) -> None:
+        self._left = Counter(job.spec for job in jobs)
+        self._counts: dict[SourceSpec, KnownCounts] = {}
+
+    def add(self, job: EncodeJob, record: EncodeRecord) -> None:
+        """Add a stretch.
+
+        Raises
+        ------
+        ValueError
+            It was the last of its source, and the vocabulary knows too little of a data set.
+        """
+        spec = job.spec
+        self._counts[spec] = self._counts.get(spec, KnownCounts()).merge(record.known)
+        self._left[spec] -= 1
+        if not self._left[spec]:
+            advice = "Lower it only if this is meant"
+            refuse_unknown(spec.path, self._counts[spec], job.settings.min_overlap, advice)
 
 
 def decide_all(
@@ -135,29 +168,27 @@ def decide_all(
     progress("filtering", 0, 1)
     number_of = {s.spec: n for n, s in enumerate(survey.sources)}
     chunks: list[Chunk] = []
-    inside, total = np.zeros(len(number_of)), np.zeros(len(number_of))
+    known = [KnownCounts() for _ in number_of]
     fractional = np.zeros((len(number_of), 2), dtype=np.int64)
     first = 0
     for job, record in zip(jobs, records, strict=True):
         number = number_of[job.spec]
-        inside[number] += record.counts_in_vocabulary
-        total[number] += record.counts
+        known[number] = known[number].merge(record.known)
         fractional[number] += record.fractional
         for name, cells, _ in record.chunks:
             chunks.append(Chunk(name, number, cells, first))
             first += cells
     moments = merge_moments(r.moments for r in records)
-    codes = decide.decide_reasons(
+    codes, same = decide.decide_reasons(
         work, chunks, moments, options.max_sd_counts, options.max_sd_mito, options.dedup,
-        options.memory_gib,
+        options.memory_gib, [s.spec for s in survey.sources], options.heldout_by, options.same_side,
     )  # fmt: skip
     names = [s.spec.name for s in survey.sources]
     slots = survey.vocabulary.max_length - (2 if survey.vocabulary.has_cls else 0)
     specials = survey.vocabulary.max_length - slots
     reports = decide.report_datasets(work, chunks, codes, names, slots, specials)
-    shares = [i / t if t else None for i, t in zip(inside.tolist(), total.tolist(), strict=True)]
     fractions = [int(n) / int(of) if of else None for n, of in fractional]
-    return Decisions(chunks, codes, moments, reports, shares, fractions)
+    return Decisions(chunks, codes, moments, reports, known, same, fractions)
 
 
 def plan_shards(

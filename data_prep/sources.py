@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -23,19 +23,19 @@ from data_prep.count_kinds import Place, check_integers, fractional_values
 from data_prep.counts import CountScan, scan_counts
 from data_prep.features import genes_of, of_one_genome
 from data_prep.formats.store import Store, as_text
+from data_prep.gene_names import ENSEMBL, FoundGenes, plain_id, present, strip_version
 from data_prep.genes import (
-    ENSEMBL,
-    ENSEMBL_VERSIONED,
     SYMBOL_COLUMNS,
     Annotation,
     mitochondrial_columns,
     species_of,
-    strip_version,
 )
 from data_prep.vocab import Vocabulary
 
 _READ_CELLS = 4096
 _READ_VALUES = 1 << 24  # 12 to 16 bytes each while a block is in use
+_NAMED = 20  # names in a record
+_FEWEST_KNOWN = 0.01  # of genes, however little of the counts is asked for
 _FILTER_COLUMN = "filter_pass"
 INDEX = "index"  # as a gene column: the index of var, also where it has a column of ids
 CENSUS = "census"  # in front of a version or URI, where others have a path
@@ -104,13 +104,16 @@ class SourceSpec:
     """One source of a corpus: where it is, what it is called, how it is read.
 
     `name` is the source's identity: with the row number it decides a cell's place in the shuffle.
-    `dataset` groups sources for the quality filters. `path` is text, because a Census is no file.
+    `dataset` groups sources for the quality filters. `path` is text, because a Census is no file,
+    and ``FOLDER#SPLIT`` is one split of a Hugging Face DatasetDict. `split` is ``train`` or
+    ``heldout`` where the source says it of all its cells.
     """
 
     path: str
     name: str
     dataset: str
     options: SourceOptions = field(default_factory=SourceOptions)
+    split: str | None = None
 
     def signature(self, deep: bool = False) -> str:
         """Return a hash of what the source is: settings, size and time of its files.
@@ -118,7 +121,7 @@ class SourceSpec:
         Of folders, two levels; `deep`: all of it. A zarr group may have a million files, so that is
         for once a run, and two levels are for each stretch. The path is not in it.
         """
-        path, settings = Path(self.path), asdict(self) | {"path": ""}
+        path, settings = split_path(self.path)[0], asdict(self) | {"path": ""}
         if self.path.startswith(f"{CENSUS}:"):
             settings["path"] = self.path
         found = [path] if path.exists() else []
@@ -157,7 +160,8 @@ class CountBlock:
 class GeneReport:
     """What became of a source's genes under a vocabulary.
 
-    `left_out`: kind of features that are no genes (antibodies, another genome) -> how many.
+    `left_out`: kind of features that are no genes (antibodies, another genome) -> how many;
+    `found_as`, `upper_cased`, `case_collisions`: see `data_prep.gene_names.FoundGenes`.
     """
 
     genes: int
@@ -167,6 +171,9 @@ class GeneReport:
     nameless: int
     species: str | None
     left_out: dict[str, int] = field(default_factory=dict)
+    found_as: dict[str, int] = field(default_factory=dict)
+    upper_cased: int = 0
+    case_collisions: list[str] = field(default_factory=list)
 
 
 class CountSource:
@@ -179,6 +186,7 @@ class CountSource:
     ) -> None:
         self.spec, self.options, self._annotation = spec, spec.options, annotation
         self.path, self.name = spec.path, spec.name
+        self._found: tuple[Vocabulary, FoundGenes] | None = None
         if store.num_cells == 0 or store.num_genes == 0:
             raise ValueError(
                 f"{self.path}: is empty: {store.num_cells} cells, {store.num_genes} genes"
@@ -202,7 +210,25 @@ class CountSource:
     @cached_property
     def gene_ids(self) -> list[str]:
         """Gene ids, one per matrix column; '' where the source has none."""
-        return [strip_version(i) for i in self._ids] if self.options.strip_versions else self._ids
+        ids = [present(i) for i in self._ids]
+        return [strip_version(i) for i in ids] if self.options.strip_versions else ids
+
+    @cached_property
+    def _symbols(self) -> list[str] | None:
+        """Symbols of the genes, where the source has them beside ids."""
+        columns = [c for c in SYMBOL_COLUMNS if c in self.store.var_columns()]
+        if columns:
+            return as_text(self.store.var(columns[0]))
+        if self.options.gene_column or "ensembl_id" in self.store.var_columns():
+            return as_text(self.store.var(None))  # then the index may hold them
+        return None
+
+    def find_genes(self, vocabulary: Vocabulary) -> FoundGenes:
+        """Return which genes of a vocabulary the source's are, and by which name."""
+        if self._found is None or self._found[0] is not vocabulary:
+            symbols = [[present(s) for s in self._symbols]] if self._symbols else []
+            self._found = vocabulary, vocabulary.lookup.find_all(self.gene_ids, symbols)
+        return self._found[1]
 
     def _read_ids(self, store: Store) -> list[str]:
         column, columns = self.options.gene_column, store.var_columns()
@@ -219,26 +245,16 @@ class CountSource:
     @cached_property
     def mitochondrial(self) -> np.ndarray:
         """bool [genes], mitochondrial genes by id, table, or symbol."""
-        columns = [c for c in SYMBOL_COLUMNS if c in self.store.var_columns()]
-        has_id_column = self.options.gene_column or "ensembl_id" in self.store.var_columns()
-        symbols = as_text(self.store.var(columns[0])) if columns else None
-        if symbols is None and has_id_column:  # then the index may hold them
-            symbols = as_text(self.store.var(None))
-        return mitochondrial_columns(self.gene_ids, symbols, self._annotation)
+        ids = [plain_id(i) for i in self.gene_ids]
+        return mitochondrial_columns(ids, self._symbols, self._annotation)
 
     def check_ids(self) -> None:
-        """Raise ValueError for ids of another organism than stated, or with versions."""
+        """Raise ValueError for ids of another organism than stated."""
         ids = self.gene_ids
         species, expected = species_of(ids), self.options.organism
         if expected and species and species != expected:
             raise ValueError(
                 f"{self.path}: gene ids are of {species}, but the organism is given as {expected}"
-            )
-        versioned = [i for i in ids if ENSEMBL_VERSIONED.match(i)]
-        if versioned and not self.options.strip_versions:
-            raise ValueError(
-                f"{self.path}: {len(versioned)} of {len(ids)} gene ids carry a version (e.g. "
-                f"{versioned[0]}); add --strip-gene-versions to cut them off"
             )
 
     def column_tokens(self, vocabulary: Vocabulary, min_overlap: float) -> np.ndarray:
@@ -247,18 +263,19 @@ class CountSource:
         Raises
         ------
         ValueError
-            Fewer than `min_overlap` of the source's genes are in the vocabulary, ids carry
-            versions, or are of another organism than stated.
+            Hardly any of the source's genes are in the vocabulary, or ids are of another organism
+            than stated.
         """
         self.check_ids()
         ids = self.gene_ids
         species = species_of(ids)
-        tokens = vocabulary.tokens_of(ids)
+        tokens = self.find_genes(vocabulary).tokens
         known = int((tokens >= 0).sum())
-        if known < max(1, min_overlap * len(ids)):
+        # Before any cell is read: ids of another kind. What share of counts is known comes later.
+        if known < max(1, min(min_overlap, _FEWEST_KNOWN) * len(ids)):
             raise ValueError(
                 f"{self.path}: {known} of {len(ids)} gene ids ({known / max(1, len(ids)):.1%}) are "
-                f"in the vocabulary, less than {min_overlap:.0%}; they look like "
+                f"in the vocabulary; they look like "
                 f"{[i for i in ids if i][:3]}, the vocabulary like {list(vocabulary.genes[:2])}. "
                 + self._gene_advice(ids, species, species_of(vocabulary.genes[:1000]))
             )
@@ -285,16 +302,19 @@ class CountSource:
     def gene_report(self, vocabulary: Vocabulary) -> GeneReport:
         """Return how the source's genes meet a vocabulary."""
         ids = self.gene_ids
-        tokens = vocabulary.tokens_of(ids)
+        found = self.find_genes(vocabulary)
         repeated = sum(n - 1 for i, n in Counter(ids).items() if i and n > 1)
         return GeneReport(
             len(ids),
-            int((tokens >= 0).sum()),
+            int((found.tokens >= 0).sum()),
             sum(i in vocabulary.aliases for i in ids),
             repeated,
             sum(not i for i in ids),
             species_of(ids),
             self.left_out,
+            found.found_as,
+            found.upper_cased,
+            found.case_collisions[:_NAMED],
         )
 
     def group_sizes(self, column: str) -> Counter[str]:
@@ -421,8 +441,20 @@ class CountSource:
             ) from error
 
 
+def split_path(path: str) -> tuple[Path, str | None]:
+    """Return the folder and the split that ``FOLDER#SPLIT`` names; any other path and None."""
+    folder, mark, name = path.rpartition("#")
+    if mark and name and not Path(path).exists() and Path(folder).is_dir():
+        return Path(folder), name
+    return Path(path), None
+
+
 def source_at(path: Path | str, options: SourceOptions) -> SourceSpec:
     """Return the spec of a single path: its name is the file's, and so is its data set's."""
+    folder, split = split_path(str(path))
+    if split is not None:
+        whole = source_at(folder, options)
+        return replace(whole, path=str(path), name=f"{whole.name}#{split}")
     name = str(path) if str(path).startswith(f"{CENSUS}:") else Path(path).absolute().name
     for suffix in (".zip", *_SUFFIXES):
         name = name.removesuffix(suffix)

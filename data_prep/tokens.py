@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,12 +17,16 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from data_prep.rank import token_dtype
-from data_prep.sources import SourceSpec
+from data_prep.sources import SourceSpec, split_path
 from data_prep.vocab import Vocabulary
 
 # More cells than this never share their first and their last gene by chance.
 _FRAME_CELLS = 20
 _READ_CELLS = 4096
+# As `datasets` and the Hub name files: train-00000-of-00002.parquet, test.arrow.
+_SPLIT_FILE = re.compile(
+    r"(train|training|test|validation|valid|val|dev|eval)(?:[-_.].*)?\.(?:arrow|parquet)$"
+)
 _ARROW_FILE_MAGIC = b"ARROW1"
 
 
@@ -56,7 +61,7 @@ class TokenSource:
 
     def __init__(self, spec: SourceSpec) -> None:
         self.spec, self.path, self.name, self.options = spec, spec.path, spec.name, spec.options
-        self._files = _list_files(Path(spec.path))
+        self._files = _list_files(*split_path(spec.path))
         self._batch_lists: dict[int, list[pa.RecordBatch]] = {}
         self._parquets: dict[int, pq.ParquetFile] = {}
         self._mappings: list[mmap.mmap] = []
@@ -256,11 +261,45 @@ def _texts(column: pa.Array) -> list[str]:
     return ["" if v is None else str(v) for v in column.to_pylist()]
 
 
-def _list_files(path: Path) -> list[Path]:
+def split_names(path: Path) -> list[str]:
+    """Return the splits of a Hugging Face DatasetDict, as saved or as files; [] for anything else.
+
+    Files tell it by their names, ``test-00000-of-00001.parquet``, if there are two splits or more.
+    """
+    record = path / "dataset_dict.json"
+    if record.is_file():
+        try:
+            names = json.loads(record.read_text())["splits"]
+            return [str(n) for n in names]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{record}: does not list splits ({error!r})") from error
+    if not path.is_dir() or (path / "state.json").exists():
+        return []
+    files = sorted(path.glob("*.arrow")) or sorted(path.glob("*.parquet"))
+    found = [_SPLIT_FILE.match(f.name) for f in files]
+    names = sorted({m[1] for m in found if m}, key=lambda n: (not n.startswith("train"), n))
+    return names if len(names) > 1 else []
+
+
+def _list_files(path: Path, split: str | None = None) -> list[Path]:
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if not path.is_dir():
         return [path]
+    names = split_names(path)
+    if names and split is None:
+        raise ValueError(f"{path}: holds splits {names}; choose one: {path}#{names[0]}")
+    if split is not None:
+        if split not in names:
+            raise ValueError(f"{path}#{split}: there is no such split, only {names}")
+        if (path / split).is_dir():
+            return _files_of(path / split)
+        files = sorted(path.glob("*.arrow")) or sorted(path.glob("*.parquet"))
+        return [f for f in files if (m := _SPLIT_FILE.match(f.name)) and m[1] == split]
+    return _files_of(path)
+
+
+def _files_of(path: Path) -> list[Path]:
     state = path / "state.json"
     if state.exists():
         # The folder may also hold cache-*.arrow, results of a user's map() and filter().

@@ -197,6 +197,7 @@ def repair(
         )
     settings: dict[str, Any] = dict(manifest["settings"])
     wanted = settings.pop("annotation_sha256", None)
+    settings.setdefault("same_side", False)
     if wanted != (file_sha256(annotation) if annotation else None):
         raise ValueError(f"{folder}: was made with another --annotation table; give that one")
     options = PrepareOptions(**settings | {"memory_gib": memory_gib, "annotation": annotation})
@@ -250,7 +251,10 @@ def _recorded_specs(manifest: dict, given: list[SourceSpec]) -> list[SourceSpec]
         options: dict[str, Any] = entry["options"] | {"columns": tuple(entry["options"]["columns"])}
         specs.append(
             replace(
-                by_name[entry["name"]], dataset=entry["dataset"], options=SourceOptions(**options)
+                by_name[entry["name"]],
+                dataset=entry["dataset"],
+                split=entry.get("split"),
+                options=SourceOptions(**options),
             )
         )
     return specs

@@ -11,7 +11,8 @@ import pytest
 import scipy.sparse
 
 from data_prep.corpus import expand_path
-from data_prep.features import genes_among, without_genome
+from data_prep.features import genes_among
+from data_prep.gene_names import without_genome
 from data_prep.medians import gene_medians
 from data_prep.open import open_path
 from data_prep.sources import CountSource, SourceOptions, source_at
