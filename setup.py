@@ -53,6 +53,7 @@ setup(
         "deepspeed==0.19.8",
         "fsspec",
         "h5py",
+        "hdf5plugin",
         "jinja2",
         "matplotlib",
         "mpi4py",

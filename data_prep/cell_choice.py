@@ -6,6 +6,7 @@ The query is that of pandas (``is_primary_data == True and disease == 'normal'``
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from data_prep.formats.store import Rows, Store
 _STRETCH_CELLS = 1 << 18
 # Rows between two chosen ones that are read and dropped rather than skipped.
 _SMALL_GAP = 64
+_METHODS = frozenset({"str", "contains", "startswith", "endswith", "isin", "isna", "notna"})
 _BOOLEANS = {"True": True, "False": False, "true": True, "false": False}
 
 
@@ -29,6 +31,7 @@ def choose_cells(path: str, store: Store, query: str) -> Store:
     ValueError
         The query names no column, is not understood, or is true for no cell.
     """
+    _refuse_code(path, query)
     columns = [c for c in store.obs_columns() if _names(query, c)]
     if not columns:
         raise ValueError(
@@ -46,7 +49,11 @@ def choose_cells(path: str, store: Store, query: str) -> Store:
                 f"{path}: the filter {query!r} is not understood ({error}); write it like: "
                 f"cell_type == 'B cell'; the columns are {store.obs_columns()}"
             ) from error
-        mask = np.asarray(found)
+        # Methods for texts leave a missing value where there was one.
+        said = pd.Series(found)
+        if said.dtype in (object, "boolean") and {*said.dropna().unique()} <= {True, False}:
+            said = said.astype("boolean").fillna(False).astype(bool)
+        mask = said.to_numpy()
         if mask.shape != (stop - start,) or mask.dtype != bool:
             raise ValueError(
                 f"{path}: the filter {query!r} is not true or false for each cell; write it like: "
@@ -57,6 +64,25 @@ def choose_cells(path: str, store: Store, query: str) -> Store:
     if not len(cells):
         raise ValueError(f"{path}: no cell passes the filter {query!r}")
     return ChosenCells(store, cells)
+
+
+def _refuse_code(path: str, query: str) -> None:
+    """Raise ValueError for a query that does more than compare columns."""
+    try:
+        tree = ast.parse(re.sub(r"`[^`]*`", "column", query), mode="eval")
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"{path}: the filter {query!r} is not understood ({error}); write it like: "
+            "cell_type == 'B cell'"
+        ) from error
+    for node in ast.walk(tree):
+        is_method = isinstance(node, ast.Attribute) and node.attr not in _METHODS
+        is_call = isinstance(node, ast.Call) and not isinstance(node.func, ast.Attribute)
+        if is_method or is_call or isinstance(node, ast.Lambda | ast.Subscript | ast.NamedExpr):
+            raise ValueError(
+                f"{path}: the filter {query!r} is not understood: it may compare columns, join by "
+                f"and, or, not, and use {sorted(_METHODS)}"
+            )
 
 
 def _names(query: str, column: str) -> bool:

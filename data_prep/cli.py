@@ -28,7 +28,7 @@ Sources = Annotated[
     list[str],
     typer.Argument(
         help="h5ad, loom, zarr, 10x .h5 and mtx folders, parquet, Hugging Face folders, "
-        "census:VERSION; globs, folders of files, and YAML corpus lists are expanded"
+        "hf:NAME, census:VERSION; globs, folders of files, and YAML corpus lists are expanded"
     ),
 ]
 _VOCABULARIES = "vocabulary.json, Geneformer's token dictionary (json, pkl) or its folder"
@@ -291,6 +291,22 @@ def inspect_command(
         _print_json(shards.manifest)
     else:
         print_manifest(shards.manifest, f"{folder.rstrip('/')}/{MANIFEST_NAME}")
+
+
+def convert_command(
+    folder: Annotated[str, typer.Argument(help="output of `geneloom prepare`, or its URL")],
+    out: Annotated[Path, typer.Option(help="new folder for load_from_disk, or FILE.parquet")],
+    split: Annotated[str, typer.Option(help="train, heldout, or all (a DatasetDict)")] = "train",
+    cache: Annotated[
+        Path | None, typer.Option(help="folder for a local copy of what is read from a URL")
+    ] = None,
+) -> None:
+    """Tokens as a Hugging Face dataset, which Geneformer's own pretrainer reads, or parquet."""
+    from data_prep.convert import LENGTHS_NAME, convert
+
+    cells = convert(ShardSet(folder, cache), out, split)
+    beside = "" if out.suffix == ".parquet" else f"; {LENGTHS_NAME} for Geneformer's pretrainer"
+    print(f"{cells:,} cells of {split}: {out}{beside}")
 
 
 def verify_command(

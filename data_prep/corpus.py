@@ -23,7 +23,9 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from data_prep.formats.store import mtx_sample
 from data_prep.genes import ORGANISMS, SPECIES
+from data_prep.hub import PREFIX, hub_splits
 from data_prep.sources import CENSUS, SourceOptions, SourceSpec, source_at, split_path
 from data_prep.tokens import split_names
 
@@ -136,7 +138,12 @@ def sources_at(path: str, options: SourceOptions) -> list[SourceSpec]:
     ValueError
         A split is neither for training nor for holding out.
     """
-    names = [] if split_path(path)[1] else split_names(Path(path))
+    if path.startswith(PREFIX):
+        names = hub_splits(path)
+        if names == ["train"]:  # as the Hub calls what has no splits
+            return [source_at(f"{path}#train", options)]
+    else:
+        names = [] if split_path(path)[1] else split_names(Path(path))
     if not names:
         return [source_at(path, options)]
     sides = {name: side for side, known in _SIDES.items() for name in known}
@@ -155,7 +162,7 @@ def sources_at(path: str, options: SourceOptions) -> list[SourceSpec]:
 
 def expand_path(pattern: str) -> list[str]:
     """Return the sources behind one path: itself, the matches of a glob, the files of a folder."""
-    if pattern.startswith(f"{CENSUS}:"):
+    if pattern.startswith((f"{CENSUS}:", PREFIX)):
         return [pattern]
     path = Path(pattern)
     if split_path(pattern)[1] or split_names(path):
@@ -169,6 +176,8 @@ def expand_path(pattern: str) -> list[str]:
         inside = sorted(p for p in path.iterdir() if not p.name.startswith("."))
         matrices = [p for p in inside if p.suffix in _SUFFIXES - {".parquet", ".arrow"}]
         matrices += [p for p in inside if p.name.endswith(".zarr.zip")]
+        # Several samples in one folder, as on GEO: GSM1_P1_matrix.mtx.gz.
+        matrices += [p for p in inside if any(mtx_sample(p) or ())]
         matrices += [
             p for p in inside if list(p.glob("matrix.mtx*")) or (p / "state.json").exists()
         ]
@@ -201,7 +210,7 @@ def _read_list(path: Path, options: SourceOptions) -> list[SourceSpec]:
     specs = []
     for entry in corpus.sources:
         settings = entry.over(corpus.defaults.over(options))
-        is_census = entry.path.startswith(f"{CENSUS}:")
+        is_census = entry.path.startswith((f"{CENSUS}:", PREFIX))
         pattern = entry.path if is_census else str(path.parent / entry.path)
         for spec in [s for p in expand_path(pattern) for s in sources_at(p, settings)]:
             specs.append(replace(spec, dataset=entry.dataset or spec.dataset))
@@ -231,7 +240,7 @@ def _with_distinct_names(specs: list[SourceSpec]) -> list[SourceSpec]:
 
 
 def _identity(spec: SourceSpec) -> tuple[str, str | None, str | None]:
-    is_census = spec.path.startswith(f"{CENSUS}:")
+    is_census = spec.path.startswith((f"{CENSUS}:", PREFIX))
     path = spec.path if is_census else str(Path(spec.path).resolve())
     return path, spec.options.organism, spec.options.obs_filter
 

@@ -42,7 +42,7 @@ from data_prep.hashing import keyed_hash, mix64, stream_key, unit_interval
 from data_prep.known_share import KnownCounter, KnownCounts
 from data_prep.open import Source, open_source
 from data_prep.rank import EncodedCells, encode_cells
-from data_prep.shards import SPLITS
+from data_prep.shards import SPLITS, file_sha256
 from data_prep.sources import CountBlock, CountSource, SourceSpec
 from data_prep.tokens import TokenBlock, TokenSource
 from data_prep.vocab import Vocabulary, load_vocabulary
@@ -102,10 +102,13 @@ class EncodeJob:
 class EncodeRecord:
     """What an `EncodeJob` left: name, cells and bytes of its chunks, and sums for the report.
 
+    `sha256`: of both files of each chunk.
+
     `fractional`: stored values that are no integers, and all stored values.
     """
 
     chunks: list[tuple[str, int, int]]
+    sha256: list[str]
     known: KnownCounts
     moments: dict[str, DatasetMoments]
     fractional: tuple[int, int] = (0, 0)
@@ -124,18 +127,31 @@ class EncodeRecord:
         known = content["known"]
         datasets = {name: (inside, total) for name, (inside, total) in known["datasets"].items()}
         return EncodeRecord(
-            chunks, KnownCounts(datasets, known["unknown"]), moments,
+            chunks, content["sha256"], KnownCounts(datasets, known["unknown"]), moments,
             (content["fractional"][0], content["fractional"][1]),
         )  # fmt: skip
 
 
 def finished_record(job: EncodeJob) -> EncodeRecord | None:
-    """Return the record of a job that an earlier run has finished."""
+    """Return the record of a job that an earlier run has finished, if its chunks are whole.
+
+    Every byte is read: what lay on a disk between two runs is trusted by its hash only.
+    """
     if not job.record_path.exists():
         return None
-    record = EncodeRecord.from_json(job.record_path.read_text())
-    sizes = [(_size(job.work / name), size) for name, _, size in record.chunks]
-    return record if all(found == size for found, size in sizes) else None
+    try:
+        record = EncodeRecord.from_json(job.record_path.read_text())
+    except (ValueError, KeyError, TypeError):  # the record itself was damaged
+        return None
+    for (name, _, size), sha256 in zip(record.chunks, record.sha256, strict=True):
+        path = job.work / name
+        if _size(path) != size or _chunk_sha256(path) != sha256:
+            return None
+    return record
+
+
+def _chunk_sha256(chunk: Path) -> str:
+    return file_sha256(chunk) + file_sha256(tokens_path(chunk))
 
 
 def _size(chunk: Path) -> int:
@@ -161,6 +177,7 @@ def encode_stretch(job: EncodeJob) -> EncodeRecord:
     counter = KnownCounter(column_tokens)
     fractional = stored = 0
     chunks: list[tuple[str, int, int]] = []
+    hashes: list[str] = []
     moments: dict[str, DatasetMoments] = {}
     parts: list[Cells] = []
     row = job.start
@@ -169,6 +186,7 @@ def encode_stretch(job: EncodeJob) -> EncodeRecord:
         if parts:
             name = f"chunk-{job.digest}-{len(chunks):04d}.arrow"
             chunks.append((name, sum(len(p) for p in parts), _write_chunk(job.work / name, parts)))
+            hashes.append(_chunk_sha256(job.work / name))
             parts.clear()
 
     for block in source.blocks(job.start, job.stop):
@@ -190,7 +208,7 @@ def encode_stretch(job: EncodeJob) -> EncodeRecord:
     if row != job.stop or job.spec.signature() != job.quick_signature:
         raise ValueError(_changed(job.spec))
     known = counter.result(source.gene_ids) if isinstance(source, CountSource) else KnownCounts()
-    record = EncodeRecord(chunks, known, moments, (fractional, stored))
+    record = EncodeRecord(chunks, hashes, known, moments, (fractional, stored))
     write_text(job.record_path, record.to_json())
     return record
 

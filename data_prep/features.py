@@ -115,6 +115,8 @@ def of_one_genome(
             f"{path}: holds features of {len(named)} genomes, {numbers}; choose one: --genome "
             f"{named[0]}"
         )
+    if wanted == getattr(store, "genome", None):
+        return store, {}
     if wanted not in named:
         raise ValueError(f"{path}: --genome {wanted}: its features name {named or 'no genome'}")
     kept = np.array([g == wanted for g in genomes], dtype=bool)
@@ -138,6 +140,7 @@ class ChosenFeatures:
         self.path: Path = store.path
         self.num_cells, self.num_genes = store.num_cells, len(self._kept)
         self.counts_choices = store.counts_choices
+        self.num_filtered_out: int | None = getattr(store, "num_filtered_out", 0)
 
     def rows(self, start: int, stop: int) -> Rows:
         data, features, indptr = self._store.rows(start, stop)

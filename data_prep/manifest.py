@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -75,9 +76,18 @@ def write_manifest(
         "warnings": warnings_of(survey, decisions),
     }
     manifest["fingerprint"] = shards_format.fingerprint(manifest)
+    # Of what is written: tuples are lists there, and keys text.
+    manifest = json.loads(json.dumps(manifest))
+    manifest["record_sha256"] = record_sha256(manifest)
     text = json.dumps(manifest, indent=1, sort_keys=True)
     encode.write_text(work / shards_format.MANIFEST_NAME, text + "\n")
     return json.loads(text)
+
+
+def record_sha256(manifest: dict) -> str:
+    """Return the hash of all that a manifest says, but for this hash."""
+    rest = {k: v for k, v in manifest.items() if k != "record_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def source_reports(survey: Survey, decisions: Decisions) -> list[dict]:
@@ -103,6 +113,7 @@ def source_reports(survey: Survey, decisions: Decisions) -> list[dict]:
                 "rejected": dict(rejected),
                 "genes": asdict(source.genes) if source.genes else None,
                 "split": source.spec.split,
+                "filtered_out": source.filtered_out,
                 "counts_in_vocabulary": known.share,
                 "costliest_unknown": [
                     {"gene": gene, "share": share} for gene, share in known.costliest()
@@ -137,6 +148,7 @@ def warnings_of(survey: Survey, decisions: Decisions) -> list[str]:
     """Return what a user should know before training on the cells, in sentences."""
     said: list[str] = []
     for source, known in zip(survey.sources, decisions.known, strict=True):
+        said += source.warnings
         said += known_share.warnings_of(source.spec.name, known)
     same = decisions.same
     if same.divided:

@@ -14,8 +14,11 @@ under a name that says what it is, so a killed run continues.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
 from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +33,7 @@ from data_prep.filters import merge_moments
 from data_prep.known_share import KnownCounts, refuse_unknown
 from data_prep.manifest import Decisions, write_manifest
 from data_prep.open import row_copy_name
-from data_prep.shards import SPLITS
+from data_prep.shards import SPLITS, file_sha256
 from data_prep.sources import SourceSpec
 from data_prep.survey import (
     PrepareOptions,
@@ -43,7 +46,9 @@ from data_prep.vocab import Vocabulary
 from data_prep.workers import SERIAL, Progress, Workers, counter
 from data_prep.workspace import (
     check_disk,
+    complete_already,
     force_to_disk,
+    full_disk_named,
     locked_workspace,
     move_up,
     remove_stale,
@@ -87,21 +92,44 @@ def prepare(
     """
     columns = carried_columns(specs)
     check_options(options, columns)
-    with locked_workspace(out, shards_format.MANIFEST_NAME) as work:
+    request = _request(specs, vocabulary, options)
+    if complete_already(out, shards_format.MANIFEST_NAME, request):
+        # A run that was killed in its last moments: nothing is left to do but to tidy up.
+        return json.loads((out / shards_format.MANIFEST_NAME).read_text())
+    with locked_workspace(out, shards_format.MANIFEST_NAME, request) as work:
         survey = survey_sources(specs, work, vocabulary, options, workers, progress)
-        check_disk(work, 2 * survey.estimated_bytes(columns) - used_bytes(work))
-        jobs = encode_jobs(survey, work, options, with_tokens=True)
-        _remove_stale(work, jobs)
-        records = encode_all(jobs, workers, progress)
-        decisions = decide_all(work, jobs, records, survey, options, progress)
-        return _write_all(work, decisions, survey, options, workers, progress)
+        needed = 2 * survey.estimated_bytes(columns) - used_bytes(work)
+        check_disk(work, needed)
+        with full_disk_named(work, 2 * survey.estimated_bytes(columns)):
+            return _encode_and_write(work, survey, options, workers, progress)
 
 
-def _remove_stale(work: Path, jobs: list[EncodeJob]) -> None:
+def _encode_and_write(
+    work: Path, survey: Survey, options: PrepareOptions, workers: Workers, progress: Progress
+) -> dict:
+    jobs = encode_jobs(survey, work, options, with_tokens=True)
+    finished = [encode.finished_record(j) for j in jobs]
+    _remove_stale(work, jobs, finished)
+    records = encode_all(jobs, workers, progress, finished)
+    decisions = decide_all(work, jobs, records, survey, options, progress)
+    return _write_all(work, decisions, survey, options, workers, progress)
+
+
+def _request(
+    specs: list[SourceSpec], vocabulary: Vocabulary | None, options: PrepareOptions
+) -> str:
+    """Return a hash of what a run was asked for, as far as it decides the result."""
+    settings = asdict(replace(options, annotation=None, memory_gib=0.0))
+    table = file_sha256(options.annotation) if options.annotation else None
+    made_of = vocabulary.file_text if vocabulary else None
+    text = json.dumps([[s.signature() for s in specs], made_of, settings, table])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _remove_stale(work: Path, jobs: list[EncodeJob], finished: list[EncodeRecord | None]) -> None:
     keep = {j.vocabulary.name for j in jobs}
     keep |= {row_copy_name(j.spec) for j in jobs}
-    for job in jobs:
-        record = encode.finished_record(job)
+    for job, record in zip(jobs, finished, strict=True):
         if record is not None:
             keep.add(job.record_path.name)
             for name, _, _ in record.chunks:
@@ -114,9 +142,17 @@ def _remove_stale(work: Path, jobs: list[EncodeJob]) -> None:
         logger.warning("%d chunks of an earlier run do not fit and are removed", chunks)
 
 
-def encode_all(jobs: list[EncodeJob], workers: Workers, progress: Progress) -> list[EncodeRecord]:
-    """Run pass 1 for all jobs that are not finished; return the records of all."""
-    records = [encode.finished_record(j) for j in jobs]
+def encode_all(
+    jobs: list[EncodeJob],
+    workers: Workers,
+    progress: Progress,
+    finished: list[EncodeRecord | None] | None = None,
+) -> list[EncodeRecord]:
+    """Run pass 1 for all jobs that are not finished; return the records of all.
+
+    `finished`: records of jobs that an earlier run has finished; None: they are looked for.
+    """
+    records = finished or [encode.finished_record(j) for j in jobs]
     open_jobs = [n for n, r in enumerate(records) if r is None]
     sizes = [jobs[n].stop - jobs[n].start for n in open_jobs]
     done = sum(j.stop - j.start for j in jobs) - sum(sizes)
@@ -204,7 +240,8 @@ def plan_shards(
     length = survey.vocabulary.max_length
     histogram = decide.length_histogram(work, decisions.chunks, decisions.codes, length)
     for split, cells in zip(SPLITS, histogram.sum(axis=1).tolist(), strict=True):
-        if cells == 0:
+        # Nothing held out is what --heldout 0 asks for.
+        if cells == 0 and (split == "train" or options.heldout_share > 0):
             raise ValueError(
                 f"no cell is left for the {split} split ({survey.num_cells} read, "
                 f"{int(histogram.sum())} kept): give more cells, or another --heldout share"

@@ -8,6 +8,7 @@ what to do.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 from collections import Counter
@@ -19,10 +20,12 @@ from typing import Literal
 
 import numpy as np
 
+from data_prep import obs_columns
 from data_prep.count_kinds import Place, check_integers, fractional_values
 from data_prep.counts import CountScan, scan_counts
 from data_prep.features import genes_of, of_one_genome
-from data_prep.formats.store import Store, as_text
+from data_prep.formats.compression import missing_codec
+from data_prep.formats.store import Store, as_text, mtx_sample
 from data_prep.gene_names import ENSEMBL, FoundGenes, plain_id, present, strip_version
 from data_prep.genes import (
     SYMBOL_COLUMNS,
@@ -30,13 +33,18 @@ from data_prep.genes import (
     mitochondrial_columns,
     species_of,
 )
+from data_prep.obs_columns import FILTER_COLUMN, PRIMARY, checked_totals, count_secondary
 from data_prep.vocab import Vocabulary
 
 _READ_CELLS = 4096
 _READ_VALUES = 1 << 24  # 12 to 16 bytes each while a block is in use
 _NAMED = 20  # names in a record
 _FEWEST_KNOWN = 0.01  # of genes, however little of the counts is asked for
-_FILTER_COLUMN = "filter_pass"
+# What readers of formats raise where bytes are wrong, sizes above memory included.
+DAMAGE = (
+    OSError, KeyError, RuntimeError, IndexError, ValueError, TypeError, AttributeError, MemoryError,
+    OverflowError,
+)  # fmt: skip
 INDEX = "index"  # as a gene column: the index of var, also where it has a column of ids
 CENSUS = "census"  # in front of a version or URI, where others have a path
 _SUFFIXES = (".h5ad", ".h5mu", ".loom", ".zarr", ".h5", ".parquet", ".arrow", ".dataset")
@@ -57,8 +65,7 @@ class SourceOptions:
         Columns of ``obs`` to carry along, as strings: ``donor``, or ``donor=donor_id`` to call the
         column ``donor_id`` of this source ``donor``.
     total_column
-        Column of ``obs`` with a cell's total counts, for files that hold some genes only; None: the
-        sum over the file.
+        Column of ``obs`` with totals, for files that hold some genes only; None: sums of the file.
     strip_versions
         Cut ``.5`` from ``ENSG00000141510.5``.
     dataset_column
@@ -66,7 +73,8 @@ class SourceOptions:
     organism
         ``human``, ``mouse``, ...: the species that the gene ids must be of; None: not checked.
     obs_filter
-        For a CELLxGENE Census or another SOMA experiment: its query over obs.
+        Query over obs: only cells for which it is true are read. Of a CELLxGENE Census or another
+        SOMA experiment its own, else that of pandas (`data_prep.cell_choice`).
     genome
         Of files with features of several genomes: the one whose features are read.
     fractional
@@ -121,12 +129,19 @@ class SourceSpec:
         Of folders, two levels; `deep`: all of it. A zarr group may have a million files, so that is
         for once a run, and two levels are for each stretch. The path is not in it.
         """
-        path, settings = split_path(self.path)[0], asdict(self) | {"path": ""}
-        if self.path.startswith(f"{CENSUS}:"):
+        path, settings = split_path(self.path.removeprefix("hf:"))[0], asdict(self) | {"path": ""}
+        if self.path.startswith((f"{CENSUS}:", "hf:")):
             settings["path"] = self.path
         found = [path] if path.exists() else []
+        sample = mtx_sample(path)
+        if sample is not None and path.is_file():  # the tables beside it belong to it
+            found += [
+                p for name in ("barcodes", "features", "genes")
+                for p in path.parent.glob(f"{glob.escape(sample[0] + name + sample[1])}.tsv*")
+            ]  # fmt: skip
         found += path.rglob("*") if deep else [*path.glob("*"), *path.glob("*/*")]
-        states = sorted((str(p.relative_to(path)), p.stat()) for p in found)
+        base = path.parent if path.is_file() else path
+        states = sorted((str(p.relative_to(base)) if p != path else ".", p.stat()) for p in found)
         files = [(name, s.st_size, s.st_mtime_ns) for name, s in states]
         text = json.dumps([settings, files], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -205,7 +220,7 @@ class CountSource:
         missing = [c for c in wanted if c not in obs]
         if missing:
             raise ValueError(f"{self.path}: obs has no column {missing}; it has {obs}")
-        self._has_filter = _FILTER_COLUMN in obs
+        self._has_filter = FILTER_COLUMN in obs
 
     @cached_property
     def gene_ids(self) -> list[str]:
@@ -216,12 +231,13 @@ class CountSource:
     @cached_property
     def _symbols(self) -> list[str] | None:
         """Symbols of the genes, where the source has them beside ids."""
-        columns = [c for c in SYMBOL_COLUMNS if c in self.store.var_columns()]
-        if columns:
-            return as_text(self.store.var(columns[0]))
-        if self.options.gene_column or "ensembl_id" in self.store.var_columns():
-            return as_text(self.store.var(None))  # then the index may hold them
-        return None
+        with self._damage_named("genes"):
+            columns = [c for c in SYMBOL_COLUMNS if c in self.store.var_columns()]
+            if columns:
+                return as_text(self.store.var(columns[0]))
+            if self.options.gene_column or "ensembl_id" in self.store.var_columns():
+                return as_text(self.store.var(None))  # then the index may hold them
+            return None
 
     def find_genes(self, vocabulary: Vocabulary) -> FoundGenes:
         """Return which genes of a vocabulary the source's are, and by which name."""
@@ -285,7 +301,8 @@ class CountSource:
         """Return what to try when ids do not match."""
         candidates = []
         for column in self.store.var_columns():
-            values = [strip_version(v) for v in as_text(self.store.var(column)[:200])]
+            with self._damage_named("genes"):
+                values = [strip_version(v) for v in as_text(self.store.var(column)[:200])]
             if sum(bool(ENSEMBL.match(v)) for v in values) > len(values) / 2:
                 candidates.append(column)
         if candidates and not species:
@@ -332,6 +349,28 @@ class CountSource:
                 values = self.store.obs(name, start, min(start + (1 << 20), self.num_cells))
             sizes.update(as_text(values))
         return sizes
+
+    @property
+    def num_filtered_out(self) -> int | None:
+        """Cells that the filter over obs leaves out; None where the format does not tell."""
+        return getattr(self.store, "num_filtered_out", 0 if not self.options.obs_filter else None)
+
+    def warnings(self) -> list[str]:
+        """Return what a user should know before any cell is read."""
+        if PRIMARY not in self.store.obs_columns() or PRIMARY in (self.options.obs_filter or ""):
+            return []
+        secondary = 0
+        for start in range(0, self.num_cells, 1 << 20):
+            stop = min(start + (1 << 20), self.num_cells)
+            with self._damage_named(f"column '{PRIMARY}'"):
+                values = as_text(self.store.obs(PRIMARY, start, stop))
+            secondary += count_secondary(values)
+        if not secondary:
+            return []
+        return [
+            f"{self.name}: {secondary:,} of {self.num_cells:,} cells are not primary data: they "
+            f"stand in another data set too; leave them out with --obs-filter '{PRIMARY} == True'"
+        ]
 
     def stretches(self, chunk_cells: int) -> list[tuple[int, int]]:
         """Return ranges of about `chunk_cells` cells that can be read independently."""
@@ -380,8 +419,8 @@ class CountSource:
             }
             passes = np.ones(stop - start, dtype=bool)
             if self._has_filter:
-                text = as_text(self.store.obs(_FILTER_COLUMN, start, stop))
-                passes = np.isin([t.lower() for t in text], ["1", "1.0", "true"])
+                text = as_text(self.store.obs(FILTER_COLUMN, start, stop))
+                passes = obs_columns.passes(self.path, text)
             datasets = [self.spec.dataset] * (stop - start)
             if self.options.dataset_column:
                 datasets = as_text(self.store.obs(self.options.dataset_column, start, stop))
@@ -416,25 +455,18 @@ class CountSource:
         column = self.options.total_column
         if column is None:
             return sums
-        values = as_text(self.store.obs(column, start, stop))
-        try:
-            totals = np.array([float(v) if v else np.nan for v in values])
-        except ValueError as error:
-            raise ValueError(f"{self.path}: obs['{column}'] holds text: {error}") from error
-        wrong = np.flatnonzero(~(totals >= sums - 0.5))
-        if wrong.size:
-            raise ValueError(
-                f"{self.path}: obs['{column}'] is no number or below the counts of {wrong.size} "
-                f"cells, e.g. {totals[wrong[0]]:g} against {sums[wrong[0]]:g} in "
-                f"{ids[wrong[0]]}; it is no total of these counts"
-            )
-        return totals
+        with self._damage_named(f"column '{column}'"):
+            values = as_text(self.store.obs(column, start, stop))
+        return checked_totals(self.path, column, values, sums, ids)
 
     @contextlib.contextmanager
     def _damage_named(self, what: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, KeyError, RuntimeError, IndexError, ValueError) as error:
+        except DAMAGE as error:
+            codec = missing_codec(error)
+            if codec:
+                raise ValueError(f"{self.path}: {codec}") from error
             raise ValueError(
                 f"{self.path}: {what} cannot be read ({error}); the file is damaged or was changed "
                 "while it was read"
@@ -451,10 +483,17 @@ def split_path(path: str) -> tuple[Path, str | None]:
 
 def source_at(path: Path | str, options: SourceOptions) -> SourceSpec:
     """Return the spec of a single path: its name is the file's, and so is its data set's."""
+    if str(path).startswith("hf:"):
+        name = str(path).removeprefix("hf:").rstrip("/")
+        return SourceSpec(str(path), name, name.partition("#")[0], options)
     folder, split = split_path(str(path))
     if split is not None:
         whole = source_at(folder, options)
         return replace(whole, path=str(path), name=f"{whole.name}#{split}")
+    sample = mtx_sample(Path(path))
+    if sample is not None:  # GSM1_P1_matrix.mtx.gz: GSM1_P1
+        name = (sample[0].rstrip("_.-") + sample[1]) or Path(path).absolute().parent.name
+        return SourceSpec(str(path), name, name, options)
     name = str(path) if str(path).startswith(f"{CENSUS}:") else Path(path).absolute().name
     for suffix in (".zip", *_SUFFIXES):
         name = name.removesuffix(suffix)

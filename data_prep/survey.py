@@ -87,8 +87,10 @@ class PrepareOptions:
 
 def check_options(options: PrepareOptions, columns: tuple[str, ...]) -> None:
     """Raise ValueError for settings that cannot be."""
-    if not 0 < options.heldout_share < 1:
-        raise ValueError(f"--heldout {options.heldout_share}: must lie between 0 and 1")
+    if not 0 <= options.heldout_share < 1:
+        raise ValueError(
+            f"--heldout {options.heldout_share}: must lie between 0 and 1, or be 0 to hold out none"
+        )
     if options.heldout_by not in ("cell", "dataset", *columns):
         raise ValueError(
             f"--heldout-by {options.heldout_by}: must be cell, dataset, or a column given as --obs"
@@ -135,6 +137,8 @@ class SourceSurvey:
     stretches: list[tuple[int, int]]
     genes: GeneReport | None
     group_sizes: Counter[str]
+    filtered_out: int | None = 0
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -205,15 +209,16 @@ def survey_source(
 ) -> SourceSurvey:
     """Open one source and check its genes and columns."""
     source: Source = open_source(spec, work, annotation)
-    genes = None
+    genes, filtered_out, warnings = None, 0, ()
     if isinstance(source, CountSource):
         source.column_tokens(vocabulary, options.min_overlap)
         genes = source.gene_report(vocabulary)
+        filtered_out, warnings = source.num_filtered_out, tuple(source.warnings())
     by = options.heldout_by
     sizes = Counter() if by == "cell" else source.group_sizes(by)
     return SourceSurvey(
         spec, spec.signature(deep=True), spec.signature(), source.kind, source.num_cells,
-        source.stretches(CHUNK_CELLS), genes, sizes,
+        source.stretches(CHUNK_CELLS), genes, sizes, filtered_out, warnings,
     )  # fmt: skip
 
 
@@ -224,7 +229,7 @@ def choose_heldout_groups(sizes: Counter[str], options: PrepareOptions) -> tuple
     there are only such groups, the smallest is taken. Cells without a value are never held out.
     """
     by = options.heldout_by
-    if by == "cell":
+    if by == "cell" or not options.heldout_share:
         return ()
     total = sum(sizes.values())
     names = sorted(n for n in sizes if n)

@@ -112,6 +112,9 @@ def _print_rejections(manifest: dict, console: Console) -> None:
     """Print what was summed, renamed and rejected, by source and data set."""
     for s in manifest["sources"]:
         genes = s["genes"]
+        if s.get("filtered_out"):
+            line = f"{s['name']}: {s['filtered_out']:,} cells left out by --obs-filter"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         if not isinstance(genes, dict):  # tokens, or a manifest of format 1
             continue
         for number, text in (

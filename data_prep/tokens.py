@@ -66,10 +66,13 @@ class TokenSource:
         self._parquets: dict[int, pq.ParquetFile] = {}
         self._mappings: list[mmap.mmap] = []
         self._units: list[_Unit] = []
+        # Column -> names of its numbers, where Hugging Face's datasets wrote them down.
+        self._labels: dict[str, list[str]] = {}
         self.num_cells = 0
         for number, file in enumerate(self._files):
             schema, sizes = self._open(number)
             self._check_schema(file, schema)
+            self._labels |= _class_labels(schema)
             for i, size in enumerate(sizes):
                 self._units.append(_Unit(number, i, self.num_cells, self.num_cells + size))
                 self.num_cells += size
@@ -98,7 +101,7 @@ class TokenSource:
                 batches = list(reader)
             self._batch_lists[number] = batches
             return reader.schema, [b.num_rows for b in batches]
-        except (pa.ArrowInvalid, OSError, ValueError) as error:  # ValueError: an empty file
+        except (pa.ArrowException, OSError, ValueError, MemoryError) as error:  # e.g. an empty file
             raise ValueError(f"{file}: cannot be read as Arrow or parquet ({error})") from error
 
     def _check_schema(self, file: Path, schema: pa.Schema) -> None:
@@ -130,7 +133,7 @@ class TokenSource:
             return Counter({self.spec.dataset if is_dataset else "": self.num_cells})
         sizes: Counter[str] = Counter()
         for _, batch in self._batches(0, self.num_cells, [name]):
-            sizes.update(_texts(batch.column(name)))
+            sizes.update(self._texts(batch, name))
         return sizes
 
     def stretches(self, chunk_cells: int) -> list[tuple[int, int]]:
@@ -141,6 +144,19 @@ class TokenSource:
                 stretches.append((start, unit.stop))
                 start = unit.stop
         return [s for s in stretches if s[1] > s[0]]
+
+    def _texts(self, batch: pa.RecordBatch, column: str) -> list[str]:
+        """Return a column as text; numbers of classes by the names of the classes."""
+        values, names = batch.column(column).to_pylist(), self._labels.get(column)
+        if names is None:
+            return ["" if v is None else str(v) for v in values]
+        wrong = [v for v in values if v is not None and not -1 <= v < len(names)]
+        if wrong:
+            raise ValueError(
+                f"{self.path}: column '{column}' holds class {wrong[0]} of {len(names)}, "
+                f"{names[:5]}"
+            )
+        return ["" if v is None or v == -1 else names[v] for v in values]
 
     def _batches(
         self, start: int, stop: int, columns: list[str]
@@ -161,7 +177,7 @@ class TokenSource:
                 for part in parts:
                     yield row, part
                     row += part.num_rows
-            except (pa.ArrowInvalid, OSError) as error:
+            except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
                 raise ValueError(
                     f"{self._files[unit.file]}: is damaged at rows {unit.start}-{unit.stop} "
                     f"({error})"
@@ -186,13 +202,13 @@ class TokenSource:
                     f"'input_ids' holds {np.diff(offsets)[wrong[0]]} tokens"
                 )
             metadata = {
-                name: _texts(batch.column(column))
+                name: self._texts(batch, column)
                 for name, column in self.options.column_sources.items()
             }
             ids = [f"{self.name}:{i}" for i in range(row, row + batch.num_rows)]
             datasets = [self.spec.dataset] * batch.num_rows
             if dataset:
-                datasets = _texts(batch.column(dataset))
+                datasets = self._texts(batch, dataset)
             yield TokenBlock(tokens, offsets - offsets[0], ids, datasets, metadata)
         for mapping in self._mappings:
             # The pages that were read would count as this process's memory for ever.
@@ -257,8 +273,19 @@ def _narrow(tokens, first_gene, out):
     return low, high, special
 
 
-def _texts(column: pa.Array) -> list[str]:
-    return ["" if v is None else str(v) for v in column.to_pylist()]
+def _class_labels(schema: pa.Schema) -> dict[str, list[str]]:
+    """Return the names of classes that Hugging Face's datasets keeps in a schema, by column."""
+    try:
+        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = info.get("info", {}).get("features", {})
+        found = {
+            name: [str(n) for n in feature["names"]]
+            for name, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}  # another program's metadata under this name
+    return {name: names for name, names in found.items() if name in schema.names}
 
 
 def split_names(path: Path) -> list[str]:

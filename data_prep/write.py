@@ -22,7 +22,7 @@ from data_prep.decide import Window, WritePlan, key_bins
 from data_prep.encode import write_text
 from data_prep.filters import KEPT, MOVED
 from data_prep.rank import token_dtype
-from data_prep.shards import SPLITS, TarWriter
+from data_prep.shards import SPLITS, TarWriter, file_sha256
 
 # Tokens are held once; the rest is for the small columns, which are held twice, and for blocks.
 _COPIES = 1.5
@@ -78,13 +78,17 @@ def finished_writing(job: WriteJob) -> WriteRecord | None:
     """Return the record of a job that an earlier run has finished."""
     if not job.record_path.exists():
         return None
-    record = WriteRecord(**json.loads(job.record_path.read_text()))
-    sizes = {s["name"]: s["bytes"] for s in record.shards}
-    present = all(
-        (job.folder / name).exists() and (job.folder / name).stat().st_size == size
-        for name, size in sizes.items()
-    )
-    return record if present else None
+    try:
+        record = WriteRecord(**json.loads(job.record_path.read_text()))
+    except (ValueError, TypeError):  # the record itself was damaged
+        return None
+    for shard in record.shards:
+        path = job.folder / shard["name"]
+        if not path.exists() or path.stat().st_size != shard["bytes"]:
+            return None
+        if file_sha256(path) != shard["sha256"]:
+            return None
+    return record
 
 
 def write_tars(job: WriteJob) -> WriteRecord:

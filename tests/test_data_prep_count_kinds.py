@@ -13,7 +13,7 @@ from data_prep.check import check_sources
 from data_prep.count_kinds import Place, check_integers, fractional_values
 from data_prep.open import open_path
 from data_prep.prepare import PrepareOptions, prepare
-from data_prep.sources import SourceOptions, source_at
+from data_prep.sources import CountSource, SourceOptions, source_at
 from data_prep.vocab import from_dictionaries
 from data_prep.workers import SERIAL
 from tests.data_files import WRITERS, write_h5ad
@@ -131,7 +131,7 @@ def test_every_format(write, tmp_path):
             list(open_path(path, SourceOptions()).blocks())
     path = next(p for p in (fractional, *fractional.iterdir()) if _opens(p))
     read = {
-        how: np.concatenate([b.totals for b in open_path(path, how_read(how)).blocks()])
+        how: np.concatenate([b.totals for b in counts_at(path, how).blocks()])
         for how in ("round", "keep")
     }
     values = with_values(estimated).X.toarray().astype(np.float64)
@@ -141,8 +141,10 @@ def test_every_format(write, tmp_path):
     assert list(open_path(path, SourceOptions(force_counts=True)).blocks())
 
 
-def how_read(how) -> SourceOptions:
-    return SourceOptions(fractional=how)
+def counts_at(path: Path, how) -> CountSource:
+    source = open_path(path, SourceOptions(fractional=how))
+    assert isinstance(source, CountSource)
+    return source
 
 
 def _opens(path: Path) -> bool:

@@ -15,6 +15,7 @@ from data_prep.open import open_path
 from data_prep.prepare import PrepareOptions, prepare
 from data_prep.shards import ShardSet
 from data_prep.sources import SourceOptions, source_at
+from data_prep.tokens import TokenBlock
 from data_prep.vocab import Vocabulary, open_vocabulary
 from data_prep.workers import open_workers
 from tests.data_files import write_loom
@@ -154,6 +155,7 @@ def split_files(folder: Path) -> Path:
     out.mkdir()
     for name in ("train", "test"):
         (block,) = open_path(f"{saved}#{name}", SourceOptions()).blocks()
+        assert isinstance(block, TokenBlock)
         lists = [t.tolist() for t in np.split(block.tokens, block.offsets[1:-1])]
         table = pa.table({"input_ids": lists, "length": [len(t) for t in lists]})
         pq.write_table(table, out / f"{name}-00000-of-00001.parquet")

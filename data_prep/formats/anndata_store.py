@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 
 from data_prep.features import KIND_COLUMNS, genes_among, is_gene_kind
+from data_prep.formats.compression import require_filters
 from data_prep.formats.staging import StagedRows, stage_rows
 from data_prep.formats.store import Rows, as_text, decoded
 
@@ -82,7 +83,9 @@ class AnnDataStore:
             raise ValueError(
                 f"{path}: is not an HDF5 file, or is truncated; expected an .h5ad with raw counts"
             )
-        return h5py.File(path, "r")
+        root = h5py.File(path, "r")
+        require_filters(path, root)
+        return root
 
     def _choose_modality(self, modalities: Any) -> None:
         """Go on with the modality that holds gene expression, by its name or by its features."""
@@ -241,10 +244,15 @@ def read_column(
     element = frame[name]
     if not hasattr(element, "keys"):
         values = decoded(np.asarray(element[start:stop]))
-        reference = element.attrs.get("categories")
-        if reference is None:
+        kept = element.attrs.get("categories")
+        if kept is None:
             return values
-        return _of_codes(values, _categories(frame, name, frame.file[reference], known))
+        # anndata 0.7: a reference (HDF5), a path (zarr), or the categories themselves.
+        if isinstance(kept, h5py.Reference):
+            kept = frame.file[kept]
+        elif isinstance(kept, str):
+            kept = frame[kept]
+        return _of_codes(values, _categories(frame, name, kept, known))
     if "codes" in element:
         categories = element["categories"]
         if hasattr(categories, "keys"):

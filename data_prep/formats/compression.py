@@ -76,7 +76,7 @@ def missing_codec(error: BaseException) -> str | None:
     unknown = "codec" in text.lower() and ("not available" in text or "nknown" in text)
     if type(error).__name__ == "UnknownCodecError" or unknown:
         return (
-            f"is compressed with a codec that is not installed ({text}): needs numcodecs with it, or "
-            "the package that brings it; pip install 'numcodecs[msgpack,zfpy,pcodec]'"
+            f"is compressed with a codec that is not installed ({text}): needs numcodecs with it, "
+            "or the package that brings it; pip install 'numcodecs[msgpack,zfpy,pcodec]'"
         )
     return None

@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
+from data_prep.formats.compression import require_filters
 from data_prep.formats.staging import Entries, stage_rows
-from data_prep.formats.store import Rows, decoded
+from data_prep.formats.store import Rows, decoded, mtx_sample
 
 _BATCH_BYTES = 1 << 24  # of text, in a batch of entries
 _BANNERS = [f"%%matrixmarket matrix coordinate {kind} general" for kind in ("integer", "real")]
@@ -54,6 +55,18 @@ def is_tenx(path: Path) -> bool:
         return bool(_matrix_groups(file))
 
 
+def refuse_molecules(path: Path) -> None:
+    """Raise ValueError for Cell Ranger's list of molecules, which is no matrix."""
+    with h5py.File(path, "r") as file:
+        is_list = "matrix" not in file and {"umi", "barcode_idx"} <= {*file}
+        is_list |= "matrix" not in file and {"umi", "barcode"} <= {*file}
+    if is_list:
+        raise ValueError(
+            f"{path}: is Cell Ranger's molecule_info.h5, one entry for each molecule before cells "
+            "are called; give filtered_feature_bc_matrix.h5 of the same run"
+        )
+
+
 def _matrix_groups(root: Any) -> list[str]:
     """Return the groups that hold a matrix: ``matrix``, or one for each genome (v2)."""
     groups = [name for name, item in root.items() if hasattr(item, "keys")]
@@ -63,15 +76,18 @@ def _matrix_groups(root: Any) -> list[str]:
 class TenxStore(_Features):
     """A Cell Ranger ``.h5`` file: features x cells, stored by cell."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, genome: str | None = None) -> None:
         root: Any = h5py.File(path, "r")
+        require_filters(path, root)
         groups = _matrix_groups(root)
+        if genome in groups:
+            groups = [genome]
         if len(groups) != 1:
             raise ValueError(
                 f"{path}: holds {len(groups)} matrices, {groups}; expected one. Where these are "
-                "genomes, write one file for each"
+                f"genomes, choose one: --genome {groups[0]}"
             )
-        group = root[groups[0]]
+        group, self.genome = root[groups[0]], groups[0]
         self._data, self._indices = group["data"], group["indices"]
         self._indptr, self._barcodes = group["indptr"], group["barcodes"]
         table, names = group, {"ensembl_id": "genes", "name": "gene_names"}
@@ -107,15 +123,21 @@ class TenxStore(_Features):
 class MtxStore(_Features):
     """A folder with ``matrix.mtx``, ``features.tsv`` or ``genes.tsv``, and ``barcodes.tsv``.
 
-    Each may end in ``.gz``. The matrix, a list of entries, is copied to `staging`, by cell.
+    Each may end in ``.gz``. Or one such matrix by its own name, with the tables beside it that are
+    called like it (`store.mtx_sample`). The matrix, a list of entries, is copied to `staging`, by
+    cell.
     """
 
     def __init__(self, path: Path, staging: Path) -> None:
-        self._matrix = _one_of(path, "matrix.mtx")
+        folder, before, behind = path, "", ""
+        if path.is_file():
+            folder, (before, behind) = path.parent, mtx_sample(path) or ("", "")
+        self._matrix = path if path.is_file() else _one_of(folder, "matrix.mtx")
         names = ("ensembl_id", "name", "feature_type")
-        features = _read_tsv(_one_of(path, "features.tsv", "genes.tsv"))
+        tables = (f"{before}features{behind}.tsv", f"{before}genes{behind}.tsv")
+        features = _read_tsv(_one_of(folder, *tables))
         super().__init__(path, {n: c.to_numpy() for n, c in zip(names, features, strict=False)})
-        self._barcodes = _read_tsv(_one_of(path, "barcodes.tsv"))[0]
+        self._barcodes = _read_tsv(_one_of(folder, f"{before}barcodes{behind}.tsv"))[0]
         self.num_cells = len(self._barcodes)
         with _named(self._matrix):
             self._read_header()
