@@ -41,6 +41,8 @@ _NAMED = 10
 
 def strip_version(gene_id: str) -> str:
     """Return an Ensembl id without its version (and ``_PAR_Y``); anything else unchanged."""
+    if "." not in gene_id:  # most have none, and a pattern costs more to try
+        return gene_id
     return gene_id.split(".", 1)[0] if ENSEMBL_VERSIONED.match(gene_id) else gene_id
 
 
@@ -57,6 +59,8 @@ def without_genome(gene_id: str) -> str:
 
 def plain_id(gene_id: str) -> str:
     """Return a gene id without version and genome."""
+    if "." not in gene_id and not gene_id.startswith(_GENOME_STARTS):
+        return gene_id
     return strip_version(without_genome(gene_id))
 
 

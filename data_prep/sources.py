@@ -264,10 +264,13 @@ class CountSource:
         ids = [plain_id(i) for i in self.gene_ids]
         return mitochondrial_columns(ids, self._symbols, self._annotation)
 
+    @cached_property
+    def _species(self) -> str | None:
+        return species_of(self.gene_ids)
+
     def check_ids(self) -> None:
         """Raise ValueError for ids of another organism than stated."""
-        ids = self.gene_ids
-        species, expected = species_of(ids), self.options.organism
+        species, expected = self._species, self.options.organism
         if expected and species and species != expected:
             raise ValueError(
                 f"{self.path}: gene ids are of {species}, but the organism is given as {expected}"
@@ -284,7 +287,7 @@ class CountSource:
         """
         self.check_ids()
         ids = self.gene_ids
-        species = species_of(ids)
+        species = self._species
         tokens = self.find_genes(vocabulary).tokens
         known = int((tokens >= 0).sum())
         # Before any cell is read: ids of another kind. What share of counts is known comes later.
@@ -327,7 +330,7 @@ class CountSource:
             sum(i in vocabulary.aliases for i in ids),
             repeated,
             sum(not i for i in ids),
-            species_of(ids),
+            self._species,
             self.left_out,
             found.found_as,
             found.upper_cased,

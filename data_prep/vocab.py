@@ -145,8 +145,10 @@ class Vocabulary:
         """The content of a file: what the hash is taken of, and the symbols."""
         if not self.names:
             return self.to_json() + "\n"
-        content = json.loads(self.to_json()) | {"names": self.names}
-        return json.dumps(content, sort_keys=True, separators=(",", ":")) + "\n"
+        # Keys are sorted, and "names" comes before "special_tokens": no need to write all anew.
+        head, mark, tail = self.to_json().rpartition(',"special_tokens":')
+        names = json.dumps(self.names, sort_keys=True, separators=(",", ":"))
+        return f'{head},"names":{names}{mark}{tail}\n'
 
     def save(self, path: Path) -> None:
         path.write_text(self.file_text)

@@ -18,7 +18,7 @@ from pretrain.data import RankStep, StepDataset, steps_in_background
 from pretrain.dist import Ranks
 from pretrain.ds_config import derive_ds_config
 from pretrain.engine import Engine, StepLoss
-from pretrain.evaluate import HeldoutEvaluation, heldout_history, log_heldout
+from pretrain.evaluate import Heldout, heldout_evaluation, heldout_history, log_heldout
 from pretrain.faults import stop_not_finite
 from pretrain.metrics import RunLog, console_line, meter_of, read_metrics
 from pretrain.optim import require_reachable_peak
@@ -123,12 +123,7 @@ def train(
         require_reachable_peak(config.optim, steps)
         last = agreed_start(config, shards, steps, resume, allow_changes, ranks)
         # Reads shards and may refuse them: before anything is written.
-        heldout = HeldoutEvaluation(shards, config, ranks) if shards.extents("heldout") else None
-        if heldout is None and ranks.is_first:
-            logger.warning(
-                "%s: no cell is held out (prepared with --heldout 0): nothing is evaluated, and no "
-                "score says what is learnt", shards.name,
-            )  # fmt: skip
+        heldout = heldout_evaluation(shards, config, ranks)
         engine = Engine(config, ds_config, shards, ranks, last)
         engine.compile_for(dataset.full_shapes())
         run = _Run(config, shards, dataset, engine, heldout, ranks, steps, last)
@@ -164,7 +159,7 @@ class _Run:
         shards: ShardSet,
         dataset: StepDataset,
         engine: Engine,
-        heldout: HeldoutEvaluation | None,
+        heldout: Heldout,
         ranks: Ranks,
         steps: int,
         last: Checkpoint | None,
@@ -290,8 +285,6 @@ class _Run:
             logger.info(console_line(done, self._steps, values))
 
     def _evaluate(self, done: int, watch: Watch) -> None:
-        if self._heldout is None:
-            return
         result = self._summary.heldout = self._heldout.run(self._engine.deepspeed, watch.progress)
         if self._log:
             log_heldout(self._log, self._history, done, self._steps, result, self._heldout)
