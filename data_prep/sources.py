@@ -111,7 +111,7 @@ class SourceOptions:
 class SourceSpec:
     """One source of a corpus: where it is, what it is called, how it is read.
 
-    `name` is the source's identity: with the row number it decides a cell's place in the shuffle.
+    `name` is its identity: with the row number it decides a cell's place in the shuffle.
     `dataset` groups sources for the quality filters. `path` is text, because a Census is no file,
     and ``FOLDER#SPLIT`` is one split of a Hugging Face DatasetDict. `split` is ``train`` or
     ``heldout`` where the source says it of all its cells.
@@ -270,11 +270,10 @@ class CountSource:
 
     def check_ids(self) -> None:
         """Raise ValueError for ids of another organism than stated."""
-        species, expected = self._species, self.options.organism
-        if expected and species and species != expected:
-            raise ValueError(
-                f"{self.path}: gene ids are of {species}, but the organism is given as {expected}"
-            )
+        found, stated = self._species, self.options.organism
+        if found and stated and found != stated:
+            said = f"gene ids are of {found}, but the organism is given as {stated}"
+            raise ValueError(f"{self.path}: {said}")
 
     def column_tokens(self, vocabulary: Vocabulary, min_overlap: float) -> np.ndarray:
         """Return int32 [genes] tokens, -1 where unknown; refuse ids that do not fit the vocabulary.
@@ -356,7 +355,7 @@ class CountSource:
     @property
     def num_filtered_out(self) -> int | None:
         """Cells that the filter over obs leaves out; None where the format does not tell."""
-        return getattr(self.store, "num_filtered_out", 0 if not self.options.obs_filter else None)
+        return getattr(self.store, "num_filtered_out", 0)
 
     def warnings(self) -> list[str]:
         """Return what a user should know before any cell is read."""
@@ -454,9 +453,7 @@ class CountSource:
         return data, number, scan
 
     def _totals(self, sums: np.ndarray, ids: list[str], start: int, stop: int) -> np.ndarray:
-        """Return the cells' totals; a column that is smaller than the counts is refused."""
-        column = self.options.total_column
-        if column is None:
+        if (column := self.options.total_column) is None:
             return sums
         with self._damage_named(f"column '{column}'"):
             values = as_text(self.store.obs(column, start, stop))
