@@ -55,6 +55,7 @@ setup(
         "deepspeed==0.19.8",
         "fsspec",
         "h5py",
+        "hdf5plugin",
         "jinja2",
         "matplotlib",
         "mpi4py",

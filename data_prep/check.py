@@ -8,8 +8,8 @@ from pathlib import Path
 from data_prep.corpus import carried_columns
 from data_prep.encode import EncodeJob, EncodeRecord, encode_stretch
 from data_prep.genes import read_annotation
-from data_prep.manifest import dataset_reports, source_reports
-from data_prep.prepare import decide_all
+from data_prep.manifest import dataset_reports, source_reports, warnings_of
+from data_prep.prepare import KnownSoFar, decide_all
 from data_prep.sources import SourceSpec
 from data_prep.survey import (
     PrepareOptions,
@@ -30,6 +30,8 @@ class CheckResult:
     sources: list[dict]
     datasets: list[dict]
     problems: list[str]
+    warnings: list[str]
+    same_cells: dict
 
 
 def check_sources(
@@ -61,12 +63,18 @@ def check_sources(
     jobs = encode_jobs(survey, work, options, with_tokens=False)
     shown = counter(progress, "checking", [j.stop - j.start for j in jobs])
     outcomes = workers.run(_outcome, jobs, shown)
+    known = KnownSoFar(jobs)
     for job, outcome in zip(jobs, outcomes, strict=True):
         if isinstance(outcome, str):
             problems.setdefault(job.spec.path, outcome)
+            continue
+        try:
+            known.add(job, outcome)
+        except ValueError as error:
+            problems.setdefault(job.spec.path, str(error))
     good = [s for s in surveys if s.spec.path not in problems]
     if not good:
-        return CheckResult([], [], list(problems.values()))
+        return CheckResult([], [], list(problems.values()), [], {})
     survey = Survey(good, vocabulary, survey.columns)
     pairs = [
         (job, outcome)
@@ -80,7 +88,10 @@ def check_sources(
     for report, source in zip(reports, survey.sources, strict=True):
         if not report["cells_kept"]:
             problems[source.spec.path] = f"{source.spec.path}: no cell would be kept"
-    return CheckResult(reports, dataset_reports(decisions, options), list(problems.values()))
+    return CheckResult(
+        reports, dataset_reports(decisions, options), list(problems.values()),
+        warnings_of(survey, decisions), decisions.same.to_json(),
+    )  # fmt: skip
 
 
 def _outcome(job: EncodeJob) -> EncodeRecord | str:

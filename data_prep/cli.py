@@ -11,10 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from data_prep.check import check_sources
-from data_prep.corpus import expand_corpus, organism_name
+from data_prep.corpus import expand_corpus
 from data_prep.medians import RELATIVE_ERROR, GeneMedians, MedianSketch, gene_medians
 from data_prep.prepare import prepare
 from data_prep.progress import show_progress
+from data_prep.reading import ALL, MATRIX, reading_options
 from data_prep.shards import MANIFEST_NAME, ShardSet
 from data_prep.sources import SourceOptions
 from data_prep.survey import PrepareOptions
@@ -27,7 +28,7 @@ Sources = Annotated[
     list[str],
     typer.Argument(
         help="h5ad, loom, zarr, 10x .h5 and mtx folders, parquet, Hugging Face folders, "
-        "census:VERSION; globs, folders of files, and YAML corpus lists are expanded"
+        "hf:NAME, census:VERSION; globs, folders of files, and YAML corpus lists are expanded"
     ),
 ]
 _VOCABULARIES = "vocabulary.json, Geneformer's token dictionary (json, pkl) or its folder"
@@ -36,24 +37,11 @@ VocabOrBuild = Annotated[
     str, typer.Option(help=f"{_VOCABULARIES}; or 'build' to make one from the sources")
 ]
 Medians = Annotated[Path | None, typer.Option(help="median dictionary (json, pkl)")]
-Mapping = Annotated[Path | None, typer.Option(help="other id or symbol -> gene id (json, pkl)")]
+Mapping = Annotated[
+    list[Path] | None,
+    typer.Option(help="other id or symbol -> gene id (json, pkl); adds to those of --vocab"),
+]
 MaxLength = Annotated[int | None, typer.Option(help="tokens; default 2048, V2 4096")]
-Counts = Annotated[str, typer.Option(help="X, raw, or layers/NAME")]
-GeneColumn = Annotated[
-    str | None, typer.Option(help="column of var with gene ids [ensembl_id, else the index]")
-]
-Strip = Annotated[bool, typer.Option(help="cut .5 from ENSG00000141510.5")]
-Obs = Annotated[
-    list[str] | None, typer.Option(help="column of obs to carry along; NAME=COLUMN renames it")
-]
-Total = Annotated[
-    str | None, typer.Option(help="column of obs with total counts [sum over the file]")
-]
-Organism = Annotated[str | None, typer.Option(help="species that the gene ids must be of")]
-DatasetColumn = Annotated[
-    str | None, typer.Option(help="column of obs that names the data set [the file is one]")
-]
-ObsFilter = Annotated[str | None, typer.Option(help="query over obs of a Census")]
 Table = Annotated[
     Path | None, typer.Option(help="table of genes with biotypes (csv, tsv, parquet)")
 ]
@@ -63,7 +51,7 @@ SdCounts = Annotated[
 ]
 SdMito = Annotated[float, typer.Option(help="the same for the mitochondrial share; 0: any")]
 Dedup = Annotated[bool, typer.Option(help="reject cells that stood before, gene for gene")]
-MinOverlap = Annotated[float, typer.Option(help="smallest share of known genes")]
+MinOverlap = Annotated[float, typer.Option(help="smallest share of counts in known genes")]
 MinCells = Annotated[int, typer.Option(help="fewest cells of a gene in a built vocabulary")]
 Heldout = Annotated[float, typer.Option(help="share of cells held out")]
 HeldoutBy = Annotated[str, typer.Option(help="cell, dataset, or an --obs column")]
@@ -76,7 +64,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of tabl
 
 
 def _vocabulary(
-    vocab: str, medians: Path | None, gene_mapping: Path | None, max_length: int | None
+    vocab: str, medians: Path | None, gene_mapping: list[Path] | None, max_length: int | None
 ) -> Vocabulary | None:
     if vocab != "build":
         return open_vocabulary(Path(vocab), medians, gene_mapping, max_length)
@@ -85,6 +73,7 @@ def _vocabulary(
     return None
 
 
+@reading_options(*ALL)
 def prepare_command(
     sources: Sources,
     out: Annotated[Path, typer.Option(help="folder for the shards; a killed run continues there")],
@@ -92,20 +81,14 @@ def prepare_command(
     medians: Medians = None,
     gene_mapping: Mapping = None,
     max_length: MaxLength = None,
-    counts: Counts = "X",
-    gene_column: GeneColumn = None,
-    strip_gene_versions: Strip = False,
-    obs: Obs = None,
-    total_column: Total = None,
-    organism: Organism = None,
-    dataset_column: DatasetColumn = None,
-    obs_filter: ObsFilter = None,
+    *,
+    reading: SourceOptions,
     annotation: Table = None,
     min_genes: MinGenes = 7,
     max_sd_counts: SdCounts = 3.0,
     max_sd_mito: SdMito = 3.0,
     dedup: Dedup = False,
-    min_overlap: MinOverlap = 0.1,
+    min_overlap: MinOverlap = 0.5,
     min_cells: MinCells = 3,
     heldout: Heldout = 0.02,
     heldout_by: HeldoutBy = "cell",
@@ -136,10 +119,6 @@ def prepare_command(
     with open_workers(processes) as workers:
         if workers is None:
             return
-        reading = SourceOptions(
-            counts, gene_column, tuple(obs or ()), total_column, strip_gene_versions,
-            dataset_column, organism_name(organism) if organism else None, obs_filter,
-        )  # fmt: skip
         vocabulary = _vocabulary(vocab, medians, gene_mapping, max_length)
         with show_progress() as progress:
             specs = expand_corpus(sources, reading)
@@ -150,26 +129,21 @@ def prepare_command(
         print_manifest(manifest, str(out))
 
 
+@reading_options(*ALL)
 def check_command(
     sources: Sources,
     vocab: Vocab,
     medians: Medians = None,
     gene_mapping: Mapping = None,
     max_length: MaxLength = None,
-    counts: Counts = "X",
-    gene_column: GeneColumn = None,
-    strip_gene_versions: Strip = False,
-    obs: Obs = None,
-    total_column: Total = None,
-    organism: Organism = None,
-    dataset_column: DatasetColumn = None,
-    obs_filter: ObsFilter = None,
+    *,
+    reading: SourceOptions,
     annotation: Table = None,
     min_genes: MinGenes = 7,
     max_sd_counts: SdCounts = 3.0,
     max_sd_mito: SdMito = 3.0,
     dedup: Dedup = False,
-    min_overlap: MinOverlap = 0.1,
+    min_overlap: MinOverlap = 0.5,
     heldout: Heldout = 0.02,
     heldout_by: HeldoutBy = "cell",
     memory: Memory = 2.0,
@@ -198,10 +172,6 @@ def check_command(
             raise ValueError("--work: under mpirun give a folder that all nodes share")
         if vocab == "build":
             raise ValueError("--vocab build: give `geneloom medians` the sources first, or a file")
-        reading = SourceOptions(
-            counts, gene_column, tuple(obs or ()), total_column, strip_gene_versions,
-            dataset_column, organism_name(organism) if organism else None, obs_filter,
-        )  # fmt: skip
         vocabulary = open_vocabulary(Path(vocab), medians, gene_mapping, max_length)
         with (
             show_progress() as progress,
@@ -217,6 +187,7 @@ def check_command(
         raise typer.Exit(2)
 
 
+@reading_options(*MATRIX, "total_column", "obs_filter")
 def medians_command(
     sources: Annotated[
         list[str],
@@ -230,10 +201,8 @@ def medians_command(
         bool, typer.Option(help="<cls> and <eos> around each cell, as Geneformer V2")
     ] = False,
     max_length: MaxLength = None,
-    counts: Counts = "X",
-    gene_column: GeneColumn = None,
-    strip_gene_versions: Strip = False,
-    total_column: Total = None,
+    *,
+    reading: SourceOptions,
     gene_mapping: Mapping = None,
     annotation: Table = None,
     memory: Memory = 2.0,
@@ -247,7 +216,6 @@ def medians_command(
     for path in (out, sketch_path, table_path):
         if path.exists():
             raise ValueError(f"{path}: exists; give --out a new name")
-    reading = SourceOptions(counts, gene_column, (), total_column, strip_gene_versions)
     with open_workers(processes) as workers:
         if workers is None:
             return
@@ -323,6 +291,22 @@ def inspect_command(
         _print_json(shards.manifest)
     else:
         print_manifest(shards.manifest, f"{folder.rstrip('/')}/{MANIFEST_NAME}")
+
+
+def convert_command(
+    folder: Annotated[str, typer.Argument(help="output of `geneloom prepare`, or its URL")],
+    out: Annotated[Path, typer.Option(help="new folder for load_from_disk, or FILE.parquet")],
+    split: Annotated[str, typer.Option(help="train, heldout, or all (a DatasetDict)")] = "train",
+    cache: Annotated[
+        Path | None, typer.Option(help="folder for a local copy of what is read from a URL")
+    ] = None,
+) -> None:
+    """Tokens as a Hugging Face dataset, which Geneformer's own pretrainer reads, or parquet."""
+    from data_prep.convert import LENGTHS_NAME, convert
+
+    cells = convert(ShardSet(folder, cache), out, split)
+    beside = "" if out.suffix == ".parquet" else f"; {LENGTHS_NAME} for Geneformer's pretrainer"
+    print(f"{cells:,} cells of {split}: {out}{beside}")
 
 
 def verify_command(

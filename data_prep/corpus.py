@@ -18,14 +18,23 @@ import glob
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from data_prep.formats.store import mtx_sample
 from data_prep.genes import ORGANISMS, SPECIES
-from data_prep.sources import CENSUS, SourceOptions, SourceSpec, source_at
+from data_prep.hub import PREFIX, hub_splits
+from data_prep.sources import CENSUS, SourceOptions, SourceSpec, source_at, split_path
+from data_prep.tokens import split_names
 
-_SUFFIXES = {".h5ad", ".loom", ".zarr", ".h5", ".parquet", ".arrow"}
+# Names of splits of a DatasetDict.
+_SIDES = {
+    "train": ("train", "training"),
+    "heldout": ("test", "validation", "valid", "val", "dev", "eval", "heldout", "held_out"),
+}
+_SUFFIXES = {".h5ad", ".h5mu", ".loom", ".zarr", ".h5", ".parquet", ".arrow"}
 
 
 class _Settings(BaseModel):
@@ -49,6 +58,12 @@ class _Settings(BaseModel):
     organism: str | None = None
     # Query over obs of a Census.
     obs_filter: str | None = None
+    # Of files with features of several genomes: the one that is read.
+    genome: str | None = None
+    # Take fractional counts: round, or keep (ranked as they are).
+    fractional: Literal["round", "keep"] | None = None
+    # Take integers that do not look like counts: binarised, rounded CPM.
+    force_counts: bool | None = None
 
     @field_validator("organism")
     @classmethod
@@ -111,15 +126,47 @@ def expand_corpus(arguments: list[str], options: SourceOptions) -> list[SourceSp
         if Path(argument).suffix in (".yaml", ".yml"):
             specs += _read_list(Path(argument), options)
         else:
-            specs += [source_at(p, options) for p in expand_path(argument)]
+            specs += [s for p in expand_path(argument) for s in sources_at(p, options)]
     return _with_distinct_names(specs)
+
+
+def sources_at(path: str, options: SourceOptions) -> list[SourceSpec]:
+    """Return the source at a path, or each split of a Hugging Face DatasetDict.
+
+    Raises
+    ------
+    ValueError
+        A split is neither for training nor for holding out.
+    """
+    if path.startswith(PREFIX):
+        names = hub_splits(path)
+        if names == ["train"]:  # as the Hub calls what has no splits
+            return [source_at(f"{path}#train", options)]
+    else:
+        names = [] if split_path(path)[1] else split_names(Path(path))
+    if not names:
+        return [source_at(path, options)]
+    sides = {name: side for side, known in _SIDES.items() for name in known}
+    unknown = [n for n in names if n.lower() not in sides]
+    if unknown:
+        raise ValueError(
+            f"{path}: holds splits {names}, of which {unknown} are neither for training nor for "
+            f"holding out; choose by name: {path}#{unknown[0]}"
+        )
+    specs = []
+    for name in names:
+        spec = source_at(f"{path}#{name}", options)
+        specs.append(replace(spec, split=sides[name.lower()]))
+    return specs
 
 
 def expand_path(pattern: str) -> list[str]:
     """Return the sources behind one path: itself, the matches of a glob, the files of a folder."""
-    if pattern.startswith(f"{CENSUS}:"):
+    if pattern.startswith((f"{CENSUS}:", PREFIX)):
         return [pattern]
     path = Path(pattern)
+    if split_path(pattern)[1] or split_names(path):
+        return [pattern]
     if any(c in pattern for c in "*?[") and not path.exists():
         found = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207  absolute patterns too
         if not found:
@@ -129,6 +176,8 @@ def expand_path(pattern: str) -> list[str]:
         inside = sorted(p for p in path.iterdir() if not p.name.startswith("."))
         matrices = [p for p in inside if p.suffix in _SUFFIXES - {".parquet", ".arrow"}]
         matrices += [p for p in inside if p.name.endswith(".zarr.zip")]
+        # Several samples in one folder, as on GEO: GSM1_P1_matrix.mtx.gz.
+        matrices += [p for p in inside if any(mtx_sample(p) or ())]
         matrices += [
             p for p in inside if list(p.glob("matrix.mtx*")) or (p / "state.json").exists()
         ]
@@ -161,10 +210,9 @@ def _read_list(path: Path, options: SourceOptions) -> list[SourceSpec]:
     specs = []
     for entry in corpus.sources:
         settings = entry.over(corpus.defaults.over(options))
-        is_census = entry.path.startswith(f"{CENSUS}:")
+        is_census = entry.path.startswith((f"{CENSUS}:", PREFIX))
         pattern = entry.path if is_census else str(path.parent / entry.path)
-        for found in expand_path(pattern):
-            spec = source_at(found, settings)
+        for spec in [s for p in expand_path(pattern) for s in sources_at(p, settings)]:
             specs.append(replace(spec, dataset=entry.dataset or spec.dataset))
     return specs
 
@@ -192,7 +240,7 @@ def _with_distinct_names(specs: list[SourceSpec]) -> list[SourceSpec]:
 
 
 def _identity(spec: SourceSpec) -> tuple[str, str | None, str | None]:
-    is_census = spec.path.startswith(f"{CENSUS}:")
+    is_census = spec.path.startswith((f"{CENSUS}:", PREFIX))
     path = spec.path if is_census else str(Path(spec.path).resolve())
     return path, spec.options.organism, spec.options.obs_filter
 

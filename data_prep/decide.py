@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.buckets import bucket_of, choose_buckets
-from data_prep.encode import (
+from data_prep.chunks import (
     CONTENT,
     DETECTED,
     KEY,
@@ -30,34 +30,29 @@ from data_prep.encode import (
     ROW,
     SPLIT,
     TOTAL,
+    Chunk,
     open_chunk,
-)
+)  # fmt: skip
+from data_prep.duplicates import SameCells, settle_same_cells
 from data_prep.filters import (
     DUPLICATE,
     KEPT,
     REASONS,
     DatasetMoments,
+    final_split,
+    is_kept,
     quality_reasons,
     rows_by_value,
 )
 from data_prep.rank import token_dtype
 from data_prep.shards import SPLITS, file_sha256
+from data_prep.sources import SourceSpec
 
 _MOST_BINS_BITS = 16
 _CELLS_PER_BIN = 64
 _CELL_BYTES = 64  # ids, offsets and metadata of a cell in memory and on disk, roughly
 _TASKS, _TASK_BYTES = 16, 128 << 20
 _SORT_BYTES = 24  # per cell while duplicates are looked for
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A chunk file of pass 1; `first` is the number of cells in the files before it."""
-
-    name: str
-    source: int
-    cells: int
-    first: int
 
 
 @dataclass(frozen=True)
@@ -118,8 +113,13 @@ def decide_reasons(
     max_sd_mito: float,
     dedup: bool,
     memory_gib: float,
-) -> str:
+    sources: list[SourceSpec],
+    heldout_by: str,
+    same_side: bool,
+) -> tuple[str, SameCells]:
     """Write the reason code of every cell, in the order of the chunk files; return the file's name.
+
+    Also what was found about cells that stand more than once.
 
     Parameters
     ----------
@@ -127,6 +127,10 @@ def decide_reasons(
         Per data set, for the quality filters.
     dedup
         Reject every cell whose genes and counts (or tokens) equal those of an earlier cell.
+    sources, heldout_by
+        See `data_prep.duplicates.settle_same_cells`.
+    same_side
+        False for shards that were made before copies went to one side.
     """
     aside = work / "decisions.new"
     codes = np.lib.format.open_memmap(
@@ -148,11 +152,14 @@ def decide_reasons(
         codes[chunk.first : chunk.first + chunk.cells] = reasons
     if dedup:
         _reject_duplicates(work, chunks, codes, memory_gib)
+    same = SameCells()
+    if same_side:
+        same = settle_same_cells(work, chunks, codes, sources, heldout_by, memory_gib)
     codes.flush()
     # Named by content: a plan that refers to it is right exactly when the decisions are.
     name = f"decisions-{file_sha256(aside)[:24]}.npy"
     aside.rename(work / name)
-    return name
+    return name, same
 
 
 def _open_all(work: Path, chunks: list[Chunk]) -> Iterator[tuple[Chunk, pa.RecordBatch]]:
@@ -204,7 +211,7 @@ def report_datasets(
         detected = np.asarray(batch.column(DETECTED))
         tokens = np.minimum(detected, max_genes).astype(np.int64) + specials
         for dataset, here in rows_by_value(datasets).items():
-            kept = here[code[here] == KEPT]
+            kept = here[is_kept(code[here])]
             report = reports.setdefault(
                 (chunk.source, dataset),
                 DatasetReport(names[chunk.source], dataset, 0, 0, 0, 0, {}),
@@ -213,7 +220,7 @@ def report_datasets(
             report.cells_kept += len(kept)
             report.tokens += int(tokens[kept].sum())
             report.truncated += int((detected[kept] > max_genes).sum())
-            rejected = Counter(REASONS[c] for c in code[here] if c != KEPT)
+            rejected = Counter(REASONS[c] for c in code[here][~is_kept(code[here])])
             report.rejected = dict(Counter(report.rejected) + rejected)
     return [reports[k] for k in sorted(reports)]
 
@@ -225,9 +232,11 @@ def length_histogram(
     codes = np.load(work / decisions, mmap_mode="r")
     histogram = np.zeros((len(SPLITS), max_length + 1), dtype=np.int64)
     for chunk, batch in _open_all(work, chunks):
-        kept = codes[chunk.first : chunk.first + chunk.cells] == KEPT
+        code = codes[chunk.first : chunk.first + chunk.cells]
+        kept = is_kept(code)
         lengths = np.asarray(batch.column(LENGTH)).astype(np.int64)
-        flat = np.asarray(batch.column(SPLIT))[kept] * np.int64(max_length + 1) + lengths[kept]
+        split = final_split(batch.column(SPLIT), code)[kept]
+        flat = split * np.int64(max_length + 1) + lengths[kept]
         histogram += np.bincount(flat, minlength=histogram.size).reshape(histogram.shape)
     return histogram
 
@@ -284,9 +293,10 @@ def _cells_per_bin(
     shape = (len(SPLITS), len(buckets), 1 << bin_bits)
     counts = np.zeros(int(np.prod(shape)), dtype=np.int64)
     for chunk, batch in _open_all(work, chunks):
-        kept = np.flatnonzero(codes[chunk.first : chunk.first + chunk.cells] == KEPT)
+        code = codes[chunk.first : chunk.first + chunk.cells]
+        kept = np.flatnonzero(is_kept(code))
         lengths = np.asarray(batch.column(LENGTH))[kept]
-        split = np.asarray(batch.column(SPLIT))[kept].astype(np.int64)
+        split = final_split(batch.column(SPLIT), code)[kept].astype(np.int64)
         bins = key_bins(np.asarray(batch.column(KEY))[kept], bin_bits)
         flat = (split * shape[1] + bucket_of(lengths, buckets)) * shape[2] + bins
         np.add.at(counts, flat, 1)

@@ -22,21 +22,32 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from data_prep.cells import Cells
+from data_prep.chunks import (
+    CONTENT,
+    DETECTED,
+    KEY,
+    LENGTH,
+    MITO,
+    REASON,
+    ROW,
+    SAME,
+    SPLIT,
+    TOTAL,
+    tokens_path,
+)  # fmt: skip
+from data_prep.duplicates import hash_sequences
 from data_prep.filters import DatasetMoments, Moments, first_reasons, moments_by_dataset
 from data_prep.genes import BIOTYPES, Annotation, read_annotation
 from data_prep.hashing import keyed_hash, mix64, stream_key, unit_interval
+from data_prep.known_share import KnownCounter, KnownCounts
 from data_prep.open import Source, open_source
 from data_prep.rank import EncodedCells, encode_cells
+from data_prep.shards import SPLITS, file_sha256
 from data_prep.sources import CountBlock, CountSource, SourceSpec
 from data_prep.tokens import TokenBlock, TokenSource
 from data_prep.vocab import Vocabulary, load_vocabulary
 
-_VERSION = 1  # of the chunk files; another number makes older ones useless
-# Columns of the chunk files only; no user's column is called so.
-KEY, SPLIT, ROW, REASON = "__key", "__split", "__row", "__reason"
-TOTAL, MITO, DETECTED, CONTENT = "__total", "__mito", "__detected", "__content"
-LENGTH = "__length"
-INTERNAL = (KEY, SPLIT, ROW, REASON, TOTAL, MITO, DETECTED, CONTENT, LENGTH)
+_VERSION = 2  # of the chunk files; another number makes older ones useless
 
 
 @dataclass(frozen=True)
@@ -89,12 +100,18 @@ class EncodeJob:
 
 @dataclass(frozen=True)
 class EncodeRecord:
-    """What an `EncodeJob` left: name, cells and bytes of its chunks, and sums for the report."""
+    """What an `EncodeJob` left: name, cells and bytes of its chunks, and sums for the report.
+
+    `sha256`: of both files of each chunk.
+
+    `fractional`: stored values that are no integers, and all stored values.
+    """
 
     chunks: list[tuple[str, int, int]]
-    counts_in_vocabulary: float
-    counts: float
+    sha256: list[str]
+    known: KnownCounts
     moments: dict[str, DatasetMoments]
+    fractional: tuple[int, int] = (0, 0)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -107,21 +124,34 @@ class EncodeRecord:
             for name, m in content["moments"].items()
         }
         chunks = [(name, cells, size) for name, cells, size in content["chunks"]]
-        return EncodeRecord(chunks, content["counts_in_vocabulary"], content["counts"], moments)
+        known = content["known"]
+        datasets = {name: (inside, total) for name, (inside, total) in known["datasets"].items()}
+        return EncodeRecord(
+            chunks, content["sha256"], KnownCounts(datasets, known["unknown"]), moments,
+            (content["fractional"][0], content["fractional"][1]),
+        )  # fmt: skip
 
 
 def finished_record(job: EncodeJob) -> EncodeRecord | None:
-    """Return the record of a job that an earlier run has finished."""
+    """Return the record of a job that an earlier run has finished, if its chunks are whole.
+
+    Every byte is read: what lay on a disk between two runs is trusted by its hash only.
+    """
     if not job.record_path.exists():
         return None
-    record = EncodeRecord.from_json(job.record_path.read_text())
-    sizes = [(_size(job.work / name), size) for name, _, size in record.chunks]
-    return record if all(found == size for found, size in sizes) else None
+    try:
+        record = EncodeRecord.from_json(job.record_path.read_text())
+    except (ValueError, KeyError, TypeError):  # the record itself was damaged
+        return None
+    for (name, _, size), sha256 in zip(record.chunks, record.sha256, strict=True):
+        path = job.work / name
+        if _size(path) != size or _chunk_sha256(path) != sha256:
+            return None
+    return record
 
 
-def tokens_path(chunk: Path) -> Path:
-    """Return the file with the tokens of a chunk."""
-    return chunk.with_suffix(".tokens")
+def _chunk_sha256(chunk: Path) -> str:
+    return file_sha256(chunk) + file_sha256(tokens_path(chunk))
 
 
 def _size(chunk: Path) -> int:
@@ -144,8 +174,10 @@ def encode_stretch(job: EncodeJob) -> EncodeRecord:
         job.spec, job.signature, job.work, job.vocabulary, job.vocabulary_sha256,
         job.annotation, job.settings.annotation_sha256, job.settings.min_overlap,
     )  # fmt: skip
-    inside = total = 0.0
+    counter = KnownCounter(column_tokens)
+    fractional = stored = 0
     chunks: list[tuple[str, int, int]] = []
+    hashes: list[str] = []
     moments: dict[str, DatasetMoments] = {}
     parts: list[Cells] = []
     row = job.start
@@ -154,12 +186,14 @@ def encode_stretch(job: EncodeJob) -> EncodeRecord:
         if parts:
             name = f"chunk-{job.digest}-{len(chunks):04d}.arrow"
             chunks.append((name, sum(len(p) for p in parts), _write_chunk(job.work / name, parts)))
+            hashes.append(_chunk_sha256(job.work / name))
             parts.clear()
 
     for block in source.blocks(job.start, job.stop):
         if isinstance(block, CountBlock):
-            cells, (known, all_counts) = _of_counts(block, row, column_tokens, vocabulary, job)
-            inside, total = inside + known, total + all_counts
+            cells = _of_counts(block, row, column_tokens, vocabulary, job)
+            counter.add(block.data, block.indices, block.indptr, block.datasets)
+            fractional, stored = fractional + block.fractional, stored + len(block.data)
         else:
             assert isinstance(source, TokenSource)
             tokens = source.checked_tokens(block, vocabulary)
@@ -173,7 +207,8 @@ def encode_stretch(job: EncodeJob) -> EncodeRecord:
     write()
     if row != job.stop or job.spec.signature() != job.quick_signature:
         raise ValueError(_changed(job.spec))
-    record = EncodeRecord(chunks, inside, total, moments)
+    known = counter.result(source.gene_ids) if isinstance(source, CountSource) else KnownCounts()
+    record = EncodeRecord(chunks, hashes, known, moments, (fractional, stored))
     write_text(job.record_path, record.to_json())
     return record
 
@@ -217,8 +252,7 @@ def _annotation(path: Path | None, sha256: str | None) -> Annotation | None:  # 
 
 def _of_counts(
     block: CountBlock, row: int, column_tokens: np.ndarray, vocabulary: Vocabulary, job: EncodeJob
-) -> tuple[Cells, tuple[float, float]]:
-    """Return the encoded cells, and the block's counts in genes of the vocabulary and in all."""
+) -> Cells:
     encoded = encode_cells(
         block.data, block.indices, block.indptr, block.totals, column_tokens, vocabulary
     )
@@ -228,10 +262,7 @@ def _of_counts(
     reasons = first_reasons(
         encoded.detected, block.passes, block.totals <= 0, job.settings.min_genes
     )
-    sums = _sum_counts(block.data, block.indices.view(np.uint32), column_tokens)
-    return _cells(
-        block, row, encoded, content, block.totals, block.mitochondrial, reasons, job
-    ), sums
+    return _cells(block, row, encoded, content, block.totals, block.mitochondrial, reasons, job)
 
 
 def _of_tokens(
@@ -244,7 +275,7 @@ def _of_tokens(
     reasons = first_reasons(detected, passes, detected <= 0, job.settings.min_genes)
     content = np.zeros(len(lengths), dtype=np.uint64)
     if job.settings.with_content:
-        content = mix64(_hash_sequences(tokens, block.offsets))
+        content = mix64(hash_sequences(tokens, block.offsets))
     encoded = EncodedCells(tokens, block.offsets, detected)
     return _cells(block, row, encoded, content, nothing, nothing, reasons, job)
 
@@ -271,13 +302,14 @@ def _cells(
         columns[name] = pa.array(block.metadata.get(name, nothing), pa.string())
     columns |= {
         KEY: pa.array(keyed_hash(stream_key(settings.seed, "shuffle", job.spec.name), rows)),
-        SPLIT: pa.array(_split(block, rows, job.spec.name, settings)),
+        SPLIT: pa.array(_split(block, rows, job.spec.name, job.spec.split, settings)),
         ROW: pa.array(rows),
         REASON: pa.array(reasons),
         TOTAL: pa.array(totals),
         MITO: pa.array(mitochondrial),
         DETECTED: pa.array(encoded.detected),
         CONTENT: pa.array(content),
+        SAME: pa.array(hash_sequences(encoded.tokens, encoded.offsets)),
     }
     tokens, lengths = encoded.tokens, encoded.lengths
     drop = (reasons != 0) if settings.with_tokens else np.ones(len(rows), dtype=bool)
@@ -289,9 +321,15 @@ def _cells(
 
 
 def _split(
-    block: CountBlock | TokenBlock, rows: np.ndarray, source: str, settings: EncodeSettings
+    block: CountBlock | TokenBlock,
+    rows: np.ndarray,
+    source: str,
+    given: str | None,
+    settings: EncodeSettings,
 ) -> np.ndarray:
     """Return uint8 [cells]: 1 where a cell is held out."""
+    if given is not None:
+        return np.full(len(rows), SPLITS.index(given), dtype=np.uint8)
     if settings.heldout_by == "cell":
         uniform = unit_interval(keyed_hash(stream_key(settings.seed, "heldout", source), rows))
         return (uniform < settings.heldout_share).astype(np.uint8)
@@ -339,28 +377,6 @@ def write_text(path: Path, text: str) -> None:
     aside.rename(path)
 
 
-def open_chunk(path: Path) -> pa.RecordBatch:
-    """Return the cells of a chunk file, memory-mapped: only columns that are used are read."""
-    try:
-        return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise OSError(
-            f"{path}: a file of the running work is damaged ({error}); remove the folder and start "
-            "again"
-        ) from error
-
-
-@numba.njit(cache=True, nogil=True)
-def _sum_counts(data, indices, column_tokens):
-    """Return the sum of counts in genes of the vocabulary, and of all."""
-    known = total = 0.0
-    for k in range(len(data)):
-        count = np.float64(data[k])
-        total += count
-        known += count if column_tokens[indices[k]] >= 0 else 0.0
-    return known, total
-
-
 @numba.njit(cache=True, nogil=True)
 def _mix(x):
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -372,6 +388,8 @@ def _mix(x):
 def _hash_counts(data, indices, indptr, column_tokens):
     """Sum of a hash over (token, count): the order of genes in the file does not matter."""
     num_cells = len(indptr) - 1
+    one = np.empty(1)
+    bits = one.view(np.uint64)  # fractional counts are told apart too
     hashes, sums = np.zeros(num_cells, np.uint64), np.zeros(column_tokens.max() + 1)
     for cell in range(num_cells):
         for k in range(indptr[cell], indptr[cell + 1]):
@@ -382,19 +400,8 @@ def _hash_counts(data, indices, indptr, column_tokens):
         for k in range(indptr[cell], indptr[cell + 1]):
             token = column_tokens[indices[k]]
             if token >= 0 and sums[token] > 0.0:
-                total += _mix((np.uint64(token) << np.uint64(40)) + np.uint64(np.rint(sums[token])))
+                one[0] = sums[token]
+                total += _mix(_mix(np.uint64(token)) ^ bits[0])
                 sums[token] = 0.0
         hashes[cell] = total
-    return hashes
-
-
-@numba.njit(cache=True, nogil=True)
-def _hash_sequences(tokens, offsets):
-    hashes = np.zeros(len(offsets) - 1, np.uint64)
-    for cell in range(len(hashes)):
-        state = np.uint64(0)
-        for k in range(offsets[cell], offsets[cell + 1]):
-            state = (state ^ np.uint64(tokens[k])) * np.uint64(0x100000001B3)
-            state ^= state >> np.uint64(29)
-        hashes[cell] = state
     return hashes

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 KEPT, NOT_PASSED, EMPTY, FEW_GENES, COUNTS, MITOCHONDRIAL, DUPLICATE = range(7)
+# Kept, on the other side of the split than the chunk file says (`data_prep.duplicates`).
+MOVED = 255
 REASONS = (
     "kept",
     "filter_pass is not 1",
@@ -25,6 +27,16 @@ REASONS = (
 
 
 _UNIT = 2**20  # values are summed as multiples of 1 / _UNIT
+
+
+def is_kept(codes: np.ndarray) -> np.ndarray:
+    """Return bool, which reason codes mean that a cell stays."""
+    return (codes == KEPT) | (codes == MOVED)
+
+
+def final_split(split: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Return uint8, the side on which cells end up: moved ones on the other."""
+    return np.asarray(split) ^ (codes == MOVED)
 
 
 @dataclass(frozen=True)

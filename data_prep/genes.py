@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-ENSEMBL = re.compile(r"^ENS([A-Z]*)G\d{11}$")
-ENSEMBL_VERSIONED = re.compile(r"^ENS[A-Z]*G\d{11}\.\d+$")
+from data_prep.gene_names import ENSEMBL, plain_id, strip_version
+
 # Ensembl's species prefixes (https://www.ensembl.org/info/genome/stable_ids/prefixes.html).
 SPECIES = {
     "": "human", "MUS": "mouse", "RNO": "rat", "DAR": "zebrafish", "MMU": "macaque",
@@ -108,14 +107,9 @@ def mitochondrial_columns(
     )
 
 
-def strip_version(gene_id: str) -> str:
-    """Return an Ensembl id without its version; anything else unchanged."""
-    return gene_id.rsplit(".", 1)[0] if ENSEMBL_VERSIONED.match(gene_id) else gene_id
-
-
 def species_of(ids: list[str] | tuple[str, ...]) -> str | None:
     """Return the species of most Ensembl ids, its bare prefix if unknown; None without any."""
-    prefixes = Counter(m[1] for m in map(ENSEMBL.match, map(strip_version, ids)) if m)
+    prefixes = Counter(m[1] for m in map(ENSEMBL.match, map(plain_id, ids)) if m)
     if not prefixes:
         return None
     prefix = prefixes.most_common(1)[0][0]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
 
-from data_prep import decide, encode, write
+from data_prep import decide, encode, known_share, write
 from data_prep import shards as shards_format
-from data_prep.decide import Chunk
+from data_prep.chunks import Chunk
+from data_prep.duplicates import SameCells
 from data_prep.filters import DatasetMoments, Moments
+from data_prep.known_share import KnownCounts
 from data_prep.shards import SPLITS, file_sha256
 from data_prep.survey import PrepareOptions, Survey
 from data_prep.version import VERSION
@@ -26,7 +30,10 @@ class Decisions:
     codes: str
     moments: dict[str, DatasetMoments]
     reports: list[decide.DatasetReport]
-    counts_in_vocabulary: list[float | None]
+    known: list[KnownCounts]
+    same: SameCells
+    # Of each source: share of the stored values that are no integers; None for tokens.
+    fractional_values: list[float | None]
 
 
 def write_manifest(
@@ -65,17 +72,30 @@ def write_manifest(
         "settings": settings,
         "sources": source_reports(survey, decisions),
         "datasets": dataset_reports(decisions, options),
+        "same_cells": decisions.same.to_json(),
+        "warnings": warnings_of(survey, decisions),
     }
     manifest["fingerprint"] = shards_format.fingerprint(manifest)
+    # Of what is written: tuples are lists there, and keys text.
+    manifest = json.loads(json.dumps(manifest))
+    manifest["record_sha256"] = record_sha256(manifest)
     text = json.dumps(manifest, indent=1, sort_keys=True)
     encode.write_text(work / shards_format.MANIFEST_NAME, text + "\n")
     return json.loads(text)
 
 
+def record_sha256(manifest: dict) -> str:
+    """Return the hash of all that a manifest says, but for this hash."""
+    rest = {k: v for k, v in manifest.items() if k != "record_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def source_reports(survey: Survey, decisions: Decisions) -> list[dict]:
     """Return one entry per source: what it is, how it was read, what became of its cells."""
     entries = []
-    for source, share in zip(survey.sources, decisions.counts_in_vocabulary, strict=True):
+    for source, known, fractional in zip(
+        survey.sources, decisions.known, decisions.fractional_values, strict=True
+    ):
         mine = [r for r in decisions.reports if r.source == source.spec.name]
         rejected: Counter[str] = Counter()
         for report in mine:
@@ -92,7 +112,13 @@ def source_reports(survey: Survey, decisions: Decisions) -> list[dict]:
                 "truncated": sum(r.truncated for r in mine),
                 "rejected": dict(rejected),
                 "genes": asdict(source.genes) if source.genes else None,
-                "counts_in_vocabulary": share,
+                "split": source.spec.split,
+                "filtered_out": source.filtered_out,
+                "counts_in_vocabulary": known.share,
+                "costliest_unknown": [
+                    {"gene": gene, "share": share} for gene, share in known.costliest()
+                ],
+                "fractional_values": fractional,
             }
         )
     return entries
@@ -109,11 +135,30 @@ def dataset_reports(decisions: Decisions, options: PrepareOptions) -> list[dict]
         entry["cells_read"] += report.cells_read
         entry["cells_kept"] += report.cells_kept
         entry["rejected"] = dict(Counter(entry["rejected"]) + Counter(report.rejected))
+    known = reduce(KnownCounts.merge, decisions.known, KnownCounts()).shares
     for name, entry in entries.items():
+        entry["counts_in_vocabulary"] = known.get(name)
         moments = decisions.moments[name]
         entry["counts_interval"] = _interval(moments.totals, options.max_sd_counts)
         entry["mito_interval"] = _interval(moments.mitochondrial, options.max_sd_mito)
     return list(entries.values())
+
+
+def warnings_of(survey: Survey, decisions: Decisions) -> list[str]:
+    """Return what a user should know before training on the cells, in sentences."""
+    said: list[str] = []
+    for source, known in zip(survey.sources, decisions.known, strict=True):
+        said += source.warnings
+        said += known_share.warnings_of(source.spec.name, known)
+    same = decisions.same
+    if same.divided:
+        (first, copy), (_, divided) = max(same.pairs.items(), key=lambda item: item[1][1])
+        said.append(
+            f"{same.divided:,} cells are held out and trained on, under other names: the same "
+            f"tokens stand on both sides of the split, {divided:,} of them in '{first}' and "
+            f"'{copy}'"
+        )
+    return said
 
 
 def _interval(moments: Moments, deviations: float) -> list[float] | None:

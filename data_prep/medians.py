@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.encode import write_text
-from data_prep.genes import read_annotation, strip_version
+from data_prep.gene_names import plain_id, strip_version
+from data_prep.genes import read_annotation
 from data_prep.open import open_source
 from data_prep.shards import file_sha256
 from data_prep.sources import CountBlock, CountSource, SourceSpec
@@ -40,7 +42,7 @@ from data_prep.vocab import (
     TARGET_SUM,
     Vocabulary,
     load_vocabulary,
-    read_dictionary,
+    merged_mappings,
 )
 from data_prep.workers import Progress, Workers, counter
 
@@ -205,7 +207,7 @@ def gene_medians(
     workers: Workers,
     progress: Progress,
     annotation: Path | None = None,
-    gene_mapping: Path | None = None,
+    gene_mapping: Path | Sequence[Path] | None = None,
     memory_gib: float = 2.0,
 ) -> GeneMedians:
     """Return the medians of all genes of count matrices, over the cells that pass ``filter_pass``.
@@ -226,7 +228,7 @@ def gene_medians(
     ValueError
         A source is a token corpus, or has no raw counts.
     """
-    aliases = read_dictionary(gene_mapping) if gene_mapping else {}
+    aliases = merged_mappings(gene_mapping)
     chosen = read_annotation(annotation).chosen if annotation else None
     genes: set[str] = set()
     stretches = []
@@ -239,16 +241,15 @@ def gene_medians(
                 "vocabulary they were made with"
             )
         source.check_ids()
-        ids = {aliases.get(i, i) for i in source.gene_ids if i}
+        ids = {_gene_of(i, aliases) for i in source.gene_ids if i}
         genes |= ids if chosen is None else {i for i in ids if strip_version(i) in chosen}
         stretches += [(spec, start, stop) for start, stop in source.stretches(_CHUNK_CELLS)]
     if not genes:
         raise ValueError("no gene of the sources is in the annotation; are the ids of its kind?")
     names = sorted(genes)
     numbers = {n: i for i, n in enumerate(names)}
-    numbers = {a: numbers[g] for a, g in aliases.items() if g in numbers} | numbers
     path = work / "genes.json"
-    write_text(path, json.dumps(numbers))
+    write_text(path, json.dumps([numbers, aliases]))
     jobs = [_Job(spec, work, path, start, stop) for spec, start, stop in stretches]
     sizes = [j.stop - j.start for j in jobs]
     counts = np.zeros((len(names), NUM_BINS), dtype=np.int64)
@@ -267,6 +268,15 @@ def gene_medians(
     found = workers.run(partial(_collect_stretch, work / "wanted.npy"), jobs, shown)
     medians = _exact_medians(counts, wanted, *(np.concatenate(p) for p in zip(*found, strict=True)))
     return GeneMedians(sketch, medians, 0.0)
+
+
+def _gene_of(gene_id: str, aliases: dict[str, str]) -> str:
+    """Return the gene that an id is counted as: without version and genome, and as mapped."""
+    plain = plain_id(gene_id)
+    for name in (gene_id, plain, plain.upper()):
+        if name in aliases:
+            return aliases[name]
+    return plain
 
 
 def bin_edge(bins: np.ndarray) -> np.ndarray:
@@ -308,8 +318,9 @@ def _blocks(job: _Job):
     """Yield (block, int32 [genes of the source] gene numbers) of a stretch."""
     source = open_source(job.spec, job.work)
     assert isinstance(source, CountSource)
-    numbers = json.loads(job.genes.read_text())
-    columns = np.array([numbers.get(i, -1) for i in source.gene_ids], dtype=np.int32)
+    numbers, aliases = json.loads(job.genes.read_text())
+    genes = [_gene_of(i, aliases) for i in source.gene_ids]
+    columns = np.array([numbers.get(g, -1) for g in genes], dtype=np.int32)
     num_genes = max(numbers.values()) + 1
     for block in source.blocks(job.start, job.stop):
         yield block, columns, num_genes

@@ -5,18 +5,32 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
-from data_prep.formats.store import Store
+import h5py
+
+from data_prep.cell_choice import choose_cells
+from data_prep.formats.compression import missing_codec
+from data_prep.formats.store import Store, mtx_sample
 from data_prep.genes import Annotation
-from data_prep.sources import CENSUS, CountSource, SourceOptions, SourceSpec, source_at
+from data_prep.hub import PREFIX, stage_dataset
+from data_prep.sources import (
+    CENSUS,
+    DAMAGE,
+    CountSource,
+    SourceOptions,
+    SourceSpec,
+    source_at,
+    split_path,
+)
 from data_prep.tokens import TokenSource
 
 Source = CountSource | TokenSource
-_ONLY_SOMA = "obs_filter works on a Census or another SOMA experiment only"
+_NO_OBS = "obs_filter needs cells with columns of obs: a count matrix, or a Census"
 ACCEPTED = (
-    ".h5ad, .loom, AnnData .zarr, 10x .h5, 10x folders with matrix.mtx[.gz], .parquet, .arrow, "
-    "Hugging Face folders of token ids, census:VERSION"
+    ".h5ad, .h5mu, .loom, AnnData or MuData .zarr, 10x .h5, 10x folders with matrix.mtx[.gz], "
+    ".parquet, .arrow, Hugging Face folders of token ids, hf:NAME, census:VERSION"
 )
 
 
@@ -38,14 +52,25 @@ def open_source(
     ValueError
         The path does not exist, is of no known kind, is damaged, or lacks what the spec asks for.
     """
-    path = Path(spec.path)
-    if _is_tokens(path):
+    if spec.path.startswith(PREFIX):
+        folder = (staging or _temporary_folder()) / row_copy_name(spec)
+        wanted = [*spec.options.column_sources.values()]
+        wanted += [c for c in [spec.options.dataset_column] if c and c not in wanted]
+        copy = stage_dataset(spec.path, wanted, folder)
+        return TokenSource(replace(spec, path=str(copy)))
+    path, split = split_path(spec.path)
+    if split is not None or _is_tokens(path):
         if spec.options.obs_filter:
-            raise ValueError(f"{spec.path}: {_ONLY_SOMA}")
+            raise ValueError(f"{spec.path}: {_NO_OBS}")
         return TokenSource(spec)
     try:
         return CountSource(spec, _open_store(spec, path, staging), annotation)
-    except (OSError, KeyError, TypeError, RuntimeError) as error:
+    except DAMAGE as error:
+        codec = missing_codec(error)
+        if codec:
+            raise ValueError(f"{spec.path}: {codec}") from error
+        if isinstance(error, ValueError) and spec.path in str(error):
+            raise
         raise ValueError(
             f"{spec.path}: not readable ({error}); is it complete, and of the kind its name says?"
         ) from error
@@ -60,7 +85,10 @@ def _is_tokens(path: Path) -> bool:
     if path.suffix in (".parquet", ".arrow"):
         return True
     return path.is_dir() and bool(
-        list(path.glob("*.arrow")) or list(path.glob("*.parquet")) or (path / "state.json").exists()
+        (path / "dataset_dict.json").exists()
+        or (path / "state.json").exists()
+        or list(path.glob("*.arrow"))
+        or list(path.glob("*.parquet"))
     )
 
 
@@ -72,10 +100,16 @@ def _open_store(spec: SourceSpec, path: Path, staging: Path | None) -> Store:
         return CensusStore(spec.path, counts, spec.options.organism, spec.options.obs_filter)
     if not path.exists():
         raise ValueError(f"{spec.path}: no such file or folder")
-    if spec.options.obs_filter:
-        raise ValueError(f"{spec.path}: {_ONLY_SOMA}")
+    found = _open_matrix(spec, path, staging)
+    query = spec.options.obs_filter
+    return choose_cells(spec.path, found, query) if query else found
+
+
+def _open_matrix(spec: SourceSpec, path: Path, staging: Path | None) -> Store:
+    counts = spec.options.counts
     folder = (staging or _temporary_folder()) / row_copy_name(spec)
-    if path.is_dir() and any((path / n).exists() for n in ("matrix.mtx", "matrix.mtx.gz")):
+    is_folder = path.is_dir() and any((path / n).exists() for n in ("matrix.mtx", "matrix.mtx.gz"))
+    if is_folder or (path.is_file() and mtx_sample(path) is not None):
         from data_prep.formats.tenx import MtxStore
 
         _require_plain(spec)
@@ -85,12 +119,15 @@ def _open_store(spec: SourceSpec, path: Path, staging: Path | None) -> Store:
 
         return LoomStore(path, counts)
     if path.suffix == ".h5":
-        from data_prep.formats.tenx import TenxStore, is_tenx
+        from data_prep.formats.tenx import TenxStore, is_tenx, refuse_molecules
 
         if is_tenx(path):
             _require_plain(spec)
-            return TenxStore(path)
-    if path.suffix in (".h5ad", ".h5", ".zarr") or path.name.endswith(".zarr.zip"):
+            # A file of Cell Ranger 2 has a group for each genome, and names it nowhere else.
+            return TenxStore(path, spec.options.genome)
+        if h5py.is_hdf5(path):
+            refuse_molecules(path)
+    if path.suffix in (".h5ad", ".h5mu", ".h5", ".zarr") or path.name.endswith(".zarr.zip"):
         from data_prep.formats.anndata_store import AnnDataStore
 
         return AnnDataStore(path, counts, folder)

@@ -13,20 +13,27 @@ under a name that says what it is, so a killed run continues.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import logging
+from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
 from data_prep import decide, encode, write
 from data_prep import shards as shards_format
+from data_prep.chunks import Chunk, tokens_path
 from data_prep.corpus import carried_columns
-from data_prep.decide import Chunk, WritePlan
+from data_prep.decide import WritePlan
 from data_prep.encode import EncodeJob, EncodeRecord, encode_stretch
 from data_prep.filters import merge_moments
+from data_prep.known_share import KnownCounts, refuse_unknown
 from data_prep.manifest import Decisions, write_manifest
 from data_prep.open import row_copy_name
-from data_prep.shards import SPLITS
+from data_prep.shards import SPLITS, file_sha256
 from data_prep.sources import SourceSpec
 from data_prep.survey import (
     PrepareOptions,
@@ -39,7 +46,9 @@ from data_prep.vocab import Vocabulary
 from data_prep.workers import SERIAL, Progress, Workers, counter
 from data_prep.workspace import (
     check_disk,
+    complete_already,
     force_to_disk,
+    full_disk_named,
     locked_workspace,
     move_up,
     remove_stale,
@@ -83,25 +92,48 @@ def prepare(
     """
     columns = carried_columns(specs)
     check_options(options, columns)
-    with locked_workspace(out, shards_format.MANIFEST_NAME) as work:
+    request = _request(specs, vocabulary, options)
+    if complete_already(out, shards_format.MANIFEST_NAME, request):
+        # A run that was killed in its last moments: nothing is left to do but to tidy up.
+        return json.loads((out / shards_format.MANIFEST_NAME).read_text())
+    with locked_workspace(out, shards_format.MANIFEST_NAME, request) as work:
         survey = survey_sources(specs, work, vocabulary, options, workers, progress)
-        check_disk(work, 2 * survey.estimated_bytes(columns) - used_bytes(work))
-        jobs = encode_jobs(survey, work, options, with_tokens=True)
-        _remove_stale(work, jobs)
-        records = encode_all(jobs, workers, progress)
-        decisions = decide_all(work, jobs, records, survey, options, progress)
-        return _write_all(work, decisions, survey, options, workers, progress)
+        needed = 2 * survey.estimated_bytes(columns) - used_bytes(work)
+        check_disk(work, needed)
+        with full_disk_named(work, 2 * survey.estimated_bytes(columns)):
+            return _encode_and_write(work, survey, options, workers, progress)
 
 
-def _remove_stale(work: Path, jobs: list[EncodeJob]) -> None:
+def _encode_and_write(
+    work: Path, survey: Survey, options: PrepareOptions, workers: Workers, progress: Progress
+) -> dict:
+    jobs = encode_jobs(survey, work, options, with_tokens=True)
+    finished = [encode.finished_record(j) for j in jobs]
+    _remove_stale(work, jobs, finished)
+    records = encode_all(jobs, workers, progress, finished)
+    decisions = decide_all(work, jobs, records, survey, options, progress)
+    return _write_all(work, decisions, survey, options, workers, progress)
+
+
+def _request(
+    specs: list[SourceSpec], vocabulary: Vocabulary | None, options: PrepareOptions
+) -> str:
+    """Return a hash of what a run was asked for, as far as it decides the result."""
+    settings = asdict(replace(options, annotation=None, memory_gib=0.0))
+    table = file_sha256(options.annotation) if options.annotation else None
+    made_of = vocabulary.file_text if vocabulary else None
+    text = json.dumps([[s.signature() for s in specs], made_of, settings, table])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _remove_stale(work: Path, jobs: list[EncodeJob], finished: list[EncodeRecord | None]) -> None:
     keep = {j.vocabulary.name for j in jobs}
     keep |= {row_copy_name(j.spec) for j in jobs}
-    for job in jobs:
-        record = encode.finished_record(job)
+    for job, record in zip(jobs, finished, strict=True):
         if record is not None:
             keep.add(job.record_path.name)
             for name, _, _ in record.chunks:
-                keep |= {name, encode.tokens_path(Path(name)).name}
+                keep |= {name, tokens_path(Path(name)).name}
     prefixes = ("tars-", "plan-", "decisions-", "medians-")
     keep |= {p.name for p in work.iterdir() if p.name.startswith(prefixes)}
     removed = remove_stale(work, keep)
@@ -110,17 +142,54 @@ def _remove_stale(work: Path, jobs: list[EncodeJob]) -> None:
         logger.warning("%d chunks of an earlier run do not fit and are removed", chunks)
 
 
-def encode_all(jobs: list[EncodeJob], workers: Workers, progress: Progress) -> list[EncodeRecord]:
-    """Run pass 1 for all jobs that are not finished; return the records of all."""
-    records = [encode.finished_record(j) for j in jobs]
+def encode_all(
+    jobs: list[EncodeJob],
+    workers: Workers,
+    progress: Progress,
+    finished: list[EncodeRecord | None] | None = None,
+) -> list[EncodeRecord]:
+    """Run pass 1 for all jobs that are not finished; return the records of all.
+
+    `finished`: records of jobs that an earlier run has finished; None: they are looked for.
+    """
+    records = finished or [encode.finished_record(j) for j in jobs]
     open_jobs = [n for n, r in enumerate(records) if r is None]
     sizes = [jobs[n].stop - jobs[n].start for n in open_jobs]
     done = sum(j.stop - j.start for j in jobs) - sum(sizes)
     shown = counter(progress, "encoding", sizes, done)
-    new = workers.run(encode_stretch, [jobs[n] for n in open_jobs], shown)
-    for number, record in zip(open_jobs, new, strict=True):
-        records[number] = record
+    known = KnownSoFar(jobs)
+    for job, record in zip(jobs, records, strict=True):
+        if record is not None:
+            known.add(job, record)
+    with contextlib.closing(workers.each(encode_stretch, [jobs[n] for n in open_jobs])) as ended:
+        for number, record in ended:
+            records[open_jobs[number]] = record
+            known.add(jobs[open_jobs[number]], record)
+            shown(number)
     return [r for r in records if r is not None]
+
+
+class KnownSoFar:
+    """Refuses a source of which too little is known as soon as all of it was read."""
+
+    def __init__(self, jobs: list[EncodeJob]) -> None:
+        self._left = Counter(job.spec for job in jobs)
+        self._counts: dict[SourceSpec, KnownCounts] = {}
+
+    def add(self, job: EncodeJob, record: EncodeRecord) -> None:
+        """Add a stretch.
+
+        Raises
+        ------
+        ValueError
+            It was the last of its source, and the vocabulary knows too little of a data set.
+        """
+        spec = job.spec
+        self._counts[spec] = self._counts.get(spec, KnownCounts()).merge(record.known)
+        self._left[spec] -= 1
+        if not self._left[spec]:
+            advice = "Lower it only if this is meant"
+            refuse_unknown(spec.path, self._counts[spec], job.settings.min_overlap, advice)
 
 
 def decide_all(
@@ -135,26 +204,27 @@ def decide_all(
     progress("filtering", 0, 1)
     number_of = {s.spec: n for n, s in enumerate(survey.sources)}
     chunks: list[Chunk] = []
-    inside, total = np.zeros(len(number_of)), np.zeros(len(number_of))
+    known = [KnownCounts() for _ in number_of]
+    fractional = np.zeros((len(number_of), 2), dtype=np.int64)
     first = 0
     for job, record in zip(jobs, records, strict=True):
         number = number_of[job.spec]
-        inside[number] += record.counts_in_vocabulary
-        total[number] += record.counts
+        known[number] = known[number].merge(record.known)
+        fractional[number] += record.fractional
         for name, cells, _ in record.chunks:
             chunks.append(Chunk(name, number, cells, first))
             first += cells
     moments = merge_moments(r.moments for r in records)
-    codes = decide.decide_reasons(
+    codes, same = decide.decide_reasons(
         work, chunks, moments, options.max_sd_counts, options.max_sd_mito, options.dedup,
-        options.memory_gib,
+        options.memory_gib, [s.spec for s in survey.sources], options.heldout_by, options.same_side,
     )  # fmt: skip
     names = [s.spec.name for s in survey.sources]
     slots = survey.vocabulary.max_length - (2 if survey.vocabulary.has_cls else 0)
     specials = survey.vocabulary.max_length - slots
     reports = decide.report_datasets(work, chunks, codes, names, slots, specials)
-    shares = [i / t if t else None for i, t in zip(inside.tolist(), total.tolist(), strict=True)]
-    return Decisions(chunks, codes, moments, reports, shares)
+    fractions = [int(n) / int(of) if of else None for n, of in fractional]
+    return Decisions(chunks, codes, moments, reports, known, same, fractions)
 
 
 def plan_shards(
@@ -170,7 +240,8 @@ def plan_shards(
     length = survey.vocabulary.max_length
     histogram = decide.length_histogram(work, decisions.chunks, decisions.codes, length)
     for split, cells in zip(SPLITS, histogram.sum(axis=1).tolist(), strict=True):
-        if cells == 0:
+        # Nothing held out is what --heldout 0 asks for.
+        if cells == 0 and (split == "train" or options.heldout_share > 0):
             raise ValueError(
                 f"no cell is left for the {split} split ({survey.num_cells} read, "
                 f"{int(histogram.sum())} kept): give more cells, or another --heldout share"

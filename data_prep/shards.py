@@ -37,6 +37,7 @@ import pyarrow.parquet as pq
 
 from data_prep.files import LAUNCH_FOLDER
 from data_prep.members import IndexColumns, OpenFiles, is_intact
+from data_prep.members import decode as decode
 from data_prep.vocab import Vocabulary, load_vocabulary
 
 if TYPE_CHECKING:

@@ -8,34 +8,46 @@ what to do.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from data_prep.counts import check_counts, scan_counts
-from data_prep.formats.store import Store, as_text
+from data_prep import obs_columns
+from data_prep.count_kinds import Place, check_integers, fractional_values
+from data_prep.counts import CountScan, scan_counts
+from data_prep.features import genes_of, of_one_genome
+from data_prep.formats.compression import missing_codec
+from data_prep.formats.store import Store, as_text, mtx_sample
+from data_prep.gene_names import ENSEMBL, FoundGenes, plain_id, present, strip_version
 from data_prep.genes import (
-    ENSEMBL,
-    ENSEMBL_VERSIONED,
     SYMBOL_COLUMNS,
     Annotation,
     mitochondrial_columns,
     species_of,
-    strip_version,
 )
+from data_prep.obs_columns import FILTER_COLUMN, PRIMARY, checked_totals, count_secondary
 from data_prep.vocab import Vocabulary
 
 _READ_CELLS = 4096
 _READ_VALUES = 1 << 24  # 12 to 16 bytes each while a block is in use
-_FILTER_COLUMN = "filter_pass"
+_NAMED = 20  # names in a record
+_FEWEST_KNOWN = 0.01  # of genes, however little of the counts is asked for
+# What readers of formats raise where bytes are wrong, sizes above memory included.
+DAMAGE = (
+    OSError, KeyError, RuntimeError, IndexError, ValueError, TypeError, AttributeError, MemoryError,
+    OverflowError,
+)  # fmt: skip
+INDEX = "index"  # as a gene column: the index of var, also where it has a column of ids
 CENSUS = "census"  # in front of a version or URI, where others have a path
-_SUFFIXES = (".h5ad", ".loom", ".zarr", ".h5", ".parquet", ".arrow", ".dataset")
+_SUFFIXES = (".h5ad", ".h5mu", ".loom", ".zarr", ".h5", ".parquet", ".arrow", ".dataset")
 
 
 @dataclass(frozen=True)
@@ -47,13 +59,13 @@ class SourceOptions:
     counts
         Where the raw counts are: ``X``, ``raw``, or ``layers/NAME``.
     gene_column
-        Column of ``var`` with gene ids; None: ``ensembl_id`` where it exists, else the index.
+        Column of ``var`` with gene ids; ``index``: its index; None: ``ensembl_id`` where it exists,
+        else the index.
     columns
         Columns of ``obs`` to carry along, as strings: ``donor``, or ``donor=donor_id`` to call the
         column ``donor_id`` of this source ``donor``.
     total_column
-        Column of ``obs`` with a cell's total counts, for files that hold some genes only; None: the
-        sum over the file.
+        Column of ``obs`` with totals, for files that hold some genes only; None: sums of the file.
     strip_versions
         Cut ``.5`` from ``ENSG00000141510.5``.
     dataset_column
@@ -61,7 +73,15 @@ class SourceOptions:
     organism
         ``human``, ``mouse``, ...: the species that the gene ids must be of; None: not checked.
     obs_filter
-        For a CELLxGENE Census or another SOMA experiment: its query over obs.
+        Query over obs: only cells for which it is true are read. Of a CELLxGENE Census or another
+        SOMA experiment its own, else that of pandas (`data_prep.cell_choice`).
+    genome
+        Of files with features of several genomes: the one whose features are read.
+    fractional
+        What becomes of fractional counts (`data_prep.count_kinds`): ``round``, ``keep`` (they are
+        ranked as they are), or None: refused.
+    force_counts
+        Take integers that do not look like counts: binarised, or rounded to a constant total.
     """
 
     counts: str = "X"
@@ -72,6 +92,9 @@ class SourceOptions:
     dataset_column: str | None = None
     organism: str | None = None
     obs_filter: str | None = None
+    genome: str | None = None
+    fractional: Literal["round", "keep"] | None = None
+    force_counts: bool = False
 
     @property
     def column_names(self) -> tuple[str, ...]:
@@ -88,14 +111,17 @@ class SourceOptions:
 class SourceSpec:
     """One source of a corpus: where it is, what it is called, how it is read.
 
-    `name` is the source's identity: with the row number it decides a cell's place in the shuffle.
-    `dataset` groups sources for the quality filters. `path` is text, because a Census is no file.
+    `name` is its identity: with the row number it decides a cell's place in the shuffle.
+    `dataset` groups sources for the quality filters. `path` is text, because a Census is no file,
+    and ``FOLDER#SPLIT`` is one split of a Hugging Face DatasetDict. `split` is ``train`` or
+    ``heldout`` where the source says it of all its cells.
     """
 
     path: str
     name: str
     dataset: str
     options: SourceOptions = field(default_factory=SourceOptions)
+    split: str | None = None
 
     def signature(self, deep: bool = False) -> str:
         """Return a hash of what the source is: settings, size and time of its files.
@@ -103,12 +129,19 @@ class SourceSpec:
         Of folders, two levels; `deep`: all of it. A zarr group may have a million files, so that is
         for once a run, and two levels are for each stretch. The path is not in it.
         """
-        path, settings = Path(self.path), asdict(self) | {"path": ""}
-        if self.path.startswith(f"{CENSUS}:"):
+        path, settings = split_path(self.path.removeprefix("hf:"))[0], asdict(self) | {"path": ""}
+        if self.path.startswith((f"{CENSUS}:", "hf:")):
             settings["path"] = self.path
         found = [path] if path.exists() else []
+        sample = mtx_sample(path)
+        if sample is not None and path.is_file():  # the tables beside it belong to it
+            found += [
+                p for name in ("barcodes", "features", "genes")
+                for p in path.parent.glob(f"{glob.escape(sample[0] + name + sample[1])}.tsv*")
+            ]  # fmt: skip
         found += path.rglob("*") if deep else [*path.glob("*"), *path.glob("*/*")]
-        states = sorted((str(p.relative_to(path)), p.stat()) for p in found)
+        base = path.parent if path.is_file() else path
+        states = sorted((str(p.relative_to(base)) if p != path else ".", p.stat()) for p in found)
         files = [(name, s.st_size, s.st_mtime_ns) for name, s in states]
         text = json.dumps([settings, files], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -122,7 +155,8 @@ class CountBlock:
     zeros possible; `metadata` maps a carried column to one string per cell; `passes` is False where
     the source itself marks a cell as filtered out (``filter_pass`` other than 1); `totals` float64
     [cells], all counts of a cell; `mitochondrial` float64 [cells], share of the counts in
-    mitochondrial genes, NaN where the source has none of these genes.
+    mitochondrial genes, NaN where the source has none of these genes; `fractional`, how many
+    values were no integers.
     """
 
     data: np.ndarray
@@ -134,11 +168,16 @@ class CountBlock:
     passes: np.ndarray
     totals: np.ndarray
     mitochondrial: np.ndarray
+    fractional: int = 0
 
 
 @dataclass(frozen=True)
 class GeneReport:
-    """What became of a source's genes under a vocabulary."""
+    """What became of a source's genes under a vocabulary.
+
+    `left_out`: kind of features that are no genes (antibodies, another genome) -> how many;
+    `found_as`, `upper_cased`, `case_collisions`: see `data_prep.gene_names.FoundGenes`.
+    """
 
     genes: int
     known: int
@@ -146,6 +185,10 @@ class GeneReport:
     duplicated: int
     nameless: int
     species: str | None
+    left_out: dict[str, int] = field(default_factory=dict)
+    found_as: dict[str, int] = field(default_factory=dict)
+    upper_cased: int = 0
+    case_collisions: list[str] = field(default_factory=list)
 
 
 class CountSource:
@@ -156,61 +199,81 @@ class CountSource:
     def __init__(
         self, spec: SourceSpec, store: Store, annotation: Annotation | None = None
     ) -> None:
-        self.spec, self.store = spec, store
-        self.path, self.name, self.options = spec.path, spec.name, spec.options
-        self.num_cells, self.num_genes = store.num_cells, store.num_genes
-        self._annotation = annotation
-        if self.num_cells == 0 or self.num_genes == 0:
+        self.spec, self.options, self._annotation = spec, spec.options, annotation
+        self.path, self.name = spec.path, spec.name
+        self._found: tuple[Vocabulary, FoundGenes] | None = None
+        if store.num_cells == 0 or store.num_genes == 0:
             raise ValueError(
-                f"{self.path}: is empty: {self.num_cells} cells, {self.num_genes} genes"
+                f"{self.path}: is empty: {store.num_cells} cells, {store.num_genes} genes"
             )
+        store, kinds = genes_of(spec.path, store)
+        self._ids = self._read_ids(store)
+        self.store, genomes = of_one_genome(spec.path, store, self._ids, self.options.genome)
+        if self.store is not store:
+            self._ids = self._read_ids(self.store)
+        # Features that are no genes of this source: kind -> how many.
+        self.left_out = kinds | genomes
+        self.num_cells, self.num_genes = self.store.num_cells, self.store.num_genes
         obs = store.obs_columns()
         wanted = [*self.options.column_sources.values()]
         wanted += [c for c in (self.options.total_column, self.options.dataset_column) if c]
         missing = [c for c in wanted if c not in obs]
         if missing:
             raise ValueError(f"{self.path}: obs has no column {missing}; it has {obs}")
-        self._has_filter = _FILTER_COLUMN in obs
+        self._has_filter = FILTER_COLUMN in obs
 
     @cached_property
     def gene_ids(self) -> list[str]:
         """Gene ids, one per matrix column; '' where the source has none."""
-        column, columns = self.options.gene_column, self.store.var_columns()
-        if column is not None and column not in columns:
+        ids = [present(i) for i in self._ids]
+        return [strip_version(i) for i in ids] if self.options.strip_versions else ids
+
+    @cached_property
+    def _symbols(self) -> list[str] | None:
+        """Symbols of the genes, where the source has them beside ids."""
+        with self._damage_named("genes"):
+            columns = [c for c in SYMBOL_COLUMNS if c in self.store.var_columns()]
+            if columns:
+                return as_text(self.store.var(columns[0]))
+            if self.options.gene_column or "ensembl_id" in self.store.var_columns():
+                return as_text(self.store.var(None))  # then the index may hold them
+            return None
+
+    def find_genes(self, vocabulary: Vocabulary) -> FoundGenes:
+        """Return which genes of a vocabulary the source's are, and by which name."""
+        if self._found is None or self._found[0] is not vocabulary:
+            symbols = [[present(s) for s in self._symbols]] if self._symbols else []
+            self._found = vocabulary, vocabulary.lookup.find_all(self.gene_ids, symbols)
+        return self._found[1]
+
+    def _read_ids(self, store: Store) -> list[str]:
+        column, columns = self.options.gene_column, store.var_columns()
+        if column is not None and column not in columns and column != INDEX:
             raise ValueError(
                 f"{self.path}: var has no column '{column}'; --gene-column may be {columns}, or "
-                "leave it out to use the index"
+                f"'{INDEX}' for its index"
             )
         if column is None and "ensembl_id" in columns:
             column = "ensembl_id"
         with self._damage_named("genes"):
-            ids = as_text(self.store.var(column))
-        return [strip_version(i) for i in ids] if self.options.strip_versions else ids
+            return as_text(store.var(column if column in columns else None))
 
     @cached_property
     def mitochondrial(self) -> np.ndarray:
         """bool [genes], mitochondrial genes by id, table, or symbol."""
-        columns = [c for c in SYMBOL_COLUMNS if c in self.store.var_columns()]
-        has_id_column = self.options.gene_column or "ensembl_id" in self.store.var_columns()
-        symbols = as_text(self.store.var(columns[0])) if columns else None
-        if symbols is None and has_id_column:  # then the index may hold them
-            symbols = as_text(self.store.var(None))
-        return mitochondrial_columns(self.gene_ids, symbols, self._annotation)
+        ids = [plain_id(i) for i in self.gene_ids]
+        return mitochondrial_columns(ids, self._symbols, self._annotation)
+
+    @cached_property
+    def _species(self) -> str | None:
+        return species_of(self.gene_ids)
 
     def check_ids(self) -> None:
-        """Raise ValueError for ids of another organism than stated, or with versions."""
-        ids = self.gene_ids
-        species, expected = species_of(ids), self.options.organism
-        if expected and species and species != expected:
-            raise ValueError(
-                f"{self.path}: gene ids are of {species}, but the organism is given as {expected}"
-            )
-        versioned = [i for i in ids if ENSEMBL_VERSIONED.match(i)]
-        if versioned and not self.options.strip_versions:
-            raise ValueError(
-                f"{self.path}: {len(versioned)} of {len(ids)} gene ids carry a version (e.g. "
-                f"{versioned[0]}); add --strip-gene-versions to cut them off"
-            )
+        """Raise ValueError for ids of another organism than stated."""
+        found, stated = self._species, self.options.organism
+        if found and stated and found != stated:
+            said = f"gene ids are of {found}, but the organism is given as {stated}"
+            raise ValueError(f"{self.path}: {said}")
 
     def column_tokens(self, vocabulary: Vocabulary, min_overlap: float) -> np.ndarray:
         """Return int32 [genes] tokens, -1 where unknown; refuse ids that do not fit the vocabulary.
@@ -218,18 +281,19 @@ class CountSource:
         Raises
         ------
         ValueError
-            Fewer than `min_overlap` of the source's genes are in the vocabulary, ids carry
-            versions, or are of another organism than stated.
+            Hardly any of the source's genes are in the vocabulary, or ids are of another organism
+            than stated.
         """
         self.check_ids()
         ids = self.gene_ids
-        species = species_of(ids)
-        tokens = vocabulary.tokens_of(ids)
+        species = self._species
+        tokens = self.find_genes(vocabulary).tokens
         known = int((tokens >= 0).sum())
-        if known < max(1, min_overlap * len(ids)):
+        # Before any cell is read: ids of another kind. What share of counts is known comes later.
+        if known < max(1, min(min_overlap, _FEWEST_KNOWN) * len(ids)):
             raise ValueError(
                 f"{self.path}: {known} of {len(ids)} gene ids ({known / max(1, len(ids)):.1%}) are "
-                f"in the vocabulary, less than {min_overlap:.0%}; they look like "
+                f"in the vocabulary; they look like "
                 f"{[i for i in ids if i][:3]}, the vocabulary like {list(vocabulary.genes[:2])}. "
                 + self._gene_advice(ids, species, species_of(vocabulary.genes[:1000]))
             )
@@ -239,7 +303,8 @@ class CountSource:
         """Return what to try when ids do not match."""
         candidates = []
         for column in self.store.var_columns():
-            values = [strip_version(v) for v in as_text(self.store.var(column)[:200])]
+            with self._damage_named("genes"):
+                values = [strip_version(v) for v in as_text(self.store.var(column)[:200])]
             if sum(bool(ENSEMBL.match(v)) for v in values) > len(values) / 2:
                 candidates.append(column)
         if candidates and not species:
@@ -256,15 +321,19 @@ class CountSource:
     def gene_report(self, vocabulary: Vocabulary) -> GeneReport:
         """Return how the source's genes meet a vocabulary."""
         ids = self.gene_ids
-        tokens = vocabulary.tokens_of(ids)
+        found = self.find_genes(vocabulary)
         repeated = sum(n - 1 for i, n in Counter(ids).items() if i and n > 1)
         return GeneReport(
             len(ids),
-            int((tokens >= 0).sum()),
+            int((found.tokens >= 0).sum()),
             sum(i in vocabulary.aliases for i in ids),
             repeated,
             sum(not i for i in ids),
-            species_of(ids),
+            self._species,
+            self.left_out,
+            found.found_as,
+            found.upper_cased,
+            found.case_collisions[:_NAMED],
         )
 
     def group_sizes(self, column: str) -> Counter[str]:
@@ -282,6 +351,28 @@ class CountSource:
                 values = self.store.obs(name, start, min(start + (1 << 20), self.num_cells))
             sizes.update(as_text(values))
         return sizes
+
+    @property
+    def num_filtered_out(self) -> int | None:
+        """Cells that the filter over obs leaves out; None where the format does not tell."""
+        return getattr(self.store, "num_filtered_out", 0)
+
+    def warnings(self) -> list[str]:
+        """Return what a user should know before any cell is read."""
+        if PRIMARY not in self.store.obs_columns() or PRIMARY in (self.options.obs_filter or ""):
+            return []
+        secondary = 0
+        for start in range(0, self.num_cells, 1 << 20):
+            stop = min(start + (1 << 20), self.num_cells)
+            with self._damage_named(f"column '{PRIMARY}'"):
+                values = as_text(self.store.obs(PRIMARY, start, stop))
+            secondary += count_secondary(values)
+        if not secondary:
+            return []
+        return [
+            f"{self.name}: {secondary:,} of {self.num_cells:,} cells are not primary data: they "
+            f"stand in another data set too; leave them out with --obs-filter '{PRIMARY} == True'"
+        ]
 
     def stretches(self, chunk_cells: int) -> list[tuple[int, int]]:
         """Return ranges of about `chunk_cells` cells that can be read independently."""
@@ -321,9 +412,7 @@ class CountSource:
                 f"{self.path}: cells {start}-{stop} name gene {indices.max()} of {self.num_genes}; "
                 "the file is damaged"
             )
-        scan = scan_counts(data, indices, indptr, self.mitochondrial)
-        if scan.is_suspicious:
-            check_counts(self.path, data, self.options.counts, self.store.counts_choices)
+        data, fractional, scan = self._checked(data, indices, indptr)
         with self._damage_named(f"cells {start}-{stop}"):
             cell_ids = self.store.cell_ids(start, stop)
             metadata = {
@@ -332,8 +421,8 @@ class CountSource:
             }
             passes = np.ones(stop - start, dtype=bool)
             if self._has_filter:
-                text = as_text(self.store.obs(_FILTER_COLUMN, start, stop))
-                passes = np.isin([t.lower() for t in text], ["1", "1.0", "true"])
+                text = as_text(self.store.obs(FILTER_COLUMN, start, stop))
+                passes = obs_columns.passes(self.path, text)
             datasets = [self.spec.dataset] * (stop - start)
             if self.options.dataset_column:
                 datasets = as_text(self.store.obs(self.options.dataset_column, start, stop))
@@ -343,41 +432,68 @@ class CountSource:
         if not self.mitochondrial.any():
             share = np.full(stop - start, np.nan)
         return CountBlock(
-            data, indices, indptr, cell_ids, datasets, metadata, passes, totals, share
+            data, indices, indptr, cell_ids, datasets, metadata, passes, totals, share, fractional
         )
 
+    def _checked(
+        self, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray
+    ) -> tuple[np.ndarray, int, CountScan]:
+        """Return the values as they are used, how many are no integers, and sums of the cells."""
+        place = Place(self.path, self.options.counts, self.store.counts_choices)
+        scan = scan_counts(data, indices, indptr, self.mitochondrial)
+        if not scan.is_suspicious:
+            if not self.options.force_counts:
+                check_integers(place, data, indptr, scan.totals)
+            return data, 0, scan
+        wanted = self.options.fractional
+        number = fractional_values(place, data, indptr, wanted is not None)
+        if wanted == "round" and number:
+            data = np.rint(data)
+            scan = scan_counts(data, indices, indptr, self.mitochondrial)
+        return data, number, scan
+
     def _totals(self, sums: np.ndarray, ids: list[str], start: int, stop: int) -> np.ndarray:
-        """Return the cells' totals; a column that is smaller than the counts is refused."""
-        column = self.options.total_column
-        if column is None:
+        if (column := self.options.total_column) is None:
             return sums
-        values = as_text(self.store.obs(column, start, stop))
-        try:
-            totals = np.array([float(v) if v else np.nan for v in values])
-        except ValueError as error:
-            raise ValueError(f"{self.path}: obs['{column}'] holds text: {error}") from error
-        wrong = np.flatnonzero(~(totals >= sums - 0.5))
-        if wrong.size:
-            raise ValueError(
-                f"{self.path}: obs['{column}'] is no number or below the counts of {wrong.size} "
-                f"cells, e.g. {totals[wrong[0]]:g} against {sums[wrong[0]]:g} in "
-                f"{ids[wrong[0]]}; it is no total of these counts"
-            )
-        return totals
+        with self._damage_named(f"column '{column}'"):
+            values = as_text(self.store.obs(column, start, stop))
+        return checked_totals(self.path, column, values, sums, ids)
 
     @contextlib.contextmanager
     def _damage_named(self, what: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, KeyError, RuntimeError, IndexError, ValueError) as error:
+        except DAMAGE as error:
+            codec = missing_codec(error)
+            if codec:
+                raise ValueError(f"{self.path}: {codec}") from error
             raise ValueError(
                 f"{self.path}: {what} cannot be read ({error}); the file is damaged or was changed "
                 "while it was read"
             ) from error
 
 
+def split_path(path: str) -> tuple[Path, str | None]:
+    """Return the folder and the split that ``FOLDER#SPLIT`` names; any other path and None."""
+    folder, mark, name = path.rpartition("#")
+    if mark and name and not Path(path).exists() and Path(folder).is_dir():
+        return Path(folder), name
+    return Path(path), None
+
+
 def source_at(path: Path | str, options: SourceOptions) -> SourceSpec:
     """Return the spec of a single path: its name is the file's, and so is its data set's."""
+    if str(path).startswith("hf:"):
+        name = str(path).removeprefix("hf:").rstrip("/")
+        return SourceSpec(str(path), name, name.partition("#")[0], options)
+    folder, split = split_path(str(path))
+    if split is not None:
+        whole = source_at(folder, options)
+        return replace(whole, path=str(path), name=f"{whole.name}#{split}")
+    sample = mtx_sample(Path(path))
+    if sample is not None:  # GSM1_P1_matrix.mtx.gz: GSM1_P1
+        name = (sample[0].rstrip("_.-") + sample[1]) or Path(path).absolute().parent.name
+        return SourceSpec(str(path), name, name, options)
     name = str(path) if str(path).startswith(f"{CENSUS}:") else Path(path).absolute().name
     for suffix in (".zip", *_SUFFIXES):
         name = name.removesuffix(suffix)

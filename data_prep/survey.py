@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections import Counter
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import encode
+from data_prep.chunks import INTERNAL
 from data_prep.corpus import carried_columns
 from data_prep.encode import EncodeJob, EncodeSettings
 from data_prep.genes import Annotation, read_annotation
@@ -28,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 # Cells of one chunk: 40 MB of tokens at 1,300 genes.
 CHUNK_CELLS = 16_384
-RESERVED_COLUMNS = {"input_ids", "cell_id", "dataset", *encode.INTERNAL}
+RESERVED_COLUMNS = {"input_ids", "cell_id", "dataset", *INTERNAL}
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class PrepareOptions:
     dedup
         Reject cells whose counts (or tokens) equal those of an earlier cell.
     min_overlap
-        Smallest share of a source's genes that must be in the vocabulary.
+        Smallest share of the counts of a data set that must be in genes of the vocabulary.
     heldout_share
         Share of cells in the held-out split; whole groups are taken until it is reached.
     heldout_by
@@ -61,6 +63,9 @@ class PrepareOptions:
         Bound of what each process holds at a time while the tars are written.
     annotation
         Table of genes with biotypes, for ``--vocab build`` and for mitochondrial genes.
+    same_side
+        Cells that stand more than once are held out together or not at all; False only to make
+        anew what was made before this was so.
     """
 
     seed: int = 0
@@ -68,7 +73,7 @@ class PrepareOptions:
     max_sd_counts: float = 3.0
     max_sd_mito: float = 3.0
     dedup: bool = False
-    min_overlap: float = 0.1
+    min_overlap: float = 0.5
     heldout_share: float = 0.02
     heldout_by: str = "cell"
     block_cells: int = 256
@@ -77,12 +82,15 @@ class PrepareOptions:
     vocabulary_min_cells: int = 3
     max_length: int | None = None
     annotation: Path | None = None
+    same_side: bool = True
 
 
 def check_options(options: PrepareOptions, columns: tuple[str, ...]) -> None:
     """Raise ValueError for settings that cannot be."""
-    if not 0 < options.heldout_share < 1:
-        raise ValueError(f"--heldout {options.heldout_share}: must lie between 0 and 1")
+    if not 0 <= options.heldout_share < 1:
+        raise ValueError(
+            f"--heldout {options.heldout_share}: must lie between 0 and 1, or be 0 to hold out none"
+        )
     if options.heldout_by not in ("cell", "dataset", *columns):
         raise ValueError(
             f"--heldout-by {options.heldout_by}: must be cell, dataset, or a column given as --obs"
@@ -129,6 +137,8 @@ class SourceSurvey:
     stretches: list[tuple[int, int]]
     genes: GeneReport | None
     group_sizes: Counter[str]
+    filtered_out: int | None = 0
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -199,15 +209,16 @@ def survey_source(
 ) -> SourceSurvey:
     """Open one source and check its genes and columns."""
     source: Source = open_source(spec, work, annotation)
-    genes = None
+    genes, filtered_out, warnings = None, 0, ()
     if isinstance(source, CountSource):
         source.column_tokens(vocabulary, options.min_overlap)
         genes = source.gene_report(vocabulary)
+        filtered_out, warnings = source.num_filtered_out, tuple(source.warnings())
     by = options.heldout_by
     sizes = Counter() if by == "cell" else source.group_sizes(by)
     return SourceSurvey(
         spec, spec.signature(deep=True), spec.signature(), source.kind, source.num_cells,
-        source.stretches(CHUNK_CELLS), genes, sizes,
+        source.stretches(CHUNK_CELLS), genes, sizes, filtered_out, warnings,
     )  # fmt: skip
 
 
@@ -218,7 +229,7 @@ def choose_heldout_groups(sizes: Counter[str], options: PrepareOptions) -> tuple
     there are only such groups, the smallest is taken. Cells without a value are never held out.
     """
     by = options.heldout_by
-    if by == "cell":
+    if by == "cell" or not options.heldout_share:
         return ()
     total = sum(sizes.values())
     names = sorted(n for n in sizes if n)
@@ -251,9 +262,12 @@ def encode_jobs(
     survey: Survey, work: Path, options: PrepareOptions, with_tokens: bool
 ) -> list[EncodeJob]:
     """Return the jobs of pass 1, in the order of the sources."""
-    path = work / f"vocabulary-{survey.vocabulary.sha256[:24]}.json"
+    # Symbols are not in the vocabulary's own hash, but they decide which genes are found.
+    text = survey.vocabulary.file_text
+    lookup_sha256 = hashlib.sha256(text.encode()).hexdigest()
+    path = work / f"vocabulary-{lookup_sha256[:24]}.json"
     if not path.exists():
-        encode.write_text(path, survey.vocabulary.to_json() + "\n")
+        encode.write_text(path, text)
     sizes: Counter[str] = Counter()
     for source in survey.sources:
         sizes.update(source.group_sizes)
@@ -278,7 +292,7 @@ def encode_jobs(
         jobs += [
             EncodeJob(
                 work, source.spec, source.signature, source.quick_signature, start, stop, path,
-                survey.vocabulary.sha256, options.annotation, own,
+                lookup_sha256, options.annotation, own,
             )
             for start, stop in source.stretches
         ]  # fmt: skip

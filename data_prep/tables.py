@@ -9,9 +9,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from data_prep.gene_names import FOUND_AS
+
 if TYPE_CHECKING:
     from data_prep.check import CheckResult
     from data_prep.verify import Problem
+
+
+_SHOWN_PAIRS = 10
 
 
 def padding_share(buckets: list[dict]) -> float:
@@ -25,6 +30,8 @@ def print_manifest(manifest: dict, folder: str, console: Console | None = None) 
     console = console or _console()
     console.print(_sources_table(manifest["sources"]))
     _print_rejections(manifest, console)
+    _print_same_cells(manifest.get("same_cells", {}), console)
+    _print_warnings(manifest.get("warnings", []), console)
     console.print(_buckets_table(manifest["buckets"]))
     buckets, shards = manifest["buckets"], manifest["shards"]
     tokens = sum(b["tokens"] for b in buckets)
@@ -60,9 +67,11 @@ def print_check(result: CheckResult, console: Console | None = None) -> None:
             f"{tokens:,} tokens",
             highlight=False,
         )
+        _print_same_cells(result.same_cells, console)
     for problem in result.problems:
         console.print(f"problem: {problem}", highlight=False, markup=False, soft_wrap=True)
-    if not result.problems:
+    _print_warnings(result.warnings, console)
+    if not result.problems and not result.warnings:
         console.print("no problem found")
 
 
@@ -75,10 +84,37 @@ def print_problems(problems: list[Problem], console: Console | None = None) -> N
         console.print("every checksum, count and bound is as recorded")
 
 
+def _print_warnings(warnings: list[str], console: Console) -> None:
+    for warning in warnings:
+        console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_same_cells(same: dict, console: Console) -> None:
+    """Print where cells stand that equal an earlier one, and what was done about it."""
+    if not same.get("cells"):
+        return
+    lines = [
+        f"{same['cells']:,} cells equal an earlier one; {same['moved']:,} went to the side of the "
+        f"split where the first one is, {same['divided']:,} are still on the other"
+    ]
+    lines += [
+        f"  {pair['cells']:,} in '{pair['copy']}' equal one in '{pair['first']}'"
+        + (f", {pair['divided']:,} of them on the other side" if pair["divided"] else "")
+        for pair in same["pairs"][:_SHOWN_PAIRS]
+    ]
+    if same["num_pairs"] > _SHOWN_PAIRS:
+        lines.append(f"  and {same['num_pairs'] - _SHOWN_PAIRS:,} more pairs (manifest.json)")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 def _print_rejections(manifest: dict, console: Console) -> None:
     """Print what was summed, renamed and rejected, by source and data set."""
     for s in manifest["sources"]:
         genes = s["genes"]
+        if s.get("filtered_out"):
+            line = f"{s['name']}: {s['filtered_out']:,} cells left out by --obs-filter"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         if not isinstance(genes, dict):  # tokens, or a manifest of format 1
             continue
         for number, text in (
@@ -89,6 +125,26 @@ def _print_rejections(manifest: dict, console: Console) -> None:
             if number:
                 line = f"{s['name']}: {number:,} {text}"
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
+        found = genes.get("found_as", {})
+        if set(found) - {"id", "not found"}:
+            counts = ", ".join(
+                f"{number:,} as {how}" for how in FOUND_AS if (number := found.get(how))
+            )
+            upper = genes["upper_cased"]
+            counts += f"; {upper:,} in upper case only" if upper else ""
+            line = f"{s['name']}: genes found as: {counts}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if genes.get("case_collisions"):
+            names = ", ".join(genes["case_collisions"])
+            line = f"{s['name']}: names that differ in case only from another gene's: {names}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if s.get("fractional_values"):
+            done = {"round": "rounded", "keep": "ranked as they are"}[s["options"]["fractional"]]
+            line = f"{s['name']}: {s['fractional_values']:.1%} of the values are fractions: {done}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        for kind, number in genes.get("left_out", {}).items():
+            line = f"{s['name']}: {number:,} features left out: {kind}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     datasets = [d for d in manifest.get("datasets", manifest["sources"]) if d["rejected"]]
     if not datasets:
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,12 +17,16 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from data_prep.rank import token_dtype
-from data_prep.sources import SourceSpec
+from data_prep.sources import SourceSpec, split_path
 from data_prep.vocab import Vocabulary
 
 # More cells than this never share their first and their last gene by chance.
 _FRAME_CELLS = 20
 _READ_CELLS = 4096
+# As `datasets` and the Hub name files: train-00000-of-00002.parquet, test.arrow.
+_SPLIT_FILE = re.compile(
+    r"(train|training|test|validation|valid|val|dev|eval)(?:[-_.].*)?\.(?:arrow|parquet)$"
+)
 _ARROW_FILE_MAGIC = b"ARROW1"
 
 
@@ -56,15 +61,18 @@ class TokenSource:
 
     def __init__(self, spec: SourceSpec) -> None:
         self.spec, self.path, self.name, self.options = spec, spec.path, spec.name, spec.options
-        self._files = _list_files(Path(spec.path))
+        self._files = _list_files(*split_path(spec.path))
         self._batch_lists: dict[int, list[pa.RecordBatch]] = {}
         self._parquets: dict[int, pq.ParquetFile] = {}
         self._mappings: list[mmap.mmap] = []
         self._units: list[_Unit] = []
+        # Column -> names of its numbers, where Hugging Face's datasets wrote them down.
+        self._labels: dict[str, list[str]] = {}
         self.num_cells = 0
         for number, file in enumerate(self._files):
             schema, sizes = self._open(number)
             self._check_schema(file, schema)
+            self._labels |= _class_labels(schema)
             for i, size in enumerate(sizes):
                 self._units.append(_Unit(number, i, self.num_cells, self.num_cells + size))
                 self.num_cells += size
@@ -93,7 +101,7 @@ class TokenSource:
                 batches = list(reader)
             self._batch_lists[number] = batches
             return reader.schema, [b.num_rows for b in batches]
-        except (pa.ArrowInvalid, OSError, ValueError) as error:  # ValueError: an empty file
+        except (pa.ArrowException, OSError, ValueError, MemoryError) as error:  # e.g. an empty file
             raise ValueError(f"{file}: cannot be read as Arrow or parquet ({error})") from error
 
     def _check_schema(self, file: Path, schema: pa.Schema) -> None:
@@ -125,7 +133,7 @@ class TokenSource:
             return Counter({self.spec.dataset if is_dataset else "": self.num_cells})
         sizes: Counter[str] = Counter()
         for _, batch in self._batches(0, self.num_cells, [name]):
-            sizes.update(_texts(batch.column(name)))
+            sizes.update(self._texts(batch, name))
         return sizes
 
     def stretches(self, chunk_cells: int) -> list[tuple[int, int]]:
@@ -136,6 +144,19 @@ class TokenSource:
                 stretches.append((start, unit.stop))
                 start = unit.stop
         return [s for s in stretches if s[1] > s[0]]
+
+    def _texts(self, batch: pa.RecordBatch, column: str) -> list[str]:
+        """Return a column as text; numbers of classes by the names of the classes."""
+        values, names = batch.column(column).to_pylist(), self._labels.get(column)
+        if names is None:
+            return ["" if v is None else str(v) for v in values]
+        wrong = [v for v in values if v is not None and not -1 <= v < len(names)]
+        if wrong:
+            raise ValueError(
+                f"{self.path}: column '{column}' holds class {wrong[0]} of {len(names)}, "
+                f"{names[:5]}"
+            )
+        return ["" if v is None or v == -1 else names[v] for v in values]
 
     def _batches(
         self, start: int, stop: int, columns: list[str]
@@ -156,7 +177,7 @@ class TokenSource:
                 for part in parts:
                     yield row, part
                     row += part.num_rows
-            except (pa.ArrowInvalid, OSError) as error:
+            except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
                 raise ValueError(
                     f"{self._files[unit.file]}: is damaged at rows {unit.start}-{unit.stop} "
                     f"({error})"
@@ -181,13 +202,13 @@ class TokenSource:
                     f"'input_ids' holds {np.diff(offsets)[wrong[0]]} tokens"
                 )
             metadata = {
-                name: _texts(batch.column(column))
+                name: self._texts(batch, column)
                 for name, column in self.options.column_sources.items()
             }
             ids = [f"{self.name}:{i}" for i in range(row, row + batch.num_rows)]
             datasets = [self.spec.dataset] * batch.num_rows
             if dataset:
-                datasets = _texts(batch.column(dataset))
+                datasets = self._texts(batch, dataset)
             yield TokenBlock(tokens, offsets - offsets[0], ids, datasets, metadata)
         for mapping in self._mappings:
             # The pages that were read would count as this process's memory for ever.
@@ -252,15 +273,60 @@ def _narrow(tokens, first_gene, out):
     return low, high, special
 
 
-def _texts(column: pa.Array) -> list[str]:
-    return ["" if v is None else str(v) for v in column.to_pylist()]
+def _class_labels(schema: pa.Schema) -> dict[str, list[str]]:
+    """Return the names of classes that Hugging Face's datasets keeps in a schema, by column."""
+    try:
+        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = info.get("info", {}).get("features", {})
+        found = {
+            name: [str(n) for n in feature["names"]]
+            for name, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}  # another program's metadata under this name
+    return {name: names for name, names in found.items() if name in schema.names}
 
 
-def _list_files(path: Path) -> list[Path]:
+def split_names(path: Path) -> list[str]:
+    """Return the splits of a Hugging Face DatasetDict, as saved or as files; [] for anything else.
+
+    Files tell it by their names, ``test-00000-of-00001.parquet``, if there are two splits or more.
+    """
+    record = path / "dataset_dict.json"
+    if record.is_file():
+        try:
+            names = json.loads(record.read_text())["splits"]
+            return [str(n) for n in names]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{record}: does not list splits ({error!r})") from error
+    if not path.is_dir() or (path / "state.json").exists():
+        return []
+    files = sorted(path.glob("*.arrow")) or sorted(path.glob("*.parquet"))
+    found = [_SPLIT_FILE.match(f.name) for f in files]
+    names = sorted({m[1] for m in found if m}, key=lambda n: (not n.startswith("train"), n))
+    return names if len(names) > 1 else []
+
+
+def _list_files(path: Path, split: str | None = None) -> list[Path]:
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if not path.is_dir():
         return [path]
+    names = split_names(path)
+    if names and split is None:
+        raise ValueError(f"{path}: holds splits {names}; choose one: {path}#{names[0]}")
+    if split is not None:
+        if split not in names:
+            raise ValueError(f"{path}#{split}: there is no such split, only {names}")
+        if (path / split).is_dir():
+            return _files_of(path / split)
+        files = sorted(path.glob("*.arrow")) or sorted(path.glob("*.parquet"))
+        return [f for f in files if (m := _SPLIT_FILE.match(f.name)) and m[1] == split]
+    return _files_of(path)
+
+
+def _files_of(path: Path) -> list[Path]:
     state = path / "state.json"
     if state.exists():
         # The folder may also hold cache-*.arrow, results of a user's map() and filter().

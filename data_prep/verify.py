@@ -17,6 +17,7 @@ import pyarrow.ipc
 
 from data_prep import write
 from data_prep.corpus import expand_corpus
+from data_prep.manifest import record_sha256
 from data_prep.prepare import decide_all, encode_all, plan_shards, write_jobs
 from data_prep.shards import (
     INDEX_NAME,
@@ -31,6 +32,7 @@ from data_prep.shards import (
 )
 from data_prep.sources import SourceOptions, SourceSpec
 from data_prep.survey import PrepareOptions, encode_jobs, survey_sources
+from data_prep.vocab import CLS, EOS, Vocabulary
 from data_prep.workers import Progress, Workers, counter
 
 _TAR_HEADER = 512
@@ -78,6 +80,13 @@ def _verify_records(shards: ShardSet) -> list[Problem]:
     wanted = manifest.get("statistics_sha256")
     if wanted and not (statistics.exists() and file_sha256(statistics) == wanted):
         problems.append(f"{STATISTICS_NAME} is missing or damaged (nothing trains on it)")
+    wanted = manifest.get("record_sha256")
+    if wanted and record_sha256(manifest) != wanted:
+        problems.append("its settings, columns or reports were edited: record_sha256 is another")
+    block_cells = manifest["settings"].get("block_cells")
+    largest = int(shards.index["cells"].max()) if len(shards.index["cells"]) else 0
+    if not isinstance(block_cells, int) or largest > block_cells:
+        problems.append(f"settings.block_cells is {block_cells}, a block holds {largest} cells")
     counts = np.bincount(shards.index["shard"], minlength=len(manifest["shards"]))
     members = [[{}] * int(n) for n in counts]
     if summarise_buckets(manifest["shards"], members) != manifest["buckets"]:
@@ -153,7 +162,8 @@ def _member_problem(
         return f"{name} is {info.size} bytes long, the index says {len(payload)}"
     if zlib.crc32(payload) != int(index["crc32"][row]):
         return f"{name} is damaged: its checksum is wrong"
-    lists = pa.ipc.open_stream(payload).read_next_batch().column("input_ids")
+    batch = pa.ipc.open_stream(payload).read_next_batch()
+    lists = batch.column("input_ids")
     lengths = np.diff(np.asarray(lists.offsets))
     tokens = np.asarray(lists.values)
     if len(lengths) != index["cells"][row] or len(tokens) != index["tokens"][row]:
@@ -163,8 +173,31 @@ def _member_problem(
             f"{name} holds cells of {lengths.min()} to {lengths.max()} tokens, its bucket is "
             f"{shortest} to {index['bucket_length'][row]}"
         )
+    wrong = _special_problem(tokens, np.asarray(lists.offsets), shards.vocabulary)
+    if wrong:
+        return f"{name} {wrong}"
+    wanted = ["input_ids", "cell_id", "dataset", *shards.manifest["columns"]]
+    if batch.schema.names != wanted:
+        return f"{name} has the columns {batch.schema.names}, the manifest says {wanted}"
     if tokens.max() >= shards.vocabulary.num_tokens:
         return f"{name} holds token {tokens.max()} of {shards.vocabulary.num_tokens}"
+    return None
+
+
+def _special_problem(tokens: np.ndarray, offsets: np.ndarray, vocabulary: Vocabulary) -> str | None:
+    """Return what is wrong with special tokens: they stand at the ends, or nowhere."""
+    special = tokens < vocabulary.first_gene_token
+    if vocabulary.has_cls:
+        first, last = offsets[:-1], offsets[1:] - 1
+        framed = (tokens[first] == vocabulary.special_tokens[CLS]) & (
+            tokens[last] == vocabulary.special_tokens[EOS]
+        )
+        if not framed.all():
+            return f"holds {int((~framed).sum())} cells without {CLS} and {EOS} around them"
+        special[first] = special[last] = False
+    if special.any():
+        names = {number: name for name, number in vocabulary.special_tokens.items()}
+        return f"holds {names[int(tokens[special][0])]} inside a cell ({int(special.sum())} times)"
     return None
 
 
@@ -197,6 +230,7 @@ def repair(
         )
     settings: dict[str, Any] = dict(manifest["settings"])
     wanted = settings.pop("annotation_sha256", None)
+    settings.setdefault("same_side", False)
     if wanted != (file_sha256(annotation) if annotation else None):
         raise ValueError(f"{folder}: was made with another --annotation table; give that one")
     options = PrepareOptions(**settings | {"memory_gib": memory_gib, "annotation": annotation})
@@ -250,7 +284,10 @@ def _recorded_specs(manifest: dict, given: list[SourceSpec]) -> list[SourceSpec]
         options: dict[str, Any] = entry["options"] | {"columns": tuple(entry["options"]["columns"])}
         specs.append(
             replace(
-                by_name[entry["name"]], dataset=entry["dataset"], options=SourceOptions(**options)
+                by_name[entry["name"]],
+                dataset=entry["dataset"],
+                split=entry.get("split"),
+                options=SourceOptions(**options),
             )
         )
     return specs

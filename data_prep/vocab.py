@@ -9,12 +9,18 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import pickle
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+
+from data_prep.gene_names import GeneLookup
+
+logger = logging.getLogger(__name__)
 
 VOCABULARY_FORMAT = "geneloom-vocabulary/1"
 PAD, MASK, CLS, EOS = "<pad>", "<mask>", "<cls>", "<eos>"
@@ -41,6 +47,9 @@ class Vocabulary:
         Longest sequence, special tokens included.
     aliases
         Other ids (retired Ensembl ids, symbols) -> gene id of this vocabulary.
+    names
+        Current symbols -> gene id, to find genes in files (`data_prep.gene_names`). Not in the
+        hash: nothing that a model has learnt depends on them.
     """
 
     genes: tuple[str, ...]
@@ -48,6 +57,7 @@ class Vocabulary:
     special_tokens: dict[str, int]
     max_length: int
     aliases: dict[str, str] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         specials = sorted(self.special_tokens.values())
@@ -105,8 +115,14 @@ class Vocabulary:
         return np.concatenate([np.full(self.first_gene_token, np.nan), self.medians])
 
     def tokens_of(self, gene_ids: list[str]) -> np.ndarray:
-        """Return int32 tokens of gene ids, -1 where the id is unknown."""
-        return np.array([self.token_of.get(g, -1) for g in gene_ids], dtype=np.int32)
+        """Return int32 tokens of gene ids or other names, -1 where one is unknown."""
+        return self.lookup.find_all(gene_ids).tokens
+
+    @cached_property
+    def lookup(self) -> GeneLookup:
+        """What finds genes by id, previous id or symbol."""
+        tokens = {g: i + self.first_gene_token for i, g in enumerate(self.genes)}
+        return GeneLookup(tokens, self.aliases, self.names)
 
     def to_json(self) -> str:
         """Return the canonical JSON text that the hash is taken of."""
@@ -129,8 +145,18 @@ class Vocabulary:
         """Content hash over genes, medians, special tokens, aliases and encoding options."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
+    @cached_property
+    def file_text(self) -> str:
+        """The content of a file: what the hash is taken of, and the symbols."""
+        if not self.names:
+            return self.to_json() + "\n"
+        # Keys are sorted, and "names" comes before "special_tokens": no need to write all anew.
+        head, mark, tail = self.to_json().rpartition(',"special_tokens":')
+        names = json.dumps(self.names, sort_keys=True, separators=(",", ":"))
+        return f'{head},"names":{names}{mark}{tail}\n'
+
     def save(self, path: Path) -> None:
-        path.write_text(self.to_json() + "\n")
+        path.write_text(self.file_text)
 
 
 def load_vocabulary(path: Path) -> Vocabulary:
@@ -156,13 +182,14 @@ def load_vocabulary(path: Path) -> Vocabulary:
         special_tokens=content["special_tokens"],
         max_length=encoding["max_length"],
         aliases=content["aliases"],
+        names=content.get("names", {}),
     )
 
 
 def open_vocabulary(
     path: Path,
     medians: Path | None = None,
-    gene_mapping: Path | None = None,
+    gene_mapping: Path | Sequence[Path] | None = None,
     max_length: int | None = None,
 ) -> Vocabulary:
     """Return a vocabulary from this project's JSON, or from Geneformer's published dictionaries.
@@ -172,34 +199,65 @@ def open_vocabulary(
     path
         A ``vocabulary.json``, a folder that holds one, a Geneformer token dictionary (pickle or
         JSON), or a folder with Geneformer's dictionaries under their published names.
-    medians, gene_mapping
-        Geneformer's median and Ensembl-mapping dictionaries; found beside the token dictionary
-        when `path` is a folder. `gene_mapping` may also be a symbol -> Ensembl id dictionary.
+    medians
+        Geneformer's median dictionary; found beside the token dictionary when `path` is a folder.
+    gene_mapping
+        Dictionaries of other ids or symbols -> gene id, in addition to the Ensembl mapping and the
+        table of names that a folder has; of two entries for a name the last one counts.
     max_length
         Longest sequence; None: 4,096 with ``<cls>``/``<eos>`` (V2), 2,048 without (V1).
     """
+    given = [gene_mapping] if isinstance(gene_mapping, Path) else list(gene_mapping or ())
+    own_mapping = names = None
     if path.is_dir():
         own = path / "vocabulary.json"
         if own.exists():
             path = own
         else:
             medians = medians or _find(path, "gene_median_dictionary*")
-            gene_mapping = gene_mapping or _find(path, "ensembl_mapping_dict*", required=False)
+            own_mapping = _find(path, "ensembl_mapping_dict*", required=False)
+            names = _find(path, "gene_name_id_dict*", required=False)
             path = _find(path, "token_dictionary*")  # type: ignore[assignment]
     tokens = read_dictionary(path)
     if isinstance(tokens, dict) and tokens.get("format") == VOCABULARY_FORMAT:
-        if medians or gene_mapping or max_length:
+        if medians or max_length:
             raise ValueError(
-                f"{path}: is a complete vocabulary; --medians, --gene-mapping and --max-length "
-                "belong to a Geneformer token dictionary"
+                f"{path}: is a complete vocabulary; --medians and --max-length belong to a "
+                "Geneformer token dictionary"
             )
-        return load_vocabulary(path)
+        complete = load_vocabulary(path)
+        known = set(complete.genes)
+        more = _known_only(merged_mappings(given), known)
+        return replace(complete, names=complete.names | more) if more else complete
     if medians is None:
         raise ValueError(
             f"{path}: a token dictionary needs its median dictionary beside it; give --medians FILE"
         )
-    mapping = read_dictionary(gene_mapping) if gene_mapping else {}
-    return from_dictionaries(tokens, read_dictionary(medians), mapping, max_length)
+    mapping = merged_mappings([*([own_mapping] if own_mapping else []), *given])
+    found = from_dictionaries(tokens, read_dictionary(medians), mapping, max_length)
+    if names is None:
+        return found
+    return replace(found, names=_known_only(read_dictionary(names), set(found.genes)))
+
+
+def merged_mappings(paths: Path | Sequence[Path] | None) -> dict[str, str]:
+    """Return the entries of all dictionaries, those of the last one where they differ."""
+    merged: dict[str, str] = {}
+    for path in [paths] if isinstance(paths, Path) else paths or ():
+        entries = {str(name): str(gene) for name, gene in read_dictionary(path).items()}
+        changed = [n for n, gene in entries.items() if merged.get(n, gene) != gene]
+        if changed:
+            logger.warning(
+                "%s: %d names were mapped to other genes before, e.g. %s to %s; what this file "
+                "says counts", path, len(changed), changed[0], merged[changed[0]],
+            )  # fmt: skip
+        merged |= entries
+    return merged
+
+
+def _known_only(names: dict[str, str], known: set[str]) -> dict[str, str]:
+    found = {str(n): str(g) for n, g in names.items() if g in known and n not in known}
+    return {name: found[name] for name in sorted(found)}
 
 
 def from_dictionaries(

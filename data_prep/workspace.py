@@ -43,8 +43,47 @@ def _moving(out: Path, manifest_name: str) -> Path | None:
     return next((p.parent for p in (out / PARTIAL).glob(f"*/{manifest_name}")), None)
 
 
+def complete_already(out: Path, manifest_name: str, request: str) -> bool:
+    """Return whether a run with this request ended here but for its last clean-up, and do that.
+
+    A run that is killed after its manifest is in place leaves its lock, in which its request
+    stands; `.partial` may be there too, or half of it.
+    """
+    lock = out / _LOCK
+    if not (out / manifest_name).exists() or not lock.exists():
+        return False
+    with lock.open("r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False  # in use: the way that is taken next says by whom
+        if request not in file.read():
+            return False
+        shutil.rmtree(out / PARTIAL, ignore_errors=True)
+        lock.unlink()
+    return True
+
+
 @contextlib.contextmanager
-def locked_workspace(out: Path, manifest_name: str) -> Iterator[Path]:
+def full_disk_named(work: Path, needed_bytes: int) -> Iterator[None]:
+    """Say how much room is needed where writing fails for want of it."""
+    try:
+        yield
+    except OSError as error:
+        free = shutil.disk_usage(work).free
+        # numpy and Arrow do not always hand on the number of the error.
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or free < _SPARE_BYTES:
+            missing = max(0, needed_bytes - used_bytes(work))
+            error.add_note(
+                f"The disk of {work} is full: about {needed_bytes / 2**30:.2f} GiB are needed in "
+                f"all, {missing / 2**30:.2f} GiB more than is there now, and "
+                f"{free / 2**30:.2f} GiB are free. Make room and start the same command again."
+            )
+        raise
+
+
+@contextlib.contextmanager
+def locked_workspace(out: Path, manifest_name: str, request: str = "") -> Iterator[Path]:
     """Give the folder to work in, inside `out`, to one run at a time.
 
     After an error the work stays for the next run, unless there is none yet: then all folders that
@@ -58,7 +97,7 @@ def locked_workspace(out: Path, manifest_name: str) -> Iterator[Path]:
     require_free(out, manifest_name)
     made = [p for p in (out, *out.parents) if not p.exists()]
     out.mkdir(parents=True, exist_ok=True)
-    lock = _lock(out)
+    lock = _lock(out, request)
     work = out / PARTIAL
     try:
         require_free(out, manifest_name)  # the run that held the lock may just have finished
@@ -92,7 +131,7 @@ def locked_workspace(out: Path, manifest_name: str) -> Iterator[Path]:
     (out / _LOCK).unlink(missing_ok=True)
 
 
-def _lock(out: Path) -> int:
+def _lock(out: Path, request: str) -> int:
     """Return an open file that holds the lock of a folder.
 
     The system gives the lock back when its process ends, however it ends. Some network file systems
@@ -103,7 +142,8 @@ def _lock(out: Path) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            owner = os.pread(lock, 200, 0).decode(errors="replace") or "unknown"
+            said = os.pread(lock, 200, 0).decode(errors="replace")
+            owner = said.partition("\n")[0] or "unknown"
             os.close(lock)
             raise ValueError(
                 f"{out}: another run is preparing this folder ({owner}); wait for it, or give "
@@ -115,7 +155,8 @@ def _lock(out: Path) -> int:
         os.close(lock)
         raise ValueError(f"{out}: another run has just finished with this folder; start again")
     os.ftruncate(lock, 0)
-    os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    text = f"process {os.getpid()} on {socket.gethostname()}\n{request}\n"
+    os.pwrite(lock, text.encode(), 0)
     return lock
 
 

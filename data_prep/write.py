@@ -17,11 +17,12 @@ import pyarrow as pa
 
 from data_prep.buckets import bucket_of
 from data_prep.cells import Cells, count_tokens, place_rows, scatter_rows
-from data_prep.decide import Chunk, Window, WritePlan, key_bins
-from data_prep.encode import KEY, LENGTH, SPLIT, open_chunk, tokens_path, write_text
-from data_prep.filters import KEPT
+from data_prep.chunks import KEY, LENGTH, SPLIT, Chunk, open_chunk, tokens_path
+from data_prep.decide import Window, WritePlan, key_bins
+from data_prep.encode import write_text
+from data_prep.filters import KEPT, MOVED
 from data_prep.rank import token_dtype
-from data_prep.shards import SPLITS, TarWriter
+from data_prep.shards import SPLITS, TarWriter, file_sha256
 
 # Tokens are held once; the rest is for the small columns, which are held twice, and for blocks.
 _COPIES = 1.5
@@ -77,13 +78,17 @@ def finished_writing(job: WriteJob) -> WriteRecord | None:
     """Return the record of a job that an earlier run has finished."""
     if not job.record_path.exists():
         return None
-    record = WriteRecord(**json.loads(job.record_path.read_text()))
-    sizes = {s["name"]: s["bytes"] for s in record.shards}
-    present = all(
-        (job.folder / name).exists() and (job.folder / name).stat().st_size == size
-        for name, size in sizes.items()
-    )
-    return record if present else None
+    try:
+        record = WriteRecord(**json.loads(job.record_path.read_text()))
+    except (ValueError, TypeError):  # the record itself was damaged
+        return None
+    for shard in record.shards:
+        path = job.folder / shard["name"]
+        if not path.exists() or path.stat().st_size != shard["bytes"]:
+            return None
+        if file_sha256(path) != shard["sha256"]:
+            return None
+    return record
 
 
 def write_tars(job: WriteJob) -> WriteRecord:
@@ -142,23 +147,28 @@ def _gather(
     keys, buckets, tables = [], [], []
     for chunk in plan.chunks:
         batch = open_chunk(job.work / chunk.name)
-        begin, end = np.searchsorted(np.asarray(batch.column(SPLIT)), [job.split, job.split + 1])
-        bins = key_bins(np.asarray(batch.column(KEY))[begin:end], plan.bin_bits)
-        begin, end = begin + np.searchsorted(bins, [low, high])
+        code = codes[chunk.first : chunk.first + chunk.cells]
         lengths = np.asarray(batch.column(LENGTH))
-        bucket = bucket_of(lengths[begin:end], plan.buckets)
-        bins = key_bins(np.asarray(batch.column(KEY))[begin:end], plan.bin_bits)
-        chosen = codes[chunk.first + begin : chunk.first + end] == KEPT
-        rows = np.flatnonzero(chosen)
-        mine = bucket[rows]
-        rows = rows[(bins[rows] >= first[mine]) & (bins[rows] <= last[mine])]
-        if rows.size:
-            offsets = np.r_[0, np.cumsum(lengths[:end], dtype=np.int64)][begin:]
-            found.append((chunk, rows, offsets))
-            keys.append(np.asarray(batch.column(KEY))[begin + rows])
-            buckets.append(bucket[rows])
+        all_keys = np.asarray(batch.column(KEY))
+        # The split's own cells, and those that were moved to it.
+        for split, wanted in ((job.split, KEPT), (1 - job.split, MOVED)):
+            begin, end = np.searchsorted(np.asarray(batch.column(SPLIT)), [split, split + 1])
+            bins = key_bins(all_keys[begin:end], plan.bin_bits)
+            begin, end = begin + np.searchsorted(bins, [low, high])
+            rows = begin + np.flatnonzero(code[begin:end] == wanted)
+            bucket = bucket_of(lengths[rows], plan.buckets)
+            bins = key_bins(all_keys[rows], plan.bin_bits)
+            inside = (bins >= first[bucket]) & (bins <= last[bucket])
+            rows, bucket = rows[inside], bucket[inside]
+            if not rows.size:
+                continue
+            # Offsets of the rows' tokens in the file, from the first row on.
+            offsets = np.r_[0, np.cumsum(lengths[: rows[-1] + 1], dtype=np.int64)][rows[0] :]
+            found.append((chunk, rows - rows[0], offsets))
+            keys.append(all_keys[rows])
+            buckets.append(bucket)
             names = ["cell_id", "dataset", *plan.columns]
-            tables.append(pa.Table.from_batches([batch.select(names)]).take(pa.array(begin + rows)))
+            tables.append(pa.Table.from_batches([batch.select(names)]).take(pa.array(rows)))
     if not found:
         return {}
     bucket = np.concatenate(buckets)

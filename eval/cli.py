@@ -9,11 +9,9 @@ from typing import Annotated
 
 import typer
 
+from data_prep.reading import MATRIX, reading_options
 from data_prep.sources import SourceOptions
 
-CountsOption = Annotated[str, typer.Option(help="X, raw, or layers/NAME")]
-GeneColumnOption = Annotated[str | None, typer.Option(help="column of var with gene ids")]
-StripOption = Annotated[bool, typer.Option(help="cut .5 off ENSG00000141510.5")]
 VocabOption = Annotated[
     Path | None, typer.Option(help="Geneformer's dictionaries, for models without vocabulary.json")
 ]
@@ -21,6 +19,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of 
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto")]
 
 
+@reading_options(*MATRIX)
 def embed_command(
     cells: Annotated[Path, typer.Argument(help="h5ad with raw counts")],
     model: Annotated[Path, typer.Option(help="folder of `geneloom export`, or Geneformer's")],
@@ -31,15 +30,13 @@ def embed_command(
     bf16: Annotated[bool, typer.Option(help="compute in bfloat16")] = False,
     tokens_per_batch: Annotated[int, typer.Option(min=64, help="padded tokens")] = 16_384,
     device: DeviceOption = "auto",
-    counts: CountsOption = "X",
-    gene_column: GeneColumnOption = None,
-    strip_gene_versions: StripOption = False,
+    *,
+    reading: SourceOptions,
 ) -> None:
     """Write cell embeddings beside the cells: every cell, in the file's order."""
     quiet()
     from eval.embed import embed_file
 
-    options = SourceOptions(counts, gene_column, strip_versions=strip_gene_versions)
     settings = {
         "pooling": pooling,
         "layer": layer,
@@ -47,7 +44,7 @@ def embed_command(
         "token_budget": tokens_per_batch,
         "device": choose_device(device),
     }
-    print(embed_file(cells, model, out, vocab, options, **settings))
+    print(embed_file(cells, model, out, vocab, reading, **settings))
 
 
 finetune_app = typer.Typer(no_args_is_help=True, help="Fine-tune and score beside baselines.")
@@ -59,6 +56,7 @@ def _finetune_group() -> None:
 
 
 @finetune_app.command("cells")
+@reading_options(*MATRIX, "obs_filter")
 def finetune_command(
     context: typer.Context,
     cells: Annotated[Path, typer.Argument(help="h5ad with raw counts and labels")],
@@ -88,9 +86,8 @@ def finetune_command(
     bf16: Annotated[bool, typer.Option(help="compute in bfloat16")] = False,
     device: DeviceOption = "auto",
     vocab: VocabOption = None,
-    counts: CountsOption = "X",
-    gene_column: GeneColumnOption = None,
-    strip_gene_versions: StripOption = False,
+    *,
+    reading: SourceOptions,
     as_json: JsonOption = False,
 ) -> None:
     """Classify cells: pretrained against random weights and simple baselines, over seeds."""
@@ -110,9 +107,8 @@ def finetune_command(
         bf16=bf16,
         device=choose_device(device) if ranks is None else ranks.device.type,
     )
-    options = SourceOptions(counts, gene_column, strip_versions=strip_gene_versions)
     results = finetune_cells(
-        cells, model, label, out, donor, seeds, vocab, settings, options,
+        cells, model, label, out, donor, seeds, vocab, settings, reading,
         max_train_per_class, max_test_per_class, save_head, ranks,
     )  # fmt: skip
     if ranks is not None and not ranks.is_first:
@@ -124,23 +120,23 @@ def finetune_command(
         print(out / "results.json")
 
 
+@reading_options(*MATRIX)
 def predict_command(
     cells: Annotated[Path, typer.Argument(help="h5ad with raw counts")],
     head: Annotated[Path, typer.Option(help="folder of `geneloom finetune cells --save-head`")],
     out: Annotated[Path, typer.Option(help="new h5ad: the input and the predictions")],
     device: DeviceOption = "auto",
-    counts: CountsOption = "X",
-    gene_column: GeneColumnOption = None,
-    strip_gene_versions: StripOption = False,
+    *,
+    reading: SourceOptions,
 ) -> None:
     """Write a trained head's classes and probabilities beside the cells: all, in their order."""
     quiet()
     from eval.finetune.predict import predict_file
 
-    options = SourceOptions(counts, gene_column, strip_versions=strip_gene_versions)
-    print(predict_file(cells, head, out, options, choose_device(device)))
+    print(predict_file(cells, head, out, reading, choose_device(device)))
 
 
+@reading_options(*MATRIX, "obs_filter")
 def attention_command(
     cells: Annotated[Path, typer.Argument(help="h5ad with raw counts")],
     model: Annotated[Path, typer.Option(help="folder of `geneloom export`, or Geneformer's")],
@@ -154,19 +150,17 @@ def attention_command(
     bf16: Annotated[bool, typer.Option(help="compute in bfloat16")] = False,
     tokens_per_batch: Annotated[int, typer.Option(min=64, help="padded tokens")] = 4_096,
     device: DeviceOption = "auto",
-    counts: CountsOption = "X",
-    gene_column: GeneColumnOption = None,
-    strip_gene_versions: StripOption = False,
+    *,
+    reading: SourceOptions,
 ) -> None:
     """Write how much each gene is attended to, head by head, over all cells."""
     quiet()
     from eval.attention_tables import attention_file
 
-    options = SourceOptions(counts, gene_column, strip_versions=strip_gene_versions)
     settings = {
         "token_budget": tokens_per_batch, "device": choose_device(device), "bf16": bf16
     }  # fmt: skip
-    print(attention_file(cells, model, out, genes, group, pairs, vocab, options, **settings))
+    print(attention_file(cells, model, out, genes, group, pairs, vocab, reading, **settings))
 
 
 def report_command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,10 +10,13 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 
+from data_prep.known_share import KnownCounter, refuse_unknown, warnings_of
 from data_prep.open import open_path
 from data_prep.rank import encode_cells
 from data_prep.sources import CountSource, SourceOptions
 from data_prep.vocab import Vocabulary
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,14 +63,15 @@ def encode_file(
     path: Path,
     vocabulary: Vocabulary,
     options: SourceOptions = SourceOptions(),  # noqa: B008  frozen
-    min_overlap: float = 0.1,
+    min_overlap: float = 0.5,
 ) -> CellSet:
     """Return all cells of an h5ad, encoded with a vocabulary.
 
     Raises
     ------
     ValueError
-        As `geneloom prepare`: no h5ad, no raw counts, genes that do not match, missing columns.
+        As `geneloom prepare`: no h5ad, no raw counts, genes that do not match, missing columns, or
+        less than `min_overlap` of the counts are in genes of the vocabulary.
     """
     source = open_path(path, options)
     if not isinstance(source, CountSource):
@@ -75,7 +80,9 @@ def encode_file(
     tokens: list[np.ndarray] = []
     has_genes, counts, ids = [], [], []
     metadata: dict[str, list[str]] = {c: [] for c in options.column_names}
+    known = KnownCounter(column_tokens)
     for block in source.blocks():
+        known.add(block.data, block.indices, block.indptr, block.datasets)
         encoded = encode_cells(
             block.data, block.indices, block.indptr, block.totals, column_tokens, vocabulary
         )
@@ -92,6 +99,10 @@ def encode_file(
             metadata[name] += values
     if not ids:
         raise ValueError(f"{path}: holds no cells")
+    found = known.result(source.gene_ids)
+    refuse_unknown(str(path), found, min_overlap, "A model sees nothing of the rest.")
+    for warning in warnings_of(source.name, found):
+        logger.warning("%s", warning)
     return CellSet(
         tokens,
         np.concatenate(has_genes),

@@ -20,6 +20,7 @@ VERBS = {
     "check": ("data_prep.cli", "check_command", "what prepare would do with these cells"),
     "medians": ("data_prep.cli", "medians_command", "cells -> vocabulary with medians"),
     "inspect": ("data_prep.cli", "inspect_command", "show what a shard folder holds"),
+    "convert": ("data_prep.cli", "convert_command", "shards -> Hugging Face dataset or parquet"),
     "verify": ("data_prep.cli", "verify_command", "check every byte of a shard folder; repair"),
     "pretrain": ("pretrain.cli", "pretrain_command", "shards -> checkpoints"),
     "plan": ("pretrain.cli", "plan_command", "memory, hours and cost of a run, before it starts"),

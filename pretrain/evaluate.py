@@ -169,6 +169,28 @@ def to_device(micro: MicroBatch, device: torch.device) -> tuple:
     )
 
 
+class NothingHeldOut:
+    """Stands for the evaluation where no cell is held out."""
+
+    def run(self, *_: object) -> dict[str, Any]:
+        return {}
+
+
+Heldout = HeldoutEvaluation | NothingHeldOut
+
+
+def heldout_evaluation(shards: ShardSet, config: RunConfig, ranks: Ranks) -> Heldout:
+    """Return the evaluation of held-out cells; where there are none that is said, once."""
+    if shards.extents("heldout"):
+        return HeldoutEvaluation(shards, config, ranks)
+    if ranks.is_first:
+        logger.warning(
+            "%s: no cell is held out (prepared with --heldout 0): nothing is evaluated, and no "
+            "score says what is learnt", shards.name,
+        )  # fmt: skip
+    return NothingHeldOut()
+
+
 def heldout_record(
     result: dict[str, Any], evaluation: HeldoutEvaluation, remark: str | None = None
 ) -> dict[str, Any]:
@@ -286,7 +308,7 @@ def log_heldout(
     step: int,
     steps: int,
     result: dict[str, Any],
-    evaluation: HeldoutEvaluation,
+    evaluation: Heldout,
 ) -> None:
     """Say and record an evaluation, with a remark if the curve calls for one.
 
@@ -295,6 +317,8 @@ def log_heldout(
     history
         (step, loss) of the evaluations before; this one is appended.
     """
+    if isinstance(evaluation, NothingHeldOut):
+        return
     history.append((step, result["loss"]))
     bars = {name: b["loss"] for name, b in evaluation.baselines.items()}
     remark = curve_remark(history, bars, steps, evaluation.expect_below_baseline_by)

@@ -18,7 +18,7 @@ from pretrain.data import RankStep, StepDataset, steps_in_background
 from pretrain.dist import Ranks
 from pretrain.ds_config import derive_ds_config
 from pretrain.engine import Engine, StepLoss
-from pretrain.evaluate import HeldoutEvaluation, heldout_history, log_heldout
+from pretrain.evaluate import Heldout, heldout_evaluation, heldout_history, log_heldout
 from pretrain.faults import stop_not_finite
 from pretrain.metrics import RunLog, console_line, meter_of, read_metrics
 from pretrain.optim import require_reachable_peak
@@ -123,7 +123,7 @@ def train(
         require_reachable_peak(config.optim, steps)
         last = agreed_start(config, shards, steps, resume, allow_changes, ranks)
         # Reads shards and may refuse them: before anything is written.
-        heldout = HeldoutEvaluation(shards, config, ranks)
+        heldout = heldout_evaluation(shards, config, ranks)
         engine = Engine(config, ds_config, shards, ranks, last)
         engine.compile_for(dataset.full_shapes())
         run = _Run(config, shards, dataset, engine, heldout, ranks, steps, last)
@@ -159,7 +159,7 @@ class _Run:
         shards: ShardSet,
         dataset: StepDataset,
         engine: Engine,
-        heldout: HeldoutEvaluation,
+        heldout: Heldout,
         ranks: Ranks,
         steps: int,
         last: Checkpoint | None,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before numpy and torch start their threads: the tests' own ranks share the cores.
@@ -24,7 +26,8 @@ _LONGEST = (
     "test_launch_slurm", "test_pretrain_kill", "test_launch_supervise", "test_pretrain_compile",
     "test_launch_doctor", "test_pretrain_matrix", "test_pretrain_resume",
 )  # fmt: skip
-DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+DATA = SHARED / "data"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,6 +49,29 @@ def _pool_of_ranks() -> Iterator[None]:
     """End the rank processes after the last test; it fails if they are not clean."""
     yield
     close_pool()
+
+
+@pytest.fixture(scope="session")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function: name of a case of small real files -> its folder, made when asked for."""
+    script = SHARED / "cases" / "make.py"
+    if not script.exists() or not DATA.is_dir():
+        pytest.skip(f"the small real files are made by {script} out of {DATA}, which are not here")
+    spec = importlib.util.spec_from_file_location("make_cases", script)
+    assert spec is not None and spec.loader is not None
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+
+    @functools.cache
+    def folder(name: str) -> Path:
+        made = tmp_path_factory.mktemp(name)
+        try:
+            getattr(make, name)(made)
+        except ImportError as error:
+            pytest.skip(f"{name}: {error}")
+        return made
+
+    return folder
 
 
 @pytest.fixture(scope="session")

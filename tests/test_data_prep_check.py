@@ -83,7 +83,6 @@ BAD = {
     "log": (log, "looks log-transformed"),
     "negative": (negative, "are negative"),
     "late": (late, "no integers"),
-    "versions": (rename(lambda n: f"{n}.4"), "--strip-gene-versions"),
     "symbols": (rename(lambda n: f"G{n[-3:]}"), "--gene-mapping"),
     "mouse": (rename(lambda n: n.replace("ENSG", "ENSMUSG")), "These are ids of mouse"),
     "column": (without_donor, r"obs has no column ['donor']"),

@@ -248,15 +248,13 @@ def test_retired_ids_are_known_to_the_vocabulary(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("sources: [{path: versions.h5ad}]", "version"),
-     ("sources: [{path: cells.h5ad, organism: mouse}]", "given as mouse"),
+    [("sources: [{path: cells.h5ad, organism: mouse}]", "given as mouse"),
      ("sources: [{path: tokens.parquet}]", "medians need count matrices"),
      ("sources: [{path: log.h5ad}]", "log-transformed")],
 )  # fmt: skip
 def test_wrong_sources(text, message, tmp_path):
     cells = make_cells(30, num_genes=50)
     cells.write_h5ad(tmp_path / "cells.h5ad")
-    write(tmp_path / "versions.h5ad", cells.X.toarray(), [f"{i}.3" for i in cells.var_names])
     write(tmp_path / "log.h5ad", np.log1p(cells.X.toarray()), IDS)
     pq.write_table(pa.table({"input_ids": [[2]], "length": [1]}), tmp_path / "tokens.parquet")
     (tmp_path / "c.yaml").write_text(text)

@@ -94,7 +94,6 @@ def _mouse(data):
         (_nan, "NaN"),
         (_symbols, "--gene-mapping"),
         (_symbols_with_ids, r"Column \['ids'\].*--gene-column"),
-        (_versioned, "--strip-gene-versions"),
         (_mouse, "0 of 200 gene ids"),
     ],
 )
@@ -112,6 +111,8 @@ def test_stripped_versions_are_found(tmp_path, vocabulary):
     _versioned(cells)
     cells.write_h5ad(tmp_path / "cells.h5ad")
     assert read_all(tmp_path / "cells.h5ad", vocabulary, strip_versions=True)
+    found = open_path(tmp_path / "cells.h5ad", SourceOptions()).gene_report(vocabulary)
+    assert found.found_as == {"id without version or genome": 200}
 
 
 @pytest.mark.parametrize(

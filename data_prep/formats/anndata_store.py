@@ -12,14 +12,16 @@ from typing import Any
 import h5py
 import numpy as np
 
+from data_prep.features import KIND_COLUMNS, genes_among, is_gene_kind
+from data_prep.formats.compression import require_filters
 from data_prep.formats.staging import StagedRows, stage_rows
-from data_prep.formats.store import Rows, decoded
+from data_prep.formats.store import Rows, as_text, decoded
 
 _STAGE_VALUES = 1 << 24
 
 
 class AnnDataStore:
-    """An ``.h5ad`` file or an AnnData ``.zarr`` folder (or zip).
+    """An ``.h5ad`` file or an AnnData ``.zarr`` folder (or zip); of a MuData, its genes.
 
     Parameters
     ----------
@@ -34,6 +36,10 @@ class AnnDataStore:
     def __init__(self, path: Path, counts: str, staging: Path) -> None:
         self.path = path
         self._root = self._open(path)
+        # Of a MuData: modalities that are no gene expression -> their features.
+        self.other_modalities: dict[str, int] = {}
+        if "mod" in self._root and hasattr(self._root["mod"], "keys"):
+            self._choose_modality(self._root["mod"])
         for key in ("obs", "var"):
             if key not in self._root:
                 raise ValueError(f"{path}: has no '{key}'; it is no AnnData file")
@@ -77,7 +83,33 @@ class AnnDataStore:
             raise ValueError(
                 f"{path}: is not an HDF5 file, or is truncated; expected an .h5ad with raw counts"
             )
-        return h5py.File(path, "r")
+        root = h5py.File(path, "r")
+        require_filters(path, root)
+        return root
+
+    def _choose_modality(self, modalities: Any) -> None:
+        """Go on with the modality that holds gene expression, by its name or by its features."""
+        sizes = {n: int(_index_of(modalities[n]["var"]).shape[0]) for n in modalities}
+        named = [n for n in sizes if is_gene_kind(n)]
+        if not named:
+            named = [n for n in sizes if self._says_genes(modalities[n]["var"])]
+        if len(named) != 1:
+            raise ValueError(
+                f"{self.path}: is a MuData whose modalities {sorted(sizes)} name gene expression "
+                f"{len(named)} times; call one of them 'rna', or write it as an .h5ad"
+            )
+        self._root = modalities[named[0]]
+        del sizes[named[0]]
+        self.other_modalities = {f"modality {n}": size for n, size in sorted(sizes.items())}
+
+    @staticmethod
+    def _says_genes(var: Any) -> bool:
+        for column in {*KIND_COLUMNS} & {*_column_names(var)}:
+            kinds = as_text(read_column(var, column, 0, int(_index_of(var).shape[0]), {}))
+            found = genes_among(kinds)
+            if found is not None and found.any():
+                return True
+        return False
 
     def _open_matrix(self, element: Any, staging: Path) -> None:
         kind = element.attrs.get("encoding-type", element.attrs.get("h5sparse_format", ""))
@@ -212,10 +244,15 @@ def read_column(
     element = frame[name]
     if not hasattr(element, "keys"):
         values = decoded(np.asarray(element[start:stop]))
-        reference = element.attrs.get("categories")
-        if reference is None:
+        kept = element.attrs.get("categories")
+        if kept is None:
             return values
-        return _of_codes(values, _categories(frame, name, frame.file[reference], known))
+        # anndata 0.7: a reference (HDF5), a path (zarr), or the categories themselves.
+        if isinstance(kept, h5py.Reference):
+            kept = frame.file[kept]
+        elif isinstance(kept, str):
+            kept = frame[kept]
+        return _of_codes(values, _categories(frame, name, kept, known))
     if "codes" in element:
         categories = element["categories"]
         if hasattr(categories, "keys"):

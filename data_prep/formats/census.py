@@ -56,6 +56,8 @@ class CensusStore:
             self._var = _read(experiment.ms["RNA"].var)
             self._gene_joinids = self._var["soma_joinid"].to_numpy()
         self._read_joinids(obs_filter)
+        # What was left out is not told: that would read all of obs.
+        self.num_filtered_out = None if obs_filter else 0
         self.num_cells, self.num_genes = len(self._joinids), len(self._gene_joinids)
 
     def _experiment(self, opened: Any, organism: str | None) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from data_prep.formats.compression import require_filters
 from data_prep.formats.store import Rows, decoded
 
 _CELL_IDS = ("CellID", "cell_id", "obs_names", "cell_names", "barcode")
@@ -25,6 +26,7 @@ class LoomStore:
         if not h5py.is_hdf5(path):
             raise ValueError(f"{path}: is not an HDF5 file, or is truncated; expected a .loom file")
         root: Any = h5py.File(path, "r")
+        require_filters(path, root)
         missing = [k for k in ("matrix", "row_attrs", "col_attrs") if k not in root]
         if missing:
             raise ValueError(f"{path}: has no {missing}, which every .loom file has; it is none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Protocol
 
@@ -46,6 +47,19 @@ class Store(Protocol):
     def var(self, column: str | None) -> np.ndarray:
         """Return a column of var for all genes; None: the index."""
         ...
+
+
+_MTX = re.compile(r"^(.*?)matrix(.*)\.mtx(?:\.gz)?$")
+
+
+def mtx_sample(path: Path) -> tuple[str, str] | None:
+    """Return what stands before and behind ``matrix`` in the name of an mtx file; None for others.
+
+    ``GSM1_P1_matrix.mtx.gz`` lies beside ``GSM1_P1_barcodes.tsv.gz``, ``matrix_P1.mtx`` beside
+    ``barcodes_P1.tsv``.
+    """
+    found = _MTX.match(path.name)
+    return (found[1], found[2]) if found else None
 
 
 def as_text(values: np.ndarray) -> list[str]:

@@ -1,7 +1,6 @@
 """What Cell Ranger writes: ``.h5`` matrices (v2 and later), and folders with ``matrix.mtx``.
 
-Only features of type 'Gene Expression' are read where types are given: antibodies, guides and peaks
-are no genes, and their counts are in no total.
+Features of all kinds are read; `data_prep.features` tells which are genes.
 """
 
 from __future__ import annotations
@@ -17,33 +16,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
+from data_prep.formats.compression import require_filters
 from data_prep.formats.staging import Entries, stage_rows
-from data_prep.formats.store import Rows, decoded
+from data_prep.formats.store import Rows, decoded, mtx_sample
 
-_GENE_TYPE = "Gene Expression"
 _BATCH_BYTES = 1 << 24  # of text, in a batch of entries
 _BANNERS = [f"%%matrixmarket matrix coordinate {kind} general" for kind in ("integer", "real")]
 
 
 class _Features:
-    """var of a matrix without obs: the features that are genes.
-
-    `_gene_of` is int32 [features]: a feature's number among the genes, -1 where it is no gene.
-    """
+    """var of a matrix without obs."""
 
     counts_choices = ["X"]
 
     def __init__(self, path: Path, columns: dict[str, np.ndarray]) -> None:
         self.path = path
-        is_gene = np.ones(len(columns["ensembl_id"]), dtype=bool)
-        if "feature_type" in columns:
-            is_gene = columns["feature_type"] == _GENE_TYPE
-            if not is_gene.any():
-                types = sorted(set(columns["feature_type"]))
-                raise ValueError(f"{path}: has no features of type '{_GENE_TYPE}', only {types}")
-        self._columns = {name: values[is_gene] for name, values in columns.items()}
-        self._gene_of = np.where(is_gene, np.cumsum(is_gene) - 1, -1).astype(np.int32)
-        self.num_genes = int(is_gene.sum())
+        self._columns = columns
+        self.num_genes = len(columns["ensembl_id"])
 
     def obs_columns(self) -> list[str]:
         return []
@@ -66,6 +55,18 @@ def is_tenx(path: Path) -> bool:
         return bool(_matrix_groups(file))
 
 
+def refuse_molecules(path: Path) -> None:
+    """Raise ValueError for Cell Ranger's list of molecules, which is no matrix."""
+    with h5py.File(path, "r") as file:
+        is_list = "matrix" not in file and {"umi", "barcode_idx"} <= {*file}
+        is_list |= "matrix" not in file and {"umi", "barcode"} <= {*file}
+    if is_list:
+        raise ValueError(
+            f"{path}: is Cell Ranger's molecule_info.h5, one entry for each molecule before cells "
+            "are called; give filtered_feature_bc_matrix.h5 of the same run"
+        )
+
+
 def _matrix_groups(root: Any) -> list[str]:
     """Return the groups that hold a matrix: ``matrix``, or one for each genome (v2)."""
     groups = [name for name, item in root.items() if hasattr(item, "keys")]
@@ -75,15 +76,18 @@ def _matrix_groups(root: Any) -> list[str]:
 class TenxStore(_Features):
     """A Cell Ranger ``.h5`` file: features x cells, stored by cell."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, genome: str | None = None) -> None:
         root: Any = h5py.File(path, "r")
+        require_filters(path, root)
         groups = _matrix_groups(root)
+        if genome in groups:
+            groups = [genome]
         if len(groups) != 1:
             raise ValueError(
                 f"{path}: holds {len(groups)} matrices, {groups}; expected one. Where these are "
-                "genomes, write one file for each"
+                f"genomes, choose one: --genome {groups[0]}"
             )
-        group = root[groups[0]]
+        group, self.genome = root[groups[0]], groups[0]
         self._data, self._indices = group["data"], group["indices"]
         self._indptr, self._barcodes = group["indptr"], group["barcodes"]
         table, names = group, {"ensembl_id": "genes", "name": "gene_names"}
@@ -107,14 +111,7 @@ class TenxStore(_Features):
         low, high = int(indptr[0]), int(indptr[-1])
         if np.any(np.diff(indptr) < 0) or high > self._data.shape[0]:
             raise OSError(f"index pointer of cells {start}-{stop} is damaged")
-        data, features, indptr = self._data[low:high], self._indices[low:high], indptr - low
-        if self.num_genes == len(self._gene_of):
-            return data, features.astype(np.int32), indptr
-        if features.size and features.min() < 0:
-            raise OSError(f"cells {start}-{stop} name feature {features.min()}")
-        genes = self._gene_of[features]
-        kept = genes >= 0
-        return data[kept], genes[kept], np.r_[0, np.cumsum(kept)][indptr]
+        return self._data[low:high], self._indices[low:high].astype(np.int32), indptr - low
 
     def num_stored(self, start: int, stop: int) -> int:
         return int(self._indptr[stop]) - int(self._indptr[start])
@@ -126,15 +123,21 @@ class TenxStore(_Features):
 class MtxStore(_Features):
     """A folder with ``matrix.mtx``, ``features.tsv`` or ``genes.tsv``, and ``barcodes.tsv``.
 
-    Each may end in ``.gz``. The matrix, a list of entries, is copied to `staging`, by cell.
+    Each may end in ``.gz``. Or one such matrix by its own name, with the tables beside it that are
+    called like it (`store.mtx_sample`). The matrix, a list of entries, is copied to `staging`, by
+    cell.
     """
 
     def __init__(self, path: Path, staging: Path) -> None:
-        self._matrix = _one_of(path, "matrix.mtx")
+        folder, before, behind = path, "", ""
+        if path.is_file():
+            folder, (before, behind) = path.parent, mtx_sample(path) or ("", "")
+        self._matrix = path if path.is_file() else _one_of(folder, "matrix.mtx")
         names = ("ensembl_id", "name", "feature_type")
-        features = _read_tsv(_one_of(path, "features.tsv", "genes.tsv"))
+        tables = (f"{before}features{behind}.tsv", f"{before}genes{behind}.tsv")
+        features = _read_tsv(_one_of(folder, *tables))
         super().__init__(path, {n: c.to_numpy() for n, c in zip(names, features, strict=False)})
-        self._barcodes = _read_tsv(_one_of(path, "barcodes.tsv"))[0]
+        self._barcodes = _read_tsv(_one_of(folder, f"{before}barcodes{behind}.tsv"))[0]
         self.num_cells = len(self._barcodes)
         with _named(self._matrix):
             self._read_header()
@@ -157,7 +160,7 @@ class MtxStore(_Features):
         if len(size) != 3 or not all(n.isdigit() for n in size):
             raise ValueError(f"'{line[:80]}' stands where features, cells and entries are counted")
         self._num_entries = int(size[2])
-        tables = [len(self._gene_of), self.num_cells]
+        tables = [self.num_genes, self.num_cells]
         if [int(n) for n in size[:2]] != tables:
             raise ValueError(
                 f"it is {size[0]} features x {size[1]} cells, but the tables beside it name "
@@ -165,7 +168,7 @@ class MtxStore(_Features):
             )
 
     def _entries(self) -> Entries:
-        """Yield (cells, genes, values) in batches; features that are no genes are left out."""
+        """Yield (cells, features, values) in batches."""
         types = {"feature": pa.int32(), "cell": pa.int32(), "value": self._value_type}
         num_entries = 0
         with _named(self._matrix), pa.input_stream(str(self._matrix)) as stream:
@@ -183,16 +186,14 @@ class MtxStore(_Features):
             for batch in batches:
                 features, cells, values = (column.to_numpy() for column in batch.columns)
                 for what, numbers, count in (
-                    ("feature", features, len(self._gene_of)),
+                    ("feature", features, self.num_genes),
                     ("cell", cells, self.num_cells),
                 ):
                     if numbers.min() < 1 or numbers.max() > count:
                         wrong = numbers[(numbers < 1) | (numbers > count)][0]
                         raise ValueError(f"an entry names {what} {wrong} of 1 to {count}")
                 num_entries += len(batch)
-                genes = self._gene_of[features - 1]
-                kept = genes >= 0
-                yield cells[kept] - 1, genes[kept], values[kept]
+                yield cells - 1, features - 1, values
             if num_entries != self._num_entries:
                 raise ValueError(
                     f"it has {num_entries} entries and should have {self._num_entries}; the file "

@@ -8,18 +8,17 @@ from typing import Annotated
 import typer
 
 from data_prep.progress import show_progress
+from data_prep.reading import MATRIX, reading_options
 from data_prep.sources import SourceOptions
 from eval.cli import (
-    CountsOption,
     DeviceOption,
-    GeneColumnOption,
-    StripOption,
     VocabOption,
     choose_device,
     quiet,
 )
 
 
+@reading_options(*MATRIX, "obs_filter")
 def perturb_command(
     context: typer.Context,
     cells: Annotated[Path, typer.Argument(help="h5ad with raw counts")],
@@ -71,9 +70,8 @@ def perturb_command(
     ] = 0,
     device: DeviceOption = "auto",
     vocab: VocabOption = None,
-    counts: CountsOption = "X",
-    gene_column: GeneColumnOption = None,
-    strip_gene_versions: StripOption = False,
+    *,
+    reading: SourceOptions,
 ) -> None:
     """Perturb genes in silico and write how far each cell moves, and toward which state."""
     quiet()
@@ -101,9 +99,8 @@ def perturb_command(
         gene_shifts,
         screen,
     )
-    options = SourceOptions(counts, gene_column, strip_versions=strip_gene_versions)
     with show_progress() as show:
-        said = perturb_file(cells, out, plan, model, head, vocab, options, ranks, show)
+        said = perturb_file(cells, out, plan, model, head, vocab, reading, ranks, show)
     if ranks is None or ranks.is_first:
         print(said)
 

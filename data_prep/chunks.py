@@ -1,0 +1,41 @@
+"""Chunk files between the passes: their columns, and how one is opened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.ipc
+
+# Columns of the chunk files only; no user's column is called so.
+KEY, SPLIT, ROW, REASON = "__key", "__split", "__row", "__reason"
+TOTAL, MITO, DETECTED, CONTENT = "__total", "__mito", "__detected", "__content"
+LENGTH, SAME = "__length", "__same"
+INTERNAL = (KEY, SPLIT, ROW, REASON, TOTAL, MITO, DETECTED, CONTENT, LENGTH, SAME)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk file of pass 1; `first` is the number of cells in the files before it."""
+
+    name: str
+    source: int
+    cells: int
+    first: int
+
+
+def tokens_path(chunk: Path) -> Path:
+    """Return the file with the tokens of a chunk."""
+    return chunk.with_suffix(".tokens")
+
+
+def open_chunk(path: Path) -> pa.RecordBatch:
+    """Return the cells of a chunk file, memory-mapped: only columns that are used are read."""
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise OSError(
+            f"{path}: a file of the running work is damaged ({error}); remove the folder and start "
+            "again"
+        ) from error

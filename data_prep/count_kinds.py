@@ -1,0 +1,179 @@
+"""What the values of a matrix are: counts, fractional counts, or something made of counts.
+
+Rank value encoding needs counts up to a factor for each cell: it divides by a cell's total and by
+medians of counts. Estimated and corrected counts are counts that are no integers; logarithms,
+scores and matrices whose cells were brought to one total are not counts any more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# Largest distance from an integer that is still taken for rounding noise.
+_INTEGER_TOLERANCE = 1e-6
+# A value this near to an integer is one of a read that fell on one gene only.
+_NEAR = 0.01
+_SAME_TOTAL = 0.01
+# Fewer cells, or fewer values, look alike by chance.
+_FEWEST_CELLS, _FEWEST_VALUES = 10, 1000
+# log2 of a million and one: no logarithm of a normalised count is larger.
+_LARGEST_LOGARITHM = 20.0
+_LOOKED_AT = 64  # cells
+_MOSTLY = 0.9
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where values stand, for messages: file, --counts, and what else --counts may be there."""
+
+    path: str
+    counts: str
+    choices: list[str]
+
+    @property
+    def advice(self) -> str:
+        others = [c for c in self.choices if c != self.counts]
+        return "raw counts are needed (rank value encoding divides by the cell's total)" + (
+            f"; this file also has {others}: try --counts {others[0]}" if others else ""
+        )
+
+
+def fractional_values(place: Place, data: np.ndarray, indptr: np.ndarray, allowed: bool) -> int:
+    """Return how many values of a CSR block are no integers; refuse what are no counts.
+
+    Parameters
+    ----------
+    allowed
+        Fractional counts are taken; logarithms, scores and normalised values never are.
+
+    Raises
+    ------
+    ValueError
+        Values are not finite, negative, not counts, or fractional counts that are not allowed.
+    """
+    if not np.isfinite(data).all():
+        raise ValueError(
+            f"{place.path}: '{place.counts}' holds NaN or infinite values; {place.advice}"
+        )
+    if data.min() < 0:
+        share = float((data < 0).mean())
+        raise ValueError(
+            f"{place.path}: {share:.1%} of the stored values in '{place.counts}' are negative "
+            f"(smallest {data.min():.3g}): scaled data; {place.advice}"
+        )
+    if data.max() > 2.0**53:
+        raise ValueError(
+            f"{place.path}: '{place.counts}' holds {data.max():.3g}, more than 2**53; "
+            f"{place.advice}"
+        )
+    is_fraction = np.abs(data - np.rint(data)) > _INTEGER_TOLERANCE
+    number = int(is_fraction.sum())
+    if not number:
+        return 0
+    said = (
+        f"{place.path}: {number / len(data):.1%} of the stored values in '{place.counts}' are no "
+        f"integers (e.g. {data[is_fraction][0]:.4g}, largest {data.max():.4g})"
+    )
+    wrong = _made_of_counts(data, indptr)
+    if wrong:
+        raise ValueError(f"{said}: {wrong}; {place.advice}")
+    if not allowed:
+        near = float((np.abs(data - np.rint(data)) <= _NEAR).mean())
+        kind = (
+            "estimated, as RSEM, salmon and kallisto write them"
+            if near > 1 / 3
+            else "estimated or corrected, as RSEM, SoupX and DecontX write them"
+        )
+        raise ValueError(
+            f"{said}: fractional counts ({kind}; {near:.0%} are within {_NEAR} of an integer). "
+            "Take them with --fractional round (to whole counts) or --fractional keep (ranked as "
+            f"they are), or give the counts before correction; {place.advice}"
+        )
+    return number
+
+
+def _made_of_counts(data: np.ndarray, indptr: np.ndarray) -> str | None:
+    """Return what fractional values are if they are no counts; data not negative."""
+    totals = _totals(data, indptr)
+    if _are_equal(totals):
+        return (
+            f"looks normalised, every cell has the total {np.median(totals):.6g} within 1 % (CPM, "
+            "TPM)"
+        )
+    if data.max() < _LARGEST_LOGARITHM:
+        for base, undo in (("e", np.expm1), ("2", lambda x: np.exp2(x) - 1)):
+            undone = undo(data.astype(np.float64))
+            if _are_equal(_totals(undone, indptr)) or _are_scaled_integers(undone, indptr):
+                return f"looks log-transformed (base {base})"
+    if _are_scaled_integers(data.astype(np.float64), indptr):
+        return "looks normalised, each cell's values are integers times one factor"
+    is_near = np.abs(data - np.rint(data)) <= _NEAR
+    if data.max() < _LARGEST_LOGARITHM and is_near.mean() < 1 / 2:
+        return "looks log-transformed"
+    return None
+
+
+def _totals(data: np.ndarray, indptr: np.ndarray) -> np.ndarray:
+    """Return the totals of cells that have values."""
+    sums = np.r_[0.0, np.cumsum(data, dtype=np.float64)]
+    totals = sums[indptr[1:]] - sums[indptr[:-1]]
+    return totals[totals > 0]
+
+
+def _are_equal(totals: np.ndarray) -> bool:
+    return len(totals) >= 2 and totals.max() <= (1 + _SAME_TOTAL) * totals.min()
+
+
+def _are_scaled_integers(data: np.ndarray, indptr: np.ndarray) -> bool:
+    """Return whether most cells hold multiples of their smallest value, which is no integer."""
+    scaled = looked_at = 0
+    for first, stop in zip(indptr[:_LOOKED_AT], indptr[1:], strict=False):
+        values = data[first:stop]
+        values = values[values > 0]
+        if len(values) < 8:
+            continue
+        looked_at += 1
+        smallest = values.min()
+        multiples = values / smallest
+        # Where everything is far above the smallest, any number is near a multiple of it.
+        low = multiples[multiples < 20]
+        distance = np.abs(low - np.rint(low))
+        is_whole = abs(smallest - round(smallest)) <= _INTEGER_TOLERANCE
+        scaled += not is_whole and len(low) >= 8 and (distance < _NEAR).mean() > _MOSTLY
+    return looked_at > 0 and scaled > looked_at / 2
+
+
+def check_integers(place: Place, data: np.ndarray, indptr: np.ndarray, totals: np.ndarray) -> None:
+    """Refuse integers that are no counts: all equal, or rounded after cells got one total.
+
+    Parameters
+    ----------
+    totals
+        float64 [cells].
+
+    Raises
+    ------
+    ValueError
+        They are no counts.
+    """
+    filled = totals > 0
+    if filled.sum() < _FEWEST_CELLS or len(data) < _FEWEST_VALUES:
+        return
+    first = data[: indptr[min(_LOOKED_AT, len(totals))]]
+    first = first[first > 0]
+    # All values are looked at only where the first ones say so.
+    if len(first) and first.min() == first.max() == data.max() and data[data > 0].min() == first[0]:
+        raise ValueError(
+            f"{place.path}: all values in '{place.counts}' that are not zero are {first[0]:g}: a "
+            f"binarised matrix, without ranks; {place.advice}. --force-counts takes it all "
+            "the same"
+        )
+    present = totals[filled]
+    if _are_equal(present):
+        raise ValueError(
+            f"{place.path}: every cell of '{place.counts}' has the same total, "
+            f"{np.median(present):.6g} within 1 %: rounded CPM or TPM, or counts drawn down to one "
+            f"depth; {place.advice}. --force-counts takes them all the same"
+        )

@@ -1,0 +1,64 @@
+"""What columns of obs mean: does a cell pass, what is its total, does it stand elsewhere too?"""
+
+from __future__ import annotations
+
+import numpy as np
+
+FILTER_COLUMN = "filter_pass"
+PRIMARY = "is_primary_data"  # of CELLxGENE
+_PASS = frozenset({"1", "1.0", "true", "t", "yes", "y", "pass", "passed"})
+_FAIL = frozenset({"0", "0.0", "false", "f", "no", "n", "fail", "failed", ""})
+
+
+def passes(path: str, values: list[str]) -> np.ndarray:
+    """Return bool [cells], what ``filter_pass`` says; words that are not known are refused."""
+    words = {v: v.strip().lower() for v in set(values)}
+    unknown = sorted(v for v, word in words.items() if word not in _PASS | _FAIL)
+    if unknown:
+        raise ValueError(
+            f"{path}: obs['{FILTER_COLUMN}'] holds {unknown[:3]}; a cell passes with one of "
+            f"{sorted(_PASS)}, and does not with {sorted(_FAIL - {''})} or nothing"
+        )
+    return np.array([words[v] in _PASS for v in values], dtype=bool)
+
+
+def checked_totals(
+    path: str, column: str, values: list[str], sums: np.ndarray, ids: list[str]
+) -> np.ndarray:
+    """Return float64 [cells], totals of a column.
+
+    Parameters
+    ----------
+    sums
+        float64 [cells], counts in the file; a total is not smaller.
+    ids
+        Of the cells, for messages.
+
+    Raises
+    ------
+    ValueError
+        A total is text, infinite, negative, missing or below the counts.
+    """
+    try:
+        totals = np.array([float(v) if v else np.nan for v in values])
+    except ValueError as error:
+        raise ValueError(f"{path}: obs['{column}'] holds text: {error}") from error
+    endless = np.flatnonzero(np.isinf(totals))
+    if endless.size:
+        raise ValueError(
+            f"{path}: obs['{column}'] is infinite for {endless.size} cells, e.g. "
+            f"{ids[endless[0]]}; it is no total of counts"
+        )
+    wrong = np.flatnonzero(~(totals >= sums - 0.5) | (totals < 0))
+    if wrong.size:
+        raise ValueError(
+            f"{path}: obs['{column}'] is no number or below the counts of {wrong.size} cells, e.g. "
+            f"{totals[wrong[0]]:g} against {sums[wrong[0]]:g} in {ids[wrong[0]]}; it is no total "
+            "of these counts"
+        )
+    return totals
+
+
+def count_secondary(values: list[str]) -> int:
+    """Return how many values of ``is_primary_data`` say no."""
+    return sum(v.lower() in ("false", "0", "0.0") for v in values)
