@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -186,3 +190,16 @@ def test_every_cell_once_with_any_ranks_and_workers(ranks, workers, corpus, monk
         loader = webdataset.WebLoader(cells, batch_size=None, num_workers=workers)
         found += [cell["cell_id"] for cell in loader]
     assert sorted(found) == expected and len(expected) > 12
+
+
+def test_the_documented_lines_read_every_cell(corpus):
+    pytest.importorskip("webdataset")
+    root = Path(__file__).resolve().parent.parent
+    page = (root / "docs" / "data.md").read_text()
+    (block,) = [b for b in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S) if "decode" in b]
+    done = subprocess.run(
+        [sys.executable, "-c", block], cwd=corpus.parent, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{len(cells_of(corpus, ['train']))} training cells;")
