@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.pages import section
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("data_prep", "pretrain", "launch", "eval")
 # Which folders, or modules of folders, each folder may import.
@@ -96,7 +98,8 @@ def test_the_reading_path_fits_in_an_afternoon():
     assert sum(lines.values()) < 3_000, lines
     assert lines["pretrain/train.py"] <= 300
     page = (ROOT / "docs" / "architecture.md").read_text()
-    places = [page.index(f"`{name}`") for name in READING_PATH]
+    named = section(page, "the-reading-path")
+    places = [named.index(f"`{name}`") for name in READING_PATH]
     assert places == sorted(places), "docs/architecture.md names them in another order"
 
 

@@ -8,19 +8,12 @@ from typing import Annotated
 
 import typer
 
+from data_prep.reading import MATRIX, reading_options
 from data_prep.sources import SourceOptions
-from eval.cli import (
-    CountsOption,
-    DeviceOption,
-    GeneColumnOption,
-    JsonOption,
-    StripOption,
-    VocabOption,
-    choose_device,
-    quiet,
-)
+from eval.cli import DeviceOption, JsonOption, VocabOption, choose_device, quiet
 
 
+@reading_options(*MATRIX)
 def probe_command(
     model: Annotated[
         Path, typer.Argument(help="folder of `geneloom export`, Geneformer's, or a run folder")
@@ -51,10 +44,9 @@ def probe_command(
     bf16: Annotated[bool, typer.Option(help="compute in bfloat16")] = False,
     tokens_per_batch: Annotated[int, typer.Option(min=64, help="padded tokens")] = 16_384,
     device: DeviceOption = "auto",
-    counts: CountsOption = "X",
-    gene_column: GeneColumnOption = None,
-    strip_gene_versions: StripOption = False,
     as_json: JsonOption = False,
+    *,
+    reading: SourceOptions,
 ) -> None:
     """Frozen cells beside what counting knows: has pretraining earned its hours?
 
@@ -70,8 +62,7 @@ def probe_command(
         _numbers(cells_a_class), seeds, random_models, max_cells,
         _conditions(only or []), tokens_per_batch, choose_device(device), bf16,
     )  # fmt: skip
-    options = SourceOptions(counts, gene_column, strip_versions=strip_gene_versions)
-    probe = probe_cells(model, cells, label, donor, shards, vocab, settings, options)
+    probe = probe_cells(model, cells, label, donor, shards, vocab, settings, reading)
     page = write_probe(probe, out) if out else None
     if as_json:
         print(json.dumps(probe.record, indent=1))
