@@ -1,5 +1,8 @@
 """What a user sees: one message, exit code 2, nothing half-written."""
 
+import contextlib
+import io
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +16,34 @@ from tests.synthetic import make_cells, write_cells
 ROOT = Path(__file__).resolve().parent.parent
 
 
+_OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
 def geneloom(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    """Run a command line in this process, which has imported what it needs."""
+    from launch.cli import main
+
+    words = ["geneloom", *map(str, arguments)]
+    out, err = io.StringIO(), io.StringIO()
+    root, code = logging.getLogger(), 0
+    handlers, level = root.handlers[:], root.level
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", words)
+        for name in _OF_RANKS:  # with them, an error would end this process at once
+            patch.delenv(name, raising=False)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+def geneloom_process(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    """Run a command line in a process of its own."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from launch.cli import main; main()"
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
@@ -57,7 +87,9 @@ def test_bad_input(arguments, message, tmp_path):
     (tmp_path / "other" / "gene_median_dictionary.json").write_text('{"x": 1.0}')
     log_counts(tmp_path / "log.h5ad")
     before = sorted(p.name for p in tmp_path.rglob("*"))
-    done = geneloom(*arguments, cwd=tmp_path)
+    # A run that has begun ends its process at once.
+    run = geneloom_process if arguments[0] == "pretrain" else geneloom
+    done = run(*arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stderr + done.stdout
     assert message in done.stderr
     assert done.stderr.count("error") == 1
@@ -82,9 +114,14 @@ def test_prepare_inspect_dry_run(tmp_path):
     assert not (tmp_path / "r").exists()
 
 
-def test_version(tmp_path):
-    done = geneloom("--version", cwd=tmp_path)
+@pytest.mark.parametrize("run", [geneloom, geneloom_process])
+def test_version_and_a_wrong_word(run, tmp_path):
+    """In a process of its own, and as the other tests run commands: the same."""
+    done = run("--version", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"geneloom {VERSION}\n")
+    wrong = run("inspect", ".", cwd=tmp_path)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr.startswith("error: ") and "no manifest.json" in wrong.stderr
 
 
 @pytest.mark.parametrize(

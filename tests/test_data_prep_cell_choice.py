@@ -132,6 +132,7 @@ def test_unfiltered_secondary_data_is_a_warning_with_the_number(tmp_path):
     assert "75 of 150 cells are not primary data" in said[None][0] and said[QUERY] == []
 
 
+@pytest.mark.long  # real cells; the cases beside it are synthetic
 def test_real_census_like_file(case):
     path = case("obs_filter") / "census_like.h5ad"
     source = open_path(path, SourceOptions(obs_filter=QUERY))

@@ -99,5 +99,6 @@ def test_zarr_codecs(codec, tmp_path):
     assert "damaged" not in str(caught.value)
 
 
+@pytest.mark.long  # real cells; the cases beside it are synthetic
 def test_real_file_with_zstd(case):
     assert len(sums(case("compressed") / "zstd.h5ad")) == 200

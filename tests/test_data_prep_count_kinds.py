@@ -184,6 +184,7 @@ def test_check_names_them(tmp_path):
     assert "fractional counts" in said[None][0] and said["keep"] == []
 
 
+@pytest.mark.long  # real cells; the cases beside it are synthetic
 def test_real_cells_rounded_equal_those_rounded_before(case, real_data):
     from data_prep.vocab import open_vocabulary
     from eval.encode import encode_file

@@ -216,6 +216,7 @@ def test_copies_in_given_splits_are_named_not_moved(tmp_path):
     assert "more:0" in sides(tmp_path / "out")["train"]
 
 
+@pytest.mark.long  # real cells; the cases beside it are synthetic
 def test_real_studies_that_share_cells(case, real_data, tmp_path):
     vocabulary = open_vocabulary(real_data / "geneformer_v2_dicts")
     specs = expand_corpus([str(case("leakage") / "*.h5ad")], SourceOptions())

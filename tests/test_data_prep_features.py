@@ -160,6 +160,7 @@ def test_genomes_in_front_of_ids(name, plain):
     assert without_genome(name) == plain
 
 
+@pytest.mark.long  # real cells; the cases beside it are synthetic
 def test_real_antibodies_change_no_token(case, real_data):
     from eval.encode import encode_file
 

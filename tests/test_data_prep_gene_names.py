@@ -198,6 +198,7 @@ def test_capitalised_symbols_give_the_genes_of_ensembl_ids(case, v2):
     assert share > 0.99
 
 
+@pytest.mark.long  # real cells; the cases beside it are synthetic
 def test_real_odd_names(case, v2):
     folder = case("odd_names")
     ids = counts_at(folder / "nan_gene.h5ad", gene_column="index")
@@ -207,6 +208,7 @@ def test_real_odd_names(case, v2):
         assert found.known > 15_000
 
 
+@pytest.mark.long  # real cells; the cases beside it are synthetic
 def test_real_half_known(case, v2, tmp_path):
     spec = source_at(case("half_known") / "mixed_ids.h5ad", SourceOptions())
     manifest = prepare([spec], tmp_path / "out", v2, PrepareOptions(heldout_share=0.2))

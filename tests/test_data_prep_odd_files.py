@@ -157,11 +157,13 @@ def test_genes_without_a_name_are_counted(name, tmp_path):
     assert (source.column_tokens(vocabulary, 0.5)[:5] == -1).all()
 
 
+@pytest.mark.long  # real cells; the cases beside it are synthetic
 def test_real_files_of_geo(case):
     (spec,) = expand_corpus([str(case("geo_names"))], SourceOptions())
     assert (spec.name, counts_at(spec.path).num_cells) == ("GSM1_P1", 50)
 
 
+@pytest.mark.long  # real cells; the cases beside it are synthetic
 def test_real_infinite_total(case):
     path = case("odd_names") / "infinite_total.h5ad"
     with pytest.raises(ValueError, match=r"obs\['total'\] is infinite"):

@@ -155,6 +155,7 @@ def family(pid: int) -> list[psutil.Process]:
         return []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("number", "rank"),
     [
