@@ -178,7 +178,8 @@ class Watch:
             # The whereabouts of the others come in their next rounds.
             self._stopped.wait(_ROUNDS_TO_HEAR * self._interval_s)
             text = self._who_stands_still()
-            self._report(text, self._others)
+            # All hear it, also one that stands still: another thread of it does.
+            self._report(text, self._others + 1)
             self._end(text)
         if self._store.add("stalls", 0) and not self._has_said_where:
             self._say_where()
@@ -233,7 +234,7 @@ class Watch:
         return f"{who} gave no sign of life for {self._patience() * self._interval_s:.1f} s"
 
     def _report(self, text: str, listeners: int) -> None:
-        """Tell all ranks; the first report counts. `listeners`: how many can hear it."""
+        """Tell all ranks; the first report counts. `listeners`: who can hear it, this rank too."""
         try:
             if self._store.add("reports", 1) == 1:
                 self._store.set("failure", text)

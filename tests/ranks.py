@@ -265,13 +265,20 @@ def start_commands(arguments: Sequence[Sequence[str]], logs: Path) -> list[Comma
 
     Forked from the server, a rank starts in a second.
     """
+    return start_functions(_run_command, [[list(words)] for words in arguments], logs)
+
+
+def start_functions(
+    function: Callable, arguments: Sequence[Sequence[Any]], logs: Path
+) -> list[Command]:
+    """Start a new process for each rank that runs ``function(*arguments[rank])`` and ends."""
     port, world_size = free_port(), len(arguments)
     logs.mkdir(parents=True, exist_ok=True)
     ranks = []
-    for rank, words in enumerate(arguments):
+    for rank, own in enumerate(arguments):
         log = logs / f"{port}-rank-{rank}.log"
         process = _CONTEXT.Process(
-            target=_enter_command, args=(list(words), rank, world_size, port, log)
+            target=_enter_logged, args=(function, own, rank, world_size, port, log)
         )
         process.start()
         ranks.append(Command(process, log))
@@ -296,11 +303,17 @@ def end_commands(ranks: Sequence[Command]) -> None:
         rank.process.join(10)
 
 
-def _enter_command(words: list[str], rank: int, world_size: int, port: int, log: Path) -> None:
+def _enter_logged(
+    function: Callable, arguments: Sequence[Any], rank: int, world_size: int, port: int, log: Path
+) -> None:
     _set_environment(rank, world_size, port)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    function(*arguments)
+
+
+def _run_command(words: list[str]) -> None:
     sys.argv = ["geneloom pretrain", *words]
     # As `python -m pretrain` does.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

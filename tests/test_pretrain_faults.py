@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import re
 import resource
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +25,7 @@ import pytest
 from data_prep.shards import ShardSet, file_sha256
 from pretrain.config import RunConfig
 from pretrain.ds_config import derive_ds_config
-from tests.ranks import Command, commands, free_port, run_ranks
+from tests.ranks import Command, commands, end_commands, run_ranks, start_functions
 from tests.runs import (
     console,
     final_state,
@@ -734,31 +732,12 @@ def stand_still_outside(limit_s: float) -> None:
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_a_rank_that_does_not_get_on_is_named_with_its_stack(num_ranks, tmp_path):
-    log = tmp_path / "said"
-    code = (
-        "import os, sys; sys.path.insert(0, os.environ['ROOT'])\n"
-        "from tests.test_pretrain_faults import stand_still_outside\n"
-        "stand_still_outside(1)"
-    )
-    port = free_port()
-    with log.open("w") as file:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", code], stdout=file, stderr=file,
-                env=os.environ | {
-                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks),
-                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                    "DS_ACCELERATOR": "cpu", "ROOT": str(Path(__file__).resolve().parent.parent),
-                },
-            )
-            for rank in range(num_ranks)
-        ]  # fmt: skip
+    ranks = start_functions(stand_still_outside, [[1]] * num_ranks, tmp_path)
     try:
-        assert [p.wait(_LIMIT_S) for p in processes] == [1] * num_ranks, log.read_text()
+        assert [r.code() for r in ranks] == [1] * num_ranks, ranks[0].said
     finally:
-        for process in processes:
-            process.kill()
-    said = log.read_text()
+        end_commands(ranks)
+    said = "".join(r.said for r in ranks)
     culprit = min(1, num_ranks - 1)
     assert re.search(rf"rank {culprit} in step 7: .*; its threads:\n", said), said
     assert "stand_still_outside" in said
