@@ -143,7 +143,8 @@ def _copies(work: Path, chunks: list[Chunk], codes: np.ndarray, part: int, parts
     order = np.argsort(same, kind="stable")
     same, place = same[order], place[order]
     equal = same[1:] == same[:-1]
-    repeated = np.r_[equal, False] | np.r_[False, equal]
+    # A part of the hashes may hold no cell.
+    repeated = (np.r_[equal, False] | np.r_[False, equal])[: len(same)]
     same, place = same[repeated], place[repeated]
     first_of_chunk = np.array([c.first for c in chunks], dtype=np.int64)
     number = np.searchsorted(first_of_chunk, place, side="right") - 1

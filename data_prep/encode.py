@@ -377,6 +377,9 @@ def write_text(path: Path, text: str) -> None:
     aside.rename(path)
 
 
+_ROUNDING_NOISE = 1e-6  # of a count
+
+
 @numba.njit(cache=True, nogil=True)
 def _mix(x):
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -400,7 +403,9 @@ def _hash_counts(data, indices, indptr, column_tokens):
         for k in range(indptr[cell], indptr[cell + 1]):
             token = column_tokens[indices[k]]
             if token >= 0 and sums[token] > 0.0:
-                one[0] = sums[token]
+                whole = np.rint(sums[token])
+                # 2.9999998 is 3, rounding noise of a float32.
+                one[0] = whole if abs(sums[token] - whole) <= _ROUNDING_NOISE else sums[token]
                 total += _mix(_mix(np.uint64(token)) ^ bits[0])
                 sums[token] = 0.0
         hashes[cell] = total

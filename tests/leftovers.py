@@ -18,8 +18,8 @@ _RANK_VARIABLES = {
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR",
     "CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE",
 }  # fmt: skip
-# fsspec keeps its event loop, once started.
-_LASTING_THREADS = ("fsspecIO", "asyncio_")
+# fsspec keeps its event loop, tqdm its monitor, once started.
+_LASTING_THREADS = ("fsspecIO", "asyncio_", "tqdm_monitor")
 _OURS = ("data_prep", "pretrain", "eval", "launch")
 
 

@@ -352,10 +352,10 @@ def test_a_run_that_finishes_while_another_starts_keeps_its_shards(corpus, expec
 
     out, real_lock = tmp_path / "out", workspace._lock
 
-    def late(folder: Path) -> int:
+    def late(folder: Path, request: str) -> int:
         workspace._lock = real_lock
         run(corpus, out)
-        return real_lock(folder)
+        return real_lock(folder, request)
 
     workspace._lock = late
     try:
