@@ -41,7 +41,7 @@ def train_once(arguments: list[str], resume: bool, results) -> None:
     ends: list[float] = []
     one_step = Engine.step
 
-    def timed(self: Engine, step: int, total_steps: int) -> tuple[float, float]:
+    def timed(self: Engine, step: int, total_steps: int) -> tuple[dict[str, float], float]:
         result = one_step(self, step, total_steps)
         ends.append(time.perf_counter())
         return result
@@ -59,7 +59,7 @@ def train_with_deepspeed_saves(arguments: list[str], every: int, folder: Path, r
 
     one_step, saved = Engine.step, []
 
-    def saving(self: Engine, step: int, total_steps: int) -> tuple[float, float]:
+    def saving(self: Engine, step: int, total_steps: int) -> tuple[dict[str, float], float]:
         result = one_step(self, step, total_steps)
         if (step + 1) % every == 0:
             started = time.perf_counter()

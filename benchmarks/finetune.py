@@ -29,6 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 from data_prep.vocab import Vocabulary
 from eval.encode import encode_file
 from eval.finetune.engine import FinetuneSettings, Head, Target, finetune
+from pretrain.encoders import encoder_of
 from pretrain.export import load_exported
 
 _REPEATS = 3
@@ -160,17 +161,21 @@ def main() -> None:
     )  # fmt: skip
     target = Target(Head("class", "cells", tuple("abc"[:_NUM_CLASSES])), labels)
     collator = Collator(vocabulary, arguments.padding)
+    bert = encoder_of(network)
+    assert isinstance(bert, BertModel)
 
     def ours(cells: list[np.ndarray], target: Target) -> tuple[float, float]:
-        return seconds(lambda: finetune(network.bert, vocabulary, cells, [target], settings, _SEED))
+        return seconds(
+            lambda: finetune(encoder_of(network), vocabulary, cells, [target], settings, _SEED)
+        )
 
     few = Target(target.head, labels[:2])
     ours(tokens[:2], few)  # first calls of both load code
-    by_trainer(network.bert, tokens[:2], labels[:2], settings, Collator(vocabulary, "longest"))
+    by_trainer(bert, tokens[:2], labels[:2], settings, Collator(vocabulary, "longest"))
     runs = [
         (
             ours(tokens, target),
-            by_trainer(network.bert, tokens, labels, settings, collator),
+            by_trainer(bert, tokens, labels, settings, collator),
         )
         for _ in range(_REPEATS)
     ]

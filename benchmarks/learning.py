@@ -127,7 +127,7 @@ def plot(found: dict[str, dict], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("shards", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--steps", type=int, default=366)

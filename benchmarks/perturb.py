@@ -44,6 +44,7 @@ from eval.perturb.choose import CellChoice, GeneChoice
 from eval.perturb.edits import Edit, GeneSets
 from eval.perturb.engine import Engine, EngineSettings
 from eval.perturb.run import Screen, perturb_file
+from pretrain.encoders import encoder_of
 from pretrain.export import load_exported
 
 _BATCH = 100
@@ -151,8 +152,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     order = np.random.default_rng(_SEED).permutation([i for i, t in enumerate(every) if len(t) > 2])
     original = Original(full, vocabulary)
     engines = {
-        "fp32": Engine(copy.deepcopy(network.bert), vocabulary),
-        "bf16": Engine(copy.deepcopy(network.bert), vocabulary, EngineSettings(bf16=True)),
+        "fp32": Engine(copy.deepcopy(encoder_of(network)), vocabulary),
+        "bf16": Engine(copy.deepcopy(encoder_of(network)), vocabulary, EngineSettings(bf16=True)),
     }
     chosen = [every[i] for i in order[: arguments.num_cells]]
     results: dict[str, Any] = {"deletion": {"tokens": [len(c) for c in chosen]}}
@@ -180,9 +181,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         some = [every[i] for i in order[: arguments.embed_cells]]
 
         def embedded(bf16: bool) -> np.ndarray:
-            return embed_cells(some, network.bert, vocabulary, bf16=bf16)
+            return embed_cells(some, encoder_of(network), vocabulary, bf16=bf16)
 
-        embed_cells(some[:1], network.bert, vocabulary)
+        embed_cells(some[:1], encoder_of(network), vocabulary)
         contenders = {
             "original": lambda: original.embed(some),
             "fp32": lambda: embedded(False),

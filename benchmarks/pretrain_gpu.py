@@ -37,6 +37,7 @@ import torch
 
 from data_prep.vocab import Vocabulary, from_dictionaries
 from pretrain.config import RunConfig, load_config
+from pretrain.encoders import encoder_of
 from pretrain.masking import NO_LABEL
 from pretrain.metrics import peak_memory_gib
 from pretrain.model import MaskedGeneModel, build_model
@@ -237,7 +238,12 @@ def embedding(name: str, arguments: argparse.Namespace, device: torch.device) ->
 
     def run() -> None:
         embed_cells(
-            cells, model.bert.bert, vocabulary, token_budget=262_144, device=str(device), bf16=True
+            cells,
+            encoder_of(model.bert),
+            vocabulary,
+            token_budget=262_144,
+            device=str(device),
+            bf16=True,
         )
         wait(device)
 

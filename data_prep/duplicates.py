@@ -21,6 +21,8 @@ from data_prep.filters import MOVED, is_kept
 from data_prep.sources import SourceSpec
 
 _SORT_BYTES = 48  # of a cell while copies are looked for
+# Each part reads all chunks: less memory than this would cost time without end.
+_LEAST_BYTES = 2048
 _NAMED = 100
 _LANES = 4
 
@@ -86,7 +88,7 @@ def settle_same_cells(
     divided: Counter[tuple[str, str]] = Counter()
     may_move = np.array([s.split is None and heldout_by == "cell" for s in sources], dtype=bool)
     # The range of hashes is cut into parts that fit into memory.
-    parts = 1 + int(len(codes) * _SORT_BYTES / (memory_gib * 2**30))
+    parts = 1 + int(len(codes) * _SORT_BYTES / max(memory_gib * 2**30, _LEAST_BYTES))
     for part in range(parts):
         copies = _copies(work, chunks, codes, part, parts)
         if not len(copies.place):
