@@ -156,7 +156,8 @@ class Watch:
                 self._is_hurried |= self._store.add("suspicions", 0) > 0
                 if self._store.add("failures", 0):
                     failure = self._store.get("failure").decode()
-                    self._store.add("heard", 1)
+                    # Rank 0 holds the store: it stays until the others have heard it too.
+                    self._report(failure, self._others + 1)
                     self._end(failure)
             except dist.STORE_ERRORS:
                 self._end(_STORE_IS_GONE + "is gone")
