@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import resource
 import subprocess
@@ -27,16 +28,20 @@ def run(command: list[str]) -> tuple[int, float]:
     # Without it (no Linux) orphans are not counted.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    code = subprocess.call(command)
-    deadline = time.monotonic() + _GRACE_S
-    while orphans := psutil.Process().children(recursive=True):
+    child = subprocess.Popen(command)
+    code = None
+    deadline = math.inf
+    while code is None or psutil.Process().children(recursive=True):
         if time.monotonic() > deadline:
-            for orphan in orphans:
+            for orphan in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     orphan.kill()
+        # Every orphan is waited for at once, as init would: the tests ask whether it has ended.
         with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                if ended[0] == child.pid:
+                    code = child.returncode = os.waitstatus_to_exitcode(ended[1])
+                    deadline = time.monotonic() + _GRACE_S
         time.sleep(0.05)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return code, used.ru_utime + used.ru_stime

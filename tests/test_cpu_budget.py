@@ -28,3 +28,14 @@ def test_orphans_are_counted_and_too_much_fails():
 
 def test_a_failed_command_keeps_its_code():
     assert budget(60, sys.executable, "-c", "raise SystemExit(5)").returncode == 5
+
+
+def test_an_orphan_that_has_ended_is_gone_before_the_command_ends():
+    # Who waits for a process that nobody reaps finds it as a zombie, and takes it for alive.
+    waits = (
+        "import psutil, subprocess, sys;"
+        'starts = \'import subprocess; print(subprocess.Popen(["sleep", "0.2"]).pid)\';'
+        "orphan = int(subprocess.check_output([sys.executable, '-c', starts], stderr=-3));"
+        "sys.exit(len(psutil.wait_procs([psutil.Process(orphan)], timeout=5)[1]))"
+    )
+    assert budget(60, sys.executable, "-c", waits).returncode == 0
