@@ -85,7 +85,16 @@ def built_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BuiltOnce]:
 @pytest.fixture(scope="session")
 def shards(built_once: BuiltOnce) -> Path:
     """Shards of 120 fake cells, several buckets and blocks."""
-    return built_once.folder("cells", make_shards) / "shards"
+    folder = built_once.folder("cells", make_shards) / "shards"
+
+    # Otherwise the ranks of the first tests would all compile the same kernels: 25 s each where
+    # the folder of compiled code is still empty.
+    def compile_kernels(logs: Path) -> None:
+        dropout = {"model__attention_dropout": 0.02, "run__max_steps": 4}
+        run_ranks(1, run_training, tiny_config(folder, logs / "run", **dropout))
+
+    built_once.folder("compiled", compile_kernels)
+    return folder
 
 
 @pytest.fixture(scope="session")

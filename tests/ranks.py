@@ -22,6 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -34,15 +35,16 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 # Importing inductor would start processes that compile; the server is forked from, and has none.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 _CONTEXT = multiprocessing.get_context("forkserver")
-# A fork of this process would inherit torch's thread pools; a fresh server has none. DeepSpeed
-# imports its Muon, and with it inductor (2 to 5 s), when the first optimizer is handed over.
-_CONTEXT.set_forkserver_preload(
-    [
-        "torch", "deepspeed", "transformers", "torch.utils.tensorboard.writer",
-        "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.zero.stage3",
-        "torch._inductor.compile_fx", "pretrain.train", "pretrain.cli", "tests.leftovers",
-    ]
-)  # fmt: skip
+# A fork of this process would inherit torch's thread pools; a fresh server has none. The second
+# line is what DeepSpeed and pyarrow import when they are first used: 1.6 s in every new rank.
+_PRELOADED = [
+    "torch", "deepspeed", "transformers", "setuptools", "torch.utils.tensorboard.writer",
+    "deepspeed.ops.op_builder.all_ops", "deepspeed.module_inject.auto_ep_layer", "pandas",
+    "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.zero.stage3",
+    "torch._inductor.compile_fx", "pretrain.train", "pretrain.cli", "launch.cli",
+    "tests.leftovers",
+]  # fmt: skip
+_server_pid: int | None = None
 _LIMIT_S = 120
 # When one rank has failed, the others mostly fail of the same: so long they may take to say so.
 _OTHERS_S = 3
@@ -57,6 +59,22 @@ def _set_environment(rank: int, world_size: int, port: int) -> None:
         "MASTER_PORT": str(port),
         "DS_ACCELERATOR": "cpu",
     }
+
+
+def _process(**arguments: Any) -> BaseProcess:
+    """Return a process that is forked from the ranks' server when it is started.
+
+    There is one server for a Python process, and its first user decides what it has imported. The
+    workers of data preparation need little: their server is ended before it forks ranks.
+    """
+    global _server_pid
+    server = forkserver._forkserver  # type: ignore[attr-defined]  where the module keeps it
+    if _server_pid is None or server._forkserver_pid != _server_pid:
+        server._stop()
+        _CONTEXT.set_forkserver_preload(_PRELOADED)
+        server.ensure_running()
+        _server_pid = server._forkserver_pid
+    return _CONTEXT.Process(**arguments)
 
 
 def free_port() -> int:
@@ -128,7 +146,7 @@ class _Pool:
 
     def _start(self) -> None:
         mine, theirs = _CONTEXT.Pipe()
-        process = _CONTEXT.Process(target=_serve, args=(theirs,), daemon=True)
+        process = _process(target=_serve, args=(theirs,), daemon=True)
         process.start()
         theirs.close()
         self._ranks.append((process, mine))
@@ -213,7 +231,7 @@ def close_pool() -> None:
 
 def start_rank(function: Callable, *arguments: Any) -> BaseProcess:
     """Start one rank in the background, to be killed."""
-    process = _CONTEXT.Process(target=_enter, args=(function, arguments, free_port()))
+    process = _process(target=_enter, args=(function, arguments, free_port()))
     process.start()
     return process
 
@@ -265,7 +283,7 @@ def start_commands(arguments: Sequence[Sequence[str]], logs: Path) -> list[Comma
 
     Forked from the server, a rank starts in a second.
     """
-    return start_functions(_run_command, [[list(words)] for words in arguments], logs)
+    return start_functions(run_command, [[list(words)] for words in arguments], logs)
 
 
 def start_functions(
@@ -277,12 +295,28 @@ def start_functions(
     ranks = []
     for rank, own in enumerate(arguments):
         log = logs / f"{port}-rank-{rank}.log"
-        process = _CONTEXT.Process(
-            target=_enter_logged, args=(function, own, rank, world_size, port, log)
-        )
+        process = _process(target=_enter_logged, args=(function, own, rank, world_size, port, log))
         process.start()
         ranks.append(Command(process, log))
     return ranks
+
+
+def start_geneloom(words: Sequence[str], log: Path) -> Command:
+    """Start ``geneloom WORDS``, as `start_commands` does."""
+    process = _process(target=_enter_geneloom, args=([str(word) for word in words], log))
+    process.start()
+    return Command(process, log)
+
+
+def _enter_geneloom(words: list[str], log: Path) -> None:
+    # Of its own, as a shell gives a command one: the processes that it starts can be ended with it.
+    os.setsid()
+    _say_into(log)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    sys.argv = ["geneloom", *words]
+    from launch.cli import main
+
+    main()
 
 
 @contextlib.contextmanager
@@ -307,13 +341,18 @@ def _enter_logged(
     function: Callable, arguments: Sequence[Any], rank: int, world_size: int, port: int, log: Path
 ) -> None:
     _set_environment(rank, world_size, port)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    _say_into(log)
     function(*arguments)
 
 
-def _run_command(words: list[str]) -> None:
+def _say_into(log: Path) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+
+
+def run_command(words: list[str]) -> None:
+    """Run ``python -m pretrain WORDS`` in this process, which does nothing else."""
     sys.argv = ["geneloom pretrain", *words]
     # As `python -m pretrain` does.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -134,15 +134,16 @@ def _beside(config: RunConfig, suffix: str) -> Path:
     return config.run.out.with_name(f"{config.run.out.name}.{suffix}")
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> bool:
+def wait_until(
+    condition: Callable[[], bool], process: subprocess.Popen, look_every_s: float = 0.02
+) -> bool:
     """Return True when a condition holds, False if the process ended before."""
     deadline = time.monotonic() + LIMIT_S
     while not condition():
         if process.poll() is not None:
             return False
         assert time.monotonic() < deadline, "the run does not get on"
-        # Writing a checkpoint of these models takes 10 ms.
-        time.sleep(0.001)
+        time.sleep(look_every_s)
     return True
 
 

@@ -18,6 +18,7 @@ from data_prep.prepare import SERIAL
 from data_prep.sources import SourceOptions, source_at
 from eval.encode import encode_file
 from pretrain.config import ModelConfig
+from tests.ranks import kill, start_geneloom
 from tests.synthetic import make_cells
 
 if TYPE_CHECKING:
@@ -130,34 +131,32 @@ def test_killed_command_goes_on(model, tmp_path):
     """Killed with SIGKILL in the second seed: the same bytes as a run that was left alone."""
     from eval.finetune.cells import finetune_cells
 
+    out, log = tmp_path / "killed", tmp_path / "log"
     command = [
-        sys.executable, "-c", "from launch.cli import main; main()", "finetune", "cells",
-        str(model / "cells.h5ad"), "--model", str(model), "--label", "cell_type", "--epochs", "6",
-        "--device", "cpu", "--learning-rate", "0.005", "--out",
+        "finetune", "cells", str(model / "cells.h5ad"), "--model", str(model), "--label",
+        "cell_type", "--epochs", "6", "--device", "cpu", "--learning-rate", "0.005",
+        "--out", str(out),
     ]  # fmt: skip
-    root = Path(__file__).resolve().parent.parent
-    out = tmp_path / "killed"
-    process = subprocess.Popen([*command, str(out)], cwd=root, stderr=subprocess.DEVNULL)
+    process = start_geneloom(command, log)
     until = time.monotonic() + 120
     while not list(out.glob(".partial/*/seed-1, */epoch-*")):
-        assert process.poll() is None, "finished before it could be killed"
+        assert process.process.is_alive(), f"finished before it could be killed:\n{process.said}"
         assert time.monotonic() < until
         time.sleep(0.005)
-    process.kill()
-    process.wait()
+    kill(process.process)
     assert not (out / "results.json").exists()
     (seed,) = out.glob(".partial/*/seed-0.json")
     written = seed.stat().st_mtime_ns
     (work,) = out.glob(".partial/*")
     other = finetune_cells(model / "cells.h5ad", model, "cell_type", tmp_path / "alone",
                            settings=replace(fast(), epochs=6))  # fmt: skip
-    done = subprocess.Popen([*command, str(out)], cwd=root, stderr=subprocess.DEVNULL)
+    again = start_geneloom(command, log)
     while seed.exists():
         assert seed.stat().st_mtime_ns == written, "a finished seed was computed again"
-        if done.poll() is not None:
+        if not again.process.is_alive():
             break
         time.sleep(0.02)
-    assert done.wait(timeout=120) == 0
+    assert again.code() == 0, again.said
     assert json.loads((out / "results.json").read_text()) == other
     assert not work.parent.exists()
 

@@ -1,6 +1,7 @@
 """``geneloom launch mpi``: real ranks under mpirun; hostfiles; the variables of other launchers."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import psutil
 import pytest
 
 from launch.mpi import mpi_command, read_hostfile
+from tests.ranks import commands, end_commands, run_command, start_functions
 
 ROOT = Path(__file__).resolve().parent.parent
 GENELOOM = [sys.executable, "-c", "from launch.cli import main; main()"]
@@ -21,23 +23,50 @@ SMALL = [
 ]  # fmt: skip
 
 
-def train(shards: Path, out: Path, *launch: str) -> list[float]:
-    """Return the losses of a run's steps."""
-    done = subprocess.run(
-        [*GENELOOM, *launch, *SMALL, f"data.shards={shards}", f"run.out={out}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+def losses(out: Path) -> list[float]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [r["loss"] for r in rows if r["kind"] == "train"]
 
 
-def test_two_ranks_under_mpirun_are_one_run(shards, tmp_path):
-    one = train(shards, tmp_path / "one")
-    two = train(shards, tmp_path / "two", "launch", "mpi", "--ranks", "2", "--device", "cpu")
+def alone(shards: Path, out: Path) -> list[float]:
+    """Return the losses of the run of one rank."""
+    settings = [f"data.shards={shards}", f"run.out={out}"]
+    with commands([[*SMALL[1:], *settings]], out.parent / "logs") as (rank,):
+        assert rank.code() == 0, rank.said
+    return losses(out)
+
+
+def rank_of_mpirun(words: list[str]) -> None:
+    """Be a rank that knows who it is from the variables that Open MPI sets."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        theirs = {"RANK": "RANK", "WORLD_SIZE": "SIZE", "LOCAL_RANK": "LOCAL_RANK"}[name]
+        os.environ[f"OMPI_COMM_WORLD_{theirs}"] = os.environ.pop(name)
+    run_command(words)
+
+
+def test_ranks_with_the_variables_of_open_mpi_are_one_run(shards, tmp_path):
+    settings = [*SMALL[1:], f"data.shards={shards}", f"run.out={tmp_path / 'two'}"]
+    ranks = start_functions(rank_of_mpirun, [[settings]] * 2, tmp_path / "logs")
+    try:
+        assert [rank.code() for rank in ranks] == [0, 0], ranks[0].said
+    finally:
+        end_commands(ranks)
+    two = losses(tmp_path / "two")
     assert len(two) == 4
-    assert two == pytest.approx(one, rel=1e-5)
-    record = json.loads((tmp_path / "two" / "env.json").read_text())
+    assert two == pytest.approx(alone(shards, tmp_path / "one"), rel=1e-5)
+
+
+@pytest.mark.long
+def test_two_ranks_under_mpirun_are_one_run(shards, tmp_path):
+    out = tmp_path / "two"
+    done = subprocess.run(
+        [*GENELOOM, "launch", "mpi", "--ranks", "2", "--device", "cpu", *SMALL,
+         f"data.shards={shards}", f"run.out={out}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(out) == pytest.approx(alone(shards, tmp_path / "one"), rel=1e-5)
+    record = json.loads((out / "env.json").read_text())
     assert "launch mpi --ranks 2" in record["command"]
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from launch.logs import ends, last_error, root_cause
 from launch.verbs import check_and_find_folder, saved_step, to_go_on
-from tests.ranks import run_ranks
+from tests.ranks import end_commands, run_ranks, start_geneloom
 from tests.runs import metrics, rank_processes, run_training, tiny_config
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +35,41 @@ def start(config, log: Path, *launch: str) -> subprocess.Popen:
         )  # fmt: skip
 
 
+def test_a_killed_rank_of_prepare_is_started_again(shards, tmp_path):
+    """MPI ranks that prepare data: they start in a quarter of the time that training needs."""
+    cells, vocabulary = shards.parent / "cells.h5ad", shards / "vocabulary.json"
+    arguments = ["prepare", cells, "--vocab", vocabulary, "--heldout", "0.2", "--out"]
+    out, log = tmp_path / "out", tmp_path / "log"
+    process = start_geneloom(
+        ["launch", "mpi", "--ranks", "2", "--device", "cpu", "--restarts", "1", *arguments, out],
+        log,
+    )
+    try:
+        until = time.monotonic() + _LIMIT_S
+        while len(ranks := rank_processes(process.pid, "data_prep")) < 2:
+            assert process.process.is_alive(), process.said
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        ranks[1].kill()
+        assert process.code(_LIMIT_S) == 0, process.said
+    finally:
+        end_commands([process])
+    assert re.search(r"launch: attempt 1 ended: .*ended by SIGKILL", process.said), process.said
+    assert re.search(r"launch: starting again in \d s from step 0\n", process.said), process.said
+    folder = out / "launch"
+    command = (folder / "command.sh").read_text()
+    assert command.startswith("geneloom launch mpi --ranks 2")
+    found = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert [e["event"] for e in found] == ["started", "ended", "started", "done"]
+    assert all((folder / f"attempt_{n}" / "rank_00001.log").exists() for n in (1, 2))
+
+    alone = start_geneloom([*arguments, tmp_path / "alone"], log)
+    assert alone.code() == 0, alone.said
+    written = {p.name: p.read_bytes() for p in (tmp_path / "alone").iterdir()}
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p != folder} == written
+
+
+@pytest.mark.long
 def test_a_killed_rank_costs_no_cell(shards, tmp_path):
     alone = tiny_config(shards, tmp_path / "alone", run__max_steps=60)
     run_ranks(1, run_training, alone)

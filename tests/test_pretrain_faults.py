@@ -81,13 +81,15 @@ def running(
         yield ranks
 
 
-def wait_until(condition: Callable[[], bool], ranks: list[Command]) -> None:
+def wait_until(
+    condition: Callable[[], bool], ranks: list[Command], look_every_s: float = 0.02
+) -> None:
     deadline = time.monotonic() + _LIMIT_S
     while not condition():
         for rank in ranks:
             assert rank.process.is_alive(), f"the run ended by itself:\n{rank.said}"
         assert time.monotonic() < deadline, ranks[0].said
-        time.sleep(0.002)
+        time.sleep(look_every_s)
 
 
 def is_being_written(run: Path) -> bool:
@@ -196,7 +198,7 @@ def test_signal_during_evaluation(tmp_path):
 def test_signals_during_checkpoints(shards, tmp_path):
     config = endless(shards, tmp_path / "run", checkpoint__every_steps=1, **_BUSY)
     with running(config, 2, steps=1) as ranks:
-        wait_until(lambda: is_being_written(config.run.out), ranks)
+        wait_until(lambda: is_being_written(config.run.out), ranks, look_every_s=0.002)
         ranks[1].signal(signal.SIGTERM)
         wait_until(lambda: "signal SIGTERM" in ranks[1].said, ranks)
         # And again and again until they are gone: nothing may be cut short.

@@ -190,7 +190,8 @@ def _wait_for_moment(
         time.sleep(float(rng.uniform(0, 0.1)))
     else:
         target = saved + int(rng.integers(0, most + 1))
-        in_time = wait_until(lambda: writes_after(target), process)
+        # Writing a checkpoint of this model takes 10 ms.
+        in_time = wait_until(lambda: writes_after(target), process, look_every_s=0.001)
     assert in_time, f"the run has ended, too early to be killed:\n{_said(config, process)}"
     return processes
 
