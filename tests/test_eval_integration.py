@@ -25,10 +25,11 @@ TASK = IntegrationTask(
 )  # fmt: skip
 
 
+@pytest.mark.long
 def test_known_embeddings_score_as_they_must():
     """Types without batches near 1, noise low, batches without types lowest in mixing.
 
-    Several seconds: scib-metrics compiles its scores for each new shape.
+    Twenty seconds: scib-metrics compiles its scores for each new shape.
     """
     from eval.benchmark.integration_scores import score_embedding
 

@@ -173,6 +173,7 @@ def test_a_slow_place_is_named_once():
     assert slow_places(speed, hosts_of_two) == ["c computes 3.0 times as long as the median"]
 
 
+@pytest.mark.long
 def test_doctor_of_this_machine_alone(tmp_path):
     code = "from launch.cli import main; main()"
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
