@@ -46,6 +46,7 @@ _PRELOADED = [
 ]  # fmt: skip
 _server_pid: int | None = None
 _LIMIT_S = 120
+_ROOT = Path(__file__).resolve().parent.parent
 # When one rank has failed, the others mostly fail of the same: so long they may take to say so.
 _OTHERS_S = 3
 
@@ -301,14 +302,15 @@ def start_functions(
     return ranks
 
 
-def start_geneloom(words: Sequence[str], log: Path) -> Command:
-    """Start ``geneloom WORDS``, as `start_commands` does."""
-    process = _process(target=_enter_geneloom, args=([str(word) for word in words], log))
+def start_geneloom(words: Sequence[object], log: Path, folder: Path = _ROOT) -> Command:
+    """Start ``geneloom WORDS`` in a folder, as `start_commands` does."""
+    process = _process(target=_enter_geneloom, args=([str(word) for word in words], log, folder))
     process.start()
     return Command(process, log)
 
 
-def _enter_geneloom(words: list[str], log: Path) -> None:
+def _enter_geneloom(words: list[str], log: Path, folder: Path) -> None:
+    os.chdir(folder)
     # Of its own, as a shell gives a command one: the processes that it starts can be ended with it.
     os.setsid()
     _say_into(log)

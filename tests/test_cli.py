@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from data_prep.version import VERSION
+from tests.ranks import start_geneloom
 from tests.synthetic import make_cells, write_cells
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +52,13 @@ def geneloom_process(*arguments: object, cwd: Path) -> subprocess.CompletedProce
     )  # fmt: skip
 
 
+def geneloom_forked(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    """Run a command line in a process that is forked from the ranks' server; all is stderr."""
+    log = cwd.with_name(f"{cwd.name}.log")
+    ran = start_geneloom([str(a) for a in arguments], log, cwd)
+    return subprocess.CompletedProcess(arguments, ran.code(), "", ran.said)
+
+
 def log_counts(path: Path) -> None:
     cells = make_cells(30)
     cells.X = np.log1p(cells.X.toarray())
@@ -88,7 +96,7 @@ def test_bad_input(arguments, message, tmp_path):
     log_counts(tmp_path / "log.h5ad")
     before = sorted(p.name for p in tmp_path.rglob("*"))
     # A run that has begun ends its process at once.
-    run = geneloom_process if arguments[0] == "pretrain" else geneloom
+    run = geneloom_forked if arguments[0] == "pretrain" else geneloom
     done = run(*arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stderr + done.stdout
     assert message in done.stderr

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.ranks import run_ranks
-from tests.runs import console, metrics, run_training, start_command, tiny_config
+from tests.ranks import commands, run_ranks
+from tests.runs import metrics, run_training, tiny_config
 from tests.test_pretrain_faults import checkpoint_mib, small_disk
 
 
@@ -30,7 +30,9 @@ def test_keeping_what_is_never_saved_is_refused(shards, tmp_path):
 def test_no_room_for_one_checkpoint_is_refused_before_anything_is_written(shards, tmp_path):
     config = tiny_config(shards, tmp_path / "disk" / "run")
     with small_disk(tmp_path / "disk", 0.9 * checkpoint_mib(config)):
-        process = start_command(config)
-        assert process.wait(timeout=180) == 2
-        assert "no room for one checkpoint: it needs" in console(config)
+        path = tmp_path / "run.yaml"
+        path.write_text(config.to_yaml())
+        with commands([["--config", str(path)]], tmp_path / "logs") as (rank,):
+            assert rank.code() == 2
+        assert "no room for one checkpoint: it needs" in rank.said
         assert not config.run.out.exists()
