@@ -181,10 +181,6 @@ def test_embed_finetune_report(pretrained, tmp_path):
     assert set(results["summary"]) == contenders
     assert results["summary"]["fine-tuned, pretrained"]["macro_f1"]["mean"] > 0.5
     assert results["summary"]["majority class"]["macro_f1"]["mean"] < 0.3
-    again = finetune_cells(
-        tmp_path / "cells.h5ad", model, "cell_type", tmp_path / "again", settings=settings
-    )
-    assert again["summary"] == results["summary"], "same seeds, same scores"
     by_donor = finetune_cells(
         tmp_path / "cells.h5ad", model, "cell_type", tmp_path / "donor", donor="donor",
         settings=FinetuneSettings(epochs=1),

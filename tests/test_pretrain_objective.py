@@ -85,14 +85,45 @@ def expected(shards, tmp_path_factory) -> dict:
     return run_ranks(1, plain_pytorch, config)[0]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("deepspeed", _ALL_FILES)
-def test_equal_to_plain_pytorch(deepspeed, ranks, expected, shards, tmp_path):
-    if ranks == 1 and "offload" in deepspeed:
-        pytest.skip("offloading is run on two ranks")
-    config = tiny_config(shards, tmp_path / "run", run__deepspeed=deepspeed, **_SETTINGS)
-    # New processes: in some that had trained before, ZeRO 2 came out otherwise (docs/testing.md).
-    summary, weights = run_new_ranks(ranks, run_training, config)[0]
+_PLAIN = [(1, f) for f in _ALL_FILES if "offload" not in f] + [(2, f) for f in _ALL_FILES]
+
+
+def train_all(configs: list[RunConfig]) -> list[tuple]:
+    """Train one run after the other on these ranks: starting costs more than training."""
+    from pretrain import dist
+    from pretrain.train import train
+
+    found = []
+    for config in configs:
+        summary = train(config)
+        found.append((summary, final_state(config.run.out)["weight"]))
+    dist.leave()
+    return found
+
+
+@pytest.fixture(scope="module")
+def by_deepspeed(shards, tmp_path_factory) -> dict[tuple[int, str], tuple]:
+    """(ranks, DeepSpeed file) -> run, summary and last weights of what DeepSpeed has trained."""
+    folder, found = tmp_path_factory.mktemp("by_deepspeed"), {}
+    for ranks in (1, 2):
+        cases = [case for case in _PLAIN if case[0] == ranks]
+        configs = [
+            tiny_config(shards, folder / f"{ranks}-{file}", run__deepspeed=file, **_SETTINGS)
+            for _, file in cases
+        ]
+        # New processes: in some that had trained before, ZeRO 2 came out otherwise
+        # (docs/testing.md).
+        results = run_new_ranks(ranks, train_all, configs)[0]
+        found |= {
+            case: (config, *result)
+            for case, config, result in zip(cases, configs, results, strict=True)
+        }
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "deepspeed"), _PLAIN)
+def test_equal_to_plain_pytorch(ranks, deepspeed, expected, by_deepspeed):
+    config, summary, weights = by_deepspeed[ranks, deepspeed]
     records = metrics(config.run.out, "train")
     np.testing.assert_allclose(summary.losses, expected["losses"], rtol=1e-5)
     np.testing.assert_allclose([m["grad_norm"] for m in records], expected["norms"], rtol=1e-4)
