@@ -50,7 +50,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 def ssh(host: str, words: Sequence[str], environment: Mapping[str, str] | None = None) -> list[str]:
     """Return a command line that runs `words` on a host, in the current folder."""
-    given = {"PYTHONPATH": python_path(), **(environment or {})}
+    given = {**package_first(), **(environment or {})}
     settings = [f"{name}={value}" for name, value in sorted(given.items())]
     remote = f"cd {shlex.quote(str(Path.cwd()))} && exec env {shlex.join([*settings, *words])}"
     return [
@@ -60,9 +60,14 @@ def ssh(host: str, words: Sequence[str], environment: Mapping[str, str] | None =
     ]  # fmt: skip
 
 
-def python_path() -> str:
-    """Return PYTHONPATH with which another process finds this package as this one does."""
-    return os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
+def package_first() -> dict[str, str]:
+    """Return the variables with which another Python finds this package where this one does.
+
+    And nowhere else: ``python -m`` would look in the working folder first, where a user's own
+    ``pretrain.py`` may lie.
+    """
+    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
+    return {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
 
 
 @dataclass(frozen=True)

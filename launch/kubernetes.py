@@ -301,7 +301,7 @@ def _pod(
     if config is not None:
         volumes.append({"name": "config", "configMap": {"name": f"{job.name}-config"}})
         mounts.append({"name": "config", "mountPath": _CONFIG_FOLDER, "readOnly": True})
-    values = {**device, **extra, **job.env}
+    values = {"PYTHONSAFEPATH": "1", **device, **extra, **job.env}
     spec: dict[str, Any] = {
         "terminationGracePeriodSeconds": job.grace_s,
         "containers": [

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from launch import supervise
-from launch.hosts import python_path
+from launch.hosts import package_first
 from launch.node import has_gpu, port_state, signal_processes
 from launch.verbs import MODULES, module_of
 
@@ -74,7 +74,7 @@ def require_device(device: str, here: bool = True) -> None:
 
 def base_environment(device: str, here: bool = True) -> dict[str, str]:
     """Return what every process of a launch has in its environment; `here`: on this machine."""
-    environment = {"PYTHONPATH": python_path()}
+    environment = package_first()
     # Each node of a cluster looks for itself (`launch.rank`): this may be one without GPUs.
     if device == "cpu" or (here and not has_gpu()):
         environment["DS_ACCELERATOR"] = "cpu"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import json
 import os
 import signal
@@ -23,7 +24,8 @@ from typing import Any
 import psutil
 
 from data_prep.errors import EXIT_USAGE
-from launch.node import IN_RANK, has_gpu
+from data_prep.files import LAUNCH_FOLDER
+from launch.node import IN_RANK, ROOT, has_gpu
 
 _RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 _RANKS_HERE = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
@@ -48,6 +50,9 @@ def main() -> int:
     environment = rank_environment(os.environ | settings["environment"], settings)
     if settings["device"] == "gpu" and not has_gpu():
         print(f"error: --device gpu: {socket.gethostname()} has no /dev/nvidia*", file=sys.stderr)
+        return EXIT_USAGE
+    if problem := _foreign(module):
+        print(f"error: {problem}", file=sys.stderr)
         return EXIT_USAGE
     child: subprocess.Popen | None = None
 
@@ -109,9 +114,31 @@ def interface_to(address: str) -> str | None:
     return None
 
 
+def _foreign(module: str) -> str | None:
+    """Return what is wrong if a rank would not run the module that is installed beside this one."""
+    found = importlib.util.find_spec(module)
+    if found is None or found.origin is None:
+        return f"python -m {module}: there is no such module beside {ROOT / 'launch'}"
+    if not Path(found.origin).resolve().is_relative_to(ROOT):
+        return (
+            f"python -m {module} would run {found.origin}, not the package in {ROOT}; take it off "
+            "PYTHONPATH"
+        )
+    return None
+
+
+def make_private(folder: Path) -> None:
+    """Make ``OUT/launch``, or a folder in it; only its owner can look in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    own = folder if folder.name == LAUNCH_FOLDER else folder.parent
+    for made in {own, folder}:
+        made.chmod(0o700)
+
+
 def write_whole(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON that no reader sees half of."""
+    """Write JSON that no reader sees half of, for the owner alone."""
     aside = path.with_suffix(".partial")
+    aside.touch(mode=0o600)
     aside.write_text(json.dumps(content))
     aside.replace(path)
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from data_prep.files import LAUNCH_FOLDER
+from data_prep.redact import is_public, redacted_command
+from launch.rank import make_private, write_whole
 from launch.slurm_script import RankCommand, SlurmJob, render
 from launch.verbs import MODULES, check_and_find_folder, module_of, named_values, to_go_on
 
@@ -73,16 +75,17 @@ def launch_slurm(
         container=container, runtime=runtime, mounts=mount or [], setup=setup or [],
         sbatch=[f"--chdir={_quoted(str(Path.cwd()))}", *(sbatch or [])],
     )  # fmt: skip
-    made_by = shlex.join(["geneloom", *sys.argv[1:]])
+    made_by = redacted_command(["geneloom", *sys.argv[1:]])
     command = RankCommand(sys.executable, module, arguments, to_go_on(verb, arguments))
     text = render(job, command, out, made_by)
-    settings = rank_settings(job, named_values("--env", env or []), made_by)
+    variables = named_values("--env", env or [])
+    settings = rank_settings(job, variables, made_by)
     print(text, end="", flush=True)
     if show:
         return
     _require_free(verb, arguments, out)
     path = store(text, settings, out)
-    number = submit(path)
+    number = submit(path, variables)
     print(
         f"submitted job {number} ({path})\n"
         f"  what it says      tail -F {shlex.quote(str(path.parent / f'job-{number}.log'))}\n"
@@ -110,12 +113,15 @@ def _quoted(path: str) -> str:
 
 
 def rank_settings(job: SlurmJob, variables: dict[str, str], made_by: str) -> dict:
-    """Return what `launch.rank` reads on every node."""
+    """Return what `launch.rank` reads on every node.
+
+    A variable that may be a secret is not written: the job has it from sbatch's environment.
+    """
     environment = {"GENELOOM_LAUNCH_COMMAND": made_by}
     if job.cpus_per_task and not job.gpus_per_node:
         environment["OMP_NUM_THREADS"] = str(job.cpus_per_task)
     return {
-        "environment": environment | variables,
+        "environment": environment | {n: v for n, v in variables.items() if is_public(n)},
         "device": "gpu" if job.gpus_per_node else "cpu",
         "nodes": job.nodes,
     }
@@ -136,15 +142,16 @@ def _require_free(verb: str, arguments: list[str], out: Path) -> None:
 def store(text: str, settings: dict, out: Path) -> Path:
     """Write the batch file and its settings into the run folder; return the file's path."""
     folder = out / LAUNCH_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "settings.json").write_text(json.dumps(settings, indent=1))
+    make_private(folder)
+    write_whole(folder / "settings.json", settings)
     path = folder / "job.sbatch"
     path.write_text(text)
+    path.chmod(0o600)
     return path
 
 
-def submit(path: Path) -> str:
-    """Submit a batch file and return the number of the job.
+def submit(path: Path, variables: Mapping[str, str]) -> str:
+    """Submit a batch file, with more variables, and return the number of the job.
 
     Raises
     ------
@@ -162,8 +169,8 @@ def submit(path: Path) -> str:
         if name == "SLURM_CONF" or not name.startswith(("SLURM_", "SRUN_"))
     }
     done = subprocess.run(
-        ["sbatch", "--parsable", str(path)],
-        capture_output=True, text=True, env=environment,
+        ["sbatch", "--parsable", "--export=ALL", str(path)],
+        capture_output=True, text=True, env=environment | dict(variables),
     )  # fmt: skip
     if done.returncode:
         raise ValueError(f"launch slurm: sbatch refused {path}: {done.stderr.strip()}")

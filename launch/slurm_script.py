@@ -121,6 +121,7 @@ def render(job: SlurmJob, command: RankCommand, out: Path, made_by: str) -> str:
         *job.setup,
         "set -u",
         f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        "export PYTHONSAFEPATH=1  # a file of the working folder is never taken for a module",
         _meeting_point(),
         _attempt(folder),
         _step(job, command),
@@ -177,7 +178,9 @@ echo "start $((${{SLURM_RESTART_COUNT:-0}} + 1)) of job $SLURM_JOB_ID on $SLURM_
 def _step(job: SlurmJob, command: RankCommand) -> str:
     inside, around = _containers(job)
     tasks = [
-        "srun", f"--nodes={job.nodes}", f"--ntasks={job.nodes * job.tasks_per_node}",
+        # Where SBATCH_EXPORT or SLURM_EXPORT_ENV say otherwise, ranks would start with nothing.
+        "srun", "--export=ALL", f"--nodes={job.nodes}",
+        f"--ntasks={job.nodes * job.tasks_per_node}",
         f"--ntasks-per-node={job.tasks_per_node}", "--kill-on-bad-exit=1", *around,
     ]  # fmt: skip
     if job.cpus_per_task:

@@ -23,9 +23,10 @@ from typing import Any, Protocol
 
 from data_prep.errors import EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE
 from data_prep.files import LAUNCH_FOLDER
+from data_prep.redact import redacted_command
 from launch.logs import end_records, record_event, root_cause, tail
 from launch.node import LAUNCH_ID
-from launch.rank import log_name, write_whole
+from launch.rank import log_name, make_private, write_whole
 from launch.verbs import check_and_find_folder, module_of, saved_step, to_go_on
 
 # In the folder of an attempt: lines as `node1 slots=8`, and as `NAME=VALUE`.
@@ -317,7 +318,7 @@ class Attempt:
 
     def _write_settings(self) -> None:
         """Write what `launch.rank` reads, and what a launcher may."""
-        self.folder.mkdir(parents=True)
+        make_private(self.folder)
         settings = {
             "device": self._device,
             "nodes": len(self._hosts),
@@ -330,7 +331,7 @@ class Attempt:
 
 
 def _own_command() -> str:
-    return shlex.join(["geneloom", *sys.argv[1:]])
+    return redacted_command(["geneloom", *sys.argv[1:]])
 
 
 def _next_number(folder: Path) -> int:

@@ -190,20 +190,30 @@ def _write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
     (folder / "gene_median_dictionary.json").write_text(json.dumps(medians))
 
 
+# Of env.json: a model folder is published, the command and the machine are nobody's business.
+_PUBLISHED = ("commit", "dirty", "python", "versions", "gpus")
+
+
 def _record(run: Path, last: checkpoint.Checkpoint) -> dict:
     manifest = json.loads((run / "shards_manifest.json").read_text())
+    environment = json.loads((run / "env.json").read_text())
     heldout = [m for m in read_metrics(run) if m["kind"] == "heldout" and m["step"] <= last.step]
     return {
         "format": EXPORT_FORMAT,
         "step": last.step,
         **{k: last.record[k] for k in ("vocabulary_sha256", "shards_fingerprint", "recipe")},
         # Absent in checkpoints of runs that could only start from random weights.
-        "init": last.record.get("init"),
+        "init": _without_path(last.record.get("init")),
         "heldout": heldout[-1] if heldout else None,
-        "environment": json.loads((run / "env.json").read_text()),
+        "environment": {k: environment[k] for k in _PUBLISHED if k in environment},
         "sources": [{k: s[k] for k in ("name", "cells_kept")} for s in manifest["sources"]],
         "train_cells": sum(b["cells"] for b in manifest["buckets"] if b["split"] == "train"),
     }
+
+
+def _without_path(init: dict | None) -> dict | None:
+    """Return what the first weights were; of a folder its name alone."""
+    return {**init, "folder": Path(init["folder"]).name} if init and "folder" in init else init
 
 
 def _start_sentence(init: dict) -> str:

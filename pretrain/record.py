@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import platform
-import shlex
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from data_prep.redact import redacted_command
 from data_prep.shards import ShardSet
 from data_prep.version import VERSION
 from pretrain.config import RunConfig
@@ -88,7 +88,7 @@ def environment() -> dict[str, Any]:
     return {
         "commit": commit,
         "dirty": bool(_git(folder, "status", "--porcelain")) if commit else None,
-        "command": os.environ.get("GENELOOM_LAUNCH_COMMAND", shlex.join(sys.argv)),
+        "command": os.environ.get("GENELOOM_LAUNCH_COMMAND", redacted_command(sys.argv)),
         "python": platform.python_version(),
         "versions": _versions(*packages),
         "machine": platform.platform(),

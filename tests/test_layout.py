@@ -24,6 +24,7 @@ ALLOWED = {
         "data_prep.hashing",
         "data_prep.errors",
         "data_prep.files",
+        "data_prep.redact",
         "data_prep.version",
     },
     "launch": {
@@ -32,6 +33,7 @@ ALLOWED = {
         "pretrain.ds_config",
         "data_prep.errors",
         "data_prep.files",
+        "data_prep.redact",
         "data_prep.stages",
         "data_prep.version",
     },

@@ -1,0 +1,93 @@
+"""What a launch writes and publishes tells no secrets; what runs is what is installed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import end_commands, start_geneloom
+
+# Nothing that is written may contain it.
+CANARY = "canary7f3a"
+_SHADOWS = ("pretrain", "data_prep", "launch", "eval", "deepspeed", "torch", "numpy", "json")
+
+
+def leaks(folder: Path) -> list[Path]:
+    return [p for p in folder.rglob("*") if p.is_file() and CANARY.encode() in p.read_bytes()]
+
+
+def test_a_batch_file_holds_no_value_of_the_environment(shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("GENELOOM_TEST_SECRET", CANARY)
+    out, log = tmp_path / "run", tmp_path / "log"
+    words = ["launch", "slurm", "--time", "1:00:00", "--env", f"API_KEY={CANARY}",
+             "--env", f"PLACE={CANARY}", "--env", "NCCL_DEBUG=INFO"]  # fmt: skip
+    pretrain = ["pretrain", "--config", "tiny", f"data.shards={shards}", f"run.out={out}"]
+    # There is no queue here: it says so after the files are written.
+    start_geneloom([*words, *pretrain], log).code()
+    folder = out / "launch"
+    assert "launch.rank" in (folder / "job.sbatch").read_text()
+    settings = json.loads((folder / "settings.json").read_text())
+    assert settings["environment"]["NCCL_DEBUG"] == "INFO"
+    assert leaks(out) == []
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(p.stat().st_mode) for p in folder.iterdir()} == {0o600}
+
+
+def test_a_model_folder_tells_nothing_of_where_it_was_made(trained, tmp_path):
+    from pretrain.export import export
+
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    env = json.loads((run / "env.json").read_text())
+    env["command"] = f"geneloom pretrain run.out=/home/{CANARY}/run"
+    env["machine"] = CANARY
+    (run / "env.json").write_text(json.dumps(env))
+    export(run, tmp_path / "model")
+    record = json.loads((tmp_path / "model" / "geneloom.json").read_text())
+    assert record["environment"]["versions"] == env["versions"]
+    assert leaks(tmp_path / "model") == []
+    assert str(tmp_path).encode() not in b"".join(
+        p.read_bytes() for p in (tmp_path / "model").iterdir()
+    )
+
+
+def shadowed(folder: Path) -> Path:
+    """Return a folder with files that are named as our modules, and as others'."""
+    folder.mkdir()
+    for name in _SHADOWS:
+        text = f"open({str(folder / 'it_ran')!r}, 'a').write({name!r})\nraise SystemExit(0)\n"
+        (folder / f"{name}.py").write_text(text)
+    return folder
+
+
+def test_files_of_the_working_folder_are_not_taken_for_modules(shards, tmp_path):
+    """Two MPI ranks that prepare data, started where the user's own ``data_prep.py`` lies."""
+    here = shadowed(tmp_path / "here")
+    words = ["launch", "mpi", "--ranks", "2", "--device", "cpu", "prepare",
+             shards.parent / "cells.h5ad", "--vocab", shards / "vocabulary.json", "--out",
+             tmp_path / "out"]  # fmt: skip
+    process = start_geneloom(words, tmp_path / "log", here)
+    try:
+        assert process.code() == 0, process.said
+    finally:
+        end_commands([process])
+    assert (tmp_path / "out" / "manifest.json").exists()
+    assert not (here / "it_ran").exists()
+
+
+@pytest.mark.long
+def test_training_is_not_that_of_the_working_folder(shards, tmp_path):
+    here = shadowed(tmp_path / "here")
+    words = ["launch", "local", "--ranks", "2", "--device", "cpu", "pretrain", "--config", "tiny",
+             f"data.shards={shards}", f"run.out={tmp_path / 'run'}", "run.max_steps=4",
+             "optim.warmup_steps=1"]  # fmt: skip
+    process = start_geneloom(words, tmp_path / "log", here)
+    try:
+        assert process.code() == 0, process.said
+    finally:
+        end_commands([process])
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert not (here / "it_ran").exists()
