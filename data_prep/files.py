@@ -8,6 +8,8 @@ from pathlib import Path
 
 # In a folder that a command fills: what started it, what its ranks said. No part of the result.
 LAUNCH_FOLDER = "launch"
+# In a folder that a run works in (`data_prep.owner`).
+OWNER_NAME = ".owner.json"
 
 
 def require_new_file(out: Path) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from typing import Any, Protocol
 
 from data_prep.errors import EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE
 from data_prep.files import LAUNCH_FOLDER
+from data_prep.owner import SERIES
 from data_prep.redact import redacted_command
 from launch.logs import end_records, record_event, root_cause, tail
 from launch.node import LAUNCH_ID
@@ -89,13 +91,14 @@ def run(way: Way, job: Job, show: bool = False) -> int:
     """
     out = check_and_find_folder(job.verb, job.arguments)
     folder = out / LAUNCH_FOLDER
+    was_there, series = folder.exists(), {SERIES: uuid.uuid4().hex}
     stop, patience = Stop(), _Patience(job.restarts)
     arguments = job.arguments
     for number in range(_next_number(folder), sys.maxsize):
         hosts = way.usable_hosts()
         attempt = Attempt(
             way, module_of(job.verb), arguments, hosts, folder / f"attempt_{number}", job.device,
-            job.environment, stop,
+            {**job.environment, **series}, stop,
         )  # fmt: skip
         print("\n".join(attempt.show()), flush=True)
         if show:
@@ -105,7 +108,7 @@ def run(way: Way, job: Job, show: bool = False) -> int:
         saved = saved_step(out)
         code = attempt.run()
         if attempt.was_refused():
-            attempt.remove_if_nothing_began()
+            attempt.remove_if_nothing_began(was_there)
             return code
         if code in (0, EXIT_RESUMABLE):
             record_event(folder, "done" if code == 0 else "stopped", attempt=number)
@@ -296,16 +299,18 @@ class Attempt:
         """Was it wrong input? Then rank 0 has said so on the console."""
         return any(e["code"] == EXIT_USAGE and e["rank"] == 0 for e in self._ends())
 
-    def remove_if_nothing_began(self) -> None:
-        """Leave no folder that was made for a run that was refused."""
+    def remove_if_nothing_began(self, was_there: bool) -> None:
+        """Leave no folder that was made for a run that was refused; nothing else is touched.
+
+        `was_there`: OUT/launch was there before, and may be that of a run, or of a job that waits.
+        """
         out = self.folder.parent.parent
-        if {p.name for p in out.iterdir()} - {LAUNCH_FOLDER}:
+        if was_there or {p.name for p in out.iterdir()} - {LAUNCH_FOLDER}:
+            shutil.rmtree(self.folder)
             return
-        for path in sorted((out / LAUNCH_FOLDER).rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        for path in (out / LAUNCH_FOLDER, out):
-            with contextlib.suppress(OSError):
-                path.rmdir()
+        shutil.rmtree(out / LAUNCH_FOLDER)
+        with contextlib.suppress(OSError):
+            out.rmdir()
 
     def _print_first_rank(self) -> None:
         if self._is_quiet:

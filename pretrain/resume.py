@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from pathlib import Path
 from typing import Literal
 
 from data_prep.errors import SharedFailure
-from data_prep.files import LAUNCH_FOLDER
+from data_prep.files import LAUNCH_FOLDER, OWNER_NAME
+from data_prep.owner import owned
 from data_prep.shards import ShardSet
 from pretrain import checkpoint, dist
 from pretrain.config import RunConfig
@@ -31,14 +33,17 @@ def agreed_start(
     resume: bool | Literal["if-saved"],
     allow_changes: bool,
     ranks: Ranks,
+    held: contextlib.ExitStack,
 ) -> checkpoint.Checkpoint | None:
     """Return where to start, chosen by rank 0 for all: they must not see the disk differently.
 
-    `resume`: go on from the newest checkpoint; "if-saved": or begin again without one.
+    `resume`: go on from the newest checkpoint; "if-saved": or begin again without one. `held`: what
+    ends with the run; rank 0 has the run folder for itself until then.
     """
     decision: dict[str, str] = {}
     if ranks.is_first:
         try:
+            held.enter_context(owned(config.run.out))
             last = _find_start(config, shards, steps, resume, allow_changes)
             decision = {"folder": str(last.folder) if last else ""}
         except ValueError as error:
@@ -59,7 +64,7 @@ def _find_start(
     """Return the checkpoint to go on from; None for a fresh run in a fresh folder."""
     out = config.run.out
     if not resume:
-        if out.exists() and (not out.is_dir() or _names(out)):
+        if _names(out):
             raise ValueError(
                 f"{out}: exists and is not empty; add --resume to go on with this run, or give "
                 "run.out another folder"
@@ -89,4 +94,5 @@ def _find_start(
 
 def _names(out: Path) -> set[str]:
     """Return what a folder holds but for its launcher's files."""
-    return {p.name for p in out.iterdir()} - {LAUNCH_FOLDER} if out.is_dir() else set()
+    own = {LAUNCH_FOLDER, OWNER_NAME}
+    return {p.name for p in out.iterdir()} - own if out.is_dir() else set()

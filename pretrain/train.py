@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import signal
@@ -116,12 +117,15 @@ def train(
     ds_config = derive_ds_config(config)  # first, for it may be refused
     stop = _StopRequest()
     ranks = dist.start(config.run.collective_timeout_s, config.run.threads)
-    with Watch(ranks, config.run.heartbeat_s, config.run.stall_limit_s) as watch:
+    with (
+        Watch(ranks, config.run.heartbeat_s, config.run.stall_limit_s) as watch,
+        contextlib.ExitStack() as held,
+    ):
         shards = ShardSet(config.data.shards, config.data.cache)
         dataset = _dataset(config, shards, ranks)
         steps = config.run.total_steps(dataset.plan.steps_per_epoch)
         require_reachable_peak(config.optim, steps)
-        last = agreed_start(config, shards, steps, resume, allow_changes, ranks)
+        last = agreed_start(config, shards, steps, resume, allow_changes, ranks, held)
         # Reads shards and may refuse them: before anything is written.
         heldout = heldout_evaluation(shards, config, ranks)
         engine = Engine(config, ds_config, shards, ranks, last)
@@ -136,18 +140,12 @@ def train(
 
 
 def _dataset(config: RunConfig, shards: ShardSet, ranks: Ranks) -> StepDataset:
+    batch = config.batch
     return StepDataset(
-        shards,
-        "train",
-        config.run.seed,
-        config.batch.tokens_per_step,
-        config.batch.tokens_per_micro_batch,
-        config.masking,
-        ranks.rank,
-        ranks.world_size,
-        pin_memory=ranks.device.type == "cuda",
+        shards, "train", config.run.seed, batch.tokens_per_step, batch.tokens_per_micro_batch,
+        config.masking, ranks.rank, ranks.world_size, pin_memory=ranks.device.type == "cuda",
         quarantine=config.data.on_damage == "quarantine",
-    )
+    )  # fmt: skip
 
 
 class _Run:

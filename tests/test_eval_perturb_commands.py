@@ -16,13 +16,14 @@ import typer
 from typer.testing import CliRunner
 
 from data_prep.medians import gene_medians
+from data_prep.owner import owned
 from data_prep.prepare import SERIAL
 from data_prep.sources import SourceOptions, source_at
 from eval.encode import encode_file
 from eval.perturb.choose import CellChoice, GeneChoice, States
 from eval.perturb.cli import perturb_command
 from eval.perturb.edits import Edit
-from eval.perturb.results import Results, locked_folder
+from eval.perturb.results import Results
 from pretrain.config import ModelConfig
 from tests.ranks import kill, run_ranks, start_rank
 from tests.synthetic import make_cells
@@ -320,8 +321,8 @@ def test_a_group_that_leaves_no_gene(model, tmp_path):
 
 def test_two_jobs_on_one_folder(model, tmp_path):
     with (
-        locked_folder(tmp_path / "s"),
-        pytest.raises(ValueError, match="another job is writing into this folder"),
+        owned(tmp_path / "s"),
+        pytest.raises(ValueError, match="another run works in this folder"),
     ):
         by_command(model, "--out", str(tmp_path / "s"), "--genes", "G1")
 

@@ -8,7 +8,8 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from eval.perturb.results import Results, ResultsWriter, locked_folder
+from data_prep.owner import owned
+from eval.perturb.results import Results, ResultsWriter
 
 pytestmark = pytest.mark.quick
 
@@ -159,14 +160,14 @@ def test_folders_that_are_no_screen(tmp_path):
 
 
 def test_one_job_at_a_time(tmp_path):
-    with locked_folder(tmp_path / "a" / "s"):
-        message = f"another job is writing.*process {os.getpid()} on"
-        with pytest.raises(ValueError, match=message), locked_folder(tmp_path / "a" / "s"):
+    with owned(tmp_path / "a" / "s"):
+        message = f"another run works in this folder: process {os.getpid()} on"
+        with pytest.raises(ValueError, match=message), owned(tmp_path / "a" / "s"):
             pass
         assert (tmp_path / "a" / "s").exists()
     assert not (tmp_path / "a").exists(), "what nothing was written into is removed"
-    with locked_folder(tmp_path / "a"):
+    with owned(tmp_path / "a"):
         (tmp_path / "a" / "manifest.json").write_text("{}")
-    with locked_folder(tmp_path / "a"):
+    with owned(tmp_path / "a"):
         pass
     assert (tmp_path / "a" / "manifest.json").exists()

@@ -225,7 +225,8 @@ def test_gpu_nodes_and_containers(tmp_path):
     text = render(job, command("--config", "tiny"), tmp_path, "geneloom launch slurm")
     assert "#SBATCH --gpus-per-node=8\n" in text
     assert "#SBATCH --exclusive\n" in text
-    assert "srun --export=ALL --nodes=4 --ntasks=32 --ntasks-per-node=8 --kill-on-bad-exit=1" in text
+    tasks = "--nodes=4 --ntasks=32 --ntasks-per-node=8"
+    assert f"srun --export=ALL {tasks} --kill-on-bad-exit=1" in text
     assert "--cpus-per-task=12 \\\n" in text
     inside = "apptainer exec --nv --bind /data --bind /scratch /images/geneloom.sif python3"
     assert f"python=({inside})" in text

@@ -152,3 +152,19 @@ def test_masks_belong_to_the_cell_not_to_the_batch():
 @pytest.mark.parametrize(("genes", "expected"), [(0, 0), (1, 1), (7, 1), (10, 2), (100, 15)])
 def test_at_least_one_gene_is_hidden(genes, expected):
     assert num_masked(np.array([genes]), 0.15)[0] == expected
+
+
+@pytest.mark.parametrize("named", ["seed", "split", "epoch"])
+def test_each_name_of_a_stream_gives_other_masks(named):
+    """Of a run with another seed, of the other split, of the next epoch; and the same again."""
+    vocab, tokens, lengths = rows(False, 40)
+    cells = np.arange(40)
+    name = {"seed": 7, "split": "train", "epoch": 3}
+    other = name | {named: {"seed": 8, "split": "heldout", "epoch": 4}[named]}
+
+    def places(of: dict) -> np.ndarray:
+        masks = masks_of(of["seed"], of["split"], of["epoch"], vocab, MaskingConfig())
+        return mask(tokens, lengths, cells, masks).places
+
+    np.testing.assert_array_equal(places(name), places(name))
+    assert (places(name) != places(other)).mean() > 0.5

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.files import complete_file
+from data_prep.owner import owning
 from data_prep.shards import file_sha256, require_new
 from data_prep.sources import SourceOptions
 from data_prep.version import VERSION
@@ -92,6 +93,7 @@ class _Problem:
         return self._tokens(cells), [replace(self.target, labels=self.target.labels[cells])]
 
 
+@owning
 def finetune_cells(
     cells: Path,
     model_folder: Path,

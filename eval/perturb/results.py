@@ -8,15 +8,10 @@ they were asked for. docs/perturbation.md describes every column.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import shutil
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,13 +23,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.files import LAUNCH_FOLDER, complete_file
+from data_prep.files import LAUNCH_FOLDER, OWNER_NAME, complete_file
 
 logger = logging.getLogger(__name__)
 
 PERTURB_FORMAT = "geneloom-perturb/1"
 MANIFEST_NAME = "manifest.json"
-_LOCK_NAME = ".lock"
 _BEFORE_MANIFEST = ("perturbations", "states", "screen")
 _KEYS = ("cell", "perturbation", "changed")
 _IDENTITY = b"geneloom_screen"
@@ -211,7 +205,7 @@ class ResultsWriter:
             names = {p.name for p in self.folder.iterdir()} if self.folder.exists() else set()
             # What a job leaves that is killed before it has written the manifest.
             left = {
-                _LOCK_NAME,
+                OWNER_NAME,
                 LAUNCH_FOLDER,
                 "shifts",
                 *(f"{n}.parquet" for n in _BEFORE_MANIFEST),
@@ -258,43 +252,6 @@ class ResultsWriter:
         metadata = (table.schema.metadata or {}) | {_IDENTITY: self.digest.encode()}
         with complete_file(path) as aside:
             pq.write_table(table.replace_schema_metadata(metadata), aside, compression="zstd")
-
-
-@contextlib.contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
-    """Keep a folder for one job; it is made, and removed again if nothing came to stand in it.
-
-    Raises
-    ------
-    ValueError
-        Another job writes into it.
-    """
-    made = [p for p in (folder, *folder.parents) if not p.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / _LOCK_NAME
-    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                owner = os.pread(lock, 200, 0).decode(errors="replace") or "unknown"
-                raise ValueError(
-                    f"{folder}: another job is writing into this folder ({owner}); wait for it, "
-                    "or give --out another folder"
-                ) from error
-            logger.warning("%s: cannot be locked (%s): let no other job use it", folder, error)
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        yield
-    finally:
-        os.close(lock)
-        # The file itself stays where there are results: removing it could split a later lock.
-        if {p.name for p in folder.iterdir()} <= {_LOCK_NAME} and made:
-            path.unlink(missing_ok=True)
-            for empty in made:
-                with contextlib.suppress(OSError):
-                    empty.rmdir()
 
 
 def _part_name(part: int) -> str:

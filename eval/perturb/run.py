@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.files import complete_file
+from data_prep.owner import owned
 from data_prep.sources import SourceOptions
 from data_prep.vocab import Vocabulary
 from eval.finetune.classifier import load_classifier, read_record
@@ -31,7 +32,7 @@ from eval.perturb.choose import (
 )
 from eval.perturb.edits import Edit, GeneSets
 from eval.perturb.engine import CellShifts, Engine, EngineSettings, centroid
-from eval.perturb.results import ResultsWriter, locked_folder
+from eval.perturb.results import ResultsWriter
 from pretrain import dist
 from pretrain.dist import Ranks
 from pretrain.encoders import encoder_of
@@ -158,7 +159,7 @@ def perturb_file(
 
         require_screenable(screen, subject)
     is_first = ranks is None or ranks.is_first
-    with locked_folder(out) if is_first else contextlib.nullcontext():
+    with owned(out) if is_first else contextlib.nullcontext():
         if is_first:
             writer, sets = _begin(out, subject, screen, sets, True, show)
         if ranks is not None:

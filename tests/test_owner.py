@@ -1,0 +1,168 @@
+"""One run in a folder: who is there is told, who has died is noticed, exactly one gets in."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from data_prep.files import OWNER_NAME
+from data_prep.owner import LEASE_S, SERIES, FolderInUse, owned, owner_of
+from tests.ranks import Command, commands, kill
+from tests.runs import last_step, metrics, tiny_config
+
+_USABLE = 75
+
+
+def write_owner(folder: Path, age_s: float = 0, **changes) -> Path:
+    """Write the file of an owner of another machine, as old as `age_s`."""
+    folder.mkdir(exist_ok=True)
+    path = folder / OWNER_NAME
+    owner = {
+        "id": "other", "host": "node7", "machine": "elsewhere", "pid": 12, "started": 0.0,
+        "since": "2026-01-02 03:04:05 UTC", "job": "", "series": "",
+    }  # fmt: skip
+    path.write_text(json.dumps(owner | changes))
+    then = time.time() - age_s
+    os.utime(path, (then, then))
+    return path
+
+
+def test_the_owner_is_named_and_leaves_nothing(tmp_path):
+    folder = tmp_path / "a" / "b"
+    with owned(folder):
+        with (
+            pytest.raises(FolderInUse, match=f"process {os.getpid()} on .* since 20"),
+            owned(folder),
+        ):
+            pass
+        assert str(os.getpid()) in (owner_of(folder) or "")
+        assert [p.name for p in folder.iterdir()] == [OWNER_NAME]
+    assert not (tmp_path / "a").exists()
+    assert owner_of(folder) is None
+
+
+def test_what_stands_in_a_folder_stays(tmp_path):
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(RuntimeError), owned(tmp_path):
+        raise RuntimeError
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_lease_of_another_machine_runs_out(tmp_path):
+    write_owner(tmp_path, job="77")
+    with pytest.raises(FolderInUse, match=r"process 12 on node7 since .*, SLURM job 77"):
+        owned(tmp_path).__enter__()
+    assert [p.name for p in tmp_path.iterdir()] == [OWNER_NAME], "a refused start leaves nothing"
+    write_owner(tmp_path, age_s=LEASE_S + 1)
+    with owned(tmp_path):
+        assert json.loads((tmp_path / OWNER_NAME).read_text())["pid"] == os.getpid()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_next_attempt_of_a_launcher_takes_over(tmp_path, monkeypatch):
+    write_owner(tmp_path, series="launch-1")
+    monkeypatch.setenv(SERIES, "launch-2")
+    with pytest.raises(FolderInUse):
+        owned(tmp_path).__enter__()
+    monkeypatch.setenv(SERIES, "launch-1")
+    with owned(tmp_path):
+        pass
+    monkeypatch.delenv(SERIES)
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    write_owner(tmp_path, series="slurm-5")
+    with owned(tmp_path):
+        pass
+
+
+def test_an_owner_that_was_killed_is_noticed_at_once(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from data_prep.owner import owned\n"
+        "with owned(Path(sys.argv[1])): print('in', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "in\n"
+    with pytest.raises(FolderInUse, match=f"process {process.pid} on"):
+        owned(tmp_path).__enter__()
+    process.kill()
+    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    with owned(tmp_path):  # though nobody has waited for it yet
+        pass
+    process.wait()
+
+
+def enter(folder: Path, start, entered) -> None:
+    start.wait()
+    try:
+        with owned(folder):
+            entered.put(True)
+            time.sleep(1)
+    except FolderInUse:
+        entered.put(False)
+
+
+@pytest.mark.parametrize("what", ["nobody", "a dead owner"])
+def test_of_many_that_start_at_once_one_gets_in(what, tmp_path):
+    folder = tmp_path / "run"
+    if what == "a dead owner":
+        write_owner(folder, age_s=LEASE_S + 1)
+    context = multiprocessing.get_context("fork")
+    start, entered = context.Event(), context.Queue()
+    racers = [context.Process(target=enter, args=(folder, start, entered)) for _ in range(8)]
+    for racer in racers:
+        racer.start()
+    start.set()
+    got = [entered.get(timeout=30) for _ in racers]
+    for racer in racers:
+        racer.join(30)
+    assert got.count(True) == 1
+    assert not list(tmp_path.rglob("*.old")) + list(tmp_path.rglob("*.now"))
+
+
+def until(condition: Callable[[], bool], rank: Command) -> bool:
+    """Return True as soon as a condition holds, False if the rank has ended."""
+    while not condition():
+        if not rank.process.is_alive():
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_a_second_start_of_a_run_is_refused_and_changes_nothing(shards, tmp_path):
+    config = tiny_config(
+        shards, tmp_path / "run", run__max_steps=10**6, run__epochs=10**5, checkpoint__every_steps=5
+    )
+    path = tmp_path / "run.yaml"
+    path.write_text(config.to_yaml())
+    words = ["--config", str(path)]
+    with commands([words], tmp_path / "logs") as (first,):
+        assert until(lambda: last_step(config.run.out) >= 6, first)
+        for more in ([], ["--resume"], ["--restart"]):
+            with commands([[*words, *more]], tmp_path / "logs") as (second,):
+                assert second.code() == 2
+            named = f"{config.run.out}: another run works in this folder: process {first.pid} on"
+            assert re.search(f"error: .*{named}", second.said), second.said
+        before = last_step(config.run.out)
+        assert until(lambda: last_step(config.run.out) > before, first)
+        kill(first.process)
+    steps = [m["step"] for m in metrics(config.run.out, "train")]
+    assert steps == list(range(1, len(steps) + 1))
+    with commands([[*words, "--resume"]], tmp_path / "logs") as (third,):
+        assert until(lambda: last_step(config.run.out) > steps[-1], third)
+        third.signal(signal.SIGTERM)
+        assert third.code() == _USABLE
+    assert not (config.run.out / OWNER_NAME).exists()
