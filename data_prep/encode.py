@@ -240,9 +240,20 @@ def _opened(
     return source, vocabulary, tokens
 
 
-@lru_cache(maxsize=2)
-def _vocabulary(path: Path, sha256: str) -> Vocabulary:  # noqa: ARG001
-    return load_vocabulary(path)
+# One for each process: what was opened before the work began need not be read from its folder.
+_KEPT_VOCABULARY: dict[str, Vocabulary] = {}
+
+
+def keep_vocabulary(sha256: str, vocabulary: Vocabulary) -> None:
+    """Keep the vocabulary whose file has a hash; the one before it is given up."""
+    _KEPT_VOCABULARY.clear()
+    _KEPT_VOCABULARY[sha256] = vocabulary
+
+
+def _vocabulary(path: Path, sha256: str) -> Vocabulary:
+    if sha256 not in _KEPT_VOCABULARY:
+        keep_vocabulary(sha256, load_vocabulary(path))
+    return _KEPT_VOCABULARY[sha256]
 
 
 @lru_cache(maxsize=2)

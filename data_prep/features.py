@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from data_prep.formats.store import Rows, Store, as_text
-from data_prep.gene_names import genome_of
+from data_prep.gene_table import Names
 
 # Columns of var that may say what a feature is. The last one holds biotypes in other files.
 KIND_COLUMNS = ("feature_types", "feature_type", "modality", "gene_type")
@@ -88,7 +87,7 @@ def genes_of(path: str, store: Store) -> tuple[Store, dict[str, int]]:
 
 
 def of_one_genome(
-    path: str, store: Store, ids: Iterable[str], wanted: str | None
+    path: str, store: Store, ids: Names, wanted: str | None
 ) -> tuple[Store, dict[str, int]]:
     """Return the features of one genome as a matrix, and what was left out: genome -> features.
 
@@ -103,8 +102,7 @@ def of_one_genome(
     if "genome" in store.var_columns():
         genomes = as_text(store.var("genome"))
     if len(set(genomes) - {""}) < 2:
-        prefixes = [genome_of(i) for i in ids]
-        genomes = prefixes if any(prefixes) else genomes
+        genomes = ids.genomes if any(ids.genomes) else genomes
     found = Counter(genomes)
     named = sorted(set(found) - {""})
     if wanted is None and len(named) < 2:
@@ -136,6 +134,11 @@ class ChosenFeatures:
     def __init__(self, store: Store, kept: np.ndarray) -> None:
         self._store = store
         self._kept = np.flatnonzero(kept)
+        # bool [features of the matrix that others were chosen from, in the end].
+        self.chosen = kept.copy()
+        if isinstance(store, ChosenFeatures):
+            self.chosen = store.chosen.copy()
+            self.chosen[store.chosen] = kept
         self._number = np.where(kept, np.cumsum(kept) - 1, -1).astype(np.int32)
         self.path: Path = store.path
         self.num_cells, self.num_genes = store.num_cells, len(self._kept)

@@ -116,7 +116,7 @@ def write_tars(job: WriteJob) -> WriteRecord:
         members.append(writer.members)
         assert shards[-1]["cells"] == ready[number].taken, "cells were lost or doubled"
     record = WriteRecord(shards, members, seen.tolist())
-    write_text(job.record_path, json.dumps(asdict(record)))
+    write_text(job.record_path, json.dumps(vars(record)))
     return record
 
 

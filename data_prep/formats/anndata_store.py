@@ -64,6 +64,8 @@ class AnnDataStore:
                     "file once with a newer anndata"
                 )
         self._categories: dict[tuple[int, str], np.ndarray] = {}
+        self._obs_columns, self._var_columns = _column_names(self._obs), _column_names(self._var)
+        self._obs_index = _index_name(self._obs)
         self._open_matrix(element, staging)
 
     @staticmethod
@@ -194,17 +196,18 @@ class AnnDataStore:
         return int(self._indptr[stop]) - int(self._indptr[start])
 
     def cell_ids(self, start: int, stop: int) -> list[str]:
-        index = _index_name(self._obs)
-        return [str(v) for v in read_column(self._obs, index, start, stop, self._categories)]
+        return [
+            str(v) for v in read_column(self._obs, self._obs_index, start, stop, self._categories)
+        ]
 
     def obs_columns(self) -> list[str]:
-        return _column_names(self._obs)
+        return self._obs_columns
 
     def obs(self, column: str, start: int, stop: int) -> np.ndarray:
         return read_column(self._obs, column, start, stop, self._categories)
 
     def var_columns(self) -> list[str]:
-        return _column_names(self._var)
+        return self._var_columns
 
     def var(self, column: str | None) -> np.ndarray:
         column = column or _index_name(self._var)

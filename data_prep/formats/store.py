@@ -64,6 +64,10 @@ def mtx_sample(path: Path) -> tuple[str, str] | None:
 
 def as_text(values: np.ndarray) -> list[str]:
     """Return values as strings; '' where one is missing."""
+    if values.dtype == object:
+        texts = values.tolist()
+        if {*map(type, texts)} == {str}:  # as nearly always: nothing is missing
+            return texts
     series = pd.Series(values)
     missing = series.isna().to_numpy()
     text = series.astype(str).to_numpy(dtype=object)
@@ -73,8 +77,14 @@ def as_text(values: np.ndarray) -> list[str]:
 
 def decoded(values: np.ndarray) -> np.ndarray:
     """Return `values` with bytes decoded as UTF-8."""
+    if values.dtype.kind not in "SO":
+        return values
+    items = values.tolist() if values.ndim == 1 else []
+    if {*map(type, items)} == {bytes}:
+        # All at once: one by one takes longer than reading a small file.
+        texts = b"\0".join(items).decode().split("\0")
+        if len(texts) == len(items):  # no zero byte inside
+            return np.array(texts, dtype=object)
     if values.dtype.kind == "S":
         return np.char.decode(values, "utf-8").astype(object)
-    if values.dtype.kind == "O":
-        return np.array([v.decode() if isinstance(v, bytes) else v for v in values], dtype=object)
-    return values
+    return np.array([v.decode() if isinstance(v, bytes) else v for v in values], dtype=object)
