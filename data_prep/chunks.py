@@ -8,11 +8,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.ipc
 
-# Columns of the chunk files only; no user's column is called so.
-KEY, SPLIT, ROW, REASON = "__key", "__split", "__row", "__reason"
-TOTAL, MITO, DETECTED, CONTENT = "__total", "__mito", "__detected", "__content"
-LENGTH, SAME = "__length", "__same"
-INTERNAL = (KEY, SPLIT, ROW, REASON, TOTAL, MITO, DETECTED, CONTENT, LENGTH, SAME)
+
+class Column:
+    """Columns of the chunk files only; no user's column is called so."""
+
+    KEY, SPLIT, ROW, REASON = "__key", "__split", "__row", "__reason"
+    TOTAL, MITO, DETECTED, CONTENT = "__total", "__mito", "__detected", "__content"
+    LENGTH, SAME = "__length", "__same"
+
+
+INTERNAL = tuple(v for n, v in vars(Column).items() if n.isupper())
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ _OTHER_KINDS = frozenset({
     "peak", "peaks", "atac", "chromatinaccessibility", "vdj", "vdjt", "vdjb", "spikein", "spikeins",
 })  # fmt: skip
 _UNNAMED = "no kind given"
+_READ_CELLS, _READ_VALUES = 4096, 1 << 24  # at a time
 
 
 def _plain(kind: str) -> str:
@@ -120,6 +121,44 @@ def of_one_genome(
     kept = np.array([g == wanted for g in genomes], dtype=bool)
     left_out = {f"genome {g or 'not given'}": n for g, n in sorted(found.items()) if g != wanted}
     return (ChosenFeatures(store, kept) if left_out else store), left_out
+
+
+def cells_of_genome(path: str, store: Store, chosen: Store) -> np.ndarray | None:
+    """Return int64, the cells with at least half of their counts in the genome that was chosen.
+
+    The others are cells of another species (or two cells in one droplet): what they hold of this
+    genome are stray molecules. Cells without any count stay, to be counted with the empty ones.
+
+    Parameters
+    ----------
+    store, chosen
+        The genes of all genomes, and those of the chosen one; of the same cells.
+
+    Raises
+    ------
+    ValueError
+        There is no such cell.
+    """
+    is_own: list[np.ndarray] = []
+    start = 0
+    while start < store.num_cells:
+        stop = min(start + _READ_CELLS, store.num_cells)
+        while stop - start > 1 and store.num_stored(start, stop) > _READ_VALUES:
+            stop = start + (stop - start) // 2
+        own, of_all = (_sums(part.rows(start, stop)) for part in (chosen, store))
+        is_own.append(2 * own >= of_all)
+        start = stop
+    cells = np.flatnonzero(np.concatenate(is_own))
+    if not len(cells):
+        raise ValueError(f"{path}: no cell has half of its counts in the genome that was chosen")
+    return cells if len(cells) < store.num_cells else None
+
+
+def _sums(rows: Rows) -> np.ndarray:
+    """Return float64 [cells], the totals of compressed sparse rows."""
+    data, _, indptr = rows
+    before = np.r_[0.0, np.cumsum(data, dtype=np.float64)]
+    return before[indptr[1:]] - before[indptr[:-1]]
 
 
 class ChosenFeatures:

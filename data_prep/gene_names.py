@@ -187,17 +187,20 @@ class GeneLookup:
             tokens,
             {how: counts[how] for how in FOUND_AS if counts[how]},
             upper,
-            self._collisions(names, found) if upper or counts[NOT_FOUND] else [],
+            self._collisions(names, tokens) if upper or counts[NOT_FOUND] else [],
         )
 
-    def _collisions(self, names: list[str], found: list[tuple[int, str, bool]]) -> list[str]:
+    def _collisions(self, names: list[str], tokens: np.ndarray) -> list[str]:
+        ambiguous = [
+            name
+            for i in np.flatnonzero(tokens < 0).tolist()
+            if (name := names[i]) and name.upper() in self._upper[1]
+        ]
+        # Only genes with several names.
+        _, number, times = np.unique(tokens, return_inverse=True, return_counts=True)
         by_token: dict[int, list[str]] = {}
-        ambiguous = []
-        for name, (token, _, _) in zip(names, found, strict=True):
-            if token >= 0:
-                by_token.setdefault(token, []).append(name)
-            elif name and name.upper() in self._upper[1]:
-                ambiguous.append(name)
+        for i in np.flatnonzero((times[number] > 1) & (tokens >= 0)).tolist():
+            by_token.setdefault(int(tokens[i]), []).append(names[i])
         same = [
             name
             for group in by_token.values()

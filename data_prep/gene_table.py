@@ -158,44 +158,45 @@ def state_of(path: str, *options: Hashable) -> State | None:
     return (path, *now, *options)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What is read of a matrix.
+
+    Attributes
+    ----------
+    features
+        bool [features], which are genes of this source; None: all.
+    cells
+        int64, places of the cells of the chosen genome; None: all.
+    left_out
+        Kind of features that are not read -> how many.
+    """
+
+    features: np.ndarray | None
+    cells: np.ndarray | None
+    left_out: dict[str, int]
+
+
 class _Tables:
-    """Which table of genes a source has, as long as the table itself is kept."""
+    """What is read of a source, and its table of genes as long as that itself is kept."""
 
     def __init__(self) -> None:
-        self._known: dict[
-            State, tuple[np.ndarray | None, dict[str, int], weakref.ref[GeneTable]]
-        ] = {}
+        self._known: dict[State, tuple[Choice, weakref.ref[GeneTable]]] = {}
 
-    def get(
-        self, state: State | None
-    ) -> tuple[np.ndarray | None, dict[str, int], GeneTable] | None:
+    def get(self, state: State | None) -> tuple[Choice, GeneTable] | None:
         """Return what `put` was given, or None."""
         if state not in self._known:
             return None
-        chosen, left_out, reference = self._known[state]
+        choice, reference = self._known[state]
         table = reference()
-        return None if table is None else (chosen, left_out, table)
+        return None if table is None else (choice, table)
 
-    def put(
-        self,
-        state: State | None,
-        chosen: np.ndarray | None,
-        left_out: dict[str, int],
-        table: GeneTable,
-    ) -> None:
-        """Remember the table of a source.
-
-        Parameters
-        ----------
-        state
-            See `state_of`; of None nothing is remembered.
-        chosen
-            bool [features], which are genes; None: all.
-        """
+    def put(self, state: State | None, choice: Choice, table: GeneTable) -> None:
+        """Remember a source; `state`: see `state_of`, of None nothing is remembered."""
         if len(self._known) >= _SOURCES:
             self._known.clear()
         if state is not None:
-            self._known[state] = chosen, left_out, weakref.ref(table)
+            self._known[state] = choice, weakref.ref(table)
 
 
 TABLES = _Tables()

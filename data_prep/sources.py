@@ -20,14 +20,16 @@ from typing import Literal
 import numpy as np
 
 from data_prep import obs_columns
+from data_prep.cell_choice import ChosenCells
 from data_prep.count_kinds import Place, check_integers, fractional_values
 from data_prep.counts import CountScan, scan_counts
-from data_prep.features import ChosenFeatures, genes_of, of_one_genome
+from data_prep.features import ChosenFeatures, cells_of_genome, genes_of, of_one_genome
 from data_prep.formats.compression import missing_codec
 from data_prep.formats.store import Store, as_text, mtx_sample
 from data_prep.gene_names import ENSEMBL, FoundGenes, strip_version
 from data_prep.gene_table import (
     TABLES,
+    Choice,
     GeneReport,
     GeneTable,
     Names,
@@ -187,8 +189,15 @@ class CountSource:
             raise ValueError(
                 f"{self.path}: is empty: {store.num_cells} cells, {store.num_genes} genes"
             )
-        # Left out are features that are no genes of this source: kind -> how many.
-        self.store, self.left_out, self._genes = self._find_table(store)
+        choice, self._genes = self._find_genes(store)
+        # Features that are no genes of this source: kind -> how many.
+        self.left_out = choice.left_out
+        self.store: Store = store
+        if choice.features is not None:
+            self.store = ChosenFeatures(self.store, choice.features)
+        if choice.cells is not None:
+            self.store = ChosenCells(self.store, choice.cells)
+        self._num_of_others = store.num_cells - self.store.num_cells
         self.num_cells, self.num_genes = self.store.num_cells, self.store.num_genes
         obs = store.obs_columns()
         wanted = [*self.options.column_sources.values()]
@@ -198,27 +207,28 @@ class CountSource:
             raise ValueError(f"{self.path}: obs has no column {missing}; it has {obs}")
         self._has_filter = FILTER_COLUMN in obs
 
-    def _find_table(self, store: Store) -> tuple[Store, dict[str, int], GeneTable]:
-        """Return the genes of a matrix as a matrix, what was left out of it, and their names.
+    def _find_genes(self, store: Store) -> tuple[Choice, GeneTable]:
+        """Return what is read of a matrix, and the names of its genes.
 
         A process opens a source twice, to look at it and to read it; names are read once.
         """
         options = self.options
-        key = state_of(
-            self.path, options.counts, options.gene_column, options.genome, options.strip_versions
-        )
-        known = TABLES.get(key)
+        state = state_of(
+            self.path, options.counts, options.gene_column, options.genome, options.strip_versions,
+            options.obs_filter,
+        )  # fmt: skip
+        known = TABLES.get(state)
         if known is not None:
-            chosen, left_out, table = known
-            return (store if chosen is None else ChosenFeatures(store, chosen)), left_out, table
-        genes, kinds = genes_of(self.path, store)
-        ids = self._read_ids(genes)
-        of_genome, genomes = of_one_genome(self.path, genes, ids, self.options.genome)
-        if of_genome is not genes:
-            ids = self._read_ids(of_genome)
-        table = gene_table(ids, self._read_symbols(of_genome), self.options.strip_versions)
-        TABLES.put(key, getattr(of_genome, "chosen", None), kinds | genomes, table)
-        return of_genome, kinds | genomes, table
+            return known
+        genes, left_out = genes_of(self.path, store)
+        ids, cells = self._read_ids(genes), None
+        found, genomes = of_one_genome(self.path, genes, ids, options.genome)
+        if found is not genes:
+            ids, cells = self._read_ids(found), cells_of_genome(self.path, genes, found)
+        table = gene_table(ids, self._read_symbols(found), options.strip_versions)
+        choice = Choice(getattr(found, "chosen", None), cells, left_out | genomes)
+        TABLES.put(state, choice, table)
+        return choice, table
 
     @property
     def gene_ids(self) -> list[str]:
@@ -333,6 +343,18 @@ class CountSource:
 
     def warnings(self) -> list[str]:
         """Return what a user should know before any cell is read."""
+        return [*self._of_other_genomes(), *self._not_primary()]
+
+    def _of_other_genomes(self) -> list[str]:
+        if not self._num_of_others:
+            return []
+        whole = self.num_cells + self._num_of_others
+        return [
+            f"{self.name}: {self._num_of_others:,} of {whole:,} cells are left out: most of their "
+            f"counts are not in genes of --genome {self.options.genome}"
+        ]
+
+    def _not_primary(self) -> list[str]:
         if PRIMARY not in self.store.obs_columns() or PRIMARY in (self.options.obs_filter or ""):
             return []
         secondary = 0

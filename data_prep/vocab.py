@@ -126,6 +126,10 @@ class Vocabulary:
 
     def to_json(self) -> str:
         """Return the canonical JSON text that the hash is taken of."""
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
         content = {
             "format": VOCABULARY_FORMAT,
             "encoding": {
