@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numba
@@ -74,7 +74,7 @@ class EncodeJob:
     annotation: Path | None
     settings: EncodeSettings
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Hash of all that decides the chunk files."""
         parts = [_VERSION, self.signature, self.start, self.stop, self.vocabulary_sha256]
@@ -102,7 +102,12 @@ class EncodeRecord:
     fractional: tuple[int, int] = (0, 0)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        moments = {
+            name: {"totals": vars(m.totals), "mitochondrial": vars(m.mitochondrial)}
+            for name, m in self.moments.items()
+        }
+        # Without `asdict`, which copies every number.
+        return json.dumps(vars(self) | {"known": vars(self.known), "moments": moments})
 
     @staticmethod
     def from_json(text: str) -> EncodeRecord:

@@ -14,6 +14,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -133,9 +134,7 @@ class SourceSpec:
         Of folders, two levels; `deep`: all of it. A zarr group may have a million files, so that is
         for once a run, and two levels are for each stretch. The path is not in it.
         """
-        path, settings = split_path(self.path.removeprefix("hf:"))[0], asdict(self) | {"path": ""}
-        if self.path.startswith((f"{CENSUS}:", "hf:")):
-            settings["path"] = self.path
+        path = split_path(self.path.removeprefix("hf:"))[0]
         found = [path] if path.exists() else []
         sample = mtx_sample(path)
         if sample is not None and path.is_file():  # the tables beside it belong to it
@@ -147,8 +146,17 @@ class SourceSpec:
         base = path.parent if path.is_file() else path
         states = sorted((str(p.relative_to(base)) if p != path else ".", p.stat()) for p in found)
         files = [(name, s.st_size, s.st_mtime_ns) for name, s in states]
-        text = json.dumps([settings, files], sort_keys=True)
+        text = f"[{_settings_text(self)}, {json.dumps(files)}]"
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+@lru_cache(maxsize=64)
+def _settings_text(spec: SourceSpec) -> str:
+    """Return JSON of all that a spec says but for the path of a file."""
+    settings = asdict(spec) | {"path": ""}
+    if spec.path.startswith((f"{CENSUS}:", "hf:")):
+        settings["path"] = spec.path
+    return json.dumps(settings, sort_keys=True)
 
 
 @dataclass(frozen=True)
