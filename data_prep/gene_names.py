@@ -31,6 +31,7 @@ _GENOME_STARTS = ("GRCh", "GRCm", "hg", "mm", "Rnor", "mRatBN", "GRCz", "Mmul", 
 _GENOME = re.compile(rf"^((?:{'|'.join(_GENOME_STARTS)})_?\d[A-Za-z0-9.]*?)_+(?=.)")
 # What pandas and R write where there is no name.
 _NO_NAME = frozenset({"nan", "none", "na", "n/a", "<na>", "null", "-"})
+_LONGEST_NO_NAME = max(map(len, _NO_NAME))
 ID, PREVIOUS_ID = "id", "previous id"
 CUT_ID = "id without version or genome"
 SYMBOL, PREVIOUS_SYMBOL = "symbol", "previous symbol"
@@ -66,7 +67,8 @@ def plain_id(gene_id: str) -> str:
 
 def present(gene_id: str) -> str:
     """Return a name, or '' for the words that stand where there is none."""
-    return "" if gene_id.strip().lower() in _NO_NAME else gene_id.strip()
+    name = gene_id.strip()
+    return "" if len(name) <= _LONGEST_NO_NAME and name.lower() in _NO_NAME else name
 
 
 @dataclass(frozen=True)
