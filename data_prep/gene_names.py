@@ -65,6 +65,13 @@ def plain_id(gene_id: str) -> str:
     return strip_version(without_genome(gene_id))
 
 
+def _is_ensembl(name: str) -> bool:
+    """Return whether a name is an Ensembl id, or one that was made up where there is none."""
+    plain = plain_id(name)
+    made_up = plain.startswith("ENSG") and not plain[4:5].isdecimal()
+    return made_up or bool(ENSEMBL.match(plain))
+
+
 def present(gene_id: str) -> str:
     """Return a name, or '' for the words that stand where there is none."""
     name = gene_id.strip()
@@ -172,7 +179,8 @@ class GeneLookup:
     def find_all(self, names: list[str], others: Iterable[list[str]] = ()) -> FoundGenes:
         """Return the genes of a file; `others`: further names of the same genes.
 
-        They are tried for names that are there, are no Ensembl ids, and are not found.
+        They are tried for names that are there, are not found, and are no Ensembl ids, also not of
+        those that somebody made up in their manner (``ENSGunknown_TP53``).
         """
         found = [
             (token, ID, False) if (token := self._tokens.get(name, -1)) >= 0 else self._known(name)
@@ -180,7 +188,7 @@ class GeneLookup:
         ]
         for more in others:
             for i, (name, other) in enumerate(zip(names, more, strict=True)):
-                if found[i][0] < 0 and name and other and not ENSEMBL.match(plain_id(name)):
+                if found[i][0] < 0 and name and other and not _is_ensembl(name):
                     found[i] = self.find(other)
         tokens = np.array([token for token, _, _ in found], dtype=np.int32)
         counts = Counter(how for _, how, _ in found)
