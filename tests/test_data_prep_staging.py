@@ -13,6 +13,7 @@ import scipy.sparse
 from data_prep import prepare as prepare_module
 from data_prep.formats import anndata_store
 from data_prep.formats.staging import is_whole, staged_folder
+from data_prep.formats.store import decoded
 from data_prep.open import open_source
 from data_prep.prepare import PrepareOptions, prepare
 from data_prep.sources import CountSource, SourceOptions, source_at
@@ -139,3 +140,32 @@ def test_a_changed_file_is_another_table(tmp_path):
     second = open_source(spec)
     assert isinstance(first, CountSource) and isinstance(second, CountSource)
     assert second.gene_ids == first.gene_ids[::-1]
+
+
+def test_memory_below_the_program_itself_says_so(tmp_path, caplog):
+    make_cells(60).write_h5ad(tmp_path / "cells.h5ad")
+    spec = source_at(tmp_path / "cells.h5ad", SourceOptions())
+    for name, memory_gib in (("much", 0.5), ("little", 0.25)):
+        caplog.clear()
+        options = replace(OPTIONS, memory_gib=memory_gib)
+        prepare([spec], tmp_path / name, VOCABULARY, options)
+        said = [r.getMessage() for r in caplog.records if "--memory" in r.getMessage()]
+        assert len(said) == (name == "little"), said
+    assert "--memory 0.25" in said[0] and "0.5 GiB" in said[0]
+    assert content(tmp_path / "much") == content(tmp_path / "little")
+
+
+def test_texts_are_decoded_as_one_by_one():
+    """Long tables are kept for the next file, under all their bytes."""
+    for length in (3, 1500):
+        names = [f"Gène{i}" for i in range(length)]
+        stored = np.array([n.encode() for n in names], dtype=object)
+        for values in (stored, stored.astype("S"), stored):
+            assert decoded(values).tolist() == names
+        other = stored.copy()
+        other[-1] = b"another"
+        assert decoded(other).tolist() == [*names[:-1], "another"]
+        other[0] = b"with\0zero"  # no column of a file, but nothing may be shifted by it
+        assert decoded(other).tolist() == ["with\0zero", *names[1:-1], "another"]
+        other[1] = None
+        assert decoded(other)[1] is None

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import pandas as pd
 
+# As long as tables of genes are, and not much of memory.
+_FEWEST, _MOST, _MOST_BYTES = 1000, 100_000, 4 << 20
 # Compressed sparse rows of consecutive cells: data, indices (gene numbers), indptr from 0.
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -82,9 +85,23 @@ def decoded(values: np.ndarray) -> np.ndarray:
     items = values.tolist() if values.ndim == 1 else []
     if {*map(type, items)} == {bytes}:
         # All at once: one by one takes longer than reading a small file.
-        texts = b"\0".join(items).decode().split("\0")
+        joined = b"\0".join(items)
+        is_table = _FEWEST <= len(items) <= _MOST and len(joined) <= _MOST_BYTES
+        texts = _lately_decoded(joined) if is_table else _decode(joined)
         if len(texts) == len(items):  # no zero byte inside
-            return np.array(texts, dtype=object)
+            return texts
     if values.dtype.kind == "S":
         return np.char.decode(values, "utf-8").astype(object)
     return np.array([v.decode() if isinstance(v, bytes) else v for v in values], dtype=object)
+
+
+def _decode(joined: bytes) -> np.ndarray:
+    return np.array(joined.decode().split("\0"), dtype=object)
+
+
+@lru_cache(maxsize=8)
+def _lately_decoded(joined: bytes) -> np.ndarray:
+    """Return texts; those of a table of genes are the same in one file after the other."""
+    texts = _decode(joined)
+    texts.flags.writeable = False
+    return texts
