@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from data_prep import obs_columns
+from data_prep import gene_table, obs_columns
 from data_prep.cell_choice import ChosenCells
 from data_prep.count_kinds import Place, check_integers, fractional_values
 from data_prep.counts import CountScan, scan_counts
@@ -28,16 +28,7 @@ from data_prep.features import ChosenFeatures, cells_of_genome, genes_of, of_one
 from data_prep.formats.compression import missing_codec
 from data_prep.formats.store import Store, as_text, mtx_sample
 from data_prep.gene_names import ENSEMBL, FoundGenes, strip_version
-from data_prep.gene_table import (
-    TABLES,
-    Choice,
-    GeneReport,
-    GeneTable,
-    Names,
-    gene_table,
-    names_of,
-    state_of,
-)  # fmt: skip
+from data_prep.gene_table import Choice, GeneReport, GeneTable, Names, names_of
 from data_prep.genes import SYMBOL_COLUMNS, Annotation, species_of
 from data_prep.obs_columns import FILTER_COLUMN, PRIMARY, checked_totals, count_secondary
 from data_prep.vocab import Vocabulary
@@ -221,11 +212,11 @@ class CountSource:
         A process opens a source twice, to look at it and to read it; names are read once.
         """
         options = self.options
-        state = state_of(
+        state = gene_table.state_of(
             self.path, options.counts, options.gene_column, options.genome, options.strip_versions,
             options.obs_filter,
         )  # fmt: skip
-        known = TABLES.get(state)
+        known = gene_table.TABLES.get(state)
         if known is not None:
             return known
         genes, left_out = genes_of(self.path, store)
@@ -233,9 +224,9 @@ class CountSource:
         found, genomes = of_one_genome(self.path, genes, ids, options.genome)
         if found is not genes:
             ids, cells = self._read_ids(found), cells_of_genome(self.path, genes, found)
-        table = gene_table(ids, self._read_symbols(found), options.strip_versions)
+        table = gene_table.gene_table(ids, self._read_symbols(found), options.strip_versions)
         choice = Choice(getattr(found, "chosen", None), cells, left_out | genomes)
-        TABLES.put(state, choice, table)
+        gene_table.TABLES.put(state, choice, table)
         return choice, table
 
     @property
