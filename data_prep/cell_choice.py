@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import scipy.sparse
 
 from data_prep.formats.store import Rows, Store
 
@@ -119,7 +118,10 @@ class ChosenCells:
         self.path: Path = store.path
         self.num_cells, self.num_genes = len(cells), store.num_genes
         self.counts_choices = store.counts_choices
-        self.num_filtered_out = store.num_cells - len(cells)
+        before: int | None = getattr(store, "num_filtered_out", 0)
+        left_out = store.num_cells - len(cells)
+        # A format that does not tell how many it left out does not tell of more either.
+        self.num_filtered_out = None if before is None else before + left_out
         self.other_modalities: dict[str, int] = getattr(store, "other_modalities", {})
 
     def _runs(self, start: int, stop: int) -> list[np.ndarray]:
@@ -128,6 +130,8 @@ class ChosenCells:
         return np.split(cells, np.flatnonzero(np.diff(cells) > _SMALL_GAP) + 1)
 
     def rows(self, start: int, stop: int) -> Rows:
+        import scipy.sparse  # takes longer to import than a small file to read
+
         parts = []
         for run in self._runs(start, stop):
             data, indices, indptr = self._store.rows(int(run[0]), int(run[-1]) + 1)

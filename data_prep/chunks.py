@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.ipc
 
-# Columns of the chunk files only; no user's column is called so.
-KEY, SPLIT, ROW, REASON = "__key", "__split", "__row", "__reason"
-TOTAL, MITO, DETECTED, CONTENT = "__total", "__mito", "__detected", "__content"
-LENGTH, SAME = "__length", "__same"
-INTERNAL = (KEY, SPLIT, ROW, REASON, TOTAL, MITO, DETECTED, CONTENT, LENGTH, SAME)
+_SMALL_BYTES = 64 << 10
+
+
+class Column:
+    """Columns of the chunk files only; no user's column is called so."""
+
+    KEY, SPLIT, ROW, REASON = "__key", "__split", "__row", "__reason"
+    TOTAL, MITO, DETECTED, CONTENT = "__total", "__mito", "__detected", "__content"
+    LENGTH, SAME = "__length", "__same"
+
+
+INTERNAL = tuple(v for n, v in vars(Column).items() if n.isupper())
 
 
 @dataclass(frozen=True)
@@ -33,9 +41,18 @@ def tokens_path(chunk: Path) -> Path:
 def open_chunk(path: Path) -> pa.RecordBatch:
     """Return the cells of a chunk file, memory-mapped: only columns that are used are read."""
     try:
+        state = path.stat()
+        if state.st_size <= _SMALL_BYTES:
+            return _small_chunk(path, state.st_mtime_ns, state.st_size)
         return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
     except (pa.ArrowInvalid, OSError) as error:
         raise OSError(
             f"{path}: a file of the running work is damaged ({error}); remove the folder and start "
             "again"
         ) from error
+
+
+@lru_cache(maxsize=1024)
+def _small_chunk(path: Path, time_ns: int, size: int) -> pa.RecordBatch:  # noqa: ARG001
+    """Return a chunk of a small source, held in memory: every pass opens all of them again."""
+    return pa.ipc.open_file(pa.py_buffer(path.read_bytes())).get_batch(0)

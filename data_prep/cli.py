@@ -55,7 +55,10 @@ MinOverlap = Annotated[float, typer.Option(help="smallest share of counts in kno
 MinCells = Annotated[int, typer.Option(help="fewest cells of a gene in a built vocabulary")]
 Heldout = Annotated[float, typer.Option(help="share of cells held out")]
 HeldoutBy = Annotated[str, typer.Option(help="cell, dataset, or an --obs column")]
-Memory = Annotated[float, typer.Option(help="GiB that each process may hold")]
+Memory = Annotated[
+    float,
+    typer.Option(help="GiB of cells that each process may hold, beside 0.5 for the program itself"),
+]
 Processes = Annotated[
     int, typer.Option(help="processes on this machine; or start with mpirun -n N")
 ]

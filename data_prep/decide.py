@@ -20,19 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.buckets import bucket_of, choose_buckets
-from data_prep.chunks import (
-    CONTENT,
-    DETECTED,
-    KEY,
-    LENGTH,
-    MITO,
-    REASON,
-    ROW,
-    SPLIT,
-    TOTAL,
-    Chunk,
-    open_chunk,
-)  # fmt: skip
+from data_prep.chunks import Chunk, Column, open_chunk
 from data_prep.duplicates import SameCells, settle_same_cells
 from data_prep.filters import (
     DUPLICATE,
@@ -137,9 +125,9 @@ def decide_reasons(
         aside, "w+", np.uint8, (max(1, sum(c.cells for c in chunks)),)
     )
     for chunk, batch in _open_all(work, chunks):
-        reasons = np.asarray(batch.column(REASON)).copy()
+        reasons = np.asarray(batch.column(Column.REASON)).copy()
         datasets = batch.column("dataset").to_numpy(zero_copy_only=False)
-        totals, mito = np.asarray(batch.column(TOTAL)), np.asarray(batch.column(MITO))
+        totals, mito = np.asarray(batch.column(Column.TOTAL)), np.asarray(batch.column(Column.MITO))
         for dataset, here in rows_by_value(datasets).items():
             reasons[here] = quality_reasons(
                 reasons[here],
@@ -179,14 +167,14 @@ def _reject_duplicates(
     for part in range(parts):
         found: list[np.ndarray] = []
         for chunk, batch in _open_all(work, chunks):
-            content = np.asarray(batch.column(CONTENT))
+            content = np.asarray(batch.column(Column.CONTENT))
             here = np.flatnonzero(
                 (content % np.uint64(parts) == part)
                 & (codes[chunk.first : chunk.first + chunk.cells] == KEPT)
             )
             cells = np.empty((3, len(here)), dtype=np.uint64)
             cells[0] = content[here]
-            cells[1] = (np.asarray(batch.column(ROW))[here]) + (chunk.source << 40)
+            cells[1] = (np.asarray(batch.column(Column.ROW))[here]) + (chunk.source << 40)
             cells[2] = chunk.first + here
             found.append(cells)
         content, age, place = np.concatenate(found, axis=1)
@@ -208,7 +196,7 @@ def report_datasets(
     for chunk, batch in _open_all(work, chunks):
         code = codes[chunk.first : chunk.first + chunk.cells]
         datasets = batch.column("dataset").to_numpy(zero_copy_only=False)
-        detected = np.asarray(batch.column(DETECTED))
+        detected = np.asarray(batch.column(Column.DETECTED))
         tokens = np.minimum(detected, max_genes).astype(np.int64) + specials
         for dataset, here in rows_by_value(datasets).items():
             kept = here[is_kept(code[here])]
@@ -234,8 +222,8 @@ def length_histogram(
     for chunk, batch in _open_all(work, chunks):
         code = codes[chunk.first : chunk.first + chunk.cells]
         kept = is_kept(code)
-        lengths = np.asarray(batch.column(LENGTH)).astype(np.int64)
-        split = final_split(batch.column(SPLIT), code)[kept]
+        lengths = np.asarray(batch.column(Column.LENGTH)).astype(np.int64)
+        split = final_split(batch.column(Column.SPLIT), code)[kept]
         flat = split * np.int64(max_length + 1) + lengths[kept]
         histogram += np.bincount(flat, minlength=histogram.size).reshape(histogram.shape)
     return histogram
@@ -295,9 +283,9 @@ def _cells_per_bin(
     for chunk, batch in _open_all(work, chunks):
         code = codes[chunk.first : chunk.first + chunk.cells]
         kept = np.flatnonzero(is_kept(code))
-        lengths = np.asarray(batch.column(LENGTH))[kept]
-        split = final_split(batch.column(SPLIT), code)[kept].astype(np.int64)
-        bins = key_bins(np.asarray(batch.column(KEY))[kept], bin_bits)
+        lengths = np.asarray(batch.column(Column.LENGTH))[kept]
+        split = final_split(batch.column(Column.SPLIT), code)[kept].astype(np.int64)
+        bins = key_bins(np.asarray(batch.column(Column.KEY))[kept], bin_bits)
         flat = (split * shape[1] + bucket_of(lengths, buckets)) * shape[2] + bins
         np.add.at(counts, flat, 1)
     return counts.reshape(shape)

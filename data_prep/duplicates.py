@@ -16,7 +16,7 @@ from pathlib import Path
 import numba
 import numpy as np
 
-from data_prep.chunks import ROW, SAME, SPLIT, Chunk, open_chunk
+from data_prep.chunks import Chunk, Column, open_chunk
 from data_prep.filters import MOVED, is_kept
 from data_prep.sources import SourceSpec
 
@@ -136,7 +136,7 @@ class _Copies:
 def _copies(work: Path, chunks: list[Chunk], codes: np.ndarray, part: int, parts: int) -> _Copies:
     hashes, places = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
     for chunk in chunks:
-        same = np.asarray(open_chunk(work / chunk.name).column(SAME))
+        same = np.asarray(open_chunk(work / chunk.name).column(Column.SAME))
         kept = is_kept(codes[chunk.first : chunk.first + chunk.cells])
         here = np.flatnonzero(kept & (same % np.uint64(parts) == part) if parts > 1 else kept)
         hashes.append(same[here])
@@ -155,8 +155,8 @@ def _copies(work: Path, chunks: list[Chunk], codes: np.ndarray, part: int, parts
         here = np.flatnonzero(number == at)
         batch = open_chunk(work / chunks[at].name)
         inside = place[here] - chunks[at].first
-        rows[here] = np.asarray(batch.column(ROW))[inside]
-        split[here] = np.asarray(batch.column(SPLIT))[inside]
+        rows[here] = np.asarray(batch.column(Column.ROW))[inside]
+        split[here] = np.asarray(batch.column(Column.SPLIT))[inside]
     source = np.array([c.source for c in chunks], dtype=np.int64)[number]
     order = np.lexsort((rows, source, same))
     new_run = np.r_[True, same[order][1:] != same[order][:-1]][: len(order)]

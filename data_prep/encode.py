@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numba
@@ -22,19 +22,7 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from data_prep.cells import Cells
-from data_prep.chunks import (
-    CONTENT,
-    DETECTED,
-    KEY,
-    LENGTH,
-    MITO,
-    REASON,
-    ROW,
-    SAME,
-    SPLIT,
-    TOTAL,
-    tokens_path,
-)  # fmt: skip
+from data_prep.chunks import Column, tokens_path
 from data_prep.duplicates import hash_sequences
 from data_prep.filters import DatasetMoments, Moments, first_reasons, moments_by_dataset
 from data_prep.genes import BIOTYPES, Annotation, read_annotation
@@ -86,7 +74,7 @@ class EncodeJob:
     annotation: Path | None
     settings: EncodeSettings
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Hash of all that decides the chunk files."""
         parts = [_VERSION, self.signature, self.start, self.stop, self.vocabulary_sha256]
@@ -114,7 +102,12 @@ class EncodeRecord:
     fractional: tuple[int, int] = (0, 0)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        moments = {
+            name: {"totals": vars(m.totals), "mitochondrial": vars(m.mitochondrial)}
+            for name, m in self.moments.items()
+        }
+        # Without `asdict`, which copies every number.
+        return json.dumps(vars(self) | {"known": vars(self.known), "moments": moments})
 
     @staticmethod
     def from_json(text: str) -> EncodeRecord:
@@ -240,9 +233,20 @@ def _opened(
     return source, vocabulary, tokens
 
 
-@lru_cache(maxsize=2)
-def _vocabulary(path: Path, sha256: str) -> Vocabulary:  # noqa: ARG001
-    return load_vocabulary(path)
+# One for each process: what was opened before the work began need not be read from its folder.
+_KEPT_VOCABULARY: dict[str, Vocabulary] = {}
+
+
+def keep_vocabulary(sha256: str, vocabulary: Vocabulary) -> None:
+    """Keep the vocabulary whose file has a hash; the one before it is given up."""
+    _KEPT_VOCABULARY.clear()
+    _KEPT_VOCABULARY[sha256] = vocabulary
+
+
+def _vocabulary(path: Path, sha256: str) -> Vocabulary:
+    if sha256 not in _KEPT_VOCABULARY:
+        keep_vocabulary(sha256, load_vocabulary(path))
+    return _KEPT_VOCABULARY[sha256]
 
 
 @lru_cache(maxsize=2)
@@ -301,15 +305,15 @@ def _cells(
     for name in settings.columns:
         columns[name] = pa.array(block.metadata.get(name, nothing), pa.string())
     columns |= {
-        KEY: pa.array(keyed_hash(stream_key(settings.seed, "shuffle", job.spec.name), rows)),
-        SPLIT: pa.array(_split(block, rows, job.spec.name, job.spec.split, settings)),
-        ROW: pa.array(rows),
-        REASON: pa.array(reasons),
-        TOTAL: pa.array(totals),
-        MITO: pa.array(mitochondrial),
-        DETECTED: pa.array(encoded.detected),
-        CONTENT: pa.array(content),
-        SAME: pa.array(hash_sequences(encoded.tokens, encoded.offsets)),
+        Column.KEY: pa.array(keyed_hash(stream_key(settings.seed, "shuffle", job.spec.name), rows)),
+        Column.SPLIT: pa.array(_split(block, rows, job.spec.name, job.spec.split, settings)),
+        Column.ROW: pa.array(rows),
+        Column.REASON: pa.array(reasons),
+        Column.TOTAL: pa.array(totals),
+        Column.MITO: pa.array(mitochondrial),
+        Column.DETECTED: pa.array(encoded.detected),
+        Column.CONTENT: pa.array(content),
+        Column.SAME: pa.array(hash_sequences(encoded.tokens, encoded.offsets)),
     }
     tokens, lengths = encoded.tokens, encoded.lengths
     drop = (reasons != 0) if settings.with_tokens else np.ones(len(rows), dtype=bool)
@@ -343,9 +347,9 @@ def _moments(cells: Cells) -> dict[str, DatasetMoments]:
     columns = cells.columns
     return moments_by_dataset(
         columns.column("dataset").to_numpy(),
-        columns.column(TOTAL).to_numpy(),
-        columns.column(MITO).to_numpy(),
-        columns.column(REASON).to_numpy(),
+        columns.column(Column.TOTAL).to_numpy(),
+        columns.column(Column.MITO).to_numpy(),
+        columns.column(Column.REASON).to_numpy(),
     )
 
 
@@ -356,10 +360,11 @@ def _write_chunk(path: Path, parts: list[Cells]) -> int:
     anew.
     """
     keys, splits = (
-        np.concatenate([p.columns.column(name).to_numpy() for p in parts]) for name in (KEY, SPLIT)
+        np.concatenate([p.columns.column(name).to_numpy() for p in parts])
+        for name in (Column.KEY, Column.SPLIT)
     )
     cells = Cells.in_order(parts, np.lexsort((keys, splits)))
-    columns = cells.columns.append_column(LENGTH, pa.array(cells.lengths.astype(np.int32)))
+    columns = cells.columns.append_column(Column.LENGTH, pa.array(cells.lengths.astype(np.int32)))
     batch = columns.combine_chunks().to_batches()[0]
     with pa.ipc.new_file(str(path), batch.schema) as writer:
         writer.write_batch(batch)

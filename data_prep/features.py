@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from data_prep.formats.store import Rows, Store, as_text
-from data_prep.gene_names import genome_of
+from data_prep.gene_table import Names
 
 # Columns of var that may say what a feature is. The last one holds biotypes in other files.
 KIND_COLUMNS = ("feature_types", "feature_type", "modality", "gene_type")
@@ -29,6 +28,7 @@ _OTHER_KINDS = frozenset({
     "peak", "peaks", "atac", "chromatinaccessibility", "vdj", "vdjt", "vdjb", "spikein", "spikeins",
 })  # fmt: skip
 _UNNAMED = "no kind given"
+_READ_CELLS, _READ_VALUES = 4096, 1 << 24  # at a time
 
 
 def _plain(kind: str) -> str:
@@ -88,7 +88,7 @@ def genes_of(path: str, store: Store) -> tuple[Store, dict[str, int]]:
 
 
 def of_one_genome(
-    path: str, store: Store, ids: Iterable[str], wanted: str | None
+    path: str, store: Store, ids: Names, wanted: str | None
 ) -> tuple[Store, dict[str, int]]:
     """Return the features of one genome as a matrix, and what was left out: genome -> features.
 
@@ -103,8 +103,7 @@ def of_one_genome(
     if "genome" in store.var_columns():
         genomes = as_text(store.var("genome"))
     if len(set(genomes) - {""}) < 2:
-        prefixes = [genome_of(i) for i in ids]
-        genomes = prefixes if any(prefixes) else genomes
+        genomes = ids.genomes if any(ids.genomes) else genomes
     found = Counter(genomes)
     named = sorted(set(found) - {""})
     if wanted is None and len(named) < 2:
@@ -124,6 +123,44 @@ def of_one_genome(
     return (ChosenFeatures(store, kept) if left_out else store), left_out
 
 
+def cells_of_genome(path: str, store: Store, chosen: Store) -> np.ndarray | None:
+    """Return int64, the cells with at least half of their counts in the genome that was chosen.
+
+    The others are cells of another species (or two cells in one droplet): what they hold of this
+    genome are stray molecules. Cells without any count stay, to be counted with the empty ones.
+
+    Parameters
+    ----------
+    store, chosen
+        The genes of all genomes, and those of the chosen one; of the same cells.
+
+    Raises
+    ------
+    ValueError
+        There is no such cell.
+    """
+    is_own: list[np.ndarray] = []
+    start = 0
+    while start < store.num_cells:
+        stop = min(start + _READ_CELLS, store.num_cells)
+        while stop - start > 1 and store.num_stored(start, stop) > _READ_VALUES:
+            stop = start + (stop - start) // 2
+        own, of_all = (_sums(part.rows(start, stop)) for part in (chosen, store))
+        is_own.append(2 * own >= of_all)
+        start = stop
+    cells = np.flatnonzero(np.concatenate(is_own))
+    if not len(cells):
+        raise ValueError(f"{path}: no cell has half of its counts in the genome that was chosen")
+    return cells if len(cells) < store.num_cells else None
+
+
+def _sums(rows: Rows) -> np.ndarray:
+    """Return float64 [cells], the totals of compressed sparse rows."""
+    data, _, indptr = rows
+    before = np.r_[0.0, np.cumsum(data, dtype=np.float64)]
+    return before[indptr[1:]] - before[indptr[:-1]]
+
+
 class ChosenFeatures:
     """Some features of a matrix as a matrix of their own; counts of the others are in no total.
 
@@ -136,6 +173,11 @@ class ChosenFeatures:
     def __init__(self, store: Store, kept: np.ndarray) -> None:
         self._store = store
         self._kept = np.flatnonzero(kept)
+        # bool [features of the matrix that others were chosen from, in the end].
+        self.chosen = kept.copy()
+        if isinstance(store, ChosenFeatures):
+            self.chosen = store.chosen.copy()
+            self.chosen[store.chosen] = kept
         self._number = np.where(kept, np.cumsum(kept) - 1, -1).astype(np.int32)
         self.path: Path = store.path
         self.num_cells, self.num_genes = store.num_cells, len(self._kept)

@@ -31,6 +31,7 @@ _GENOME_STARTS = ("GRCh", "GRCm", "hg", "mm", "Rnor", "mRatBN", "GRCz", "Mmul", 
 _GENOME = re.compile(rf"^((?:{'|'.join(_GENOME_STARTS)})_?\d[A-Za-z0-9.]*?)_+(?=.)")
 # What pandas and R write where there is no name.
 _NO_NAME = frozenset({"nan", "none", "na", "n/a", "<na>", "null", "-"})
+_LONGEST_NO_NAME = max(map(len, _NO_NAME))
 ID, PREVIOUS_ID = "id", "previous id"
 CUT_ID = "id without version or genome"
 SYMBOL, PREVIOUS_SYMBOL = "symbol", "previous symbol"
@@ -64,9 +65,17 @@ def plain_id(gene_id: str) -> str:
     return strip_version(without_genome(gene_id))
 
 
+def _is_ensembl(name: str) -> bool:
+    """Return whether a name is an Ensembl id, or one that was made up where there is none."""
+    plain = plain_id(name)
+    made_up = plain.startswith("ENSG") and not plain[4:5].isdecimal()
+    return made_up or bool(ENSEMBL.match(plain))
+
+
 def present(gene_id: str) -> str:
     """Return a name, or '' for the words that stand where there is none."""
-    return "" if gene_id.strip().lower() in _NO_NAME else gene_id.strip()
+    name = gene_id.strip()
+    return "" if len(name) <= _LONGEST_NO_NAME and name.lower() in _NO_NAME else name
 
 
 @dataclass(frozen=True)
@@ -170,7 +179,8 @@ class GeneLookup:
     def find_all(self, names: list[str], others: Iterable[list[str]] = ()) -> FoundGenes:
         """Return the genes of a file; `others`: further names of the same genes.
 
-        They are tried for names that are there, are no Ensembl ids, and are not found.
+        They are tried for names that are there, are not found, and are no Ensembl ids, also not of
+        those that somebody made up in their manner (``ENSGunknown_TP53``).
         """
         found = [
             (token, ID, False) if (token := self._tokens.get(name, -1)) >= 0 else self._known(name)
@@ -178,7 +188,7 @@ class GeneLookup:
         ]
         for more in others:
             for i, (name, other) in enumerate(zip(names, more, strict=True)):
-                if found[i][0] < 0 and name and other and not ENSEMBL.match(plain_id(name)):
+                if found[i][0] < 0 and name and other and not _is_ensembl(name):
                     found[i] = self.find(other)
         tokens = np.array([token for token, _, _ in found], dtype=np.int32)
         counts = Counter(how for _, how, _ in found)
@@ -187,17 +197,20 @@ class GeneLookup:
             tokens,
             {how: counts[how] for how in FOUND_AS if counts[how]},
             upper,
-            self._collisions(names, found) if upper or counts[NOT_FOUND] else [],
+            self._collisions(names, tokens) if upper or counts[NOT_FOUND] else [],
         )
 
-    def _collisions(self, names: list[str], found: list[tuple[int, str, bool]]) -> list[str]:
+    def _collisions(self, names: list[str], tokens: np.ndarray) -> list[str]:
+        ambiguous = [
+            name
+            for i in np.flatnonzero(tokens < 0).tolist()
+            if (name := names[i]) and name.upper() in self._upper[1]
+        ]
+        # Only genes with several names.
+        _, number, times = np.unique(tokens, return_inverse=True, return_counts=True)
         by_token: dict[int, list[str]] = {}
-        ambiguous = []
-        for name, (token, _, _) in zip(names, found, strict=True):
-            if token >= 0:
-                by_token.setdefault(token, []).append(name)
-            elif name and name.upper() in self._upper[1]:
-                ambiguous.append(name)
+        for i in np.flatnonzero((times[number] > 1) & (tokens >= 0)).tolist():
+            by_token.setdefault(int(tokens[i]), []).append(names[i])
         same = [
             name
             for group in by_token.values()

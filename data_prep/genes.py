@@ -22,6 +22,7 @@ ORGANISMS = {
     "mus_musculus": "mouse", "rattus norvegicus": "rat", "danio rerio": "zebrafish",
     "macaca mulatta": "macaque",
 }  # fmt: skip
+_SOME_NUMBER = "0" * 11  # as long as that of an Ensembl id
 # The 37 genes of the human mitochondrial chromosome (GENCODE 49), without ENSG00000 in front.
 _HUMAN_NUMBERS = """
 198695 198712 198727 198763 198786 198804 198840 198886 198888 198899 198938 209082 210049 210077
@@ -109,7 +110,12 @@ def mitochondrial_columns(
 
 def species_of(ids: list[str] | tuple[str, ...]) -> str | None:
     """Return the species of most Ensembl ids, its bare prefix if unknown; None without any."""
-    prefixes = Counter(m[1] for m in map(ENSEMBL.match, map(plain_id, ids)) if m)
+    # Of most ids all but the number is the same: the pattern is tried for each beginning only.
+    heads = Counter(i[:-11] for i in map(plain_id, ids) if i[-11:].isdecimal())
+    prefixes: Counter[str] = Counter()
+    for head, number in heads.items():
+        if m := ENSEMBL.match(head + _SOME_NUMBER):
+            prefixes[m[1]] += number
     if not prefixes:
         return None
     prefix = prefixes.most_common(1)[0][0]

@@ -7,8 +7,6 @@ kept, and copied once to the working folder; there they are a parquet file like 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
-from data_prep.formats.staging import ROWS_DONE
+from data_prep.formats.staging import staged_folder
 
 PREFIX = "hf:"
 _BATCH_CELLS = 1024
@@ -61,20 +59,7 @@ def stage_dataset(path: str, columns: list[str], folder: Path) -> Path:
         There is no such dataset, split or column, or the network fails.
     """
     name = "cells.parquet"
-    if (folder / ROWS_DONE).exists():
-        return folder / name
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=folder.name + "-", dir=folder.parent))
-    try:
-        cells = _copy(path, columns, aside / name)
-        (aside / ROWS_DONE).write_text(f'{{"cells": {cells}}}')
-        try:
-            aside.rename(folder)
-        except OSError:
-            if not (folder / ROWS_DONE).exists():
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    staged_folder(folder, lambda aside: {"cells": _copy(path, columns, aside / name)})
     return folder / name
 
 

@@ -98,9 +98,10 @@ class KnownCounter:
     def result(self, names: list[str]) -> KnownCounts:
         """Return the sums; `names` of the source's genes."""
         # Stable, so that equal counts are cut in the order of the genes.
-        order = np.argsort(-self._unknown, kind="stable")[:_KEPT]
+        counted = np.flatnonzero(self._unknown)
+        order = counted[np.argsort(-self._unknown[counted], kind="stable")[:_KEPT]]
         unknown: dict[str, float] = {}
-        for i in order[self._unknown[order] > 0].tolist():
+        for i in order.tolist():
             name = names[i] or "(without an id)"
             unknown[name] = unknown.get(name, 0.0) + float(self._unknown[i])
         return KnownCounts(dict(self._datasets), unknown)

@@ -57,6 +57,9 @@ from data_prep.workspace import (
 
 logger = logging.getLogger(__name__)
 
+# Libraries, the tables of a vocabulary and a block of cells: 0.46 to 0.50 measured.
+PROGRAM_GIB = 0.5
+
 
 def prepare(
     specs: list[SourceSpec],
@@ -92,6 +95,12 @@ def prepare(
     """
     columns = carried_columns(specs)
     check_options(options, columns)
+    if options.memory_gib < PROGRAM_GIB:
+        logger.warning(
+            "--memory %g: bounds the cells that are held while tars are written; the program and "
+            "the blocks that it reads take about %g GiB beside it, whatever it is",
+            options.memory_gib, PROGRAM_GIB,
+        )  # fmt: skip
     request = _request(specs, vocabulary, options)
     if complete_already(out, shards_format.MANIFEST_NAME, request):
         # A run that was killed in its last moments: nothing is left to do but to tidy up.

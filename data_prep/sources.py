@@ -14,31 +14,27 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from data_prep import obs_columns
+from data_prep import gene_table, obs_columns
+from data_prep.cell_choice import ChosenCells
 from data_prep.count_kinds import Place, check_integers, fractional_values
 from data_prep.counts import CountScan, scan_counts
-from data_prep.features import genes_of, of_one_genome
+from data_prep.features import ChosenFeatures, cells_of_genome, genes_of, of_one_genome
 from data_prep.formats.compression import missing_codec
 from data_prep.formats.store import Store, as_text, mtx_sample
-from data_prep.gene_names import ENSEMBL, FoundGenes, plain_id, present, strip_version
-from data_prep.genes import (
-    SYMBOL_COLUMNS,
-    Annotation,
-    mitochondrial_columns,
-    species_of,
-)
+from data_prep.gene_names import ENSEMBL, FoundGenes, strip_version
+from data_prep.gene_table import Choice, GeneReport, GeneTable, Names, names_of
+from data_prep.genes import SYMBOL_COLUMNS, Annotation, species_of
 from data_prep.obs_columns import FILTER_COLUMN, PRIMARY, checked_totals, count_secondary
 from data_prep.vocab import Vocabulary
 
 _READ_CELLS = 4096
 _READ_VALUES = 1 << 24  # 12 to 16 bytes each while a block is in use
-_NAMED = 20  # names in a record
 _FEWEST_KNOWN = 0.01  # of genes, however little of the counts is asked for
 # What readers of formats raise where bytes are wrong, sizes above memory included.
 DAMAGE = (
@@ -129,9 +125,7 @@ class SourceSpec:
         Of folders, two levels; `deep`: all of it. A zarr group may have a million files, so that is
         for once a run, and two levels are for each stretch. The path is not in it.
         """
-        path, settings = split_path(self.path.removeprefix("hf:"))[0], asdict(self) | {"path": ""}
-        if self.path.startswith((f"{CENSUS}:", "hf:")):
-            settings["path"] = self.path
+        path = split_path(self.path.removeprefix("hf:"))[0]
         found = [path] if path.exists() else []
         sample = mtx_sample(path)
         if sample is not None and path.is_file():  # the tables beside it belong to it
@@ -143,8 +137,17 @@ class SourceSpec:
         base = path.parent if path.is_file() else path
         states = sorted((str(p.relative_to(base)) if p != path else ".", p.stat()) for p in found)
         files = [(name, s.st_size, s.st_mtime_ns) for name, s in states]
-        text = json.dumps([settings, files], sort_keys=True)
+        text = f"[{_settings_text(self)}, {json.dumps(files)}]"
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+@lru_cache(maxsize=64)
+def _settings_text(spec: SourceSpec) -> str:
+    """Return JSON of all that a spec says but for the path of a file."""
+    settings = asdict(spec) | {"path": ""}
+    if spec.path.startswith((f"{CENSUS}:", "hf:")):
+        settings["path"] = spec.path
+    return json.dumps(settings, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -171,26 +174,6 @@ class CountBlock:
     fractional: int = 0
 
 
-@dataclass(frozen=True)
-class GeneReport:
-    """What became of a source's genes under a vocabulary.
-
-    `left_out`: kind of features that are no genes (antibodies, another genome) -> how many;
-    `found_as`, `upper_cased`, `case_collisions`: see `data_prep.gene_names.FoundGenes`.
-    """
-
-    genes: int
-    known: int
-    by_alias: int
-    duplicated: int
-    nameless: int
-    species: str | None
-    left_out: dict[str, int] = field(default_factory=dict)
-    found_as: dict[str, int] = field(default_factory=dict)
-    upper_cased: int = 0
-    case_collisions: list[str] = field(default_factory=list)
-
-
 class CountSource:
     """A count matrix, opened for reading any range of cells."""
 
@@ -201,18 +184,19 @@ class CountSource:
     ) -> None:
         self.spec, self.options, self._annotation = spec, spec.options, annotation
         self.path, self.name = spec.path, spec.name
-        self._found: tuple[Vocabulary, FoundGenes] | None = None
         if store.num_cells == 0 or store.num_genes == 0:
             raise ValueError(
                 f"{self.path}: is empty: {store.num_cells} cells, {store.num_genes} genes"
             )
-        store, kinds = genes_of(spec.path, store)
-        self._ids = self._read_ids(store)
-        self.store, genomes = of_one_genome(spec.path, store, self._ids, self.options.genome)
-        if self.store is not store:
-            self._ids = self._read_ids(self.store)
+        choice, self._genes = self._find_genes(store)
         # Features that are no genes of this source: kind -> how many.
-        self.left_out = kinds | genomes
+        self.left_out = choice.left_out
+        self.store: Store = store
+        if choice.features is not None:
+            self.store = ChosenFeatures(self.store, choice.features)
+        if choice.cells is not None:
+            self.store = ChosenCells(self.store, choice.cells)
+        self._num_of_others = store.num_cells - self.store.num_cells
         self.num_cells, self.num_genes = self.store.num_cells, self.store.num_genes
         obs = store.obs_columns()
         wanted = [*self.options.column_sources.values()]
@@ -222,31 +206,49 @@ class CountSource:
             raise ValueError(f"{self.path}: obs has no column {missing}; it has {obs}")
         self._has_filter = FILTER_COLUMN in obs
 
-    @cached_property
+    def _find_genes(self, store: Store) -> tuple[Choice, GeneTable]:
+        """Return what is read of a matrix, and the names of its genes.
+
+        A process opens a source twice, to look at it and to read it; names are read once.
+        """
+        options = self.options
+        state = gene_table.state_of(
+            self.path, options.counts, options.gene_column, options.genome, options.strip_versions,
+            options.obs_filter,
+        )  # fmt: skip
+        known = gene_table.TABLES.get(state)
+        if known is not None:
+            return known
+        genes, left_out = genes_of(self.path, store)
+        ids, cells = self._read_ids(genes), None
+        found, genomes = of_one_genome(self.path, genes, ids, options.genome)
+        if found is not genes:
+            ids, cells = self._read_ids(found), cells_of_genome(self.path, genes, found)
+        table = gene_table.gene_table(ids, self._read_symbols(found), options.strip_versions)
+        choice = Choice(getattr(found, "chosen", None), cells, left_out | genomes)
+        gene_table.TABLES.put(state, choice, table)
+        return choice, table
+
+    @property
     def gene_ids(self) -> list[str]:
         """Gene ids, one per matrix column; '' where the source has none."""
-        ids = [present(i) for i in self._ids]
-        return [strip_version(i) for i in ids] if self.options.strip_versions else ids
+        return self._genes.ids
 
-    @cached_property
-    def _symbols(self) -> list[str] | None:
-        """Symbols of the genes, where the source has them beside ids."""
+    def _read_symbols(self, store: Store) -> Names | None:
+        """Return the symbols of the genes, where the source has them beside ids."""
         with self._damage_named("genes"):
-            columns = [c for c in SYMBOL_COLUMNS if c in self.store.var_columns()]
+            columns = [c for c in SYMBOL_COLUMNS if c in store.var_columns()]
             if columns:
-                return as_text(self.store.var(columns[0]))
-            if self.options.gene_column or "ensembl_id" in self.store.var_columns():
-                return as_text(self.store.var(None))  # then the index may hold them
+                return names_of(as_text(store.var(columns[0])))
+            if self.options.gene_column or "ensembl_id" in store.var_columns():
+                return names_of(as_text(store.var(None)))  # then the index may hold them
             return None
 
     def find_genes(self, vocabulary: Vocabulary) -> FoundGenes:
         """Return which genes of a vocabulary the source's are, and by which name."""
-        if self._found is None or self._found[0] is not vocabulary:
-            symbols = [[present(s) for s in self._symbols]] if self._symbols else []
-            self._found = vocabulary, vocabulary.lookup.find_all(self.gene_ids, symbols)
-        return self._found[1]
+        return self._genes.find(vocabulary)
 
-    def _read_ids(self, store: Store) -> list[str]:
+    def _read_ids(self, store: Store) -> Names:
         column, columns = self.options.gene_column, store.var_columns()
         if column is not None and column not in columns and column != INDEX:
             raise ValueError(
@@ -256,21 +258,16 @@ class CountSource:
         if column is None and "ensembl_id" in columns:
             column = "ensembl_id"
         with self._damage_named("genes"):
-            return as_text(store.var(column if column in columns else None))
+            return names_of(as_text(store.var(column if column in columns else None)))
 
-    @cached_property
+    @property
     def mitochondrial(self) -> np.ndarray:
         """bool [genes], mitochondrial genes by id, table, or symbol."""
-        ids = [plain_id(i) for i in self.gene_ids]
-        return mitochondrial_columns(ids, self._symbols, self._annotation)
-
-    @cached_property
-    def _species(self) -> str | None:
-        return species_of(self.gene_ids)
+        return self._genes.mitochondrial(self._annotation)
 
     def check_ids(self) -> None:
         """Raise ValueError for ids of another organism than stated."""
-        found, stated = self._species, self.options.organism
+        found, stated = self._genes.species, self.options.organism
         if found and stated and found != stated:
             said = f"gene ids are of {found}, but the organism is given as {stated}"
             raise ValueError(f"{self.path}: {said}")
@@ -286,7 +283,7 @@ class CountSource:
         """
         self.check_ids()
         ids = self.gene_ids
-        species = self._species
+        species = self._genes.species
         tokens = self.find_genes(vocabulary).tokens
         known = int((tokens >= 0).sum())
         # Before any cell is read: ids of another kind. What share of counts is known comes later.
@@ -320,21 +317,7 @@ class CountSource:
 
     def gene_report(self, vocabulary: Vocabulary) -> GeneReport:
         """Return how the source's genes meet a vocabulary."""
-        ids = self.gene_ids
-        found = self.find_genes(vocabulary)
-        repeated = sum(n - 1 for i, n in Counter(ids).items() if i and n > 1)
-        return GeneReport(
-            len(ids),
-            int((found.tokens >= 0).sum()),
-            sum(i in vocabulary.aliases for i in ids),
-            repeated,
-            sum(not i for i in ids),
-            self._species,
-            self.left_out,
-            found.found_as,
-            found.upper_cased,
-            found.case_collisions[:_NAMED],
-        )
+        return replace(self._genes.report(vocabulary), left_out=self.left_out)
 
     def group_sizes(self, column: str) -> Counter[str]:
         """Return how many cells each value of a carried column (or ``dataset``) has."""
@@ -359,6 +342,18 @@ class CountSource:
 
     def warnings(self) -> list[str]:
         """Return what a user should know before any cell is read."""
+        return [*self._of_other_genomes(), *self._not_primary()]
+
+    def _of_other_genomes(self) -> list[str]:
+        if not self._num_of_others:
+            return []
+        whole = self.num_cells + self._num_of_others
+        return [
+            f"{self.name}: {self._num_of_others:,} of {whole:,} cells are left out: most of their "
+            f"counts are not in genes of --genome {self.options.genome}"
+        ]
+
+    def _not_primary(self) -> list[str]:
         if PRIMARY not in self.store.obs_columns() or PRIMARY in (self.options.obs_filter or ""):
             return []
         secondary = 0

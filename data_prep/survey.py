@@ -16,13 +16,14 @@ from data_prep import encode
 from data_prep.chunks import INTERNAL
 from data_prep.corpus import carried_columns
 from data_prep.encode import EncodeJob, EncodeSettings
+from data_prep.gene_table import GeneReport
 from data_prep.genes import Annotation, read_annotation
 from data_prep.hashing import hash_strings, stream_key
 from data_prep.medians import build_vocabulary
 from data_prep.open import Source, open_source
 from data_prep.rank import token_dtype
 from data_prep.shards import file_sha256
-from data_prep.sources import CountSource, GeneReport, SourceSpec
+from data_prep.sources import CountSource, SourceSpec
 from data_prep.vocab import Vocabulary
 from data_prep.workers import Progress, Workers
 
@@ -268,6 +269,7 @@ def encode_jobs(
     path = work / f"vocabulary-{lookup_sha256[:24]}.json"
     if not path.exists():
         encode.write_text(path, text)
+    encode.keep_vocabulary(lookup_sha256, survey.vocabulary)
     sizes: Counter[str] = Counter()
     for source in survey.sources:
         sizes.update(source.group_sizes)

@@ -106,7 +106,7 @@ class Vocabulary:
     @cached_property
     def token_of(self) -> dict[str, int]:
         """Gene id or alias -> token id."""
-        tokens = {g: i + self.first_gene_token for i, g in enumerate(self.genes)}
+        tokens = {g: i for i, g in enumerate(self.genes, self.first_gene_token)}
         return {a: tokens[g] for a, g in self.aliases.items()} | tokens
 
     @cached_property
@@ -121,11 +121,15 @@ class Vocabulary:
     @cached_property
     def lookup(self) -> GeneLookup:
         """What finds genes by id, previous id or symbol."""
-        tokens = {g: i + self.first_gene_token for i, g in enumerate(self.genes)}
+        tokens = {g: i for i, g in enumerate(self.genes, self.first_gene_token)}
         return GeneLookup(tokens, self.aliases, self.names)
 
     def to_json(self) -> str:
         """Return the canonical JSON text that the hash is taken of."""
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
         content = {
             "format": VOCABULARY_FORMAT,
             "encoding": {

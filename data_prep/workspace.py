@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.files import LAUNCH_FOLDER
-from data_prep.formats.staging import ROWS_DONE
+from data_prep.formats.staging import ROWS_DONE, is_whole
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +107,8 @@ def locked_workspace(out: Path, manifest_name: str, request: str = "") -> Iterat
             for path in out.iterdir():
                 if path.name not in _NOT_OURS:
                     path.rename(moving / path.name)
-        for path in work.glob("rows-*"):  # copies that a killed run did not finish
-            if not (path / ROWS_DONE).exists():
+        for path in work.glob("rows-*"):  # copies that a killed run did not finish, or damaged ones
+            if not is_whole(path):
                 shutil.rmtree(path)
         yield work
     except BaseException as error:

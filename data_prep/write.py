@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from data_prep.buckets import bucket_of
 from data_prep.cells import Cells, count_tokens, place_rows, scatter_rows
-from data_prep.chunks import KEY, LENGTH, SPLIT, Chunk, open_chunk, tokens_path
+from data_prep.chunks import Chunk, Column, open_chunk, tokens_path
 from data_prep.decide import Window, WritePlan, key_bins
 from data_prep.encode import write_text
 from data_prep.filters import KEPT, MOVED
@@ -116,7 +116,7 @@ def write_tars(job: WriteJob) -> WriteRecord:
         members.append(writer.members)
         assert shards[-1]["cells"] == ready[number].taken, "cells were lost or doubled"
     record = WriteRecord(shards, members, seen.tolist())
-    write_text(job.record_path, json.dumps(asdict(record)))
+    write_text(job.record_path, json.dumps(vars(record)))
     return record
 
 
@@ -148,11 +148,11 @@ def _gather(
     for chunk in plan.chunks:
         batch = open_chunk(job.work / chunk.name)
         code = codes[chunk.first : chunk.first + chunk.cells]
-        lengths = np.asarray(batch.column(LENGTH))
-        all_keys = np.asarray(batch.column(KEY))
+        lengths = np.asarray(batch.column(Column.LENGTH))
+        all_keys = np.asarray(batch.column(Column.KEY))
         # The split's own cells, and those that were moved to it.
         for split, wanted in ((job.split, KEPT), (1 - job.split, MOVED)):
-            begin, end = np.searchsorted(np.asarray(batch.column(SPLIT)), [split, split + 1])
+            begin, end = np.searchsorted(np.asarray(batch.column(Column.SPLIT)), [split, split + 1])
             bins = key_bins(all_keys[begin:end], plan.bin_bits)
             begin, end = begin + np.searchsorted(bins, [low, high])
             rows = begin + np.flatnonzero(code[begin:end] == wanted)

@@ -18,7 +18,7 @@ from data_prep.open import open_path
 from data_prep.sources import CountSource, SourceOptions, source_at
 from data_prep.vocab import open_vocabulary
 from data_prep.workers import SERIAL
-from tests.data_files import WRITERS, write_h5ad, write_tenx
+from tests.data_files import WRITERS, write_h5ad
 from tests.synthetic import make_cells
 
 if TYPE_CHECKING:
@@ -140,9 +140,6 @@ def test_barnyard_files_are_read_by_genome(tmp_path):
     source, counts = read(path, genome="GRCh38")
     np.testing.assert_array_equal(counts, cells.X.toarray()[:, :200])
     assert source.left_out == {"genome mm10": 60}
-    genomes = ["GRCh38"] * 200 + ["mm10"] * 60
-    source, counts = read(write_tenx(cells, tmp_path, genomes), genome="mm10")
-    np.testing.assert_array_equal(counts, cells.X.toarray()[:, 200:])
 
 
 @pytest.mark.parametrize(

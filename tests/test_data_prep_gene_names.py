@@ -68,6 +68,12 @@ def test_symbols_beside_foreign_ids_are_used_and_beside_unknown_ensembl_ids_are_
     assert found.tokens.tolist() == [6, -1, -1, 2]
 
 
+def test_ids_that_were_made_up_are_no_reason_to_look_at_symbols():
+    ids = ["ENSGunknown_TP53", "ENSG00000141510_TP53", "ENSA"]
+    found = VOCABULARY.lookup.find_all(ids, [["TP53", "TP53", "TP53"]])
+    assert (found.tokens >= 0).tolist() == [False, True, True]
+
+
 def test_symbols_are_not_in_the_hash_and_travel_with_the_file(tmp_path):
     assert replace(VOCABULARY, names={}).sha256 == VOCABULARY.sha256
     VOCABULARY.save(tmp_path / "vocabulary.json")

@@ -134,11 +134,11 @@ def wait_for(condition, process: subprocess.Popen) -> None:
 @pytest.mark.parametrize(
     "moment",
     [
-        "chunk-*.arrow",
         "chunk-*.json",
-        "plan-*.json",
         "tars-*/written-*.json",
-        "tars-*/manifest.json",
+        pytest.param("chunk-*.arrow", marks=pytest.mark.long),
+        pytest.param("plan-*.json", marks=pytest.mark.long),
+        pytest.param("tars-*/manifest.json", marks=pytest.mark.long),
     ],
 )
 def test_killed_runs_continue(moment, corpus, expected, tmp_path):

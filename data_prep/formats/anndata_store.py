@@ -64,6 +64,8 @@ class AnnDataStore:
                     "file once with a newer anndata"
                 )
         self._categories: dict[tuple[int, str], np.ndarray] = {}
+        self._obs_columns, self._var_columns = _column_names(self._obs), _column_names(self._var)
+        self._obs_index, self._var_index = _index_name(self._obs), _index_name(self._var)
         self._open_matrix(element, staging)
 
     @staticmethod
@@ -136,9 +138,11 @@ class AnnDataStore:
 
     def _check_lengths(self, kind: str) -> None:
         """Refuse arrays that do not fit each other: beyond an array's end there is no error."""
+        obs_index = _index_array(self._obs, self._obs_index)
+        var_index = _index_array(self._var, self._var_index)
         lengths = [
-            ("obs", _index_of(self._obs).shape[0], self.num_cells),
-            ("var", _index_of(self._var).shape[0], self.num_genes),
+            ("obs", obs_index.shape[0], self.num_cells),
+            ("var", var_index.shape[0], self.num_genes),
         ]
         if self._sparse:
             major = self.num_cells if kind == "csr" else self.num_genes
@@ -152,7 +156,7 @@ class AnnDataStore:
         if wrong:
             raise ValueError(f"{self.path}: is damaged: {'; '.join(wrong)}")
         # zarr reads a chunk that is missing as zeros. Counts and gene numbers have no empty chunks.
-        arrays = {"index of obs": _index_of(self._obs), "index of var": _index_of(self._var)}
+        arrays = {"index of obs": obs_index, "index of var": var_index}
         if self._sparse:
             arrays |= {"data": self._data, "indices": self._indices}
         for name, array in arrays.items():
@@ -194,26 +198,31 @@ class AnnDataStore:
         return int(self._indptr[stop]) - int(self._indptr[start])
 
     def cell_ids(self, start: int, stop: int) -> list[str]:
-        index = _index_name(self._obs)
-        return [str(v) for v in read_column(self._obs, index, start, stop, self._categories)]
+        return [
+            str(v) for v in read_column(self._obs, self._obs_index, start, stop, self._categories)
+        ]
 
     def obs_columns(self) -> list[str]:
-        return _column_names(self._obs)
+        return self._obs_columns
 
     def obs(self, column: str, start: int, stop: int) -> np.ndarray:
         return read_column(self._obs, column, start, stop, self._categories)
 
     def var_columns(self) -> list[str]:
-        return _column_names(self._var)
+        return self._var_columns
 
     def var(self, column: str | None) -> np.ndarray:
-        column = column or _index_name(self._var)
+        column = column or self._var_index
         return read_column(self._var, column, 0, self.num_genes, self._categories)
 
 
 def _index_of(frame: Any) -> Any:
     """Return the array that holds the index of a data frame, codes for a categorical one."""
-    index = frame[_index_name(frame)]
+    return _index_array(frame, _index_name(frame))
+
+
+def _index_array(frame: Any, name: str) -> Any:
+    index = frame[name]
     if not hasattr(index, "keys"):
         return index
     return index["codes"] if "codes" in index else index["values"]

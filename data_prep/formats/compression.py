@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import h5py
@@ -12,6 +13,9 @@ _FILTERS = {
     307: "bzip2", 32000: "lzf", 32001: "blosc", 32004: "lz4", 32008: "bitshuffle", 32013: "zfp",
     32015: "zstd", 32017: "sz", 32018: "fcidecomp", 32024: "sz3", 32026: "blosc2", 32028: "sperr",
 }  # fmt: skip
+# Files as they are that need nothing beyond HDF5's own filters and those already there.
+_FINE: set[tuple[str, int, int, int, int]] = set()
+_MOST_FINE = 10_000
 # Parts of files that hold cells; what lies elsewhere is never read.
 _READ = ("X", "raw", "layers", "obs", "var", "mod", "matrix", "row_attrs", "col_attrs")
 
@@ -24,8 +28,17 @@ def require_filters(path: object, root: h5py.File) -> None:
     ValueError
         A part that may be read needs a filter that is not there.
     """
+    state = Path(str(path)).stat()
+    key = (str(path), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+    if key in _FINE:  # a process opens a file twice, and looking at all its parts takes a while
+        return
     missing = _missing(root)
-    if missing and _import_plugins():
+    if not missing:
+        if len(_FINE) >= _MOST_FINE:
+            _FINE.clear()
+        _FINE.add(key)
+        return
+    if _import_plugins():
         missing = _missing(root)
     if missing:
         names = ", ".join(sorted({f"{name} ({dataset})" for dataset, name in missing.items()})[:3])

@@ -12,11 +12,13 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
 
 from data_prep.formats.store import Rows
+from data_prep.shards import file_sha256
 
 ROWS_DONE = "done.json"
 # cells, genes, values of a batch of entries; each cell's genes in any order
@@ -54,12 +56,29 @@ def stage_rows(entries: Callable[[], Entries], num_cells: int, folder: Path) -> 
     entries
         Called twice; yields (cells, genes, values), arrays of equal length, no entry twice.
     """
+    staged_folder(folder, lambda aside: _write(entries, num_cells, aside))
+    return StagedRows(folder)
+
+
+def staged_folder(folder: Path, write: Callable[[Path], dict[str, int]]) -> None:
+    """Fill a folder by `write`, if an earlier call has not done so; it is complete or absent.
+
+    Parameters
+    ----------
+    write
+        Writes files into the folder it is given, and returns sizes for the record.
+    """
     if (folder / ROWS_DONE).exists():
-        return StagedRows(folder)
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=folder.name + "-", dir=folder.parent))
     try:
-        _write(entries, num_cells, aside)
+        record: dict[str, Any] = {**write(aside)}
+        record["sha256"] = {p.name: file_sha256(p) for p in sorted(aside.iterdir())}
+        with (aside / ROWS_DONE).open("w") as file:
+            json.dump(record, file)
+            file.flush()
+            os.fsync(file.fileno())
         try:
             aside.rename(folder)
         except OSError:
@@ -67,10 +86,18 @@ def stage_rows(entries: Callable[[], Entries], num_cells: int, folder: Path) -> 
                 raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return StagedRows(folder)
 
 
-def _write(entries: Callable[[], Entries], num_cells: int, folder: Path) -> None:
+def is_whole(folder: Path) -> bool:
+    """Return whether all files of a staged folder are those that were written; reads every byte."""
+    try:
+        hashes = json.loads((folder / ROWS_DONE).read_text())["sha256"]
+        return bool(hashes) and all(file_sha256(folder / n) == h for n, h in hashes.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _write(entries: Callable[[], Entries], num_cells: int, folder: Path) -> dict[str, int]:
     indptr = np.zeros(num_cells + 1, dtype=np.int64)
     dtype = np.dtype(np.int32)
     for cells, _, values in entries():
@@ -91,10 +118,7 @@ def _write(entries: Callable[[], Entries], num_cells: int, folder: Path) -> None
         )  # fmt: skip
     indices.flush()
     data.flush()
-    with (folder / ROWS_DONE).open("w") as file:
-        json.dump({"cells": num_cells, "values": int(indptr[-1])}, file)
-        file.flush()
-        os.fsync(file.fileno())
+    return {"cells": num_cells, "values": int(indptr[-1])}
 
 
 @numba.njit(cache=True, nogil=True)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import pandas as pd
 
+# As long as tables of genes are, and not much of memory.
+_FEWEST, _MOST, _MOST_BYTES = 1000, 100_000, 4 << 20
 # Compressed sparse rows of consecutive cells: data, indices (gene numbers), indptr from 0.
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -64,6 +67,10 @@ def mtx_sample(path: Path) -> tuple[str, str] | None:
 
 def as_text(values: np.ndarray) -> list[str]:
     """Return values as strings; '' where one is missing."""
+    if values.dtype == object:
+        texts = values.tolist()
+        if {*map(type, texts)} == {str}:  # as nearly always: nothing is missing
+            return texts
     series = pd.Series(values)
     missing = series.isna().to_numpy()
     text = series.astype(str).to_numpy(dtype=object)
@@ -73,8 +80,28 @@ def as_text(values: np.ndarray) -> list[str]:
 
 def decoded(values: np.ndarray) -> np.ndarray:
     """Return `values` with bytes decoded as UTF-8."""
+    if values.dtype.kind not in "SO":
+        return values
+    items = values.tolist() if values.ndim == 1 else []
+    if {*map(type, items)} == {bytes}:
+        # All at once: one by one takes longer than reading a small file.
+        joined = b"\0".join(items)
+        is_table = _FEWEST <= len(items) <= _MOST and len(joined) <= _MOST_BYTES
+        texts = _lately_decoded(joined) if is_table else _decode(joined)
+        if len(texts) == len(items):  # no zero byte inside
+            return texts
     if values.dtype.kind == "S":
         return np.char.decode(values, "utf-8").astype(object)
-    if values.dtype.kind == "O":
-        return np.array([v.decode() if isinstance(v, bytes) else v for v in values], dtype=object)
-    return values
+    return np.array([v.decode() if isinstance(v, bytes) else v for v in values], dtype=object)
+
+
+def _decode(joined: bytes) -> np.ndarray:
+    return np.array(joined.decode().split("\0"), dtype=object)
+
+
+@lru_cache(maxsize=8)
+def _lately_decoded(joined: bytes) -> np.ndarray:
+    """Return texts; those of a table of genes are the same in one file after the other."""
+    texts = _decode(joined)
+    texts.flags.writeable = False
+    return texts
