@@ -67,6 +67,46 @@ def test_embedding_is_that_of_the_cell_alone(layer, network, cells):
     assert len(network.model.layers) == 3, "all layers are there again"
 
 
+def test_states_by_windows_are_those_of_transformers(tmp_path):
+    """Cells long enough to be cut into blocks, padded and not; an export says nothing of it."""
+    import torch
+    from transformers import AutoModelForMaskedLM
+
+    from data_prep.vocab import Vocabulary
+    from eval.embed import encode_batch
+    from pretrain.config import ModelConfig
+    from pretrain.export import load_exported
+    from pretrain.model import build_model
+
+    genes = tuple(f"ENSG{i:011d}" for i in range(100))
+    vocab = Vocabulary(genes, np.linspace(0.5, 4.0, 100), {"<pad>": 0, "<mask>": 1}, 100)
+    settings = ModelConfig(
+        architecture="modernbert", num_layers=4, hidden_size=32, num_heads=2, intermediate_size=48,
+        local_window=4,
+    )  # fmt: skip
+    made = build_model(settings, vocab, 0).bert
+    with torch.no_grad():
+        for weight in made.parameters():
+            if weight.ndim == 2:
+                weight.mul_(8)
+    made.save_pretrained(tmp_path)
+    vocab.save(tmp_path / "vocabulary.json")
+    assert "windows" not in (tmp_path / "config.json").read_text()
+    plain, (own, _) = AutoModelForMaskedLM.from_pretrained(tmp_path).eval(), load_exported(tmp_path)
+    assert plain.config._attn_implementation == "sdpa" != own.config._attn_implementation
+    rng = np.random.default_rng(0)
+    for lengths in ((96, 96), (100, 61, 5)):
+        cells = [rng.permutation(np.arange(2, 102))[:n].astype(np.int64) for n in lengths]
+        with torch.no_grad():
+            (found, _), (expected, _) = (
+                encode_batch(m.base_model, cells, vocab) for m in (own, plain)
+            )
+            real = torch.arange(found.shape[1]) < torch.tensor(lengths)[:, None]
+            torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-5)
+            logits = (m.decoder(m.head(s[real])) for m, s in ((own, found), (plain, expected)))
+            torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("with_head", [False, True])
 def test_deletions_and_what_changes_nothing(with_head, network, cells):
     """With a head all layers are computed, without only those that are read: the same shifts."""
@@ -153,6 +193,7 @@ def test_attention_is_that_of_the_eager_model(network, cells):
     from eval.attention import mean_attention
 
     genes = np.arange(2, 12)
+    before = network.config._attn_implementation
     found = mean_attention(cells, network.base_model, vocabulary(), genes).received[0]
     plain = copy.deepcopy(network)
     plain.set_attn_implementation("eager")
@@ -166,7 +207,7 @@ def test_attention_is_that_of_the_eager_model(network, cells):
                     sums[:, :, token - 2] += weights[:, :, :, place].mean(axis=2) * len(cell)
                     number[token - 2] += 1
     np.testing.assert_allclose(found, sums / number, atol=1e-4)
-    assert network.config._attn_implementation == "sdpa"
+    assert network.config._attn_implementation == before != "eager"
 
 
 def test_screen_is_refused(network):
