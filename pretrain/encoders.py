@@ -112,7 +112,7 @@ class Architecture:
 
     @staticmethod
     def through_layer(layer: Any, hidden_BLD: torch.Tensor, places: Places) -> torch.Tensor:
-        """Return [B, Q, D], what a layer makes of the places that ask, of all others around them."""
+        """Return [B, Q, D], what a layer makes of the places that ask and all around them."""
         raise NotImplementedError
 
     @staticmethod
@@ -326,7 +326,9 @@ def _attention_by_windows(
 ) -> tuple[torch.Tensor, None]:
     """Return [B, L, H, E], what a ModernBERT's own forward pass asks for: evaluation's."""
     if module.sliding_window is None:
-        mask = None if real_BL is None else real_BL[:, None, None].expand(-1, -1, len(real_BL[0]), -1)
+        mask = None
+        if real_BL is not None:
+            mask = real_BL[:, None, None].expand(-1, -1, query_BHLE.shape[2], -1)
         found = functional.scaled_dot_product_attention(
             query_BHLE, key_BHLE, value_BHLE, attn_mask=mask
         )
