@@ -42,7 +42,7 @@ def timed(function: Callable) -> tuple:
 def count(shards: ShardSet) -> tuple[Baselines, dict]:
     """Count everything from all training cells; return the baselines, and what it cost."""
     by_rank, by_rank_s = timed(lambda: RankBaselines(shards, _ALL))
-    tables, arithmetic_s = timed(lambda: arithmetic._count(shards, _ALL, False))
+    tables, arithmetic_s = timed(lambda: arithmetic._count(shards, _ALL))
     cells, genes = tables["counted"].tolist()
     cost = {
         "training_cells": cells,
