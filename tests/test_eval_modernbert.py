@@ -59,12 +59,14 @@ def plain_states(network, cell: np.ndarray, number: int) -> np.ndarray:
 
 @pytest.mark.parametrize("layer", [0, -1])
 def test_embedding_is_that_of_the_cell_alone(layer, network, cells):
-    from eval.embed import embed_cells
+    from eval.embed import embed_cells, embed_layers
 
     found = embed_cells(cells, network.base_model, vocabulary(), layer=layer, token_budget=90)
     expected = [plain_states(network, c, 3 + layer).mean(axis=0) for c in cells]
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert len(network.model.layers) == 3, "all layers are there again"
+    both = embed_layers(cells, network.base_model, vocabulary(), (0, -1), token_budget=90)
+    np.testing.assert_array_equal(both[layer], found)
 
 
 def test_states_by_windows_are_those_of_transformers(tmp_path):
