@@ -32,6 +32,12 @@ def _context(place, length, edges):
 
 
 @numba.njit(cache=True, nogil=True)
+def _room(width):
+    """Return int64 [width] three times, what `_visible_genes` writes into."""
+    return np.empty(width, np.int64), np.empty(width, np.int64), np.empty(width, np.int64)
+
+
+@numba.njit(cache=True, nogil=True)
 def _visible_genes(inputs, row, length, mask_token, first_gene, genes, before, positions):
     """Collect a row's visible genes; of its hidden ones, how many of these come before, and where.
 
@@ -87,9 +93,7 @@ def count_hidden(
     neighbours
         int64 [contexts, SLOTS, G], added to: at the neighbour's place.
     """
-    width = inputs.shape[1]
-    genes, before = np.empty(width, np.int64), np.empty(width, np.int64)
-    positions = np.empty(width, np.int64)
+    genes, before, positions = _room(inputs.shape[1])
     zero = neighbours.shape[2] - 1
     found = 0
     for row in range(len(inputs)):
@@ -193,9 +197,8 @@ def score_hidden(
         float64, int32 [M], written: cross-entropy in nats; how many genes that could be hidden are
         more likely than the label.
     """
-    width, size = inputs.shape[1], len(mass)
-    genes, before = np.empty(width, np.int64), np.empty(width, np.int64)
-    positions = np.empty(width, np.int64)
+    size = len(mass)
+    genes, before, positions = _room(inputs.shape[1])
     product, free = np.empty(size, np.float32), np.empty(size, np.float32)
     ones = np.ones(size, np.float32)
     is_visible = np.zeros(len(frequency), np.bool_)
@@ -263,9 +266,8 @@ def exponents_step(
     gradient, curvature
         float64 [SLOTS], [SLOTS, SLOTS], added to.
     """
-    width, size = inputs.shape[1], len(mass)
-    genes, before = np.empty(width, np.int64), np.empty(width, np.int64)
-    positions = np.empty(width, np.int64)
+    size = len(mass)
+    genes, before, positions = _room(inputs.shape[1])
     free, weight = np.empty(size, np.float32), np.empty(size, np.float32)
     scaled, ones = np.empty(size, np.float32), np.ones(size, np.float32)
     zeros = np.zeros(size, np.float32)
@@ -330,9 +332,7 @@ def score_without_repeats(
     by_rank, larger
         float64 [bins, V] probabilities; int32 [bins, V], how many in its row are larger than each.
     """
-    width = inputs.shape[1]
-    genes, before = np.empty(width, np.int64), np.empty(width, np.int64)
-    positions = np.empty(width, np.int64)
+    genes, before, positions = _room(inputs.shape[1])
     is_visible = np.zeros(len(frequency), np.bool_)
     found = 0
     for row in range(len(inputs)):
