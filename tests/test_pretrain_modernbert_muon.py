@@ -95,21 +95,17 @@ def _require_moved(runs: SimpleNamespace, out: Path, losses: list[float], first:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_all_stages_whole_resumed_and_moved(ranks, kind, runs):
-    starts = []
-    for stage in range(4):
-        whole, on, moved = (
-            runs.config(f"{kind}-{ranks}-{stage}-{end}", stage, optim__kind=kind)
-            for end in ("whole", "on", "moved")
-        )
-        starts += [
-            Start(whole), Start(on, whole.run.out), Start(moved, runs.out[f"{kind}-0-1"])
-        ]  # fmt: skip
-    losses = run_ranks(ranks, train_all, starts)[0]
-    for number in range(0, len(starts), 3):
-        whole, on, moved = (start.config.run.out for start in starts[number : number + 3])
-        np.testing.assert_allclose(losses[number], runs.losses[f"{kind}-0-1"], rtol=1e-6)
-        assert losses[number + 1] == losses[number][CUT:]
-        require_same_state(on, whole)
-        _require_moved(runs, moved, losses[number + 2], f"{kind}-0-1")
+def test_all_stages_whole_resumed_and_moved(ranks, stage, kind, runs):
+    first = f"{kind}-0-1"
+    whole, on, moved = (
+        runs.config(f"{kind}-{ranks}-{stage}-{end}", stage, optim__kind=kind)
+        for end in ("whole", "on", "moved")
+    )
+    starts = [Start(whole), Start(on, whole.run.out), Start(moved, runs.out[first])]
+    of_whole, of_on, of_moved = run_ranks(ranks, train_all, starts)[0]
+    np.testing.assert_allclose(of_whole, runs.losses[first], rtol=1e-6)
+    assert of_on == of_whole[CUT:]
+    require_same_state(on.run.out, whole.run.out)
+    _require_moved(runs, moved.run.out, of_moved, first)
