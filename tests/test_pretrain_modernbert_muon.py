@@ -100,7 +100,7 @@ def _require_moved(runs: SimpleNamespace, out: Path, losses: list[float], first:
 def test_all_stages_whole_resumed_and_moved(ranks, stage, kind, runs):
     first = f"{kind}-0-1"
     whole, on, moved = (
-        runs.config(f"{kind}-{ranks}-{stage}-{end}", stage, optim__kind=kind)
+        runs.config(f"all-{kind}-{ranks}-{stage}-{end}", stage, optim__kind=kind)
         for end in ("whole", "on", "moved")
     )
     starts = [Start(whole), Start(on, whole.run.out), Start(moved, runs.out[first])]
