@@ -1,11 +1,13 @@
 """What is counted before a run starts: seconds, memory and bytes, on real and on many cells.
 
-``python -m benchmarks.counting WORK [--shards SHARDS ...] [--cells 1000000]``
+``python -m benchmarks.counting WORK [--shards SHARDS ...] [--cells 1000000] [--length 1100]``
 
-For each folder of shards the baselines of held-out loss are counted anew from all training cells
-and scored on all held-out cells. Then token ids are generated (lengths lognormal around 1,100, cut
-at 2,048; as many genes as Geneformer V1 has, with random medians), prepared in WORK, and counted;
-they are removed again. Times are processor seconds of one thread, kernels compiled before.
+For each folder of shards the baselines of held-out loss and the corpus SVD are counted anew from
+all training cells, and the baselines are scored on all held-out cells. Then token ids are generated
+(lengths lognormal around ``--length``, cut at 60 and 2,048; as many genes as Geneformer V1 has,
+with random medians), prepared in WORK, and counted: from all cells, and from as many as a run reads
+by default. They are removed again. Times are processor seconds of all threads, kernels compiled
+before.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from data_prep.shards import ShardSet
 from data_prep.vocab import MASK, PAD, Vocabulary
 from pretrain import arithmetic
 from pretrain.baselines import Baselines, RankBaselines
+from pretrain.config import EvaluationConfig
+from pretrain.corpus_svd import NUM_COMPONENTS, RankWeights, chosen_blocks, leading_vectors
 from pretrain.counted import TrainBlock
 from pretrain.masking import EVALUATION_MASKING, masks_of
 
@@ -39,10 +43,14 @@ def timed(function: Callable) -> tuple:
     return result, time.process_time() - started
 
 
-def count(shards: ShardSet) -> tuple[Baselines, dict]:
-    """Count everything from all training cells; return the baselines, and what it cost."""
-    by_rank, by_rank_s = timed(lambda: RankBaselines(shards, _ALL))
-    tables, arithmetic_s = timed(lambda: arithmetic._count(shards, _ALL, False))
+def count(shards: ShardSet, max_cells: int = _ALL) -> tuple[Baselines, dict]:
+    """Count everything from training cells; return the baselines, and what it cost."""
+    by_rank, by_rank_s = timed(lambda: RankBaselines(shards, max_cells))
+    tables, arithmetic_s = timed(lambda: arithmetic._count(shards, max_cells))
+    baselines_gib = _peak_gib()
+    matrix = RankWeights(shards, chosen_blocks(shards, max_cells))
+    size = shards.vocabulary.num_tokens
+    (_, _, residual), svd_s = timed(lambda: leading_vectors(matrix.gram, size, NUM_COMPONENTS))
     cells, genes = tables["counted"].tolist()
     cost = {
         "training_cells": cells,
@@ -50,10 +58,17 @@ def count(shards: ShardSet) -> tuple[Baselines, dict]:
         "by_rank_s": by_rank_s,
         "arithmetic_s": arithmetic_s,
         "kept_bytes": sum(table.nbytes for table in tables.values()),
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gib": baselines_gib,
+        "svd_s": svd_s,
+        "svd_residual": residual,
+        "svd_peak_gib": _peak_gib(),
         "exponents": tables["exponents"].round(3).tolist(),
     }
     return Baselines(by_rank, arithmetic.Arithmetic(tables, shards.vocabulary)), cost
+
+
+def _peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def score(shards: ShardSet, baselines: Baselines) -> dict:
@@ -100,14 +115,14 @@ def write_vocabulary(path: Path) -> None:
     Vocabulary(genes, medians, {PAD: 0, MASK: 1}, 2048).save(path)
 
 
-def write_shards(work: Path, num_cells: int) -> Path:
+def write_shards(work: Path, num_cells: int, typical_length: int) -> Path:
     """Return a folder of shards of generated cells."""
     from data_prep.prepare import PrepareOptions, prepare
     from data_prep.sources import SourceOptions, source_at
     from data_prep.vocab import load_vocabulary
 
     write_vocabulary(work / "vocabulary.json")
-    write_tokens(work / "tokens", num_cells)
+    write_tokens(work / "tokens", num_cells, typical_length)
     source = source_at(work / "tokens", SourceOptions())
     prepare([source], work / "shards", load_vocabulary(work / "vocabulary.json"), PrepareOptions())
     shutil.rmtree(work / "tokens")
@@ -120,10 +135,11 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--shards", type=Path, nargs="*", default=[])
     parser.add_argument("--cells", type=int, default=1_000_000)
+    parser.add_argument("--length", type=int, default=1100)
     arguments = parser.parse_args()
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
-    count(ShardSet(write_shards(work, 1000)))  # compiles
+    count(ShardSet(write_shards(work, 1000, 1100)))  # compiles
     shutil.rmtree(work / "shards")
     for folder in arguments.shards:
         shards = ShardSet(folder)
@@ -131,9 +147,13 @@ def main() -> None:
         score(shards, baselines)  # compiles
         print(json.dumps({"shards": folder.name} | cost | score(shards, baselines)), flush=True)
     if arguments.cells:
-        apart(write_shards, work, arguments.cells)
-        _, cost = count(ShardSet(work / "shards"))
-        print(json.dumps({"generated_cells": arguments.cells} | cost), flush=True)
+        apart(write_shards, work, arguments.cells, arguments.length)
+        shards = ShardSet(work / "shards")
+        cells, tokens = (int(shards.index[name].sum()) for name in ("cells", "tokens"))
+        generated = {"generated_cells": cells, "tokens": tokens}
+        for most in (EvaluationConfig().baseline_cells, _ALL):
+            _, cost = count(shards, most)
+            print(json.dumps(generated | {"most_cells": min(most, cells)} | cost), flush=True)
         shutil.rmtree(work / "shards")
 
 

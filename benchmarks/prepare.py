@@ -28,13 +28,15 @@ _POOL_CELLS, _BATCH_CELLS = 20_000, 1000
 _GENES = 25_424
 
 
-def write_tokens(folder: Path, num_cells: int) -> None:
+def write_tokens(folder: Path, num_cells: int, typical_length: int = 1100) -> None:
     """Write a Hugging Face folder of generated cells: a pool of different ones, repeated."""
     import pyarrow as pa
 
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
-    lengths = rng.lognormal(np.log(1100), 0.45, _POOL_CELLS).clip(60, 2048).astype(np.int64)
+    lengths = (
+        rng.lognormal(np.log(typical_length), 0.45, _POOL_CELLS).clip(60, 2048).astype(np.int64)
+    )
     weights = rng.gamma(0.3, 1.0, _GENES)
     order = np.argsort(-weights)
     batches = []

@@ -97,7 +97,8 @@ def permute(index: np.ndarray, size: int, key: int | np.ndarray) -> np.ndarray:
     """
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     out = np.array(index, dtype=np.uint64, ndmin=1)
-    keys = np.broadcast_to(np.asarray(key, dtype=np.uint64), out.shape)
+    # A copy: the loop is compiled for each layout that it is given.
+    keys = np.array(np.broadcast_to(np.asarray(key, dtype=np.uint64), out.shape), order="C")
     _permute(out.reshape(-1), keys.reshape(-1), np.uint64(size), np.uint64(half_bits))
     return out.reshape(np.shape(index)).astype(np.int64)
 

@@ -17,6 +17,10 @@ VocabOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto")]
+Bf16Option = Annotated[bool, typer.Option(help="compute in bfloat16")]
+ConditionsOption = Annotated[
+    list[str] | None, typer.Option("--cells", help="KEY=VALUE of obs; may be repeated")
+]
 
 
 @reading_options(*MATRIX)
@@ -27,7 +31,7 @@ def embed_command(
     vocab: VocabOption = None,
     pooling: Annotated[str, typer.Option(help="mean (over genes) or cls")] = "mean",
     layer: Annotated[int, typer.Option(help="0 last, -1 second-to-last, ...")] = -1,
-    bf16: Annotated[bool, typer.Option(help="compute in bfloat16")] = False,
+    bf16: Bf16Option = False,
     tokens_per_batch: Annotated[int, typer.Option(min=64, help="padded tokens")] = 16_384,
     device: DeviceOption = "auto",
     *,
@@ -83,7 +87,7 @@ def finetune_command(
     save_head: Annotated[
         Path | None, typer.Option(help="new folder: a classifier of all labelled cells")
     ] = None,
-    bf16: Annotated[bool, typer.Option(help="compute in bfloat16")] = False,
+    bf16: Bf16Option = False,
     device: DeviceOption = "auto",
     vocab: VocabOption = None,
     *,
@@ -147,7 +151,7 @@ def attention_command(
     group: Annotated[str | None, typer.Option(help="column of obs to average apart")] = None,
     pairs: Annotated[bool, typer.Option(help="also each pair of the genes")] = False,
     vocab: VocabOption = None,
-    bf16: Annotated[bool, typer.Option(help="compute in bfloat16")] = False,
+    bf16: Bf16Option = False,
     tokens_per_batch: Annotated[int, typer.Option(min=64, help="padded tokens")] = 4_096,
     device: DeviceOption = "auto",
     *,
@@ -183,6 +187,14 @@ def report_command(
     from eval.stage_report import write_stage_report
 
     print(write_stage_report(folder, out, scores or [], embedding, color, commands))
+
+
+def conditions(texts: list[str] | None) -> dict[str, str]:
+    """Return column -> value of texts KEY=VALUE; ValueError for any other text."""
+    wrong = [t for t in texts or [] if "=" not in t]
+    if wrong:
+        raise ValueError(f"--cells {wrong[0]}: must be KEY=VALUE, a column of obs and its value")
+    return dict(t.split("=", 1) for t in texts or [])
 
 
 def choose_device(name: str) -> str:

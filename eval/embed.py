@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
@@ -16,7 +17,7 @@ from data_prep.sources import SourceOptions
 from data_prep.version import VERSION
 from data_prep.vocab import Vocabulary
 from eval.encode import encode_file
-from pretrain.encoders import Encoder, encoder_of, layers_of, set_layers
+from pretrain.encoders import Encoder, architecture_of, encoder_of, layers_of, set_layers
 from pretrain.export import load_exported
 
 OBSM_KEY = "X_geneloom"
@@ -72,11 +73,31 @@ def embed_cells(
 ) -> np.ndarray:
     """Return float32 [cells, width] embeddings, in the order of `tokens`; NaN for empty cells.
 
+    Arguments and errors as in `embed_layers`, for one layer.
+    """
+    settings = token_budget, device, bf16
+    return embed_layers(tokens, encoder, vocabulary, (layer,), pooling, *settings)[layer]
+
+
+def embed_layers(
+    tokens: list[np.ndarray],
+    encoder: Encoder,
+    vocabulary: Vocabulary,
+    layers: Sequence[int],
+    pooling: str = "mean",
+    token_budget: int = 16_384,
+    device: str = "cpu",
+    bf16: bool = False,
+) -> dict[int, np.ndarray]:
+    """Return layer -> float32 [cells, width] embeddings, of several layers in one pass.
+
+    In the order of `tokens`; NaN for empty cells.
+
     Parameters
     ----------
     tokens
         Token ids of each cell, as `eval.encode.encode_file` gives them.
-    layer
+    layers
         0: last layer, -1: second-to-last (Geneformer's count and default), ...
     token_budget
         Padded tokens of one forward pass.
@@ -91,12 +112,40 @@ def embed_cells(
     require_pooling(pooling, vocabulary)
     lengths = np.array([len(t) for t in tokens], dtype=np.int64)
     genes = lengths - (2 if vocabulary.has_cls else 0)
-    out = np.full((len(tokens), encoder.config.hidden_size), np.nan, dtype=np.float32)
-    with computing(encoder, layer, device, bf16):
+    shape = len(tokens), encoder.config.hidden_size
+    out = {layer: np.full(shape, np.nan, dtype=np.float32) for layer in layers}
+    top, kind = max(layers), architecture_of(encoder)
+    with computing(encoder, top, device, bf16), _watched(encoder, set(layers) - {top}) as seen:
         for batch in length_batches(np.where(genes > 0, lengths, 0), token_budget):
             hidden, batch_lengths = encode_batch(encoder, [tokens[i] for i in batch], vocabulary)
-            out[batch] = pool_genes(hidden, batch_lengths, vocabulary.has_cls, pooling).cpu()
+            states = {k: kind.finished(encoder, v) for k, v in seen.items()} | {top: hidden}
+            for layer, found in states.items():
+                pooled = pool_genes(found, batch_lengths, vocabulary.has_cls, pooling)
+                out[layer][batch] = pooled.cpu()
     return out
+
+
+@contextlib.contextmanager
+def _watched(encoder: Encoder, layers: set[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """Keep the states [B, L, D] that these layers, counted as in `embed_layers`, gave last."""
+    seen: dict[int, torch.Tensor] = {}
+
+    def keeping(layer: int) -> Callable:
+        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+            seen[layer] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    lowest = layers_of(encoder)
+    hooks = [
+        lowest[num_layers_up_to(encoder, layer) - 1].register_forward_hook(keeping(layer))
+        for layer in layers
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def require_pooling(pooling: str, vocabulary: Vocabulary) -> None:

@@ -160,13 +160,16 @@ def arithmetic_tables(
         )
     settings = {"version": _VERSION, "max_cells": max_cells, "step": _STEP}
     return counted_tables(
-        shards, TABLES_NAME, settings, lambda: _count(shards, max_cells, quarantine), fallback
-    )
+        shards, TABLES_NAME, settings, lambda left_out: _count(shards, max_cells, left_out),
+        fallback, quarantine,
+    )  # fmt: skip
 
 
-def _count(shards: ShardSet, max_cells: int, quarantine: bool) -> dict[str, np.ndarray]:
+def _count(
+    shards: ShardSet, max_cells: int, left_out: set[int] | None = None
+) -> dict[str, np.ndarray]:
     def blocks():
-        return train_blocks(shards, max_cells, quarantine)
+        return train_blocks(shards, max_cells, left_out)
 
     vocabulary = shards.vocabulary
     frequency, lengths = _frequency_and_lengths(blocks(), vocabulary)

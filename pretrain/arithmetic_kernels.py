@@ -4,9 +4,14 @@ Rows are padded; a hidden gene stands there as <mask>, and `labels` holds the hi
 rows in order. Every other gene is visible. A gene's *place* is its place on the grid of
 log(1 / median); a *slot* is a place among the neighbours of a hidden gene: 0 is the farthest on the
 left (higher expression), `SLOTS` - 1 the farthest on the right.
+
+Written without array expressions, `min` and `max`: numba compiles those anew for every function
+that has one, and a first start waits for it.
 """
 
 from __future__ import annotations
+
+import math
 
 import numba
 import numpy as np
@@ -17,17 +22,23 @@ RANK_CLASSES = 5
 _STRETCH = 64
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@numba.njit(cache=True, nogil=True)
 def _context(place, length, edges):
     """Return the number of the context of a place in a cell: class of rank, class of length."""
     length_class = 0
-    for edge in edges:
-        length_class += int(length > edge)
+    for number in range(len(edges)):
+        length_class += int(length > edges[number])
     return length_class * RANK_CLASSES + place * RANK_CLASSES // length
 
 
 @numba.njit(cache=True, nogil=True)
-def _visible_genes(row, length, mask_token, first_gene, genes, before, positions):
+def _room(width):
+    """Return int64 [width] three times, what `_visible_genes` writes into."""
+    return np.empty(width, np.int64), np.empty(width, np.int64), np.empty(width, np.int64)
+
+
+@numba.njit(cache=True, nogil=True)
+def _visible_genes(inputs, row, length, mask_token, first_gene, genes, before, positions):
     """Collect a row's visible genes; of its hidden ones, how many of these come before, and where.
 
     Returns
@@ -36,7 +47,7 @@ def _visible_genes(row, length, mask_token, first_gene, genes, before, positions
     """
     visible, hidden = 0, 0
     for i in range(length):
-        token = row[i]
+        token = inputs[row, i]
         if token == mask_token:
             before[hidden], positions[hidden] = visible, i
             hidden += 1
@@ -46,11 +57,18 @@ def _visible_genes(row, length, mask_token, first_gene, genes, before, positions
     return visible, hidden
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@numba.njit(cache=True, nogil=True)
 def _neighbour(slot, before, visible):
     """Return which visible gene is in a slot of a hidden gene; -1 where the cell ends before."""
     at = before + slot - NEIGHBOURS
     return at if 0 <= at < visible else -1
+
+
+@numba.njit(cache=True, nogil=True)
+def _mark(is_visible, genes, visible, value):
+    """Set `is_visible` (bool [V]) of a row's visible genes."""
+    for i in range(visible):
+        is_visible[genes[i]] = value
 
 
 @numba.njit(cache=True, nogil=True)
@@ -75,14 +93,12 @@ def count_hidden(
     neighbours
         int64 [contexts, SLOTS, G], added to: at the neighbour's place.
     """
-    width = inputs.shape[1]
-    genes, before = np.empty(width, np.int64), np.empty(width, np.int64)
-    positions = np.empty(width, np.int64)
+    genes, before, positions = _room(inputs.shape[1])
     zero = neighbours.shape[2] - 1
     found = 0
     for row in range(len(inputs)):
         visible, hidden = _visible_genes(
-            inputs[row], lengths[row], mask_token, first_gene, genes, before, positions
+            inputs, row, lengths[row], mask_token, first_gene, genes, before, positions
         )
         for i in range(hidden):
             own = place_of[labels[found]]
@@ -100,7 +116,9 @@ def count_hidden(
 @numba.njit(cache=True, nogil=True)
 def _free_mass(mass, genes, visible, place_of, frequency, free):
     """Fill `free` (float32 [G]) with the frequency at each place, visible genes left out."""
-    left = mass.copy()
+    left = np.empty(len(mass))
+    for place in range(len(mass)):
+        left[place] = mass[place]
     for i in range(visible):
         left[place_of[genes[i]]] -= frequency[genes[i]]
     for place in range(len(left)):
@@ -109,15 +127,28 @@ def _free_mass(mass, genes, visible, place_of, frequency, free):
 
 
 @numba.njit(cache=True, nogil=True)
-def _fill_product(genes, before, visible, place_of, factors, ones, product):
+def _factors_of(context, slot, genes, before, visible, place_of, factors, ones):
+    """Return float32 [G], what the neighbour in a slot makes of a gene at each place."""
+    at = _neighbour(slot, before, visible)
+    if at < 0:
+        return ones
+    start = len(ones) - 1 - place_of[genes[at]]
+    return factors[context, slot, start : start + len(ones)]
+
+
+@numba.njit(cache=True, nogil=True)
+def _fill_product(context, genes, before, visible, place_of, factors, ones, product):
     """Fill `product` (float32 [G]) with the product of the factors of all neighbours."""
     size = len(product)
-    rows = []
-    for slot in range(SLOTS):
-        at = _neighbour(slot, before, visible)
-        start = size - 1 - place_of[genes[at]] if at >= 0 else 0
-        rows.append(factors[slot, start : start + size] if at >= 0 else ones)
-    a, b, c, d, e, f, g, h = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5], rows[6], rows[7]
+    slot = np.int64(0)  # a number in the code itself would be compiled for, each apart
+    a = _factors_of(context, slot, genes, before, visible, place_of, factors, ones)
+    b = _factors_of(context, slot + 1, genes, before, visible, place_of, factors, ones)
+    c = _factors_of(context, slot + 2, genes, before, visible, place_of, factors, ones)
+    d = _factors_of(context, slot + 3, genes, before, visible, place_of, factors, ones)
+    e = _factors_of(context, slot + 4, genes, before, visible, place_of, factors, ones)
+    f = _factors_of(context, slot + 5, genes, before, visible, place_of, factors, ones)
+    g = _factors_of(context, slot + 6, genes, before, visible, place_of, factors, ones)
+    h = _factors_of(context, slot + 7, genes, before, visible, place_of, factors, ones)
     # In one pass: eight are twice as slow.
     for i in range(size):
         product[i] = ((a[i] * b[i]) * (c[i] * d[i])) * ((e[i] * f[i]) * (g[i] * h[i]))
@@ -135,6 +166,13 @@ def _dot(first, second):
 def _add_scaled(total, factor, values):
     for i in range(len(total)):
         total[i] += factor * values[i]
+
+
+@numba.njit(cache=True, nogil=True)
+def _mixed_loss(share, mixed, frequency):
+    """Return the cross-entropy (nats) of a gene's share, at most 1, and of its plain frequency."""
+    share = share if share < 1.0 else 1.0
+    return -math.log((1 - mixed) * share + mixed * frequency)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -159,32 +197,31 @@ def score_hidden(
         float64, int32 [M], written: cross-entropy in nats; how many genes that could be hidden are
         more likely than the label.
     """
-    width, size = inputs.shape[1], len(mass)
-    genes, before = np.empty(width, np.int64), np.empty(width, np.int64)
-    positions = np.empty(width, np.int64)
+    size = len(mass)
+    genes, before, positions = _room(inputs.shape[1])
     product, free = np.empty(size, np.float32), np.empty(size, np.float32)
     ones = np.ones(size, np.float32)
     is_visible = np.zeros(len(frequency), np.bool_)
     found = 0
     for row in range(len(inputs)):
         visible, hidden = _visible_genes(
-            inputs[row], lengths[row], mask_token, first_gene, genes, before, positions
+            inputs, row, lengths[row], mask_token, first_gene, genes, before, positions
         )
         if hidden == 0:
             continue
-        is_visible[genes[:visible]] = True
+        _mark(is_visible, genes, visible, True)
         _free_mass(mass, genes, visible, place_of, frequency, free)
         for i in range(hidden):
             label = labels[found]
             context = _context(positions[i], lengths[row], edges)
-            _fill_product(genes, before[i], visible, place_of, factors[context], ones, product)
+            _fill_product(context, genes, before[i], visible, place_of, factors, ones, product)
             total = np.float64(_dot(product, free))
             own = 0.0 if is_visible[label] else product[place_of[label]] * frequency[label]
-            share = min(own / total, 1.0) if total > 0 else 0.0
-            losses[found] = -np.log((1 - mixed) * share + mixed * frequency[label])
+            share = own / total if total > 0 else 0.0
+            losses[found] = _mixed_loss(share, mixed, frequency[label])
             places[found] = _more_likely(product, frequency, most, ordered, starts, is_visible, own)
             found += 1
-        is_visible[genes[:visible]] = False
+        _mark(is_visible, genes, visible, False)
     return found
 
 
@@ -195,7 +232,7 @@ def _more_likely(product, frequency, most, ordered, starts, is_visible, own):
     # Most places have none: whole stretches are passed over at once.
     bound = np.float32(own * (1 - 1e-6))
     for first in range(0, size, _STRETCH):
-        last = min(first + _STRETCH, size)
+        last = first + _STRETCH if first + _STRETCH < size else size
         candidates = 0
         for place in range(first, last):
             candidates += int(product[place] * most[place] > bound)
@@ -229,17 +266,17 @@ def exponents_step(
     gradient, curvature
         float64 [SLOTS], [SLOTS, SLOTS], added to.
     """
-    width, size = inputs.shape[1], len(mass)
-    genes, before = np.empty(width, np.int64), np.empty(width, np.int64)
-    positions = np.empty(width, np.int64)
+    size = len(mass)
+    genes, before, positions = _room(inputs.shape[1])
     free, weight = np.empty(size, np.float32), np.empty(size, np.float32)
     scaled, ones = np.empty(size, np.float32), np.ones(size, np.float32)
+    zeros = np.zeros(size, np.float32)
     logs = np.zeros((SLOTS, size), np.float32)
     mean, own = np.empty(SLOTS), np.empty(SLOTS)
     loss, found = 0.0, 0
     for row in range(len(inputs)):
         visible, hidden = _visible_genes(
-            inputs[row], lengths[row], mask_token, first_gene, genes, before, positions
+            inputs, row, lengths[row], mask_token, first_gene, genes, before, positions
         )
         _free_mass(mass, genes, visible, place_of, frequency, free)
         for i in range(hidden):
@@ -248,23 +285,24 @@ def exponents_step(
             if found % every:
                 continue
             context = _context(positions[i], lengths[row], edges)
+            explained = 0.0
+            for place in range(size):
+                weight[place] = 0
             for slot in range(SLOTS):
-                at = _neighbour(slot, before[i], visible)
-                if at >= 0:
-                    start = size - 1 - place_of[genes[at]]
-                    logs[slot] = log_factors[context, slot, start : start + size]
-                else:
-                    logs[slot] = 0
+                found_logs = _factors_of(
+                    context, slot, genes, before[i], visible, place_of, log_factors, zeros
+                )
+                for place in range(size):
+                    logs[slot, place] = found_logs[place]
                 own[slot] = logs[slot, place_of[label]]
-            weight[:] = 0
-            for slot in range(SLOTS):
-                _add_scaled(weight, np.float32(exponents[slot]), logs[slot])
+                explained += exponents[slot] * own[slot]
+                _add_scaled(weight, np.float32(exponents[slot]), found_logs)
             for place in range(size):
                 weight[place] = np.exp(weight[place]) * free[place]
             total = np.float64(_dot(weight, ones))
             if not total > 0:
                 continue
-            loss += np.log(total / frequency[label]) - np.dot(exponents, own)
+            loss += math.log(total / frequency[label]) - explained
             for slot in range(SLOTS):
                 mean[slot] = _dot(weight, logs[slot]) / total
                 gradient[slot] += mean[slot] - own[slot]
@@ -294,16 +332,14 @@ def score_without_repeats(
     by_rank, larger
         float64 [bins, V] probabilities; int32 [bins, V], how many in its row are larger than each.
     """
-    width = inputs.shape[1]
-    genes, before = np.empty(width, np.int64), np.empty(width, np.int64)
-    positions = np.empty(width, np.int64)
+    genes, before, positions = _room(inputs.shape[1])
     is_visible = np.zeros(len(frequency), np.bool_)
     found = 0
     for row in range(len(inputs)):
         visible, hidden = _visible_genes(
-            inputs[row], lengths[row], mask_token, first_gene, genes, before, positions
+            inputs, row, lengths[row], mask_token, first_gene, genes, before, positions
         )
-        is_visible[genes[:visible]] = True
+        _mark(is_visible, genes, visible, True)
         last, taken = -1, 0.0
         for _ in range(hidden):
             label, rank = labels[found], bins[found]
@@ -313,12 +349,12 @@ def score_without_repeats(
                 for i in range(visible):
                     taken += table[genes[i]]
             own = 0.0 if is_visible[label] else table[label]
-            share = min(own / max(1 - taken, own), 1.0) if own > 0 else 0.0
-            losses[found] = -np.log((1 - mixed) * share + mixed * frequency[label])
+            left = 1 - taken if 1 - taken > own else own
+            losses[found] = _mixed_loss(own / left if own > 0 else 0.0, mixed, frequency[label])
             better = larger[rank, label]
             for i in range(visible):
                 better -= int(table[genes[i]] > table[label])
             places[found] = better
             found += 1
-        is_visible[genes[:visible]] = False
+        _mark(is_visible, genes, visible, False)
     return found

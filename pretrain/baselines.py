@@ -41,16 +41,16 @@ class RankBaselines:
     ----------
     shards
         Prepared cells; the train split is read, whole blocks until `max_cells` are reached.
-    quarantine
-        Leave damaged blocks out, instead of raising.
+    left_out
+        As of `pretrain.counted.train_blocks`.
     """
 
-    def __init__(self, shards: ShardSet, max_cells: int, quarantine: bool = False) -> None:
+    def __init__(self, shards: ShardSet, max_cells: int, left_out: set[int] | None = None) -> None:
         vocabulary = shards.vocabulary
         size, first = vocabulary.num_tokens, vocabulary.first_gene_token
         table = np.zeros((RANK_BINS, size))
         rank_sum, rank_square = np.zeros(size), np.zeros(size)
-        for tokens, ranks in _train_tokens(shards, max_cells, quarantine):
+        for tokens, ranks in _train_tokens(shards, max_cells, left_out):
             bins = rank_bins(ranks)
             table += np.bincount(bins * size + tokens, minlength=table.size).reshape(table.shape)
             rank_sum += np.bincount(tokens, weights=ranks, minlength=size)
@@ -162,10 +162,10 @@ def _places(table: np.ndarray) -> np.ndarray:
 
 
 def _train_tokens(
-    shards: ShardSet, max_cells: int, quarantine: bool
+    shards: ShardSet, max_cells: int, left_out: set[int] | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (tokens int64, relative ranks float64) of blocks of training cells."""
-    for block in train_blocks(shards, max_cells, quarantine):
+    for block in train_blocks(shards, max_cells, left_out):
         lengths = np.diff(block.offsets)
         places = np.arange(len(block.tokens)) - np.repeat(block.offsets[:-1], lengths)
         yield block.tokens.astype(np.int64), places / np.repeat(lengths, lengths)

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from pretrain.architecture import number_if_one, take_architecture
-from pretrain.model_config import ModelConfig, Section
+from pretrain.model_config import ModelConfig, Section, filled_in
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
@@ -132,7 +132,7 @@ class OptimConfig(Section):
             return values
         of_adamw = {k: cls.model_fields[k].default for k in ("schedule", "warmup_steps")} | values
         defaults = _MUON_DEFAULTS | {f"muon_{k}": of_adamw[k] for k in ("schedule", "warmup_steps")}
-        return values | {k: v for k, v in defaults.items() if values.get(k) is None}
+        return filled_in(values, defaults)
 
     @model_validator(mode="after")
     def _muon_settings_with_muon(self) -> OptimConfig:

@@ -187,8 +187,9 @@ def corpus_svd(
         shards,
         "corpus-svd",
         settings,
-        lambda: _count(shards, num_components, max_cells, quarantine),
+        lambda left_out: _count(shards, num_components, max_cells, left_out),
         fallback,
+        quarantine,
     )
     return CorpusSvd(
         tables["components"],
@@ -204,17 +205,19 @@ def corpus_svd(
 
 
 def _count(
-    shards: ShardSet, num_components: int, max_cells: int, quarantine: bool
+    shards: ShardSet, num_components: int, max_cells: int, left_out: set[int] | None
 ) -> dict[str, np.ndarray]:
-    matrix = RankWeights(shards, chosen_blocks(shards, max_cells), quarantine)
+    numbers = chosen_blocks(shards, max_cells)
+    matrix = RankWeights(shards, numbers, left_out)
     vocabulary = shards.vocabulary
     most = min(num_components, matrix.num_cells, len(vocabulary.genes))
     values, vectors, residual = leading_vectors(matrix.gram, vocabulary.num_tokens, most)
     vectors[: vocabulary.first_gene_token] = 0
+    read = np.setdiff1d(numbers, list(left_out or ()))
     return {
         "components": np.ascontiguousarray(vectors, dtype=np.float32),
         "singular_values": np.sqrt(values).astype(np.float32),
-        "cells": np.array([matrix.num_cells]),
+        "cells": np.array([shards.index["cells"][read].sum()]),
         "residual": np.array([residual]),
     }
 
@@ -270,12 +273,14 @@ class RankWeights:
     ----------
     numbers
         int [blocks], index rows.
-    quarantine
-        Leave damaged blocks out, instead of raising.
+    left_out
+        As of `pretrain.counted.train_blocks`.
     """
 
-    def __init__(self, shards: ShardSet, numbers: np.ndarray, quarantine: bool = False) -> None:
-        self._shards, self._quarantine = shards, quarantine
+    def __init__(
+        self, shards: ShardSet, numbers: np.ndarray, left_out: set[int] | None = None
+    ) -> None:
+        self._shards, self._left_out = shards, left_out
         blocks_of_a_group = max(1, _GROUP_CELLS // shards.manifest["settings"]["block_cells"])
         cuts = range(blocks_of_a_group, len(numbers), blocks_of_a_group)
         self._groups = np.split(numbers, cuts)
@@ -310,8 +315,9 @@ class RankWeights:
             try:
                 block = self._shards.read_block(int(number))
             except DamagedBlock:
-                if not self._quarantine:
+                if self._left_out is None:
                     raise
+                self._left_out.add(int(number))
                 continue
             _add_gram(block.tokens, block.offsets, first, basis, out)
         return out

@@ -4,6 +4,9 @@ A counted table is a pure function of the shards and of the settings it was coun
 stored as ``counted/NAME-KEY.safetensors`` in the folder of the shards (or in the local copy of
 shards behind a URL), where KEY is a hash of both, so a table of other shards is never read. Where
 that folder cannot be written to, the caller's `fallback` folder is used.
+
+A table may lack damaged blocks. It names them, and is counted anew as soon as one of them can be
+read again, or by a caller that leaves nothing out.
 """
 
 from __future__ import annotations
@@ -33,8 +36,9 @@ def counted_tables(
     shards: ShardSet,
     name: str,
     settings: Mapping[str, Any],
-    count: Callable[[], dict[str, np.ndarray]],
+    count: Callable[[set[int] | None], dict[str, np.ndarray]],
     fallback: Path | None = None,
+    quarantine: bool = False,
 ) -> dict[str, np.ndarray]:
     """Return counted tables: those stored for these shards and settings, else newly counted ones.
 
@@ -46,23 +50,30 @@ def counted_tables(
         Everything besides the shards that decides the tables, a version of the method included;
         JSON values.
     count
-        Makes the tables. It is called when none are stored, or the stored ones are damaged.
+        Makes the tables. It is called when none are stored, or the stored ones are damaged, with
+        `left_out` as `train_blocks` takes it.
     fallback
         Folder to keep them in where the shards' own cannot be written to; None: they are not kept.
+    quarantine
+        Leave damaged blocks out, instead of raising.
     """
     key = _key(shards, name, settings)
     places = [shards.folder / FOLDER_NAME, *([fallback / FOLDER_NAME] if fallback else [])]
     files = [place / f"{name}-{key[:_KEY_LENGTH]}.safetensors" for place in places]
     for file in files:
-        if (tables := _stored(file, key)) is not None:
-            return tables
-    tables = count()
+        found = _stored(file, key)
+        if found is not None and (quarantine or not found[1]) and _all_damaged(shards, found[1]):
+            return found[0]
+    left_out: set[int] | None = set() if quarantine else None
+    tables = count(left_out)
     for file in files:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with complete_file(file) as aside:
                 # One entry: several would be written in another order each time.
                 identity = {"key": key, "sha256": _digest(tables)}
+                if left_out:
+                    identity["left_out"] = sorted(left_out)
                 metadata = {"identity": json.dumps(identity)}
                 content = {k: np.ascontiguousarray(v) for k, v in tables.items()}
                 # Not save_file: what it writes only its owner can read.
@@ -89,20 +100,22 @@ class TrainBlock:
         return TrainBlock(self.cells[rows], tokens, np.concatenate([[0], np.cumsum(lengths)]))
 
 
-def train_blocks(shards: ShardSet, max_cells: int, quarantine: bool) -> Iterator[TrainBlock]:
+def train_blocks(
+    shards: ShardSet, max_cells: int, left_out: set[int] | None = None
+) -> Iterator[TrainBlock]:
     """Yield blocks of training cells, one at a time, spread evenly over the corpus.
 
     Parameters
     ----------
     max_cells
         So many cells in about all, in whole blocks, at least one.
-    quarantine
-        Leave damaged blocks out, instead of raising.
+    left_out
+        Damaged blocks are left out, and their numbers are added here; None: they raise.
 
     Raises
     ------
     DamagedBlock
-        Without `quarantine`.
+        Without `left_out`.
     """
     extents = shards.extents("train")
     numbers = np.concatenate([shards.block_numbers("train", e.length) for e in extents])
@@ -113,9 +126,10 @@ def train_blocks(shards: ShardSet, max_cells: int, quarantine: bool) -> Iterator
         try:
             block = shards.read_block(number)
         except DamagedBlock as error:
-            if not quarantine:
+            if left_out is None:
                 raise
             logger.warning("quarantined: %s", error)
+            left_out.add(number)
             continue
         cells = int(first_cells[number]) + np.arange(len(block.offsets) - 1)
         yield TrainBlock(cells, block.tokens, block.offsets)
@@ -126,18 +140,32 @@ def _key(shards: ShardSet, name: str, settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
-def _stored(file: Path, key: str) -> dict[str, np.ndarray] | None:
-    """Return the tables of a file; None if there are none, of another key, or damaged ones."""
+def _all_damaged(shards: ShardSet, numbers: list[int]) -> bool:
+    """Return whether none of some blocks can be read."""
+    for number in numbers:
+        try:
+            shards.read_block(number)
+        except DamagedBlock:
+            continue
+        logger.info("%s: block %d can be read again; counted anew", shards.name, number)
+        return False
+    return True
+
+
+def _stored(file: Path, key: str) -> tuple[dict[str, np.ndarray], list[int]] | None:
+    """Return the tables of a file, and the blocks that they lack; None if there are no such tables,
+    or damaged ones."""
     try:
         with safe_open(file, "numpy") as opened:
             identity = json.loads((opened.metadata() or {}).get("identity", "{}"))
             tables = {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, json.JSONDecodeError):
         return None
+    left_out = identity.pop("left_out", [])
     if identity != {"key": key, "sha256": _digest(tables)}:
         logger.warning("%s: damaged or not of these shards; counted again", file)
         return None
-    return tables
+    return tables, left_out
 
 
 def _digest(tables: Mapping[str, np.ndarray]) -> str:

@@ -142,9 +142,10 @@ def log_frequency(shards: ShardSet, quarantine: bool) -> np.ndarray:
         shards,
         "log-frequency",
         settings,
-        lambda: {
-            "log": RankBaselines(shards, MAX_CELLS, quarantine).log_probabilities["unigram"][0]
+        lambda left_out: {
+            "log": RankBaselines(shards, MAX_CELLS, left_out).log_probabilities["unigram"][0]
         },
+        quarantine=quarantine,
     )
     found = tables["log"].astype(np.float32)
     return np.maximum(found, found[np.isfinite(found)].min())

@@ -19,6 +19,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from pretrain.ds_config import DEEPSPEED_VERSION
 
 T = TypeVar("T")
+_LINEAR = torch.nn.functional.linear
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # What other launchers call RANK, WORLD_SIZE and LOCAL_RANK. A batch script of SLURM has these too
 # but for the step, which only srun's processes are in.
@@ -268,3 +269,14 @@ def leave() -> None:
     if torch.distributed.is_initialized():
         # DeepSpeed keeps groups of its own: torch's call alone would leave it with dead ones.
         _import_deepspeed().comm.destroy_process_group()
+    restore_linear()
+
+
+def restore_linear() -> None:
+    """Give torch its own linear layer back, which ZeRO 3 replaces for the life of a process.
+
+    The replacement hands over gradients in another order (weight, bias), and ZeRO 2 adds up those
+    of all ranks in the order in which they come: ranks of which some have had ZeRO 3 before would
+    add biases to weights.
+    """
+    torch.nn.functional.linear = _LINEAR

@@ -69,7 +69,7 @@ class HeldoutEvaluation:
     def _count(self, shards: ShardSet, config: RunConfig, quarantine: bool) -> Baselines:
         """Return the baselines; say which one the vocabulary does not allow."""
         cells, out = config.evaluation.baseline_cells, config.run.out
-        by_rank = RankBaselines(shards, cells, quarantine)
+        by_rank = RankBaselines(shards, cells, set() if quarantine else None)
         if not shards.vocabulary.has_medians:
             self.without_arithmetic = (
                 "the vocabulary has no medians (all are the same number): there is no arithmetic "

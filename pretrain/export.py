@@ -18,7 +18,9 @@ from pretrain.corpus_svd import FILE_NAME as SVD_NAME
 from pretrain.corpus_svd import CorpusSvd
 from pretrain.counted_genes import describe
 from pretrain.encoders import (
+    EncoderConfig,
     Network,
+    attention_implementation,
     network_class,
     new_network,
     read_encoder_config,
@@ -94,7 +96,7 @@ def load_exported(folder: Path, vocabulary_path: Path | None = None) -> tuple[Ne
     """
     config = read_encoder_config(folder / "config.json")
     vocabulary = folder_vocabulary(folder, vocabulary_path)
-    model = _load_network(folder, network_class(config))
+    model = _load_network(folder, config)
     require_belonging(folder, model.config.vocab_size, vocabulary)
     if model.config.max_position_embeddings < vocabulary.max_length:
         raise ValueError(
@@ -149,12 +151,12 @@ def require_belonging(folder: Path, num_tokens: int, vocabulary: Vocabulary) -> 
         )
 
 
-def _load_network(folder: Path, kind: Any) -> Network:
+def _load_network(folder: Path, config: EncoderConfig) -> Network:
     try:
-        loaded: Any = kind.from_pretrained(
+        loaded: Any = network_class(config).from_pretrained(
             folder,
             local_files_only=True,
-            attn_implementation="sdpa",
+            attn_implementation=attention_implementation(config),
             output_loading_info=True,
         )
     except (OSError, *UNREADABLE) as error:

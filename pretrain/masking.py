@@ -6,6 +6,7 @@ depend on ranks, micro-batches or threads. Special tokens are never hidden and n
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numba
@@ -102,13 +103,23 @@ def mask_rows(
         its rank over the cell's length. What is behind the last gets 0, `NO_LABEL`, 0. M must
         hold ``masks.most(L)`` for every row: not checked.
     """
+    # Of one kind, whoever gives them, and flat: a loop is compiled for each kind of its arguments.
+    frozen = tokens.view()
+    frozen.flags.writeable = False
     found = _mask_rows(
-        tokens, offsets, cells.view(np.uint64), pad_token, masks.place_key, masks.action_key,
+        frozen, offsets, cells.view(np.uint64), pad_token, masks.place_key, masks.action_key,
         masks.gene_key, masks.probability, masks.mask_share, masks.mask_share + masks.random_share,
         masks.mask_token, masks.first_gene, masks.num_genes, int(masks.framed),
-        inputs, real, places, labels, relative_ranks,
+        np.uintp(inputs.shape[1]), _flat(inputs), _flat(real), places, labels, relative_ranks,
     )  # fmt: skip
     return int(found)
+
+
+def _flat(array: np.ndarray) -> np.ndarray:
+    """Return a view of one dimension; AttributeError where that would be a copy."""
+    view = array.view()
+    view.shape = (array.size,)
+    return view
 
 
 @numba.njit(inline="always")
@@ -119,18 +130,16 @@ def _unit(x):
 @numba.njit(cache=True, nogil=True)
 def _mask_rows(
     tokens, offsets, cells, pad_token, place_key, action_key, gene_key, probability, mask_share,
-    changed_share, mask_token, first_gene, num_genes, framed,
-    inputs, real, places, labels, relative_ranks,
+    changed_share, mask_token, first_gene, num_genes, framed, width, flat, flat_real,
+    places, labels, relative_ranks,
 ):  # fmt: skip
     # Indices are unsigned: numba guards every access with a signed one against negative numbers.
-    width = np.uintp(inputs.shape[1])
-    flat, flat_real = inputs.reshape(-1), real.reshape(-1)
     hashes = np.empty(width, dtype=np.uint64)
     low_hashes = np.empty(width + np.uintp(1), dtype=np.uint64)
     low_genes = np.empty(width + np.uintp(1), dtype=np.uintp)
     bins = np.empty(256, dtype=np.uintp)
     found = np.uintp(0)
-    for row in range(np.uintp(inputs.shape[0])):
+    for row in range(np.uintp(len(offsets) - 1)):
         start, line = np.uintp(offsets[row]), row * width
         length = np.uintp(offsets[row + np.uintp(1)]) - start
         for place in range(length):
@@ -146,7 +155,8 @@ def _mask_rows(
         identity = (cells[row] << _PLACE_BITS) + np.uint64(framed)
         for i in range(genes):
             hashes[i] = mix64_of(mix64_of(identity + np.uint64(i)) ^ place_key)
-        hidden = np.uintp(max(1, int(np.floor(genes * probability + 0.5))))
+        hidden = np.uintp(math.floor(genes * probability + 0.5))
+        hidden = hidden if hidden > np.uintp(1) else np.uintp(1)
         count, bound = _lowest(hashes, genes, hidden, low_hashes, low_genes)
         # The hashes are copied: their place serves as room to sort in.
         limit = _kth_lowest(low_hashes, count, hidden, bound, bins, hashes)
@@ -165,9 +175,8 @@ def _mask_rows(
                 flat[at] = mask_token
             elif action < changed_share:
                 flat[at] = first_gene + int(_unit(mix64_of(mixed ^ gene_key)) * num_genes)
-    places[found:] = 0
-    labels[found:] = NO_LABEL
-    relative_ranks[found:] = 0
+    for at in range(found, np.uintp(len(places))):
+        places[at], labels[at], relative_ranks[at] = 0, NO_LABEL, 0
     return found
 
 
@@ -178,7 +187,7 @@ def _lowest(hashes, genes, wanted, low_hashes, low_genes):
     It is one that the wanted-th lowest of uniform hashes exceeds once in ten thousand times; then
     all are taken.
     """
-    share = (wanted + 4.0 * np.sqrt(wanted) + 8.0) / genes
+    share = (wanted + 4.0 * math.sqrt(wanted) + 8.0) / genes
     bound = np.uint64(share * 2.0**64) if share < 0.999 else _EVERYTHING
     while True:
         count = np.uintp(0)
@@ -201,7 +210,8 @@ def _kth_lowest(values, count, k, bound, bins, room):
     shift = np.uint64(0)
     while bound >> shift > np.uint64(255):
         shift += np.uint64(1)
-    bins[:] = 0
+    for number in range(np.uintp(len(bins))):
+        bins[number] = np.uintp(0)
     for i in range(count):
         bins[values[i] >> shift] += np.uintp(1)
     before, number = np.uintp(0), np.uintp(0)

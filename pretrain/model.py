@@ -14,7 +14,7 @@ from data_prep.vocab import Vocabulary
 from pretrain import kernels
 from pretrain.encoders import (
     Network,
-    Rotation,
+    Places,
     architecture_of,
     encoder_config,
     encoder_of,
@@ -92,9 +92,10 @@ class MaskedGeneModel(nn.Module):
         layers = layers_of(encoder)
         rotations = kind.rotations(encoder, input_ids.shape[1], input_ids.device)
         for layer, rotation in zip(layers[:-1], rotations, strict=False):
-            hidden_BLD = self._layer(layer, hidden_BLD, None, attention_mask, rotation)
+            hidden_BLD = self._layer(layer, hidden_BLD, Places(None, attention_mask, rotation))
         asked_BQ, slots_M = asked_places(masked_places, labels, *input_ids.shape)
-        asked_BQD = self._layer(layers[-1], hidden_BLD, asked_BQ, attention_mask, rotations[-1])
+        asked = Places(asked_BQ, attention_mask, rotations[-1])
+        asked_BQD = self._layer(layers[-1], hidden_BLD, asked)
         logits_MV = kind.logits(self.bert, asked_BQD.flatten(0, 1)[slots_M])
         if logits_MV.device.type == "cpu":
             return _ScoredLabels.apply(logits_MV, labels)  # type: ignore[return-value]
@@ -104,15 +105,8 @@ class MaskedGeneModel(nn.Module):
         places_M = guess_places(logits_MV.detach(), labels)
         return functional.cross_entropy(logits_MV, labels, reduction="none"), places_M
 
-    def _layer(
-        self,
-        layer: Any,
-        hidden_BLD: torch.Tensor,
-        asked_BQ: torch.Tensor | None,
-        real_BL: torch.Tensor | None,
-        rotation: Rotation | None,
-    ) -> torch.Tensor:
-        arguments = layer, hidden_BLD, asked_BQ, real_BL, rotation
+    def _layer(self, layer: Any, hidden_BLD: torch.Tensor, places: Places) -> torch.Tensor:
+        arguments = layer, hidden_BLD, places
         if not self.training:
             return self._architecture.through_layer(*arguments)
         is_compiled = tuple(hidden_BLD.shape[:2]) in self._compiled_shapes

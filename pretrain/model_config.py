@@ -16,6 +16,11 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def filled_in(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with defaults, which may be None, in place of what is absent or None."""
+    return given | {k: v for k, v in defaults.items() if given.get(k) is None and v is not None}
+
+
 def _unlike_bert(default: Any, modernbert: Any, description: str, **limits: Any) -> Any:
     """Return a field whose default depends on the architecture; None: it has no such setting."""
     extra = {MODERNBERT: modernbert}
@@ -104,7 +109,7 @@ class ModelConfig(Section):
         if not isinstance(given, dict) or given.get("architecture") != MODERNBERT:
             return given
         defaults = {name: cls.default_of(name, MODERNBERT) for name in cls.model_fields}
-        return given | {k: v for k, v in defaults.items() if given.get(k) is None and v is not None}
+        return filled_in(given, defaults)
 
     @classmethod
     def default_of(cls, name: str, architecture: str) -> Any:

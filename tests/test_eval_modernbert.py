@@ -59,12 +59,54 @@ def plain_states(network, cell: np.ndarray, number: int) -> np.ndarray:
 
 @pytest.mark.parametrize("layer", [0, -1])
 def test_embedding_is_that_of_the_cell_alone(layer, network, cells):
-    from eval.embed import embed_cells
+    from eval.embed import embed_cells, embed_layers
 
     found = embed_cells(cells, network.base_model, vocabulary(), layer=layer, token_budget=90)
     expected = [plain_states(network, c, 3 + layer).mean(axis=0) for c in cells]
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert len(network.model.layers) == 3, "all layers are there again"
+    both = embed_layers(cells, network.base_model, vocabulary(), (0, -1), token_budget=90)
+    np.testing.assert_array_equal(both[layer], found)
+
+
+def test_states_by_windows_are_those_of_transformers(tmp_path):
+    """Cells long enough to be cut into blocks, padded and not; an export says nothing of it."""
+    import torch
+    from transformers import AutoModelForMaskedLM
+
+    from data_prep.vocab import Vocabulary
+    from eval.embed import encode_batch
+    from pretrain.config import ModelConfig
+    from pretrain.export import load_exported
+    from pretrain.model import build_model
+
+    genes = tuple(f"ENSG{i:011d}" for i in range(100))
+    vocab = Vocabulary(genes, np.linspace(0.5, 4.0, 100), {"<pad>": 0, "<mask>": 1}, 100)
+    settings = ModelConfig(
+        architecture="modernbert", num_layers=4, hidden_size=32, num_heads=2, intermediate_size=48,
+        local_window=4,
+    )  # fmt: skip
+    made = build_model(settings, vocab, 0).bert
+    with torch.no_grad():
+        for weight in made.parameters():
+            if weight.ndim == 2:
+                weight.mul_(8)
+    made.save_pretrained(tmp_path)
+    vocab.save(tmp_path / "vocabulary.json")
+    assert "windows" not in (tmp_path / "config.json").read_text()
+    plain, (own, _) = AutoModelForMaskedLM.from_pretrained(tmp_path).eval(), load_exported(tmp_path)
+    assert plain.config._attn_implementation == "sdpa" != own.config._attn_implementation
+    rng = np.random.default_rng(0)
+    for lengths in ((96, 96), (100, 61, 5)):
+        cells = [rng.permutation(np.arange(2, 102))[:n].astype(np.int64) for n in lengths]
+        with torch.no_grad():
+            (found, _), (expected, _) = (
+                encode_batch(m.base_model, cells, vocab) for m in (own, plain)
+            )
+            real = torch.arange(found.shape[1]) < torch.tensor(lengths)[:, None]
+            torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-5)
+            logits = (m.decoder(m.head(s[real])) for m, s in ((own, found), (plain, expected)))
+            torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("with_head", [False, True])
@@ -153,6 +195,7 @@ def test_attention_is_that_of_the_eager_model(network, cells):
     from eval.attention import mean_attention
 
     genes = np.arange(2, 12)
+    before = network.config._attn_implementation
     found = mean_attention(cells, network.base_model, vocabulary(), genes).received[0]
     plain = copy.deepcopy(network)
     plain.set_attn_implementation("eager")
@@ -166,7 +209,7 @@ def test_attention_is_that_of_the_eager_model(network, cells):
                     sums[:, :, token - 2] += weights[:, :, :, place].mean(axis=2) * len(cell)
                     number[token - 2] += 1
     np.testing.assert_allclose(found, sums / number, atol=1e-4)
-    assert network.config._attn_implementation == "sdpa"
+    assert network.config._attn_implementation == before != "eager"
 
 
 def test_screen_is_refused(network):

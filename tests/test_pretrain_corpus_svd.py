@@ -23,7 +23,7 @@ from pretrain.counted import FOLDER_NAME
 def opened(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ShardSet:
     """The shards of fake cells; what is counted of them is not kept."""
     monkeypatch.setattr(
-        module, "counted_tables", lambda shards, name, settings, count, fallback: count()
+        module, "counted_tables", lambda shards, name, settings, count, *others: count(None)
     )
     return ShardSet(shards)
 

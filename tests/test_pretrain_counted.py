@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_prep.shards import ShardSet
+from data_prep.shards import DamagedBlock, ShardSet
 from pretrain.counted import FOLDER_NAME, counted_tables
 
 pytestmark = pytest.mark.quick
@@ -17,7 +18,7 @@ class _Counter:
     def __init__(self) -> None:
         self.calls = 0
 
-    def __call__(self) -> dict[str, np.ndarray]:
+    def __call__(self, left_out: set[int] | None) -> dict[str, np.ndarray]:
         self.calls += 1
         return {"a": np.arange(6.0).reshape(2, 3).T, "b": np.array([self.calls], dtype=np.int32)}
 
@@ -62,3 +63,44 @@ def test_the_fallback_keeps_what_the_folder_of_shards_cannot(
     assert len(list((tmp_path / "run" / FOLDER_NAME).iterdir())) == 1
     counted_tables(opened, "x", {}, count)
     assert count.calls == 2
+
+
+def _flip(shards: ShardSet, number: int) -> None:
+    """Flip a bit of a block, or back."""
+    index = shards.index
+    path = shards.folder / shards.manifest["shards"][int(index["shard"][number])]["name"]
+    content = bytearray(path.read_bytes())
+    content[int(index["offset"][number]) + int(index["bytes"][number]) - 20] ^= 4
+    path.write_bytes(content)
+
+
+def test_what_lacks_a_damaged_block_is_counted_anew_when_it_heals(
+    shards: Path, tmp_path: Path
+) -> None:
+    from pretrain.arithmetic import arithmetic_tables
+    from pretrain.corpus_svd import corpus_svd
+
+    opened = ShardSet(Path(shutil.copytree(shards, tmp_path / "copy")))
+    shutil.rmtree(opened.folder / FOLDER_NAME, ignore_errors=True)
+    number = int(opened.extents("train")[0].first_block)
+
+    def cells(quarantine: bool) -> list[int]:
+        now = ShardSet(opened.folder)
+        tables = arithmetic_tables(now, 10**9, quarantine)
+        return [
+            int(tables["counted"][0]), corpus_svd(now, 5, quarantine=quarantine).origin["cells"]
+        ]  # fmt: skip
+
+    _flip(opened, number)
+    fewer = cells(True)
+    kept = {f: f.read_bytes() for f in (opened.folder / FOLDER_NAME).iterdir()}
+    assert cells(True) == fewer, "kept as long as it is damaged"
+    assert {f: f.read_bytes() for f in (opened.folder / FOLDER_NAME).iterdir()} == kept
+    with pytest.raises(DamagedBlock):
+        cells(False)
+    _flip(opened, number)
+    whole = cells(True)
+    assert whole == [n + int(opened.index["cells"][number]) for n in fewer]
+    assert whole[0] == sum(e.num_cells for e in opened.extents("train"))
+    _flip(opened, number)
+    assert cells(True) == whole, "more is known than can be read now"

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.saved_tensors import kept_for_backward
+
 SETTINGS = {
     "architecture": "modernbert", "num_layers": 3, "hidden_size": 32, "num_heads": 2,
     "intermediate_size": 48, "local_window": 8,
@@ -300,8 +302,6 @@ def test_parameters_of_a_plan(changes):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_activations_of_a_plan_are_what_autograd_keeps(dropout):
-    import torch
-
     from pretrain.model import build_model
     from pretrain.plan import activation_bytes, read_config
 
@@ -312,20 +312,7 @@ def test_activations_of_a_plan_are_what_autograd_keeps(dropout):
 
     def kept(layers):
         model = build_model(planned(layers).model, vocabulary(), 0).train()
-        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        seen = {}
-
-        def pack(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                seen[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        ids, hidden = torch.randint(5, 60, (2, 256)), torch.arange(4)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            losses, _ = model(ids, None, hidden, ids.flatten()[hidden])
-        assert losses.requires_grad
-        return sum(seen.values())
+        return kept_for_backward(model, 60, 2, 256)
 
     per_token = [activation_bytes(planned(n), on_gpu=False) for n in (7, 4)]
     assert (per_token[0] - per_token[1]) * 512 == pytest.approx(kept(7) - kept(4), rel=0.1)

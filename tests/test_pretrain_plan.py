@@ -26,6 +26,7 @@ from pretrain.plan import (
 )
 from tests.ranks import run_ranks
 from tests.runs import run_training, tiny_config
+from tests.saved_tensors import kept_for_backward
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS = Corpus(1000, 1_000_000, [(1024, 900), (2048, 100)], 25_426, 2.05)
@@ -70,22 +71,7 @@ def saved_bytes(config, length, cells):
     bert = BertForMaskedLM._from_config(bert_of(config, 300, length), attn_implementation="sdpa")
     dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
     torch.nn.Module.to(bert.train(), dtype=dtype)
-    model = MaskedGeneModel(bert)
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    seen = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    tokens = torch.randint(5, 300, (cells, length))
-    hidden = torch.arange(4)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        losses, _ = model(tokens, None, hidden, tokens.flatten()[hidden])
-    assert losses.requires_grad
-    return sum(seen.values())
+    return kept_for_backward(MaskedGeneModel(bert), 300, cells, length)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

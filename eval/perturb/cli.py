@@ -11,9 +11,12 @@ from data_prep.progress import show_progress
 from data_prep.reading import MATRIX, reading_options
 from data_prep.sources import SourceOptions
 from eval.cli import (
+    Bf16Option,
+    ConditionsOption,
     DeviceOption,
     VocabOption,
     choose_device,
+    conditions,
     quiet,
 )
 
@@ -41,9 +44,7 @@ def perturb_command(
     to_quantile: Annotated[
         float | None, typer.Option(help="instead: 0 first rank ... 1 last")
     ] = None,
-    only: Annotated[
-        list[str] | None, typer.Option("--cells", help="KEY=VALUE of obs; may be repeated")
-    ] = None,
+    only: ConditionsOption = None,
     max_cells: Annotated[int | None, typer.Option(min=1, help="drawn; default all")] = None,
     seed: Annotated[int, typer.Option(help="of the cells that are drawn")] = 0,
     donor: Annotated[str | None, typer.Option(help="column of obs")] = None,
@@ -64,7 +65,7 @@ def perturb_command(
     ] = 0,
     pooling: Annotated[str, typer.Option(help="mean (over genes) or cls")] = "mean",
     layer: Annotated[int, typer.Option(help="0 last, -1 second-to-last, ...")] = -1,
-    bf16: Annotated[bool, typer.Option(help="compute in bfloat16")] = False,
+    bf16: Bf16Option = False,
     tokens_per_batch: Annotated[
         int, typer.Option(min=0, help="of one pass; 0: as fits the device")
     ] = 0,
@@ -88,7 +89,7 @@ def perturb_command(
         Edit(kind, rank_shift, to_quantile),  # pyright: ignore[reportArgumentType]  checked there
         GeneChoice(_genes(genes), group, 2 if pairs else set_size, anchor),
         CellChoice(
-            _conditions(only or []),
+            conditions(only),
             _states(state_key, start, goal, alternative or []),
             donor,
             tuple(columns or ()),
@@ -117,13 +118,6 @@ def _genes(text: str) -> tuple[str, ...]:
     if not found:
         raise ValueError(f"--genes {text}: names no gene; give 'all', A,B,C or @FILE")
     return found
-
-
-def _conditions(texts: list[str]) -> dict[str, str]:
-    wrong = [t for t in texts if "=" not in t]
-    if wrong:
-        raise ValueError(f"--cells {wrong[0]}: must be KEY=VALUE, a column of obs and its value")
-    return dict(t.split("=", 1) for t in texts)
 
 
 def _states(key: str | None, start: str | None, goal: str | None, others: list[str]):

@@ -10,7 +10,16 @@ import typer
 
 from data_prep.reading import MATRIX, reading_options
 from data_prep.sources import SourceOptions
-from eval.cli import DeviceOption, JsonOption, VocabOption, choose_device, quiet
+from eval.cli import (
+    Bf16Option,
+    ConditionsOption,
+    DeviceOption,
+    JsonOption,
+    VocabOption,
+    choose_device,
+    conditions,
+    quiet,
+)
 
 
 @reading_options(*MATRIX)
@@ -26,22 +35,20 @@ def probe_command(
     donor: Annotated[
         str | None, typer.Option(help="column of obs; labelled and predicted donors differ")
     ] = None,
-    only: Annotated[
-        list[str] | None, typer.Option("--cells", help="KEY=VALUE of obs; may be repeated")
-    ] = None,
+    only: ConditionsOption = None,
     cells_a_class: Annotated[
         str, typer.Option(help="numbers of labelled cells, separated by commas")
     ] = "10,25,100",
     seeds: Annotated[int, typer.Option(help="draws of each number, at least 3")] = 10,
     random_models: Annotated[
         int, typer.Option(help="models of random weights, which the draws take in turn")
-    ] = 1,
+    ] = 3,
     max_cells: Annotated[int, typer.Option(min=0, help="drawn of more cells; 0: all")] = 10_000,
     shards: Annotated[
         Path | None, typer.Option(help="of the pretraining, where the folder has no corpus SVD")
     ] = None,
     vocab: VocabOption = None,
-    bf16: Annotated[bool, typer.Option(help="compute in bfloat16")] = False,
+    bf16: Bf16Option = False,
     tokens_per_batch: Annotated[int, typer.Option(min=64, help="padded tokens")] = 16_384,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -60,7 +67,7 @@ def probe_command(
     require_new_place(out)
     settings = ProbeSettings(
         _numbers(cells_a_class), seeds, random_models, max_cells,
-        _conditions(only or []), tokens_per_batch, choose_device(device), bf16,
+        conditions(only), tokens_per_batch, choose_device(device), bf16,
     )  # fmt: skip
     probe = probe_cells(model, cells, label, donor, shards, vocab, settings, reading)
     page = write_probe(probe, out) if out else None
@@ -80,10 +87,3 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise ValueError(
             f"--cells-a-class {text}: must be whole numbers separated by commas"
         ) from error
-
-
-def _conditions(texts: list[str]) -> dict[str, str]:
-    wrong = [t for t in texts if "=" not in t]
-    if wrong:
-        raise ValueError(f"--cells {wrong[0]}: must be KEY=VALUE, a column of obs and its value")
-    return dict(t.split("=", 1) for t in texts)

@@ -11,7 +11,7 @@ from sklearn.decomposition import PCA, TruncatedSVD
 from data_prep.vocab import Vocabulary
 from eval.baselines import log_normalise
 from eval.benchmark.cell_baselines import variable_genes
-from eval.embed import embed_cells
+from eval.embed import embed_layers
 
 LAST, SECOND_LAST, WITH_INPUTS = "last layer", "second-last layer", "last layer + input embeddings"
 CORPUS_SVD, OWN_SVD = "corpus SVD", "SVD of these cells"
@@ -29,15 +29,14 @@ def frozen_features(
     network
         Hugging Face's model; its encoder is used.
     settings
-        ``token_budget``, ``device`` and ``bf16`` of `eval.embed.embed_cells`.
+        ``token_budget``, ``device`` and ``bf16`` of `eval.embed.embed_layers`.
     """
     encoder = network.base_model
-    last = embed_cells(tokens, encoder, vocabulary, layer=0, **settings)
+    layers = (0, -1) if encoder.config.num_hidden_layers > 1 else (0,)
+    states = embed_layers(tokens, encoder, vocabulary, layers, **settings)
     inputs = mean_inputs(network, tokens, vocabulary)
-    found = {LAST: last, WITH_INPUTS: np.concatenate([last, inputs], axis=1)}
-    if encoder.config.num_hidden_layers > 1:
-        found[SECOND_LAST] = embed_cells(tokens, encoder, vocabulary, layer=-1, **settings)
-    return found
+    found = {LAST: states[0], WITH_INPUTS: np.concatenate([states[0], inputs], axis=1)}
+    return found | ({SECOND_LAST: states[-1]} if -1 in states else {})
 
 
 def mean_inputs(network: Any, tokens: list[np.ndarray], vocabulary: Vocabulary) -> np.ndarray:

@@ -59,7 +59,7 @@ class ProbeSettings:
 
     cells_a_class: tuple[int, ...] = CELLS_A_CLASS
     seeds: int = 10
-    random_models: int = 1
+    random_models: int = 3
     max_cells: int = 10_000
     keep: Mapping[str, str] = field(default_factory=dict)
     token_budget: int = 16_384
