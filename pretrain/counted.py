@@ -71,7 +71,7 @@ def counted_tables(
             file.parent.mkdir(parents=True, exist_ok=True)
             with complete_file(file) as aside:
                 # One entry: several would be written in another order each time.
-                identity = {"key": key, "sha256": _digest(tables)}
+                identity: dict[str, Any] = {"key": key, "sha256": _digest(tables)}
                 if left_out:
                     identity["left_out"] = sorted(left_out)
                 metadata = {"identity": json.dumps(identity)}

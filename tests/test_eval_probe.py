@@ -301,3 +301,16 @@ def test_wide_features_are_classified_as_scikit_learn_does():
     found = predict_classes(features, labels, train, test)
     assert (found == expected).mean() > 0.98
     assert 0.4 < (found == labels[test]).mean() < 1
+
+
+@pytest.mark.parametrize(("number", "expected"), [(90, [15, 37, 38]), (500, [15, 60, 425])])
+def test_drawing_cells_keeps_rare_classes_whole(number, expected):
+    from eval.probe.probe import _some_of_each
+
+    labels = np.repeat(["rare", "some", "most"], [15, 60, 2000])
+    rows = _some_of_each(np.arange(len(labels)) + 7, labels, number) - 7
+    names, counts = np.unique(labels[rows], return_counts=True)
+    found = dict(zip(names.tolist(), counts.tolist(), strict=True))
+    assert found["rare"] == 15 and sum(found.values()) == number
+    assert sorted(found.values()) == expected
+    assert len(set(rows.tolist())) == number

@@ -228,13 +228,17 @@ def choose_cells(
 
 
 def _some_of_each(cells: np.ndarray, labels: np.ndarray, number: int) -> np.ndarray:
-    """Return so many of `cells`, at random but for 200 of each class, or all it has."""
+    """Return so many of `cells`, at random but for 200 of each class, or all it has.
+
+    Of fewer cells than that all classes get the same number, or all they have.
+    """
     order = np.random.default_rng(0).permutation(len(cells))
     place = np.zeros(len(cells), dtype=np.int64)
     for name in np.unique(labels):
         members = order[labels[order] == name]
         place[members] = np.arange(len(members))
-    first = order[np.argsort(place[order] >= 200, kind="stable")][:number]
+    # One of each class in turn, up to 200: where there is no room for so many, the rare stay whole.
+    first = order[np.argsort(np.minimum(place[order], 200), kind="stable")][:number]
     return np.sort(cells[first])
 
 
