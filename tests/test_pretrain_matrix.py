@@ -17,7 +17,7 @@ import pytest
 from data_prep.order import EpochPlan
 from data_prep.shards import ShardSet
 from pretrain.config import RunConfig
-from tests.ranks import run_new_ranks
+from tests.ranks import run_ranks
 from tests.runs import OFFLOAD, final_state, tiny_config
 from tests.synthetic import make_shards
 
@@ -95,8 +95,7 @@ def _results(cases: Sequence[Case], shards: Path, folder: Path) -> list[Result]:
     configs = [case.config(shards, folder) for case in cases]
     for case, config in zip(cases, configs, strict=True):
         _require_accumulation(case, config)
-    # New processes: in some that had trained before, ZeRO 2 came out otherwise (docs/testing.md).
-    of_ranks = run_new_ranks(cases[0].ranks, _train_all, configs)
+    of_ranks = run_ranks(cases[0].ranks, _train_all, configs)
     for others in of_ranks[1:]:
         for mine, first in zip(others, of_ranks[0], strict=True):
             np.testing.assert_array_equal(mine.losses, first.losses)

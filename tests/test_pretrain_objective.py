@@ -12,7 +12,7 @@ import pytest
 from data_prep.shards import ShardSet
 from pretrain.config import RunConfig
 from pretrain.ds_config import DEEPSPEED_CONFIG_FOLDER, derive_ds_config
-from tests.ranks import run_new_ranks, run_ranks
+from tests.ranks import run_ranks
 from tests.runs import final_state, metrics, require_same_state, run_training, tiny_config
 
 _ALL_FILES = sorted(p.stem for p in DEEPSPEED_CONFIG_FOLDER.glob("zero*.json"))
@@ -111,9 +111,7 @@ def by_deepspeed(shards, tmp_path_factory) -> dict[tuple[int, str], tuple]:
             tiny_config(shards, folder / f"{ranks}-{file}", run__deepspeed=file, **_SETTINGS)
             for _, file in cases
         ]
-        # New processes: in some that had trained before, ZeRO 2 came out otherwise
-        # (docs/testing.md).
-        results = run_new_ranks(ranks, train_all, configs)[0]
+        results = run_ranks(ranks, train_all, configs)[0]
         found |= {
             case: (config, *result)
             for case, config, result in zip(cases, configs, results, strict=True)
