@@ -64,7 +64,7 @@ def test_commands_run_as_written(user_folder):
     for block in blocks:
         done = subprocess.run(
             ["bash", "-e", "-c", block], cwd=user_folder, env=environment,
-            capture_output=True, text=True, timeout=300,
+            capture_output=True, text=True, timeout=900,
         )  # fmt: skip
         assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
     for made in ("shards/manifest.json", "corpus/manifest.json", "corpus.html",
