@@ -197,7 +197,8 @@ def test_record_of_a_run_with_other_genes(trained, other_shards, tmp_path):
     assert init["folder"] == str(trained[0])
     assert not [k for k in last.record["recipe"] if "init_" in k]
     export(config.run.out, tmp_path / "model")
-    assert json.loads((tmp_path / "model" / "geneloom.json").read_text())["init"] == init
+    published = json.loads((tmp_path / "model" / "geneloom.json").read_text())["init"]
+    assert published == init | {"folder": trained[0].name}
     card = (tmp_path / "model" / "README.md").read_text()
     assert f"(SHA-256 `{init['weights_sha256'][:12]}`): 180 of 210 genes had weights" in card
     first = json.loads((trained[0] / "geneloom.json").read_text())

@@ -64,9 +64,8 @@ def test_zero_by_stage_and_size():
 
 def test_what_counting_costs():
     text = section((DOCS / "benchmarks.md").read_text(), "what-counting-costs")
-    for name, run in zip(
-        ("13 data sets", "the demo", "generated"), recorded("counting")["runs"], strict=True
-    ):
+    *runs, by_default, every = recorded("counting")["runs"]
+    for name, run in zip(("13 data sets", "the demo", "generated"), runs, strict=True):
         lines = [x for x in text.splitlines() if x.startswith(f"| {name} |")]
         said = [[c.strip().strip("*") for c in x.strip("|").split("|")][1:] for x in lines]
         assert said[0] == [
@@ -79,6 +78,14 @@ def test_what_counting_costs():
         if "nats" in run:
             assert said[1][:5] == [f"{loss:.3f}" for loss in run["nats"].values()]
             assert said[1][5] == f"{run['top1']['arithmetic']:.1%}".replace("%", " %")
+    assert by_default["generated_cells"] == every["generated_cells"] == 1_000_000
+    for run in (by_default, every):
+        (line,) = [x for x in text.splitlines() if x.startswith(f"| {run['training_cells']:,}: ")]
+        svd = f"{run['svd_s']:.0f}" if run["svd_s"] >= 100 else f"{run['svd_s']:.1f}"
+        assert line.endswith(
+            f"| {run['by_rank_s']:.1f} s | {run['arithmetic_s']:.1f} s | {svd} s | "
+            f"{run['peak_gib']:.2f}, {run['svd_peak_gib']:.2f} GiB |"
+        )
 
 
 def test_a_second_rank():
