@@ -21,6 +21,27 @@ def require_new_file(out: Path) -> None:
 
 
 @contextlib.contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder; at the end, those that were made for it and hold nothing are removed again.
+
+    Raises
+    ------
+    ValueError
+        There is something else in its place.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: exists and is no folder; give another one")
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for empty in made:
+            with contextlib.suppress(OSError):
+                empty.rmdir()
+
+
+@contextlib.contextmanager
 def complete_file(out: Path) -> Iterator[Path]:
     """Give a path whose file becomes `out` at the end, and is removed after an error."""
     aside = out.with_name(f".{out.name}.partial")

@@ -23,10 +23,10 @@ from typing import Any, ParamSpec, TypeVar
 
 import psutil
 
-from data_prep.files import OWNER_NAME
+from data_prep.files import OWNER_NAME, made_folder
 
 # All attempts of one launcher have the same: it starts the next when the one before has ended.
-SERIES = "GENELOOM_LAUNCH_SERIES"
+SERIES, ATTEMPT = "GENELOOM_LAUNCH_SERIES", "GENELOOM_LAUNCH_ATTEMPT"
 RENEW_S, LEASE_S = 5.0, 30.0
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -45,25 +45,21 @@ def owned(folder: Path) -> Iterator[None]:
     ------
     FolderInUse
         Its owner lives, or may live.
+    ValueError
+        It is no folder.
     """
-    made = [p for p in (folder, *folder.parents) if not p.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    path, mine = folder / OWNER_NAME, _mine()
-    stop, renewing = threading.Event(), None
-    try:
+    path, mine, stop = folder / OWNER_NAME, _mine(), threading.Event()
+    with made_folder(folder):
         _take(path, mine)
         renewing = threading.Thread(target=_renew, args=(path, mine, stop), daemon=True)
         renewing.start()
-        yield
-    finally:
-        stop.set()
-        if renewing is not None:
+        try:
+            yield
+        finally:
+            stop.set()
             renewing.join()
             if _read(path).get("id") == mine["id"]:
                 path.unlink()
-        for empty in made:
-            with contextlib.suppress(OSError):
-                empty.rmdir()
 
 
 def owning(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -82,13 +78,6 @@ def owning(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return call
 
 
-def owner_of(folder: Path) -> str | None:
-    """Return who works in a folder now, as a text; None if nobody does."""
-    path = folder / OWNER_NAME
-    found = _read(path)
-    return _text(found) if found and _may_live(path, found) else None
-
-
 def _take(path: Path, mine: dict[str, Any]) -> None:
     aside = path.with_name(f"{OWNER_NAME}.{mine['id']}")
     aside.write_text(json.dumps(mine))
@@ -97,8 +86,7 @@ def _take(path: Path, mine: dict[str, Any]) -> None:
             if _linked(aside, path):
                 return
             found = _read(path)
-            same_series = bool(mine["series"]) and found.get("series") == mine["series"]
-            if found and not same_series and _may_live(path, found):
+            if found and _may_live(path, found, mine):
                 raise FolderInUse(
                     f"{path.parent}: another run works in this folder: {_text(found)}. Wait for it "
                     "or end it, or give another folder; `geneloom runs` shows how far it is"
@@ -138,7 +126,8 @@ def _put_away(path: Path, dead: dict[str, Any]) -> None:
 
 def _renew(path: Path, mine: dict[str, Any], stop: threading.Event) -> None:
     while not stop.wait(RENEW_S):
-        if _read(path).get("id") == mine["id"]:
+        # A file system that does not answer for a moment is no reason to end.
+        if _read(path).get("id", mine["id"]) == mine["id"]:
             with contextlib.suppress(OSError):
                 os.utime(path)
         else:
@@ -147,9 +136,12 @@ def _renew(path: Path, mine: dict[str, Any], stop: threading.Event) -> None:
             os._exit(1)
 
 
-def _may_live(path: Path, owner: dict[str, Any]) -> bool:
-    if owner.get("machine") == _machine():
+def _may_live(path: Path, owner: dict[str, Any], mine: dict[str, Any]) -> bool:
+    if owner.get("machine") == mine["machine"]:
         return _lives(owner)
+    if mine["series"] and owner.get("series") == mine["series"]:
+        # A job may start two runs at once: only where it was requeued has the one before ended.
+        return owner.get("attempt") == mine["attempt"]
     try:
         return _now_there(path) - path.stat().st_mtime < LEASE_S
     except FileNotFoundError:
@@ -187,8 +179,9 @@ def _mine() -> dict[str, Any]:
         "started": psutil.Process().create_time(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         "job": job,
-        # A job that is requeued keeps its number, and its start before has ended.
+        # A job that is requeued keeps its number.
         "series": os.environ.get(SERIES) or (job and f"slurm-{job}"),
+        "attempt": os.environ.get(ATTEMPT) or os.environ.get("SLURM_RESTART_COUNT", "0"),
     }
 
 

@@ -35,7 +35,7 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from data_prep.files import LAUNCH_FOLDER, OWNER_NAME
+from data_prep.files import LAUNCH_FOLDER, OWNER_NAME, made_folder
 from data_prep.members import IndexColumns, OpenFiles, is_intact
 from data_prep.members import decode as decode
 from data_prep.vocab import Vocabulary, load_vocabulary
@@ -159,22 +159,17 @@ def complete_folder(out: Path, record: str) -> Iterator[Path]:
     The folder lies inside `out` (the same file system, also behind links and mount points). After
     an error it is removed, with the folders that were made for it.
     """
-    made = [p for p in (out, *out.parents) if not p.exists()]
     partial = out / PARTIAL
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        # The record comes last: a folder with a record is complete.
-        for path in sorted(partial.iterdir(), key=lambda p: (p.name == record, p.name)):
-            path.rename(out / path.name)
-        partial.rmdir()
-    except BaseException:
+    with made_folder(out):
         shutil.rmtree(partial, ignore_errors=True)
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
+        partial.mkdir()
+        try:
+            yield partial
+            # The record comes last: a folder with a record is complete.
+            for path in sorted(partial.iterdir(), key=lambda p: (p.name == record, p.name)):
+                path.rename(out / path.name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_index(path: Path, shards: list[dict], members: list[list[dict]]) -> None:

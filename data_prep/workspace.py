@@ -16,7 +16,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.files import LAUNCH_FOLDER
+from data_prep.files import LAUNCH_FOLDER, made_folder
 from data_prep.formats.staging import ROWS_DONE, is_whole
 
 logger = logging.getLogger(__name__)
@@ -95,40 +95,38 @@ def locked_workspace(out: Path, manifest_name: str, request: str = "") -> Iterat
         `out` is in use by another run, or holds other things.
     """
     require_free(out, manifest_name)
-    made = [p for p in (out, *out.parents) if not p.exists()]
-    out.mkdir(parents=True, exist_ok=True)
-    lock = _lock(out, request)
-    work = out / PARTIAL
-    try:
-        require_free(out, manifest_name)  # the run that held the lock may just have finished
-        work.mkdir(exist_ok=True)
-        moving = _moving(out, manifest_name)
-        if moving is not None:
-            for path in out.iterdir():
-                if path.name not in _NOT_OURS:
-                    path.rename(moving / path.name)
-        for path in work.glob("rows-*"):  # copies that a killed run did not finish, or damaged ones
-            if not is_whole(path):
-                shutil.rmtree(path)
-        yield work
-    except BaseException as error:
-        kept = ("chunk-*.json", "medians-*.json", f"rows-*/{ROWS_DONE}")
-        if any(next(work.glob(pattern), None) for pattern in kept):
-            error.add_note(
-                f"Finished work is kept in {work}: the next run uses what still fits; remove the "
-                "folder to give it up."
-            )
-        else:
-            shutil.rmtree(work, ignore_errors=True)
-        if not work.exists():
-            (out / _LOCK).unlink(missing_ok=True)
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
-    finally:
-        os.close(lock)
-    (out / _LOCK).unlink(missing_ok=True)
+    with made_folder(out):
+        lock = _lock(out, request)
+        work = out / PARTIAL
+        try:
+            require_free(out, manifest_name)  # the run that held the lock may just have finished
+            work.mkdir(exist_ok=True)
+            moving = _moving(out, manifest_name)
+            if moving is not None:
+                for path in out.iterdir():
+                    if path.name not in _NOT_OURS:
+                        path.rename(moving / path.name)
+            for path in work.glob(
+                "rows-*"
+            ):  # copies that a killed run did not finish, or damaged ones
+                if not is_whole(path):
+                    shutil.rmtree(path)
+            yield work
+        except BaseException as error:
+            kept = ("chunk-*.json", "medians-*.json", f"rows-*/{ROWS_DONE}")
+            if any(next(work.glob(pattern), None) for pattern in kept):
+                error.add_note(
+                    f"Finished work is kept in {work}: the next run uses what still fits; remove "
+                    "the folder to give it up."
+                )
+            else:
+                shutil.rmtree(work, ignore_errors=True)
+            if not work.exists():
+                (out / _LOCK).unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(lock)
+        (out / _LOCK).unlink(missing_ok=True)
 
 
 def _lock(out: Path, request: str) -> int:

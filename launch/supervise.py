@@ -17,14 +17,14 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from data_prep.errors import EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE
 from data_prep.files import LAUNCH_FOLDER
-from data_prep.owner import SERIES
+from data_prep.owner import ATTEMPT, SERIES
 from data_prep.redact import redacted_command
 from launch.logs import end_records, record_event, root_cause, tail
 from launch.node import LAUNCH_ID
@@ -91,24 +91,31 @@ def run(way: Way, job: Job, show: bool = False) -> int:
     """
     out = check_and_find_folder(job.verb, job.arguments)
     folder = out / LAUNCH_FOLDER
-    was_there, series = folder.exists(), {SERIES: uuid.uuid4().hex}
+    was_there, series = folder.exists(), uuid.uuid4().hex
     stop, patience = Stop(), _Patience(job.restarts)
     arguments = job.arguments
     for number in range(_next_number(folder), sys.maxsize):
         hosts = way.usable_hosts()
         attempt = Attempt(
             way, module_of(job.verb), arguments, hosts, folder / f"attempt_{number}", job.device,
-            {**job.environment, **series}, stop,
+            {**job.environment, SERIES: series, ATTEMPT: str(number)}, stop,
         )  # fmt: skip
         print("\n".join(attempt.show()), flush=True)
         if show:
             return 0
-        record_event(folder, "started", attempt=number, hosts=hosts, commands=attempt.show())
-        (folder / "command.sh").write_text(_own_command() + "\n")
+        commands = attempt.show(redacted_command)
+        record_event(folder, "started", attempt=number, hosts=hosts, commands=commands)
+        command = folder / "command.sh"
+        before = command.read_text() if command.exists() else None
+        command.write_text(_own_command() + "\n")
         saved = saved_step(out)
         code = attempt.run()
         if attempt.was_refused():
+            if before is not None:
+                command.write_text(before)
             attempt.remove_if_nothing_began(was_there)
+            if was_there:
+                record_event(folder, "refused", attempt=number, code=code)
             return code
         if code in (0, EXIT_RESUMABLE):
             record_event(folder, "done" if code == 0 else "stopped", attempt=number)
@@ -213,9 +220,9 @@ class Attempt:
         self._printed = 0
         self._running: dict[str, subprocess.Popen] = {}
 
-    def show(self) -> list[str]:
-        """Return the command lines of the launchers."""
-        return [shlex.join(command) for command in self._commands.values()]
+    def show(self, line_of: Callable[[list[str]], str] = shlex.join) -> list[str]:
+        """Return the command lines of the launchers; `line_of` makes one line of its words."""
+        return [line_of(command) for command in self._commands.values()]
 
     def run(self) -> int:
         """Start, watch and take down; return the exit code that the ranks agree on."""

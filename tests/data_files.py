@@ -14,6 +14,27 @@ import scipy.sparse
 if TYPE_CHECKING:
     import anndata
 
+    from data_prep.sources import CountSource
+
+
+def read_counts(
+    path: Path, stretches: tuple[tuple[int, ...], ...] = ((),), **options
+) -> tuple[CountSource, np.ndarray]:
+    """Return a file's source and its counts, cells x genes, read in (start, stop) stretches."""
+    from data_prep.open import open_path
+    from data_prep.sources import CountSource, SourceOptions
+
+    source = open_path(path, SourceOptions(**options))
+    assert isinstance(source, CountSource)
+    parts = [
+        scipy.sparse.csr_matrix(
+            (b.data, b.indices, b.indptr), shape=(len(b.cell_ids), source.num_genes)
+        ).toarray()
+        for stretch in stretches
+        for b in source.blocks(*stretch)
+    ]
+    return source, np.concatenate(parts)
+
 
 def write_h5ad(cells: anndata.AnnData, folder: Path) -> Path:
     cells.write_h5ad(folder / "cells.h5ad")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,9 +10,9 @@ import scipy.sparse
 
 from data_prep.open import open_path
 from data_prep.prepare import PrepareOptions, prepare
-from data_prep.sources import CountSource, SourceOptions, source_at
+from data_prep.sources import SourceOptions, source_at
 from data_prep.vocab import Vocabulary
-from tests.data_files import WRITERS, write_h5ad, write_tenx
+from tests.data_files import WRITERS, read_counts, write_h5ad, write_tenx
 from tests.synthetic import make_cells
 
 if TYPE_CHECKING:
@@ -43,18 +42,6 @@ def barnyard() -> tuple[anndata.AnnData, np.ndarray]:
     return cells, is_human
 
 
-def counts_of(path: Path, **options) -> tuple[CountSource, np.ndarray]:
-    source = open_path(path, SourceOptions(**options))
-    assert isinstance(source, CountSource)
-    parts = [
-        scipy.sparse.csr_matrix(
-            (b.data, b.indices, b.indptr), shape=(len(b.cell_ids), source.num_genes)
-        ).toarray()
-        for b in source.blocks()
-    ]
-    return source, np.concatenate(parts)
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")  # zarr's, about its next release
 @pytest.mark.parametrize("write", WRITERS)
 def test_cells_of_the_other_species_are_left_out(write, tmp_path):
@@ -62,13 +49,13 @@ def test_cells_of_the_other_species_are_left_out(write, tmp_path):
     whole = cells.X.toarray()
     path = write(cells, tmp_path)
     for _ in range(2):  # the second time what was found is known
-        source, found = counts_of(path, genome="GRCh38")
+        source, found = read_counts(path, genome="GRCh38")
         np.testing.assert_array_equal(found, whole[is_human][:, :HUMAN])
         assert source.num_filtered_out == (~is_human).sum()
         assert source.left_out == {"genome mm10": MOUSE}
         (said,) = source.warnings()
         assert f"{(~is_human).sum()} of 40 cells are left out" in said and "GRCh38" in said
-    _, found = counts_of(path, genome="mm10")
+    _, found = read_counts(path, genome="mm10")
     is_mouse = ~is_human | (np.arange(40) == 0)
     np.testing.assert_array_equal(found, whole[is_mouse][:, HUMAN:])
 
@@ -77,7 +64,7 @@ def test_a_query_and_a_species_together(tmp_path):
     cells, is_human = barnyard()
     path = write_h5ad(cells, tmp_path)
     chosen = (cells.obs["donor"] == "donor1").to_numpy()
-    source, found = counts_of(path, genome="GRCh38", obs_filter="donor == 'donor1'")
+    source, found = read_counts(path, genome="GRCh38", obs_filter="donor == 'donor1'")
     np.testing.assert_array_equal(found, cells.X.toarray()[chosen & is_human][:, :HUMAN])
     assert source.num_filtered_out == 40 - (chosen & is_human).sum()
     assert f"of {chosen.sum()} cells are left out" in source.warnings()[0]
@@ -87,7 +74,7 @@ def test_the_column_genome_says_it_too(tmp_path):
     cells, is_human = barnyard()
     cells.var_names = [f"G{i}" for i in range(HUMAN + MOUSE)]
     path = write_tenx(cells, tmp_path, ["GRCh38"] * HUMAN + ["mm10"] * MOUSE)
-    _, found = counts_of(path, genome="GRCh38")
+    _, found = read_counts(path, genome="GRCh38")
     np.testing.assert_array_equal(found, cells.X.toarray()[is_human][:, :HUMAN])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,10 @@ from data_prep.features import genes_among
 from data_prep.gene_names import without_genome
 from data_prep.medians import gene_medians
 from data_prep.open import open_path
-from data_prep.sources import CountSource, SourceOptions, source_at
+from data_prep.sources import SourceOptions, source_at
 from data_prep.vocab import open_vocabulary
 from data_prep.workers import SERIAL
-from tests.data_files import WRITERS, write_h5ad
+from tests.data_files import WRITERS, read_counts, write_h5ad
 from tests.synthetic import make_cells
 
 if TYPE_CHECKING:
@@ -43,18 +44,8 @@ def multimodal(names: str = "feature_types") -> anndata.AnnData:
     return both
 
 
-def read(path: Path, **options) -> tuple[CountSource, np.ndarray]:
-    """Return the source and its counts, cells x genes."""
-    source = open_path(path, SourceOptions(**options))
-    assert isinstance(source, CountSource)
-    parts = [
-        scipy.sparse.csr_matrix(
-            (b.data, b.indices, b.indptr), shape=(len(b.cell_ids), source.num_genes)
-        ).toarray()
-        for start, stop in ((0, 17), (17, 40))
-        for b in source.blocks(start, stop)
-    ]
-    return source, np.concatenate(parts)
+# Counts are read in two stretches.
+read = partial(read_counts, stretches=((0, 17), (17, 40)))
 
 
 @pytest.mark.parametrize("write", WRITERS)

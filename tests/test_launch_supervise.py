@@ -69,6 +69,21 @@ def test_a_killed_rank_of_prepare_is_started_again(shards, tmp_path):
     assert {p.name: p.read_bytes() for p in out.iterdir() if p != folder} == written
 
 
+def test_a_refused_start_leaves_what_another_launch_wrote(tmp_path):
+    folder, log = tmp_path / "out" / "launch", tmp_path / "log"
+    (folder / "attempt_1").mkdir(parents=True)
+    (folder / "command.sh").write_text("geneloom launch slurm ...\n")
+    words = ["launch", "mpi", "--ranks", "1", "--device", "cpu", "prepare", tmp_path / "no.h5ad",
+             "--vocab", "build", "--out", tmp_path / "out", "--token", "canary"]  # fmt: skip
+    assert start_geneloom(words, log).code() == 2, log.read_text()
+    assert sorted(p.name for p in folder.iterdir()) == ["attempt_1", "command.sh", "events.jsonl"]
+    assert (folder / "command.sh").read_text() == "geneloom launch slurm ...\n"
+    said = (folder / "events.jsonl").read_text()
+    found = [json.loads(line)["event"] for line in said.splitlines()]
+    assert found == ["started", "refused"]
+    assert "canary" not in said
+
+
 @pytest.mark.long
 def test_a_killed_rank_costs_no_cell(shards, tmp_path):
     alone = tiny_config(shards, tmp_path / "alone", run__max_steps=60)

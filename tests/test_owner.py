@@ -10,16 +10,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
 from data_prep.files import OWNER_NAME
-from data_prep.owner import LEASE_S, SERIES, FolderInUse, owned, owner_of
-from tests.ranks import Command, commands, kill
+from data_prep.owner import LEASE_S, SERIES, FolderInUse, owned
+from tests.ranks import commands, kill
 from tests.runs import last_step, metrics, tiny_config
+from tests.test_pretrain_faults import wait_until
 
 _USABLE = 75
 
@@ -46,10 +46,9 @@ def test_the_owner_is_named_and_leaves_nothing(tmp_path):
             owned(folder),
         ):
             pass
-        assert str(os.getpid()) in (owner_of(folder) or "")
+        assert json.loads((folder / OWNER_NAME).read_text())["pid"] == os.getpid()
         assert [p.name for p in folder.iterdir()] == [OWNER_NAME]
     assert not (tmp_path / "a").exists()
-    assert owner_of(folder) is None
 
 
 def test_what_stands_in_a_folder_stays(tmp_path):
@@ -80,9 +79,28 @@ def test_the_next_attempt_of_a_launcher_takes_over(tmp_path, monkeypatch):
         pass
     monkeypatch.delenv(SERIES)
     monkeypatch.setenv("SLURM_JOB_ID", "5")
-    write_owner(tmp_path, series="slurm-5")
+    write_owner(tmp_path, series="slurm-5", attempt="0")
+    with pytest.raises(FolderInUse):  # two at once in one job
+        owned(tmp_path).__enter__()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with owned(tmp_path):
         pass
+
+
+def test_a_run_beside_another_of_its_job_is_refused(tmp_path, monkeypatch):
+    """In an allocation both have its number; that the other lives can be seen here."""
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    with owned(tmp_path):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        with pytest.raises(FolderInUse):
+            owned(tmp_path).__enter__()
+
+
+def test_a_file_in_its_place_is_named(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(ValueError, match="run: exists and is no folder"):
+        owned(tmp_path / "run").__enter__()
+    assert (tmp_path / "run").read_text() == "mine"
 
 
 def test_an_owner_that_was_killed_is_noticed_at_once(tmp_path):
@@ -133,15 +151,6 @@ def test_of_many_that_start_at_once_one_gets_in(what, tmp_path):
     assert not list(tmp_path.rglob("*.old")) + list(tmp_path.rglob("*.now"))
 
 
-def until(condition: Callable[[], bool], rank: Command) -> bool:
-    """Return True as soon as a condition holds, False if the rank has ended."""
-    while not condition():
-        if not rank.process.is_alive():
-            return False
-        time.sleep(0.05)
-    return True
-
-
 def test_a_second_start_of_a_run_is_refused_and_changes_nothing(shards, tmp_path):
     config = tiny_config(
         shards, tmp_path / "run", run__max_steps=10**6, run__epochs=10**5, checkpoint__every_steps=5
@@ -150,19 +159,19 @@ def test_a_second_start_of_a_run_is_refused_and_changes_nothing(shards, tmp_path
     path.write_text(config.to_yaml())
     words = ["--config", str(path)]
     with commands([words], tmp_path / "logs") as (first,):
-        assert until(lambda: last_step(config.run.out) >= 6, first)
+        wait_until(lambda: last_step(config.run.out) >= 6, [first])
         for more in ([], ["--resume"], ["--restart"]):
             with commands([[*words, *more]], tmp_path / "logs") as (second,):
                 assert second.code() == 2
             named = f"{config.run.out}: another run works in this folder: process {first.pid} on"
             assert re.search(f"error: .*{named}", second.said), second.said
         before = last_step(config.run.out)
-        assert until(lambda: last_step(config.run.out) > before, first)
+        wait_until(lambda: last_step(config.run.out) > before, [first])
         kill(first.process)
     steps = [m["step"] for m in metrics(config.run.out, "train")]
     assert steps == list(range(1, len(steps) + 1))
     with commands([[*words, "--resume"]], tmp_path / "logs") as (third,):
-        assert until(lambda: last_step(config.run.out) > steps[-1], third)
+        wait_until(lambda: last_step(config.run.out) > steps[-1], [third])
         third.signal(signal.SIGTERM)
         assert third.code() == _USABLE
     assert not (config.run.out / OWNER_NAME).exists()
