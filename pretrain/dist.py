@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -269,14 +270,21 @@ def leave() -> None:
     if torch.distributed.is_initialized():
         # DeepSpeed keeps groups of its own: torch's call alone would leave it with dead ones.
         _import_deepspeed().comm.destroy_process_group()
-    restore_linear()
+    forget_earlier_runs()
 
 
-def restore_linear() -> None:
-    """Give torch its own linear layer back, which ZeRO 3 replaces for the life of a process.
+def forget_earlier_runs() -> None:
+    """Undo what DeepSpeed sets for the life of a process, so that a run is the same in any.
 
-    The replacement hands over gradients in another order (weight, bias), and ZeRO 2 adds up those
-    of all ranks in the order in which they come: ranks of which some have had ZeRO 3 before would
-    add biases to weights.
+    ZeRO 3 replaces torch's linear layer. The replacement hands over gradients in another order
+    (weight, bias), and ZeRO 2 adds up those of all ranks in the order in which they come: ranks of
+    which some have had ZeRO 3 before would add biases to weights.
+
+    A run in autocast (bf16 at stage 0) tells every later one that its gradients travel in the type
+    of the weights, whatever `communication_data_type` says.
     """
     torch.nn.functional.linear = _LINEAR
+    # Not imported yet means not used yet.
+    if autocast := sys.modules.get("deepspeed.runtime.torch_autocast"):
+        autocast.TORCH_AUTOCAST_INITIALIZED = False
+        autocast.TORCH_AUTOCAST_DTYPE = None

@@ -98,7 +98,7 @@ class Engine:
         self.state_bytes = state_bytes(optimizer)
         if self.stage == 0:
             self._clipper = StageZeroClipper(optimizer, self._config.optim.max_grad_norm)
-        dist.restore_linear()
+        dist.forget_earlier_runs()
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
         engine.train()
         return engine

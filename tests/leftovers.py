@@ -38,6 +38,7 @@ class Baseline:
         self._handlers = {number: signal.getsignal(number) for number in _SIGNALS}
         self._state = _state()
         self._code = _code()
+        self._settings = _deepspeed_settings()
 
     def reset(self) -> None:
         """Seed torch's random numbers, and give signals back to their first handlers.
@@ -70,6 +71,13 @@ class Baseline:
             f"{name} was replaced" for name in self._code if code.get(name) != self._code[name]
         ]
         self._code = code | self._code
+        settings = _deepspeed_settings()
+        found += [
+            f"{name}: {value} -> {settings[name]}"
+            for name, value in self._settings.items()
+            if settings.get(name) != value
+        ]
+        self._settings = settings | self._settings
         return found
 
 
@@ -112,6 +120,20 @@ def _state() -> dict[str, Any]:
         "levels of loggers": [logger.level for logger in loggers],
         "hooks of the interpreter": (threading.excepthook, sys.gettrace(), sys.getprofile()),
     }  # fmt: skip
+
+
+def _deepspeed_settings() -> dict[str, Any]:
+    """Return the variables of DeepSpeed's modules that hold one plain value."""
+    import torch
+
+    plain = (bool, int, float, str, torch.dtype, type(None))
+    return {
+        f"{name}.{key}": value
+        for name, module in list(sys.modules.items())
+        if name.startswith("deepspeed.") and module is not None
+        for key, value in list(vars(module).items())
+        if isinstance(value, plain) and not key.startswith("__")
+    } | {"torch.nn.functional.linear": torch.nn.functional.linear.__module__}
 
 
 def _code() -> dict[str, int]:

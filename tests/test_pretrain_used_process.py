@@ -40,3 +40,22 @@ def test_zero_2_on_ranks_of_which_one_has_had_zero_3(shards, tmp_path):
     plain, shared = found[0][0]
     np.testing.assert_allclose(shared, plain, rtol=1e-6)
     assert [restored for _, restored in found] == [[True, True]] * 2
+
+
+def _one_after_the_other(configs):
+    from pretrain import dist
+    from pretrain.train import train
+
+    losses = [train(config).losses for config in configs]
+    dist.leave()
+    return losses
+
+
+def test_bytes_of_gradients_after_a_run_in_autocast(shards, tmp_path):
+    """A run in autocast decided for all that followed that gradients travel in float32."""
+    first = {"run__deepspeed": "zero0", "run__precision": "bf16", "run__max_steps": 4}
+    then = {"run__deepspeed": "nodes_slow", "run__max_steps": 4, "checkpoint__every_steps": 100}
+    changes = {"before": then, "autocast": first, "after": then}
+    configs = [tiny_config(shards, tmp_path / name, **given) for name, given in changes.items()]
+    before, _, after = run_ranks(2, _one_after_the_other, configs)[0]
+    assert after == before
