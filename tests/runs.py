@@ -37,7 +37,7 @@ def tiny_config(shards: Path, out: Path, **changes: Any) -> RunConfig:
             "hidden_dropout": 0.0,
             "attention_dropout": 0.0,
         },
-        "batch": {"tokens_per_step": 1024, "tokens_per_micro_batch": 256},
+        "batch": {"tokens_per_step": 1024, "tokens_per_micro_batch": 512},
         "optim": {"learning_rate": 5e-3, "warmup_steps": 3},
         "run": {"out": out, "epochs": 50, "max_steps": 10, "log_every_steps": 1, "threads": 1},
         "evaluation": {"every_steps": 1000, "max_cells": 20},

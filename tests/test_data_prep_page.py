@@ -152,6 +152,7 @@ def test_format_1_says_what_it_lacks(tmp_path):
         image.verify()
 
 
+@pytest.mark.long
 def test_many_data_sets_with_any_name(shards, tmp_path):
     from data_prep.page import write_page
 

@@ -135,6 +135,7 @@ def test_shuffled_labels_give_chance(planted):
             assert abs(row["scores"]["auroc"]["mean"] - 0.5) < 0.15
 
 
+@pytest.mark.long
 def test_another_seed_gives_other_numbers(planted, world, tmp_path):
     _, results = planted
     expected = [s for s in scores_of(results) if s[2] != "constant"]
@@ -143,6 +144,7 @@ def test_another_seed_gives_other_numbers(planted, world, tmp_path):
     assert scores_of(other) != expected
 
 
+@pytest.mark.long
 def test_a_killed_benchmark_goes_on(planted, world, tmp_path):
     """Same seed, same numbers, which do not depend on the models beside it."""
     from eval.benchmark.run import RESULTS_NAME

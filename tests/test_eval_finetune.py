@@ -347,7 +347,9 @@ def _finetune_into(folder, settings):
     return weights_of(classifier), classifier.history
 
 
-@pytest.mark.parametrize("change", [{}, {"lora_rank": 2, "patience": 3}])
+@pytest.mark.parametrize(
+    "change", [pytest.param({}, marks=pytest.mark.long), {"lora_rank": 2, "patience": 3}]
+)
 def test_killed_and_continued_is_the_same_bits(change, tmp_path):
     settings = replace(quick(), epochs=24, dropout=0.2, **change)
     whole, history = _finetune_into(None, settings)

@@ -127,6 +127,7 @@ def test_gene_heads_are_means_over_cells(model, tmp_path):
         )
 
 
+@pytest.mark.long
 def test_killed_command_goes_on(model, tmp_path):
     """Killed with SIGKILL in the second seed: the same bytes as a run that was left alone."""
     from eval.finetune.cells import finetune_cells

@@ -255,6 +255,7 @@ def test_shuffled_genes_are_at_chance(planted):
         assert abs(means(result, name, "auroc", model).mean() - 0.5) < 0.1
 
 
+@pytest.mark.long
 def test_same_numbers_again(planted, tmp_path):
     from eval.benchmark.perturb_seq import run
 

@@ -148,6 +148,7 @@ def test_planted_drivers_win(planted, models):
     assert abs(shuffled.mean() - 0.5) < 0.06
 
 
+@pytest.mark.long
 def test_the_other_way_round(models, tmp_path):
     """Overexpressed in well cells, drivers move them toward sick ones."""
     from eval.benchmark.perturbation import run

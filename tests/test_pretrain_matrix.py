@@ -135,7 +135,11 @@ def reference(one_length, tmp_path_factory) -> Result:
 
 @pytest.mark.parametrize(
     "cases",
-    [pytest.param(cases, id=f"{cases[0].ranks}-diagonal") for cases in _DIAGONAL]
+    [pytest.param(cases[1::2], id=f"{cases[0].ranks}-part") for cases in _DIAGONAL]
+    + [
+        pytest.param(cases, id=f"{cases[0].ranks}-diagonal", marks=pytest.mark.long)
+        for cases in _DIAGONAL
+    ]
     + [
         pytest.param(cases, id=f"{cases[0].ranks}-{cases[0].deepspeed}", marks=pytest.mark.slow)
         for cases in _WHOLE

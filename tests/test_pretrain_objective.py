@@ -14,10 +14,16 @@ from pretrain.config import RunConfig
 from pretrain.ds_config import DEEPSPEED_CONFIG_FOLDER, derive_ds_config
 from tests.ranks import run_ranks
 from tests.runs import final_state, metrics, require_same_state, run_training, tiny_config
+from tests.selection import selected
 
 _ALL_FILES = sorted(p.stem for p in DEEPSPEED_CONFIG_FOLDER.glob("zero*.json"))
 # A norm that is always exceeded, and a decay that shows after ten steps.
-_SETTINGS = {"optim__max_grad_norm": 0.05, "optim__weight_decay": 0.3, "run__max_steps": 8}
+_SETTINGS = {
+    "batch__tokens_per_micro_batch": 256,
+    "optim__max_grad_norm": 0.05,
+    "optim__weight_decay": 0.3,
+    "run__max_steps": 8,
+}
 
 
 def plain_pytorch(config: RunConfig) -> dict:
@@ -86,6 +92,8 @@ def expected(shards, tmp_path_factory) -> dict:
 
 
 _PLAIN = [(1, f) for f in _ALL_FILES if "offload" not in f] + [(2, f) for f in _ALL_FILES]
+_PLAIN_TEST = "test_equal_to_plain_pytorch"
+_SHORT = [(1, "zero1"), *((2, f"zero{stage}") for stage in range(4))]
 
 
 def train_all(configs: list[RunConfig]) -> list[tuple]:
@@ -102,11 +110,12 @@ def train_all(configs: list[RunConfig]) -> list[tuple]:
 
 
 @pytest.fixture(scope="module")
-def by_deepspeed(shards, tmp_path_factory) -> dict[tuple[int, str], tuple]:
+def by_deepspeed(shards, tmp_path_factory, request) -> dict[tuple[int, str], tuple]:
     """(ranks, DeepSpeed file) -> run, summary and last weights of what DeepSpeed has trained."""
     folder, found = tmp_path_factory.mktemp("by_deepspeed"), {}
-    for ranks in (1, 2):
-        cases = [case for case in _PLAIN if case[0] == ranks]
+    asked = [(p["ranks"], p["deepspeed"]) for p in selected(request, _PLAIN_TEST)]
+    for ranks in sorted({ranks for ranks, _ in asked}):
+        cases = [case for case in asked if case[0] == ranks]
         configs = [
             tiny_config(shards, folder / f"{ranks}-{file}", run__deepspeed=file, **_SETTINGS)
             for _, file in cases
@@ -119,7 +128,10 @@ def by_deepspeed(shards, tmp_path_factory) -> dict[tuple[int, str], tuple]:
     return found
 
 
-@pytest.mark.parametrize(("ranks", "deepspeed"), _PLAIN)
+@pytest.mark.parametrize(
+    ("ranks", "deepspeed"),
+    [pytest.param(*c, marks=[] if c in _SHORT else pytest.mark.long) for c in _PLAIN],
+)
 def test_equal_to_plain_pytorch(ranks, deepspeed, expected, by_deepspeed):
     config, summary, weights = by_deepspeed[ranks, deepspeed]
     records = metrics(config.run.out, "train")
@@ -137,7 +149,9 @@ def test_rate_and_norm_go_on_at_another_accumulation(expected, shards, tmp_path)
     run_ranks(1, run_training, config)
     for step in (6, 8):
         shutil.rmtree(config.run.out / "checkpoints" / f"step-{step:08d}")
-    other = tiny_config(shards, config.run.out, **settings, batch__tokens_per_micro_batch=1024)
+    other = tiny_config(
+        shards, config.run.out, **settings | {"batch__tokens_per_micro_batch": 1024}
+    )
     summary, _ = run_ranks(2, run_training, other, True)[0]
     assert summary.first_step == 3
     records = metrics(config.run.out, "train")
@@ -145,7 +159,7 @@ def test_rate_and_norm_go_on_at_another_accumulation(expected, shards, tmp_path)
     np.testing.assert_allclose([m["grad_norm"] for m in records], expected["norms"], rtol=1e-4)
 
 
-@pytest.mark.parametrize("deepspeed", ["zero1", "zero3"])
+@pytest.mark.parametrize("deepspeed", [pytest.param("zero1", marks=pytest.mark.long), "zero3"])
 def test_activation_checkpointing_changes_nothing(deepspeed, expected, shards, tmp_path):
     changes = _SETTINGS | {"model__activation_checkpointing": True, "run__deepspeed": deepspeed}
     config = tiny_config(shards, tmp_path / "run", **changes)
@@ -155,7 +169,9 @@ def test_activation_checkpointing_changes_nothing(deepspeed, expected, shards, t
         np.testing.assert_allclose(weights[name], weight, atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "stage", [0, 1, *(pytest.param(s, marks=pytest.mark.long) for s in (2, 3))]
+)
 def test_bf16_has_master_weights_in_fp32(stage, shards, tmp_path):
     import torch
 
@@ -193,7 +209,7 @@ def train_without_dry_pass(config: RunConfig):
 @pytest.mark.parametrize(
     ("stage", "precision"),
     [
-        (1, "fp32"),
+        pytest.param(1, "fp32", marks=pytest.mark.long),
         (1, "bf16"),
         pytest.param(0, "fp32", marks=pytest.mark.slow),
         pytest.param(2, "fp32", marks=pytest.mark.slow),

@@ -24,10 +24,10 @@ from tests.runs import (
     ("deepspeed", "precision"),
     [
         ("zero0", "fp32"),
-        ("zero1", "fp32"),
-        ("zero2", "fp32"),
+        pytest.param("zero1", "fp32", marks=pytest.mark.long),
+        pytest.param("zero2", "fp32", marks=pytest.mark.long),
         ("zero3", "fp32"),
-        ("zero1", "bf16"),
+        pytest.param("zero1", "bf16", marks=pytest.mark.long),
     ]
     + [
         pytest.param(deepspeed, precision, marks=pytest.mark.slow)

@@ -75,6 +75,7 @@ def test_every_file_of_the_packages_is_in_it(installed):
     assert not (installed / "tests").exists()
 
 
+@pytest.mark.long
 def test_it_works_outside_the_checkout(installed, tmp_path):
     write_cells(tmp_path / "cells.h5ad", num_cells=60)
     lines = [
@@ -131,7 +132,7 @@ _BLOCK = "import importlib, pkgutil, sys\nsys.modules.update(dict.fromkeys({abse
     ("folder", "absent"),
     [
         ("data_prep", (*EVAL_ONLY, "torch", "transformers", "deepspeed")),
-        ("pretrain", (*EVAL_ONLY, "deepspeed")),
+        pytest.param("pretrain", (*EVAL_ONLY, "deepspeed"), marks=pytest.mark.long),
         ("launch", (*EVAL_ONLY, "torch", "transformers", "deepspeed", "numpy", "anndata")),
     ],
 )
