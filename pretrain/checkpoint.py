@@ -35,6 +35,8 @@ _ALWAYS_WAS = {
     "model.architecture": BERT,
     "model.init_genes": "random",
     "optim.kind": "adamw",
+    "objective.gene_weight": 1.0,
+    "objective.cell_weight": 0.0,
 }
 
 

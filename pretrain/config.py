@@ -63,6 +63,31 @@ class MaskingConfig(Section):
         return self
 
 
+class ObjectiveConfig(Section):
+    """What is learned. Genes: each hidden gene at its own place. Cells: all hidden genes of a cell
+    at once, from the mean state of its visible ones, so that this mean, which describes a cell
+    afterwards, is what training moves."""
+
+    gene_weight: float = Field(
+        default=1.0,
+        ge=0,
+        description="of the mean loss of hidden genes; 0: the cell objective alone, held-out cells "
+        "are still asked for each gene",
+    )
+    cell_weight: float = Field(
+        default=0.0, ge=0, description="of the mean loss of cells; 0: no cell objective"
+    )
+
+    @model_validator(mode="after")
+    def _something_is_learned(self) -> ObjectiveConfig:
+        if self.gene_weight == 0 == self.cell_weight:
+            raise ValueError(
+                "gene_weight and cell_weight are both 0: nothing would be learned; give one of "
+                "them a weight above 0"
+            )
+        return self
+
+
 class BatchConfig(Section):
     """Token budgets. Cells per step = tokens_per_step // bucket length, on any number of ranks."""
 
@@ -240,6 +265,7 @@ class RunConfig(Section):
     run: RunSection
     model: ModelConfig = ModelConfig()
     masking: MaskingConfig = MaskingConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     batch: BatchConfig = BatchConfig()
     optim: OptimConfig = OptimConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -250,6 +276,8 @@ class RunConfig(Section):
         decisive = {
             "model": self.model.decisive(),
             "masking": self.masking.model_dump(),
+            # At its defaults it is that of older versions, whose records do not name it.
+            "objective": self.objective.model_dump(exclude_defaults=True),
             "batch": self.batch.model_dump(include={"tokens_per_step"}),
             # What is None does not apply, and is no part of the records of older versions.
             "optim": self.optim.model_dump(exclude_none=True),

@@ -20,7 +20,8 @@ import torch
 from data_prep.hashing import mix64
 from data_prep.order import EpochPlan, share
 from data_prep.shards import BucketExtent, DamagedBlock, ShardSet
-from pretrain.config import MaskingConfig
+from pretrain.cell_objective import CellTargets, cell_targets
+from pretrain.config import MaskingConfig, ObjectiveConfig
 from pretrain.masking import Masks, mask_rows, masks_of
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,8 @@ class MicroBatch:
     ``masked_places`` int64 [M], flat index into B x L; ``labels`` int64 [M], `NO_LABEL` behind the
     hidden genes, so that M depends on the bucket alone; ``relative_ranks`` float32 [M], place of
     the hidden gene in its cell, 0 = highest expression; ``cells`` int64 [B] numbers in the shards,
-    -1 for filler (numpy: it stays on the host).
+    -1 for filler (numpy: it stays on the host); ``targets`` of the cell objective, None without it.
+    Where that is the only objective, M is 0.
     """
 
     input_ids: torch.Tensor
@@ -46,12 +48,14 @@ class MicroBatch:
     labels: torch.Tensor
     relative_ranks: torch.Tensor
     cells: np.ndarray
+    targets: CellTargets | None
 
 
 @dataclass(frozen=True)
 class RankStep:
     """What one rank computes in one step: micro-batches, and what they hold.
 
+    `masked`: hidden genes whose loss counts; `scored_cells`: cells whose loss does.
     `cells_digest`: sum of a hash of every cell served, modulo 2**64, as int64; it adds up over
     ranks and steps to the same number for the same cells, in any order.
     """
@@ -59,6 +63,7 @@ class RankStep:
     step: int
     micro_batches: list[MicroBatch]
     masked: int
+    scored_cells: int
     tokens: int
     padded_tokens: int
     cells: int
@@ -174,6 +179,8 @@ class StepDataset:
         Make tensors that a GPU copies from while it computes.
     quarantine
         Leave the cells of damaged blocks out (rows that weigh nothing), instead of raising.
+    objective
+        A weight of 0 means that nothing is asked of genes, or of cells.
     """
 
     def __init__(
@@ -188,12 +195,14 @@ class StepDataset:
         world_size: int,
         pin_memory: bool = False,
         quarantine: bool = False,
+        objective: ObjectiveConfig = ObjectiveConfig(),  # noqa: B008  frozen
     ) -> None:
         self.plan = EpochPlan(shards, split, seed, tokens_per_step)
         open_blocks = sum(b.open_blocks(world_size) for b in self.plan.buckets)
         self.blocks = BlockCache(shards, open_blocks, quarantine)
         self._vocabulary = shards.vocabulary
         self._split, self._seed, self._masking = split, seed, masking
+        self._objective = objective
         self._budget = tokens_per_micro_batch
         self._rank, self._world_size = rank, world_size
         self._pin_memory = pin_memory
@@ -216,11 +225,13 @@ class StepDataset:
             )
             micro_batches.append(micro)
             masked += hidden
+        scored = sum(len(m.targets.scored_rows) for m in micro_batches if m.targets)
         served = np.diff(offsets) > 0
         return RankStep(
             step,
             micro_batches,
             masked,
+            scored,
             len(tokens),
             sum(m.input_ids.numel() for m in micro_batches),
             int(served.sum()),
@@ -275,7 +286,13 @@ class StepDataset:
         )  # fmt: skip
         is_padded = offsets[-1] - offsets[0] < len(cells) * length
         mask = real if is_padded else None
-        return MicroBatch(inputs, mask, places, labels, ranks, cells), hidden
+        targets = None
+        if self._objective.cell_weight:
+            targets = cell_targets(inputs, places, labels, self._vocabulary.first_gene_token)
+            targets = targets.pinned() if self._pin_memory else targets
+        if self._objective.gene_weight == 0:
+            places, labels, ranks, hidden = places[:0], labels[:0], ranks[:0], 0
+        return MicroBatch(inputs, mask, places, labels, ranks, cells, targets), hidden
 
     def _tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=self._pin_memory)
