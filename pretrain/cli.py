@@ -75,7 +75,8 @@ def resolved(config: RunConfig, resume: bool = False) -> dict[str, Any]:
 
     ds_config = derive_ds_config(config)
     shards = ShardSet(config.data.shards, config.data.cache)
-    plan = EpochPlan(shards, "train", config.run.seed, config.batch.tokens_per_step)
+    budget, subset = config.batch.tokens_per_step, config.masking.subset
+    plan = EpochPlan(shards, "train", config.run.seed, budget, subset)
     steps = config.run.total_steps(plan.steps_per_epoch)
     require_reachable_peak(config.optim, steps)
     model = build_model(config.model, shards.vocabulary, config.run.seed)

@@ -55,12 +55,33 @@ class MaskingConfig(Section):
     random_share: float = Field(
         default=0.1, ge=0, le=1, description="of the hidden: becomes another gene"
     )
+    hidden: Literal["mask", "remove"] = Field(
+        default="mask",
+        description="mask: something stands in their places; remove: they are taken out of the "
+        "cell, with objective.gene_weight=0 only",
+    )
+    subset: int | None = Field(
+        default=None,
+        ge=2,
+        description="a cell is shown as so many of its genes, drawn anew in each epoch, in the "
+        "order of their ranks; they, not the whole cell, count in the token budgets",
+    )
 
     @model_validator(mode="after")
     def _shares_fit(self) -> MaskingConfig:
         if self.mask_share + self.random_share > 1:
             raise ValueError("mask_share + random_share exceed 1")
+        fields = type(self).model_fields
+        given = [k for k in ("mask_share", "random_share") if getattr(self, k) != fields[k].default]
+        if given and self.hidden == "remove":
+            raise ValueError(f"{', '.join(given)}: with hidden=remove nothing stands in; leave out")
         return self
+
+    def decisive(self) -> dict[str, Any]:
+        """Return the settings that decide the weights. `hidden` and `subset` at their defaults are
+        what older versions did, whose records do not name them."""
+        newer = self.model_dump(include={"hidden", "subset"}, exclude_defaults=True)
+        return self.model_dump(exclude={"hidden", "subset"}) | newer
 
 
 class ObjectiveConfig(Section):
@@ -271,11 +292,21 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
+    @model_validator(mode="after")
+    def _removed_genes_are_not_asked(self) -> RunConfig:
+        if self.masking.hidden == "remove" and self.objective.gene_weight:
+            raise ValueError(
+                "masking.hidden=remove: a gene that is taken out of its cell has no place at which "
+                "it could be asked for; give objective.gene_weight=0 and an "
+                "objective.cell_weight, or masking.hidden=mask"
+            )
+        return self
+
     def recipe(self) -> dict[str, Any]:
         """Return the settings that decide the weights, flat: a resumed run must agree on them."""
         decisive = {
             "model": self.model.decisive(),
-            "masking": self.masking.model_dump(),
+            "masking": self.masking.decisive(),
             # At its defaults it is that of older versions, whose records do not name it.
             "objective": self.objective.model_dump(exclude_defaults=True),
             "batch": self.batch.model_dump(include={"tokens_per_step"}),
@@ -361,6 +392,8 @@ def _explain(error: Any) -> str:
         return f"'{location}' is no setting; {hint}"
     if error["type"] == "missing":
         return f"'{location}' is required (give {location}=...)"
+    if not location:  # of several sections: the text names them
+        return error["msg"]
     return f"'{location}': {error['msg']} (given {error['input']!r})"
 
 

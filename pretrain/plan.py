@@ -55,6 +55,16 @@ class Corpus:
     def longest(self) -> int:
         return max(length for length, _ in self.buckets)
 
+    def shown(self, subset: int | None) -> Corpus:
+        """Return the corpus of which so many genes of a cell are shown; None: all."""
+        if subset is None:
+            return self
+        buckets = [(min(length, subset), cells) for length, cells in self.buckets]
+        tokens = min(self.tokens, sum(length * cells for length, cells in buckets))
+        # Whole cells are read.
+        read = self.bytes_per_token * self.tokens / tokens
+        return Corpus(self.cells, tokens, buckets, self.num_tokens, read)
+
     def num_steps(self, tokens_per_step: int) -> int:
         """Return optimizer steps an epoch, as `data_prep.order` cuts them."""
         return sum(-(-cells // max(1, tokens_per_step // length)) for length, cells in self.buckets)
@@ -252,14 +262,15 @@ def read_corpus(
         lengths = [(b["length"], b["cells"]) for b in train]
         size = sum(b["bytes"] for b in train) / tokens
         corpus = Corpus(cells, tokens, lengths, shards.vocabulary.num_tokens, size)
-        return corpus, shards.vocabulary.max_length
+        return corpus.shown(config.masking.subset), shards.vocabulary.max_length
     if mean_tokens >= max_tokens:
         raise ValueError(f"--mean-tokens {mean_tokens}: must be below --max-tokens {max_tokens}")
     lengths = _assumed_lengths(mean_tokens, max_tokens)
     buckets = np.unique(-(-lengths // _BUCKET) * _BUCKET, return_counts=True)
     counted = [(int(b), round(n * cells / len(lengths))) for b, n in zip(*buckets, strict=True)]
     tokens = round(cells * float(lengths.mean()))
-    return Corpus(cells, tokens, counted, vocabulary_size, _BYTES_PER_TOKEN), max_tokens
+    corpus = Corpus(cells, tokens, counted, vocabulary_size, _BYTES_PER_TOKEN)
+    return corpus.shown(config.masking.subset), max_tokens
 
 
 def _assumed_lengths(mean_tokens: int, max_tokens: int) -> np.ndarray:
