@@ -101,7 +101,8 @@ def plain_pytorch(config: RunConfig) -> dict:
         of_genes = genes / max(number, 1)
         (weights["gene_weight"] * of_genes + weights["cell_weight"] * of_cells).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
-        optimizer.step(), optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         found["losses"].append(float(of_genes))
         found["cell_losses"].append(float(of_cells))
     # Every held-out cell, as evaluation hides its genes.
@@ -113,6 +114,7 @@ def plain_pytorch(config: RunConfig) -> dict:
     with torch.no_grad():
         for step in range(data.plan.steps_per_epoch):
             for micro in data[step].micro_batches:
+                assert micro.targets
                 losses += by_definition(model.bert, micro, weights, 0)[2]
                 for row in range(len(micro.input_ids)):
                     mine = micro.targets.genes_H[micro.targets.rows_H == row].numpy()
@@ -239,6 +241,7 @@ def micro_batch():
 
 def test_visible_are_genes_that_are_not_hidden():
     micro, hidden = micro_batch()
+    assert micro.targets
     expected = (micro.input_ids >= 4).numpy()
     for row, place in hidden:
         expected[row, place] = False
@@ -288,6 +291,7 @@ def test_the_gradient_reaches_each_visible_state_and_no_other():
     from pretrain.cell_objective import cell_losses, mean_of_visible
 
     micro, _ = micro_batch()
+    assert micro.targets
     visible, rows, genes = micro.targets
     states = torch.randn(5, 40, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
     table = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))

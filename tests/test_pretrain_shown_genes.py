@@ -84,6 +84,7 @@ def test_what_is_removed_is_what_was_masked(shards):
         before, after = masked[step], removed[step]
         hidden = 0
         for one, other in zip(before.micro_batches, after.micro_batches, strict=True):
+            assert one.targets and other.targets
             for whole, visible, shown in zip(
                 one.input_ids, one.targets.visible_BL, other.input_ids, strict=True
             ):
