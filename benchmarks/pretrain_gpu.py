@@ -38,11 +38,11 @@ import torch
 from data_prep.vocab import Vocabulary, from_dictionaries
 from pretrain.config import RunConfig, load_config
 from pretrain.encoders import encoder_of
+from pretrain.flops import Work, known_gpu
 from pretrain.masking import NO_LABEL
 from pretrain.metrics import peak_memory_gib
 from pretrain.model import MaskedGeneModel, build_model
 from pretrain.optim import build_optimizer
-from pretrain.plan import Work, known_gpu
 
 _LENGTHS = (768, 1216, 2048)
 _SHORTER = 64

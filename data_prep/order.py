@@ -119,6 +119,8 @@ class EpochPlan:
         Of the order.
     tokens_per_step
         Padded tokens of a global batch; a bucket of length L gives ``tokens_per_step // L`` cells.
+    subset
+        So many genes of a cell are shown at most, and count: L is not more. None: all.
 
     Raises
     ------
@@ -126,15 +128,24 @@ class EpochPlan:
         The budget does not hold one cell of the longest bucket.
     """
 
-    def __init__(self, shards: ShardSet, split: str, seed: int, tokens_per_step: int) -> None:
+    def __init__(
+        self,
+        shards: ShardSet,
+        split: str,
+        seed: int,
+        tokens_per_step: int,
+        subset: int | None = None,
+    ) -> None:
         self._key = stream_key(seed, "order", split)
         extents = shards.extents(split)
-        if extents and tokens_per_step < extents[-1].length:
+        lengths = [e.length if subset is None else min(e.length, subset) for e in extents]
+        if extents and tokens_per_step < lengths[-1]:
             raise ValueError(
                 f"batch.tokens_per_step={tokens_per_step}: below the longest bucket of the "
-                f"shards ({extents[-1].length} tokens)"
+                f"shards ({lengths[-1]} tokens)"
             )
-        self.buckets = [Bucket(e, tokens_per_step // e.length) for e in extents]
+        sizes = zip(extents, lengths, strict=True)
+        self.buckets = [Bucket(e, tokens_per_step // length) for e, length in sizes]
         self._steps = np.array([b.num_steps for b in self.buckets], dtype=np.int64)
 
     @property

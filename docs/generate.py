@@ -130,12 +130,13 @@ def configuration_page() -> str:
 def plans_table() -> str:
     """Return what the supplied recipes need on one H100, as a table."""
     from pretrain import plan
+    from pretrain.flops import GPUS
 
     lines = [
         "| recipe | parameters | GiB at ZeRO 1 | a checkpoint, GiB | tokens, billions | hours |",
         "|---|---|---|---|---|---|",
     ]
-    gpu = plan.GPUS["h100"]
+    gpu = GPUS["h100"]
     for name, cells, mean, longest, tokens in _CORPORA:
         config = plan.read_config(name, ["run.precision=bf16"])
         corpus, length = plan.read_corpus(config, cells, mean, longest, tokens)

@@ -35,6 +35,9 @@ _ALWAYS_WAS = {
     "model.architecture": BERT,
     "model.init_genes": "random",
     "optim.kind": "adamw",
+    "masking.hidden": "mask",
+    "objective.gene_weight": 1.0,
+    "objective.cell_weight": 0.0,
 }
 
 
@@ -190,7 +193,7 @@ def require_same(record: dict[str, Any], now: dict[str, Any], allow_changes: boo
         )
     if changed:
         logger.warning("recipe changed on resume: %s", "; ".join(changed.values()))
-    if "shards" in changed or "batch.tokens_per_step" in changed:
+    if not changed.keys().isdisjoint({"shards", "batch.tokens_per_step", "masking.subset"}):
         logger.warning("the order of cells is another one: this epoch is not exact")
 
 

@@ -75,7 +75,8 @@ def resolved(config: RunConfig, resume: bool = False) -> dict[str, Any]:
 
     ds_config = derive_ds_config(config)
     shards = ShardSet(config.data.shards, config.data.cache)
-    plan = EpochPlan(shards, "train", config.run.seed, config.batch.tokens_per_step)
+    budget, subset = config.batch.tokens_per_step, config.masking.subset
+    plan = EpochPlan(shards, "train", config.run.seed, budget, subset)
     steps = config.run.total_steps(plan.steps_per_epoch)
     require_reachable_peak(config.optim, steps)
     model = build_model(config.model, shards.vocabulary, config.run.seed)
@@ -155,13 +156,14 @@ def plan_command(
 ) -> None:
     """Memory, steps, hours, traffic and cost of a pretraining, before it is started."""
     from pretrain import plan
+    from pretrain.flops import GPUS
 
     settings = plan.read_config(config, overrides or [])
-    if gpu not in plan.GPUS:
-        raise ValueError(f"--gpu {gpu}: known are {', '.join(plan.GPUS)}")
+    if gpu not in GPUS:
+        raise ValueError(f"--gpu {gpu}: known are {', '.join(GPUS)}")
     corpus, max_length = plan.read_corpus(settings, cells, mean_tokens, max_tokens, vocabulary_size)
     found = plan.make_plan(
-        settings, corpus, max_length, plan.GPUS[gpu], gpus, tokens_per_second, mfu, price
+        settings, corpus, max_length, GPUS[gpu], gpus, tokens_per_second, mfu, price
     )
     if as_json:
         print(json.dumps(found, indent=1))

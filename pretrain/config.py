@@ -55,11 +55,57 @@ class MaskingConfig(Section):
     random_share: float = Field(
         default=0.1, ge=0, le=1, description="of the hidden: becomes another gene"
     )
+    hidden: Literal["mask", "remove"] = Field(
+        default="mask",
+        description="mask: something stands in their places; remove: they are taken out of the "
+        "cell, with objective.gene_weight=0 only",
+    )
+    subset: int | None = Field(
+        default=None,
+        ge=2,
+        description="a cell is shown as so many of its genes, drawn anew in each epoch, in the "
+        "order of their ranks; they, not the whole cell, count in the token budgets",
+    )
 
     @model_validator(mode="after")
     def _shares_fit(self) -> MaskingConfig:
         if self.mask_share + self.random_share > 1:
             raise ValueError("mask_share + random_share exceed 1")
+        fields = type(self).model_fields
+        given = [k for k in ("mask_share", "random_share") if getattr(self, k) != fields[k].default]
+        if given and self.hidden == "remove":
+            raise ValueError(f"{', '.join(given)}: with hidden=remove nothing stands in; leave out")
+        return self
+
+    def decisive(self) -> dict[str, Any]:
+        """Return the settings that decide the weights. `hidden` and `subset` at their defaults are
+        what older versions did, whose records do not name them."""
+        newer = self.model_dump(include={"hidden", "subset"}, exclude_defaults=True)
+        return self.model_dump(exclude={"hidden", "subset"}) | newer
+
+
+class ObjectiveConfig(Section):
+    """What is learned. Genes: each hidden gene at its own place. Cells: all hidden genes of a cell
+    at once, from the mean state of its visible ones, so that this mean, which describes a cell
+    afterwards, is what training moves."""
+
+    gene_weight: float = Field(
+        default=1.0,
+        ge=0,
+        description="of the mean loss of hidden genes; 0: the cell objective alone, held-out cells "
+        "are still asked for each gene",
+    )
+    cell_weight: float = Field(
+        default=0.0, ge=0, description="of the mean loss of cells; 0: no cell objective"
+    )
+
+    @model_validator(mode="after")
+    def _something_is_learned(self) -> ObjectiveConfig:
+        if self.gene_weight == 0 == self.cell_weight:
+            raise ValueError(
+                "gene_weight and cell_weight are both 0: nothing would be learned; give one of "
+                "them a weight above 0"
+            )
         return self
 
 
@@ -240,16 +286,29 @@ class RunConfig(Section):
     run: RunSection
     model: ModelConfig = ModelConfig()
     masking: MaskingConfig = MaskingConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     batch: BatchConfig = BatchConfig()
     optim: OptimConfig = OptimConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
+    @model_validator(mode="after")
+    def _removed_genes_are_not_asked(self) -> RunConfig:
+        if self.masking.hidden == "remove" and self.objective.gene_weight:
+            raise ValueError(
+                "masking.hidden=remove: a gene that is taken out of its cell has no place at which "
+                "it could be asked for; give objective.gene_weight=0 and an "
+                "objective.cell_weight, or masking.hidden=mask"
+            )
+        return self
+
     def recipe(self) -> dict[str, Any]:
         """Return the settings that decide the weights, flat: a resumed run must agree on them."""
         decisive = {
             "model": self.model.decisive(),
-            "masking": self.masking.model_dump(),
+            "masking": self.masking.decisive(),
+            # At its defaults it is that of older versions, whose records do not name it.
+            "objective": self.objective.model_dump(exclude_defaults=True),
             "batch": self.batch.model_dump(include={"tokens_per_step"}),
             # What is None does not apply, and is no part of the records of older versions.
             "optim": self.optim.model_dump(exclude_none=True),
@@ -333,6 +392,8 @@ def _explain(error: Any) -> str:
         return f"'{location}' is no setting; {hint}"
     if error["type"] == "missing":
         return f"'{location}' is required (give {location}=...)"
+    if not location:  # of several sections: the text names them
+        return error["msg"]
     return f"'{location}': {error['msg']} (given {error['input']!r})"
 
 

@@ -20,8 +20,15 @@ import torch
 from data_prep.hashing import mix64
 from data_prep.order import EpochPlan, share
 from data_prep.shards import BucketExtent, DamagedBlock, ShardSet
-from pretrain.config import MaskingConfig
+from pretrain.cell_objective import CellTargets, cell_targets
+from pretrain.config import MaskingConfig, ObjectiveConfig
 from pretrain.masking import Masks, mask_rows, masks_of
+from pretrain.shown_genes import (
+    draw_subsets,
+    length_without_hidden,
+    shown_length,
+    take_out_hidden,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +44,8 @@ class MicroBatch:
     ``masked_places`` int64 [M], flat index into B x L; ``labels`` int64 [M], `NO_LABEL` behind the
     hidden genes, so that M depends on the bucket alone; ``relative_ranks`` float32 [M], place of
     the hidden gene in its cell, 0 = highest expression; ``cells`` int64 [B] numbers in the shards,
-    -1 for filler (numpy: it stays on the host).
+    -1 for filler (numpy: it stays on the host); ``targets`` of the cell objective, None without it.
+    Where that is the only objective, M is 0.
     """
 
     input_ids: torch.Tensor
@@ -46,12 +54,14 @@ class MicroBatch:
     labels: torch.Tensor
     relative_ranks: torch.Tensor
     cells: np.ndarray
+    targets: CellTargets | None
 
 
 @dataclass(frozen=True)
 class RankStep:
     """What one rank computes in one step: micro-batches, and what they hold.
 
+    `masked`: hidden genes whose loss counts; `scored_cells`: cells whose loss does.
     `cells_digest`: sum of a hash of every cell served, modulo 2**64, as int64; it adds up over
     ranks and steps to the same number for the same cells, in any order.
     """
@@ -59,6 +69,7 @@ class RankStep:
     step: int
     micro_batches: list[MicroBatch]
     masked: int
+    scored_cells: int
     tokens: int
     padded_tokens: int
     cells: int
@@ -174,6 +185,8 @@ class StepDataset:
         Make tensors that a GPU copies from while it computes.
     quarantine
         Leave the cells of damaged blocks out (rows that weigh nothing), instead of raising.
+    objective
+        A weight of 0 means that nothing is asked of genes, or of cells.
     """
 
     def __init__(
@@ -188,40 +201,52 @@ class StepDataset:
         world_size: int,
         pin_memory: bool = False,
         quarantine: bool = False,
+        objective: ObjectiveConfig = ObjectiveConfig(),  # noqa: B008  frozen
     ) -> None:
-        self.plan = EpochPlan(shards, split, seed, tokens_per_step)
+        self.plan = EpochPlan(shards, split, seed, tokens_per_step, masking.subset)
         open_blocks = sum(b.open_blocks(world_size) for b in self.plan.buckets)
         self.blocks = BlockCache(shards, open_blocks, quarantine)
         self._vocabulary = shards.vocabulary
         self._split, self._seed, self._masking = split, seed, masking
+        self._objective = objective
         self._budget = tokens_per_micro_batch
         self._rank, self._world_size = rank, world_size
         self._pin_memory = pin_memory
+        # Of each bucket, the longest cell of which genes are hidden.
+        masks = masks_of(seed, split, 0, shards.vocabulary, masking)
+        self._lengths = [
+            shown_length(b.extent.length, masking.subset, masks) for b in self.plan.buckets
+        ]
 
     def __getitem__(self, step: int) -> RankStep:
         batch = self.plan.step(step)
         masks = masks_of(self._seed, self._split, batch.epoch, self._vocabulary, self._masking)
+        length = self._lengths[batch.bucket]
         slots = micro_batch_slots(
-            batch.num_cells, batch.length, self._rank, self._world_size, self._budget
+            batch.num_cells, length, self._rank, self._world_size, self._budget
         )
         # One range of cells for the whole rank: finding them costs the same for one or many.
         first = slots[0][0]
         cells = self.plan.cells(batch, first, slots[-1][1])
         tokens, offsets = self.blocks.gather(self.plan.buckets[batch.bucket].extent, cells)
-        micro_batches, masked = [], 0
+        if self._masking.subset:
+            tokens, offsets = draw_subsets(tokens, offsets, cells, self._masking.subset, masks)
+        micro_batches, hidden = [], 0
         for start, stop in slots:
             start, stop = start - first, stop - first
-            micro, hidden = self._micro_batch(
-                cells[start:stop], tokens, offsets[start : stop + 1], batch.length, masks
+            micro, num_hidden = self._micro_batch(
+                cells[start:stop], tokens, offsets[start : stop + 1], length, masks
             )
             micro_batches.append(micro)
-            masked += hidden
+            hidden += num_hidden
+        scored = sum(len(m.targets.scored_rows) for m in micro_batches if m.targets)
         served = np.diff(offsets) > 0
         return RankStep(
             step,
             micro_batches,
-            masked,
-            len(tokens),
+            hidden if self._objective.gene_weight else 0,
+            scored,
+            len(tokens) - (hidden if self._masking.hidden == "remove" else 0),
             sum(m.input_ids.numel() for m in micro_batches),
             int(served.sum()),
             int(mix64(cells[served]).sum(dtype=np.uint64).view(np.int64)),
@@ -230,20 +255,20 @@ class StepDataset:
 
     def full_shapes(self) -> set[tuple[int, int]]:
         """Return (rows, length) of all micro-batches but those of a bucket's last step."""
+        masks = masks_of(self._seed, self._split, 0, self._vocabulary, self._masking)
         return {
-            (stop - start, bucket.extent.length)
-            for bucket in self.plan.buckets
+            (stop - start, self._width(length, masks))
+            for bucket, length in zip(self.plan.buckets, self._lengths, strict=True)
             for start, stop in micro_batch_slots(
-                bucket.cells_per_step, bucket.extent.length, self._rank, self._world_size,
-                self._budget,
+                bucket.cells_per_step, length, self._rank, self._world_size, self._budget
             )
-        }  # fmt: skip
+        }
 
     def heaviest_micro_batch(self) -> MicroBatch:
         """Return the largest shape that can come, of filler rows: computed, it weighs nothing."""
         shapes = []
-        for bucket in self.plan.buckets:
-            most, length = min(bucket.cells_per_step, bucket.extent.num_cells), bucket.extent.length
+        for bucket, length in zip(self.plan.buckets, self._lengths, strict=True):
+            most = min(bucket.cells_per_step, bucket.extent.num_cells)
             slots = micro_batch_slots(most, length, 0, self._world_size, self._budget)
             rows = slots[0][1] - slots[0][0]
             shapes.append((rows * length, length, rows))
@@ -275,7 +300,32 @@ class StepDataset:
         )  # fmt: skip
         is_padded = offsets[-1] - offsets[0] < len(cells) * length
         mask = real if is_padded else None
-        return MicroBatch(inputs, mask, places, labels, ranks, cells), hidden
+        targets, first_gene = None, self._vocabulary.first_gene_token
+        if self._objective.cell_weight:
+            targets = cell_targets(inputs, places, labels, first_gene)
+            if self._masking.hidden == "remove":
+                inputs, mask = self._without_hidden(inputs, real, places[:hidden], masks)
+                targets = targets._replace(visible_BL=inputs >= first_gene)
+            targets = targets.pinned() if self._pin_memory else targets
+        if self._objective.gene_weight == 0:
+            places, labels, ranks = places[:0], labels[:0], ranks[:0]
+        return MicroBatch(inputs, mask, places, labels, ranks, cells, targets), hidden
+
+    def _width(self, length: int, masks: Masks) -> int:
+        """Return how many tokens of cells of `length` reach the model at most."""
+        return length_without_hidden(length, masks) if self._masking.hidden == "remove" else length
+
+    def _without_hidden(
+        self, inputs: torch.Tensor, real: torch.Tensor, places: torch.Tensor, masks: Masks
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return input ids and attention mask of a micro-batch without its hidden genes."""
+        shape = len(inputs), self._width(inputs.shape[1], masks)
+        shown, shown_real = self._tensor(shape, torch.int32), self._tensor(shape, torch.bool)
+        take_out_hidden(
+            inputs.numpy(), real.numpy(), places.numpy(), self._vocabulary.pad_token,
+            shown.numpy(), shown_real.numpy(),
+        )  # fmt: skip
+        return shown, None if shown_real.all() else shown_real
 
     def _tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=self._pin_memory)

@@ -117,7 +117,7 @@ class Architecture:
 
     @staticmethod
     def logits(network: Any, states_MD: torch.Tensor) -> torch.Tensor:
-        """Return [M, V], the head's scores for states of the last layer."""
+        """Return [M, V], the head's scores for states that are `finished`."""
         raise NotImplementedError
 
 
@@ -294,7 +294,7 @@ class _ModernBert(Architecture):
 
     @staticmethod
     def logits(network: Any, states_MD: torch.Tensor) -> torch.Tensor:
-        return network.decoder(network.head(network.model.final_norm(states_MD)))
+        return network.decoder(network.head(states_MD))
 
 
 def _asking(hidden_BLD: torch.Tensor, asked_BQ: torch.Tensor | None) -> torch.Tensor:

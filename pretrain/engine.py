@@ -35,12 +35,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepLoss:
-    """Of a global step: sums over hidden genes of all ranks; `own` is float32 [M] of each of this
-    rank's micro-batches."""
+    """Sums over all ranks of a global step: over hidden genes, and over cells; 0 where a weight of
+    the objective is. `own`: of each of this rank's micro-batches float32 [M], and [B] of cells, if
+    they are asked."""
 
     loss: float
     hits: float
-    own: list[torch.Tensor]
+    cell_loss: float
+    own: list[tuple[torch.Tensor, ...]]
+
+    @property
+    def sums(self) -> tuple[float, float, float]:
+        """Return the loss of genes, the hits and the loss of cells."""
+        return self.loss, self.hits, self.cell_loss
 
 
 class Engine:
@@ -127,8 +134,9 @@ class Engine:
         try:
             # Torch would make the moments in the first step: they must fit as well.
             zero_state.ensure_moments(self.deepspeed, self.stage)
-            losses, _ = self.deepspeed(*to_device(heaviest, self._ranks.device))
-            self.deepspeed.backward(losses.sum(), scale_wrt_gas=False)
+            losses, _, *of_cells = self.deepspeed(*to_device(heaviest, self._ranks.device))
+            total = sum((part.sum() for part in of_cells), losses.sum())
+            self.deepspeed.backward(total, scale_wrt_gas=False)
         except torch.OutOfMemoryError as error:
             rows, length = heaviest.input_ids.shape
             raise ValueError(
@@ -138,35 +146,47 @@ class Engine:
                 "model.activation_checkpointing=true or another run.deepspeed"
             ) from error
 
-    def forward_backward(self, data: RankStep, step: int, masked: int) -> StepLoss:
+    def forward_backward(
+        self, data: RankStep, step: int, masked: int, scored_cells: int = 0
+    ) -> StepLoss:
         """Accumulate the gradients of the exact objective.
 
         Each micro-batch counts with its sum of losses over the hidden genes of the whole global
-        step; the factor world_size undoes DeepSpeed's mean over ranks.
+        step, and its sum over cells over the scored cells of the step; the factor world_size undoes
+        DeepSpeed's mean over ranks.
 
         Parameters
         ----------
-        masked
-            Hidden genes of the global step, over all ranks.
+        masked, scored_cells
+            Hidden genes, and cells that have a loss, of the global step, over all ranks; not read
+            where nothing is asked of genes, or of cells.
         """
         # Dropout is a function of (seed, step, rank), so that nothing has to be saved for it.
         torch.manual_seed(stream_key(self._config.run.seed, "dropout", step, self._ranks.rank))
-        device = self._ranks.device
-        loss_sum, hit_sum = torch.zeros((), device=device), torch.zeros((), device=device)
+        device, world_size = self._ranks.device, self._ranks.world_size
+        objective = self._config.objective
+        loss_sum, hit_sum, cell_sum = (torch.zeros((), device=device) for _ in range(3))
         own = []
         for micro in data.micro_batches:
             with mark("forward"):
-                losses, places = self.deepspeed(*to_device(micro, device))
+                losses, places, *of_cells = self.deepspeed(*to_device(micro, device))
             total = losses.sum()
-            weighted = total * (self._ranks.world_size / masked)
+            weighted = total * (objective.gene_weight * world_size / masked)
+            for part in of_cells:  # one, or none
+                cell_total = part.sum()
+                weighted = weighted + cell_total * (
+                    objective.cell_weight * world_size / scored_cells
+                )
+                cell_sum += cell_total.detach()
             with mark("backward"):
                 self.deepspeed.backward(weighted, scale_wrt_gas=False)
             loss_sum += total.detach()
             hit_sum += (places == 0).sum()
-            own.append(losses.detach())
+            own.append(tuple(part.detach() for part in (losses, *of_cells)))
+        sums = [float(part) for part in (loss_sum, hit_sum, cell_sum)]
         with mark("communication"):
-            loss, hits = dist.sum_over_ranks([float(loss_sum), float(hit_sum)], device)
-        return StepLoss(loss, hits, own)
+            loss, hits, cell_loss = dist.sum_over_ranks(sums, device)
+        return StepLoss(loss, hits, cell_loss, own)
 
     def step(self, step: int, total_steps: int) -> tuple[dict[str, float], float]:
         """Apply the gradients; return (learning rates, the global norm before clipping).

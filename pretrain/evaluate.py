@@ -15,7 +15,8 @@ from data_prep.shards import ShardSet
 from pretrain import dist
 from pretrain.arithmetic import Arithmetic, MaskedRows, arithmetic_tables, describe
 from pretrain.baselines import ARITHMETIC, BASELINE_NAMES, Baselines, RankBaselines
-from pretrain.config import RunConfig
+from pretrain.cell_objective import CellTargets
+from pretrain.config import ObjectiveConfig, RunConfig
 from pretrain.data import MicroBatch, StepDataset
 from pretrain.dist import Ranks
 from pretrain.heldout_sums import CURVES, SCORES, CellDatasets, HeldoutSums
@@ -29,6 +30,8 @@ EVALUATION_SEED = 0
 # Not the run's budget: it would change which cells the first N of the plan are.
 EVALUATION_TOKENS = 16_384
 BEYOND = f"beyond_{ARITHMETIC}"
+UNIGRAM = "unigram"
+CELL_LOSS = "cell_loss"
 # A held-out loss this far above the lowest one is no noise: cells and masks are always the same.
 _TOLERANCE = 0.02
 
@@ -52,6 +55,8 @@ class HeldoutEvaluation:
             ranks.rank,
             ranks.world_size,
             quarantine=quarantine,
+            # Genes are asked whatever trains: losses of all runs compare.
+            objective=ObjectiveConfig(cell_weight=config.objective.cell_weight),
         )
         plan, cells, steps = self._dataset.plan, 0, 0
         while cells < min(config.evaluation.max_cells, plan.num_cells):
@@ -60,6 +65,7 @@ class HeldoutEvaluation:
         self._num_steps, self.num_cells = steps, cells
         self._lengths = shards.bucket_lengths("heldout")
         self.expect_below_baseline_by = config.evaluation.expect_below_baseline_by
+        self.asks_genes = config.objective.gene_weight > 0
         self._datasets = CellDatasets(shards)
         self.without_arithmetic = ""
         self.baselines = self._score_baselines(self._count(shards, config, quarantine))
@@ -101,6 +107,9 @@ class HeldoutEvaluation:
             scores = baselines.scores(_masked_rows(micro, hidden.labels), hidden.ranks)
             for name, total in sums.items():
                 total.add(bucket, hidden.ranks, hidden.datasets, *scores[name])
+            if micro.targets:
+                # The others know the rank of each hidden gene, which a cell's mean does not.
+                sums[UNIGRAM].add_cells(hidden.means_of_cells(micro.targets, scores[UNIGRAM][0]))
         return {name: self._result(total) for name, total in sums.items()}
 
     def run(
@@ -111,17 +120,19 @@ class HeldoutEvaluation:
         ``loss`` (nats), ``accuracy`` (top-1) and ``top10`` are means over all hidden genes of all
         ranks; each also with ``_by_rank_decile`` (a list, None where no gene is hidden),
         ``_by_bucket`` (by padded length, as text) and ``_by_dataset`` (by name); so has ``genes``,
-        how many are hidden.
+        how many are hidden. With a cell objective also ``cell_loss``, nats, the mean over cells.
         """
         was_training = model.training
         model.eval()
         sums = self._no_sums()
         with torch.no_grad():
             for bucket, micro in self._batches():
-                losses, places = model(*to_device(micro, self._ranks.device))
+                losses, places, *of_cells = model(*to_device(micro, self._ranks.device))
                 hidden = _Hidden.of(micro, self._datasets)
                 scores = (t.cpu().numpy()[hidden.is_real] for t in (losses, places))
                 sums.add(bucket, hidden.ranks, hidden.datasets, *scores)
+                if micro.targets:
+                    sums.add_cells(of_cells[0].cpu().numpy()[micro.targets.scored_rows.numpy()])
                 on_batch()
         model.train(was_training)
         return self._result(sums)
@@ -151,6 +162,13 @@ class _Hidden:
         labels, ranks = micro.labels.numpy()[is_real], micro.relative_ranks.numpy()[is_real]
         return _Hidden(is_real, labels, ranks, datasets.of(micro.cells[rows]))
 
+    def means_of_cells(self, targets: CellTargets, losses: np.ndarray) -> np.ndarray:
+        """Return the mean loss of each cell that is scored, of the losses [H] of its genes."""
+        is_asked = targets.genes_H.numpy()[self.is_real] != NO_LABEL
+        rows = targets.rows_H.numpy()[self.is_real][is_asked]
+        _, cells, counts = np.unique(rows, return_inverse=True, return_counts=True)
+        return np.bincount(cells, losses[is_asked]) / counts
+
 
 def _masked_rows(micro: MicroBatch, labels: np.ndarray) -> MaskedRows:
     inputs, real = micro.input_ids.numpy(), micro.attention_mask
@@ -160,13 +178,11 @@ def _masked_rows(micro: MicroBatch, labels: np.ndarray) -> MaskedRows:
 
 def to_device(micro: MicroBatch, device: torch.device) -> tuple:
     """Return the arguments of the model's forward, on a device."""
-    mask = micro.attention_mask
-    return (
-        micro.input_ids.to(device, non_blocking=True),
-        None if mask is None else mask.to(device, non_blocking=True),
-        micro.masked_places.to(device, non_blocking=True),
-        micro.labels.to(device, non_blocking=True),
-    )
+    arguments = (
+        micro.input_ids, micro.attention_mask, micro.masked_places, micro.labels,
+        *(micro.targets or ()),
+    )  # fmt: skip
+    return tuple(None if x is None else x.to(device, non_blocking=True) for x in arguments)
 
 
 class NothingHeldOut:
@@ -199,10 +215,14 @@ def heldout_record(
     ``masked_accuracy`` is top-1. A baseline's scores are ``baseline_NAME`` (loss),
     ``baseline_NAME_accuracy``, ``baseline_NAME_top10``; of its curves only the losses are kept.
     ``beyond_arithmetic``, with the same curves: loss of that baseline - loss of the model.
+    ``cell_loss`` and ``baseline_unigram_cell_loss`` where there is a cell objective.
     """
     curves = [f"{score}_by_{what}" for score in SCORES for what in CURVES]
     record = {"loss": result["loss"], "masked_accuracy": result["accuracy"]}
     record |= {name: result[name] for name in ("top10", *curves)}
+    if CELL_LOSS in result:
+        record[CELL_LOSS] = result[CELL_LOSS]
+        record[f"baseline_{UNIGRAM}_{CELL_LOSS}"] = evaluation.baselines[UNIGRAM][CELL_LOSS]
     for name, baseline in evaluation.baselines.items():
         record[f"baseline_{name}"] = baseline["loss"]
         for part in ("accuracy", "top10", *(f"loss_by_{what}" for what in CURVES)):
@@ -289,6 +309,9 @@ def heldout_line(
     )
     line = evaluation.baselines.get(ARITHMETIC)
     beyond = f"beyond arithmetic {line['loss'] - result['loss']:+.4f}  " if line else ""
+    if CELL_LOSS in result:
+        guess = evaluation.baselines[UNIGRAM][CELL_LOSS]
+        beyond += f"cell loss {result[CELL_LOSS]:.4f} ({UNIGRAM} {guess:.4f})  "
     return (
         f"step {step}/{steps}  held-out loss {result['loss']:.4f}  {beyond}"
         f"top-1 {result['accuracy']:.2%}  top-10 {result['top10']:.2%}  "
@@ -321,7 +344,10 @@ def log_heldout(
         return
     history.append((step, result["loss"]))
     bars = {name: b["loss"] for name, b in evaluation.baselines.items()}
-    remark = curve_remark(history, bars, steps, evaluation.expect_below_baseline_by)
+    # Where nothing is asked of single genes in training, their loss says nothing of the run.
+    remark = None
+    if evaluation.asks_genes:
+        remark = curve_remark(history, bars, steps, evaluation.expect_below_baseline_by)
     log.write("heldout", step, heldout_record(result, evaluation, remark[1] if remark else None))
     logger.info("%s", heldout_line(step, steps, result, evaluation))
     if remark:

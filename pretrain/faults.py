@@ -32,7 +32,7 @@ def stop_not_finite(
     what: str,
     step: int,
     data: RankStep,
-    losses: list[torch.Tensor],
+    losses: list[tuple[torch.Tensor, ...]],
     run: Path,
     shards: ShardSet,
     ranks: Ranks,
@@ -48,14 +48,15 @@ def stop_not_finite(
     step
         0-based.
     data, losses
-        What this rank computed: micro-batches, and float32 [M] of each.
+        What this rank computed: micro-batches, and of each float32 [M] of hidden genes and, with
+        a cell objective, [B] of cells.
 
     Raises
     ------
     NotFinite
         Always.
     """
-    rows = [_rows_not_finite(m, part) for m, part in zip(data.micro_batches, losses, strict=True)]
+    rows = [_rows_not_finite(m, *part) for m, part in zip(data.micro_batches, losses, strict=True)]
     cells = np.concatenate([m.cells[r] for m, r in zip(data.micro_batches, rows, strict=True)])
     mine: dict[str, Any] = {
         "rank": ranks.rank,
@@ -69,7 +70,7 @@ def stop_not_finite(
     if len(cells) or not found:
         path = run / f"not-finite-step-{step + 1:08d}-rank-{ranks.rank:05d}.npz"
         try:
-            _dump(path, data, rows, losses)
+            _dump(path, data, rows, [of_genes for of_genes, *_ in losses])
         except OSError as error:
             logger.warning("%s could not be written: %s", path, error)
     dist.wait_for_all()  # the first rank that ends may end the others
@@ -95,9 +96,14 @@ def _say(found: list[dict[str, Any]]) -> str:
     return "; ".join(parts)
 
 
-def _rows_not_finite(micro: MicroBatch, losses: torch.Tensor) -> np.ndarray:
+def _rows_not_finite(
+    micro: MicroBatch, losses: torch.Tensor, *of_cells: torch.Tensor
+) -> np.ndarray:
     bad = ~np.isfinite(losses.cpu().numpy()) & (micro.labels.numpy() != NO_LABEL)
-    return np.unique(micro.masked_places.numpy()[bad] // micro.input_ids.shape[1])
+    rows = [micro.masked_places.numpy()[bad] // micro.input_ids.shape[1]]
+    for part in of_cells:
+        rows.append(np.flatnonzero(~np.isfinite(part.cpu().numpy()) & (micro.cells >= 0)))
+    return np.unique(np.concatenate(rows))
 
 
 def _name(shards: ShardSet, cell: int) -> str:

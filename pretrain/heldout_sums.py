@@ -47,12 +47,14 @@ class CellDatasets:
 class HeldoutSums:
     """Sums over hidden genes: how many, and their scores.
 
-    ``cells`` float64 [buckets, deciles, 1 + scores], ``datasets`` float64 [data sets, 1 + scores].
+    ``cells`` float64 [buckets, deciles, 1 + scores], ``datasets`` float64 [data sets, 1 + scores];
+    ``cell_loss`` float64 [2], of the cell objective: how many cells, and their losses.
     """
 
     def __init__(self, num_buckets: int, num_datasets: int) -> None:
         self.cells = np.zeros((num_buckets, RANK_DECILES, 1 + len(SCORES)))
         self.datasets = np.zeros((num_datasets, 1 + len(SCORES)))
+        self.cell_loss = np.zeros(2)
 
     def add(
         self,
@@ -69,24 +71,33 @@ class HeldoutSums:
             self.cells[bucket, :, number] += np.bincount(decile, column, RANK_DECILES)
             self.datasets[:, number] += np.bincount(datasets, column, len(self.datasets))
 
+    def add_cells(self, losses: np.ndarray) -> None:
+        """Add the losses of cells."""
+        self.cell_loss += len(losses), losses.sum()
+
     def flat(self) -> list[float]:
         """Return all sums as one list."""
-        return np.concatenate([self.cells.ravel(), self.datasets.ravel()]).tolist()
+        parts = [self.cells.ravel(), self.datasets.ravel(), self.cell_loss]
+        return np.concatenate(parts).tolist()
 
     def replace(self, flat: list[float]) -> None:
         """Take other sums, in the order of `flat`: those over all ranks."""
         values = np.array(flat)
         self.cells[:] = values[: self.cells.size].reshape(self.cells.shape)
-        self.datasets[:] = values[self.cells.size :].reshape(self.datasets.shape)
+        self.datasets[:] = values[self.cells.size : -2].reshape(self.datasets.shape)
+        self.cell_loss[:] = values[-2:]
 
     def means(self, buckets: list[str], datasets: list[str]) -> dict[str, Any]:
-        """Return the number of hidden genes and their mean scores, overall and as curves."""
+        """Return the number of hidden genes and their mean scores, overall and as curves; the mean
+        loss of cells, if any have one."""
         overall = _scores(self.cells.sum(axis=(0, 1)))
         by_decile = [_scores(row) for row in self.cells.sum(axis=0)]
         rows = zip(buckets, self.cells.sum(axis=1), strict=True)
         by_bucket = {length: _scores(row) for length, row in rows if row[0]}
         by_dataset = {k: _scores(row) for k, row in self.by_dataset(datasets).items()}
         result: dict[str, Any] = dict(overall)
+        if self.cell_loss[0]:
+            result["cell_loss"] = float(self.cell_loss[1] / self.cell_loss[0])
         for name in overall:
             result[f"{name}_by_rank_decile"] = [scores[name] for scores in by_decile]
             result[f"{name}_by_bucket"] = {k: scores[name] for k, scores in by_bucket.items()}

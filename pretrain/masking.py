@@ -30,6 +30,7 @@ class Masks:
     """How genes are hidden in one epoch: keys of the random numbers, rates, token ids."""
 
     place_key: np.uint64
+    subset_key: np.uint64
     action_key: np.uint64
     gene_key: np.uint64
     probability: float
@@ -52,6 +53,7 @@ def masks_of(
     stream = stream_key(seed, "mask", split, epoch)
     return Masks(
         np.uint64(stream),
+        np.uint64(stream_key(stream, "subset")),
         np.uint64(stream_key(stream, "action")),
         np.uint64(stream_key(stream, "gene")),
         config.probability,
@@ -123,6 +125,12 @@ def _flat(array: np.ndarray) -> np.ndarray:
 
 
 @numba.njit(inline="always")
+def place_identity(cell, place):
+    """Return 64 bits that name a place in a cell."""
+    return (cell << _PLACE_BITS) + np.uint64(place)
+
+
+@numba.njit(inline="always")
 def _unit(x):
     return np.float64(x >> np.uint64(11)) * 2.0**-53
 
@@ -152,14 +160,14 @@ def _mask_rows(
         if length <= np.uintp(2 * framed):
             continue
         genes = length - np.uintp(2 * framed)
-        identity = (cells[row] << _PLACE_BITS) + np.uint64(framed)
+        identity = place_identity(cells[row], framed)
         for i in range(genes):
             hashes[i] = mix64_of(mix64_of(identity + np.uint64(i)) ^ place_key)
         hidden = np.uintp(math.floor(genes * probability + 0.5))
         hidden = hidden if hidden > np.uintp(1) else np.uintp(1)
-        count, bound = _lowest(hashes, genes, hidden, low_hashes, low_genes)
+        count, bound = lowest(hashes, genes, hidden, low_hashes, low_genes)
         # The hashes are copied: their place serves as room to sort in.
-        limit = _kth_lowest(low_hashes, count, hidden, bound, bins, hashes)
+        limit = kth_lowest(low_hashes, count, hidden, bound, bins, hashes)
         for i in range(count):
             if low_hashes[i] > limit:
                 continue
@@ -181,7 +189,7 @@ def _mask_rows(
 
 
 @numba.njit(cache=True, nogil=True)
-def _lowest(hashes, genes, wanted, low_hashes, low_genes):
+def lowest(hashes, genes, wanted, low_hashes, low_genes):
     """Copy the hashes up to a bound, with their genes; return how many (>= wanted), and the bound.
 
     It is one that the wanted-th lowest of uniform hashes exceeds once in ten thousand times; then
@@ -201,7 +209,7 @@ def _lowest(hashes, genes, wanted, low_hashes, low_genes):
 
 
 @numba.njit(cache=True, nogil=True)
-def _kth_lowest(values, count, k, bound, bins, room):
+def kth_lowest(values, count, k, bound, bins, room):
     """Return the k-th lowest (from 1) of uniform values up to a bound.
 
     Counted into 256 bins by their leading bits; only the one or two that share its bin are sorted:

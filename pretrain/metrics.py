@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from pretrain.baselines import ARITHMETIC, BASELINE_NAMES
-from pretrain.config import RunConfig
-from pretrain.plan import Work, known_gpu
+from pretrain.config import ObjectiveConfig, RunConfig
+from pretrain.flops import Work, known_gpu
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,10 @@ METRICS_NAME = "metrics.jsonl"
 LAYOUT = {
     "does it learn?": {
         "loss, training and held out": ["Multiline", ["train/loss", "heldout/loss"]],
+        "loss of cells, training and held out": [
+            "Multiline",
+            ["train/cell_loss", "heldout/cell_loss", "heldout/baseline_unigram_cell_loss"],
+        ],
         "held-out loss beside the baselines": [
             "Multiline",
             ["heldout/loss", *(f"heldout/baseline_{name}" for name in BASELINE_NAMES)],
@@ -59,7 +63,9 @@ class Window:
 
     loss: float = 0.0
     hits: float = 0.0
+    cell_loss: float = 0.0
     masked: float = 0.0
+    scored_cells: float = 0.0
     tokens: float = 0.0
     padded_tokens: float = 0.0
     cells: float = 0.0
@@ -101,17 +107,22 @@ class Meter:
         length: int,
         loss: float,
         hits: float,
+        cell_loss: float,
         wait_s: float,
         step_s: float,
     ) -> None:
         """Add one step of cells padded to `length`.
 
-        `counts` are sums over ranks of masked, tokens, padded_tokens, cells.
+        `counts` are sums over ranks of masked, tokens, padded_tokens, cells, and with a cell
+        objective of scored (cells that have a loss, `cell_loss` in sum).
         """
         w = self.window
         self._all_tokens += counts["tokens"]
         w.loss, w.hits = w.loss + loss, w.hits + hits
         w.masked += counts["masked"]
+        if self._objective.cell_weight:
+            w.cell_loss += cell_loss
+            w.scored_cells += counts["scored"]
         w.tokens += counts["tokens"]
         w.padded_tokens += counts["padded_tokens"]
         w.cells += counts["cells"]
@@ -125,6 +136,10 @@ class Meter:
             w.data_wait_s += wait_s
             w.timed_steps += 1
 
+    @property
+    def _objective(self) -> ObjectiveConfig:
+        return self.work.config.objective
+
     def close_window(self, step: int) -> dict[str, float]:
         """Return the figures of the window and start a new one."""
         w, self.window = self.window, Window()
@@ -132,9 +147,15 @@ class Meter:
         seconds, timed_steps = (w.timed_s, w.timed_steps) if w.timed_steps else (math.nan, 1)
         flops_per_s = w.timed_flops / seconds / self.world_size
         known = {"mfu": flops_per_s / self.work.peak_flops} if self.work.peak_flops else {}
+        of_cells = {}
+        if self._objective.cell_weight:
+            of_cells["cell_loss"] = w.cell_loss / w.scored_cells
+        # Nothing was asked of single genes: there is no loss, which is not a loss of 0.
+        masked = w.masked if self._objective.gene_weight else math.nan
         return {
-            "loss": w.loss / w.masked,
-            "masked_accuracy": w.hits / w.masked,
+            "loss": w.loss / masked,
+            "masked_accuracy": w.hits / masked,
+            **of_cells,
             "cells_per_s": w.timed_cells / seconds,
             "tokens_per_s": w.timed_tokens / seconds,
             "tokens_per_s_per_rank": w.timed_tokens / seconds / self.world_size,
@@ -242,8 +263,13 @@ def console_line(step: int, total: int, values: dict[str, float]) -> str:
     used = f"MFU {values['mfu']:.1%}" if "mfu" in values else flops
     eta = str(timedelta(seconds=int(values["eta_s"]))) if known else "-"
     muon = f"muon {values['muon_learning_rate']:.2e}  " if "muon_learning_rate" in values else ""
+    shown = []
+    if math.isfinite(values["masked_accuracy"]):
+        shown.append(f"loss {values['loss']:.4f}  acc {values['masked_accuracy']:.2%}")
+    if "cell_loss" in values:
+        shown.append(f"cell loss {values['cell_loss']:.4f}")
     return (
-        f"step {step}/{total}  loss {values['loss']:.4f}  acc {values['masked_accuracy']:.2%}  "
+        f"step {step}/{total}  {'  '.join(shown)}  "
         f"gnorm {values['grad_norm']:.2f}  lr {values['learning_rate']:.2e}  {muon}"
         f"{values['cells_per_s']:.1f} cells/s of {values['tokens_per_cell']:,.0f}  "
         f"{values['tokens_per_s_per_rank']:,.0f} tok/s/rank  {used}  "

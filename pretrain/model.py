@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data_prep.vocab import Vocabulary
 from pretrain import kernels
+from pretrain.cell_objective import cell_losses, mean_of_visible
 from pretrain.encoders import (
     Network,
     Places,
@@ -27,7 +28,8 @@ from pretrain.model_config import ModelConfig
 class MaskedGeneModel(nn.Module):
     """Predicts hidden genes.
 
-    Hugging Face's modules in an order of our own: the last layer is asked at hidden genes alone.
+    Hugging Face's modules in an order of our own: the last layer is asked at hidden genes alone,
+    unless the cell objective needs all states.
 
     Shapes: B cells, L places, D width, M hidden genes of the micro-batch, Q hidden genes of a cell
     at most, V vocabulary.
@@ -67,8 +69,14 @@ class MaskedGeneModel(nn.Module):
         attention_mask: torch.Tensor | None,
         masked_places: torch.Tensor,
         labels: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        visible_BL: torch.Tensor | None = None,
+        rows_H: torch.Tensor | None = None,
+        genes_H: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
         """Return (float32 [M] cross-entropy in nats, int64 [M] place) of the hidden genes.
+
+        With what `pretrain.cell_objective.CellTargets` holds, also float32 [B], the losses of
+        cells, 0 where nothing is asked; the last layer then computes all places.
 
         The place is that of the hidden gene among all guesses, 0 = the first. Where the label is
         -100 the loss is 0 and the place V: no gene's.
@@ -93,17 +101,21 @@ class MaskedGeneModel(nn.Module):
         rotations = kind.rotations(encoder, input_ids.shape[1], input_ids.device)
         for layer, rotation in zip(layers[:-1], rotations, strict=False):
             hidden_BLD = self._layer(layer, hidden_BLD, Places(None, attention_mask, rotation))
-        asked_BQ, slots_M = asked_places(masked_places, labels, *input_ids.shape)
-        asked = Places(asked_BQ, attention_mask, rotations[-1])
-        asked_BQD = self._layer(layers[-1], hidden_BLD, asked)
-        logits_MV = kind.logits(self.bert, asked_BQD.flatten(0, 1)[slots_M])
-        if logits_MV.device.type == "cpu":
-            return _ScoredLabels.apply(logits_MV, labels)  # type: ignore[return-value]
-        # Cross-entropy in float32: in bfloat16 a loss of 6 is quantised to 1/64.
-        logits_MV = logits_MV.float()
-        # Before the loss: what is counted in is freed again when the loss needs its memory.
-        places_M = guess_places(logits_MV.detach(), labels)
-        return functional.cross_entropy(logits_MV, labels, reduction="none"), places_M
+        if visible_BL is None:
+            asked_BQ, slots_M = asked_places(masked_places, labels, *input_ids.shape)
+            asked = Places(asked_BQ, attention_mask, rotations[-1])
+            asked_BQD = self._layer(layers[-1], hidden_BLD, asked)
+            states_MD = kind.finished(encoder, asked_BQD.flatten(0, 1)[slots_M])
+            return _score(kind.logits(self.bert, states_MD), labels)
+        assert rows_H is not None and genes_H is not None
+        everywhere = Places(None, attention_mask, rotations[-1])
+        states_BLD = kind.finished(encoder, self._layer(layers[-1], hidden_BLD, everywhere))
+        logits_BV = kind.logits(self.bert, mean_of_visible(states_BLD, visible_BL))
+        of_cells = cell_losses(logits_BV, rows_H, genes_H)
+        if len(labels) == 0:
+            return of_cells.new_zeros(0), labels, of_cells
+        logits_MV = kind.logits(self.bert, states_BLD.flatten(0, 1)[masked_places])
+        return *_score(logits_MV, labels), of_cells
 
     def _layer(self, layer: Any, hidden_BLD: torch.Tensor, places: Places) -> torch.Tensor:
         arguments = layer, hidden_BLD, places
@@ -114,6 +126,17 @@ class MaskedGeneModel(nn.Module):
         if self._checkpointing:
             return checkpoint(through_layer, *arguments, use_reentrant=False)  # type: ignore
         return through_layer(*arguments)
+
+
+def _score(logits_MV: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return float32 [M] losses and int64 [M] places of labels among all guesses."""
+    if logits_MV.device.type == "cpu":
+        return _ScoredLabels.apply(logits_MV, labels)  # type: ignore[return-value]
+    # Cross-entropy in float32: in bfloat16 a loss of 6 is quantised to 1/64.
+    logits_MV = logits_MV.float()
+    # Before the loss: what is counted in is freed again when the loss needs its memory.
+    places_M = guess_places(logits_MV.detach(), labels)
+    return functional.cross_entropy(logits_MV, labels, reduction="none"), places_M
 
 
 def asked_places(

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_prep.shards import ShardSet
-from pretrain.architecture import MODERNBERT, layer_types
+from pretrain.architecture import MODERNBERT
 from pretrain.config import RunConfig, load_config
+from pretrain.flops import Gpu, asked_shares, flops_per_token, layer_matrices
 from pretrain.model_config import ModelConfig
 
 if TYPE_CHECKING:
@@ -37,32 +38,6 @@ _LOG_SD = 0.5
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """A GPU of the makers' data sheets: dense bfloat16 and TF32 FLOP/s, memory in GiB."""
-
-    name: str
-    bf16_flops: float
-    fp32_flops: float
-    memory_gib: float
-
-    def flops(self, precision: str) -> float:
-        return self.bf16_flops if precision == "bf16" else self.fp32_flops
-
-
-GPUS = {
-    g.name: g
-    for g in (
-        Gpu("a100", 312e12, 156e12, 79.2),
-        Gpu("a100-40", 312e12, 156e12, 39.4),
-        Gpu("l40s", 362e12, 183e12, 44.5),
-        Gpu("h100", 989e12, 495e12, 79.6),
-        Gpu("h200", 989e12, 495e12, 139.8),
-        Gpu("b200", 2250e12, 1125e12, 178.0),
-    )
-}
-
-
-@dataclass(frozen=True)
 class Corpus:
     """What is trained on: cells, real tokens, and (padded length, cells) of each bucket."""
 
@@ -79,6 +54,16 @@ class Corpus:
     @property
     def longest(self) -> int:
         return max(length for length, _ in self.buckets)
+
+    def shown(self, subset: int | None) -> Corpus:
+        """Return the corpus of which so many genes of a cell are shown; None: all."""
+        if subset is None:
+            return self
+        buckets = [(min(length, subset), cells) for length, cells in self.buckets]
+        tokens = min(self.tokens, sum(length * cells for length, cells in buckets))
+        # Whole cells are read.
+        read = self.bytes_per_token * self.tokens / tokens
+        return Corpus(self.cells, tokens, buckets, self.num_tokens, read)
 
     def num_steps(self, tokens_per_step: int) -> int:
         """Return optimizer steps an epoch, as `data_prep.order` cuts them."""
@@ -122,99 +107,7 @@ def muon_parameters(config: RunConfig) -> int:
     """Return how many parameters Muon has: those of the matrices inside the layers, or none."""
     if config.optim.kind != "muon":
         return 0
-    return config.model.num_layers * sum(_matrices(config.model))
-
-
-def _matrices(model: ModelConfig) -> tuple[int, int]:
-    """Return weights of a layer that all places pass, and those that places that ask pass.
-
-    In the last layer few ask. ModernBERT projects queries with keys and values, and has a gate.
-    """
-    d, i = model.hidden_size, model.intermediate_size
-    if model.architecture == MODERNBERT:
-        return 3 * d * d, d * d + 3 * d * i
-    return 2 * d * d, 2 * d * d + 2 * d * i
-
-
-def _places_seen(model: ModelConfig, asked: float) -> tuple[float, float]:
-    """Return (a, b): in all layers together a token is compared with a L + b places.
-
-    In the last layer the share `asked` of them asks, and sees the whole cell. A local layer of a
-    long cell is computed in blocks of two windows that see three (`pretrain.window`).
-    """
-    if model.architecture != MODERNBERT:
-        return model.num_layers - 1 + asked, 0.0
-    assert model.local_window and model.global_every
-    kinds = layer_types(model.num_layers, model.global_every)[:-1]
-    whole = sum(kind == "full_attention" for kind in kinds)
-    return whole + asked, 3.0 * model.local_window * (len(kinds) - whole)
-
-
-def flops_per_token(config: RunConfig, num_tokens: int, length: float) -> float:
-    """Return floating point operations, forward and backward, of a token in a cell of this length.
-
-    6 for each weight of the layers' matrices, 12 d for each place seen in a layer, and the head.
-    The head and the last layer but for its keys and values (in a ModernBERT, its queries too) are
-    computed at hidden genes only.
-    """
-    model, asked = config.model, config.masking.probability
-    d = model.hidden_size
-    keys, others = _matrices(model)
-    matrices = model.num_layers * keys + (model.num_layers - 1 + asked) * others
-    whole, local = _places_seen(model, asked)
-    attention = 12 * d * (whole * length + local)
-    head = 6 * asked * (d * num_tokens + d * d)
-    recomputed = (2 * matrices + attention / 3) if model.activation_checkpointing else 0
-    return 6 * matrices + attention + head + recomputed
-
-
-@dataclass(frozen=True)
-class Work:
-    """Floating point operations of training, and the most that the device does in a second.
-
-    `peak_flops` is None where no maker publishes it (a CPU, an unknown GPU): there is no MFU then.
-    """
-
-    config: RunConfig
-    num_tokens: int
-    gpu: Gpu | None
-
-    def flops_per_token(self, length: int) -> float:
-        """Return operations of a padded token, forward and backward, in cells of this length."""
-        return flops_per_token(self.config, self.num_tokens, length)
-
-    @property
-    def peak_flops(self) -> float | None:
-        return self.gpu.flops(self.config.run.precision) if self.gpu else None
-
-    def formula(self) -> str:
-        """Return in words how FLOP/s and MFU are counted."""
-        model, asked = self.config.model, self.config.masking.probability
-        d, layers = model.hidden_size, model.num_layers
-        keys, others = _matrices(model)
-        matrices = f"6 x ({layers} x {keys} + {layers - 1 + asked:g} x {others})"
-        whole, local = _places_seen(model, asked)
-        attention = f"12 x {whole:g} x {d} x L"
-        if local:
-            attention = f"12 x {d} x ({whole:g} x L + {local:g})"
-        head = f"6 x {asked:g} x {d * (self.num_tokens + d)}"
-        peak = "no MFU: the peak of this device is not published"
-        if self.peak_flops:
-            assert self.gpu
-            peak = (
-                f"MFU = FLOP/s of a rank / {self.peak_flops / 1e12:g} TFLOP/s ({self.gpu.name}, "
-                f"{self.config.run.precision}, dense)"
-            )
-        return (
-            f"FLOPs of a padded token in a cell of L = {matrices} (weights) + {attention} "
-            f"(attention) + {head} (head), only what is computed; {peak}"
-        )
-
-
-def known_gpu(name: str) -> Gpu | None:
-    """Return what is published of a GPU, by the name that CUDA gives it; None if unknown."""
-    words = name.lower().replace("-", " ").split()
-    return next((g for n, g in GPUS.items() if n in words), None)
+    return config.model.num_layers * sum(layer_matrices(config.model))
 
 
 def memory_per_gpu(
@@ -239,9 +132,13 @@ def memory_per_gpu(
     optimizer -= _MUON_SAVES * muon_parameters(config)
     activations = micro_batch * activation_bytes(config)
     # The head's input, logits as computed and in float32, their log-softmax and its gradient.
-    hidden = micro_batch * config.masking.probability
     size = 2 if config.run.precision == "bf16" else 4
-    logits = hidden * (4 * size * config.model.hidden_size + (size + 12) * corpus.num_tokens)
+    row = 4 * size * config.model.hidden_size + (size + 12) * corpus.num_tokens
+    logits = micro_batch * asked_shares(config)[1] * row
+    if config.objective.cell_weight:
+        # Most cells are in a micro-batch of the shortest bucket; shares of hidden genes beside.
+        cells = micro_batch / min(length for length, _ in corpus.buckets)
+        logits += cells * (row + 8 * corpus.num_tokens)
     return Memory(
         stage,
         weights / (gpus if stage == 3 else 1),
@@ -365,14 +262,15 @@ def read_corpus(
         lengths = [(b["length"], b["cells"]) for b in train]
         size = sum(b["bytes"] for b in train) / tokens
         corpus = Corpus(cells, tokens, lengths, shards.vocabulary.num_tokens, size)
-        return corpus, shards.vocabulary.max_length
+        return corpus.shown(config.masking.subset), shards.vocabulary.max_length
     if mean_tokens >= max_tokens:
         raise ValueError(f"--mean-tokens {mean_tokens}: must be below --max-tokens {max_tokens}")
     lengths = _assumed_lengths(mean_tokens, max_tokens)
     buckets = np.unique(-(-lengths // _BUCKET) * _BUCKET, return_counts=True)
     counted = [(int(b), round(n * cells / len(lengths))) for b, n in zip(*buckets, strict=True)]
     tokens = round(cells * float(lengths.mean()))
-    return Corpus(cells, tokens, counted, vocabulary_size, _BYTES_PER_TOKEN), max_tokens
+    corpus = Corpus(cells, tokens, counted, vocabulary_size, _BYTES_PER_TOKEN)
+    return corpus.shown(config.masking.subset), max_tokens
 
 
 def _assumed_lengths(mean_tokens: int, max_tokens: int) -> np.ndarray:

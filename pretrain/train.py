@@ -36,22 +36,25 @@ logger = logging.getLogger(__name__)
 class RunSummary:
     """What a run did; `stopped` is True when a signal ended it early.
 
-    `cells_seen`, `cells_digest` (see `RankStep`) and `cells_quarantined` are of all steps of the
-    run, those before a resume included.
+    `losses` of genes and `cell_losses` are means of each step, 0 where nothing is asked; the counts
+    of cells are of all steps of the run, those before a resume included (digest: see `RankStep`).
     """
 
     first_step: int
     last_step: int
     total_steps: int
     losses: list[float] = field(default_factory=list)
+    cell_losses: list[float] = field(default_factory=list)
     cells_seen: int = 0
     cells_digest: int = 0
     cells_quarantined: int = 0
     heldout: dict[str, Any] = field(default_factory=dict)
     stopped: bool = False
 
-    def add_cells(self, counts: dict[str, int]) -> None:
-        """Add what one step served."""
+    def add(self, counts: dict[str, int], loss: StepLoss) -> None:
+        """Add what one step served, and its losses."""
+        self.losses.append(loss.loss / counts["masked"])
+        self.cell_losses.append(loss.cell_loss / counts["scored"])
         self.cells_seen += counts["cells"]
         self.cells_digest = (self.cells_digest + counts["digest"]) % 2**64
         self.cells_quarantined += counts["quarantined"]
@@ -144,7 +147,7 @@ def _dataset(config: RunConfig, shards: ShardSet, ranks: Ranks) -> StepDataset:
     return StepDataset(
         shards, "train", config.run.seed, batch.tokens_per_step, batch.tokens_per_micro_batch,
         config.masking, ranks.rank, ranks.world_size, pin_memory=ranks.device.type == "cuda",
-        quarantine=config.data.on_damage == "quarantine",
+        quarantine=config.data.on_damage == "quarantine", objective=config.objective,
     )  # fmt: skip
 
 
@@ -199,15 +202,14 @@ class _Run:
             started = time.perf_counter()
             watch.progress(step)
             counts = self._agree(data, stop.was_asked())
-            loss = self._engine.forward_backward(data, step, counts["masked"])
-            self._require_finite(loss.loss, "loss", step, data, loss)
+            loss = self._engine.forward_backward(data, step, counts["masked"], counts["scored"])
+            self._require_finite(loss.loss + loss.cell_loss, "loss", step, data, loss)
             rates, norm = self._engine.step(step, steps)
             self._require_finite(norm, "gradient norm", step, data, loss)
             done = summary.last_step = step + 1
-            summary.losses.append(loss.loss / counts["masked"])
-            summary.add_cells(counts)
+            summary.add(counts, loss)
             seconds = time.perf_counter() - started + wait_s
-            self._meter.add(counts, data.length, loss.loss, loss.hits, wait_s, seconds)
+            self._meter.add(counts, data.length, *loss.sums, wait_s, seconds)
             if done % config.run.log_every_steps == 0 or done == steps:
                 self._log_window(done, {"grad_norm": norm} | rates)
             summary.stopped = bool(counts["stop"]) and done < steps
@@ -248,6 +250,7 @@ class _Run:
         counts = dist.count_over_ranks(
             {
                 "masked": data.masked,
+                "scored": data.scored_cells,
                 "tokens": data.tokens,
                 "padded_tokens": data.padded_tokens,
                 "cells": data.cells,
@@ -261,8 +264,7 @@ class _Run:
         if counts["failed"]:
             self.publisher.stop_if_failed()
         # 0 if all cells of the step are quarantined: a step of momentum and decay alone.
-        counts["masked"] = max(counts["masked"], 1)
-        return counts
+        return counts | {k: max(counts[k], 1) for k in ("masked", "scored")}
 
     def _require_finite(
         self, value: float, what: str, step: int, data: RankStep, loss: StepLoss

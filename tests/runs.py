@@ -45,7 +45,7 @@ def tiny_config(shards: Path, out: Path, **changes: Any) -> RunConfig:
     }
     for key, value in changes.items():
         section, _, field = key.partition("__")
-        content[section][field] = value
+        content.setdefault(section, {})[field] = value
     return RunConfig.model_validate(content)
 
 

@@ -10,13 +10,12 @@ import pytest
 from data_prep.order import EpochPlan
 from data_prep.shards import ShardSet
 from pretrain.config import CONFIG_FOLDER
+from pretrain.flops import GPUS, flops_per_token
 from pretrain.plan import (
-    GPUS,
     Corpus,
     activation_bytes,
     checkpoint_bytes,
     choose,
-    flops_per_token,
     make_plan,
     memory_per_gpu,
     num_parameters,
@@ -146,6 +145,20 @@ def test_flops_of_the_published_model():
     assert flops_per_token(config, 25_426, 1400) == pytest.approx(50.6e6 - last, rel=0.01)
     everywhere = read_config("geneformer_v1_6l", ["masking.probability=0.999"])
     assert flops_per_token(everywhere, 25_426, 1400) == pytest.approx(84.1e6, rel=0.01)
+
+
+def test_a_cell_objective_costs_a_whole_last_layer_and_a_row_of_logits_a_cell():
+    def config(**weights):
+        return read_config("geneformer_v1_6l", [f"objective.{k}={v}" for k, v in weights.items()])
+
+    genes, both, cells = config(), config(cell_weight=1), config(cell_weight=1, gene_weight=0)
+    last = 0.85 * (6 * (2 * 256**2 + 2 * 256 * 512) + 12 * 1400 * 256)
+    head = 6 * 256 * (25_426 + 256)
+    found = [flops_per_token(c, 25_426, 1400) for c in (genes, both, cells)]
+    assert found[1] - found[0] == pytest.approx(last + head / 1400)
+    assert found[1] - found[2] == pytest.approx(0.15 * head)
+    logits = [memory_per_gpu(c, CORPUS, 2048, 1, 1, 2048).logits for c in (genes, both, cells)]
+    assert logits[1] > logits[0] > logits[2] > 0
 
 
 def test_traffic_of_a_ring():

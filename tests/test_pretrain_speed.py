@@ -8,23 +8,23 @@ import pytest
 
 from data_prep.prepare import PrepareOptions, prepare
 from data_prep.sources import SourceOptions, source_at
-from pretrain.config import load_config
-from pretrain.plan import GPUS, Work, known_gpu
+from pretrain.config import ObjectiveConfig, load_config
+from pretrain.flops import GPUS, Work, known_gpu
 from tests.ranks import run_new_ranks, run_ranks
 from tests.runs import metrics, run_training, tiny_config
 from tests.synthetic import write_cells
 
-COUNTS = {"masked": 30, "tokens": 190, "padded_tokens": 200, "cells": 2}
+COUNTS = {"masked": 30, "scored": 2, "tokens": 190, "padded_tokens": 200, "cells": 2}
 CONFIG = load_config("geneformer_v1_6l", ["data.shards=x", "run.out=x", "run.precision=bf16"])
 
 
-def filled_meter(gpu):
+def filled_meter(gpu, config=CONFIG):
     """Two steps of warm-up and two of one second, on two ranks."""
     from pretrain.metrics import Meter
 
-    meter = Meter(2, 10, Work(CONFIG, 25_426, gpu))
+    meter = Meter(2, 10, Work(config, 25_426, gpu))
     for seconds in (50.0, 50.0, 1.0, 1.0):
-        meter.add(COUNTS, 100, 60.0, 3.0, seconds / 10, seconds)
+        meter.add(COUNTS, 100, 60.0, 3.0, 0.0, seconds / 10, seconds)
     meter.started -= 200.0
     return meter
 
@@ -43,8 +43,10 @@ def test_rates_leave_the_warm_up_out_and_the_wall_does_not():
     assert "MFU" in console_line(4, 10, found | {"grad_norm": 1.0, "learning_rate": 1e-3})
 
 
-def test_mfu_is_what_its_formula_says():
-    meter = filled_meter(GPUS["h200"])
+@pytest.mark.parametrize("objective", [{}, {"cell_weight": 1}])
+def test_mfu_is_what_its_formula_says(objective):
+    config = CONFIG.model_copy(update={"objective": ObjectiveConfig(**objective)})
+    meter = filled_meter(GPUS["h200"], config)
     found, text = meter.close_window(4), meter.work.formula()
     # The printed sum, computed.
     right = text.split(" = ", 1)[1].split(", only")[0]
