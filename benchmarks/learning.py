@@ -35,7 +35,12 @@ RUNS = {
     "bert-muon": (*_BERT, *_MUON),
     "modernbert-adamw": (*_MODERNBERT, "optim.learning_rate=1e-3"),
     "modernbert-muon": (*_MODERNBERT, *_MUON),
-}
+    # What geneloom_tiny has.
+    "recommended": (
+        *_MODERNBERT, *_MUON, "optim.muon_learning_rate=0.05", "masking.probability=0.3",
+        "model.local_window=8",
+    ),
+}  # fmt: skip
 
 
 def train(name: str, shards: Path, work: Path, steps: int) -> None:
