@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -18,6 +19,9 @@ from launch.node import ROOT
 _CONNECT_S = 10
 # A host that does not answer for this long is gone: ssh ends.
 _ALIVE_S, _ALIVE_TIMES = 5, 3
+# A name, an alias of ~/.ssh/config or an address, with or without `user@`. What begins with a
+# hyphen would be an option of ssh, which can run a command here.
+_HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:%@-]*")
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
@@ -26,7 +30,8 @@ def read_hostfile(path: Path) -> dict[str, int]:
     Raises
     ------
     ValueError
-        It cannot be read, a line is no ``host slots=N``, or a host stands twice.
+        It cannot be read, a line is no ``host slots=N`` or its host could be an option of ssh, or a
+        host stands twice.
     """
     try:
         lines = path.read_text().splitlines()
@@ -40,6 +45,11 @@ def read_hostfile(path: Path) -> dict[str, int]:
         slots = words[1].removeprefix("slots=") if len(words) == 2 else ""
         if not slots.isdigit() or int(slots) < 1:
             raise ValueError(f"{path}, line {number}: '{line}' is not `host slots=N`")
+        if not _HOST.fullmatch(words[0]):
+            raise ValueError(
+                f"{path}, line {number}: '{words[0]}' is no host: a name, an alias of "
+                "~/.ssh/config or an address, with `user@` before it where that is needed"
+            )
         if words[0] in hosts:
             raise ValueError(f"{path}, line {number}: {words[0]} stands twice")
         hosts[words[0]] = int(slots)
@@ -56,7 +66,7 @@ def ssh(host: str, words: Sequence[str], environment: Mapping[str, str] | None =
     return [
         "ssh", "-n", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_S}",
         "-o", f"ServerAliveInterval={_ALIVE_S}", "-o", f"ServerAliveCountMax={_ALIVE_TIMES}",
-        host, remote,
+        "--", host, remote,
     ]  # fmt: skip
 
 

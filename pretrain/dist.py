@@ -286,5 +286,4 @@ def forget_earlier_runs() -> None:
     torch.nn.functional.linear = _LINEAR
     # Not imported yet means not used yet.
     if autocast := sys.modules.get("deepspeed.runtime.torch_autocast"):
-        autocast.TORCH_AUTOCAST_INITIALIZED = False
-        autocast.TORCH_AUTOCAST_DTYPE = None
+        vars(autocast).update(TORCH_AUTOCAST_INITIALIZED=False, TORCH_AUTOCAST_DTYPE=None)

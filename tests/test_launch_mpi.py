@@ -96,6 +96,8 @@ def test_hostfile_is_read(tmp_path):
     path = tmp_path / "hosts"
     path.write_text("# the cluster\nnode1 slots=8\n\nnode2 slots=4  # half of it\n")
     assert read_hostfile(path) == {"node1": 8, "node2": 4}
+    path.write_text("me@node_1 slots=1\n10.0.0.7 slots=1\nfe80::1%eth0 slots=1\n")
+    assert list(read_hostfile(path)) == ["me@node_1", "10.0.0.7", "fe80::1%eth0"]
 
 
 @pytest.mark.parametrize(
@@ -106,6 +108,11 @@ def test_hostfile_is_read(tmp_path):
         ("node1 slots=0\n", "is not `host slots=N`"),
         ("node1 slots=2\nnode1 slots=2\n", "line 2: node1 stands twice"),
         ("node1 slots=two\n", "is not `host slots=N`"),
+        (
+            "-oProxyCommand=touch${IFS}here slots=2\n",
+            "line 1: '-oProxyCommand=.* is no host: a name",
+        ),
+        ("a;b slots=2\n", "is no host"),
     ],
 )
 def test_hostfile_is_refused(text, message, tmp_path):
