@@ -12,8 +12,9 @@ def test_curves_of_the_layout_are_written(tmp_path):
     from pretrain.metrics import LAYOUT
 
     config = tiny_config(
-        make_shards(tmp_path), tmp_path / "run", run__max_steps=6, optim__kind="muon"
-    )
+        make_shards(tmp_path), tmp_path / "run", run__max_steps=6, optim__kind="muon",
+        objective__cell_weight=0.5,
+    )  # fmt: skip
     run_ranks(1, run_training, config)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert "custom_scalars__config__" in events.Tags()["tensors"]
