@@ -17,6 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pretrain.config import load_config
 from pretrain.metrics import read_metrics
 
 TOKENS_PER_STEP = 8_192
@@ -29,18 +30,15 @@ _COMMON = (
 _MODERNBERT = ("model.architecture=modernbert", "model.init_genes=counted")
 _BERT = ("model.architecture=bert", "model.attention_dropout=0")
 _MUON = ("optim.kind=muon", "optim.learning_rate=2e-3", "optim.beta2=0.98")
-# AdamW's rate: 1e-3 for both is published and what was measured; 2e-3 where Muon has the rest.
+# A supplied configuration, and what is changed in it beside `_COMMON`. AdamW's rate: 1e-3 for
+# both is published and what was measured; 2e-3 where Muon has the rest.
 RUNS = {
-    "bert-adamw": (*_BERT, "optim.learning_rate=1e-3"),
-    "bert-muon": (*_BERT, *_MUON),
-    "modernbert-adamw": (*_MODERNBERT, "optim.learning_rate=1e-3"),
-    "modernbert-muon": (*_MODERNBERT, *_MUON),
-    # What geneloom_tiny has.
-    "recommended": (
-        *_MODERNBERT, *_MUON, "optim.muon_learning_rate=0.05", "masking.probability=0.3",
-        "model.local_window=8",
-    ),
-}  # fmt: skip
+    "bert-adamw": ("tiny", *_BERT, "optim.learning_rate=1e-3"),
+    "bert-muon": ("tiny", *_BERT, *_MUON),
+    "modernbert-adamw": ("tiny", *_MODERNBERT, "optim.learning_rate=1e-3"),
+    "modernbert-muon": ("tiny", *_MODERNBERT, *_MUON),
+    "recommended": ("geneloom_tiny",),
+}
 
 
 def train(name: str, shards: Path, work: Path, steps: int) -> None:
@@ -50,11 +48,12 @@ def train(name: str, shards: Path, work: Path, steps: int) -> None:
     if done.get("steps") == steps:
         return
     evaluations = max(1, steps // 12)
+    config, *settings = RUNS[name]
     words = [
-        "pretrain", "--config", "tiny", f"data.shards={shards}", f"run.out={out}",
+        "pretrain", "--config", config, f"data.shards={shards}", f"run.out={out}",
         f"run.max_steps={steps}", "run.epochs=100", f"optim.warmup_steps={max(1, steps // 8)}",
         f"evaluation.every_steps={evaluations}", f"checkpoint.every_steps={evaluations}",
-        *_COMMON, *RUNS[name],
+        *_COMMON, *settings,
     ]  # fmt: skip
     code = "import sys; from launch.cli import main; sys.argv[0] = 'geneloom'; main()"
     resume = ["--restart"] if out.exists() else []
@@ -65,13 +64,13 @@ def train(name: str, shards: Path, work: Path, steps: int) -> None:
 def curves(work: Path) -> dict[str, dict]:
     """Return what each finished run has reached: settings, held-out curve, the lines beside it."""
     found = {}
-    for name, settings in RUNS.items():
+    for name in RUNS:
         if not (work / name / "done.json").exists():
             continue
         heldout = [m for m in read_metrics(work / name) if m["kind"] == "heldout"]
         last = heldout[-1]
         found[name] = {
-            "settings": list(settings),
+            "settings": load_config(work / name / "config.yaml").recipe(),
             "curve": [
                 {
                     "step": m["step"],

@@ -106,9 +106,8 @@ def locked_workspace(out: Path, manifest_name: str, request: str = "") -> Iterat
                 for path in out.iterdir():
                     if path.name not in _NOT_OURS:
                         path.rename(moving / path.name)
-            for path in work.glob(
-                "rows-*"
-            ):  # copies that a killed run did not finish, or damaged ones
+            # Copies that a killed run did not finish, or damaged ones.
+            for path in work.glob("rows-*"):
                 if not is_whole(path):
                     shutil.rmtree(path)
             yield work

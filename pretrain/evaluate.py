@@ -19,7 +19,7 @@ from pretrain.cell_objective import CellTargets
 from pretrain.config import ObjectiveConfig, RunConfig
 from pretrain.data import MicroBatch, StepDataset
 from pretrain.dist import Ranks
-from pretrain.heldout_sums import CURVES, SCORES, CellDatasets, HeldoutSums
+from pretrain.heldout_sums import CELL_LOSS, CURVES, SCORES, CellDatasets, HeldoutSums
 from pretrain.masking import EVALUATION_MASKING, NO_LABEL
 from pretrain.metrics import RunLog
 from pretrain.record import is_run_folder
@@ -31,7 +31,6 @@ EVALUATION_SEED = 0
 EVALUATION_TOKENS = 16_384
 BEYOND = f"beyond_{ARITHMETIC}"
 UNIGRAM = "unigram"
-CELL_LOSS = "cell_loss"
 # A held-out loss this far above the lowest one is no noise: cells and masks are always the same.
 _TOLERANCE = 0.02
 

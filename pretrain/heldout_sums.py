@@ -11,6 +11,7 @@ from data_prep.shards import ShardSet
 TOP_GUESSES = 10
 RANK_DECILES = 10
 SCORES = ("loss", "accuracy", "top10")
+CELL_LOSS = "cell_loss"
 CURVES = ("rank_decile", "bucket", "dataset")
 # A line for each of the data sets with the most hidden genes, and one for all others together.
 MOST_DATASETS = 50
@@ -97,7 +98,7 @@ class HeldoutSums:
         by_dataset = {k: _scores(row) for k, row in self.by_dataset(datasets).items()}
         result: dict[str, Any] = dict(overall)
         if self.cell_loss[0]:
-            result["cell_loss"] = float(self.cell_loss[1] / self.cell_loss[0])
+            result[CELL_LOSS] = float(self.cell_loss[1] / self.cell_loss[0])
         for name in overall:
             result[f"{name}_by_rank_decile"] = [scores[name] for scores in by_decile]
             result[f"{name}_by_bucket"] = {k: scores[name] for k, scores in by_bucket.items()}
