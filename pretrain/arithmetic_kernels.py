@@ -226,6 +226,80 @@ def score_hidden(
 
 
 @numba.njit(cache=True, nogil=True)
+def add_prior(
+    logits, inputs, lengths, tables, hidden_places, labels, first_gene, place_of, edges,
+    log_factors, log_frequency, seen,
+):  # fmt: skip
+    """Add to the logits of hidden genes the logarithm of their weights, not normalised.
+
+    Parameters
+    ----------
+    logits
+        float32 [M, V], added to where the label is not negative.
+    inputs, lengths, tables
+        int32 [rows, L], int64 [rows], int64 [rows]: which table is that of each row.
+    hidden_places, labels
+        int64 [M], flat places in rows x L, ascending where labels are not negative, which come
+        first.
+    place_of, log_frequency
+        int32, float32 [V].
+    log_factors
+        float32 [tables, contexts, SLOTS, 2 G - 1], logarithm of what a neighbour makes of a gene's
+        frequency.
+    seen
+        float32, added for each visible gene.
+    """
+    num_rows, width = inputs.shape
+    size = (log_factors.shape[3] + 1) // 2
+    genes = np.empty(width, np.int64)
+    total, zeros = np.empty(size, np.float32), np.zeros(size, np.float32)
+    first, number = 0, len(labels)
+    for row in range(num_rows):
+        last = first
+        while last < number and labels[last] >= 0 and hidden_places[last] < (row + 1) * width:
+            last += 1
+        if last == first:
+            continue
+        visible, hidden = 0, first
+        before = np.empty(last - first, np.int64)
+        for i in range(lengths[row]):
+            if hidden < last and hidden_places[hidden] == row * width + i:
+                before[hidden - first] = visible
+                hidden += 1
+            elif inputs[row, i] >= first_gene:
+                genes[visible] = inputs[row, i]
+                visible += 1
+        for m in range(first, last):
+            context = _context(hidden_places[m] - row * width, lengths[row], edges)
+            _fill_sum(
+                context, genes, before[m - first], visible, place_of, log_factors[tables[row]],
+                zeros, total,
+            )  # fmt: skip
+            own = logits[m]
+            for token in range(len(log_frequency)):
+                own[token] += total[place_of[token]] + log_frequency[token]
+            for i in range(visible):
+                own[genes[i]] += seen
+        first = last
+
+
+@numba.njit(cache=True, nogil=True)
+def _fill_sum(context, genes, before, visible, place_of, log_factors, zeros, total):
+    """Fill `total` (float32 [G]) with the sum of the log-factors of all neighbours."""
+    slot = np.int64(0)
+    a = _factors_of(context, slot, genes, before, visible, place_of, log_factors, zeros)
+    b = _factors_of(context, slot + 1, genes, before, visible, place_of, log_factors, zeros)
+    c = _factors_of(context, slot + 2, genes, before, visible, place_of, log_factors, zeros)
+    d = _factors_of(context, slot + 3, genes, before, visible, place_of, log_factors, zeros)
+    e = _factors_of(context, slot + 4, genes, before, visible, place_of, log_factors, zeros)
+    f = _factors_of(context, slot + 5, genes, before, visible, place_of, log_factors, zeros)
+    g = _factors_of(context, slot + 6, genes, before, visible, place_of, log_factors, zeros)
+    h = _factors_of(context, slot + 7, genes, before, visible, place_of, log_factors, zeros)
+    for i in range(len(total)):
+        total[i] = ((a[i] + b[i]) + (c[i] + d[i])) + ((e[i] + f[i]) + (g[i] + h[i]))
+
+
+@numba.njit(cache=True, nogil=True)
 def _more_likely(product, frequency, most, ordered, starts, is_visible, own):
     """Return how many genes that are not visible have a larger weight than `own`."""
     better, size = 0, len(product)

@@ -98,6 +98,11 @@ class ObjectiveConfig(Section):
     cell_weight: float = Field(
         default=0.0, ge=0, description="of the mean loss of cells; 0: no cell objective"
     )
+    prior: Literal["none", "arithmetic"] = Field(
+        default="none",
+        description="arithmetic: what counting tells of a hidden gene is added to the head's "
+        "logits, so that the network learns what counting does not tell",
+    )
 
     @model_validator(mode="after")
     def _something_is_learned(self) -> ObjectiveConfig:
@@ -105,6 +110,11 @@ class ObjectiveConfig(Section):
             raise ValueError(
                 "gene_weight and cell_weight are both 0: nothing would be learned; give one of "
                 "them a weight above 0"
+            )
+        if self.prior != "none" and self.gene_weight == 0:
+            raise ValueError(
+                f"prior={self.prior}: belongs to the loss of single genes, which gene_weight=0 "
+                "leaves out; leave one of them out"
             )
         return self
 
@@ -299,6 +309,12 @@ class RunConfig(Section):
                 "masking.hidden=remove: a gene that is taken out of its cell has no place at which "
                 "it could be asked for; give objective.gene_weight=0 and an "
                 "objective.cell_weight, or masking.hidden=mask"
+            )
+        if self.masking.subset and self.objective.prior != "none":
+            raise ValueError(
+                f"objective.prior={self.objective.prior}: is counted in whole cells, where "
+                "neighbours are nearer than in a subset; leave masking.subset out, or give "
+                "objective.prior=none"
             )
         return self
 

@@ -20,6 +20,7 @@ import torch
 from data_prep.hashing import mix64
 from data_prep.order import EpochPlan, share
 from data_prep.shards import BucketExtent, DamagedBlock, ShardSet
+from pretrain.arithmetic import FOLDS
 from pretrain.cell_objective import CellTargets, cell_targets
 from pretrain.config import MaskingConfig, ObjectiveConfig
 from pretrain.masking import Masks, mask_rows, masks_of
@@ -45,7 +46,8 @@ class MicroBatch:
     hidden genes, so that M depends on the bucket alone; ``relative_ranks`` float32 [M], place of
     the hidden gene in its cell, 0 = highest expression; ``cells`` int64 [B] numbers in the shards,
     -1 for filler (numpy: it stays on the host); ``targets`` of the cell objective, None without it.
-    Where that is the only objective, M is 0.
+    Where that is the only objective, M is 0. ``folds`` int64 [B], the fold of each cell under which
+    a prior was not counted, None without one.
     """
 
     input_ids: torch.Tensor
@@ -55,6 +57,7 @@ class MicroBatch:
     relative_ranks: torch.Tensor
     cells: np.ndarray
     targets: CellTargets | None
+    folds: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -309,7 +312,11 @@ class StepDataset:
             targets = targets.pinned() if self._pin_memory else targets
         if self._objective.gene_weight == 0:
             places, labels, ranks = places[:0], labels[:0], ranks[:0]
-        return MicroBatch(inputs, mask, places, labels, ranks, cells, targets), hidden
+        folds = None
+        if self._objective.prior != "none":
+            folds = self._tensor((len(cells),), torch.int64)
+            folds.numpy()[:] = cells % FOLDS
+        return MicroBatch(inputs, mask, places, labels, ranks, cells, targets, folds), hidden
 
     def _width(self, length: int, masks: Masks) -> int:
         """Return how many tokens of cells of `length` reach the model at most."""

@@ -27,6 +27,7 @@ from pretrain.optim import (
     set_learning_rate,
     state_bytes,
 )
+from pretrain.prior import ArithmeticPrior, objective_prior
 from pretrain.step_profile import mark
 from pretrain.warm_start import log_start, start_weights
 
@@ -54,7 +55,8 @@ class Engine:
     """A model with its optimizer under one ZeRO stage.
 
     `ds_config` is what DeepSpeed got; `init` the record of the weights it was started from
-    (`pretrain.warm_start`, `pretrain.counted_genes`), None if they were random.
+    (`pretrain.warm_start`, `pretrain.counted_genes`), None if they were random; `prior` that of the
+    objective, or None.
 
     Parameters
     ----------
@@ -73,19 +75,26 @@ class Engine:
         self._config, self._ranks = config, ranks
         torch.use_deterministic_algorithms(config.run.deterministic)
         self.ds_config, self.stage = ds_config, zero_stage(ds_config)
-        model = build_model(config.model, shards.vocabulary, config.run.seed)
+        self.prior = objective_prior(config, shards, last, ranks)
+        model = build_model(config.model, shards.vocabulary, config.run.seed, self.prior)
         self.num_parameters = sum(p.numel() for p in model.parameters())
         # Absent in checkpoints of runs that could only start from random weights.
         self.init = last.record.get("init") if last else None
         if last:
             zero_state.load_weights(model, last.reader())
         elif config.model.init_from:
-            self.init = start_weights(model, shards.vocabulary, config.model)
+            self.init = start_weights(
+                model, shards.vocabulary, config.model, config.objective.prior
+            )
             if ranks.is_first:
                 log_start(self.init)
         elif config.model.init_genes == "counted":
             quarantine = config.data.on_damage == "quarantine"
-            self.init = start_counted(model, shards, config.model, quarantine, ranks)
+            parts = config.model
+            if self.prior:  # which holds the frequency already
+                left = [p for p in parts.counted if p != "frequency"]
+                parts = parts.model_copy(update={"counted": left})
+            self.init = start_counted(model, shards, parts, quarantine, ranks)
         self._clipper: StageZeroClipper | None = None
         self.deepspeed = self._initialise(model, ds_config)
         dist.limit_waiting(config.run.collective_timeout_s)
@@ -96,6 +105,11 @@ class Engine:
             zero_state.restore_training_state(
                 self.deepspeed, self.stage, ranks.rank, last.reader(), last.step
             )
+
+    @property
+    def start(self) -> tuple[dict | None, ArithmeticPrior | None]:
+        """Return what it began with besides random weights: `init` and `prior`."""
+        return self.init, self.prior
 
     def _initialise(self, model: MaskedGeneModel, ds_config: dict):
         import deepspeed

@@ -177,9 +177,10 @@ def _masked_rows(micro: MicroBatch, labels: np.ndarray) -> MaskedRows:
 
 def to_device(micro: MicroBatch, device: torch.device) -> tuple:
     """Return the arguments of the model's forward, on a device."""
+    targets = micro.targets or (None, None, None)
     arguments = (
-        micro.input_ids, micro.attention_mask, micro.masked_places, micro.labels,
-        *(micro.targets or ()),
+        micro.input_ids, micro.attention_mask, micro.masked_places, micro.labels, *targets,
+        micro.folds,
     )  # fmt: skip
     return tuple(None if x is None else x.to(device, non_blocking=True) for x in arguments)
 

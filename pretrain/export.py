@@ -28,6 +28,8 @@ from pretrain.encoders import (
 from pretrain.evaluate import arithmetic_sentence, score_rows
 from pretrain.metrics import read_metrics
 from pretrain.model import MaskedGeneModel
+from pretrain.prior import FILE_NAME as PRIOR_NAME
+from pretrain.prior import ArithmeticPrior
 
 EXPORT_FORMAT = "geneloom-model/1"
 RECORD_NAME = "geneloom.json"
@@ -69,6 +71,8 @@ def export(run: Path, out: Path) -> str:
         if (run / SVD_NAME).exists():
             CorpusSvd.load(run, vocabulary).save(partial)
         record = _record(run, last)
+        if record["prior"]:
+            ArithmeticPrior.load(run, vocabulary).save(partial)
         (partial / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n")
         (partial / "README.md").write_text(_model_card(record, bert))
     return f"{out}: step {last.step}, {bert.num_parameters():,} parameters"
@@ -108,7 +112,8 @@ def load_exported(folder: Path, vocabulary_path: Path | None = None) -> tuple[Ne
 
 def model_digest(folder: Path, vocabulary: Vocabulary) -> str:
     """Return a hash of a model folder's weights and of the vocabulary it is used with."""
-    found = sorted(p for p in folder.glob("*.safetensors") if p.name != SVD_NAME)
+    beside = (SVD_NAME, PRIOR_NAME)
+    found = sorted(p for p in folder.glob("*.safetensors") if p.name not in beside)
     files = found or [weight_file(folder)]
     weights = [file_sha256(p) for p in files]
     return hashlib.sha256("".join([*weights, vocabulary.sha256]).encode()).hexdigest()
@@ -206,6 +211,7 @@ def _record(run: Path, last: checkpoint.Checkpoint) -> dict:
         **{k: last.record[k] for k in ("vocabulary_sha256", "shards_fingerprint", "recipe")},
         # Absent in checkpoints of runs that could only start from random weights.
         "init": _without_path(last.record.get("init")),
+        "prior": last.record.get("prior"),
         "heldout": heldout[-1] if heldout else None,
         "environment": {k: environment[k] for k in _PUBLISHED if k in environment},
         "sources": [{k: s[k] for k in ("name", "cells_kept")} for s in manifest["sources"]],
@@ -251,6 +257,16 @@ def _model_card(record: dict, bert: Network) -> str:
             "|---|---|---|---|---|",
             *(f"| {' | '.join(row)} |" for row in score_rows(heldout)), "",
             arithmetic_sentence(heldout),
+        ]  # fmt: skip
+    if record["prior"]:
+        lines += [
+            "", "The head's logits stand beside what counting tells of a hidden gene, in "
+            f"`{PRIOR_NAME}`: the losses above are those of both together. Embeddings do not "
+            "depend on it; for predictions of hidden genes add it:", "",
+            "```python", "from pretrain.prior import ArithmeticPrior, Hidden",
+            "prior = ArithmeticPrior.load(folder, vocabulary)",
+            "hidden = Hidden(input_ids, attention_mask, masked_places, labels)",
+            "logits = prior.added_to(logits, hidden)", "```",
         ]  # fmt: skip
     lines += [
         "", "Input: ranked gene tokens. `vocabulary.json` holds genes, medians, special tokens and "

@@ -23,6 +23,7 @@ from pretrain.encoders import (
     new_network,
 )
 from pretrain.model_config import ModelConfig
+from pretrain.prior import ArithmeticPrior, Hidden
 
 
 class MaskedGeneModel(nn.Module):
@@ -33,14 +34,25 @@ class MaskedGeneModel(nn.Module):
 
     Shapes: B cells, L places, D width, M hidden genes of the micro-batch, Q hidden genes of a cell
     at most, V vocabulary.
+
+    Parameters
+    ----------
+    prior
+        What is added to the logits of single hidden genes before their loss; None: nothing.
     """
 
-    def __init__(self, bert: Network, activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        bert: Network,
+        activation_checkpointing: bool = False,
+        prior: ArithmeticPrior | None = None,
+    ) -> None:
         super().__init__()
         # The name is part of all names in checkpoints, whatever the architecture.
         self.bert = bert
         self._architecture = architecture_of(bert)
         self._checkpointing = activation_checkpointing
+        self._prior = prior
         self._compiled: Callable[..., torch.Tensor] = self._architecture.through_layer
         self._compiled_shapes: set[tuple[int, int]] = set()
 
@@ -72,6 +84,7 @@ class MaskedGeneModel(nn.Module):
         visible_BL: torch.Tensor | None = None,
         rows_H: torch.Tensor | None = None,
         genes_H: torch.Tensor | None = None,
+        folds_B: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """Return (float32 [M] cross-entropy in nats, int64 [M] place) of the hidden genes.
 
@@ -91,7 +104,11 @@ class MaskedGeneModel(nn.Module):
         masked_places
             int64 [M], flat index into B x L; ascending where labels are not negative, and those
             come first. On a GPU no cell may have more than M / B of them: not checked.
+        folds_B
+            int64 [B], read by the prior: which of its tables was not counted on the cell; None: on
+            none of the cells.
         """
+        hidden = Hidden(input_ids, attention_mask, masked_places, labels, folds_B)
         if self._compiled_shapes:
             # Where CUDA graphs replay: what the pass before has left may be written over.
             torch.compiler.cudagraph_mark_step_begin()
@@ -106,7 +123,7 @@ class MaskedGeneModel(nn.Module):
             asked = Places(asked_BQ, attention_mask, rotations[-1])
             asked_BQD = self._layer(layers[-1], hidden_BLD, asked)
             states_MD = kind.finished(encoder, asked_BQD.flatten(0, 1)[slots_M])
-            return _score(kind.logits(self.bert, states_MD), labels)
+            return self._score(kind.logits(self.bert, states_MD), hidden)
         assert rows_H is not None and genes_H is not None
         everywhere = Places(None, attention_mask, rotations[-1])
         states_BLD = kind.finished(encoder, self._layer(layers[-1], hidden_BLD, everywhere))
@@ -115,7 +132,12 @@ class MaskedGeneModel(nn.Module):
         if len(labels) == 0:
             return of_cells.new_zeros(0), labels, of_cells
         logits_MV = kind.logits(self.bert, states_BLD.flatten(0, 1)[masked_places])
-        return *_score(logits_MV, labels), of_cells
+        return *self._score(logits_MV, hidden), of_cells
+
+    def _score(self, logits_MV: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, ...]:
+        if self._prior:
+            logits_MV = self._prior.added_to(logits_MV, hidden)
+        return _score(logits_MV, hidden.labels)
 
     def _layer(self, layer: Any, hidden_BLD: torch.Tensor, places: Places) -> torch.Tensor:
         arguments = layer, hidden_BLD, places
@@ -214,8 +236,10 @@ def guess_places(logits_MV: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.where(labels < 0, size, size - not_above_M + labels % tied_M)
 
 
-def build_model(config: ModelConfig, vocabulary: Vocabulary, seed: int) -> MaskedGeneModel:
+def build_model(
+    config: ModelConfig, vocabulary: Vocabulary, seed: int, prior: ArithmeticPrior | None = None
+) -> MaskedGeneModel:
     """Return a freshly initialised model; the same weights for the same seed."""
     torch.manual_seed(seed)
     bert = new_network(encoder_config(config, vocabulary))
-    return MaskedGeneModel(bert, config.activation_checkpointing)
+    return MaskedGeneModel(bert, config.activation_checkpointing, prior)

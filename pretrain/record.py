@@ -21,12 +21,18 @@ from data_prep.version import VERSION
 from pretrain.config import RunConfig
 from pretrain.corpus_svd import corpus_svd
 from pretrain.encoders import encoder_config
+from pretrain.prior import ArithmeticPrior
 
 logger = logging.getLogger(__name__)
 
 
 def run_record(
-    config: RunConfig, shards: ShardSet, world_size: int, stage: int, init: dict[str, Any] | None
+    config: RunConfig,
+    shards: ShardSet,
+    world_size: int,
+    stage: int,
+    init: dict[str, Any] | None,
+    prior: ArithmeticPrior | None = None,
 ) -> dict[str, Any]:
     """Return what every checkpoint says about its run.
 
@@ -37,6 +43,7 @@ def run_record(
         "shards_fingerprint": shards.fingerprint,
         "recipe": config.recipe(),
         "init": init,
+        "prior": prior.record if prior else None,
         "world_size": world_size,
         "zero_stage": stage,
         "versions": _versions("torch", "deepspeed", "transformers"),
@@ -44,7 +51,11 @@ def run_record(
 
 
 def write_run_files(
-    config: RunConfig, ds_config: dict, shards: ShardSet, init: dict[str, Any] | None
+    config: RunConfig,
+    ds_config: dict,
+    shards: ShardSet,
+    init: dict[str, Any] | None,
+    prior: ArithmeticPrior | None = None,
 ) -> None:
     """Write the record of a run: settings, derived settings, vocabulary, start, environment."""
     out = config.run.out
@@ -59,6 +70,8 @@ def write_run_files(
     if init:
         (out / "init.json").write_text(json.dumps(init, indent=1))
     (out / "env.json").write_text(json.dumps(environment(), indent=1))
+    if prior:
+        prior.save(out)
     _write_corpus_svd(config, shards)
 
 

@@ -173,7 +173,7 @@ class _Run:
             self._summary.cells_seen = last.record["cells_seen"]
             self._summary.cells_digest = int(last.record["cells_digest"], 16)
             self._summary.cells_quarantined = last.record["cells_quarantined"]
-        self._record = run_record(config, shards, ranks.world_size, engine.stage, engine.init)
+        self._record = run_record(config, shards, ranks.world_size, engine.stage, *engine.start)
         self.publisher = Publisher(
             config.run.out, ranks, config.checkpoint, engine.state_bytes,
             config.run.collective_timeout_s,
@@ -182,7 +182,7 @@ class _Run:
         self._history: list[tuple[int, float]] = []
         self._log: RunLog | None = None
         if ranks.is_first:
-            write_run_files(config, engine.ds_config, shards, engine.init)
+            write_run_files(config, engine.ds_config, shards, *engine.start)
             self._history = heldout_history(read_metrics(config.run.out, first))
             self._log = RunLog(config.run.out, first)
 

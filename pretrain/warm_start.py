@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from data_prep.vocab import Vocabulary
 from pretrain.architecture import architecture_conflicts, read_architecture
 from pretrain.encoders import Architecture, architecture_of
 from pretrain.export import (
+    RECORD_NAME,
     UNREADABLE,
     WEIGHT_FILES,
     folder_vocabulary,
@@ -34,7 +36,7 @@ _MEDIAN_TOLERANCE = 1e-6
 
 
 def start_weights(
-    model: MaskedGeneModel, vocabulary: Vocabulary, config: ModelConfig
+    model: MaskedGeneModel, vocabulary: Vocabulary, config: ModelConfig, prior: str = "none"
 ) -> dict[str, Any]:
     """Fill a freshly initialised model with the weights of ``config.init_from``; return the record.
 
@@ -48,14 +50,20 @@ def start_weights(
     Every rank calls this, before DeepSpeed takes the model. With the same vocabulary the model then
     equals the folder's exactly.
 
+    Parameters
+    ----------
+    prior
+        ``objective.prior`` of the run.
+
     Raises
     ------
     ValueError
-        No model or vocabulary in the folder, another architecture, missing or foreign tensors, or
-        genes that hardly match.
+        No model or vocabulary in the folder, another architecture, missing or foreign tensors,
+        genes that hardly match, or a head that was trained with another prior.
     """
     folder = config.init_from
     assert folder is not None
+    _require_same_prior(folder, prior)
     theirs = read_architecture(folder / "config.json")
     for conflict in architecture_conflicts(config.model_dump(), folder, theirs):
         raise ValueError(conflict)
@@ -89,6 +97,18 @@ def start_weights(
             "cut": max(0, stored - own),
         },
     }
+
+
+def _require_same_prior(folder: Path, prior: str) -> None:
+    """Raise ValueError if the folder's head says another thing than this run's would."""
+    record = folder / RECORD_NAME
+    theirs = json.loads(record.read_text()).get("prior") if record.exists() else None
+    before = theirs["kind"] if theirs else "none"
+    if before != prior:
+        raise ValueError(
+            f"{folder}: its head was trained with objective.prior={before}, this run has {prior}, "
+            f"which changes what every logit means; give objective.prior={before}"
+        )
 
 
 def source_rows(vocabulary: Vocabulary, source: Vocabulary) -> np.ndarray:
