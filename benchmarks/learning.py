@@ -37,6 +37,7 @@ RUNS = {
     "bert-muon": ("tiny", *_BERT, *_MUON),
     "modernbert-adamw": ("tiny", *_MODERNBERT, "optim.learning_rate=1e-3"),
     "modernbert-muon": ("tiny", *_MODERNBERT, *_MUON),
+    "recommended-without-prior": ("geneloom_tiny", "objective.prior=none"),
     "recommended": ("geneloom_tiny",),
 }
 
@@ -49,16 +50,21 @@ def train(name: str, shards: Path, work: Path, steps: int) -> None:
         return
     evaluations = max(1, steps // 12)
     config, *settings = RUNS[name]
+    schedule = [f"run.max_steps={steps}", f"optim.warmup_steps={max(1, steps // 8)}"]
+    schedule += [f"{k}.every_steps={evaluations}" for k in ("evaluation", "checkpoint")]
+    pretrain(config, [*schedule, *settings], shards, out)
+    (out / "done.json").write_text(json.dumps({"steps": steps}))
+
+
+def pretrain(config: str, settings: list[str], shards: Path, out: Path) -> None:
+    """Run `geneloom pretrain` in a process of its own, or go on with it."""
     words = [
         "pretrain", "--config", config, f"data.shards={shards}", f"run.out={out}",
-        f"run.max_steps={steps}", "run.epochs=100", f"optim.warmup_steps={max(1, steps // 8)}",
-        f"evaluation.every_steps={evaluations}", f"checkpoint.every_steps={evaluations}",
-        *_COMMON, *settings,
+        "run.epochs=100", *_COMMON, *settings,
     ]  # fmt: skip
     code = "import sys; from launch.cli import main; sys.argv[0] = 'geneloom'; main()"
     resume = ["--restart"] if out.exists() else []
     subprocess.run([sys.executable, "-c", code, *words, *resume], check=True)
-    (out / "done.json").write_text(json.dumps({"steps": steps}))
 
 
 def curves(work: Path) -> dict[str, dict]:
