@@ -5,9 +5,9 @@
 Each run is `geneloom pretrain --config geneloom_tiny` in a process of its own, on the same shards
 and held-out cells and masks; the seed decides weights, order of cells and masks. 8,192 padded
 tokens a step, so 32 steps are 0.26 million; warm-up over an eighth of the steps, rates that fall to
-0 at the last one. ``published`` is BERT with AdamW, nothing counted. Processor seconds are of the whole
-process: start, counting that is not kept yet, training, evaluation. A run that is there is not
-repeated. ``--json FILE`` gathers all.
+0 at the last one. ``published`` is BERT with AdamW, nothing counted. Processor seconds are of the
+whole process: start, counting that is not kept yet, training, evaluation. A run that is there is
+not repeated. ``--json FILE`` gathers all.
 """
 
 from __future__ import annotations
