@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -70,8 +70,13 @@ def finetune_command(
     donor: Annotated[str | None, typer.Option(help="column of obs; donors stay whole")] = None,
     seeds: Annotated[int, typer.Option(help="splits and trainings, at least 3")] = 3,
     epochs: Annotated[int, typer.Option(min=1)] = 5,
-    learning_rate: Annotated[float, typer.Option()] = 2e-4,
-    batch_cells: Annotated[int, typer.Option(min=1)] = 16,
+    steps: Annotated[int, typer.Option(min=0, help="at least, in more epochs if need be")] = 300,
+    start: Annotated[
+        str, typer.Option(help="head's first weights: probe (of the frozen encoder) or random")
+    ] = "probe",
+    learning_rate: Annotated[float, typer.Option(help="peak, of the encoder")] = 3e-4,
+    head_learning_rate: Annotated[float, typer.Option(help="peak, of the head")] = 1e-3,
+    batch_cells: Annotated[int, typer.Option(min=1)] = 8,
     freeze_layers: Annotated[int, typer.Option(min=0, help="lowest layers not trained")] = 0,
     max_train_per_class: Annotated[
         int | None, typer.Option(min=1, help="few-shot; default all")
@@ -102,7 +107,10 @@ def finetune_command(
     ranks = context.obj  # of `eval.finetune.__main__`; None without a launcher
     settings = FinetuneSettings(
         epochs=epochs,
+        steps=steps,
+        start=cast(Any, start),
         learning_rate=learning_rate,
+        head_learning_rate=head_learning_rate,
         batch_cells=batch_cells,
         freeze_layers=freeze_layers,
         patience=patience,

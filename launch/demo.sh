@@ -30,7 +30,7 @@ pretrain=(geneloom launch local --ranks 2 --device cpu pretrain --config demo
 echo "\$ ${pretrain[*]} &" | tee -a "$out/commands.txt"
 "${pretrain[@]}" &
 launcher=$!
-stop_at=${DEMO_STOP_AT_STEP:-300}
+stop_at=${DEMO_STOP_AT_STEP:-100}
 while kill -0 "$launcher" 2>/dev/null && [ "$(last_step)" -lt "$stop_at" ]; do
     sleep 0.5
 done
@@ -48,6 +48,6 @@ run "${pretrain[@]}" --resume
 run geneloom export "$out/run" --out "$out/model"
 run geneloom embed "$out/cells.h5ad" --model "$out/model" --out "$out/embedded.h5ad"
 run geneloom finetune cells "$out/cells.h5ad" --model "$out/model" --label cell_type \
-    --epochs 3 --learning-rate 1e-3 --out "$out/scores"
+    --out "$out/scores"
 run geneloom report "$out/run" --scores "$out/scores" --embedding "$out/embedded.h5ad" \
     --color cell_type --commands "$out/commands.txt" --out "$out/report.html"

@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 RESULTS_NAME = "results.json"
 RESULTS_FORMAT = "geneloom-finetune/1"
 FEWEST_CELLS_OF_CLASS = 5
+# Macro-F1 by which fine-tuning may stay below the frozen embedding before it is called failed.
+_LESS = 0.01
 NO_VALUE = ["", "nan", "None", "NA", "unlabelled"]
 
 
@@ -166,8 +168,11 @@ def finetune_cells(
         "max_train_per_class": max_train_per_class,
         "max_test_per_class": max_test_per_class,
         "summary": summarise(per_seed),
+        "remarks": _remarks(per_seed),
         "seeds": per_seed,
     }
+    for remark in results["remarks"]:
+        logger.warning("%s", remark)
     if save_head is not None:
         every = limit_per_class(np.arange(len(labels)), labels, max_train_per_class, 0)
         classifier = problem.finetuned(encoder_of(network), every, 0, "head")
@@ -263,6 +268,23 @@ def summarise(per_seed: list[dict]) -> dict[str, dict]:
             for c in sorted(classes)
         }
     return summary
+
+
+def _remarks(per_seed: list[dict]) -> list[str]:
+    """Return what a reader has to know before the scores: a training that did not train."""
+    remarks = []
+    for weights in ("pretrained", "random weights"):
+        tuned, frozen = (
+            float(np.mean([s["scores"][f"{kind}, {weights}"]["macro_f1"] for s in per_seed]))
+            for kind in ("fine-tuned", "frozen embedding")
+        )
+        if tuned < frozen - _LESS:
+            remarks.append(
+                f"fine-tuned, {weights}: macro-F1 {tuned:.3f} is below that of its own frozen "
+                f"embedding, {frozen:.3f}. That is a training that failed, and says nothing of the "
+                "weights: more --steps, --start probe, or another --learning-rate"
+            )
+    return remarks
 
 
 def _labelled(cell_set: CellSet, label: str, donor: str | None) -> tuple[CellSet, dict[str, int]]:

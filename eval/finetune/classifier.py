@@ -35,9 +35,17 @@ class FinetuneSettings:
     ----------
     epochs
         Passes over the labelled cells.
+    steps
+        At least so many optimizer steps, in more epochs if need be; 0: as `epochs` say. A few
+        hundred cells are not learnt in five passes.
+    start
+        First weights of the heads. ``probe``: of a regression on the frozen states
+        (`eval.finetune.probe_start`); ``random``.
     learning_rate
         Peak of AdamW; linear warm-up over `warmup_share` of all steps, linear decay to 0.
         Geneformer: 5e-5.
+    head_learning_rate
+        Peak of the heads; None: as `learning_rate`.
     batch_cells
         Cells of one optimizer step, over all ranks.
     freeze_layers
@@ -61,7 +69,10 @@ class FinetuneSettings:
     """
 
     epochs: int = 5
+    steps: int = 0
+    start: Literal["probe", "random"] = "random"
     learning_rate: float = 2e-4
+    head_learning_rate: float | None = None
     batch_cells: int = 16
     freeze_layers: int = 0
     weight_decay: float = 0.001
@@ -77,13 +88,18 @@ class FinetuneSettings:
 
     def __post_init__(self) -> None:
         least = {
-            "epochs": 1, "batch_cells": 1, "freeze_layers": 0, "weight_decay": 0, "token_budget": 1,
-            "lora_rank": 0, "lora_alpha": 1, "patience": 0, "warmup_share": 0, "dropout": 0,
+            "epochs": 1, "steps": 0, "batch_cells": 1, "freeze_layers": 0, "weight_decay": 0,
+            "token_budget": 1, "lora_rank": 0, "lora_alpha": 1, "patience": 0, "warmup_share": 0,
+            "dropout": 0,
         }  # fmt: skip
         wrong = [f"{k}={getattr(self, k)} (at least {v})" for k, v in least.items()
                  if not getattr(self, k) >= v]  # fmt: skip
         if not self.learning_rate > 0:
             wrong.append(f"learning_rate={self.learning_rate} (above 0)")
+        if self.head_learning_rate is not None and not self.head_learning_rate > 0:
+            wrong.append(f"head_learning_rate={self.head_learning_rate} (above 0)")
+        if self.start not in ("probe", "random"):
+            wrong.append(f"start={self.start} (probe or random)")
         wrong += [f"{k}={getattr(self, k)} (below 1)" for k in ("warmup_share", "dropout")
                   if not getattr(self, k) < 1]  # fmt: skip
         if self.device not in ("cpu", "cuda"):
@@ -193,11 +209,18 @@ class Classifier(nn.Module):
 
     def forward(self, cells: list[np.ndarray], items: list[Items]) -> list[torch.Tensor]:
         """Return float32 [items, classes] logits of each head; `items` in the order of heads."""
+        states = self.states(cells, items)
+        return [
+            output(self.dropout(state)) for output, state in zip(self.outputs, states, strict=True)
+        ]
+
+    def states(self, cells: list[np.ndarray], items: list[Items]) -> list[torch.Tensor]:
+        """Return float32 [items, width], what each head reads."""
         with torch.autocast(self.settings.device, torch.bfloat16, enabled=self.settings.bf16):
             hidden_BLD, lengths = self._encode(cells)
         pooled_BD = None
-        logits = []
-        for head, output, chosen in zip(self.heads, self.outputs, items, strict=True):
+        states = []
+        for head, chosen in zip(self.heads, items, strict=True):
             cell = torch.from_numpy(chosen.cell).to(hidden_BLD.device)
             if head.kind == "cells":
                 if pooled_BD is None:
@@ -205,8 +228,8 @@ class Classifier(nn.Module):
                 state = pooled_BD[cell]
             else:
                 state = hidden_BLD[cell, torch.from_numpy(chosen.place).to(cell.device)].float()
-            logits.append(output(self.dropout(state)))
-        return logits
+            states.append(state)
+        return states
 
     def _encode(self, cells: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         lengths = {len(c) for c in cells}

@@ -24,11 +24,12 @@ from eval.finetune.classifier import (
     load_classifier,
     save_classifier,
 )
+from eval.finetune.probe_start import start_from_probe
 from eval.finetune.progress import Progress, identity_of, load_progress, save_progress
 from pretrain import dist
 from pretrain.dist import Ranks
 from pretrain.encoders import Encoder
-from pretrain.optim import StageZeroClipper, parameter_groups, set_learning_rate
+from pretrain.optim import StageZeroClipper, parameter_groups
 
 __all__ = [
     "Classifier",
@@ -131,6 +132,8 @@ def finetune(
         examples = _Examples(tokens, targets, weights, settings.device)
         if not len(examples.active):
             raise ValueError("fine-tuning: no cell has a labelled item")
+        if settings.start == "probe":
+            _start_heads(classifier, examples, seed)
         checks = None
         if validation is not None:
             learnable = _learnable(vocabulary, *validation)
@@ -182,10 +185,15 @@ class _Examples:
         present = total > 0
         return np.divide(1.0, total * present.sum(), out=np.zeros_like(total), where=present)
 
+    def items(self, cells: np.ndarray) -> list[Items]:
+        """Return the labelled items of cells, of each head."""
+        members = [self.tokens[i] for i in cells]
+        return [self._items(t, cells, members) for t in self._targets]
+
     def loss(self, model: Classifier, cells: np.ndarray, scale: np.ndarray) -> torch.Tensor:
         """Return the scaled loss of cells that are computed together."""
         members = [self.tokens[i] for i in cells]
-        items = [self._items(t, cells, members) for t in self._targets]
+        items = self.items(cells)
         total = torch.zeros((), device=self._weights[0].device)
         logits = model(members, items)
         for i, found in enumerate(items):
@@ -220,10 +228,10 @@ class _Training:
         self._settings, self._seed = classifier.settings, seed
         self._rank, self._world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
         self._steps_per_epoch = -(-len(examples.active) // self._settings.batch_cells)
+        least = -(-self._settings.steps // self._steps_per_epoch)
+        self._epochs = max(self._settings.epochs, least)
         self._optimizer = torch.optim.AdamW(
-            parameter_groups(classifier, self._settings.weight_decay),
-            lr=self._settings.learning_rate,
-            fused=True,
+            _groups(classifier), lr=self._settings.learning_rate, fused=True
         )
         StageZeroClipper(self._optimizer, _MAX_GRAD_NORM)
         self._model, self._deepspeed = classifier, None
@@ -268,7 +276,7 @@ class _Training:
         done = len(progress.history)
         waited = done - 1 - progress.best_epoch
         impatient = 0 < self._settings.patience <= waited and progress.best is not None
-        return done >= self._settings.epochs or impatient
+        return done >= self._epochs or impatient
 
     def _train_epoch(self, epoch: int) -> float:
         """Do one epoch; return the mean loss of its steps."""
@@ -303,9 +311,10 @@ class _Training:
             else:
                 # Undoes DeepSpeed's mean over ranks.
                 self._deepspeed.backward(loss * self._world_size, scale_wrt_gas=False)
-        all_steps = settings.epochs * self._steps_per_epoch
+        all_steps = self._epochs * self._steps_per_epoch
         rate = learning_rate_at(step, all_steps, settings)
-        set_learning_rate(self._optimizer, rate)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate * group["share"]
         try:
             if self._deepspeed is None:
                 self._optimizer.step()
@@ -337,6 +346,47 @@ class _Training:
             return value
         (total,) = dist.sum_over_ranks([value], torch.device(self._settings.device))
         return total
+
+
+def _groups(classifier: Classifier) -> list[dict]:
+    """Return the optimizer's groups; `share`: of the encoder's rate, which heads may exceed."""
+    settings, heads = classifier.settings, set(classifier.outputs.parameters())
+    head_rate = settings.head_learning_rate or settings.learning_rate
+    groups = []
+    for group in parameter_groups(classifier, settings.weight_decay):
+        for of_heads, rate in ((False, settings.learning_rate), (True, head_rate)):
+            members = [p for p in group["params"] if (p in heads) == of_heads]
+            share = rate / settings.learning_rate
+            groups += [group | {"params": members, "share": share}] if members else []
+    return groups
+
+
+def _start_heads(classifier: Classifier, examples: _Examples, seed: int) -> None:
+    """Give every head the weights of a regression on what it reads of the frozen encoder."""
+    settings = classifier.settings
+    states: list[list[np.ndarray]] = [[] for _ in classifier.heads]
+    labels: list[list[np.ndarray]] = [[] for _ in classifier.heads]
+    groups: list[list[np.ndarray]] = [[] for _ in classifier.heads]
+    classifier.eval()
+    lengths = examples.lengths[examples.active]
+    for batch in length_batches(lengths, settings.token_budget):
+        cells = examples.active[batch]
+        items = examples.items(cells)
+        with torch.inference_mode():
+            found = classifier.states([examples.tokens[i] for i in cells], items)
+        for i, (head, item) in enumerate(zip(classifier.heads, items, strict=True)):
+            states[i].append(found[i].float().cpu().numpy())
+            labels[i].append(item.label)
+            if head.kind == "cells":
+                groups[i].append(cells[item.cell])
+            else:
+                placed = zip(cells[item.cell], item.place, strict=True)
+                groups[i].append(np.array([examples.tokens[c][p] for c, p in placed], np.int64))
+    for i, output in enumerate(classifier.outputs):
+        assert isinstance(output, torch.nn.Linear)
+        of_head = (np.concatenate(x[i]) for x in (states, labels, groups))
+        strength = start_from_probe(output, *of_head, settings.class_weights, seed)
+        logger.debug("head %s: from a probe, C = %g", classifier.heads[i].name, strength)
 
 
 def learning_rate_at(step: int, total_steps: int, settings: FinetuneSettings) -> float:

@@ -1,0 +1,122 @@
+"""The head's first weights: those of the probe of the frozen encoder.
+
+From random weights a head of a few hundred labelled cells has hardly moved when training ends, and
+what it says of pretraining is noise: at 25 cells a class fine-tuning stayed .15 macro-F1 below
+logistic regression on the very states that it began with. So that regression comes first, and its
+weights, folded into the linear layer, are where fine-tuning begins.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+# Inverse strengths of the L2 penalty that are tried, and the folds that choose.
+PENALTIES = (0.003, 0.03, 0.3, 3.0)
+_FOLDS = 3
+# States that a regression is fitted on at most: genes have one for each cell that has them.
+MOST_STATES = 20_000
+_MOST_STEPS = 300
+
+
+def start_from_probe(
+    output: nn.Linear,
+    states: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray,
+    balanced: bool,
+    seed: int,
+) -> float:
+    """Give a head the weights of a regression on frozen states; return the penalty's 1 / strength.
+
+    The states are standardised, and mean and scale are folded into the weights. The penalty is the
+    one with the lowest log-loss on folds by group. A class that nobody has gets the row of zeros
+    and a bias below all others.
+
+    Parameters
+    ----------
+    output
+        The head's layer, [classes, width], written over.
+    states, labels
+        float32 [items, width] and int64 [items].
+    groups
+        [items], what stays together in a fold: the same cell, or the same gene in all cells.
+    balanced
+        Classes weigh alike.
+    """
+    random = np.random.default_rng(seed)
+    if len(labels) > MOST_STATES:
+        chosen = np.sort(random.choice(len(labels), MOST_STATES, replace=False))
+        states, labels, groups = states[chosen], labels[chosen], groups[chosen]
+    classes = np.unique(labels)
+    if len(classes) < 2:
+        return math.nan  # one class: a regression has nothing to tell
+    scaler = StandardScaler().fit(states)
+    scaled = scaler.transform(states)
+    strength = _best_penalty(scaled, labels, groups, balanced, seed)
+    fitted = _fit(scaled, labels, strength, balanced)
+    weights, bias = fitted.coef_, fitted.intercept_
+    if len(classes) == 2:  # one row: log-odds of the second class
+        weights, bias = np.stack([-weights[0], weights[0]]) / 2, np.array([-bias[0], bias[0]]) / 2
+    weights = weights / scaler.scale_
+    bias = bias - weights @ scaler.mean_
+    with torch.no_grad():
+        output.weight.zero_()
+        output.bias.fill_(float(bias.min()) - 10)
+        output.weight[classes] = torch.from_numpy(weights).to(output.weight)
+        output.bias[classes] = torch.from_numpy(bias).to(output.bias)
+    return strength
+
+
+def _best_penalty(
+    states: np.ndarray, labels: np.ndarray, groups: np.ndarray, balanced: bool, seed: int
+) -> float:
+    losses = {strength: 0.0 for strength in PENALTIES}
+    num_folds = 0
+    for train, test in _folds(states, labels, groups, seed):
+        num_folds += 1
+        for strength in PENALTIES:
+            fitted = _fit(states[train], labels[train], strength, balanced)
+            guessed = fitted.predict_proba(states[test])
+            losses[strength] += log_loss(labels[test], guessed, labels=fitted.classes_)
+    if num_folds == 0:  # too few to choose by: in the middle
+        return PENALTIES[len(PENALTIES) // 2]
+    return min(PENALTIES, key=lambda strength: losses[strength])
+
+
+def _folds(
+    states: np.ndarray, labels: np.ndarray, groups: np.ndarray, seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (training, test) items; none where a class has too few groups to stand in all folds."""
+    fewest = min(len(np.unique(groups[labels == c])) for c in np.unique(labels))
+    if fewest < _FOLDS:
+        return
+    folds = StratifiedGroupKFold(_FOLDS, shuffle=True, random_state=seed)
+    for train, test in folds.split(states, labels, groups):
+        if set(labels[test]) <= set(labels[train]):
+            yield train, test
+
+
+def _fit(
+    states: np.ndarray, labels: np.ndarray, strength: float, balanced: bool
+) -> LogisticRegression:
+    regression = LogisticRegression(
+        C=strength, max_iter=_MOST_STEPS, class_weight="balanced" if balanced else None
+    )
+    with warnings.catch_warnings():
+        # Not quite converged is a start as good as any.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return regression.fit(states, labels)

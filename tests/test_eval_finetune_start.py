@@ -1,0 +1,176 @@
+"""Fine-tuning begins at the probe of the frozen states, and ends no worse."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from data_prep.vocab import Vocabulary
+
+WIDTH = 12
+
+
+@pytest.fixture(scope="module")
+def states() -> tuple[np.ndarray, np.ndarray]:
+    """Three classes that overlap, dimensions of very different size and mean."""
+    random = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 3], 40)
+    centres = random.normal(0, 1.2, (4, WIDTH))
+    scale, shift = 10.0 ** random.uniform(-3, 3, WIDTH), random.normal(0, 50, WIDTH)
+    return (
+        ((centres[labels] + random.normal(0, 1, (len(labels), WIDTH))) * scale + shift).astype(
+            np.float32
+        ),
+        labels,
+    )
+
+
+def layer(classes: int):
+    import torch
+
+    return torch.nn.Linear(WIDTH, classes)
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize("classes", [[0, 1, 3], [1, 3]])
+def test_the_layer_says_what_the_regression_says(states, balanced, classes):
+    """Also with two classes, for which scikit-learn has one row, and a class that nobody has."""
+    import torch
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    from eval.finetune.probe_start import PENALTIES, start_from_probe
+
+    values, labels = states
+    kept = np.isin(labels, classes)
+    kept[np.flatnonzero(labels == 1)[25:]] = False
+    values, labels = values[kept], labels[kept]
+    output = layer(5)
+    strength = start_from_probe(output, values, labels, np.arange(len(labels)), balanced, seed=0)
+    assert strength in PENALTIES
+    scaled = StandardScaler().fit_transform(values)
+    weight = "balanced" if balanced else None
+    expected = LogisticRegression(C=strength, max_iter=300, class_weight=weight).fit(scaled, labels)
+    with torch.no_grad():
+        found = output(torch.from_numpy(values)).softmax(dim=1).numpy()
+    np.testing.assert_allclose(found[:, classes], expected.predict_proba(scaled), atol=2e-3)
+    absent = [c for c in range(5) if c not in classes]
+    assert found[:, absent].max() < 1e-3
+
+
+def test_folds_keep_groups_together(states):
+    """Twelve genes, each in ten cells with nearly one state: only a strong penalty helps others."""
+    from eval.finetune.probe_start import PENALTIES, start_from_probe
+
+    random = np.random.default_rng(1)
+    genes = np.repeat(np.arange(12), 10)
+    labels = genes % 2
+    values = random.normal(0, 1, (12, WIDTH))[genes] + random.normal(0, 0.01, (120, WIDTH))
+    values = values.astype(np.float32)
+    together = start_from_probe(layer(2), values, labels, genes, True, seed=0)
+    apart = start_from_probe(layer(2), values, labels, np.arange(120), True, seed=0)
+    assert together == PENALTIES[0]
+    assert apart == PENALTIES[-1]
+
+
+def test_what_cannot_be_fitted_stays_random(states):
+    import torch
+
+    from eval.finetune.probe_start import PENALTIES, start_from_probe
+
+    values, labels = states
+    output = layer(4)
+    before = output.weight.detach().clone()
+    zeros = np.zeros(len(labels), np.int64)
+    assert np.isnan(start_from_probe(output, values, zeros, zeros, True, seed=0))
+    assert torch.equal(output.weight, before)
+    # Two cells of a class are too few for three folds.
+    few = [0, 1, 40, 41]
+    strength = start_from_probe(output, values[few], labels[few], np.arange(4), True, seed=0)
+    assert strength == PENALTIES[2]
+
+
+@pytest.fixture(scope="module")
+def labelled():
+    """A small encoder, cells of two kinds that share most genes, and what a head is to learn."""
+    import torch
+
+    from eval.finetune.engine import Head, Target
+    from pretrain.encoders import encoder_of
+    from pretrain.model import build_model
+    from pretrain.model_config import ModelConfig
+
+    torch.set_num_threads(1)
+    genes = tuple(f"ENSG{i:011d}" for i in range(60))
+    vocabulary = Vocabulary(genes, np.ones(60), {"<pad>": 0, "<mask>": 1}, 64)
+    settings = ModelConfig(num_layers=2, hidden_size=16, num_heads=2, intermediate_size=32)
+    encoder = encoder_of(build_model(settings, vocabulary, 0).bert)
+    random = np.random.default_rng(0)
+    first = vocabulary.first_gene_token
+    labels = random.integers(0, 2, 48)
+    cells = [first + random.permutation(np.r_[0:40][:30] + 8 * label)[:20] for label in labels]
+    of_cells = Target(Head("kind", "cells", ("a", "b")), labels)
+    tokens = np.arange(vocabulary.num_tokens)
+    of_genes = Target(
+        Head("half", "genes", ("low", "high")), np.where(tokens < first, -1, tokens % 2)
+    )
+    return encoder, vocabulary, cells, of_cells, of_genes
+
+
+def test_it_begins_at_the_probe_and_takes_the_steps_asked_for(labelled):
+    """Both kinds of heads: the first loss is the regression's, far below that of random heads."""
+    from eval.finetune.classifier import FinetuneSettings
+    from eval.finetune.engine import finetune
+
+    encoder, vocabulary, cells, of_cells, of_genes = labelled
+    settings = FinetuneSettings(
+        epochs=1, steps=7, batch_cells=16, learning_rate=1e-6, head_learning_rate=1e-6, dropout=0.0
+    )
+    loss = {}
+    for start in ("probe", "random"):
+        chosen = replace(settings, start=start)
+        trained = finetune(encoder, vocabulary, cells, [of_cells, of_genes], chosen, seed=0)
+        assert len(trained.history) == 3  # 3 steps an epoch
+        loss[start] = trained.history[0]["train_loss"]
+    assert loss["probe"] < 0.6 * loss["random"]
+
+
+def test_heads_have_a_rate_of_their_own(labelled):
+    from eval.finetune.classifier import FinetuneSettings
+    from eval.finetune.engine import finetune
+
+    encoder, vocabulary, cells, of_cells, _ = labelled
+    settings = FinetuneSettings(
+        epochs=1, batch_cells=48, learning_rate=1e-5, head_learning_rate=1e-2, weight_decay=0,
+        warmup_share=0, start="probe",
+    )  # fmt: skip
+    slow = finetune(encoder, vocabulary, cells, [of_cells], settings, seed=0)
+    still = replace(settings, head_learning_rate=1e-9)
+    start = finetune(encoder, vocabulary, cells, [of_cells], still, seed=0)
+    # AdamW's first step moves every weight by its rate.
+    before, after = (dict(c.named_parameters())["outputs.0.weight"] for c in (start, slow))
+    moved = (after - before).abs()
+    assert moved.mean().item() == pytest.approx(1e-2, rel=1e-3)
+    before = dict(encoder.named_parameters())
+    for name, value in slow.encoder.named_parameters():
+        if name in before and value.ndim == 2:
+            assert (value - before[name]).abs().max().item() < 1.1e-5
+    with pytest.raises(ValueError, match="head_learning_rate=0 .above 0.*start=zero"):
+        replace(settings, head_learning_rate=0, start="zero")  # type: ignore
+
+
+def test_a_training_below_its_frozen_embedding_is_called_failed():
+    from eval.finetune.cells import _remarks
+
+    def seed(tuned: float) -> dict:
+        scores = {
+            "fine-tuned, pretrained": tuned, "frozen embedding, pretrained": 0.6,
+            "fine-tuned, random weights": 0.7, "frozen embedding, random weights": 0.6,
+        }  # fmt: skip
+        return {"scores": {name: {"macro_f1": score} for name, score in scores.items()}}
+
+    (said,) = _remarks([seed(0.55), seed(0.57)])
+    assert said.startswith("fine-tuned, pretrained: macro-F1 0.560 is below that of its own frozen")
+    assert _remarks([seed(0.595), seed(0.6)]) == []
