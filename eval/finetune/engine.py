@@ -373,9 +373,9 @@ def _start_heads(classifier: Classifier, examples: _Examples, seed: int) -> None
         cells = examples.active[batch]
         items = examples.items(cells)
         with torch.inference_mode():
-            found = classifier.states([examples.tokens[i] for i in cells], items)
+            read = classifier.states([examples.tokens[i] for i in cells], items)
         for i, (head, item) in enumerate(zip(classifier.heads, items, strict=True)):
-            states[i].append(found[i].float().cpu().numpy())
+            states[i].append(read[i].float().cpu().numpy())
             labels[i].append(item.label)
             if head.kind == "cells":
                 groups[i].append(cells[item.cell])
@@ -384,8 +384,8 @@ def _start_heads(classifier: Classifier, examples: _Examples, seed: int) -> None
                 groups[i].append(np.array([examples.tokens[c][p] for c, p in placed], np.int64))
     for i, output in enumerate(classifier.outputs):
         assert isinstance(output, torch.nn.Linear)
-        of_head = (np.concatenate(x[i]) for x in (states, labels, groups))
-        strength = start_from_probe(output, *of_head, settings.class_weights, seed)
+        found, label, group = (np.concatenate(x[i]) for x in (states, labels, groups))
+        strength = start_from_probe(output, found, label, group, settings.class_weights, seed)
         logger.debug("head %s: from a probe, C = %g", classifier.heads[i].name, strength)
 
 
