@@ -106,6 +106,15 @@ def record_event(folder: Path, event: str, **values: Any) -> None:
         file.write(json.dumps({"time": time.time(), "event": event, **values}) + "\n")
 
 
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """Return the events of a run's folder of launches, oldest first."""
+    try:
+        lines = (folder / EVENTS).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines]
+
+
 def last_error(log: Path) -> str:
     """Return the last message of an error in a log, its first line and the notes below it."""
     lines = _last_lines(log)

@@ -22,8 +22,10 @@ from typing import Any
 
 import psutil
 
-# In the environment of all that a launch has started; of its ranks alone.
-LAUNCH_ID, IN_RANK = "GENELOOM_LAUNCH_ID", "GENELOOM_IN_RANK"
+from data_prep.owner import LAUNCH_ID
+
+# In the environment of ranks, beside the `LAUNCH_ID` that all has which a launch has started.
+IN_RANK = "GENELOOM_IN_RANK"
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "pyarrow")
 ROOT = Path(__file__).resolve().parent.parent
 _FOLDERS = ("data_prep", "pretrain", "launch", "eval", "deepspeed_configs")

@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_prep.errors import EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE
-from data_prep.files import LAUNCH_FOLDER
-from data_prep.owner import ATTEMPT, SERIES
+from data_prep.files import LAUNCH_FOLDER, names_in
+from data_prep.owner import ATTEMPT, LAUNCH_ID, SERIES, refuse_if_in_use
 from data_prep.redact import redacted_command
 from launch.logs import end_records, record_event, root_cause, tail
-from launch.node import LAUNCH_ID
 from launch.rank import log_name, make_private, write_whole
 from launch.verbs import check_and_find_folder, module_of, saved_step, to_go_on
 
@@ -90,6 +89,8 @@ def run(way: Way, job: Job, show: bool = False) -> int:
         Print what would be started, and start nothing.
     """
     out = check_and_find_folder(job.verb, job.arguments)
+    if not show:
+        refuse_if_in_use(out)
     folder = out / LAUNCH_FOLDER
     was_there, series = folder.exists(), uuid.uuid4().hex
     stop, patience = Stop(), _Patience(job.restarts)
@@ -312,7 +313,7 @@ class Attempt:
         `was_there`: OUT/launch was there before, and may be that of a run, or of a job that waits.
         """
         out = self.folder.parent.parent
-        if was_there or {p.name for p in out.iterdir()} - {LAUNCH_FOLDER}:
+        if was_there or names_in(out):
             shutil.rmtree(self.folder)
             return
         shutil.rmtree(out / LAUNCH_FOLDER)

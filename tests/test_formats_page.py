@@ -268,6 +268,7 @@ def written_keys(path: str, name: str) -> set[str]:
 FINETUNING, BENCHMARK = "Scores of a fine-tuning", "Results of a benchmark"
 RUN = "Run folder"
 WRITTEN = [
+    (RUN, "data_prep/owner.py", "_mine"),
     (RUN, "pretrain/record.py", "environment"),
     (RUN, "pretrain/warm_start.py", "start_weights"),
     (RUN, "pretrain/warm_start.py", "_compare_genes"),
@@ -288,6 +289,7 @@ WRITTEN = [
     ("`launch/`", "launch/supervise.py", "_write_settings"),
     ("`launch/`", "launch/supervise.py", "run"),
     ("`launch/`", "launch/requeue.py", "requeue_code"),
+    ("`launch/`", "launch/slurm.py", "launch_slurm"),
     ("`launch/`", "launch/logs.py", "record_event"),
     ("`launch/`", "launch/rank.py", "main"),
     ("Model folder", "pretrain/export.py", "_record"),
