@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 EXIT_USAGE, EXIT_FAILED = 2, 1
 # Of sysexits.h, EX_TEMPFAIL: what was done is saved, and the same command goes on.
 EXIT_RESUMABLE = 75
+# A launcher sets it, or a run that is alone for itself.
+IN_RANKS = "WORLD_SIZE"
 
 
 class SharedFailure(Exception):
@@ -25,6 +28,11 @@ def run_app(app: typer.Typer) -> None:
     """
     try:
         app()
+    except SystemExit as done:
+        if IN_RANKS in os.environ and isinstance(done.code, int):
+            # All is on disk. To take down torch takes seconds, which a queue may not give.
+            _end_at_once(done.code)
+        raise
     except ValueError as error:
         _fail(_with_notes(str(error), error), EXIT_USAGE, isinstance(error, SharedFailure))
     except (FloatingPointError, OSError) as error:
@@ -42,7 +50,14 @@ def _fail(message: str, code: int, is_shared: bool) -> None:
     if rank == "0" or not is_shared:
         print(f"{prefix}: {message}", file=sys.stderr, flush=True)
     # Not sys.exit: ranks that fail must not wait in a process group's or a worker's clean-up.
+    if IN_RANKS in os.environ:
+        _end_at_once(code)
     sys.stdout.flush()
-    if "WORLD_SIZE" in os.environ:
-        os._exit(code)
     sys.exit(code)
+
+
+def _end_at_once(code: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
+            stream.flush()
+    os._exit(code)

@@ -61,7 +61,7 @@ class Local:
         return []
 
     def signal(self, hosts: dict[str, int], launch: str, number: int, ranks_only: bool) -> None:
-        signal_processes(launch, number, ranks_only)
+        signal_processes({launch}, number, ranks_only)
 
 
 def require_device(device: str, here: bool = True) -> None:

@@ -21,6 +21,8 @@ from launch.rank import make_private, write_whole
 from launch.slurm_script import RankCommand, SlurmJob, render
 from launch.verbs import MODULES, check_and_find_folder, module_of, named_values, to_go_on
 
+JOB_NAME = "geneloom-"
+
 
 def launch_slurm(
     context: typer.Context,
@@ -71,7 +73,7 @@ def launch_slurm(
     if verb == "prepare":
         nodes, tasks, arguments = _one_task(nodes, ranks_per_node, cpus_per_task, arguments)
     job = SlurmJob(
-        name=f"geneloom-{verb}", nodes=nodes, tasks_per_node=tasks, time=time,
+        name=f"{JOB_NAME}{verb}", nodes=nodes, tasks_per_node=tasks, time=time,
         gpus_per_node=gpus_per_node, cpus_per_task=cpus_per_task, mem=mem, partition=partition,
         account=account, qos=qos, signal_before_s=signal_before, restarts=restarts,
         container=container, runtime=runtime, mounts=mount or [], setup=setup or [],
@@ -164,11 +166,14 @@ def jobs_of(out: Path) -> list[str]:
     return found[::-1]
 
 
-def state_of(job: str) -> str:
-    """Return what SLURM says of a job that waits or runs, e.g. PENDING; empty if it does not."""
+def state_of(job: str, what: str = "%T") -> str:
+    """Return what SLURM says of a job that waits or runs, e.g. PENDING; empty if it does not.
+
+    `what`: a field of squeue's format.
+    """
     if shutil.which("squeue") is None:
         return ""
-    words = ["squeue", "--noheader", "--format=%T", f"--jobs={job}"]
+    words = ["squeue", "--noheader", f"--format={what}", f"--jobs={job}"]
     said = subprocess.run(words, capture_output=True, text=True)
     return "" if said.returncode else said.stdout.strip().partition("\n")[0]
 

@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -24,15 +25,17 @@ from typing import Any, Protocol
 
 from data_prep.errors import EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE
 from data_prep.files import LAUNCH_FOLDER, names_in
-from data_prep.owner import ATTEMPT, LAUNCH_ID, SERIES, refuse_if_in_use
+from data_prep.owner import ATTEMPT, LAUNCH_ID, SERIES, refuse_if_in_use, this_process
 from data_prep.redact import redacted_command
 from launch.logs import end_records, record_event, root_cause, tail
-from launch.rank import log_name, make_private, write_whole
+from launch.rank import ALIVE, TOUCH_S, log_name, make_private, write_whole
 from launch.verbs import check_and_find_folder, module_of, saved_step, to_go_on
 
 # In the folder of an attempt: lines as `node1 slots=8`, and as `NAME=VALUE`.
 HOSTFILE, ENVIRONMENT = "hostfile", "environment"
 _POLL_S = 0.2
+# One Ctrl-C may come twice.
+_SECOND_S = 0.5
 _RESEND_S = 2.0
 _LOOK_S = 1.0
 # When one rank has ended, the others find out by themselves and say why: time for that.
@@ -41,6 +44,8 @@ _SOON_S = 8.0
 _AFTERWARDS_S = 5.0
 _STACKS_S = 2.0
 _BACK_OFF_S = (1.0, 300.0)
+_ASKED = b"launch: the ranks finish their step and save; Ctrl-C again: end at once\n"
+_INTERRUPTED = 128 + signal.SIGINT
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,9 @@ def run(way: Way, job: Job, show: bool = False) -> int:
             if was_there:
                 record_event(folder, "refused", attempt=number, code=code)
             return code
+        if stop.at_once:
+            record_event(folder, "ended", attempt=number, code=_INTERRUPTED, cause="Ctrl-C, twice")
+            return _INTERRUPTED
         if code in (0, EXIT_RESUMABLE):
             record_event(folder, "done" if code == 0 else "stopped", attempt=number)
             return code
@@ -177,15 +185,24 @@ class _Patience:
 
 
 class Stop:
-    """Remembers that somebody asked this process to stop."""
+    """Remembers that somebody asked this process to stop; at a second Ctrl-C to end at once."""
 
     def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._remember)
+        self.asked = self.at_once = False
+        self._interrupted = math.inf
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._remember)
+        # Ranks on other hosts would take a command that stands still for one that is gone.
+        signal.signal(signal.SIGTSTP, signal.SIG_IGN)
 
-    def _remember(self, _number: int, _frame: object) -> None:
+    def _remember(self, number: int, _frame: object) -> None:
         self.asked = True
+        if number == signal.SIGINT:
+            os.write(sys.stderr.fileno(), _ASKED)
+            now = time.monotonic()
+            self.at_once |= now - self._interrupted > _SECOND_S
+            self._interrupted = min(now, self._interrupted)
 
     def wait(self, seconds: float) -> bool:
         """Return True as soon as it is asked for, False after so many seconds."""
@@ -236,11 +253,20 @@ class Attempt:
                     command, env=os.environ | self._environment, stdout=log, stderr=log,
                     stdin=subprocess.DEVNULL, start_new_session=True,
                 )  # fmt: skip
+        ended = threading.Event()
+        threading.Thread(target=self._touch, args=(ended,), daemon=True).start()
         try:
             self._watch()
         finally:
             self._take_down()
+            ended.set()
         return self._code()
+
+    def _touch(self, ended: threading.Event) -> None:
+        """Show those on other machines that this process is there."""
+        while not ended.wait(TOUCH_S):
+            with contextlib.suppress(OSError):
+                (self.folder / ALIVE).touch(mode=0o600)
 
     def _watch(self) -> None:
         """Return when all launchers have ended, or some time after the first rank failed."""
@@ -255,9 +281,18 @@ class Attempt:
                 # Again and again: a rank that is still starting ignores it.
                 sent_at = now
                 self._way.signal(self._hosts, self._id, signal.SIGUSR1, True)
+            if self._stop and self._stop.at_once:
+                return
+            if self._stop and self._stop.asked and self._all_ended():
+                return
             if failed_at < 0 and now - looked_at > _LOOK_S:
                 looked_at = now
-                bad = any(p.poll() for p in self._running.values())
+                if self._all_ended():
+                    return
+                bad = [code for p in self._running.values() if (code := p.poll())]
+                if bad and min(bad) < 0:
+                    # A launcher was killed: its ranks may be as they were.
+                    self._way.signal(self._hosts, self._id, signal.SIGUSR1, True)
                 if bad or any(e["code"] for e in self._ends()):
                     failed_at = now
             if 0 < failed_at < now - _SOON_S and waiting_for < 0:
@@ -273,7 +308,8 @@ class Attempt:
         """End what is left on every host, and the launchers."""
         codes = [p.poll() for p in self._running.values()]
         if any(codes) or None in codes:
-            if None in codes:
+            is_hurried = self._all_ended() or (self._stop is not None and self._stop.at_once)
+            if None in codes and not is_hurried:
                 # Those that stand still write where, into their logs.
                 self._way.signal(self._hosts, self._id, signal.SIGUSR2, True)
                 time.sleep(_STACKS_S)
@@ -302,6 +338,10 @@ class Attempt:
 
     def _ends(self) -> list[dict[str, Any]]:
         return end_records(self.folder)
+
+    def _all_ended(self) -> bool:
+        """Have all ranks ended? Their launchers take seconds more, for nothing."""
+        return len(self._ends()) == sum(self._hosts.values())
 
     def was_refused(self) -> bool:
         """Was it wrong input? Then rank 0 has said so on the console."""
@@ -335,9 +375,11 @@ class Attempt:
         settings = {
             "device": self._device,
             "nodes": len(self._hosts),
+            "supervisor": this_process(),
             "environment": self._environment | {"GENELOOM_LAUNCH_COMMAND": _own_command()},
         }
         write_whole(self.folder / "settings.json", settings)
+        (self.folder / ALIVE).touch(mode=0o600)
         hosts, variables = self._hosts.items(), sorted(self._environment.items())
         (self.folder / HOSTFILE).write_text("".join(f"{h} slots={n}\n" for h, n in hosts))
         (self.folder / ENVIRONMENT).write_text("".join(f"{k}={v}\n" for k, v in variables))

@@ -17,6 +17,7 @@ from pretrain.config import RunConfig
 from pretrain.data import RankStep, StepDataset, steps_in_background
 from pretrain.dist import Ranks
 from pretrain.ds_config import derive_ds_config
+from pretrain.ended import recorded_end
 from pretrain.engine import Engine, StepLoss
 from pretrain.evaluate import Heldout, heldout_evaluation, heldout_history, log_heldout
 from pretrain.faults import stop_not_finite
@@ -94,27 +95,27 @@ def train(
         A checkpoint could not be written.
     """
     ds_config = derive_ds_config(config)  # first, for it may be refused
-    stop = StopRequest()
-    ranks = dist.start(config.run.collective_timeout_s, config.run.threads)
-    with (
-        Watch(ranks, config.run.heartbeat_s, config.run.stall_limit_s) as watch,
-        Owner(config.run.out, "pretrain") as owner,
-    ):
-        shards = ShardSet(config.data.shards, config.data.cache)
-        dataset = _dataset(config, shards, ranks)
-        steps = config.run.total_steps(dataset.plan.steps_per_epoch)
-        require_reachable_peak(config.optim, steps)
-        last = agreed_start(config, shards, steps, resume, allow_changes, ranks, owner)
-        # Reads shards and may refuse them: before anything is written.
-        heldout = heldout_evaluation(shards, config, ranks)
-        engine = Engine(config, ds_config, shards, ranks, last)
-        engine.compile_for(dataset.full_shapes())
-        run = _Run(config, shards, dataset, engine, heldout, ranks, steps, last, owner)
-        try:
-            run.loop(stop, watch, profile)
-        finally:
-            run.publisher.let_finish()
-    stop.close()
+    with StopRequest() as stop:
+        ranks = dist.start(config.run.collective_timeout_s, config.run.threads)
+        with (
+            Watch(ranks, config.run.heartbeat_s, config.run.stall_limit_s) as watch,
+            Owner(config.run.out, "pretrain") as owner,
+        ):
+            shards = ShardSet(config.data.shards, config.data.cache)
+            dataset = _dataset(config, shards, ranks)
+            steps = config.run.total_steps(dataset.plan.steps_per_epoch)
+            require_reachable_peak(config.optim, steps)
+            last = agreed_start(config, shards, steps, resume, allow_changes, ranks, owner)
+            # Reads shards and may refuse them: before anything is written.
+            heldout = heldout_evaluation(shards, config, ranks)
+            engine = Engine(config, ds_config, shards, ranks, last)
+            engine.compile_for(dataset.full_shapes())
+            run = _Run(config, shards, dataset, engine, heldout, ranks, steps, last, owner)
+            with recorded_end(config.run.out, ranks, run.summary, owner):
+                try:
+                    run.loop(stop, watch, profile)
+                finally:
+                    run.publisher.let_finish()
     return run.summary
 
 

@@ -269,6 +269,8 @@ FINETUNING, BENCHMARK = "Scores of a fine-tuning", "Results of a benchmark"
 RUN = "Run folder"
 WRITTEN = [
     (RUN, "data_prep/owner.py", "_mine"),
+    (RUN, "data_prep/owner.py", "this_process"),
+    (RUN, "pretrain/ended.py", "_write"),
     (RUN, "pretrain/record.py", "environment"),
     (RUN, "pretrain/warm_start.py", "start_weights"),
     (RUN, "pretrain/warm_start.py", "_compare_genes"),

@@ -121,6 +121,7 @@ def test_a_second_job_for_a_folder_is_refused(shards, tmp_path):
         assert f"SLURM job {job}" in refused(submit)
 
         again = cluster.run("sbatch", "--parsable", str(launched / "job.sbatch")).strip()
+        cluster.run("scontrol", "release", again)
         assert cluster.wait_for(again, {"FAILED", "COMPLETED"}, _LIMIT_S) == "FAILED"
         said = (launched / f"job-{again}.log").read_text()
         assert f"SLURM job {job}" in said and "another run works in this folder" in said
