@@ -16,10 +16,11 @@ import typer
 from data_prep.files import LAUNCH_FOLDER, names_in
 from data_prep.owner import refuse_if_in_use
 from data_prep.redact import is_public, redacted_command
+from launch.environment import ENV_HELP, named_variables
 from launch.logs import read_events, record_event
 from launch.rank import make_private, write_whole
 from launch.slurm_script import RankCommand, SlurmJob, render
-from launch.verbs import MODULES, check_and_find_folder, module_of, named_values, to_go_on
+from launch.verbs import MODULES, check_and_find_folder, module_of, to_go_on
 
 JOB_NAME = "geneloom-"
 
@@ -49,7 +50,7 @@ def launch_slurm(
         list[str] | None,
         typer.Option(help="line run first, e.g. 'module load cuda'; may be repeated"),
     ] = None,
-    env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of every rank")] = None,
+    env: Annotated[list[str] | None, typer.Option(help=ENV_HELP)] = None,
     signal_before: Annotated[
         int, typer.Option(min=1, help="seconds before the limit: save, requeue, resume")
     ] = 120,
@@ -82,7 +83,7 @@ def launch_slurm(
     made_by = redacted_command(["geneloom", *sys.argv[1:]])
     command = RankCommand(sys.executable, module, arguments, to_go_on(verb, arguments))
     text = render(job, command, out, made_by)
-    variables = named_values("--env", env or [])
+    variables = named_variables(env or [])
     settings = rank_settings(job, variables, made_by)
     print(text, end="", flush=True)
     if show:

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 from data_prep.errors import EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE
 from data_prep.files import LAUNCH_FOLDER, names_in
 from data_prep.owner import ATTEMPT, LAUNCH_ID, SERIES, refuse_if_in_use, this_process
-from data_prep.redact import redacted_command
+from data_prep.redact import is_public, redacted_command
 from launch.logs import end_records, record_event, root_cause, tail
 from launch.rank import ALIVE, TOUCH_S, log_name, make_private, write_whole
 from launch.verbs import check_and_find_folder, module_of, saved_step, to_go_on
@@ -57,6 +57,8 @@ class Job:
     device: str = "auto"
     restarts: int = 0
     environment: Mapping[str, str] = field(default_factory=dict)
+    # Of the shell or the user, for ranks alone; may hold secrets.
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 class Way(Protocol):
@@ -105,6 +107,7 @@ def run(way: Way, job: Job, show: bool = False) -> int:
         attempt = Attempt(
             way, module_of(job.verb), arguments, hosts, folder / f"attempt_{number}", job.device,
             {**job.environment, SERIES: series, ATTEMPT: str(number)}, stop,
+            variables=job.variables,
         )  # fmt: skip
         print("\n".join(attempt.show()), flush=True)
         if show:
@@ -227,12 +230,14 @@ class Attempt:
         stop: Stop | None = None,
         limit_s: float = math.inf,
         is_quiet: bool = False,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
         self._limit_s, self._is_quiet = limit_s, is_quiet
         self._way, self._hosts, self._device, self._stop = way, hosts, device, stop
         self._id = uuid.uuid4().hex
         self._environment = {**environment, LAUNCH_ID: self._id}
+        self._variables = variables or {}
         words = ["launch.rank", str(folder), module, *arguments]
         self._commands = way.commands(hosts, folder, words, self._environment)
         self._printed = 0
@@ -260,6 +265,7 @@ class Attempt:
         finally:
             self._take_down()
             ended.set()
+            self._write_rank_settings({n: v for n, v in self._variables.items() if is_public(n)})
         return self._code()
 
     def _touch(self, ended: threading.Event) -> None:
@@ -372,17 +378,22 @@ class Attempt:
     def _write_settings(self) -> None:
         """Write what `launch.rank` reads, and what a launcher may."""
         make_private(self.folder)
-        settings = {
-            "device": self._device,
-            "nodes": len(self._hosts),
-            "supervisor": this_process(),
-            "environment": self._environment | {"GENELOOM_LAUNCH_COMMAND": _own_command()},
-        }
-        write_whole(self.folder / "settings.json", settings)
+        self._write_rank_settings(self._variables)
         (self.folder / ALIVE).touch(mode=0o600)
         hosts, variables = self._hosts.items(), sorted(self._environment.items())
         (self.folder / HOSTFILE).write_text("".join(f"{h} slots={n}\n" for h, n in hosts))
         (self.folder / ENVIRONMENT).write_text("".join(f"{k}={v}\n" for k, v in variables))
+
+    def _write_rank_settings(self, variables: Mapping[str, str]) -> None:
+        """Write what `launch.rank` reads; at the end once more, without what may be secret."""
+        command = {"GENELOOM_LAUNCH_COMMAND": _own_command()}
+        settings = {
+            "device": self._device,
+            "nodes": len(self._hosts),
+            "supervisor": this_process(),
+            "environment": {**variables, **self._environment, **command},
+        }
+        write_whole(self.folder / "settings.json", settings)
 
 
 def _own_command() -> str:

@@ -288,7 +288,7 @@ WRITTEN = [
     ("A checkpoint", "pretrain/publish.py", "_finish"),
     ("A checkpoint", "pretrain/publish.py", "_write_mine"),
     ("A checkpoint", "pretrain/checkpoint.py", "write_record"),
-    ("`launch/`", "launch/supervise.py", "_write_settings"),
+    ("`launch/`", "launch/supervise.py", "_write_rank_settings"),
     ("`launch/`", "launch/supervise.py", "run"),
     ("`launch/`", "launch/requeue.py", "requeue_code"),
     ("`launch/`", "launch/slurm.py", "launch_slurm"),
