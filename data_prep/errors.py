@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -45,6 +48,7 @@ def _with_notes(message: str, error: Exception) -> str:
 
 
 def _fail(message: str, code: int, is_shared: bool) -> None:
+    _tell_torchrun(message)
     rank = os.environ.get("RANK", "0")
     prefix = "error" if rank == "0" else f"error on rank {rank}"
     if rank == "0" or not is_shared:
@@ -54,6 +58,15 @@ def _fail(message: str, code: int, is_shared: bool) -> None:
         _end_at_once(code)
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _tell_torchrun(message: str) -> None:
+    """Write the file in which torchrun looks for the reason of a rank that failed."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        more = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": more}}))
 
 
 def _end_at_once(code: int) -> None:

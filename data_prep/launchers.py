@@ -32,6 +32,8 @@ _MODULES = {
     "deepspeed.launcher.runner", "deepspeed.launcher.launch", "torch.distributed.run",
     "torch.distributed.launch", "launch.rank",
 }  # fmt: skip
+_known: list[psutil.Process] = []
+_SOON_S = 0.05
 _SHELLS = {"sh", "bash", "dash", "zsh"}
 
 
@@ -44,11 +46,22 @@ def stop_with_launcher() -> None:
     launchers = launchers_above(psutil.Process())
     if not launchers:
         return
+    _known.extend(launchers)
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != launchers[0].pid:  # it has ended in between
         os.kill(os.getpid(), signal.SIGTERM)
     threading.Thread(target=_watch, args=(launchers,), name="launchers", daemon=True).start()
+
+
+def launcher_is_gone(within_s: float = 0) -> bool:
+    """Has one of the launchers ended that `stop_with_launcher` found, or does it in so long?"""
+    until = time.monotonic() + within_s
+    while all(map(_lives, _known)):
+        if time.monotonic() >= until:
+            return False
+        time.sleep(_SOON_S)
+    return True
 
 
 def launchers_above(process: psutil.Process) -> list[psutil.Process]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -100,10 +101,14 @@ def root_cause(
 
 
 def record_event(folder: Path, event: str, **values: Any) -> None:
-    """Add a line to the events.jsonl of a run's folder of launches."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / EVENTS).open("a") as file:
-        file.write(json.dumps({"time": time.time(), "event": event, **values}) + "\n")
+    """Add a line to the events.jsonl of a run's folder of launches; where it cannot be, say so."""
+    line = json.dumps({"time": time.time(), "event": event, **values}) + "\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / EVENTS).open("a") as file:
+            file.write(line)
+    except OSError as error:
+        print(f"launch: not recorded in {folder / EVENTS}: {error}", file=sys.stderr, flush=True)
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:

@@ -44,6 +44,7 @@ _SOON_S = 8.0
 _AFTERWARDS_S = 5.0
 _STACKS_S = 2.0
 _BACK_OFF_S = (1.0, 300.0)
+_LEAST_FREE = 1 << 20
 _ASKED = b"launch: the ranks finish their step and save; Ctrl-C again: end at once\n"
 _INTERRUPTED = 128 + signal.SIGINT
 
@@ -116,7 +117,8 @@ def run(way: Way, job: Job, show: bool = False) -> int:
         record_event(folder, "started", attempt=number, hosts=hosts, commands=commands)
         command = folder / "command.sh"
         before = command.read_text() if command.exists() else None
-        command.write_text(_own_command() + "\n")
+        with contextlib.suppress(OSError):
+            command.write_text(_own_command() + "\n")
         saved = saved_step(out)
         code = attempt.run()
         if attempt.was_refused():
@@ -134,6 +136,7 @@ def run(way: Way, job: Job, show: bool = False) -> int:
             return code
         lost = way.lost(hosts)
         cause, log = root_cause(attempt.folder, hosts, lost)
+        cause = _full_disk(out) or cause
         end = _End(cause, saved_step(out), tuple(hosts), tuple(lost))
         _say(f"attempt {number} ended: {cause}" + (f" ({log})" if log else ""))
         record_event(
@@ -249,7 +252,11 @@ class Attempt:
 
     def run(self) -> int:
         """Start, watch and take down; return the exit code that the ranks agree on."""
-        self._write_settings()
+        try:
+            self._write_settings()
+        except OSError as error:
+            _say(f"{self.folder} cannot be written: {error}")
+            return EXIT_FAILED
         for name, command in self._commands.items():
             suffix = f"-{name}" if name else ""
             with (self.folder / f"launcher{suffix}.log").open("ab") as log:
@@ -394,6 +401,14 @@ class Attempt:
             "environment": {**variables, **self._environment, **command},
         }
         write_whole(self.folder / "settings.json", settings)
+
+
+def _full_disk(out: Path) -> str:
+    """Return what is said if nothing more can be written: ranks could not say so themselves."""
+    free = shutil.disk_usage(out).free
+    if free >= _LEAST_FREE:
+        return ""
+    return f"the disk of {out} is full ({free / 2**20:.1f} MiB free); make room there"
 
 
 def _own_command() -> str:

@@ -14,7 +14,7 @@ from data_prep.shards import ShardSet
 from pretrain import checkpoint, dist
 from pretrain.config import RunConfig
 from pretrain.dist import Ranks
-from pretrain.publish import finish_interrupted
+from pretrain.publish import finish_interrupted, remove_partial
 from pretrain.record import is_run_folder
 from pretrain.warm_start import require_same_start
 
@@ -74,6 +74,7 @@ def _find_start(
     last = checkpoint.newest(out, set_aside=True)
     if last is None and resume == "if-saved" and (not names_in(out) or is_run_folder(out)):
         logger.warning("%s: no checkpoint yet; the run begins at step 0", out)
+        remove_partial(out)
         return None
     if last is None:
         raise ValueError(
