@@ -316,11 +316,27 @@ class Attempt:
                 return
             if 0 < failed_at < now - _GRACE_S or now - started > self._limit_s:
                 return
+        if not any((p.returncode or 0) > 0 for p in self._running.values()):
+            self._wait_for_ends()
+
+    def _wait_for_ends(self) -> None:
+        """Wait for what ranks say of their ends, when no launcher has said that something failed.
+
+        On a network's file system it comes late. Or the ranks are still there, and can save: their
+        launcher was killed. (DeepSpeed's runner ends with 0 if its pdsh is.)
+        """
+        for limit_s in (_AFTERWARDS_S, _GRACE_S):
+            until = time.monotonic() + limit_s
+            while time.monotonic() < until:
+                if self._all_ended():
+                    return
+                time.sleep(_POLL_S)
+            self._way.signal(self._hosts, self._id, signal.SIGUSR1, True)
 
     def _take_down(self) -> None:
         """End what is left on every host, and the launchers."""
         codes = [p.poll() for p in self._running.values()]
-        if any(codes) or None in codes:
+        if any(codes) or not self._all_ended():
             is_hurried = self._all_ended() or (self._stop is not None and self._stop.at_once)
             if None in codes and not is_hurried:
                 # Those that stand still write where, into their logs.
@@ -332,12 +348,6 @@ class Attempt:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        until = time.monotonic() + _AFTERWARDS_S
-        # On a network's file system the last words come late.
-        while len(self._ends()) < sum(self._hosts.values()) and time.monotonic() < until:
-            if any(codes) or None in codes:
-                break
-            time.sleep(_POLL_S)
         self._print_first_rank()
 
     def _code(self) -> int:

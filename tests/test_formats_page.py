@@ -323,7 +323,7 @@ ELSEWHERE = {
     "_write_mine": {"error"},
     "finetune_cells": {"limits"},
     "_score_seed": {"fine-tuned, N", "frozen embedding, N"},
-    "_write_settings": {"GENELOOM_LAUNCH_COMMAND"},
+    "_write_rank_settings": {"GENELOOM_LAUNCH_COMMAND"},
 }
 
 
