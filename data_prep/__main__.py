@@ -5,10 +5,12 @@ import signal
 import typer
 
 from data_prep.errors import run_app
+from data_prep.launchers import stop_with_launcher
 
 if __name__ == "__main__":
     # What is done stays: a request to stop ends the process, and the same command goes on.
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    stop_with_launcher()
     from data_prep.cli import prepare_command
 
     app = typer.Typer(add_completion=False)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import sys
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,6 +16,8 @@ if TYPE_CHECKING:
 EXIT_USAGE, EXIT_FAILED = 2, 1
 # Of sysexits.h, EX_TEMPFAIL: what was done is saved, and the same command goes on.
 EXIT_RESUMABLE = 75
+# A launcher sets it, or a run that is alone for itself.
+IN_RANKS = "WORLD_SIZE"
 
 
 class SharedFailure(Exception):
@@ -25,6 +31,11 @@ def run_app(app: typer.Typer) -> None:
     """
     try:
         app()
+    except SystemExit as done:
+        if IN_RANKS in os.environ and isinstance(done.code, int):
+            # All is on disk. To take down torch takes seconds, which a queue may not give.
+            _end_at_once(done.code)
+        raise
     except ValueError as error:
         _fail(_with_notes(str(error), error), EXIT_USAGE, isinstance(error, SharedFailure))
     except (FloatingPointError, OSError) as error:
@@ -37,12 +48,29 @@ def _with_notes(message: str, error: Exception) -> str:
 
 
 def _fail(message: str, code: int, is_shared: bool) -> None:
+    _tell_torchrun(message)
     rank = os.environ.get("RANK", "0")
     prefix = "error" if rank == "0" else f"error on rank {rank}"
     if rank == "0" or not is_shared:
         print(f"{prefix}: {message}", file=sys.stderr, flush=True)
     # Not sys.exit: ranks that fail must not wait in a process group's or a worker's clean-up.
+    if IN_RANKS in os.environ:
+        _end_at_once(code)
     sys.stdout.flush()
-    if "WORLD_SIZE" in os.environ:
-        os._exit(code)
     sys.exit(code)
+
+
+def _tell_torchrun(message: str) -> None:
+    """Write the file in which torchrun looks for the reason of a rank that failed."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        more = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": more}}))
+
+
+def _end_at_once(code: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
+            stream.flush()
+    os._exit(code)

@@ -12,6 +12,15 @@ LAUNCH_FOLDER = "launch"
 OWNER_NAME = ".owner.json"
 
 
+def names_in(folder: Path) -> set[str]:
+    """Return what a folder holds beside that which starts a run in it, or owns it."""
+    if not folder.is_dir():
+        return set()
+    # Also of an owner's file that was being made when its process was killed.
+    names = (p.name for p in folder.iterdir())
+    return {n for n in names if n != LAUNCH_FOLDER and not n.startswith(OWNER_NAME)}
+
+
 def require_new_file(out: Path) -> None:
     """Raise ValueError if a file exists, or its folder does not."""
     if out.exists():

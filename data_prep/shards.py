@@ -35,7 +35,7 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from data_prep.files import LAUNCH_FOLDER, OWNER_NAME, made_folder
+from data_prep.files import made_folder, names_in
 from data_prep.members import IndexColumns, OpenFiles, is_intact
 from data_prep.members import decode as decode
 from data_prep.vocab import Vocabulary, load_vocabulary
@@ -50,7 +50,6 @@ MANIFEST_NAME, INDEX_NAME, VOCABULARY_NAME = "manifest.json", "index.parquet", "
 STATISTICS_NAME = "statistics.json"
 SPLITS = ("train", "heldout")
 PARTIAL = ".partial"
-_NOT_RESULTS = {PARTIAL, LAUNCH_FOLDER, OWNER_NAME}
 _TAR_BLOCK = 512
 _PLACE = ("offset", "bytes", "crc32")
 # 32 seconds in all, and at most 20 s of silence before each: less than the 600 s that ranks wait
@@ -146,7 +145,7 @@ def _member_name(stem: str, block: int) -> str:
 
 def require_new(out: Path) -> None:
     """Raise ValueError unless a folder to be written is absent, or empty but for what runs left."""
-    if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - _NOT_RESULTS):
+    if out.exists() and (not out.is_dir() or names_in(out) - {PARTIAL}):
         raise ValueError(f"{out}: exists and is not an empty folder; give --out a new one")
 
 

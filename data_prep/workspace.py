@@ -1,28 +1,28 @@
 """The folder of a run of ``prepare``: one run at a time, work that survives a kill, nothing half.
 
 Inside the output folder, ``.partial`` holds the work until it is complete; then the results move
-up, the manifest last. A folder without a manifest is no shard folder.
+up, the manifest last. A folder without a manifest is no shard folder. ``.request`` says what was
+asked for, until the run has tidied up.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.files import LAUNCH_FOLDER, made_folder
+from data_prep.files import names_in
 from data_prep.formats.staging import ROWS_DONE, is_whole
+from data_prep.owner import FolderInUse, owned
 
 logger = logging.getLogger(__name__)
 
-PARTIAL, _LOCK = ".partial", ".lock"
-_NOT_OURS = {PARTIAL, _LOCK, LAUNCH_FOLDER}
+PARTIAL, _REQUEST = ".partial", ".request"
+_NOT_RESULTS = {PARTIAL, _REQUEST}
 _SPARE_BYTES = 64 << 20
 
 
@@ -34,7 +34,7 @@ def require_free(out: Path, manifest_name: str) -> None:
         raise ValueError(f"{out}: exists and is no folder; give --out a new one")
     if (out / manifest_name).exists():
         raise ValueError(f"{out}: holds complete shards already; give --out a new folder")
-    if not _moving(out, manifest_name) and {p.name for p in out.iterdir()} - _NOT_OURS:
+    if not _moving(out, manifest_name) and names_in(out) - _NOT_RESULTS:
         raise ValueError(f"{out}: exists and is not an empty folder; give --out a new one")
 
 
@@ -46,21 +46,18 @@ def _moving(out: Path, manifest_name: str) -> Path | None:
 def complete_already(out: Path, manifest_name: str, request: str) -> bool:
     """Return whether a run with this request ended here but for its last clean-up, and do that.
 
-    A run that is killed after its manifest is in place leaves its lock, in which its request
-    stands; `.partial` may be there too, or half of it.
+    A run that is killed after its manifest is in place leaves its request; `.partial` may be there
+    too, or half of it.
     """
-    lock = out / _LOCK
-    if not (out / manifest_name).exists() or not lock.exists():
+    asked = out / _REQUEST
+    if not (out / manifest_name).exists() or not asked.exists() or request not in asked.read_text():
         return False
-    with lock.open("r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False  # in use: the way that is taken next says by whom
-        if request not in file.read():
-            return False
-        shutil.rmtree(out / PARTIAL, ignore_errors=True)
-        lock.unlink()
+    try:
+        with owned(out, "prepare"):
+            shutil.rmtree(out / PARTIAL, ignore_errors=True)
+            asked.unlink(missing_ok=True)
+    except FolderInUse:
+        return False  # it lives: the way that is taken next says so
     return True
 
 
@@ -95,17 +92,16 @@ def locked_workspace(out: Path, manifest_name: str, request: str = "") -> Iterat
         `out` is in use by another run, or holds other things.
     """
     require_free(out, manifest_name)
-    with made_folder(out):
-        lock = _lock(out, request)
+    with owned(out, "prepare"):
         work = out / PARTIAL
         try:
-            require_free(out, manifest_name)  # the run that held the lock may just have finished
+            require_free(out, manifest_name)  # the run that had it may just have finished
+            (out / _REQUEST).write_text(request)
             work.mkdir(exist_ok=True)
             moving = _moving(out, manifest_name)
             if moving is not None:
-                for path in out.iterdir():
-                    if path.name not in _NOT_OURS:
-                        path.rename(moving / path.name)
+                for name in names_in(out) - _NOT_RESULTS:
+                    (out / name).rename(moving / name)
             # Copies that a killed run did not finish, or damaged ones.
             for path in work.glob("rows-*"):
                 if not is_whole(path):
@@ -121,40 +117,9 @@ def locked_workspace(out: Path, manifest_name: str, request: str = "") -> Iterat
             else:
                 shutil.rmtree(work, ignore_errors=True)
             if not work.exists():
-                (out / _LOCK).unlink(missing_ok=True)
+                (out / _REQUEST).unlink(missing_ok=True)
             raise
-        finally:
-            os.close(lock)
-        (out / _LOCK).unlink(missing_ok=True)
-
-
-def _lock(out: Path, request: str) -> int:
-    """Return an open file that holds the lock of a folder.
-
-    The system gives the lock back when its process ends, however it ends. Some network file systems
-    have no locks: there the run goes on with a warning.
-    """
-    lock = os.open(out / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            said = os.pread(lock, 200, 0).decode(errors="replace")
-            owner = said.partition("\n")[0] or "unknown"
-            os.close(lock)
-            raise ValueError(
-                f"{out}: another run is preparing this folder ({owner}); wait for it, or give "
-                "--out another folder"
-            ) from error
-        logger.warning("%s: cannot be locked (%s): see to it that no other run uses it", out, error)
-    path = out / _LOCK
-    if not path.exists() or path.stat().st_ino != os.fstat(lock).st_ino:
-        os.close(lock)
-        raise ValueError(f"{out}: another run has just finished with this folder; start again")
-    os.ftruncate(lock, 0)
-    text = f"process {os.getpid()} on {socket.gethostname()}\n{request}\n"
-    os.pwrite(lock, text.encode(), 0)
-    return lock
+        (out / _REQUEST).unlink(missing_ok=True)
 
 
 def move_up(work: Path, folder: Path, names: list[str], manifest_name: str) -> None:

@@ -26,6 +26,7 @@ VERBS = {
     "plan": ("pretrain.cli", "plan_command", "memory, hours and cost of a run, before it starts"),
     "launch": ("launch.commands", "app", "pretrain, prepare, finetune, perturb on several ranks"),
     "runs": ("launch.runs", "runs_command", "what lies in a folder, and how far it is"),
+    "stop": ("launch.stop", "stop_command", "end a run, and what is left of it, on all its hosts"),
     "doctor": ("launch.doctor", "doctor_command", "can these hosts train together, and how fast"),
     "export": ("pretrain.cli", "export_command", "checkpoint -> Hugging Face folder"),
     "embed": ("eval.cli", "embed_command", "cells -> embeddings in an h5ad"),

@@ -17,6 +17,7 @@ import typer
 
 from launch import supervise
 from launch.checks import ask_facts, find_problems
+from launch.environment import ENV_HELP, passed_on
 from launch.hosts import ask_all, read_hostfile, ssh
 from launch.local import RESTARTS_HELP, base_environment, require_device
 from launch.verbs import module_of
@@ -34,6 +35,7 @@ def launch_hostfile(
     restarts: Annotated[int, typer.Option(min=0, help=RESTARTS_HELP)] = 3,
     min_hosts: Annotated[int, typer.Option(min=1, help="go on with no fewer hosts")] = 1,
     port: Annotated[int, typer.Option(min=0, max=65535, help="to meet at; 0: a free one")] = 0,
+    env: Annotated[list[str] | None, typer.Option(help=ENV_HELP)] = None,
     show: Annotated[bool, typer.Option("--show", help="print the commands and stop")] = False,
 ) -> None:
     """Run a verb on several hosts: ``geneloom launch hostfile --hostfile H pretrain ...``.
@@ -53,7 +55,10 @@ def launch_hostfile(
     slots = read_hostfile(hostfile)
     out = supervise.check_and_find_folder(verb, context.args)
     way = ways[launcher](slots, out, device, None, min_hosts, port)
-    job = supervise.Job(verb, context.args, device, restarts, base_environment(device, here=False))
+    job = supervise.Job(
+        verb, context.args, device, restarts, base_environment(device, here=False),
+        passed_on(env or []),
+    )  # fmt: skip
     raise SystemExit(supervise.run(way, job, show))
 
 

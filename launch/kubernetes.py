@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from launch.environment import ENV_HELP, named_variables
 from launch.verbs import MODULES, check_and_find_folder, module_of, named_values, to_go_on
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
@@ -81,7 +82,7 @@ def launch_kubernetes(
     cpus: Annotated[str | None, typer.Option(help="of a pod, e.g. 32")] = None,
     memory: Annotated[str | None, typer.Option(help="of a pod, e.g. 400Gi")] = None,
     shm: Annotated[str, typer.Option(help="of /dev/shm, which NCCL needs")] = "16Gi",
-    env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE; may be repeated")] = None,
+    env: Annotated[list[str] | None, typer.Option(help=ENV_HELP)] = None,
     node_selector: Annotated[
         list[str] | None, typer.Option(help="label=value of the nodes; may be repeated")
     ] = None,
@@ -101,7 +102,7 @@ def launch_kubernetes(
         kind=kind, name=name or f"geneloom-{verb}", image=image, nodes=nodes,
         ranks_per_node=ranks_per_node or gpus_per_node or 1, gpus_per_node=gpus_per_node,
         cpus=cpus, memory=memory, shm=shm, namespace=namespace,
-        claims=[_claim(c) for c in claim or []], env=named_values("--env", env or []),
+        claims=[_claim(c) for c in claim or []], env=named_variables(env or []),
         node_selector=named_values("--node-selector", node_selector or []), grace_s=grace,
         restart_policy=restart_policy, restarts=restarts,
     )  # fmt: skip

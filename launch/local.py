@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from launch import supervise
+from launch.environment import ENV_HELP, passed_on
 from launch.hosts import package_first
 from launch.node import has_gpu, port_state, signal_processes
 from launch.verbs import MODULES, module_of
@@ -23,6 +24,7 @@ def launch_local(
     ranks: Annotated[int, typer.Option(min=1, help="processes; on GPUs one per GPU")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or gpu")] = "auto",
     restarts: Annotated[int, typer.Option(min=0, help=RESTARTS_HELP)] = 0,
+    env: Annotated[list[str] | None, typer.Option(help=ENV_HELP)] = None,
     show: Annotated[bool, typer.Option("--show", help="print the command and stop")] = False,
 ) -> None:
     """Run a verb on this machine: ``geneloom launch local --ranks 2 pretrain --config tiny ...``.
@@ -33,7 +35,9 @@ def launch_local(
     require_device(device)
     way = Local(1 if verb == "prepare" else ranks)
     words = [*context.args, "--processes", str(ranks)] if verb == "prepare" else context.args
-    job = supervise.Job(verb, words, device, restarts, base_environment(device))
+    job = supervise.Job(
+        verb, words, device, restarts, base_environment(device), passed_on(env or [])
+    )
     raise SystemExit(supervise.run(way, job, show))
 
 
@@ -61,7 +65,7 @@ class Local:
         return []
 
     def signal(self, hosts: dict[str, int], launch: str, number: int, ranks_only: bool) -> None:
-        signal_processes(launch, number, ranks_only)
+        signal_processes({launch}, number, ranks_only)
 
 
 def require_device(device: str, here: bool = True) -> None:

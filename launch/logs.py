@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -100,10 +101,23 @@ def root_cause(
 
 
 def record_event(folder: Path, event: str, **values: Any) -> None:
-    """Add a line to the events.jsonl of a run's folder of launches."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / EVENTS).open("a") as file:
-        file.write(json.dumps({"time": time.time(), "event": event, **values}) + "\n")
+    """Add a line to the events.jsonl of a run's folder of launches; where it cannot be, say so."""
+    line = json.dumps({"time": time.time(), "event": event, **values}) + "\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / EVENTS).open("a") as file:
+            file.write(line)
+    except OSError as error:
+        print(f"launch: not recorded in {folder / EVENTS}: {error}", file=sys.stderr, flush=True)
+
+
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """Return the events of a run's folder of launches, oldest first."""
+    try:
+        lines = (folder / EVENTS).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines]
 
 
 def last_error(log: Path) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from launch import supervise
+from launch.environment import ENV_HELP, passed_on
 from launch.hostfile import Cluster
 from launch.hosts import read_hostfile
 from launch.local import HERE, RESTARTS_HELP, Local, base_environment, require_device
@@ -31,6 +32,7 @@ def launch_mpi(
     hostfile: Annotated[Path | None, typer.Option(help="lines like `node1 slots=8`")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or gpu")] = "auto",
     restarts: Annotated[int, typer.Option(min=0, help=RESTARTS_HELP)] = 0,
+    env: Annotated[list[str] | None, typer.Option(help=ENV_HELP)] = None,
     show: Annotated[bool, typer.Option("--show", help="print the command and stop")] = False,
 ) -> None:
     """Run a verb under mpirun: ``geneloom launch mpi --ranks 2 pretrain --config tiny ...``.
@@ -47,8 +49,9 @@ def launch_mpi(
         out = supervise.check_and_find_folder(verb, context.args)
         way = MpiCluster(slots, out, device, ranks)
     job = supervise.Job(
-        verb, context.args, device, restarts, base_environment(device, hostfile is None)
-    )
+        verb, context.args, device, restarts, base_environment(device, hostfile is None),
+        passed_on(env or []),
+    )  # fmt: skip
     raise SystemExit(supervise.run(way, job, show))
 
 

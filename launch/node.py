@@ -1,4 +1,4 @@
-"""What is asked of a node, over ssh or here: ``python -m launch.node facts|signal|port ...``.
+"""What is asked of a node, over ssh or here: ``python -m launch.node facts|signal|... ...``.
 
 Answers in JSON on one line. Needs the standard library and psutil only.
 """
@@ -16,14 +16,17 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Container
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-# In the environment of all that a launch has started; of its ranks alone.
-LAUNCH_ID, IN_RANK = "GENELOOM_LAUNCH_ID", "GENELOOM_IN_RANK"
+from data_prep.owner import LAUNCH_ID, lives
+
+# In the environment of ranks, beside the `LAUNCH_ID` that all has which a launch has started.
+IN_RANK = "GENELOOM_IN_RANK"
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "pyarrow")
 ROOT = Path(__file__).resolve().parent.parent
 _FOLDERS = ("data_prep", "pretrain", "launch", "eval", "deepspeed_configs")
@@ -35,15 +38,24 @@ def has_gpu() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
-def signal_processes(launch: str, number: int, ranks_only: bool) -> int:
-    """Send a signal to the processes of a launch on this node; return how many there were."""
+def signal_process(pid: int, started: float, number: int) -> bool:
+    """Send a signal to the process that started at a time, if it is there; return whether it is."""
+    if not lives({"pid": pid, "started": started}):
+        return False
+    with contextlib.suppress(OSError):
+        os.kill(pid, number)
+    return True
+
+
+def signal_processes(launches: Container[str], number: int, ranks_only: bool) -> int:
+    """Send a signal to the processes of launches on this node; return how many there were."""
     found = 0
     for process in psutil.process_iter():
         try:
             environment = process.environ()
         except (psutil.Error, OSError):
             continue
-        ours = environment.get(LAUNCH_ID) == launch and process.pid != os.getpid()
+        ours = environment.get(LAUNCH_ID, "") in launches and process.pid != os.getpid()
         if ours and (IN_RANK in environment or not ranks_only):
             with contextlib.suppress(psutil.Error):
                 process.send_signal(number)
@@ -173,7 +185,9 @@ def main(words: list[str]) -> None:
     if words[0] == "facts":
         answer: Any = facts(Path(words[1]), words[2], words[3:])
     elif words[0] == "signal":
-        answer = signal_processes(words[1], int(words[2]), words[3] == "ranks")
+        answer = signal_processes(words[1].split(","), int(words[2]), words[3] == "ranks")
+    elif words[0] == "process":
+        answer = int(signal_process(int(words[1]), float(words[2]), int(words[3])))
     else:
         answer = port_state(int(words[1]))
     print(json.dumps(answer))

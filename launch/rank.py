@@ -16,20 +16,27 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
 from data_prep.errors import EXIT_USAGE
 from data_prep.files import LAUNCH_FOLDER
+from data_prep.launchers import SAVE_LIMIT_S, stop_with_launcher
+from data_prep.owner import lives, machine
 from launch.node import IN_RANK, ROOT, has_gpu
 
 _RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 _RANKS_HERE = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 _PR_SET_PDEATHSIG = 1
+# The supervisor touches this file in the folder of its attempt, for those on other machines.
+ALIVE, TOUCH_S = "alive", 2.0
+# Looks, not seconds: a file system that does not answer is not a supervisor that is gone.
+_LOOK_S, _LOOKS = 1.0, 12
 
 
 def log_name(rank: int) -> str:
@@ -60,8 +67,10 @@ def main() -> int:
         if child is not None:
             child.send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, pass_on)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, pass_on)
+    stop_with_launcher()
     started = time.time()
     with (Path(folder) / log_name(rank)).open("ab") as log:
         line = f"# rank {rank} on {socket.gethostname()}, {time.strftime('%Y-%m-%d %H:%M:%S %Z')}\n"
@@ -69,8 +78,11 @@ def main() -> int:
         log.flush()
         child = subprocess.Popen(
             [sys.executable, "-u", "-m", module, *arguments],
-            env=environment, stdout=log, stderr=log, preexec_fn=_die_with_parent,
+            env=environment, stdout=log, stderr=log, preexec_fn=_stop_with_parent,
         )  # fmt: skip
+        if supervisor := settings.get("supervisor"):
+            watch = (Path(folder), supervisor, child, log)
+            threading.Thread(target=_stop_with_supervisor, args=watch, daemon=True).start()
         code = child.wait()
     end = {"rank": rank, "host": socket.gethostname(), "code": code, "from": started}
     write_whole(Path(folder) / end_name(rank), end | {"to": time.time()})
@@ -147,9 +159,43 @@ def _first(values: Mapping[str, str], names: tuple[str, ...], otherwise: str) ->
     return next((values[n] for n in names if values.get(n)), otherwise)
 
 
-def _die_with_parent() -> None:
+def _stop_with_parent() -> None:
+    # Until the rank looks for itself (`data_prep.launchers`).
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _stop_with_supervisor(
+    folder: Path, supervisor: dict[str, Any], child: subprocess.Popen, log: IO[bytes]
+) -> None:
+    """Ask a rank to stop when the command that started the run is gone; end it if it does not."""
+    if supervisor["machine"] == machine():
+        while lives(supervisor):
+            time.sleep(_LOOK_S)
+    else:
+        _wait_for_silence(folder / ALIVE)
+    with contextlib.suppress(OSError):
+        log.write(b"# the command that started this run is gone: asked to save and stop\n")
+        log.flush()
+    child.send_signal(signal.SIGTERM)
+    time.sleep(SAVE_LIMIT_S)
+    child.kill()
+
+
+def _wait_for_silence(path: Path) -> None:
+    """Return when a file was not touched between so many looks at it."""
+    seen, unchanged = 0, 0
+    while unchanged < _LOOKS:
+        time.sleep(_LOOK_S)
+        try:
+            with path.open("rb") as file:  # opened: a network's file system then asks its server
+                now = os.fstat(file.fileno()).st_mtime_ns
+        except FileNotFoundError:
+            now = seen
+        except OSError:
+            continue
+        unchanged = unchanged + 1 if now == seen else 0
+        seen = now
 
 
 if __name__ == "__main__":

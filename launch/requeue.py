@@ -6,7 +6,6 @@ Exit code 0: done. 75: start again. Any other: stop, with the evidence on the co
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from data_prep.errors import EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE
 from data_prep.files import LAUNCH_FOLDER
-from launch.logs import EVENTS, End, ends, record_event, root_cause, tail
+from launch.logs import End, ends, read_events, record_event, root_cause, tail
 from launch.verbs import saved_step
 
 _SHOWN_LINES = 15
@@ -83,11 +82,7 @@ def _at(step: int) -> str:
 
 def crashes_before(run: Path, job: str) -> list[dict[str, Any]]:
     """Return what is recorded of a job's earlier crashes, oldest first."""
-    try:
-        lines = (run / LAUNCH_FOLDER / EVENTS).read_text().splitlines()
-    except FileNotFoundError:
-        return []
-    events = [json.loads(line) for line in lines]
+    events = read_events(run / LAUNCH_FOLDER)
     return [e for e in events if e["event"] == "ended" and e.get("job") == job]
 
 

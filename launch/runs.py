@@ -53,8 +53,8 @@ def runs_command(
     beyond arithmetic: by how many nats the held-out loss is below what counting tells.
 
     running: it wrote something within three of its usual intervals, or two minutes. stopped: on a
-    signal, after a checkpoint. failed: its loss was not finite. silent: neither finished nor heard
-    of; killed, hanging, or on a machine whose clock differs.
+    signal, after a checkpoint. failed: it ended with an error of its own. silent: neither finished
+    nor heard of; killed, hanging, or on a machine whose clock differs.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
@@ -157,12 +157,23 @@ def _state(
     dumps = [int(p.name.split("-")[3]) for p in folder.glob("not-finite-step-*.npz")]
     if any(dump > step for dump in dumps):
         return "failed"
+    said = _said_at_its_end(folder, step)
+    if said is not None:
+        return said
     # Between the usual steps one is saved only when the run was asked to stop.
     if saved == step and saved % every_steps:
         return "stopped"
     times = [r["time"] for r in records[-_RECENT:]]
     longest = max((b - a for a, b in itertools.pairwise(times)), default=0.0)
     return _alive(age, _INTERVALS * longest)
+
+
+def _said_at_its_end(folder: Path, step: int) -> State | None:
+    """Return what a run's ``ended.json`` says, unless the run has got on since."""
+    for ended in _records(folder / "ended.json"):
+        if ended.get("step") == step and ended.get("state") in ("stopped", "failed"):
+            return ended["state"]
+    return None
 
 
 def _alive(age: float, patience: float = 0.0) -> State:

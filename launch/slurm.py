@@ -13,11 +13,16 @@ from typing import Annotated
 
 import typer
 
-from data_prep.files import LAUNCH_FOLDER
+from data_prep.files import LAUNCH_FOLDER, names_in
+from data_prep.owner import refuse_if_in_use
 from data_prep.redact import is_public, redacted_command
+from launch.environment import ENV_HELP, named_variables
+from launch.logs import read_events, record_event
 from launch.rank import make_private, write_whole
 from launch.slurm_script import RankCommand, SlurmJob, render
-from launch.verbs import MODULES, check_and_find_folder, module_of, named_values, to_go_on
+from launch.verbs import MODULES, check_and_find_folder, module_of, to_go_on
+
+JOB_NAME = "geneloom-"
 
 
 def launch_slurm(
@@ -45,7 +50,7 @@ def launch_slurm(
         list[str] | None,
         typer.Option(help="line run first, e.g. 'module load cuda'; may be repeated"),
     ] = None,
-    env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of every rank")] = None,
+    env: Annotated[list[str] | None, typer.Option(help=ENV_HELP)] = None,
     signal_before: Annotated[
         int, typer.Option(min=1, help="seconds before the limit: save, requeue, resume")
     ] = 120,
@@ -69,7 +74,7 @@ def launch_slurm(
     if verb == "prepare":
         nodes, tasks, arguments = _one_task(nodes, ranks_per_node, cpus_per_task, arguments)
     job = SlurmJob(
-        name=f"geneloom-{verb}", nodes=nodes, tasks_per_node=tasks, time=time,
+        name=f"{JOB_NAME}{verb}", nodes=nodes, tasks_per_node=tasks, time=time,
         gpus_per_node=gpus_per_node, cpus_per_task=cpus_per_task, mem=mem, partition=partition,
         account=account, qos=qos, signal_before_s=signal_before, restarts=restarts,
         container=container, runtime=runtime, mounts=mount or [], setup=setup or [],
@@ -78,7 +83,7 @@ def launch_slurm(
     made_by = redacted_command(["geneloom", *sys.argv[1:]])
     command = RankCommand(sys.executable, module, arguments, to_go_on(verb, arguments))
     text = render(job, command, out, made_by)
-    variables = named_values("--env", env or [])
+    variables = named_variables(env or [])
     settings = rank_settings(job, variables, made_by)
     print(text, end="", flush=True)
     if show:
@@ -86,6 +91,7 @@ def launch_slurm(
     _require_free(verb, arguments, out)
     path = store(text, settings, out)
     number = submit(path, variables)
+    record_event(path.parent, "submitted", job=number)
     print(
         f"submitted job {number} ({path})\n"
         f"  what it says      tail -F {shlex.quote(str(path.parent / f'job-{number}.log'))}\n"
@@ -128,15 +134,20 @@ def rank_settings(job: SlurmJob, variables: dict[str, str], made_by: str) -> dic
 
 
 def _require_free(verb: str, arguments: list[str], out: Path) -> None:
-    """Raise ValueError where ``pretrain`` would, on the cluster, hours later."""
-    goes_on = {"--resume", "--restart"} & set(arguments)
-    if verb == "pretrain" and not goes_on and out.is_dir():
-        names = {p.name for p in out.iterdir()} - {LAUNCH_FOLDER}
-        if names:
+    """Raise ValueError where the job would be refused, on the cluster, hours later."""
+    refuse_if_in_use(out)
+    for number in jobs_of(out):
+        if state := state_of(number):
             raise ValueError(
-                f"{out}: exists and is not empty; add --resume to go on with this run, or give "
-                "run.out another folder"
+                f"{out}: job {number} is for this folder, and {state}: `squeue -j {number}` shows "
+                f"it, `scancel {number}` ends it; or give another folder"
             )
+    goes_on = {"--resume", "--restart"} & set(arguments)
+    if verb == "pretrain" and not goes_on and out.is_dir() and names_in(out):
+        raise ValueError(
+            f"{out}: exists and is not empty; add --resume to go on with this run, or give "
+            "run.out another folder"
+        )
 
 
 def store(text: str, settings: dict, out: Path) -> Path:
@@ -148,6 +159,24 @@ def store(text: str, settings: dict, out: Path) -> Path:
     path.write_text(text)
     path.chmod(0o600)
     return path
+
+
+def jobs_of(out: Path) -> list[str]:
+    """Return the numbers of the jobs that were submitted for a folder, the last one first."""
+    found = [e["job"] for e in read_events(out / LAUNCH_FOLDER) if e["event"] == "submitted"]
+    return found[::-1]
+
+
+def state_of(job: str, what: str = "%T") -> str:
+    """Return what SLURM says of a job that waits or runs, e.g. PENDING; empty if it does not.
+
+    `what`: a field of squeue's format.
+    """
+    if shutil.which("squeue") is None:
+        return ""
+    words = ["squeue", "--noheader", f"--format={what}", f"--jobs={job}"]
+    said = subprocess.run(words, capture_output=True, text=True)
+    return "" if said.returncode else said.stdout.strip().partition("\n")[0]
 
 
 def submit(path: Path, variables: Mapping[str, str]) -> str:

@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -23,17 +24,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_prep.errors import EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE
-from data_prep.files import LAUNCH_FOLDER
-from data_prep.owner import ATTEMPT, SERIES
-from data_prep.redact import redacted_command
+from data_prep.files import LAUNCH_FOLDER, names_in
+from data_prep.owner import ATTEMPT, LAUNCH_ID, SERIES, refuse_if_in_use, this_process
+from data_prep.redact import is_public, redacted_command
 from launch.logs import end_records, record_event, root_cause, tail
-from launch.node import LAUNCH_ID
-from launch.rank import log_name, make_private, write_whole
+from launch.rank import ALIVE, TOUCH_S, log_name, make_private, write_whole
 from launch.verbs import check_and_find_folder, module_of, saved_step, to_go_on
 
 # In the folder of an attempt: lines as `node1 slots=8`, and as `NAME=VALUE`.
 HOSTFILE, ENVIRONMENT = "hostfile", "environment"
 _POLL_S = 0.2
+# One Ctrl-C may come twice.
+_SECOND_S = 0.5
 _RESEND_S = 2.0
 _LOOK_S = 1.0
 # When one rank has ended, the others find out by themselves and say why: time for that.
@@ -42,6 +44,9 @@ _SOON_S = 8.0
 _AFTERWARDS_S = 5.0
 _STACKS_S = 2.0
 _BACK_OFF_S = (1.0, 300.0)
+_LEAST_FREE = 1 << 20
+_ASKED = b"launch: the ranks finish their step and save; Ctrl-C again: end at once\n"
+_INTERRUPTED = 128 + signal.SIGINT
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ class Job:
     device: str = "auto"
     restarts: int = 0
     environment: Mapping[str, str] = field(default_factory=dict)
+    # Of the shell or the user, for ranks alone; may hold secrets.
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 class Way(Protocol):
@@ -90,6 +97,8 @@ def run(way: Way, job: Job, show: bool = False) -> int:
         Print what would be started, and start nothing.
     """
     out = check_and_find_folder(job.verb, job.arguments)
+    if not show:
+        refuse_if_in_use(out)
     folder = out / LAUNCH_FOLDER
     was_there, series = folder.exists(), uuid.uuid4().hex
     stop, patience = Stop(), _Patience(job.restarts)
@@ -99,6 +108,7 @@ def run(way: Way, job: Job, show: bool = False) -> int:
         attempt = Attempt(
             way, module_of(job.verb), arguments, hosts, folder / f"attempt_{number}", job.device,
             {**job.environment, SERIES: series, ATTEMPT: str(number)}, stop,
+            variables=job.variables,
         )  # fmt: skip
         print("\n".join(attempt.show()), flush=True)
         if show:
@@ -107,7 +117,8 @@ def run(way: Way, job: Job, show: bool = False) -> int:
         record_event(folder, "started", attempt=number, hosts=hosts, commands=commands)
         command = folder / "command.sh"
         before = command.read_text() if command.exists() else None
-        command.write_text(_own_command() + "\n")
+        with contextlib.suppress(OSError):
+            command.write_text(_own_command() + "\n")
         saved = saved_step(out)
         code = attempt.run()
         if attempt.was_refused():
@@ -117,11 +128,15 @@ def run(way: Way, job: Job, show: bool = False) -> int:
             if was_there:
                 record_event(folder, "refused", attempt=number, code=code)
             return code
+        if stop.at_once:
+            record_event(folder, "ended", attempt=number, code=_INTERRUPTED, cause="Ctrl-C, twice")
+            return _INTERRUPTED
         if code in (0, EXIT_RESUMABLE):
             record_event(folder, "done" if code == 0 else "stopped", attempt=number)
             return code
         lost = way.lost(hosts)
         cause, log = root_cause(attempt.folder, hosts, lost)
+        cause = _full_disk(out) or cause
         end = _End(cause, saved_step(out), tuple(hosts), tuple(lost))
         _say(f"attempt {number} ended: {cause}" + (f" ({log})" if log else ""))
         record_event(
@@ -176,15 +191,24 @@ class _Patience:
 
 
 class Stop:
-    """Remembers that somebody asked this process to stop."""
+    """Remembers that somebody asked this process to stop; at a second Ctrl-C to end at once."""
 
     def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._remember)
+        self.asked = self.at_once = False
+        self._interrupted = math.inf
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._remember)
+        # Ranks on other hosts would take a command that stands still for one that is gone.
+        signal.signal(signal.SIGTSTP, signal.SIG_IGN)
 
-    def _remember(self, _number: int, _frame: object) -> None:
+    def _remember(self, number: int, _frame: object) -> None:
         self.asked = True
+        if number == signal.SIGINT:
+            os.write(sys.stderr.fileno(), _ASKED)
+            now = time.monotonic()
+            self.at_once |= now - self._interrupted > _SECOND_S
+            self._interrupted = min(now, self._interrupted)
 
     def wait(self, seconds: float) -> bool:
         """Return True as soon as it is asked for, False after so many seconds."""
@@ -209,12 +233,14 @@ class Attempt:
         stop: Stop | None = None,
         limit_s: float = math.inf,
         is_quiet: bool = False,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
         self._limit_s, self._is_quiet = limit_s, is_quiet
         self._way, self._hosts, self._device, self._stop = way, hosts, device, stop
         self._id = uuid.uuid4().hex
         self._environment = {**environment, LAUNCH_ID: self._id}
+        self._variables = variables or {}
         words = ["launch.rank", str(folder), module, *arguments]
         self._commands = way.commands(hosts, folder, words, self._environment)
         self._printed = 0
@@ -226,7 +252,11 @@ class Attempt:
 
     def run(self) -> int:
         """Start, watch and take down; return the exit code that the ranks agree on."""
-        self._write_settings()
+        try:
+            self._write_settings()
+        except OSError as error:
+            _say(f"{self.folder} cannot be written: {error}")
+            return EXIT_FAILED
         for name, command in self._commands.items():
             suffix = f"-{name}" if name else ""
             with (self.folder / f"launcher{suffix}.log").open("ab") as log:
@@ -235,11 +265,21 @@ class Attempt:
                     command, env=os.environ | self._environment, stdout=log, stderr=log,
                     stdin=subprocess.DEVNULL, start_new_session=True,
                 )  # fmt: skip
+        ended = threading.Event()
+        threading.Thread(target=self._touch, args=(ended,), daemon=True).start()
         try:
             self._watch()
         finally:
             self._take_down()
+            ended.set()
+            self._write_rank_settings({n: v for n, v in self._variables.items() if is_public(n)})
         return self._code()
+
+    def _touch(self, ended: threading.Event) -> None:
+        """Show those on other machines that this process is there."""
+        while not ended.wait(TOUCH_S):
+            with contextlib.suppress(OSError):
+                (self.folder / ALIVE).touch(mode=0o600)
 
     def _watch(self) -> None:
         """Return when all launchers have ended, or some time after the first rank failed."""
@@ -254,9 +294,18 @@ class Attempt:
                 # Again and again: a rank that is still starting ignores it.
                 sent_at = now
                 self._way.signal(self._hosts, self._id, signal.SIGUSR1, True)
+            if self._stop and self._stop.at_once:
+                return
+            if self._stop and self._stop.asked and self._all_ended():
+                return
             if failed_at < 0 and now - looked_at > _LOOK_S:
                 looked_at = now
-                bad = any(p.poll() for p in self._running.values())
+                if self._all_ended():
+                    return
+                bad = [code for p in self._running.values() if (code := p.poll())]
+                if bad and min(bad) < 0:
+                    # A launcher was killed: its ranks may be as they were.
+                    self._way.signal(self._hosts, self._id, signal.SIGUSR1, True)
                 if bad or any(e["code"] for e in self._ends()):
                     failed_at = now
             if 0 < failed_at < now - _SOON_S and waiting_for < 0:
@@ -267,12 +316,29 @@ class Attempt:
                 return
             if 0 < failed_at < now - _GRACE_S or now - started > self._limit_s:
                 return
+        if not any((p.returncode or 0) > 0 for p in self._running.values()):
+            self._wait_for_ends()
+
+    def _wait_for_ends(self) -> None:
+        """Wait for what ranks say of their ends, when no launcher has said that something failed.
+
+        On a network's file system it comes late. Or the ranks are still there, and can save: their
+        launcher was killed. (DeepSpeed's runner ends with 0 if its pdsh is.)
+        """
+        for limit_s in (_AFTERWARDS_S, _GRACE_S):
+            until = time.monotonic() + limit_s
+            while time.monotonic() < until:
+                if self._all_ended():
+                    return
+                time.sleep(_POLL_S)
+            self._way.signal(self._hosts, self._id, signal.SIGUSR1, True)
 
     def _take_down(self) -> None:
         """End what is left on every host, and the launchers."""
         codes = [p.poll() for p in self._running.values()]
-        if any(codes) or None in codes:
-            if None in codes:
+        if any(codes) or not self._all_ended():
+            is_hurried = self._all_ended() or (self._stop is not None and self._stop.at_once)
+            if None in codes and not is_hurried:
                 # Those that stand still write where, into their logs.
                 self._way.signal(self._hosts, self._id, signal.SIGUSR2, True)
                 time.sleep(_STACKS_S)
@@ -282,12 +348,6 @@ class Attempt:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        until = time.monotonic() + _AFTERWARDS_S
-        # On a network's file system the last words come late.
-        while len(self._ends()) < sum(self._hosts.values()) and time.monotonic() < until:
-            if any(codes) or None in codes:
-                break
-            time.sleep(_POLL_S)
         self._print_first_rank()
 
     def _code(self) -> int:
@@ -302,6 +362,10 @@ class Attempt:
     def _ends(self) -> list[dict[str, Any]]:
         return end_records(self.folder)
 
+    def _all_ended(self) -> bool:
+        """Have all ranks ended? Their launchers take seconds more, for nothing."""
+        return len(self._ends()) == sum(self._hosts.values())
+
     def was_refused(self) -> bool:
         """Was it wrong input? Then rank 0 has said so on the console."""
         return any(e["code"] == EXIT_USAGE and e["rank"] == 0 for e in self._ends())
@@ -312,7 +376,7 @@ class Attempt:
         `was_there`: OUT/launch was there before, and may be that of a run, or of a job that waits.
         """
         out = self.folder.parent.parent
-        if was_there or {p.name for p in out.iterdir()} - {LAUNCH_FOLDER}:
+        if was_there or names_in(out):
             shutil.rmtree(self.folder)
             return
         shutil.rmtree(out / LAUNCH_FOLDER)
@@ -331,15 +395,30 @@ class Attempt:
     def _write_settings(self) -> None:
         """Write what `launch.rank` reads, and what a launcher may."""
         make_private(self.folder)
-        settings = {
-            "device": self._device,
-            "nodes": len(self._hosts),
-            "environment": self._environment | {"GENELOOM_LAUNCH_COMMAND": _own_command()},
-        }
-        write_whole(self.folder / "settings.json", settings)
+        self._write_rank_settings(self._variables)
+        (self.folder / ALIVE).touch(mode=0o600)
         hosts, variables = self._hosts.items(), sorted(self._environment.items())
         (self.folder / HOSTFILE).write_text("".join(f"{h} slots={n}\n" for h, n in hosts))
         (self.folder / ENVIRONMENT).write_text("".join(f"{k}={v}\n" for k, v in variables))
+
+    def _write_rank_settings(self, variables: Mapping[str, str]) -> None:
+        """Write what `launch.rank` reads; at the end once more, without what may be secret."""
+        command = {"GENELOOM_LAUNCH_COMMAND": _own_command()}
+        settings = {
+            "device": self._device,
+            "nodes": len(self._hosts),
+            "supervisor": this_process(),
+            "environment": {**variables, **self._environment, **command},
+        }
+        write_whole(self.folder / "settings.json", settings)
+
+
+def _full_disk(out: Path) -> str:
+    """Return what is said if nothing more can be written: ranks could not say so themselves."""
+    free = shutil.disk_usage(out).free
+    if free >= _LEAST_FREE:
+        return ""
+    return f"the disk of {out} is full ({free / 2**20:.1f} MiB free); make room there"
 
 
 def _own_command() -> str:

@@ -80,12 +80,21 @@ def start(timeout_s: int, threads: int | None) -> Ranks:
                 "start one rank per GPU, or give --device cpu"
             )
         torch.cuda.set_device(local_rank)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if on_gpu else "gloo",
-        auto_mpi_discovery=False,
-        timeout=timedelta(seconds=timeout_s),
-        verbose=False,
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_gpu else "gloo",
+            auto_mpi_discovery=False,
+            timeout=timedelta(seconds=timeout_s),
+            verbose=False,
+        )
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ValueError(
+            f"port {os.environ['MASTER_PORT']}, at which the ranks are to meet, is in use on this "
+            "machine; give the launcher another one (deepspeed: --master_port N, torchrun: "
+            "--master-port N)"
+        ) from error
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
 
@@ -171,6 +180,11 @@ def open_store(prefix: str) -> PrefixStore:
         address, port, is_master=False, timeout=_STORE_TIMEOUT
     )
     return PrefixStore(prefix, store)
+
+
+def store_is_the_launchers() -> bool:
+    """Is the store held by torchrun's agent, not by rank 0?"""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def is_from_a_collective(error: BaseException) -> bool:

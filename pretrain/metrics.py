@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from data_prep.owner import Owner
 from pretrain.baselines import ARITHMETIC, BASELINE_NAMES
 from pretrain.config import ObjectiveConfig, RunConfig
 from pretrain.flops import Work, known_gpu
@@ -189,11 +190,12 @@ def peak_memory_gib() -> float:
 class RunLog:
     """Writes metrics of rank 0; a resumed run continues the files after its step."""
 
-    def __init__(self, run: Path, resumed_step: int) -> None:
+    def __init__(self, run: Path, resumed_step: int, owner: Owner | None = None) -> None:
         # Imported here: tensorboard takes a second, and only rank 0 of a run needs it.
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._path = run / METRICS_NAME
+        self._path, self._owner = run / METRICS_NAME, owner
+        self._require_own()
         kept = read_metrics(run, resumed_step)
         # Aside: whoever is killed here has lost nothing.
         aside = self._path.with_suffix(".partial")
@@ -208,12 +210,17 @@ class RunLog:
         A list or dict of numbers is one scalar per element there: ``heldout/loss_by_bucket/0512``,
         ``heldout/loss_by_rank_decile/1``.
         """
+        self._require_own()
         finite = _finite(values)
         record = {"kind": kind, "step": step, "time": time.time(), **finite}
         with self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         for name, value in _scalars(kind, finite):
             self._tensorboard.add_scalar(name, value, step)
+
+    def _require_own(self) -> None:
+        if self._owner is not None:
+            self._owner.require()
 
     def close(self) -> None:
         self._tensorboard.close()

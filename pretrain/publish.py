@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import SharedFailure
+from data_prep.owner import Owner
 from data_prep.shards import file_sha256
 from pretrain import checkpoint, dist
 from pretrain.config import CheckpointConfig
@@ -55,6 +56,8 @@ class Publisher:
         Of weights and moments, over all ranks.
     timeout_s
         How long rank 0 waits for the files of the others.
+    owner
+        Of the run folder; rank 0 publishes nothing in a folder that is another run's by now.
 
     Raises
     ------
@@ -69,9 +72,10 @@ class Publisher:
         config: CheckpointConfig,
         state_bytes: int,
         timeout_s: float,
+        owner: Owner,
     ) -> None:
         self._root = run / "checkpoints"
-        self._ranks, self._config = ranks, config
+        self._ranks, self._config, self._owner = ranks, config, owner
         # The same on all ranks of this start of the run: nobody writes into what an earlier start
         # left behind.
         self._nonce = dist.first_rank_says(uuid.uuid4().hex[:8])
@@ -154,6 +158,7 @@ class Publisher:
         self._wait()
         dist.wait_for_all()  # nobody writes any more
         if self._ranks.is_first:
+            self._owner.require()
             remove_partial(self._root.parent)
         complete = sorted(p.name for p in self._root.glob("step-*"))
         before = f"{complete[-1]} is complete" if complete else "there is none before"
@@ -233,6 +238,7 @@ class Publisher:
             note.unlink()
         checkpoint.write_record(partial, record | {"files": files})
         checkpoint.sync(partial)
+        self._owner.require()
         partial.rename(self._root / name)
         checkpoint.sync(self._root)
         _point_latest(self._root, name)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 from pathlib import Path
 from typing import Literal
 
 from data_prep.errors import SharedFailure
-from data_prep.files import LAUNCH_FOLDER, OWNER_NAME
-from data_prep.owner import owned
+from data_prep.files import names_in
+from data_prep.owner import Owner
 from data_prep.shards import ShardSet
 from pretrain import checkpoint, dist
 from pretrain.config import RunConfig
 from pretrain.dist import Ranks
-from pretrain.publish import finish_interrupted
+from pretrain.publish import finish_interrupted, remove_partial
 from pretrain.record import is_run_folder
 from pretrain.warm_start import require_same_start
 
@@ -33,21 +32,23 @@ def agreed_start(
     resume: bool | Literal["if-saved"],
     allow_changes: bool,
     ranks: Ranks,
-    held: contextlib.ExitStack,
+    owner: Owner,
 ) -> checkpoint.Checkpoint | None:
     """Return where to start, chosen by rank 0 for all: they must not see the disk differently.
 
-    `resume`: go on from the newest checkpoint; "if-saved": or begin again without one. `held`: what
-    ends with the run; rank 0 has the run folder for itself until then.
+    `resume`: go on from the newest checkpoint; "if-saved": or begin again without one. `owner`:
+    of the run folder; on rank 0 it takes it before anything is looked at.
     """
     decision: dict[str, str] = {}
     if ranks.is_first:
         try:
-            held.enter_context(owned(config.run.out))
+            owner.take()
             last = _find_start(config, shards, steps, resume, allow_changes)
             decision = {"folder": str(last.folder) if last else ""}
         except ValueError as error:
             decision = {"error": str(error)}
+        except OSError as error:  # a folder that cannot be read, or written
+            decision = {"error": f"{config.run.out}: {error}"}
     decision = json.loads(dist.first_rank_says(json.dumps(decision)))
     if "error" in decision:
         raise CannotStart(decision["error"])
@@ -64,15 +65,16 @@ def _find_start(
     """Return the checkpoint to go on from; None for a fresh run in a fresh folder."""
     out = config.run.out
     if not resume:
-        if _names(out):
+        if names_in(out):
             raise ValueError(
                 f"{out}: exists and is not empty; add --resume to go on with this run, or give "
                 "run.out another folder"
             )
         return None
     last = checkpoint.newest(out, set_aside=True)
-    if last is None and resume == "if-saved" and (not _names(out) or is_run_folder(out)):
+    if last is None and resume == "if-saved" and (not names_in(out) or is_run_folder(out)):
         logger.warning("%s: no checkpoint yet; the run begins at step 0", out)
+        remove_partial(out)
         return None
     if last is None:
         raise ValueError(
@@ -90,9 +92,3 @@ def _find_start(
     if last.step >= steps:
         logger.warning("%s: all %d steps are done; nothing to do", out, steps)
     return last
-
-
-def _names(out: Path) -> set[str]:
-    """Return what a folder holds but for its launcher's files."""
-    own = {LAUNCH_FOLDER, OWNER_NAME}
-    return {p.name for p in out.iterdir()} - own if out.is_dir() else set()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from data_prep.owner import Owner
 from data_prep.shards import ShardSet
 from pretrain import dist
 from pretrain.checkpoint import Checkpoint
@@ -18,6 +17,7 @@ from pretrain.config import RunConfig
 from pretrain.data import RankStep, StepDataset, steps_in_background
 from pretrain.dist import Ranks
 from pretrain.ds_config import derive_ds_config
+from pretrain.ended import recorded_end
 from pretrain.engine import Engine, StepLoss
 from pretrain.evaluate import Heldout, heldout_evaluation, heldout_history, log_heldout
 from pretrain.faults import stop_not_finite
@@ -27,6 +27,7 @@ from pretrain.publish import Publisher
 from pretrain.record import run_record, write_run_files
 from pretrain.resume import agreed_start
 from pretrain.step_profile import mark, profiled
+from pretrain.stop import StopRequest
 from pretrain.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -68,30 +69,6 @@ class RunSummary:
         }
 
 
-class _StopRequest:
-    """Remembers SIGTERM, SIGINT and SIGUSR1; the ranks agree on it in the next step."""
-
-    def __init__(self) -> None:
-        self._name = ""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number: int, _frame: object) -> None:
-        # Not logged here: a signal can interrupt the writing of a log line, which must not nest.
-        self._name = self._name or signal.Signals(number).name
-
-    def was_asked(self) -> bool:
-        """Return whether a signal has come, and say so: it is asked once a step."""
-        if self._name:
-            logger.warning("signal %s: stopping after this step", self._name)
-        return bool(self._name)
-
-    def close(self) -> None:
-        """Ignore them from now on: asked again while it exits, a process would die of it."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)
-
-
 def train(
     config: RunConfig, resume: bool | Literal["if-saved"] = False, allow_changes: bool = False,
     profile: int = 0,
@@ -118,28 +95,28 @@ def train(
         A checkpoint could not be written.
     """
     ds_config = derive_ds_config(config)  # first, for it may be refused
-    stop = _StopRequest()
-    ranks = dist.start(config.run.collective_timeout_s, config.run.threads)
-    with (
-        Watch(ranks, config.run.heartbeat_s, config.run.stall_limit_s) as watch,
-        contextlib.ExitStack() as held,
-    ):
-        shards = ShardSet(config.data.shards, config.data.cache)
-        dataset = _dataset(config, shards, ranks)
-        steps = config.run.total_steps(dataset.plan.steps_per_epoch)
-        require_reachable_peak(config.optim, steps)
-        last = agreed_start(config, shards, steps, resume, allow_changes, ranks, held)
-        # Reads shards and may refuse them: before anything is written.
-        heldout = heldout_evaluation(shards, config, ranks)
-        engine = Engine(config, ds_config, shards, ranks, last)
-        engine.compile_for(dataset.full_shapes())
-        run = _Run(config, shards, dataset, engine, heldout, ranks, steps, last)
-        try:
-            summary = run.loop(stop, watch, profile)
-        finally:
-            run.publisher.let_finish()
-    stop.close()
-    return summary
+    with StopRequest() as stop:
+        ranks = dist.start(config.run.collective_timeout_s, config.run.threads)
+        with (
+            Watch(ranks, config.run.heartbeat_s, config.run.stall_limit_s) as watch,
+            Owner(config.run.out, "pretrain") as owner,
+        ):
+            shards = ShardSet(config.data.shards, config.data.cache)
+            dataset = _dataset(config, shards, ranks)
+            steps = config.run.total_steps(dataset.plan.steps_per_epoch)
+            require_reachable_peak(config.optim, steps)
+            last = agreed_start(config, shards, steps, resume, allow_changes, ranks, owner)
+            # Reads shards and may refuse them: before anything is written.
+            heldout = heldout_evaluation(shards, config, ranks)
+            engine = Engine(config, ds_config, shards, ranks, last)
+            engine.compile_for(dataset.full_shapes())
+            run = _Run(config, shards, dataset, engine, heldout, ranks, steps, last, owner)
+            with recorded_end(config.run.out, ranks, run.summary, owner):
+                try:
+                    run.loop(stop, watch, profile)
+                finally:
+                    run.publisher.let_finish()
+    return run.summary
 
 
 def _dataset(config: RunConfig, shards: ShardSet, ranks: Ranks) -> StepDataset:
@@ -164,19 +141,20 @@ class _Run:
         ranks: Ranks,
         steps: int,
         last: Checkpoint | None,
+        owner: Owner,
     ) -> None:
         self._config, self._shards, self._dataset = config, shards, dataset
         self._engine, self._heldout, self._ranks, self._steps = engine, heldout, ranks, steps
         first = last.step if last else 0
-        self._summary = RunSummary(first, first, steps)
+        self.summary = RunSummary(first, first, steps)
         if last:
-            self._summary.cells_seen = last.record["cells_seen"]
-            self._summary.cells_digest = int(last.record["cells_digest"], 16)
-            self._summary.cells_quarantined = last.record["cells_quarantined"]
+            self.summary.cells_seen = last.record["cells_seen"]
+            self.summary.cells_digest = int(last.record["cells_digest"], 16)
+            self.summary.cells_quarantined = last.record["cells_quarantined"]
         self._record = run_record(config, shards, ranks.world_size, engine.stage, *engine.start)
         self.publisher = Publisher(
             config.run.out, ranks, config.checkpoint, engine.state_bytes,
-            config.run.collective_timeout_s,
+            config.run.collective_timeout_s, owner,
         )  # fmt: skip
         self._meter = meter_of(config, shards.vocabulary.num_tokens, ranks.world_size, steps)
         self._history: list[tuple[int, float]] = []
@@ -184,11 +162,11 @@ class _Run:
         if ranks.is_first:
             write_run_files(config, engine.ds_config, shards, *engine.start)
             self._history = heldout_history(read_metrics(config.run.out, first))
-            self._log = RunLog(config.run.out, first)
+            self._log = RunLog(config.run.out, first, owner)
 
-    def loop(self, stop: _StopRequest, watch: Watch, profile: int) -> RunSummary:
+    def loop(self, stop: StopRequest, watch: Watch, profile: int) -> None:
         """Train from the first step to the last, or until asked to stop."""
-        config, summary, plan = self._config, self._summary, self._dataset.plan
+        config, summary, plan = self._config, self.summary, self._dataset.plan
         first, steps = summary.first_step, self._steps
         logger.info(
             "%d of %d steps done; epoch: %d steps, %d cells; %d parameters; %d ranks, ZeRO %d, %s",
@@ -227,12 +205,11 @@ class _Run:
             )
         if self._log:
             self._log.close()
-        return summary
 
     def _steps_with_waits(self) -> Iterator[tuple[int, RankStep, float]]:
         """Yield (step, what this rank computes in it, seconds waited for it)."""
         threads = self._config.data.num_workers
-        batches = steps_in_background(self._dataset, self._summary.first_step, self._steps, threads)
+        batches = steps_in_background(self._dataset, self.summary.first_step, self._steps, threads)
         started = time.perf_counter()
         for data in batches:
             yield data.step, data, time.perf_counter() - started
@@ -281,16 +258,16 @@ class _Run:
         values["epoch"] = done / self._dataset.plan.steps_per_epoch
         self._log_checkpoints()
         if self._log:
-            self._log.write("train", done, values | self._summary.cells_record())
+            self._log.write("train", done, values | self.summary.cells_record())
             logger.info(console_line(done, self._steps, values))
 
     def _evaluate(self, done: int, watch: Watch) -> None:
-        result = self._summary.heldout = self._heldout.run(self._engine.deepspeed, watch.progress)
+        result = self.summary.heldout = self._heldout.run(self._engine.deepspeed, watch.progress)
         if self._log:
             log_heldout(self._log, self._history, done, self._steps, result, self._heldout)
 
     def _save(self, done: int) -> None:
-        content = self._record | self._summary.cells_record() | {"step": done}
+        content = self._record | self.summary.cells_record() | {"step": done}
         self.publisher.save(self._engine.deepspeed, self._engine.stage, content)
 
     def _log_checkpoints(self) -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 
 from data_prep.errors import EXIT_FAILED, SharedFailure
+from data_prep.launchers import launcher_is_gone
 from pretrain import dist
 from pretrain.dist import Ranks
 
@@ -160,6 +161,10 @@ class Watch:
                     self._report(failure, self._others + 1)
                     self._end(failure)
             except dist.STORE_ERRORS:
+                if dist.store_is_the_launchers() and launcher_is_gone(within_s=1):
+                    # The ranks are asked to stop; they save without being watched.
+                    self._stopped.set()
+                    return
                 self._end(_STORE_IS_GONE + "is gone")
                 return
             self._rounds += 1

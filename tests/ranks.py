@@ -288,10 +288,13 @@ def start_commands(arguments: Sequence[Sequence[str]], logs: Path) -> list[Comma
 
 
 def start_functions(
-    function: Callable, arguments: Sequence[Sequence[Any]], logs: Path
+    function: Callable, arguments: Sequence[Sequence[Any]], logs: Path, port: int | None = None
 ) -> list[Command]:
-    """Start a new process for each rank that runs ``function(*arguments[rank])`` and ends."""
-    port, world_size = free_port(), len(arguments)
+    """Start a new process for each rank that runs ``function(*arguments[rank])`` and ends.
+
+    `port`: at which they meet; None: a free one.
+    """
+    port, world_size = free_port() if port is None else port, len(arguments)
     logs.mkdir(parents=True, exist_ok=True)
     ranks = []
     for rank, own in enumerate(arguments):

@@ -203,7 +203,7 @@ def test_killed_while_results_moved_up(corpus, expected, tmp_path):
 def test_two_runs_into_one_folder(corpus, tmp_path):
     with (
         locked_workspace(tmp_path / "out", MANIFEST_NAME),
-        pytest.raises(ValueError, match=f"another run.*process {os.getpid()} on"),
+        pytest.raises(ValueError, match=f"another run works .*: prepare, process {os.getpid()} on"),
     ):
         run(corpus, tmp_path / "out")
     with pytest.raises(ValueError, match="holds complete shards"):
@@ -347,22 +347,22 @@ def test_a_moved_source_is_still_the_same(own_corpus, expected, tmp_path, monkey
 
 
 def test_a_run_that_finishes_while_another_starts_keeps_its_shards(corpus, expected, tmp_path):
-    """The second looks before the first is done, and gets the lock after."""
+    """The second looks before the first is done, and has the folder after."""
     from data_prep import workspace
 
-    out, real_lock = tmp_path / "out", workspace._lock
+    out, real = tmp_path / "out", workspace.owned
 
-    def late(folder: Path, request: str) -> int:
-        workspace._lock = real_lock
+    def late(folder: Path, kind: str):
+        workspace.owned = real
         run(corpus, out)
-        return real_lock(folder, request)
+        return real(folder, kind)
 
-    workspace._lock = late
+    workspace.owned = late
     try:
-        with pytest.raises(ValueError, match="holds complete shards|has just finished"):
+        with pytest.raises(ValueError, match="holds complete shards"):
             run(corpus, out)
     finally:
-        workspace._lock = real_lock
+        workspace.owned = real
     assert contents(out) == expected
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import shutil
 import zlib
@@ -18,6 +17,7 @@ import pytest
 from data_prep import encode
 from data_prep import prepare as prepare_module
 from data_prep.manifest import record_sha256
+from data_prep.owner import owned
 from data_prep.prepare import PrepareOptions, prepare
 from data_prep.shards import file_sha256, fingerprint
 from data_prep.sources import SourceOptions, source_at
@@ -90,7 +90,7 @@ def test_a_flipped_bit_in_a_finished_tar_is_found(spec, tmp_path, monkeypatch):
     assert content(out) == content(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("left", ["all", "part", "lock"])
+@pytest.mark.parametrize("left", ["all", "part", "request"])
 def test_killed_in_the_last_moments(left, spec, tmp_path, monkeypatch):
     out = tmp_path / "out"
     before = prepare([spec], tmp_path / "whole", PLAIN, OPTIONS)
@@ -99,10 +99,10 @@ def test_killed_in_the_last_moments(left, spec, tmp_path, monkeypatch):
         patch.setattr(shutil, "rmtree", lambda *a, **k: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             prepare([spec], out, PLAIN, OPTIONS)
-    assert (out / "manifest.json").exists() and (out / ".lock").exists()
+    assert (out / "manifest.json").exists() and (out / ".request").exists()
     if left == "part":
         next((out / ".partial").glob("chunk-*.json")).unlink()
-    if left == "lock":
+    if left == "request":
         shutil.rmtree(out / ".partial")
     other = PrepareOptions(heldout_share=0.3, block_cells=16, seed=9)
     with pytest.raises(ValueError, match="holds complete shards already"):
@@ -119,10 +119,11 @@ def test_a_run_that_is_alive_is_not_completed_by_another(spec, tmp_path, monkeyp
         patch.setattr(shutil, "rmtree", lambda *a, **k: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             prepare([spec], out, PLAIN, OPTIONS)
-    with (out / ".lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="holds complete shards already"):
-            prepare([spec], out, PLAIN, OPTIONS)
+    with (
+        owned(out, "prepare"),
+        pytest.raises(ValueError, match="holds complete shards already"),
+    ):
+        prepare([spec], out, PLAIN, OPTIONS)
     assert (out / ".partial").exists()
 
 

@@ -321,7 +321,7 @@ def test_a_group_that_leaves_no_gene(model, tmp_path):
 
 def test_two_jobs_on_one_folder(model, tmp_path):
     with (
-        owned(tmp_path / "s"),
+        owned(tmp_path / "s", "perturb"),
         pytest.raises(ValueError, match="another run works in this folder"),
     ):
         by_command(model, "--out", str(tmp_path / "s"), "--genes", "G1")

@@ -160,14 +160,14 @@ def test_folders_that_are_no_screen(tmp_path):
 
 
 def test_one_job_at_a_time(tmp_path):
-    with owned(tmp_path / "a" / "s"):
-        message = f"another run works in this folder: process {os.getpid()} on"
-        with pytest.raises(ValueError, match=message), owned(tmp_path / "a" / "s"):
+    with owned(tmp_path / "a" / "s", "perturb"):
+        message = f"another run works in this folder: perturb, process {os.getpid()} on"
+        with pytest.raises(ValueError, match=message), owned(tmp_path / "a" / "s", "perturb"):
             pass
         assert (tmp_path / "a" / "s").exists()
     assert not (tmp_path / "a").exists(), "what nothing was written into is removed"
-    with owned(tmp_path / "a"):
+    with owned(tmp_path / "a", "perturb"):
         (tmp_path / "a" / "manifest.json").write_text("{}")
-    with owned(tmp_path / "a"):
+    with owned(tmp_path / "a", "perturb"):
         pass
     assert (tmp_path / "a" / "manifest.json").exists()

@@ -268,6 +268,9 @@ def written_keys(path: str, name: str) -> set[str]:
 FINETUNING, BENCHMARK = "Scores of a fine-tuning", "Results of a benchmark"
 RUN = "Run folder"
 WRITTEN = [
+    (RUN, "data_prep/owner.py", "_mine"),
+    (RUN, "data_prep/owner.py", "this_process"),
+    (RUN, "pretrain/ended.py", "_write"),
     (RUN, "pretrain/record.py", "environment"),
     (RUN, "pretrain/warm_start.py", "start_weights"),
     (RUN, "pretrain/warm_start.py", "_compare_genes"),
@@ -285,9 +288,10 @@ WRITTEN = [
     ("A checkpoint", "pretrain/publish.py", "_finish"),
     ("A checkpoint", "pretrain/publish.py", "_write_mine"),
     ("A checkpoint", "pretrain/checkpoint.py", "write_record"),
-    ("`launch/`", "launch/supervise.py", "_write_settings"),
+    ("`launch/`", "launch/supervise.py", "_write_rank_settings"),
     ("`launch/`", "launch/supervise.py", "run"),
     ("`launch/`", "launch/requeue.py", "requeue_code"),
+    ("`launch/`", "launch/slurm.py", "launch_slurm"),
     ("`launch/`", "launch/logs.py", "record_event"),
     ("`launch/`", "launch/rank.py", "main"),
     ("Model folder", "pretrain/export.py", "_record"),
@@ -319,7 +323,7 @@ ELSEWHERE = {
     "_write_mine": {"error"},
     "finetune_cells": {"limits"},
     "_score_seed": {"fine-tuned, N", "frozen embedding, N"},
-    "_write_settings": {"GENELOOM_LAUNCH_COMMAND"},
+    "_write_rank_settings": {"GENELOOM_LAUNCH_COMMAND"},
 }
 
 

@@ -130,7 +130,7 @@ def test_prepare_is_one_pod():
         (["--claim", "runs:/runs", "--kind", "job"], "pytorchjob or mpijob"),
         (["--claim", "runs:/runs", "--memory", "lots"], "--memory lots: a quantity"),
         (["--claim", "runs:/runs", "--restart-policy", "Always"], "OnFailure or Never"),
-        (["--claim", "runs:/runs", "--env", "A"], "must be NAME=VALUE"),
+        (["--claim", "runs:/runs", "--env", "A"], "this shell has no such variable"),
     ],
 )
 def test_wrong_jobs_are_refused(options, message, tmp_path):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import stat
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.ranks import end_commands, start_geneloom
+from tests.runs import rank_processes
 
 # Nothing that is written may contain it.
 CANARY = "canary7f3a"
@@ -63,17 +67,34 @@ def shadowed(folder: Path) -> Path:
     return folder
 
 
-def test_files_of_the_working_folder_are_not_taken_for_modules(shards, tmp_path):
-    """Two MPI ranks that prepare data, started where the user's own ``data_prep.py`` lies."""
+def test_ranks_have_the_variables_and_no_module_of_the_working_folder(shards, tmp_path):
+    """Two MPI ranks that prepare data, started where the user's own ``data_prep.py`` lies.
+
+    What they get of ``--env`` and of DeepSpeed's file is in their environment, and nowhere else.
+    """
     here = shadowed(tmp_path / "here")
-    words = ["launch", "mpi", "--ranks", "2", "--device", "cpu", "prepare",
-             shards.parent / "cells.h5ad", "--vocab", shards / "vocabulary.json", "--out",
-             tmp_path / "out"]  # fmt: skip
+    (here / ".deepspeed_env").write_text(f"# mine\nHF_TOKEN={CANARY}-file\nNCCL_DEBUG=INFO\n")
+    words = ["launch", "mpi", "--ranks", "2", "--device", "cpu", "--env", f"API_KEY={CANARY}",
+             "--env", "NCCL_DEBUG=WARN", "--env", "HOME", "prepare", shards.parent / "cells.h5ad",
+             "--vocab", shards / "vocabulary.json", "--out", tmp_path / "out"]  # fmt: skip
     process = start_geneloom(words, tmp_path / "log", here)
+    found: list[dict[str, str]] = []
     try:
+        while process.process.is_alive() and not found:
+            with contextlib.suppress(psutil.Error):
+                found = [r.environ() for r in rank_processes(process.pid, "data_prep")]
+            time.sleep(0.01)
         assert process.code() == 0, process.said
     finally:
         end_commands([process])
+    assert found[0]["API_KEY"] == CANARY
+    assert found[0]["HF_TOKEN"] == f"{CANARY}-file"
+    assert found[0]["NCCL_DEBUG"] == "WARN", "an option outranks the file"
+    assert "launch: for every rank: API_KEY, HF_TOKEN, HOME, " in process.said
+    assert CANARY not in process.said
+    settings = json.loads((tmp_path / "out/launch/attempt_1/settings.json").read_text())
+    assert settings["environment"]["NCCL_DEBUG"] == "WARN"
+    assert leaks(tmp_path / "out") == []
     assert (tmp_path / "out" / "manifest.json").exists()
     assert not (here / "it_ran").exists()
 

@@ -69,6 +69,15 @@ def test_a_run_that_was_asked_to_stop(run):
     assert state(run) == state(run, DAY) == "stopped"
 
 
+@pytest.mark.parametrize("said", ["stopped", "failed"])
+def test_a_run_that_said_how_it_ended(said, run):
+    shutil.rmtree(run / "checkpoints" / "step-00000010")
+    (run / "ended.json").write_text(json.dumps({"state": said, "step": 10}))
+    assert state(run, DAY) == said
+    (run / "ended.json").write_text(json.dumps({"state": said, "step": 9}))
+    assert state(run, DAY) == "silent", "that was an earlier start"
+
+
 def test_a_run_whose_loss_was_no_number(run):
     shutil.rmtree(run / "checkpoints" / "step-00000010")
     (run / "not-finite-step-00000011-rank-00000.npz").touch()

@@ -203,7 +203,7 @@ def test_signals_during_checkpoints(shards, tmp_path):
         ranks[1].signal(signal.SIGTERM)
         wait_until(lambda: "signal SIGTERM" in ranks[1].said, ranks)
         # And again and again until they are gone: nothing may be cut short.
-        numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+        numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
         while any(r.process.is_alive() for r in ranks):
             for rank in ranks:
                 with contextlib.suppress(ProcessLookupError):

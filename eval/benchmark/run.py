@@ -13,8 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from data_prep.files import OWNER_NAME, complete_file
-from data_prep.owner import owning
+from data_prep.files import complete_file, names_in
 from eval.benchmark.compare import holm, summarise, verdicts
 from eval.benchmark.inputs import Bench, Model, load_models
 from eval.benchmark.outcome import Store
@@ -25,6 +24,7 @@ from eval.benchmark.task import (
     missing_files,
     read_task,
 )
+from eval.owning import owning
 from pretrain.export import RECORD_NAME
 from pretrain.record import environment
 
@@ -92,7 +92,7 @@ def choose_tasks(suite: Suite, names: list[str], files: list[Path]) -> list[AnyT
     return chosen
 
 
-@owning
+@owning("benchmark")
 def run_benchmark(
     folders: list[Path],
     suite: Suite,
@@ -266,7 +266,7 @@ def _claim(out: Path, suite: Suite, seed: int, bf16: bool, models: list[Model]) 
                 f"{out}: holds a benchmark with other {', '.join(other)}; give --out a new folder"
             )
         return
-    if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {OWNER_NAME}):
+    if out.exists() and (not out.is_dir() or names_in(out)):
         raise ValueError(f"{out}: exists and holds no benchmark; give --out a new folder")
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(own, indent=1) + "\n")

@@ -5,6 +5,7 @@ import signal
 import typer
 
 from data_prep.errors import run_app
+from data_prep.launchers import stop_with_launcher
 
 _TIMEOUT_S = 1800  # how long ranks wait for one that still scores baselines
 
@@ -29,4 +30,5 @@ def main() -> None:
 if __name__ == "__main__":
     # There is nothing to save in between: a request to stop ends the rank.
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    stop_with_launcher()
     main()

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.files import complete_file
-from data_prep.owner import owning
 from data_prep.shards import file_sha256, require_new
 from data_prep.sources import SourceOptions
 from data_prep.version import VERSION
@@ -30,6 +29,7 @@ from eval.finetune.engine import (
 )
 from eval.finetune.unfinished import Unfinished
 from eval.metrics import mean_and_interval, score_classes
+from eval.owning import owning
 from eval.splits import limit_per_class, split_cells
 from pretrain.dist import Ranks
 from pretrain.encoders import Encoder, Network, encoder_of
@@ -95,7 +95,7 @@ class _Problem:
         return self._tokens(cells), [replace(self.target, labels=self.target.labels[cells])]
 
 
-@owning
+@owning("finetune")
 def finetune_cells(
     cells: Path,
     model_folder: Path,

@@ -5,6 +5,7 @@ import signal
 import typer
 
 from data_prep.errors import run_app
+from data_prep.launchers import stop_with_launcher
 
 _TIMEOUT_S = 24 * 3600  # how long ranks wait for one whose cells are longer
 
@@ -32,4 +33,5 @@ if __name__ == "__main__":
     sys.argv.insert(1, "run")
     # There is nothing to save in between: a request to stop ends the rank.
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    stop_with_launcher()
     main()

@@ -23,7 +23,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.files import LAUNCH_FOLDER, OWNER_NAME, complete_file
+from data_prep.files import complete_file, names_in
 
 logger = logging.getLogger(__name__)
 
@@ -202,15 +202,9 @@ class ResultsWriter:
         """Raise ValueError if the folder holds another screen or other files."""
         manifest = _read_manifest(self.folder)
         if manifest is None:
-            names = {p.name for p in self.folder.iterdir()} if self.folder.exists() else set()
             # What a job leaves that is killed before it has written the manifest.
-            left = {
-                OWNER_NAME,
-                LAUNCH_FOLDER,
-                "shifts",
-                *(f"{n}.parquet" for n in _BEFORE_MANIFEST),
-            }
-            if {n for n in names if not n.endswith(".partial")} - left:
+            left = {"shifts", *(f"{n}.parquet" for n in _BEFORE_MANIFEST)}
+            if {n for n in names_in(self.folder) if not n.endswith(".partial")} - left:
                 raise ValueError(f"{self.folder}: holds other files; give --out a new folder")
         elif manifest["screen"] != self.digest:
             other = "; ".join(_differences(manifest, self.identity))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 from collections.abc import Callable
@@ -16,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.files import complete_file
-from data_prep.owner import owned
 from data_prep.sources import SourceOptions
 from data_prep.vocab import Vocabulary
 from eval.finetune.classifier import load_classifier, read_record
+from eval.owning import owned_by_ranks
 from eval.perturb.choose import (
     CellChoice,
     GeneChoice,
@@ -159,7 +158,7 @@ def perturb_file(
 
         require_screenable(screen, subject)
     is_first = ranks is None or ranks.is_first
-    with owned(out) if is_first else contextlib.nullcontext():
+    with owned_by_ranks(out, "perturb", ranks):
         if is_first:
             writer, sets = _begin(out, subject, screen, sets, True, show)
         if ranks is not None:

@@ -1,0 +1,20 @@
+"""A rank that only waits: ``python -m tests.waiting FOLDER``. Started by `launch.rank` in tests."""
+
+import signal
+import sys
+import time
+from pathlib import Path
+
+from data_prep.launchers import stop_with_launcher
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    asked: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda got, _frame: asked.append(got))
+    stop_with_launcher()
+    (folder / "waits").touch()
+    while not asked:
+        time.sleep(0.02)
+    (folder / "asked").write_text(signal.Signals(asked[0]).name)
+    sys.exit(75)
