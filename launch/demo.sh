@@ -48,6 +48,6 @@ run "${pretrain[@]}" --resume
 run geneloom export "$out/run" --out "$out/model"
 run geneloom embed "$out/cells.h5ad" --model "$out/model" --out "$out/embedded.h5ad"
 run geneloom finetune cells "$out/cells.h5ad" --model "$out/model" --label cell_type \
-    --out "$out/scores"
+    --max-train-per-class 25 --epochs 1 --steps 75 --out "$out/scores"
 run geneloom report "$out/run" --scores "$out/scores" --embedding "$out/embedded.h5ad" \
     --color cell_type --commands "$out/commands.txt" --out "$out/report.html"
