@@ -46,7 +46,7 @@ def timed(function: Callable) -> tuple:
 def count(shards: ShardSet, max_cells: int = _ALL) -> tuple[Baselines, dict]:
     """Count everything from training cells; return the baselines, and what it cost."""
     by_rank, by_rank_s = timed(lambda: RankBaselines(shards, max_cells))
-    tables, arithmetic_s = timed(lambda: arithmetic._count(shards, max_cells), 1)
+    tables, arithmetic_s = timed(lambda: arithmetic._count(shards, max_cells, 1))
     baselines_gib = _peak_gib()
     matrix = RankWeights(shards, chosen_blocks(shards, max_cells))
     size = shards.vocabulary.num_tokens
