@@ -164,18 +164,23 @@ def arithmetic_tables(
     ValueError
         The vocabulary has no medians; no training cell can be read.
     """
-    if not shards.vocabulary.has_medians:
-        raise ValueError(
-            f"{shards.name}: the vocabulary has no medians (all are the same number), and the "
-            "arithmetic baseline is made of them; prepare the cells with the medians that their "
-            "tokens were ranked by"
-        )
+    require_medians(shards)
     settings = {"version": _VERSION, "max_cells": max_cells, "step": _STEP}
     name, folds = (FOLDED_NAME, FOLDS) if by_fold else (TABLES_NAME, 1)
     return counted_tables(
         shards, name, settings | ({"folds": folds} if by_fold else {}),
         lambda left_out: _count(shards, max_cells, folds, left_out), fallback, quarantine,
     )  # fmt: skip
+
+
+def require_medians(shards: ShardSet) -> None:
+    """Raise ValueError if the vocabulary has no medians of its own."""
+    if not shards.vocabulary.has_medians:
+        raise ValueError(
+            f"{shards.name}: the vocabulary has no medians (all are the same number), and the "
+            "arithmetic baseline is made of them; prepare the cells with the medians that their "
+            "tokens were ranked by, or leave objective.prior at none"
+        )
 
 
 def _count(

@@ -48,6 +48,9 @@ def pretrain_command(
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if settings.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch demands it
+        # NCCL else chooses how to add up by size and network, anew at each start.
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+        os.environ.setdefault("NCCL_PROTO", "Simple")
     # Torch asks for large pages then: a tenth less time on a CPU, no more memory.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Heavy imports only now: a wrong setting is told in half a second.
@@ -67,6 +70,7 @@ def resolved(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     """
     from data_prep.order import EpochPlan
     from data_prep.shards import ShardSet
+    from pretrain.arithmetic import require_medians
     from pretrain.counted_genes import require_countable
     from pretrain.ds_config import derive_ds_config, zero_stage
     from pretrain.model import build_model
@@ -79,13 +83,16 @@ def resolved(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     plan = EpochPlan(shards, "train", config.run.seed, budget, subset)
     steps = config.run.total_steps(plan.steps_per_epoch)
     require_reachable_peak(config.optim, steps)
+    if config.objective.prior != "none":
+        require_medians(shards)
     model = build_model(config.model, shards.vocabulary, config.run.seed)
     weights = "weights of the newest checkpoint" if resume else "random weights"
     if config.model.init_genes == "counted" and not resume:
         require_countable(config.model, shards.vocabulary)
         weights = f"random weights, genes from what is counted: {', '.join(config.model.counted)}"
     if config.model.init_from and not resume:
-        weights = describe(start_weights(model, shards.vocabulary, config.model))
+        prior = config.objective.prior
+        weights = describe(start_weights(model, shards.vocabulary, config.model, prior))
     given = config.model_dump(mode="json")
     settings = {
         f"{section}.{key}": {

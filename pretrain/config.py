@@ -216,7 +216,8 @@ class RunSection(Section):
     threads: int | None = Field(default=None, ge=1, description="torch threads per rank on CPU")
     deterministic: bool = Field(
         default=False,
-        description="on a GPU the same bits each time, slower; on a CPU they always are",
+        description="on GPUs the same bits each time on as many ranks, slower (NCCL_ALGO=Ring and "
+        "NCCL_PROTO=Simple where they are not set); on a CPU they always are",
     )
     compile: Literal["off", "default", "reduce-overhead"] = Field(
         default="off",

@@ -73,13 +73,10 @@ def start(timeout_s: int, threads: int | None) -> Ranks:
         torch.set_num_threads(threads)
     deepspeed = _import_deepspeed()
     local_rank = int(os.environ["LOCAL_RANK"])
+    gpu = 0
     if on_gpu:
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"local rank {local_rank}: this machine has {torch.cuda.device_count()} GPUs; "
-                "start one rank per GPU, or give --device cpu"
-            )
-        torch.cuda.set_device(local_rank)
+        gpu = gpu_of(local_rank, torch.cuda.device_count())
+        torch.cuda.set_device(gpu)
     try:
         deepspeed.init_distributed(
             dist_backend="nccl" if on_gpu else "gloo",
@@ -95,8 +92,29 @@ def start(timeout_s: int, threads: int | None) -> Ranks:
             "machine; give the launcher another one (deepspeed: --master_port N, torchrun: "
             "--master-port N)"
         ) from error
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda", gpu) if on_gpu else torch.device("cpu")
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
+
+
+def gpu_of(local_rank: int, visible: int) -> int:
+    """Return the index of a rank's GPU among those that it can see.
+
+    Where it sees exactly one, that is its own: SLURM's ``--gpus-per-task=1`` and Kubernetes show
+    each rank another one. Should two ranks see the same, NCCL says "Duplicate GPU detected".
+
+    Raises
+    ------
+    ValueError
+        It sees several, and fewer than there are ranks.
+    """
+    if visible == 1:
+        return 0
+    if local_rank >= visible:
+        raise ValueError(
+            f"local rank {local_rank}: this machine has {visible} GPUs; start one rank per GPU, or "
+            "give --device cpu"
+        )
+    return local_rank
 
 
 def _of_other_launchers(environment: Mapping[str, str]) -> dict[str, str]:

@@ -337,6 +337,20 @@ def without_medians(config: RunConfig) -> str:
     return "nothing"
 
 
+def test_a_dry_run_says_the_same(runs, shards, tmp_path):
+    from pretrain.cli import resolved
+    from pretrain.export import export
+
+    folder, _ = runs
+    out = tmp_path / "model"
+    export(folder / "one", out)
+    changes = {"model__init_from": out, "model__init_genes": "random"}
+    with pytest.raises(ValueError, match="objective.prior=arithmetic, this run has none"):
+        resolved(tiny_config(shards, tmp_path / "x", **changes))
+    config = tiny_config(shards, tmp_path / "x", objective__prior="arithmetic", **changes)
+    assert resolved(config)["weights"].startswith(f"start from {out}")
+
+
 def test_a_vocabulary_without_medians_is_refused_on_all_ranks(shards, tmp_path):
     for said in run_ranks(2, without_medians, with_prior(shards, tmp_path / "run")):
         assert "the vocabulary has no medians" in said
