@@ -17,8 +17,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signa
 _RANK_VARIABLES = {
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR",
     "CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE",
-    # Torch and DeepSpeed set these when they are first imported.
-    "TORCHINDUCTOR_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK",
+    # Torch, DeepSpeed and scikit-learn set these when they are first imported.
+    "TORCHINDUCTOR_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK", "KMP_DUPLICATE_LIB_OK",
+    "KMP_INIT_AT_FORK",
 }  # fmt: skip
 # fsspec keeps its event loop, tqdm its monitor, once started.
 _LASTING_THREADS = ("fsspecIO", "asyncio_", "tqdm_monitor")
