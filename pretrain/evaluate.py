@@ -65,6 +65,7 @@ class HeldoutEvaluation:
         self._lengths = shards.bucket_lengths("heldout")
         self.expect_below_baseline_by = config.evaluation.expect_below_baseline_by
         self.asks_genes = config.objective.gene_weight > 0
+        self.prior = config.objective.prior
         self._datasets = CellDatasets(shards)
         self.without_arithmetic = ""
         self.baselines = self._score_baselines(self._count(shards, config, quarantine))
@@ -232,6 +233,8 @@ def heldout_record(
     record["cells"] = evaluation.num_cells
     if evaluation.without_arithmetic:
         record["without_arithmetic"] = evaluation.without_arithmetic
+    if evaluation.prior != "none":
+        record["prior"] = evaluation.prior
     return record | ({"remark": remark} if remark else {})
 
 
@@ -288,9 +291,12 @@ def arithmetic_sentence(record: dict[str, Any]) -> str:
             f"The loss is {-beyond:.4f} nats above what counting tells (arithmetic: the medians of "
             "the visible neighbours): no biology can be seen in it."
         )
+    began = ""
+    if "prior" in record:
+        began = " Its head adds to arithmetic (objective.prior): at its first step it stood there."
     return (
         f"The loss is {beyond:.4f} nats below what counting tells (arithmetic: the medians of the "
-        "visible neighbours): so much the model has learned beyond it."
+        f"visible neighbours): so much the model has learned beyond it.{began}"
     )
 
 

@@ -345,7 +345,9 @@ def test_page_names_scores_of_heldout_cells():
     curves: dict[str, Any] = {"loss": 1.0, "loss_by_rank_decile": []}
     curves |= {"loss_by_bucket": {}, "loss_by_dataset": {}}
     baselines = {"NAME": Scores(), "arithmetic": Scores(curves)}
-    evaluation = SimpleNamespace(baselines=baselines, num_cells=1, without_arithmetic="no medians")
+    evaluation = SimpleNamespace(
+        baselines=baselines, num_cells=1, without_arithmetic="no medians", prior="arithmetic"
+    )
     record = heldout_record(Scores(curves), evaluation, "remark")  # type: ignore[arg-type]
     assert "baseline_NAME_top10" in record
     record = {k: v for k, v in record.items() if not k.startswith("baseline_arithmetic")}

@@ -250,12 +250,18 @@ def test_a_resumed_run_ends_in_the_same_bits(runs):
 
 def test_it_begins_at_the_arithmetic_line(runs):
     """Its head adds next to nothing at first: the frequency is in the prior, not in the bias."""
+    from pretrain.evaluate import arithmetic_sentence
+
     folder, found = runs
     (heldout,) = metrics(folder / "one", "heldout")
     # Three quarters of these few cells were counted, in the line all of them.
     assert abs(found["one"][0].losses[0] - heldout["baseline_arithmetic"]) < 0.5
     assert found["one"][0].losses[0] < heldout["baseline_no_repeat"] - 1
     assert heldout["loss"] < heldout["baseline_no_repeat"]
+    assert heldout["prior"] == "arithmetic"
+    said = arithmetic_sentence(heldout | {"beyond_arithmetic": 0.25})
+    assert "0.2500 nats below" in said
+    assert "at its first step it stood there" in said
     assert "frequency" not in json.loads((folder / "one" / "init.json").read_text())["counted"]
 
 
