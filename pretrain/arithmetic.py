@@ -173,6 +173,11 @@ def arithmetic_tables(
     )  # fmt: skip
 
 
+def of_all_cells(tables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return of tables by fold those that would have been counted without folds."""
+    return tables | {"log_ratios": tables["log_ratios"][-1]}
+
+
 def require_medians(shards: ShardSet) -> None:
     """Raise ValueError if the vocabulary has no medians of its own."""
     if not shards.vocabulary.has_medians:

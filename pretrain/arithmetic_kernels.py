@@ -137,18 +137,28 @@ def _factors_of(context, slot, genes, before, visible, place_of, factors, ones):
 
 
 @numba.njit(cache=True, nogil=True)
+def _windows(context, genes, before, visible, place_of, factors, nothing):
+    """Return what each of the eight neighbours makes of a gene at each place: SLOTS arrays [G].
+
+    `nothing`: of a neighbour that is not there.
+    """
+    slot = np.int64(0)  # a number in the code itself would be compiled for, each apart
+    a = _factors_of(context, slot, genes, before, visible, place_of, factors, nothing)
+    b = _factors_of(context, slot + 1, genes, before, visible, place_of, factors, nothing)
+    c = _factors_of(context, slot + 2, genes, before, visible, place_of, factors, nothing)
+    d = _factors_of(context, slot + 3, genes, before, visible, place_of, factors, nothing)
+    e = _factors_of(context, slot + 4, genes, before, visible, place_of, factors, nothing)
+    f = _factors_of(context, slot + 5, genes, before, visible, place_of, factors, nothing)
+    g = _factors_of(context, slot + 6, genes, before, visible, place_of, factors, nothing)
+    h = _factors_of(context, slot + 7, genes, before, visible, place_of, factors, nothing)
+    return a, b, c, d, e, f, g, h
+
+
+@numba.njit(cache=True, nogil=True)
 def _fill_product(context, genes, before, visible, place_of, factors, ones, product):
     """Fill `product` (float32 [G]) with the product of the factors of all neighbours."""
     size = len(product)
-    slot = np.int64(0)  # a number in the code itself would be compiled for, each apart
-    a = _factors_of(context, slot, genes, before, visible, place_of, factors, ones)
-    b = _factors_of(context, slot + 1, genes, before, visible, place_of, factors, ones)
-    c = _factors_of(context, slot + 2, genes, before, visible, place_of, factors, ones)
-    d = _factors_of(context, slot + 3, genes, before, visible, place_of, factors, ones)
-    e = _factors_of(context, slot + 4, genes, before, visible, place_of, factors, ones)
-    f = _factors_of(context, slot + 5, genes, before, visible, place_of, factors, ones)
-    g = _factors_of(context, slot + 6, genes, before, visible, place_of, factors, ones)
-    h = _factors_of(context, slot + 7, genes, before, visible, place_of, factors, ones)
+    a, b, c, d, e, f, g, h = _windows(context, genes, before, visible, place_of, factors, ones)
     # In one pass: eight are twice as slow.
     for i in range(size):
         product[i] = ((a[i] * b[i]) * (c[i] * d[i])) * ((e[i] * f[i]) * (g[i] * h[i]))
@@ -286,15 +296,7 @@ def add_prior(
 @numba.njit(cache=True, nogil=True)
 def _fill_sum(context, genes, before, visible, place_of, log_factors, zeros, total):
     """Fill `total` (float32 [G]) with the sum of the log-factors of all neighbours."""
-    slot = np.int64(0)
-    a = _factors_of(context, slot, genes, before, visible, place_of, log_factors, zeros)
-    b = _factors_of(context, slot + 1, genes, before, visible, place_of, log_factors, zeros)
-    c = _factors_of(context, slot + 2, genes, before, visible, place_of, log_factors, zeros)
-    d = _factors_of(context, slot + 3, genes, before, visible, place_of, log_factors, zeros)
-    e = _factors_of(context, slot + 4, genes, before, visible, place_of, log_factors, zeros)
-    f = _factors_of(context, slot + 5, genes, before, visible, place_of, log_factors, zeros)
-    g = _factors_of(context, slot + 6, genes, before, visible, place_of, log_factors, zeros)
-    h = _factors_of(context, slot + 7, genes, before, visible, place_of, log_factors, zeros)
+    a, b, c, d, e, f, g, h = _windows(context, genes, before, visible, place_of, log_factors, zeros)
     for i in range(len(total)):
         total[i] = ((a[i] + b[i]) + (c[i] + d[i])) + ((e[i] + f[i]) + (g[i] + h[i]))
 

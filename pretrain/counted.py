@@ -71,7 +71,7 @@ def counted_tables(
             file.parent.mkdir(parents=True, exist_ok=True)
             with complete_file(file) as aside:
                 # One entry: several would be written in another order each time.
-                identity: dict[str, Any] = {"key": key, "sha256": _digest(tables)}
+                identity: dict[str, Any] = {"key": key, "sha256": digest_of(tables)}
                 if left_out:
                     identity["left_out"] = sorted(left_out)
                 metadata = {"identity": json.dumps(identity)}
@@ -162,13 +162,14 @@ def _stored(file: Path, key: str) -> tuple[dict[str, np.ndarray], list[int]] | N
     except (OSError, SafetensorError, json.JSONDecodeError):
         return None
     left_out = identity.pop("left_out", [])
-    if identity != {"key": key, "sha256": _digest(tables)}:
+    if identity != {"key": key, "sha256": digest_of(tables)}:
         logger.warning("%s: damaged or not of these shards; counted again", file)
         return None
     return tables, left_out
 
 
-def _digest(tables: Mapping[str, np.ndarray]) -> str:
+def digest_of(tables: Mapping[str, np.ndarray]) -> str:
+    """Return a hash of tables: their names, types, shapes and numbers."""
     sha256 = hashlib.sha256()
     for name in sorted(tables):
         values = np.ascontiguousarray(tables[name])

@@ -13,7 +13,7 @@ import torch
 
 from data_prep.shards import ShardSet
 from pretrain import dist
-from pretrain.arithmetic import Arithmetic, MaskedRows, arithmetic_tables, describe
+from pretrain.arithmetic import Arithmetic, MaskedRows, arithmetic_tables, describe, of_all_cells
 from pretrain.baselines import ARITHMETIC, BASELINE_NAMES, Baselines, RankBaselines
 from pretrain.cell_objective import CellTargets
 from pretrain.config import ObjectiveConfig, RunConfig
@@ -85,9 +85,14 @@ class HeldoutEvaluation:
             return Baselines(by_rank, None)
         # A new run's folder has to stay empty until nothing can be refused any more.
         fallback = out if is_run_folder(out) else None
+        # Those of the prior, which then finds them: the corpus is read once for both.
+        is_by_fold = config.objective.prior != "none"
         tables = dist.first_rank_first(
-            self._ranks, lambda: arithmetic_tables(shards, cells, quarantine, fallback)
+            self._ranks,
+            lambda: arithmetic_tables(shards, cells, quarantine, fallback, is_by_fold),
         )
+        if is_by_fold:
+            tables = of_all_cells(tables)
         logger.info("%s", describe(tables))
         return Baselines(by_rank, Arithmetic(tables, shards.vocabulary))
 

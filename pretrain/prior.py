@@ -15,7 +15,6 @@ Shapes: B cells, L places, M hidden genes, V vocabulary, G places on the grid of
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +33,7 @@ from pretrain.arithmetic import FOLDS, arithmetic_tables, grid_places
 from pretrain.arithmetic_kernels import NEIGHBOURS, RANK_CLASSES, SLOTS, add_prior
 from pretrain.checkpoint import Checkpoint
 from pretrain.config import RunConfig
+from pretrain.counted import digest_of
 from pretrain.dist import Ranks
 from pretrain.masking import NO_LABEL
 
@@ -103,7 +103,12 @@ class ArithmeticPrior:
     def record(self) -> dict[str, Any]:
         """What a run says of it: the training cells and genes that were counted, and a hash."""
         cells, genes = self._tables["counted"].tolist()
-        return {"kind": "arithmetic", "cells": cells, "genes": genes, "sha256": self._sha256()}
+        return {
+            "kind": "arithmetic",
+            "cells": cells,
+            "genes": genes,
+            "sha256": digest_of(self._tables),
+        }
 
     def added_to(self, logits_MV: torch.Tensor, hidden: Hidden) -> torch.Tensor:
         """Return float32 [M, V], logits plus what counting says of each hidden gene, unnormalised.
@@ -190,7 +195,7 @@ class ArithmeticPrior:
         identity = {
             "format": FORMAT,
             "vocabulary_sha256": self._vocabulary_sha256,
-            "sha256": self._sha256(),
+            "sha256": digest_of(self._tables),
         }
         with complete_file(folder / FILE_NAME) as aside:
             aside.write_bytes(save(self._tables, {"identity": json.dumps(identity)}))
@@ -219,16 +224,9 @@ class ArithmeticPrior:
                 f"{vocabulary.sha256[:12]}"
             )
         prior = cls(tables, vocabulary)
-        if prior._sha256() != identity["sha256"]:
+        if digest_of(tables) != identity["sha256"]:
             raise ValueError(f"{path}: damaged (wrong checksum); copy the folder again")
         return prior
-
-    def _sha256(self) -> str:
-        sha256 = hashlib.sha256()
-        for name in _TABLES:
-            sha256.update(f"{name} {self._tables[name].dtype.str}".encode())
-            sha256.update(self._tables[name].tobytes())
-        return sha256.hexdigest()
 
 
 class _Added(torch.autograd.Function):

@@ -11,7 +11,7 @@ import pytest
 
 from data_prep.shards import ShardSet
 from data_prep.vocab import Vocabulary
-from pretrain.arithmetic import FOLDS, Arithmetic, MaskedRows, arithmetic_tables
+from pretrain.arithmetic import FOLDS, Arithmetic, MaskedRows, arithmetic_tables, of_all_cells
 from pretrain.config import RunConfig, load_config
 from pretrain.counted import train_blocks
 from tests.ranks import run_ranks
@@ -111,6 +111,8 @@ def test_a_fold_has_tables_that_were_not_counted_on_it(copied, tables, monkeypat
     for name in whole.keys() - {"log_ratios"}:
         np.testing.assert_array_equal(tables[name], whole[name])
     np.testing.assert_array_equal(tables["log_ratios"][-1], whole["log_ratios"])
+    assert of_all_cells(tables).keys() == whole.keys()
+    np.testing.assert_array_equal(of_all_cells(tables)["log_ratios"], whole["log_ratios"])
 
     frequency = arithmetic._frequency_and_lengths
     everything = frequency(train_blocks(ShardSet(copied), _CELLS), ShardSet(copied).vocabulary)
