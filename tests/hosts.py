@@ -22,6 +22,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 _TOOLS = ("ip", "unshare", "nsenter", "ssh", "ssh-keygen")
 _SSHD = "/usr/sbin/sshd"
 _UP_S = 20
@@ -58,6 +60,12 @@ def why_no_hosts() -> str | None:
     )
     subprocess.run(["ip", "netns", "del", probe], check=True)
     return f"no bridges here: {bridge.stderr.strip()}" if bridge.returncode else None
+
+
+def skip_without_hosts() -> None:
+    """Skip the test, and say why, where hosts cannot be made."""
+    if reason := why_no_hosts():
+        pytest.skip(f"several hosts: {reason}")
 
 
 @dataclass

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosts import Host, hosts, why_no_hosts
+from tests.hosts import Host, hosts, skip_without_hosts
 from tests.runs import last_step, metrics
 from tests.test_launch_orphans import config_file, endless, require_saved, wait_for
 
@@ -31,9 +31,7 @@ _LEFT = ("-m pretrain", "launch.rank", "deepspeed.launcher", "mpirun", "prte")
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory) -> Iterator[list[Host]]:
-    reason = why_no_hosts()
-    if reason:
-        pytest.skip(f"several hosts: {reason}")
+    skip_without_hosts()
     with hosts(3, tmp_path_factory.mktemp("hosts")) as made:
         yield made
 

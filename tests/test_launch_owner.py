@@ -14,7 +14,7 @@ import pytest
 
 from data_prep.files import OWNER_NAME
 from pretrain.config import RunConfig
-from tests.hosts import Host, hosts, why_no_hosts
+from tests.hosts import Host, hosts, skip_without_hosts
 from tests.runs import last_step, metrics, tiny_config
 from tests.slurm_hosts import slurm, why_no_slurm
 
@@ -48,9 +48,7 @@ def wait_for(condition: Callable[[], bool], log: Path) -> None:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Iterator[list[Host]]:
-    reason = why_no_hosts()
-    if reason:
-        pytest.skip(f"several hosts: {reason}")
+    skip_without_hosts()
     with hosts(2, tmp_path_factory.mktemp("hosts")) as made:
         yield made
 

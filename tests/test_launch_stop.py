@@ -17,7 +17,7 @@ import pytest
 
 from data_prep.owner import LAUNCH_ID, owned, this_process
 from launch.stop import stop_command
-from tests.hosts import hosts, why_no_hosts
+from tests.hosts import hosts, skip_without_hosts
 from tests.runs import last_step, metrics, tiny_config
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -101,9 +101,7 @@ def test_an_owner_without_a_launcher_is_asked(tmp_path, capsys):
 @pytest.mark.long
 def test_a_run_on_two_hosts_is_stopped_from_a_third(shards, tmp_path):
     """First with its supervisor alive, which ends with 75; then at once, without saving."""
-    reason = why_no_hosts()
-    if reason:
-        pytest.skip(f"several hosts: {reason}")
+    skip_without_hosts()
     config = tiny_config(
         shards, tmp_path / "run", run__max_steps=10**6, run__epochs=10**5, run__heartbeat_s=5,
         checkpoint__every_steps=10,
