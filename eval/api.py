@@ -34,7 +34,7 @@ def embed_cells(
     model
         Folder of ``geneloom export``, or Geneformer's (then give `vocabulary`: its dictionaries).
     settings
-        Those of `eval.embed.embed_cells`: `pooling`, `layer`, `device`, `bf16`, `token_budget`.
+        Those of `eval.embed.embed_file`: `pooling`, `layer`, `device`, `bf16`, `token_budget`.
     """
     with tempfile.TemporaryDirectory() as folder:
         cells, out = Path(folder) / "cells.h5ad", Path(folder) / "out.h5ad"

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from data_prep.vocab import Vocabulary
-from eval.embed import computing, encode_batch, length_batches
 from pretrain.encoders import Encoder, architecture_of, layers_of
+from pretrain.states import computing, encode_batch, length_batches
 
 # Weights of a layer: batch x heads x length x length.
 _TOKEN_BUDGET = 4_096

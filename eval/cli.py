@@ -29,15 +29,25 @@ def embed_command(
     model: Annotated[Path, typer.Option(help="folder of `geneloom export`, or Geneformer's")],
     out: Annotated[Path, typer.Option(help="new h5ad: the input and .obsm['X_geneloom']")],
     vocab: VocabOption = None,
-    pooling: Annotated[str, typer.Option(help="mean (over genes) or cls")] = "mean",
-    layer: Annotated[int, typer.Option(help="0 last, -1 second-to-last, ...")] = -1,
+    pooling: Annotated[
+        str | None,
+        typer.Option(help="state (of the model's corpus and network), mean over genes, or cls"),
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option(help="of mean and cls: 0 last, -1 second-to-last, ... [-1]")
+    ] = None,
     bf16: Bf16Option = False,
-    tokens_per_batch: Annotated[int, typer.Option(min=64, help="padded tokens")] = 16_384,
+    tokens_per_batch: Annotated[
+        int, typer.Option(min=64, help="padded tokens of a pass on a GPU")
+    ] = 16_384,
     device: DeviceOption = "auto",
     *,
     reading: SourceOptions,
 ) -> None:
-    """Write cell embeddings beside the cells: every cell, in the file's order."""
+    """Write cell embeddings beside the cells: every cell, in the file's order.
+
+    Without --pooling: the cell state where the model folder has one, else the mean.
+    """
     quiet()
     from eval.embed import embed_file
 

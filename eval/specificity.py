@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from data_prep.vocab import Vocabulary
-from eval.embed import computing, encode_batch, length_batches
 from pretrain.encoders import Encoder
+from pretrain.states import computing, encode_batch, length_batches
 
 
 @dataclass(frozen=True)

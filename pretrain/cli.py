@@ -181,6 +181,13 @@ def plan_command(
 def export_command(
     run: Annotated[Path, typer.Argument(help="run folder of `geneloom pretrain`")],
     out: Annotated[Path, typer.Option(help="new or empty folder")],
+    shards: Annotated[
+        Path | None, typer.Option(help="of the pretraining; default: where the run read them")
+    ] = None,
+    cell_state_cells: Annotated[
+        int | None,
+        typer.Option(min=0, help="training cells encoded for states of cells [256]; 0: none"),
+    ] = None,
 ) -> None:
     """Write the newest checkpoint as a Hugging Face folder."""
     import torch
@@ -192,7 +199,9 @@ def export_command(
         # Transformers imports DeepSpeed to save, which would warn that it found no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     disable_progress_bar()
-    print(export(run, out))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cells = {} if cell_state_cells is None else {"state_cells": cell_state_cells}
+    print(export(run, out, shards, device=device, **cells))
 
 
 def _log_to_console() -> None:

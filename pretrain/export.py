@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from data_prep.shards import complete_folder, file_sha256, require_new
+from data_prep.shards import ShardSet, complete_folder, file_sha256, require_new
 from data_prep.vocab import Vocabulary, load_vocabulary, open_vocabulary
 from pretrain import checkpoint, zero_state
+from pretrain.cell_state import FILE_NAME as STATE_NAME
+from pretrain.cell_state import NUM_CELLS, CellState, fit_cell_state
+from pretrain.config import load_config
 from pretrain.corpus_svd import FILE_NAME as SVD_NAME
 from pretrain.corpus_svd import CorpusSvd
 from pretrain.counted_genes import describe
@@ -21,6 +24,7 @@ from pretrain.encoders import (
     EncoderConfig,
     Network,
     attention_implementation,
+    encoder_of,
     network_class,
     new_network,
     read_encoder_config,
@@ -39,13 +43,28 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError)
 
 
-def export(run: Path, out: Path) -> str:
+def export(
+    run: Path,
+    out: Path,
+    shards: Path | str | None = None,
+    state_cells: int = NUM_CELLS,
+    device: str = "cpu",
+) -> str:
     """Write the newest complete checkpoint of a run as a Hugging Face folder; return a sentence.
 
     The folder holds fp32 weights (safetensors), ``config.json``, ``vocabulary.json``, the same
     vocabulary as Geneformer's two dictionaries, ``geneloom.json`` (what the model was trained on
-    and how far), the corpus SVD where the run has it, and a model card. It appears complete or not
-    at all.
+    and how far), the corpus SVD where the run has it, what makes states of cells where the shards
+    can be read, and a model card. It appears complete or not at all.
+
+    Parameters
+    ----------
+    shards
+        Of the pretraining; by default where the run read them.
+    state_cells
+        Training cells to encode for the cell state (`pretrain.cell_state`); 0: no cell state.
+    device
+        That computes them.
 
     Raises
     ------
@@ -70,12 +89,47 @@ def export(run: Path, out: Path) -> str:
         _write_vocabulary(partial, vocabulary)
         if (run / SVD_NAME).exists():
             CorpusSvd.load(run, vocabulary).save(partial)
+        state = _write_cell_state(partial, run, bert, vocabulary, shards, state_cells, device)
         record = _record(run, last)
         if record["prior"]:
             ArithmeticPrior.load(run, vocabulary).save(partial)
         (partial / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n")
         (partial / "README.md").write_text(_model_card(record, bert))
-    return f"{out}: step {last.step}, {bert.num_parameters():,} parameters"
+    return f"{out}: step {last.step}, {bert.num_parameters():,} parameters; {state}"
+
+
+def _write_cell_state(
+    folder: Path,
+    run: Path,
+    network: Network,
+    vocabulary: Vocabulary,
+    shards: Path | str | None,
+    cells: int,
+    device: str,
+) -> str:
+    """Write what makes states of cells into a model folder; return a part of a sentence."""
+    if cells == 0:
+        return "no cell state"
+    location = str(shards or load_config(run / "config.yaml").data.shards)
+    try:
+        if "://" in location:
+            raise ValueError(f"{location}: is a URL, a folder is needed")
+        opened = ShardSet(location)
+        if opened.vocabulary.sha256 != vocabulary.sha256:
+            raise ValueError(
+                f"{location}: vocabulary {opened.vocabulary.sha256[:12]}, the run has "
+                f"{vocabulary.sha256[:12]}"
+            )
+        digest = weights_digest(folder)
+        state = fit_cell_state(encoder_of(network), opened, cells, digest, device=device)
+    except (OSError, ValueError) as error:
+        if shards is not None:
+            raise ValueError(f"--shards {shards}: {error}") from error
+        return f"no cell state: {error}; give --shards"
+    finally:
+        network.to(torch.device("cpu"))
+    state.save(folder)
+    return f"cell states of {state.width} numbers ({state.origin['cells']} training cells)"
 
 
 def load_checkpoint(run: Path, found: checkpoint.Checkpoint) -> Network:
@@ -112,11 +166,32 @@ def load_exported(folder: Path, vocabulary_path: Path | None = None) -> tuple[Ne
 
 def model_digest(folder: Path, vocabulary: Vocabulary) -> str:
     """Return a hash of a model folder's weights and of the vocabulary it is used with."""
-    beside = (SVD_NAME, PRIOR_NAME)
+    hashes = [*_weight_hashes(folder), vocabulary.sha256]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def weights_digest(folder: Path) -> str:
+    """Return a hash of a model folder's weights."""
+    return hashlib.sha256("".join(_weight_hashes(folder)).encode()).hexdigest()
+
+
+def folder_cell_state(folder: Path, vocabulary: Vocabulary) -> CellState | None:
+    """Return the cell state of a model folder, or None where it has none.
+
+    Raises
+    ------
+    ValueError
+        It cannot be read, or belongs to other weights.
+    """
+    if not (folder / STATE_NAME).is_file():
+        return None
+    return CellState.load(folder, vocabulary, weights_digest(folder))
+
+
+def _weight_hashes(folder: Path) -> list[str]:
+    beside = (SVD_NAME, PRIOR_NAME, STATE_NAME)
     found = sorted(p for p in folder.glob("*.safetensors") if p.name not in beside)
-    files = found or [weight_file(folder)]
-    weights = [file_sha256(p) for p in files]
-    return hashlib.sha256("".join([*weights, vocabulary.sha256]).encode()).hexdigest()
+    return [file_sha256(p) for p in found or [weight_file(folder)]]
 
 
 def weight_file(folder: Path) -> Path:

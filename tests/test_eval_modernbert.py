@@ -59,7 +59,7 @@ def plain_states(network, cell: np.ndarray, number: int) -> np.ndarray:
 
 @pytest.mark.parametrize("layer", [0, -1])
 def test_embedding_is_that_of_the_cell_alone(layer, network, cells):
-    from eval.embed import embed_cells, embed_layers
+    from pretrain.states import embed_cells, embed_layers
 
     found = embed_cells(cells, network.base_model, vocabulary(), layer=layer, token_budget=90)
     expected = [plain_states(network, c, 3 + layer).mean(axis=0) for c in cells]
@@ -77,10 +77,10 @@ def test_states_by_windows_are_those_of_transformers(tmp_path):
     from transformers import AutoModelForMaskedLM
 
     from data_prep.vocab import Vocabulary
-    from eval.embed import encode_batch
     from pretrain.config import ModelConfig
     from pretrain.export import load_exported
     from pretrain.model import build_model
+    from pretrain.states import encode_batch
 
     genes = tuple(f"ENSG{i:011d}" for i in range(100))
     vocab = Vocabulary(genes, np.linspace(0.5, 4.0, 100), {"<pad>": 0, "<mask>": 1}, 100)

@@ -14,6 +14,7 @@ from tests.runs import run_training, tiny_config
 from tests.synthetic import make_cells, make_shards
 
 SIZES = (5, 10)
+# Of a run without its shards; an exported model has the cell state too.
 NAMES = ["last layer", "last layer + input embeddings", "second-last layer"]
 
 
@@ -84,9 +85,10 @@ def test_every_score_is_that_of_a_plain_computation(folder: Path, record: dict[s
 
     features, labels = plain_features(folder)
     found = scores(record)
+    names = [*NAMES, "cell state"]
     assert {name for name, _ in found} == {
-        *NAMES, *(f"random weights, {n}" for n in NAMES), "corpus SVD", "SVD of these cells",
-        "PCA of these cells", "genes",
+        *names, *(f"random weights, {n}" for n in names), "corpus SVD", "SVD of these cells",
+        "corpus SVD, 80 components", "PCA of these cells", "genes",
     }  # fmt: skip
     assert len(encode_file(folder / "new" / "cells.h5ad", vocabulary_of(folder)).tokens) == 96
     for name, values in features.items():
@@ -143,6 +145,12 @@ def plain_features(folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
     features["genes"] = np.log1p(counts / counts.sum(axis=1, keepdims=True) * 1e4)
     centred = features["genes"] - features["genes"].mean(axis=0)
     features["PCA of these cells"] = centred @ np.linalg.svd(centred)[2][:50].T
+    state = load_file(folder / "model" / "cell_state.safetensors")
+    features["corpus SVD, 80 components"] = weights @ state["loadings"]
+    learned = (features["last layer"] - state["centre"]) @ state["axes"]
+    features["cell state"] = np.concatenate(
+        [weights @ state["loadings"] / state["scales"][0], learned / state["scales"][1]], axis=1
+    )
     return features, cells.obs["cell_type"].to_numpy(dtype=str)[kept]
 
 
@@ -189,7 +197,7 @@ def test_folder_holds_page_record_and_scores(folder: Path, record: dict[str, Any
     page = (out / "probe.html").read_text()
     (main,) = [
         v for v in record["verdicts"]
-        if (v["contender"], v["cells_a_class"]) == ("last layer", 5)
+        if (v["contender"], v["cells_a_class"]) == ("cell state", 5)
     ]  # fmt: skip
     assert f"Frozen cells are {main['word']} the corpus SVD with 5 labelled cells a class" in page
     assert "rare (7)" in page and "<svg" not in page and "data:image/svg+xml" in page
@@ -199,10 +207,10 @@ def test_checkpoints_of_a_run_are_a_curve_that_ends_at_the_export(
     folder: Path, record: dict[str, Any]
 ):
     out = folder / "curve.html"
-    curve = probe(folder, "run", "--cells", "good=1", "--out", out)
+    curve = probe(folder, "run", "--cells", "good=1", "--shards", folder / "shards", "--out", out)
     assert curve["steps"] == [5, 10]
     first, last = scores(curve, 5), scores(curve, 10)
-    assert first.keys() == last.keys() == {(n, s) for n in NAMES for s in SIZES}
+    assert first.keys() == last.keys() == {(n, s) for n in [*NAMES, "cell state"] for s in SIZES}
     assert first != last
     for key, values in last.items():
         np.testing.assert_allclose(values, scores(record)[key], atol=0.02)
@@ -212,6 +220,7 @@ def test_checkpoints_of_a_run_are_a_curve_that_ends_at_the_export(
 def test_without_a_corpus_svd_the_probe_says_how_to_get_one(folder: Path, tmp_path: Path):
     import shutil
 
+    from data_prep.shards import ShardSet
     from eval.probe.models import open_probed
     from eval.probe.probe import find_svd
 
@@ -221,7 +230,7 @@ def test_without_a_corpus_svd_the_probe_says_how_to_get_one(folder: Path, tmp_pa
     assert found["corpus_svd"] is None and found["verdicts"] == []
     assert "--shards" in found["corpus_svd_missing"]
     old = open_probed(folder / "old", None)
-    made, missing = find_svd(old, folder / "shards")
+    made, missing = find_svd(old, ShardSet(folder / "shards"))
     stored, _ = find_svd(open_probed(folder / "model", None), None)
     assert missing is None and made is not None and stored is not None
     np.testing.assert_array_equal(made.components, stored.components)

@@ -12,12 +12,12 @@ import torch
 
 from eval.benchmark.inputs import Model
 from eval.benchmark.task import Size
-from eval.embed import embed_cells
 from eval.finetune.engine import Classifier, FinetuneSettings, Head, Target, finetune
 from eval.splits import validation_cells
 from pretrain import encoders
 from pretrain.encoders import Encoder
 from pretrain.export import random_twin
+from pretrain.states import embed_cells
 
 HEAD_NAME = "label"
 Value = TypeVar("Value")

@@ -9,8 +9,8 @@ from sklearn.decomposition import TruncatedSVD
 
 from data_prep.vocab import Vocabulary
 from eval.baselines import log_normalise
-from eval.embed import computing, encode_batch, length_batches
 from pretrain.encoders import Encoder
+from pretrain.states import computing, encode_batch, length_batches
 
 _COMPONENTS = 50
 STATIC_NAMES = (

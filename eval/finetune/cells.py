@@ -17,7 +17,6 @@ from data_prep.sources import SourceOptions
 from data_prep.version import VERSION
 from data_prep.vocab import Vocabulary
 from eval.baselines import predict_baselines, predict_from_embedding
-from eval.embed import embed_cells
 from eval.encode import CellSet, encode_file
 from eval.finetune.engine import (
     Classifier,
@@ -34,6 +33,7 @@ from eval.splits import limit_per_class, split_cells
 from pretrain.dist import Ranks
 from pretrain.encoders import Encoder, Network, encoder_of
 from pretrain.export import load_exported, model_digest, random_twin
+from pretrain.states import embed_cells
 
 logger = logging.getLogger(__name__)
 

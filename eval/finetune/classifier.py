@@ -19,8 +19,8 @@ from transformers import BertModel
 from data_prep.shards import complete_folder, file_sha256, require_new
 from data_prep.version import VERSION
 from data_prep.vocab import Vocabulary, load_vocabulary
-from eval.embed import encode_batch, length_batches, pool_genes
 from pretrain.encoders import Encoder, architecture_of, layers_of, new_encoder, read_encoder_config
+from pretrain.states import encode_batch, length_batches, pool_genes
 
 CLASSIFIER_FORMAT = "geneloom-classifier/1"
 RECORD_NAME = "classifier.json"

@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from data_prep.hashing import stream_key
 from data_prep.vocab import Vocabulary
-from eval.embed import length_batches
 from eval.finetune.classifier import (
     Classifier,
     FinetuneSettings,
@@ -30,6 +29,7 @@ from pretrain import dist
 from pretrain.dist import Ranks
 from pretrain.encoders import Encoder
 from pretrain.optim import StageZeroClipper, parameter_groups
+from pretrain.states import length_batches
 
 __all__ = [
     "Classifier",

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from data_prep.vocab import CLS, EOS, Vocabulary
-from eval.embed import embed_cells, num_layers_up_to, require_pooling
 from eval.finetune.classifier import Classifier, Head
 from eval.perturb.edits import Copies, Edit, GeneSets, applicable, copies_of, places_in
 from pretrain.encoders import Encoder, architecture_of, layers_of, set_layers, to_bfloat16
+from pretrain.states import embed_cells, num_layers_up_to, require_pooling
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,16 +12,22 @@ from sklearn.decomposition import PCA, TruncatedSVD
 from data_prep.vocab import Vocabulary
 from eval.baselines import log_normalise
 from eval.benchmark.cell_baselines import variable_genes
-from eval.embed import embed_layers
+from pretrain.cell_state import CellState
+from pretrain.states import embed_layers
 
 LAST, SECOND_LAST, WITH_INPUTS = "last layer", "second-last layer", "last layer + input embeddings"
+CELL_STATE = "cell state"
 CORPUS_SVD, OWN_SVD = "corpus SVD", "SVD of these cells"
 PCA_OF_GENES, GENES = "PCA of these cells", "genes"
 _COMPONENTS = 50
 
 
 def frozen_features(
-    network: Any, tokens: list[np.ndarray], vocabulary: Vocabulary, **settings: Any
+    network: Any,
+    tokens: list[np.ndarray],
+    vocabulary: Vocabulary,
+    state_of: Callable[[np.ndarray], CellState] | None = None,
+    **settings: Any,
 ) -> dict[str, np.ndarray]:
     """Return name -> float32 [cells, width]: means over a cell's genes, of several layers.
 
@@ -28,6 +35,9 @@ def frozen_features(
     ----------
     network
         Hugging Face's model; its encoder is used.
+    state_of
+        Returns the cell state that belongs to the network, from these cells' means of the last
+        layer; None: the network has none.
     settings
         ``token_budget``, ``device`` and ``bf16`` of `eval.embed.embed_layers`.
     """
@@ -36,6 +46,8 @@ def frozen_features(
     states = embed_layers(tokens, encoder, vocabulary, layers, **settings)
     inputs = mean_inputs(network, tokens, vocabulary)
     found = {LAST: states[0], WITH_INPUTS: np.concatenate([states[0], inputs], axis=1)}
+    if state_of:
+        found[CELL_STATE] = state_of(states[0]).of_means(tokens, states[0])
     return found | ({SECOND_LAST: states[-1]} if -1 in states else {})
 
 

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from eval.benchmark.plots import ROLE_COLOURS, ROLE_NAMES, Plot
 from eval.figures import GREY, new_figure
-from eval.probe.features import CORPUS_SVD, GENES, LAST, SECOND_LAST
+from eval.probe.features import CELL_STATE, CORPUS_SVD, GENES, LAST, SECOND_LAST
 from eval.probe.probe import RANDOM_PREFIX, Probe
 
 _SVD_COLOUR = "#d55e00"
@@ -20,6 +20,8 @@ _LINES = (
     (GENES, "#e69f00", "--"),
     (RANDOM_PREFIX + LAST, ROLE_COLOURS["twin"], "--"),
 )
+# What the model's own curves are of.
+_FROZEN = ((SECOND_LAST, GREY), (LAST, ROLE_COLOURS["model"]), (CELL_STATE, "#009e73"))
 
 
 def probe_plots(probe: Probe) -> list[Plot]:
@@ -68,7 +70,9 @@ def _curve(record: dict[str, Any]) -> Plot:
         for name, colour, line in _LINES:
             for row in (r for r in rows if r["contender"] == name):
                 axes.axhline(row["macro_f1"]["mean"], color=colour, ls=line, lw=1.2, label=name)
-        for name, colour in ((SECOND_LAST, GREY), (LAST, ROLE_COLOURS["model"])):
+        for name, colour in _FROZEN:
+            if not any(r["contender"] == name for r in rows):
+                continue
             steps, means, spread = _series(r for r in rows if r["contender"] == name)
             axes.errorbar(steps, means, yerr=spread, color=colour, fmt="o-", ms=4, capsize=2,
                           label=f"{ROLE_NAMES['model']}, {name}")  # fmt: skip

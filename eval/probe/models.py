@@ -11,7 +11,8 @@ from typing import Any
 
 from data_prep.vocab import Vocabulary, load_vocabulary
 from pretrain import checkpoint
-from pretrain.export import RECORD_NAME, load_checkpoint, load_exported
+from pretrain.cell_state import CellState
+from pretrain.export import RECORD_NAME, folder_cell_state, load_checkpoint, load_exported
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +27,15 @@ class ProbedModel:
         Names of the files that the model was pretrained on, as far as the folder says.
     loaders
         (step, or None where it is not known; what loads the network), by ascending step.
+    state
+        Of an exported model; None where it has none. Those of a run are made of its shards.
     """
 
     folder: Path
     vocabulary: Vocabulary
     sources: tuple[str, ...]
     loaders: tuple[tuple[int | None, Callable[[], Any]], ...]
+    state: CellState | None = None
 
     @property
     def name(self) -> str:
@@ -52,7 +56,8 @@ def open_probed(folder: Path, vocabulary: Path | None) -> ProbedModel:
     record = folder / RECORD_NAME
     content = json.loads(record.read_text()) if record.exists() else {}
     names = tuple(source["name"] for source in content.get("sources", []))
-    return ProbedModel(folder, found, names, ((content.get("step"), lambda: network),))
+    state = folder_cell_state(folder, found)
+    return ProbedModel(folder, found, names, ((content.get("step"), lambda: network),), state)
 
 
 def _open_run(run: Path) -> ProbedModel:

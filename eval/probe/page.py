@@ -15,7 +15,7 @@ from data_prep.files import complete_file, require_new_file
 from data_prep.shards import complete_folder, require_new
 from eval.benchmark.plots import Plot, as_png, as_svg, benchmark_style
 from eval.probe.figures import probe_plots
-from eval.probe.probe import BELOW, MAIN, RANDOM_PREFIX, Probe
+from eval.probe.probe import BELOW, RANDOM_PREFIX, Probe, main_contender
 from eval.tables import format_interval
 
 PAGE_NAME, RECORD_NAME, TABLE_NAME = "probe.html", "probe.json", "probe.csv"
@@ -81,17 +81,17 @@ def answer(record: dict[str, Any]) -> list[str]:
         missing = record["corpus_svd_missing"]
         return [f"Not held against the corpus SVD, so nothing is said of its worth. {missing}."]
     found = []
-    last = record["steps"][-1]
-    for name in (MAIN, RANDOM_PREFIX + MAIN):
-        step = None if name != MAIN else last
+    last, main = record["steps"][-1], main_contender(record)
+    for name in (main, RANDOM_PREFIX + main):
+        step = None if name != main else last
         verdicts = [v for v in record["verdicts"] if v["contender"] == name and v["step"] == step]
-        who = "Frozen cells" if name == MAIN else "Those of random weights"
+        who = "Frozen cells" if name == main else "Those of random weights"
         for verdict in verdicts:
             found.append(
                 f"{who} are {verdict['word']} the corpus SVD with {verdict['cells_a_class']} "
                 f"labelled cells a class: macro-F1 {_difference(verdict['difference'])}."
             )
-        if name == MAIN and verdicts and all(v["word"] == BELOW for v in verdicts):
+        if name == main and verdicts and all(v["word"] == BELOW for v in verdicts):
             found.append(
                 "A table of gene loadings, which takes seconds to make, tells these cells better."
             )

@@ -22,18 +22,18 @@ from eval.encode import CellSet, encode_file
 from eval.metrics import mean_and_interval, score_classes
 from eval.probe.classify import PENALTY_C, predict_classes
 from eval.probe.draws import Draw, Draws
-from eval.probe.features import CORPUS_SVD, LAST, cell_features, frozen_features
+from eval.probe.features import CELL_STATE, CORPUS_SVD, LAST, cell_features, frozen_features
 from eval.probe.models import ProbedModel, open_probed
 from eval.splits import repeated_cells
-from pretrain.corpus_svd import FILE_NAME, CorpusSvd, corpus_svd
+from pretrain.cell_state import NUM_COUNTED, fit_cell_state, reduced
+from pretrain.corpus_svd import FILE_NAME, NUM_COMPONENTS, CorpusSvd, corpus_svd
+from pretrain.encoders import encoder_of
 from pretrain.export import random_twin
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "geneloom-probe/1"
 CELLS_A_CLASS = (10, 25, 100)
-# Of a model's contenders the one that sentences are about; chosen before any score is seen.
-MAIN = LAST
 RANDOM_PREFIX = "random weights, "
 ABOVE, BELOW, NEITHER = "above", "below", "not told apart from"
 _FEWEST_DRAWS = 3
@@ -113,7 +113,8 @@ def probe_cells(
     label, donor
         Columns of obs. With donors, labelled cells and predicted ones are of different donors.
     shards
-        Of the pretraining, for folders that the corpus SVD was not stored in.
+        Of the pretraining: for folders that the corpus SVD was not stored in, and for the cell
+        states of a run's checkpoints.
     vocabulary
         Geneformer's dictionaries, for folders without ``vocabulary.json``.
     options
@@ -126,7 +127,9 @@ def probe_cells(
         have enough cells.
     """
     probed = open_probed(Path(model), vocabulary)
-    svd, missing = find_svd(probed, None if shards is None else Path(shards))
+    opened = None if shards is None else _open_shards(Path(shards), probed)
+    svd, missing = find_svd(probed, opened)
+    state_svd = probed.state.svd if probed.state else opened and corpus_svd(opened, NUM_COUNTED)
     chosen, left_out = choose_cells(Path(cells), label, donor, probed.vocabulary, settings, options)
     labels = chosen.metadata[label].to_numpy(dtype=str)
     donors = chosen.metadata[donor].to_numpy(dtype=str) if donor else None
@@ -134,9 +137,13 @@ def probe_cells(
     scores = _Scores(labels, draws)
     if svd:
         scores.add(CORPUS_SVD, "baseline", None, [svd.embed_cells(chosen.tokens)])
+    if state_svd and state_svd.components.shape[1] > NUM_COMPONENTS:
+        # Without the network: what its part of the cell state has to add to.
+        name = f"{CORPUS_SVD}, {state_svd.components.shape[1]} components"
+        scores.add(name, "baseline", None, [state_svd.embed_cells(chosen.tokens)])
     for name, features in cell_features(chosen.counts, chosen.tokens, probed.vocabulary).items():
         scores.add(name, "baseline", None, [features])
-    for role, step, found in _encoded(probed, chosen.tokens, settings):
+    for role, step, found in _encoded(probed, chosen.tokens, settings, opened, state_svd):
         for name in found[0]:
             prefix = RANDOM_PREFIX if role == "twin" else ""
             scores.add(prefix + name, role, step, [features[name] for features in found])
@@ -165,16 +172,26 @@ def probe_cells(
     )
 
 
-def find_svd(probed: ProbedModel, shards: Path | None) -> tuple[CorpusSvd | None, str | None]:
+def main_contender(record: dict[str, Any]) -> str:
+    """Return which of a model's contenders sentences are about; no score decides it."""
+    has_states = any(row["contender"] == CELL_STATE for row in record["scores"])
+    return CELL_STATE if has_states else LAST
+
+
+def _open_shards(folder: Path, probed: ProbedModel) -> ShardSet:
+    opened = ShardSet(folder)
+    if opened.vocabulary.sha256 != probed.vocabulary.sha256:
+        raise ValueError(
+            f"--shards {folder}: vocabulary {opened.vocabulary.sha256[:12]}, the model has "
+            f"{probed.vocabulary.sha256[:12]}; give the shards it was pretrained on"
+        )
+    return opened
+
+
+def find_svd(probed: ProbedModel, shards: ShardSet | None) -> tuple[CorpusSvd | None, str | None]:
     """Return the corpus SVD that belongs to a model, or None and why there is none."""
     if shards is not None:
-        opened = ShardSet(shards)
-        if opened.vocabulary.sha256 != probed.vocabulary.sha256:
-            raise ValueError(
-                f"--shards {shards}: vocabulary {opened.vocabulary.sha256[:12]}, the model has "
-                f"{probed.vocabulary.sha256[:12]}; give the shards it was pretrained on"
-            )
-        return corpus_svd(opened), None
+        return corpus_svd(shards), None
     if (probed.folder / FILE_NAME).exists():
         return CorpusSvd.load(probed.folder, probed.vocabulary), None
     return None, (
@@ -243,13 +260,18 @@ def _some_of_each(cells: np.ndarray, labels: np.ndarray, number: int) -> np.ndar
 
 
 def _encoded(
-    probed: ProbedModel, tokens: list[np.ndarray], settings: ProbeSettings
+    probed: ProbedModel,
+    tokens: list[np.ndarray],
+    settings: ProbeSettings,
+    shards: ShardSet | None,
+    state_svd: CorpusSvd | None,
 ) -> Iterator[tuple[str, int | None, list[dict[str, np.ndarray]]]]:
     """Yield (role, step, features of each model): the pretrained ones, then those of no training.
 
-    One model is in memory at a time.
+    One model is in memory at a time. A twin's cell state has its axes from the probed cells
+    themselves, which is not to its disadvantage: no pretraining cells are needed for it.
     """
-    how = {
+    how: dict[str, Any] = {
         "token_budget": settings.token_budget,
         "device": settings.device,
         "bf16": settings.bf16,
@@ -258,13 +280,18 @@ def _encoded(
     for step, load in probed.loaders:
         logger.info("%s: encoding %s cells%s", probed.name, f"{len(tokens):,}", _at(step))
         network = load()
-        yield "model", step, [frozen_features(network, tokens, probed.vocabulary, **how)]
+        state = probed.state
+        if shards is not None:
+            state = fit_cell_state(encoder_of(network), shards, **how)
+        known = None if state is None else lambda means, state=state: state
+        yield "model", step, [frozen_features(network, tokens, probed.vocabulary, known, **how)]
     twins = []
     for seed in range(settings.random_models):
         logger.info("%s: encoding %s cells, random weights", probed.name, f"{len(tokens):,}")
         assert network is not None
         twin = random_twin(network, seed)
-        twins.append(frozen_features(twin, tokens, probed.vocabulary, **how))
+        own = None if state_svd is None else lambda means: reduced(state_svd, tokens, means)
+        twins.append(frozen_features(twin, tokens, probed.vocabulary, own, **how))
     yield "twin", None, twins
 
 
