@@ -115,6 +115,11 @@ class CorpusSvd:
         return folder / FILE_NAME
 
     @classmethod
+    def found_in(cls, folder: Path, vocabulary: Vocabulary) -> CorpusSvd | None:
+        """Return what `load` does, or None where the folder has no such file."""
+        return cls.load(folder, vocabulary) if (folder / FILE_NAME).is_file() else None
+
+    @classmethod
     def load(cls, folder: Path, vocabulary: Vocabulary) -> CorpusSvd:
         """Return what `save` wrote.
 

@@ -163,7 +163,7 @@ def test_embed_finetune_report(pretrained, tmp_path):
     assert "1 cells without any gene" in message
     out = anndata.read_h5ad(tmp_path / "out.h5ad")
     assert list(out.obs_names) == list(cells.obs_names)
-    assert out.obsm[OBSM_KEY].shape == (90, 32)
+    assert out.obsm[OBSM_KEY].shape == (90, 112), "a cell state: 80 counted, 32 learned"
     assert np.flatnonzero(np.isnan(out.obsm[OBSM_KEY]).any(axis=1)).tolist() == [5]
     with pytest.raises(ValueError, match="exists"):
         embed_file(tmp_path / "cells.h5ad", model, tmp_path / "out.h5ad")
@@ -175,9 +175,10 @@ def test_embed_finetune_report(pretrained, tmp_path):
     assert results["dropped"] == {"no gene of the vocabulary": 1}
     contenders = {"majority class", "logistic regression on genes", "kNN on PCA"} | {
         f"{how}, {weights}"
-        for how in ("fine-tuned", "frozen embedding")
+        for how in ("fine-tuned", "frozen embedding", "cell state")
         for weights in ("pretrained", "random weights")
     }
+    contenders |= {"corpus SVD"}
     assert set(results["summary"]) == contenders
     assert results["summary"]["fine-tuned, pretrained"]["macro_f1"]["mean"] > 0.5
     assert results["summary"]["majority class"]["macro_f1"]["mean"] < 0.3

@@ -34,12 +34,20 @@ TASK = CellTask(
 
 
 def planted_models(path: Path) -> list[Model]:
-    """Return a model whose gene embeddings are the types' expression, and one of zeros."""
+    """Return a model whose gene embeddings are the types' expression, and one of zeros.
+
+    The first has a folder with an SVD of the cells, and cell states of it.
+    """
     import anndata
     import torch
 
     from eval.benchmark.inputs import Model
+    from eval.encode import encode_file
+    from pretrain.cell_state import reduced
+    from pretrain.corpus_svd import CorpusSvd
+    from pretrain.export import weights_digest
     from pretrain.model import build_model
+    from pretrain.states import embed_cells
 
     vocabulary = vocabulary_of(path)
     cells = anndata.read_h5ad(path)
@@ -54,10 +62,29 @@ def planted_models(path: Path) -> list[Model]:
         ).float()
         for parameter in constant.parameters():
             parameter.zero_()
+    folder = path.parent / "marker"
+    marker.save_pretrained(folder)
+    tokens = encode_file(path, vocabulary).tokens
+    vectors = np.linalg.svd(weights_of(tokens, vocabulary.num_tokens), full_matrices=False)[2]
+    svd = CorpusSvd(
+        vectors[:9].T.astype(np.float32), np.ones(9, np.float32), vocabulary.sha256,
+        vocabulary.first_gene_token, {"shards_fingerprint": "", "cells": 120, "residual": 0.0},
+    )  # fmt: skip
+    svd.save(folder)
+    means = embed_cells(tokens, marker.bert, vocabulary, layer=0)
+    reduced(svd, tokens, means, weights_digest(folder)).save(folder)
     return [
-        Model(name, path.parent, network, vocabulary, digest=name)
-        for name, network in (("marker", marker), ("constant", constant))
+        Model("marker", folder, marker, vocabulary, digest="marker"),
+        Model("constant", path.parent, constant, vocabulary, digest="constant"),
     ]
+
+
+def weights_of(tokens: list[np.ndarray], num_tokens: int) -> np.ndarray:
+    """Return float64 [cells, tokens]: 1 - i / L for the gene at place i of a cell's L."""
+    weights = np.zeros((len(tokens), num_tokens))
+    for row, cell in zip(weights, tokens, strict=True):
+        row[cell.astype(np.int64)] = 1 - np.arange(len(cell)) / len(cell)
+    return weights
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +131,8 @@ def test_what_is_planted_is_found(found):
         assert score[name, "marker"] > 0.6
         assert score[name, "constant"] < 0.35, "one answer for all cells"
         assert score[name, "constant"] < score[name, "marker"]
+    for name, role in (("corpus SVD", "baseline"), ("cell state", "model")):
+        assert mean_score(result.outcomes, name, "marker", role) > 0.6
     assert mean_score(result.outcomes, "logistic regression") > 0.9
     assert mean_score(result.outcomes, "majority class") < 0.35
 
@@ -127,7 +156,7 @@ def test_every_contender_is_in_every_fold(found, models):
         for fold in range(2)
     ]
     assert by_fold[0] == by_fold[1]
-    assert len(set(by_fold[0])) == len(by_fold[0]) == len(BASELINES) + 1 + 2 * (6 + 1)
+    assert len(set(by_fold[0])) == len(by_fold[0]) == len(BASELINES) + 1 + 2 * (6 + 1) + 3
     for outcome in result.outcomes:
         assert set(outcome.scores) == {
             "macro_f1", "balanced_accuracy", "accuracy", "auprc", "ece"

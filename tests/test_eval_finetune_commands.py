@@ -55,6 +55,7 @@ def model(tmp_path_factory) -> Path:
 def test_saved_head_predicts_other_cells(model, tmp_path):
     import anndata
 
+    from data_prep.vocab import load_vocabulary
     from eval.finetune.cells import finetune_cells
     from eval.finetune.predict import predict_file
 
@@ -82,6 +83,11 @@ def test_saved_head_predicts_other_cells(model, tmp_path):
         SourceOptions(gene_column="ensembl_id"),
     )  # fmt: skip
     assert "60 cells" in said and "1 cells without any gene" in said
+    known = load_vocabulary(tmp_path / "head" / "vocabulary.json").genes
+    there = np.isin(others.var["ensembl_id"], known)
+    share = others.X[:, np.flatnonzero(there)].sum() / others.X.sum()
+    assert f"{share:.1%} of the counts are in the {there.sum()} of the file's 200 genes" in said
+    assert f"{1 - there.sum() / len(known):.0%} of its genes are not in this file" in said
     out = anndata.read_h5ad(tmp_path / "out.h5ad")
     assert list(out.obs_names) == list(others.obs_names)
     labels = out.obs["geneloom_cell_type"].astype(str).to_numpy()

@@ -174,3 +174,45 @@ def test_a_training_below_its_frozen_embedding_is_called_failed():
     (said,) = _remarks([seed(0.55), seed(0.57)])
     assert said.startswith("fine-tuned, pretrained: macro-F1 0.560 is below that of its own frozen")
     assert _remarks([seed(0.595), seed(0.6)]) == []
+
+
+def test_a_model_that_is_not_above_the_svd_of_its_corpus_is_told_so():
+    from eval.finetune.cells import _remarks
+
+    scores = {
+        f"{kind}, {weights}": 0.6
+        for kind in ("fine-tuned", "frozen embedding", "cell state")
+        for weights in ("pretrained", "random weights")
+    }
+
+    def seed(svd: float) -> dict:
+        every = {**scores, "cell state, pretrained": 0.7, "corpus SVD": svd}
+        return {"scores": {name: {"macro_f1": score} for name, score in every.items()}}
+
+    (said,) = _remarks([seed(0.75), seed(0.71)])
+    assert said.startswith("Nothing of the model is above the SVD of its corpus")
+    assert "0.730 against 0.700 (cell state, pretrained)" in said
+    assert _remarks([seed(0.65)]) == []
+
+
+def test_cells_that_are_in_a_file_twice_are_used_once():
+    """Random labels of cells that are there twice would be told from the copies."""
+    import pandas as pd
+    import scipy.sparse
+
+    from eval.encode import CellSet
+    from eval.finetune.cells import _labelled
+
+    rng = np.random.default_rng(0)
+    counts = scipy.sparse.csr_matrix(rng.integers(0, 3, (20, 30)).astype(np.float32))
+    twice = scipy.sparse.vstack([counts, counts]).tocsr()
+    found, dropped = _labelled(
+        CellSet(
+            [np.array([5])] * 40, np.ones(40, dtype=bool), twice,
+            pd.DataFrame({"kind": list("ab") * 20}, index=[f"c{i}" for i in range(40)]),
+            [f"G{i}" for i in range(30)],
+        ),
+        "kind", None,
+    )  # fmt: skip
+    assert dropped == {"exactly the counts of another cell": 20}
+    assert list(found.metadata.index) == [f"c{i}" for i in range(20)]

@@ -36,10 +36,13 @@ from eval.benchmark.task import AnnotationTask, CellTask, Size
 from eval.finetune.cells import FEWEST_CELLS_OF_CLASS, NO_VALUE
 from eval.metrics import chance_macro_f1, score_probabilities
 from eval.splits import limit_per_class, require_clean_split, seen_in_training, split_cells
+from pretrain.cell_state import reduced
 
 HEADLINE = "macro_f1"
 FROZEN = "frozen embedding"
 BAG_OF_GENES = "bag of genes"
+CELL_STATE = "cell state"
+CORPUS_SVD = "corpus SVD"
 SHUFFLED = "shuffled labels"
 _SCORES = ("macro_f1", "balanced_accuracy", "accuracy", "auprc", "ece")
 # A handful of training cells gives a handful of steps; so many are taken at least.
@@ -230,11 +233,13 @@ def contenders(size: Size, models: list[Model]) -> list[Contender]:
     rows = [Contender(n, "baseline", None, partial(_baseline, n)) for n in BASELINES]
     if scvi_missing() is None:
         rows.append(Contender(SCVI, "baseline", None, scvi_neighbours))
+    rows += [Contender(CORPUS_SVD, "baseline", m, partial(_corpus_svd, m)) for m in models if m.svd]
     rows.append(Contender(SHUFFLED, "control", None, _shuffled_genes))
     roles: tuple[Role, ...] = ("model", "twin")
     for model in models:
+        by_model = _BY_MODEL | ({CELL_STATE: _cell_state} if model.state else {})
         for role in roles:
-            for name, predict in _BY_MODEL.items():
+            for name, predict in by_model.items():
                 rows.append(Contender(name, role, model, partial(predict, model, role)))
         name = f"{SHUFFLED}, {FROZEN}"
         rows.append(Contender(name, "control", model, partial(_shuffled_frozen, model)))
@@ -291,6 +296,27 @@ def _from_states(
 
 def _frozen(model: Model, role: Role, fold: Fold) -> np.ndarray:
     fitted, test = states(model, role, fold)
+    return _from_states(fold, fitted, test, fold.labels)
+
+
+def _cell_state(model: Model, role: Role, fold: Fold) -> np.ndarray:
+    """Predict from cell states; the axes of a twin's are those of the training cells."""
+    assert model.state
+    tokens = [fold.cells.tokens[model.name][i] for i in (*fold.capped, *fold.test)]
+    number, state = len(fold.capped), model.state
+    means = fold.embeddings.last_layer.of(
+        model, fold.twin_seed(role), np.concatenate([fold.capped, fold.test]), fold.embedded
+    )
+    if role == "twin":
+        state = reduced(state.svd, tokens[:number], means[:number])
+    found = state.of_means(tokens, means)
+    return _from_states(fold, found[:number], found[number:], fold.labels)
+
+
+def _corpus_svd(model: Model, fold: Fold) -> np.ndarray:
+    assert model.svd
+    tokens = fold.cells.tokens[model.name]
+    fitted, test = (model.svd.embed_cells([tokens[i] for i in c]) for c in (fold.capped, fold.test))
     return _from_states(fold, fitted, test, fold.labels)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -75,6 +76,13 @@ class Embeddings:
         self._device, self._bf16 = device, bf16
         self._known: OncePerEncoder[tuple[np.ndarray, np.ndarray]] = OncePerEncoder()
 
+    @cached_property
+    def last_layer(self) -> Embeddings:
+        """The same cells' states of the last layer, which cell states are made of."""
+        if self._layer == 0:
+            return self
+        return Embeddings(self._tokens, 0, self._device, self._bf16)
+
     def of(
         self, model: Model, twin_seed: int | None, cells: np.ndarray, of_fold: np.ndarray
     ) -> np.ndarray:
@@ -117,7 +125,10 @@ def settings_of(size: Size, device: str, bf16: bool) -> FinetuneSettings:
     """Return how a suite's size fine-tunes."""
     return FinetuneSettings(
         epochs=size.epochs,
+        steps=size.steps,
+        start=size.start,
         learning_rate=size.learning_rate,
+        head_learning_rate=size.head_learning_rate,
         batch_cells=size.batch_cells,
         freeze_layers=size.freeze_layers,
         device=device,

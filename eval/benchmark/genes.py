@@ -75,6 +75,9 @@ def _contenders(models: list[Model]) -> list[_Contender]:
                 _Contender("frozen embedding", role, "frozen", LOGISTIC, model),
                 _Contender("input embeddings", role, "input", LOGISTIC, model),
             ]
+        if model.svd:
+            name = "corpus SVD's loadings"
+            found.append(_Contender(name, "baseline", "loadings", LOGISTIC, model))
         control = f"{_SHUFFLED}, frozen embedding"
         found.append(_Contender(control, "control", "frozen", LOGISTIC, model))
     for features in ("counts", "ranks"):
@@ -144,6 +147,9 @@ class _Draw:
         model, kind = contender.model, contender.features
         if model is not None:
             encoder, tokens = self.encoder(model, contender.role), self.tokens[model.name]
+            if kind == "loadings":
+                assert model.svd
+                return model.svd.components[tokens]
             if kind == "input":
                 table = encoder.get_input_embeddings().weight
                 return table.detach().float().cpu().numpy()[tokens]

@@ -21,8 +21,10 @@ from eval.benchmark.outcome import Store
 from eval.benchmark.task import Cells
 from eval.demo_cells import recover_counts
 from eval.encode import CellSet, encode_file
+from pretrain.cell_state import CellState
+from pretrain.corpus_svd import CorpusSvd
 from pretrain.encoders import Network
-from pretrain.export import load_exported, model_digest
+from pretrain.export import folder_cell_state, load_exported, model_digest
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,16 @@ class Model:
     vocabulary: Vocabulary
     digest: str
     gene_names: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def svd(self) -> CorpusSvd | None:
+        """The SVD of its training cells, where the folder holds it."""
+        return CorpusSvd.found_in(self.folder, self.vocabulary)
+
+    @cached_property
+    def state(self) -> CellState | None:
+        """What makes its cell states, where the folder holds it."""
+        return folder_cell_state(self.folder, self.vocabulary)
 
     @cached_property
     def reading_vocabulary(self) -> Vocabulary:

@@ -74,8 +74,14 @@ class Size(_Section):
     epochs: int = Field(1, ge=1)
     # Cells of an optimizer step.
     batch_cells: int = Field(12, ge=1)
-    # Peak of a fine-tuning.
-    learning_rate: float = Field(5e-5, gt=0)
+    # Peak of a fine-tuning, of the encoder.
+    learning_rate: float = Field(3e-4, gt=0)
+    # Peak of a head. None: as the encoder's.
+    head_learning_rate: float | None = Field(1e-3, gt=0)
+    # First weights of a head: those of a regression on the frozen states, or random ones.
+    start: Literal["probe", "random"] = "probe"
+    # Optimizer steps of a fine-tuning at least, in more epochs if need be.
+    steps: int = Field(0, ge=0)
     # Lowest layers that are not trained.
     freeze_layers: int = Field(0, ge=0)
     # Training cells a class of the few-shot curve (cell tasks).

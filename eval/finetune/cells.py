@@ -29,10 +29,12 @@ from eval.finetune.engine import (
 from eval.finetune.unfinished import Unfinished
 from eval.metrics import mean_and_interval, score_classes
 from eval.owning import owning
-from eval.splits import limit_per_class, split_cells
+from eval.splits import limit_per_class, repeated_cells, split_cells
+from pretrain.cell_state import CellState, reduced
+from pretrain.corpus_svd import CorpusSvd
 from pretrain.dist import Ranks
 from pretrain.encoders import Encoder, Network, encoder_of
-from pretrain.export import load_exported, model_digest, random_twin
+from pretrain.export import folder_cell_state, load_exported, model_digest, random_twin
 from pretrain.states import embed_cells
 
 logger = logging.getLogger(__name__)
@@ -42,12 +44,16 @@ RESULTS_FORMAT = "geneloom-finetune/1"
 FEWEST_CELLS_OF_CLASS = 5
 # Macro-F1 by which fine-tuning may stay below the frozen embedding before it is called failed.
 _LESS = 0.01
+PRETRAINED, RANDOM, CORPUS_SVD = "pretrained", "random weights", "corpus SVD"
 NO_VALUE = ["", "nan", "None", "NA", "unlabelled"]
 
 
 @dataclass(frozen=True)
 class _Problem:
-    """Labelled cells, and how they are learnt; `donors` is str [cells] or None."""
+    """Labelled cells, and how they are learnt; `donors` is str [cells] or None.
+
+    `svd` and `state` are the model folder's, where it has them.
+    """
 
     vocabulary: Vocabulary
     cells: CellSet
@@ -56,6 +62,8 @@ class _Problem:
     settings: FinetuneSettings
     ranks: Ranks | None
     unfinished: Unfinished
+    svd: CorpusSvd | None
+    state: CellState | None
 
     def finetuned(self, encoder: Encoder, train: np.ndarray, seed: int, name: str) -> Classifier:
         """Return a classifier of training cells; some of them decide when to stop, if asked to.
@@ -73,20 +81,42 @@ class _Problem:
         )  # fmt: skip
 
     def predict(
-        self, encoder: Encoder, train: np.ndarray, test: np.ndarray, seed: int, name: str
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return predictions of a linear layer on the frozen encoder, and of the fine-tuned one."""
+        self, encoder: Encoder, train: np.ndarray, test: np.ndarray, seed: int, weights: str
+    ) -> dict[str, np.ndarray]:
+        """Return predictions of linear layers on the frozen encoder, and of the fine-tuned one.
+
+        The axes of a random twin's cell state are those of the training cells.
+        """
         used = np.concatenate([train, test])
-        embedding = np.zeros((len(self.cells.tokens), encoder.config.hidden_size), np.float32)
-        embedding[used] = embed_cells(
-            self._tokens(used), encoder, self.vocabulary, layer=0,
-            token_budget=self.settings.token_budget, device=self.settings.device,
-            bf16=self.settings.bf16,
+        tokens = self._tokens(used)
+        means = embed_cells(
+            tokens, encoder, self.vocabulary, layer=0, token_budget=self.settings.token_budget,
+            device=self.settings.device, bf16=self.settings.bf16,
         )  # fmt: skip
-        frozen = predict_from_embedding(embedding, self.target.labels, train, test, seed)
-        classifier = self.finetuned(encoder, train, seed, name)
+        predictions = {f"frozen embedding, {weights}": self._from_states(means, train, used, seed)}
+        if self.state:
+            state = self.state
+            if weights != PRETRAINED:
+                state = reduced(state.svd, tokens[: len(train)], means[: len(train)])
+            states = state.of_means(tokens, means)
+            predictions[f"cell state, {weights}"] = self._from_states(states, train, used, seed)
+        classifier = self.finetuned(encoder, train, seed, f"seed-{seed}, {weights}")
         probabilities = classifier.predict_cells(self._tokens(test), self.target.head.name)
-        return frozen, probabilities.argmax(axis=1)
+        return predictions | {f"fine-tuned, {weights}": probabilities.argmax(axis=1)}
+
+    def of_corpus_svd(self, train: np.ndarray, test: np.ndarray, seed: int) -> np.ndarray:
+        """Return predictions from the corpus SVD that the model folder holds."""
+        assert self.svd
+        used = np.concatenate([train, test])
+        return self._from_states(self.svd.embed_cells(self._tokens(used)), train, used, seed)
+
+    def _from_states(
+        self, states: np.ndarray, train: np.ndarray, used: np.ndarray, seed: int
+    ) -> np.ndarray:
+        """Predict the cells of `used` behind `train`, which it begins with, from their states."""
+        places = np.arange(len(used))
+        fitted, rest = places[: len(train)], places[len(train) :]
+        return predict_from_embedding(states, self.target.labels[used], fitted, rest, seed)
 
     def _tokens(self, cells: np.ndarray) -> list[np.ndarray]:
         return [self.cells.tokens[i] for i in cells]
@@ -146,7 +176,11 @@ def finetune_cells(
     columns = tuple(dict.fromkeys([*options.columns, label, *([donor] if donor else [])]))
     encoded = encode_file(cells, vocabulary, replace(options, columns=columns))
     labelled, dropped = _labelled(encoded, label, donor)
-    problem = _problem(vocabulary, labelled, label, donor, settings, ranks, unfinished)
+    beside = (
+        CorpusSvd.found_in(model_folder, vocabulary),
+        folder_cell_state(model_folder, vocabulary),
+    )
+    problem = _problem(vocabulary, labelled, label, donor, settings, ranks, unfinished, *beside)
     labels = problem.target.labels
     per_seed = [
         unfinished.seed(seed, partial(_score_seed, problem, network, seed, limits))
@@ -214,12 +248,14 @@ def _problem(
     settings: FinetuneSettings,
     ranks: Ranks | None,
     unfinished: Unfinished,
+    svd: CorpusSvd | None,
+    state: CellState | None,
 ) -> _Problem:
     classes = sorted(set(cells.metadata[label]))
     labels = np.array([classes.index(v) for v in cells.metadata[label]])
     donors = cells.metadata[donor].to_numpy(dtype=str) if donor else None
     target = Target(Head(label, "cells", tuple(classes)), labels)
-    return _Problem(vocabulary, cells, target, donors, settings, ranks, unfinished)
+    return _Problem(vocabulary, cells, target, donors, settings, ranks, unfinished, svd, state)
 
 
 def _score_seed(
@@ -235,14 +271,13 @@ def _score_seed(
     test = limit_per_class(test, labels, most_per_class[1], seed)
     started = time.perf_counter()
     predictions = predict_baselines(problem.cells.counts, labels, train, test, seed)
+    if problem.svd:
+        predictions[CORPUS_SVD] = problem.of_corpus_svd(train, test, seed)
     for weights, encoder in (
-        ("pretrained", encoder_of(network)),
-        ("random weights", encoder_of(random_twin(network, seed))),
+        (PRETRAINED, encoder_of(network)),
+        (RANDOM, encoder_of(random_twin(network, seed))),
     ):
-        name = f"seed-{seed}, {weights}"
-        frozen, tuned = problem.predict(encoder, train, test, seed, name)
-        predictions[f"frozen embedding, {weights}"] = frozen
-        predictions[f"fine-tuned, {weights}"] = tuned
+        predictions |= problem.predict(encoder, train, test, seed, weights)
     classes = list(problem.target.head.classes)
     scores = {n: score_classes(labels[test], p, classes) for n, p in predictions.items()}
     logger.info(
@@ -271,18 +306,31 @@ def summarise(per_seed: list[dict]) -> dict[str, dict]:
 
 
 def _remarks(per_seed: list[dict]) -> list[str]:
-    """Return what a reader has to know before the scores: a training that did not train."""
+    """Return what a reader has to know before the scores.
+
+    A training that did not train, and a model that is not above the corpus SVD.
+    """
+
+    def mean(name: str) -> float:
+        return float(np.mean([s["scores"][name]["macro_f1"] for s in per_seed]))
+
     remarks = []
-    for weights in ("pretrained", "random weights"):
-        tuned, frozen = (
-            float(np.mean([s["scores"][f"{kind}, {weights}"]["macro_f1"] for s in per_seed]))
-            for kind in ("fine-tuned", "frozen embedding")
-        )
+    for weights in (PRETRAINED, RANDOM):
+        tuned, frozen = mean(f"fine-tuned, {weights}"), mean(f"frozen embedding, {weights}")
         if tuned < frozen - _LESS:
             remarks.append(
                 f"fine-tuned, {weights}: macro-F1 {tuned:.3f} is below that of its own frozen "
                 f"embedding, {frozen:.3f}. That is a training that failed, and says nothing of the "
                 "weights: more --steps, --start probe, or another --learning-rate"
+            )
+    if CORPUS_SVD in per_seed[0]["scores"]:
+        of_model = [n for n in per_seed[0]["scores"] if n.endswith(f", {PRETRAINED}")]
+        best, svd = max(of_model, key=mean), mean(CORPUS_SVD)
+        if mean(best) <= svd:
+            remarks.append(
+                f"Nothing of the model is above the SVD of its corpus on these cells: macro-F1 "
+                f"{svd:.3f} against {mean(best):.3f} ({best}). A table of gene loadings, which "
+                "takes seconds to make, tells them as well"
             )
     return remarks
 
@@ -298,7 +346,11 @@ def _labelled(cell_set: CellSet, label: str, donor: str | None) -> tuple[CellSet
     counts = values[~unlabelled].value_counts()
     rare = ~unlabelled & values.map(counts.to_dict()).fillna(0).lt(FEWEST_CELLS_OF_CLASS).to_numpy()
     empty = ~cell_set.has_genes & ~unlabelled & ~rare
-    keep = np.flatnonzero(~(unlabelled | rare | empty))
+    # A cell that is in the file twice would be on both sides of a split.
+    left_out = unlabelled | rare | empty
+    copies = np.zeros(len(values), dtype=bool)
+    copies[~left_out] = repeated_cells(cell_set.counts[np.flatnonzero(~left_out)])
+    keep = np.flatnonzero(~(left_out | copies))
     if values.iloc[keep].nunique() < 2:
         raise ValueError(
             f"column '{label}': fewer than two classes with at least {FEWEST_CELLS_OF_CLASS} "
@@ -309,5 +361,6 @@ def _labelled(cell_set: CellSet, label: str, donor: str | None) -> tuple[CellSet
         "no donor": int(no_donor.sum()),
         f"class below {FEWEST_CELLS_OF_CLASS} cells": int(rare.sum()),
         "no gene of the vocabulary": int(empty.sum()),
+        "exactly the counts of another cell": int(copies.sum()),
     }
     return cell_set.subset(keep), {k: v for k, v in dropped.items() if v}

@@ -11,6 +11,7 @@ import pandas as pd
 from data_prep.files import complete_file, require_new_file
 from data_prep.sources import SourceOptions
 from data_prep.version import VERSION
+from data_prep.vocab import Vocabulary
 from eval.encode import CellSet, encode_file
 from eval.finetune.classifier import Classifier, load_classifier
 
@@ -60,7 +61,20 @@ def predict_file(
     empty = int((~found.has_genes).sum())
     note = f"; {empty} cells without any gene of the vocabulary have none" if empty else ""
     names = ", ".join(f"{h.name} (of {h.kind})" for h in classifier.heads)
-    return f"{out}: {data.n_obs:,} cells with predictions of {names}{note}"
+    said = f"{out}: {data.n_obs:,} cells with predictions of {names}{note}"
+    return f"{said}\n{overlap_sentence(found, classifier.vocabulary)}"
+
+
+def overlap_sentence(cells: CellSet, vocabulary: Vocabulary) -> str:
+    """Return how much of the cells a vocabulary knows, and how much of it the cells' file has."""
+    known = vocabulary.tokens_of(cells.genes) >= 0
+    genes, total = int(known.sum()), float(cells.counts.sum())
+    counts = float(cells.counts[:, np.flatnonzero(known)].sum()) / total if total else 0.0
+    return (
+        f"{counts:.1%} of the counts are in the {genes:,} of the file's {len(known):,} genes that "
+        f"the head's vocabulary knows; it has {len(vocabulary.genes):,}, so "
+        f"{1 - min(1.0, genes / len(vocabulary.genes)):.0%} of its genes are not in this file"
+    )
 
 
 def gene_probabilities(classifier: Classifier, cells: CellSet, head_name: str) -> pd.DataFrame:
