@@ -23,7 +23,8 @@ def write_stage_report(
     Parameters
     ----------
     out
-        HTML file; None: ``report.html`` in the folder.
+        HTML file, ``.html`` is added where it has no ending, for a browser shows the source
+        otherwise; None: ``report.html`` in the folder.
     score_folders, embedding, color, commands
         As in `eval.report.write_report`; of a pretraining only.
 
@@ -42,6 +43,8 @@ def write_stage_report(
             "`finetune`, `perturb` or `benchmark`"
         )
     out = out or folder / REPORT_NAME
+    if not out.suffix:
+        out = out.with_suffix(".html")
     if stage == "pretrain":
         from eval.report import write_report
 

@@ -86,7 +86,7 @@ def world(tmp_path_factory) -> dict[str, Path]:
 def run(world: dict[str, Path], out: Path, *models: str, **changes) -> dict:
     from eval.benchmark.run import run_benchmark
 
-    settings = {"data": world["folder"], "names": ["planted"], "files": [world["task"]]} | changes
+    settings = {"data": world["folder"], "names": ["planted"], "own": [world["task"]]} | changes
     return run_benchmark([world[m] for m in models], "quick", out, **settings)
 
 
@@ -193,7 +193,7 @@ def test_a_task_that_fails_leaves_the_others(world, tmp_path):
     files[1].write_text(small.replace('"yes"', '"perhaps"'))
     (tmp_path / "labels.tsv").write_text((world["folder"] / "labels.tsv").read_text())
     results = run(
-        world, tmp_path / "out", "constant", names=["small", "broken"], files=files
+        world, tmp_path / "out", "constant", names=["small", "broken"], own=files
     )  # fmt: skip
     assert [t["name"] for t in results["tasks"]] == ["small"]
     (skipped,) = results["skipped"]
@@ -235,12 +235,61 @@ def test_wrong_names_and_tasks_are_named(tmp_path, world):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_and_a_column_are_a_task(world, tmp_path):
+    from eval.benchmark.gene_labels import read_labels
+    from eval.benchmark.own_task import own_task
+    from eval.benchmark.run import choose_tasks
+
+    cells = world["folder"] / "cells.h5ad"
+    table = tmp_path / "my genes.csv"
+    rows = (world["folder"] / "labels.tsv").read_text().splitlines()[1:]
+    genes = [row.split("\t") for row in rows]
+    table.write_text("gene,group\n" + "\n".join(f"{g},{x}" for g, x in genes[:-1]) + "\n")
+    task = own_task(cells, "group", table)
+    found = read_labels(task, world["folder"])
+    positive = {g for g, x in genes[:-1] if x == task.positive}
+    assert {g for g, y in zip(found.ids, found.labels, strict=True) if y} == positive
+    assert len(positive) < len(found.ids) / 2, "the smaller class is looked for"
+    assert not missing_files(task, world["folder"])
+    for suite in SUITES:
+        assert choose_tasks(suite, [], [task]) == [task], "none of the supplied ones"
+    of_cells = own_task(cells, "cell_type", group="donor")
+    assert (of_cells.kind, of_cells.label, of_cells.group) == ("cells", "cell_type", "donor")
+    assert own_task(cells, "cell_type", batch="donor").kind == "integration"
+    for arguments, message in (
+        ((cells, "nothing", table), "--label nothing: .*columns .*gene.*group"),
+        ((cells, "gene", table), "classes .* two are told apart"),
+        ((tmp_path / "no.h5ad", "cell_type"), "--cells .*no such file"),
+        ((cells, "group", table, "donor"), "folds are over genes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            own_task(*arguments)
+
+
+@pytest.mark.long
+def test_a_column_of_cells_is_benchmarked_by_the_command(world, tmp_path):
+    from typer.testing import CliRunner
+
+    from launch.cli import build_app
+
+    command = [
+        "benchmark", "--model", str(world["perfect"]), "--cells",
+        str(world["folder"] / "cells.h5ad"), "--label", "cell_type", "--device", "cpu",
+    ]  # fmt: skip
+    done = CliRunner().invoke(build_app("benchmark"), [*command, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.exception
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [t["name"] for t in results["tasks"]] == ["cells_cell_type"] and not results["skipped"]
+    refused = CliRunner().invoke(build_app("benchmark"), [*command[:5], "--out", "out"])
+    assert "--cells and --label" in str(refused.exception)
+
+
 def test_list_shows_what_is_missing():
     done = subprocess.run(
         [*GENELOOM, "benchmark", "--list"], cwd=ROOT,
-        env=os.environ | {"COLUMNS": "200"}, capture_output=True, text=True, check=True,
+        env=os.environ | {"COLUMNS": "80"}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     for name, task in all_tasks().items():
-        assert name in done.stdout
+        assert name in done.stdout, "names stay whole at 80 columns"
         for missing in missing_files(task, None):
             assert missing.split("/")[-1] in done.stdout.replace("\n", "")

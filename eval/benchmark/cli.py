@@ -12,9 +12,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
 
-from eval.benchmark.task import SUITES, Suite, all_tasks, missing_files, read_task
+from eval.benchmark.task import SUITES, AnyTask, Suite, all_tasks, missing_files, read_task
 from eval.cli import DeviceOption, JsonOption, VocabOption, choose_device, quiet
 
 _LINE_EVERY_S = 30.0
@@ -31,7 +30,22 @@ def benchmark_command(
     ] = None,
     data: Annotated[Path | None, typer.Option(help="folder the tasks' files are below")] = None,
     task: Annotated[list[str] | None, typer.Option(help="only this one; may be repeated")] = None,
-    task_file: Annotated[list[Path] | None, typer.Option(help="YAML of a task of your own")] = None,
+    task_file: Annotated[
+        list[Path] | None, typer.Option(help="YAML of a task of your own; without --task only it")
+    ] = None,
+    cells: Annotated[
+        Path | None, typer.Option(help="a task of your own: cells whose --label is predicted")
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="column of --cells, or of --genes")] = None,
+    genes: Annotated[
+        Path | None, typer.Option(help="table of genes whose --label is predicted, in --cells")
+    ] = None,
+    group: Annotated[
+        str | None, typer.Option(help="column of --cells: groups (donors) stay whole")
+    ] = None,
+    batch: Annotated[
+        str | None, typer.Option(help="column of --cells: score integration over it")
+    ] = None,
     list_tasks: Annotated[bool, typer.Option("--list", help="show all tasks and end")] = False,
     seed: Annotated[int, typer.Option(min=0, help="splits, draws and heads follow from it")] = 0,
     bf16: Annotated[bool, typer.Option(help="compute in bfloat16")] = False,
@@ -43,10 +57,19 @@ def benchmark_command(
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tuning tasks beside the baselines that matter: did pretraining help?"""
-    names, files = task or [], task_file or []
+    names, own = task or [], list[Path | AnyTask](task_file or [])
     chosen = suite_of(suite)
+    if cells or label or genes or group or batch:
+        if not cells or not label:
+            raise ValueError("--cells and --label: a task of your own needs both")
+        if data is not None:
+            raise ValueError("--data: is of the supplied tasks; --cells says where its file is")
+        from eval.benchmark.own_task import own_task
+
+        own.append(own_task(cells, label, genes, group, batch))
+        data = cells.resolve().parent
     if list_tasks:
-        tasks = list_of_tasks(data, files)
+        tasks = list_of_tasks(data, task_file or [])
         if as_json:
             print(json.dumps(tasks, indent=1))
         else:
@@ -60,7 +83,7 @@ def benchmark_command(
 
     with _Shown() as shown:
         results = run_benchmark(
-            model, chosen, out, data, names, files, vocab, gene_names, seed,
+            model, chosen, out, data, names, own, vocab, gene_names, seed,
             choose_device(device), bf16, shown,
         )  # fmt: skip
     page = write_report(results, out)
@@ -78,8 +101,11 @@ def benchmark_command(
 
 
 def list_of_tasks(data: Path | None, files: list[Path]) -> list[dict[str, Any]]:
-    """Return every task, its suites, what of its data is missing, and how to get it."""
-    tasks = all_tasks() | {t.name: t for t in map(read_task, files)}
+    """Return every task, its suites, what of its data is missing, and how to get it.
+
+    With `files` only theirs.
+    """
+    tasks = {t.name: t for t in map(read_task, files)} or all_tasks()
     return [
         {
             "name": name,
@@ -97,15 +123,11 @@ def list_of_tasks(data: Path | None, files: list[Path]) -> list[dict[str, Any]]:
 def print_tasks(tasks: list[dict[str, Any]], data: Path | None) -> None:
     """Print what `list_of_tasks` returned."""
     console = Console()
-    table = Table(title="tasks", title_justify="left")
-    for column in ("task", "kind", "suites", "application", "data", "what it asks"):
-        table.add_column(column, overflow="fold")
     for task in tasks:
-        table.add_row(
-            task["name"], task["kind"], " ".join(task["suites"]), ", ".join(task["applications"]),
-            "missing" if task["missing"] else "there", task["title"],
-        )  # fmt: skip
-    console.print(table)
+        there = "data missing" if task["missing"] else "data there"
+        about = ", ".join([task["kind"], *task["suites"], *task["applications"], there])
+        console.print(f"[bold]{task['name']}[/bold] ({about})\n  {task['title']}", highlight=False)
+    console.print()
     absent = [task for task in tasks if task["missing"]]
     for task in absent:
         console.print(

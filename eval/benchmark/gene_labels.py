@@ -61,14 +61,15 @@ def read_labels(task: GeneTask, data: Path | None) -> LabelledGenes:
         neither true nor false, a class that does not occur, or no gene left in one.
     """
     path = table_path(task.labels, data, task.cells.recipe)
-    table = _read_table(path)
+    table = read_table(path)
     found = [c for c in GENE_COLUMNS if c in table]
-    if not found or "label" not in table:
+    if not found or task.label_column not in table:
         raise ValueError(
-            f"{path}: has the columns {list(table)}; needed are ensembl_id (or gene) and label"
+            f"{path}: has the columns {list(table)}; needed are ensembl_id (or gene) and "
+            f"{task.label_column}"
         )
     table = table.apply(lambda column: column.str.strip())
-    genes, labels = table[found[0]], table["label"]
+    genes, labels = table[found[0]], table[task.label_column]
     if (genes == "").any():
         rows = (np.flatnonzero(genes == "")[:5] + 2).tolist()
         raise ValueError(f"{path}: no gene in line(s) {rows} of column {found[0]}; fill them in")
@@ -169,7 +170,8 @@ def table_path(file: str, data: Path | None, recipe: str) -> Path:
     return data / file
 
 
-def _read_table(path: Path) -> pd.DataFrame:
+def read_table(path: Path) -> pd.DataFrame:
+    """Return a tab-separated (or comma-separated: ``.csv``) table, all as text; '' where empty."""
     separator = "," if path.suffix == ".csv" else "\t"
     try:
         return pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False)

@@ -7,6 +7,7 @@ import importlib
 import json
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -72,15 +73,19 @@ class _Silent:
 SILENT = _Silent()
 
 
-def choose_tasks(suite: Suite, names: list[str], files: list[Path]) -> list[AnyTask]:
-    """Return the tasks of a suite, or those of them that are named; `files` declare others.
+def choose_tasks(suite: Suite, names: list[str], own: Sequence[Path | AnyTask]) -> list[AnyTask]:
+    """Return the tasks of a suite; those that are named, or else the user's own, if there are any.
+
+    `own` are tasks, or YAML files that declare them.
 
     Raises
     ------
     ValueError
         An unknown name, a task that the suite does not have, or a file that is none.
     """
-    known = all_tasks() | {t.name: t for t in map(read_task, files)}
+    added = {t.name: t for t in (read_task(t) if isinstance(t, Path) else t for t in own)}
+    names = names or list(added)
+    known = all_tasks() | added
     unknown = [n for n in names if n not in known]
     if unknown:
         raise ValueError(f"--task {unknown[0]}: no such task; there are {', '.join(known)}")
@@ -99,7 +104,7 @@ def run_benchmark(
     out: Path,
     data: Path | None = None,
     names: list[str] = [],  # noqa: B006  read only
-    files: list[Path] = [],  # noqa: B006  read only
+    own: Sequence[Path | AnyTask] = (),
     vocabulary: Path | None = None,
     gene_names: Path | None = None,
     seed: int = 0,
@@ -117,8 +122,9 @@ def run_benchmark(
         Models: folders of ``geneloom export`` or published ones.
     data
         Folder that the tasks' files are below.
-    names, files
-        Only these tasks; tasks of the user's own, besides.
+    names, own
+        Only these tasks; tasks of the user's own, as such or as YAML files. Without names they are
+        the only ones.
     vocabulary, gene_names
         As in `eval.benchmark.inputs.load_models`.
 
@@ -127,7 +133,7 @@ def run_benchmark(
     ValueError
         A model or task is none, `out` holds something else, or there are no data for any task.
     """
-    tasks = choose_tasks(suite, names, files)
+    tasks = choose_tasks(suite, names, own)
     missing = {t.name: missing_files(t, data) for t in tasks}
     runnable = [t for t in tasks if not missing[t.name]]
     if not runnable:

@@ -138,6 +138,8 @@ class GeneTask(_Task):
     # Table with the columns ensembl_id (or gene), label, and perhaps ambiguous: below the data
     # folder, or beside the task's file.
     labels: str
+    # Its column of labels.
+    label_column: str = "label"
     # Label of the class that is looked for.
     positive: str
     # Label of the other class.
@@ -423,4 +425,10 @@ def missing_files(task: AnyTask, data: Path | None) -> list[str]:
     # An absolute path stays what it is: labels beside a task's own file.
     if isinstance(task, GeneTask) and not (TASKS_FOLDER / task.labels).exists():
         wanted.append(task.labels)
-    return [f for f in wanted if data is None or not any(data.glob(f))]
+    return [f for f in wanted if not _is_there(f, data)]
+
+
+def _is_there(file: str, data: Path | None) -> bool:
+    if Path(file).is_absolute():
+        return Path(file).exists()
+    return data is not None and any(data.glob(file))

@@ -1,0 +1,98 @@
+"""A task from the command line: a file of cells or genes, and the column that has their classes."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+
+import pandas as pd
+
+from eval.benchmark.gene_labels import read_table
+from eval.benchmark.task import AnyTask, Cells, CellTask, GeneTask, IntegrationTask, Size, Suite
+
+_PUBLISHED = {"batch_cells": 12, "learning_rate": 5e-5, "head_learning_rate": None}
+_OF_CELLS: dict[Suite, Size] = {
+    "quick": Size(
+        max_cells=600, max_train_per_class=25, max_test_per_class=50, seeds=3, epochs=3,
+        batch_cells=4,
+    ),
+    "standard": Size(
+        max_cells=2000, max_train_per_class=100, max_test_per_class=100, seeds=5, epochs=3,
+        batch_cells=8,
+    ),
+    "paper": Size(seeds=5, epochs=10, start="random", **_PUBLISHED),
+}  # fmt: skip
+_OF_GENES: dict[Suite, Size] = {
+    "quick": Size(max_cells=60, seeds=1, batch_cells=4, freeze_layers=4),
+    "standard": Size(max_cells=120, seeds=1, batch_cells=4, freeze_layers=4),
+    "paper": Size(max_cells=10_000, seeds=5, freeze_layers=4, start="random", **_PUBLISHED),
+}
+_RECIPE = "The file was given on the command line."
+
+
+def own_task(
+    cells: Path,
+    label: str,
+    genes: Path | None = None,
+    group: str | None = None,
+    batch: str | None = None,
+) -> AnyTask:
+    """Return the task that files and a column describe; its data folder is that of the cells.
+
+    Parameters
+    ----------
+    cells
+        Any file of cells that `geneloom` reads.
+    label
+        Column with classes: of obs, or with `genes` of that table, where it has two.
+    genes
+        Table (.csv, .tsv) with the column ``ensembl_id`` or ``gene`` and `label`.
+    group
+        Column of obs whose groups (donors) stay whole.
+    batch
+        Column of obs: integration is scored, instead of classes.
+
+    Raises
+    ------
+    ValueError
+        A file is missing, or the table has no such column, or not two classes.
+    """
+    if not cells.exists():
+        raise ValueError(f"--cells {cells}: no such file")
+    source = Cells(files=(glob.escape(cells.name),), recipe=_RECIPE)
+    if genes is not None:
+        if group or batch:
+            raise ValueError("--genes: folds are over genes; --group and --batch are of cells")
+        positive, negative = _two_classes(genes, label)
+        return GeneTask(
+            name=genes.stem, title=f"{positive} against {negative} ({genes.name})", kind="genes",
+            cells=source, sizes=_OF_GENES, labels=str(genes.resolve()), label_column=label,
+            positive=positive, negative=negative,
+        )  # fmt: skip
+    if batch:
+        return IntegrationTask(
+            name=f"{cells.stem}_{batch}", title=f"{batch} of {cells.name}", kind="integration",
+            cells=source, sizes=_OF_CELLS, label=label, batch=batch,
+        )  # fmt: skip
+    return CellTask(
+        name=f"{cells.stem}_{label}", title=f"{label} of {cells.name}", kind="cells", cells=source,
+        sizes=_OF_CELLS, label=label, group=group,
+        group_missing="" if group else "no --group was given",
+    )  # fmt: skip
+
+
+def _two_classes(path: Path, label: str) -> tuple[str, str]:
+    """Return the smaller and the larger class of a table's column."""
+    if not path.is_file():
+        raise ValueError(f"--genes {path}: no such file")
+    table = read_table(path)
+    if label not in table:
+        raise ValueError(f"--label {label}: {path} has the columns {list(table)}")
+    values: pd.Series = table[label].str.strip()
+    sizes = values[values != ""].value_counts()
+    if len(sizes) != 2:
+        raise ValueError(
+            f"{path}: column {label} has {len(sizes)} classes ({sizes.head(5).to_dict()}); two are "
+            "told apart. Name them in a task file (docs/evaluation.md)"
+        )
+    return str(sizes.index[1]), str(sizes.index[0])
