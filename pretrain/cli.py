@@ -7,14 +7,18 @@ import logging
 import os
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from data_prep.errors import EXIT_RESUMABLE, run_app
-from pretrain.config import ModelConfig, RunConfig, load_config
+from pretrain.config import ModelConfig, RunConfig, load_config, settings_to_resume_from
+
+StepOption = Annotated[
+    str | None, typer.Option(help="of which checkpoint: its step, or best; default: the newest")
+]
 
 
 def pretrain_command(
@@ -24,6 +28,17 @@ def pretrain_command(
     restart: Annotated[
         bool, typer.Option(help="as --resume; from step 0 if this run has no checkpoint yet")
     ] = False,
+    resume_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="begin with weights, moments and step count of a DeepSpeed checkpoint; short for "
+            "model.init_from=DIR model.init_moments=true"
+        ),
+    ] = None,
+    step: Annotated[
+        str | None,
+        typer.Option(help="of --resume: from this checkpoint, or from the best; later ones aside"),
+    ] = None,
     allow_changes: Annotated[bool, typer.Option(help="resume with a changed recipe")] = False,
     dry_run: Annotated[bool, typer.Option(help="print the resolved settings and stop")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON, of --dry-run")] = False,
@@ -33,7 +48,8 @@ def pretrain_command(
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
     """Pretrain a masked encoder on prepared shards, alone or under a launcher."""
-    settings = load_config(config, overrides or [])
+    settings = load_config(config, [*(overrides or []), *settings_to_resume_from(resume_from)])
+    which = chosen_step(step)
     if as_json and not dry_run:
         raise ValueError("--json: belongs to --dry-run; a run writes metrics.jsonl")
     if dry_run:
@@ -57,7 +73,7 @@ def pretrain_command(
     from pretrain import dist
     from pretrain.train import train
 
-    summary = train(settings, "if-saved" if restart else resume, allow_changes, profile)
+    summary = train(settings, "if-saved" if restart else resume, allow_changes, profile, which)
     dist.leave()
     if summary.stopped:
         raise SystemExit(EXIT_RESUMABLE)
@@ -181,18 +197,49 @@ def plan_command(
 def export_command(
     run: Annotated[Path, typer.Argument(help="run folder of `geneloom pretrain`")],
     out: Annotated[Path, typer.Option(help="new or empty folder")],
+    step: StepOption = None,
+    to: Annotated[str, typer.Option(help="huggingface (a model), or deepspeed (training)")] = (
+        "huggingface"
+    ),
+    zero: Annotated[
+        int | None, typer.Option(help="of --to deepspeed: stage 1, 2 or 3; default: the run's")
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="of --to deepspeed; default: as many as saved it")
+    ] = None,
 ) -> None:
-    """Write the newest checkpoint as a Hugging Face folder."""
+    """Write a checkpoint as a Hugging Face folder, or as DeepSpeed's own engine would save it."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from pretrain.export import export
+    if to not in ("huggingface", "deepspeed"):
+        raise ValueError(f"--to {to}: must be huggingface or deepspeed")
+    if to == "huggingface" and (zero or ranks):
+        raise ValueError("--zero, --ranks: belong to --to deepspeed")
 
     if not torch.cuda.is_available():
         # Transformers imports DeepSpeed to save, which would warn that it found no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     disable_progress_bar()
-    print(export(run, out))
+    if to == "huggingface":
+        from pretrain.export import export
+
+        print(export(run, out, chosen_step(step)))
+    else:
+        from pretrain.to_deepspeed import export_deepspeed
+
+        # DeepSpeed calls a function that torch has renamed; nothing for the user to do.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+        print(export_deepspeed(run, out, chosen_step(step), zero, ranks))
+
+
+def chosen_step(text: str | None) -> int | Literal["best"] | None:
+    """Return which checkpoint ``--step`` names: a step, ``best``, or None for the newest."""
+    if text is None or text == "best":
+        return text
+    if not text.isdecimal():
+        raise ValueError(f"--step {text}: must be the step of a checkpoint, or best")
+    return int(text)
 
 
 def _log_to_console() -> None:

@@ -96,6 +96,17 @@ def start(timeout_s: int, threads: int | None) -> Ranks:
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
 
 
+def start_without_others(store: torch.distributed.Store, rank: int, world_size: int) -> None:
+    """Be a rank in a process group whose collectives do nothing; `leave` ends it.
+
+    For what a rank's files hold, which does not depend on what the others send.
+    """
+    deepspeed = _import_deepspeed()
+    # "fake": torch's own, registered by whoever made the store.
+    torch.distributed.init_process_group("fake", store=store, rank=rank, world_size=world_size)
+    deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False, verbose=False)
+
+
 def gpu_of(local_rank: int, visible: int) -> int:
     """Return the index of a rank's GPU among those that it can see.
 

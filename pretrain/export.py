@@ -39,43 +39,51 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError)
 
 
-def export(run: Path, out: Path) -> str:
-    """Write the newest complete checkpoint of a run as a Hugging Face folder; return a sentence.
+def export(run: Path, out: Path, step: checkpoint.Which = None) -> str:
+    """Write a complete checkpoint of a run as a Hugging Face folder; return a sentence.
 
     The folder holds fp32 weights (safetensors), ``config.json``, ``vocabulary.json``, the same
     vocabulary as Geneformer's two dictionaries, ``geneloom.json`` (what the model was trained on
     and how far), the corpus SVD where the run has it, and a model card. It appears complete or not
     at all.
 
+    Parameters
+    ----------
+    step
+        Of which checkpoint: its step, or ``best``; None: the newest.
+
     Raises
     ------
     ValueError
-        `run` is no run folder or has no complete checkpoint, or `out` is not empty.
+        `run` is no run folder or has no such checkpoint, or `out` is not empty; or the run's
+        ``model_config.json`` is not that of the weights.
     """
-    if not (run / "model_config.json").exists():
-        raise ValueError(f"{run}: no model_config.json; expected a folder of `geneloom pretrain`")
     require_new(out)
-    last = checkpoint.newest(run)
-    if last is None:
-        raise ValueError(f"{run}: has no checkpoint to export")
-    vocabulary = load_vocabulary(run / "vocabulary.json")
-    if vocabulary.sha256 != last.record["vocabulary_sha256"]:
-        raise ValueError(
-            f"{run}: vocabulary.json has hash {vocabulary.sha256[:12]}, the checkpoint was trained "
-            f"with {last.record['vocabulary_sha256'][:12]}"
-        )
+    last = checkpoint.find(run, step)
+    vocabulary = own_vocabulary(run, last)
     bert = load_checkpoint(run, last)
     with complete_folder(out, "config.json") as partial:
         bert.save_pretrained(partial)
-        _write_vocabulary(partial, vocabulary)
+        write_vocabulary(partial, vocabulary)
         if (run / SVD_NAME).exists():
             CorpusSvd.load(run, vocabulary).save(partial)
-        record = _record(run, last)
+        record = export_record(run, last)
         if record["prior"]:
             ArithmeticPrior.load(run, vocabulary).save(partial)
         (partial / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n")
         (partial / "README.md").write_text(_model_card(record, bert))
     return f"{out}: step {last.step}, {bert.num_parameters():,} parameters"
+
+
+def own_vocabulary(run: Path, found: checkpoint.Checkpoint) -> Vocabulary:
+    """Return the vocabulary of a run; ValueError if a checkpoint was trained with another."""
+    vocabulary = load_vocabulary(run / "vocabulary.json")
+    if vocabulary.sha256 != found.record["vocabulary_sha256"]:
+        raise ValueError(
+            f"{run}: vocabulary.json has hash {vocabulary.sha256[:12]}, the checkpoint was trained "
+            f"with {found.record['vocabulary_sha256'][:12]}"
+        )
+    return vocabulary
 
 
 def load_checkpoint(run: Path, found: checkpoint.Checkpoint) -> Network:
@@ -190,7 +198,8 @@ def token_dictionary(vocabulary: Vocabulary) -> dict[str, int]:
     }
 
 
-def _write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
+def write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
+    """Write a vocabulary as ours, and as Geneformer's two dictionaries."""
     vocabulary.save(folder / "vocabulary.json")
     medians = dict(zip(vocabulary.genes, vocabulary.medians.tolist(), strict=True))
     (folder / "token_dictionary.json").write_text(json.dumps(token_dictionary(vocabulary)))
@@ -201,7 +210,8 @@ def _write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
 _PUBLISHED = ("commit", "dirty", "python", "versions", "gpus")
 
 
-def _record(run: Path, last: checkpoint.Checkpoint) -> dict:
+def export_record(run: Path, last: checkpoint.Checkpoint) -> dict[str, Any]:
+    """Return what ``geneloom.json`` says: what a model was trained on, and how far."""
     manifest = json.loads((run / "shards_manifest.json").read_text())
     environment = json.loads((run / "env.json").read_text())
     heldout = [m for m in read_metrics(run) if m["kind"] == "heldout" and m["step"] <= last.step]

@@ -77,6 +77,7 @@ class Window:
     timed_flops: float = 0.0
     timed_s: float = 0.0
     timed_steps: int = 0
+    steps: int = 0
 
 
 @dataclass
@@ -127,6 +128,7 @@ class Meter:
         w.tokens += counts["tokens"]
         w.padded_tokens += counts["padded_tokens"]
         w.cells += counts["cells"]
+        w.steps += 1
         self._seen += 1
         if self._seen > _WARMUP_STEPS:
             w.timed_tokens += counts["tokens"]
@@ -140,6 +142,11 @@ class Meter:
     @property
     def _objective(self) -> ObjectiveConfig:
         return self.work.config.objective
+
+    @property
+    def has_steps(self) -> bool:
+        """Does the window hold any step? Those that were skipped are not added."""
+        return self.window.steps > 0
 
     def close_window(self, step: int) -> dict[str, float]:
         """Return the figures of the window and start a new one."""
@@ -205,7 +212,8 @@ class RunLog:
         self._tensorboard.add_custom_scalars(LAYOUT)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Append one record to metrics.jsonl and TensorBoard; kinds: train, heldout, checkpoint.
+        """Append one record to metrics.jsonl and TensorBoard; kinds: train, heldout, checkpoint,
+        skipped.
 
         A list or dict of numbers is one scalar per element there: ``heldout/loss_by_bucket/0512``,
         ``heldout/loss_by_rank_decile/1``.

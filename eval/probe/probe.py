@@ -25,6 +25,7 @@ from eval.probe.draws import Draw, Draws
 from eval.probe.features import CORPUS_SVD, LAST, cell_features, frozen_features
 from eval.probe.models import ProbedModel, open_probed
 from eval.splits import repeated_cells
+from pretrain.checkpoint import Which
 from pretrain.corpus_svd import FILE_NAME, CorpusSvd, corpus_svd
 from pretrain.export import random_twin
 
@@ -101,6 +102,7 @@ def probe_cells(
     vocabulary: Path | None = None,
     settings: ProbeSettings = ProbeSettings(),  # noqa: B008  frozen
     options: SourceOptions = SourceOptions(),  # noqa: B008  frozen
+    step: Which = None,
 ) -> Probe:
     """Return how well frozen states of a model, and its neighbours, tell the classes of cells.
 
@@ -118,6 +120,8 @@ def probe_cells(
         Geneformer's dictionaries, for folders without ``vocabulary.json``.
     options
         Of the file; its columns are chosen here.
+    step
+        Of a run folder this checkpoint alone, or the best.
 
     Raises
     ------
@@ -125,7 +129,7 @@ def probe_cells(
         The folder holds no model, the file no counts or no such column, or fewer than two classes
         have enough cells.
     """
-    probed = open_probed(Path(model), vocabulary)
+    probed = open_probed(Path(model), vocabulary, step)
     svd, missing = find_svd(probed, None if shards is None else Path(shards))
     chosen, left_out = choose_cells(Path(cells), label, donor, probed.vocabulary, settings, options)
     labels = chosen.metadata[label].to_numpy(dtype=str)
