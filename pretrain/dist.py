@@ -17,6 +17,7 @@ import torch.distributed
 from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore
 
+from data_prep.network import INTERFACE, describe_network, interface_of_job
 from pretrain.ds_config import DEEPSPEED_VERSION
 
 T = TypeVar("T")
@@ -72,6 +73,8 @@ def start(timeout_s: int, threads: int | None) -> Ranks:
     if threads is not None:
         torch.set_num_threads(threads)
     deepspeed = _import_deepspeed()
+    if not on_gpu and (interface := interface_of_job(os.environ)):
+        os.environ[INTERFACE] = interface
     local_rank = int(os.environ["LOCAL_RANK"])
     gpu = 0
     if on_gpu:
@@ -92,8 +95,26 @@ def start(timeout_s: int, threads: int | None) -> Ranks:
             "machine; give the launcher another one (deepspeed: --master_port N, torchrun: "
             "--master-port N)"
         ) from error
+    except RuntimeError as error:
+        raise _no_connection(error) from error
     device = torch.device("cuda", gpu) if on_gpu else torch.device("cpu")
+    try:
+        # Before anything is read: a wrong interface shows here.
+        torch.distributed.all_reduce(torch.zeros(1, device=device))
+    except RuntimeError as error:
+        raise _no_connection(error) from error
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
+
+
+def _no_connection(error: RuntimeError) -> ConnectionError:
+    """Return what is said when the ranks found each other but cannot talk."""
+    reason = str(error).partition("\n")[0]
+    return ConnectionError(
+        f"rank {os.environ['RANK']}: no connection to the other ranks ({reason}). "
+        f"{describe_network()}; set GLOO_SOCKET_IFNAME (GPUs: NCCL_SOCKET_IFNAME) to the one that "
+        "leads to the other hosts, or give this host's name in /etc/hosts the address that they "
+        "reach it at (not 127.0.1.1), and open the firewall between them"
+    )
 
 
 def start_without_others(store: torch.distributed.Store, rank: int, world_size: int) -> None:

@@ -26,6 +26,7 @@ from pretrain.optim import require_reachable_peak
 from pretrain.publish import Publisher
 from pretrain.record import run_record, step_record, write_run_files
 from pretrain.resume import Resume, agreed_start
+from pretrain.same_world import agreed_world
 from pretrain.step_profile import mark, profiled
 from pretrain.stop import StopRequest
 from pretrain.watch import Watch
@@ -93,25 +94,25 @@ def train(
     Raises
     ------
     ValueError
-        Wrong settings or data, before anything is written.
+        Wrong settings or data, or ranks that differ, before anything is written.
     NotFinite
         Loss or gradient norm is not finite; nothing was saved after it.
     CheckpointFailed
         A checkpoint could not be written.
     """
-    ds_config = derive_ds_config(config)  # first, for it may be refused
+    ds_config = derive_ds_config(config)
     with StopRequest() as stop:
         ranks = dist.start(config.run.collective_timeout_s, config.run.threads)
         with (
             Watch(ranks, config.run.heartbeat_s, config.run.stall_limit_s) as watch,
             Owner(config.run.out, "pretrain") as owner,
         ):
-            shards = ShardSet(config.data.shards, config.data.cache)
+            shards = agreed_world(config, ds_config, ranks)
             dataset = _dataset(config, shards, ranks)
             steps = config.run.total_steps(dataset.plan.steps_per_epoch)
             require_reachable_peak(config.optim, steps)
-            which = resume, from_step
-            last = agreed_start(config, shards, steps, which, allow_changes, ranks, owner)
+            start = resume, from_step
+            last = agreed_start(config, shards, steps, start, allow_changes, ranks, owner)
             # Reads shards and may refuse them: before anything is written.
             heldout = heldout_evaluation(shards, config, ranks)
             engine = Engine(config, ds_config, shards, ranks, last)
@@ -210,9 +211,8 @@ class _Run:
         self.publisher.close()
         self._log_checkpoints()
         if summary.stopped:
-            logger.info(
-                "stopped at step %d of %d; continue with --resume", summary.last_step, steps
-            )
+            done = summary.last_step
+            logger.info("stopped at step %d of %d; continue with --resume", done, steps)
         if self._log:
             self._log.close()
 
