@@ -204,6 +204,8 @@ def damage(folder: Path) -> str | None:
         record = json.loads((folder / _RECORD).read_text())
     except FileNotFoundError:
         return f"{_RECORD} is missing"
+    except OSError as error:
+        return f"{_RECORD} cannot be read ({error.strerror})"
     except (json.JSONDecodeError, UnicodeDecodeError):
         return f"{_RECORD} is not readable"
     if not isinstance(record, dict) or record.get("record_sha256") != _record_sha256(record):

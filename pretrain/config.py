@@ -126,7 +126,10 @@ class BatchConfig(Section):
         default=163_840, ge=64, description="padded tokens of one optimizer step"
     )
     tokens_per_micro_batch: int = Field(
-        default=16_384, ge=64, description="padded tokens of one forward pass on one rank"
+        default=16_384,
+        ge=64,
+        description="padded tokens of one forward pass on one rank; changes last bits, and the "
+        "noise of dropout",
     )
 
 
@@ -213,7 +216,9 @@ class RunSection(Section):
     )
     deepspeed: str = Field(default="zero1", description="file of deepspeed_configs/, or a path")
     log_every_steps: int = Field(default=10, ge=1, description="optimizer steps of a logged line")
-    threads: int | None = Field(default=None, ge=1, description="torch threads per rank on CPU")
+    threads: int | None = Field(
+        default=None, ge=1, description="torch threads per rank on CPU; changes last bits"
+    )
     deterministic: bool = Field(
         default=False,
         description="on GPUs the same bits each time on as many ranks, slower (NCCL_ALGO=Ring and "

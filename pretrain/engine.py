@@ -156,7 +156,8 @@ class Engine:
             raise ValueError(
                 f"batch.tokens_per_micro_batch={self._config.batch.tokens_per_micro_batch}: a "
                 f"micro-batch of {rows} cells x {length} tokens does not fit into the memory of "
-                f"{self._ranks.device}; lower it (no result depends on it), or choose "
+                f"{self._ranks.device}; lower it (the same sums in another order; with "
+                "dropout another sample of its noise), or choose "
                 "model.activation_checkpointing=true or another run.deepspeed"
             ) from error
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from data_prep.shards import complete_folder, file_sha256, require_new
 from data_prep.vocab import Vocabulary, load_vocabulary, open_vocabulary
 from pretrain import checkpoint, zero_state
+from pretrain.architecture import ARCHITECTURE, read_architecture
 from pretrain.corpus_svd import FILE_NAME as SVD_NAME
 from pretrain.corpus_svd import CorpusSvd
 from pretrain.counted_genes import describe
@@ -33,6 +34,7 @@ from pretrain.prior import ArithmeticPrior
 
 EXPORT_FORMAT = "geneloom-model/1"
 RECORD_NAME = "geneloom.json"
+_SHOWN = 3
 # The second as older versions of PyTorch wrote it; read as tensors, no code in it is run.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 # AttributeError: what was pickled is no dictionary of tensors.
@@ -87,10 +89,49 @@ def own_vocabulary(run: Path, found: checkpoint.Checkpoint) -> Vocabulary:
 
 
 def load_checkpoint(run: Path, found: checkpoint.Checkpoint) -> Network:
-    """Return the model of a run's checkpoint, fp32 weights, in evaluation mode."""
-    bert = new_network(read_encoder_config(run / "model_config.json"))
+    """Return the model of a run's checkpoint, fp32 weights, in evaluation mode.
+
+    Raises
+    ------
+    ValueError
+        As `own_network`.
+    """
+    bert = own_network(run, found)
     zero_state.load_weights(MaskedGeneModel(bert), found.reader())
     return bert.eval()
+
+
+def own_network(run: Path, found: checkpoint.Checkpoint) -> Network:
+    """Return the network of a run's checkpoint with fresh weights.
+
+    Raises
+    ------
+    ValueError
+        The run's ``model_config.json`` does not describe the weights: somebody has changed it.
+    """
+    path, recipe = run / "model_config.json", found.record["recipe"]
+    # Some of them no shape depends on: heads, activation, windows.
+    trained = {k.removeprefix("model."): v for k, v in recipe.items() if k.startswith("model.")}
+    problems = [
+        f"{name} is {value!r}, the checkpoint was trained with {trained[name]!r}"
+        for name, value in read_architecture(path).items()
+        if name in ARCHITECTURE and trained.get(name, value) != value
+    ]
+    bert, reader = new_network(read_encoder_config(path)), found.reader()
+    sizes = {name: p.numel() for name, p in MaskedGeneModel(bert).named_parameters()}
+    stored = {name: reader.numel(name) for name in reader.names}
+    problems += [
+        f"{name} has {sizes.get(name, 0):,} numbers, {stored.get(name, 0):,} are stored"
+        for name in sorted({*sizes, *stored})
+        if sizes.get(name) != stored.get(name)
+    ]
+    if problems:
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise ValueError(
+            f"{path}: does not fit the weights of step {found.step}: "
+            f"{'; '.join(problems[:_SHOWN])}{more}; restore the file as the run wrote it"
+        )
+    return bert
 
 
 def load_exported(folder: Path, vocabulary_path: Path | None = None) -> tuple[Network, Vocabulary]:

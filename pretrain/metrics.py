@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -203,13 +204,15 @@ class RunLog:
 
         self._path, self._owner = run / METRICS_NAME, owner
         self._require_own()
-        kept = read_metrics(run, resumed_step)
-        # Aside: whoever is killed here has lost nothing.
-        aside = self._path.with_suffix(".partial")
-        aside.write_text("".join(json.dumps(m) + "\n" for m in kept))
-        aside.replace(self._path)
-        self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
-        self._tensorboard.add_custom_scalars(LAYOUT)
+        with _named(self._path):
+            kept = read_metrics(run, resumed_step)
+            # Aside: whoever is killed here has lost nothing.
+            aside = self._path.with_suffix(".partial")
+            aside.write_text("".join(json.dumps(m) + "\n" for m in kept))
+            aside.replace(self._path)
+        with _named(run / "tensorboard"):
+            self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
+            self._tensorboard.add_custom_scalars(LAYOUT)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Append one record to metrics.jsonl and TensorBoard; kinds: train, heldout, checkpoint,
@@ -221,10 +224,11 @@ class RunLog:
         self._require_own()
         finite = _finite(values)
         record = {"kind": kind, "step": step, "time": time.time(), **finite}
-        with self._path.open("a") as file:
+        with _named(self._path), self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        for name, value in _scalars(kind, finite):
-            self._tensorboard.add_scalar(name, value, step)
+        with _named(self._path.with_name("tensorboard")):
+            for name, value in _scalars(kind, finite):
+                self._tensorboard.add_scalar(name, value, step)
 
     def _require_own(self) -> None:
         if self._owner is not None:
@@ -232,6 +236,18 @@ class RunLog:
 
     def close(self) -> None:
         self._tensorboard.close()
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Say of which file an error is, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{path}: cannot be written ({error.strerror or error}); make room, or see to the file "
+            "system, and go on with --resume"
+        ) from error
 
 
 def _finite(value: Any) -> Any:

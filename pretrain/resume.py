@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.errors import SharedFailure
+from data_prep.errors import SharedFailure, said_of
 from data_prep.files import names_in
 from data_prep.owner import Owner
 from data_prep.shards import ShardSet
@@ -61,7 +61,7 @@ def agreed_start(
         except ValueError as error:
             decision = {"error": str(error)}
         except OSError as error:  # a folder that cannot be read, or written
-            decision = {"error": f"{config.run.out}: {error}"}
+            decision = {"error": f"{config.run.out}: {said_of(error)}"}
     decision = json.loads(dist.first_rank_says(json.dumps(decision)))
     if "error" in decision:
         raise CannotStart(decision["error"])

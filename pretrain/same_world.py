@@ -15,7 +15,7 @@ import time
 from importlib.metadata import version
 from typing import Any
 
-from data_prep.errors import SharedFailure
+from data_prep.errors import SharedFailure, said_of
 from data_prep.shards import ShardSet
 from data_prep.version import VERSION, code_digest
 from pretrain import dist
@@ -70,8 +70,10 @@ def _agreed_shards(config: RunConfig, ranks: Ranks) -> ShardSet:
     shards, problem = None, ""
     try:
         shards = ShardSet(config.data.shards, config.data.cache)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         problem = str(error)
+    except OSError as error:
+        problem = said_of(error)
     told = [json.loads(t) for t in dist.gather_text(json.dumps([_host(ranks), problem]), ranks)]
     if failed := [(host, text) for host, text in told if text]:
         everywhere = len(failed) == len(told) and len({text for _, text in failed}) == 1

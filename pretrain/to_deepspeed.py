@@ -20,8 +20,14 @@ import yaml
 from data_prep.shards import complete_folder, require_new
 from pretrain import checkpoint, dist, zero_state
 from pretrain.config import OptimConfig
-from pretrain.encoders import Network, new_network, read_encoder_config
-from pretrain.export import RECORD_NAME, export_record, own_vocabulary, write_vocabulary
+from pretrain.encoders import Network
+from pretrain.export import (
+    RECORD_NAME,
+    export_record,
+    own_network,
+    own_vocabulary,
+    write_vocabulary,
+)
 from pretrain.optim import build_optimizer
 from pretrain.zero_state import FragmentReader, Renamed
 
@@ -74,12 +80,13 @@ def export_deepspeed(
     world_size = world_size or record["world_size"]
     settings = yaml.safe_load((run / "config.yaml").read_text())
     optim = OptimConfig.model_validate(settings["optim"])
+    own_network(run, found)  # refused before anything is made
     reader = found.reader()
     config = _engine_config(stage, record["recipe"]["run.precision"], optim.max_grad_norm)
     tag = f"global_step{found.step}"
     with complete_folder(out, "latest") as partial:
         for rank in range(world_size):
-            network = new_network(read_encoder_config(run / "model_config.json"))
+            network = own_network(run, found)
             with _alone_as(rank, world_size):
                 engine = _engine(network, optim, config, stage, rank, reader, found)
                 _save(engine, partial, tag, _client_state(record, settings))
