@@ -11,6 +11,8 @@ import psutil
 # How many ranks a launcher started on this machine, by the names that launchers give it.
 RANKS_HERE = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 INTERFACE = "GLOO_SOCKET_IFNAME"
+# Of a launch: what its ranks know and nobody else, from a file that only its owner can read.
+TOKEN = "GENELOOM_TOKEN"
 
 
 def interface_to(address: str) -> str | None:
@@ -46,6 +48,26 @@ def interface_of_job(environment: Mapping[str, str]) -> str | None:
         return found
     others = outer_interfaces()
     return others[0] if len(others) == 1 else None
+
+
+def address_to_listen_at(environment: Mapping[str, str]) -> str:
+    """Return the address at which rank 0 waits for the others: one of this machine, where known.
+
+    That of ``MASTER_ADDR`` if it is this machine's own; an empty text, which means all addresses,
+    where it is another's (a service, a translated address), or a name that means loopback here and
+    something else on other machines.
+    """
+    master = environment["MASTER_ADDR"]
+    here = next((environment[n] for n in RANKS_HERE if environment.get(n)), None)
+    try:
+        found = socket.gethostbyname(master)
+    except OSError:  # IPv6 alone, or unknown here
+        return ""
+    if found.startswith("127."):
+        alone = environment["WORLD_SIZE"] in ("1", here)
+        return found if alone or found == master else ""
+    own = {a.address for addresses in psutil.net_if_addrs().values() for a in addresses}
+    return found if found in own else ""
 
 
 def outer_interfaces() -> list[str]:
