@@ -163,11 +163,16 @@ def plan_command(
     config: Annotated[str, typer.Option(help="YAML file, or the name of a supplied one")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.field=value")] = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs in all")] = 1,
-    gpu: Annotated[str, typer.Option(help="a100, a100-40, l40s, h100, h200 or b200")] = "h100",
-    cells: Annotated[int, typer.Option(min=1, help="without data.shards: how many")] = 27_400_000,
-    mean_tokens: Annotated[int, typer.Option(min=1, help="without data.shards: a cell")] = 1_100,
-    max_tokens: Annotated[int, typer.Option(min=64, help="without data.shards")] = 2_048,
-    vocabulary_size: Annotated[int, typer.Option(min=10, help="without data.shards")] = 25_426,
+    gpu: Annotated[
+        str, typer.Option(help="a100, a100-40, l40s, h100, h200, b200; cpu: cores")
+    ] = "h100",
+    shards: Annotated[
+        Path | None, typer.Option(help="short for data.shards=; else a corpus is assumed")
+    ] = None,
+    cells: Annotated[int | None, typer.Option(min=1, help="without shards: how many")] = None,
+    mean_tokens: Annotated[int | None, typer.Option(min=1, help="without shards: a cell")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=64, help="without shards")] = None,
+    vocabulary_size: Annotated[int | None, typer.Option(min=10, help="without shards")] = None,
     tokens_per_second: Annotated[
         float | None, typer.Option(min=1, help="of one GPU, measured; default: from --mfu")
     ] = None,
@@ -181,13 +186,18 @@ def plan_command(
     from pretrain import plan
     from pretrain.flops import GPUS
 
-    settings = plan.read_config(config, overrides or [])
+    given = overrides or []
+    settings = plan.read_config(config, [*given, f"data.shards={shards}"] if shards else given)
     if gpu not in GPUS:
         raise ValueError(f"--gpu {gpu}: known are {', '.join(GPUS)}")
-    corpus, max_length = plan.read_corpus(settings, cells, mean_tokens, max_tokens, vocabulary_size)
-    found = plan.make_plan(
-        settings, corpus, max_length, GPUS[gpu], gpus, tokens_per_second, mfu, price
+    assumed = plan.assumed_corpus(config, cells, mean_tokens, max_tokens, vocabulary_size)
+    corpus, max_length = plan.read_corpus(
+        settings, assumed.cells, assumed.mean_tokens, assumed.max_tokens, assumed.vocabulary_size
     )
+    found = plan.make_plan(
+        settings, corpus, max_length, GPUS[gpu], gpus, tokens_per_second, mfu, price,
+        None if plan.has_shards(settings) else assumed,
+    )  # fmt: skip
     if as_json:
         print(json.dumps(found, indent=1))
     else:

@@ -165,8 +165,8 @@ def _listener(port: int) -> int:
         in_use = error.errno == errno.EADDRINUSE
         why = "is in use" if in_use else f"cannot be had ({error.strerror})"
         raise ValueError(
-            f"port {port}, at which the ranks are to meet, {why} on this machine; give the launcher another one (deepspeed: --master_port N, "
-            "torchrun: --master-port N)"
+            f"port {port}, at which the ranks are to meet, {why} on this machine; give the "
+            "launcher another one (deepspeed: --master_port N, torchrun: --master-port N)"
         ) from error
     listener.listen(2048)
     return listener.detach()
