@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -39,8 +40,30 @@ def run_app(app: typer.Typer) -> None:
     except ValueError as error:
         _fail(_with_notes(str(error), error), EXIT_USAGE, isinstance(error, SharedFailure))
     except (FloatingPointError, OSError) as error:
-        text = _with_notes(f"{type(error).__name__}: {error}", error)
+        text = _with_notes(said_of(error), error)
         _fail(text, EXIT_FAILED, isinstance(error, SharedFailure))
+    except Exception as error:
+        _tell_torchrun(f"{type(error).__name__}: {error}")
+        raise
+
+
+# What a file system says of a name in a place where something else was expected.
+_FILE_ERRORS = {
+    errno.EISDIR: "is a folder, where a file is expected; move it away",
+    errno.ENOTDIR: "is a file, where a folder is expected; move it away",
+    errno.EROFS: "the file system is mounted for reading alone; mount it for writing, or give "
+    "another folder",
+    errno.EACCES: "may not be opened by this user; change its owner or mode",
+    errno.ENOSPC: "the disk is full; make room",
+    errno.EDQUOT: "the quota is used up; make room",
+}
+
+
+def said_of(error: Exception) -> str:
+    """Return one line about an error; of a file its name first, and what to do."""
+    if isinstance(error, OSError) and error.filename and error.errno in _FILE_ERRORS:
+        return f"{error.filename}: {_FILE_ERRORS[error.errno]}"
+    return f"{type(error).__name__}: {error}"
 
 
 def _with_notes(message: str, error: Exception) -> str:

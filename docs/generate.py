@@ -16,14 +16,10 @@ from typer.core import TyperCommand, TyperGroup
 from launch.cli import VERBS, build_app
 
 # Recipe, cells, mean and largest tokens of a cell, vocabulary: what each was published with.
-_CORPORA = [
-    ("geneformer_v1_6l", 27_400_000, 1_100, 2_048, 25_426),
-    ("geneformer_v1_12l", 27_400_000, 1_100, 2_048, 25_426),
-    ("geneformer_v2_104m", 104_000_000, 1_440, 4_096, 20_275),
-    ("geneformer_v2_316m", 104_000_000, 1_440, 4_096, 20_275),
-    ("geneloom_10m", 27_400_000, 1_100, 2_048, 25_426),
-    ("geneloom_100m", 104_000_000, 1_440, 4_096, 20_275),
-]
+_RECIPES = (
+    "geneformer_v1_6l", "geneformer_v1_12l", "geneformer_v2_104m", "geneformer_v2_316m",
+    "geneloom_10m", "geneloom_100m",
+)  # fmt: skip
 _TYPES = {
     "str": "text",
     "Path": "path",
@@ -139,15 +135,19 @@ def plans_table() -> str:
         "|---|---|---|---|---|---|",
     ]
     gpu = GPUS["h100"]
-    for name, cells, mean, longest, tokens in _CORPORA:
+    for name in _RECIPES:
         config = plan.read_config(name, ["run.precision=bf16"])
-        corpus, length = plan.read_corpus(config, cells, mean, longest, tokens)
+        assumed = plan.assumed_corpus(name, None, None, None, None)
+        corpus, length = plan.read_corpus(
+            config, assumed.cells, assumed.mean_tokens, assumed.max_tokens, assumed.vocabulary_size
+        )
         made = plan.make_plan(config, corpus, length, gpu, 1)
+        low, high = made["hours_interval"]
         memory = next(m["total"] for m in made["memory"] if m["stage"] == 1)
         lines.append(
             f"| `{name}` | {made['parameters'] / 1e6:,.1f} M | {memory / plan.GIB:,.1f} "
             f"| {made['checkpoint_bytes'] / plan.GIB:,.2f} | {made['tokens'] / 1e9:,.0f} "
-            f"| {made['hours']:,.0f} |"
+            f"| {made['hours']:,.0f} ({low:,.0f} to {high:,.0f}) |"
         )
     return "\n".join(lines)
 

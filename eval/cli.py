@@ -11,6 +11,7 @@ import typer
 
 from data_prep.reading import MATRIX, reading_options
 from data_prep.sources import SourceOptions
+from pretrain.cli import StepOption, chosen_step
 
 VocabOption = Annotated[
     Path | None, typer.Option(help="Geneformer's dictionaries, for models without vocabulary.json")
@@ -199,12 +200,14 @@ def report_command(
     ] = None,
     color: Annotated[str | None, typer.Option(help="column of obs that colours the UMAP")] = None,
     commands: Annotated[Path | None, typer.Option(help="text file of what was run")] = None,
+    step: StepOption = None,
 ) -> None:
     """Write one self-contained page about what a command left in a folder, whichever it was."""
     quiet()
     from eval.stage_report import write_stage_report
 
-    print(write_stage_report(folder, out, scores or [], embedding, color, commands))
+    which = chosen_step(step)
+    print(write_stage_report(folder, out, scores or [], embedding, color, commands, which))
 
 
 def conditions(texts: list[str] | None) -> dict[str, str]:

@@ -19,6 +19,7 @@ from eval.embed import OBSM_KEY
 from eval.figures import BLUE, GREY, as_image, new_figure, run_figures, style
 from eval.finetune.cells import RESULTS_NAME
 from eval.tables import SCORE_NAMES, format_interval
+from pretrain import checkpoint
 from pretrain.baselines import ARITHMETIC, BASELINE_NAMES
 from pretrain.evaluate import BEYOND, arithmetic_sentence, format_score, score_rows
 from pretrain.metrics import read_metrics
@@ -34,6 +35,7 @@ def write_report(
     embedding: Path | None,
     color: str | None,
     commands: Path | None,
+    step: checkpoint.Which = None,
 ) -> str:
     """Write the page and return its path as text.
 
@@ -47,6 +49,8 @@ def write_report(
         File of ``geneloom embed`` and the column of obs that colours its UMAP.
     commands
         Text shown under "what was run"; None: the command that the run recorded.
+    step
+        As if the run had ended with this checkpoint, or with the best; None: all of it.
 
     Raises
     ------
@@ -55,7 +59,7 @@ def write_report(
     """
     if not out.parent.is_dir():
         raise ValueError(f"{out}: the folder {out.parent} does not exist")
-    metrics = read_metrics(run)
+    metrics = read_metrics(run, None if step is None else checkpoint.find(run, step).step)
     if not metrics:
         raise ValueError(f"{run}: no metrics.jsonl with records; expected a run folder")
     environment = json.loads((run / "env.json").read_text())

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_prep.files import complete_file
 from data_prep.stages import stage_of
+
+if TYPE_CHECKING:
+    from pretrain.checkpoint import Which
 
 REPORT_NAME = "report.html"
 
@@ -17,6 +21,7 @@ def write_stage_report(
     embedding: Path | None,
     color: str | None,
     commands: Path | None,
+    step: Which = None,
 ) -> str:
     """Write the page of a folder of any stage and return its path as text.
 
@@ -25,7 +30,7 @@ def write_stage_report(
     out
         HTML file, ``.html`` is added where it has no ending, for a browser shows the source
         otherwise; None: ``report.html`` in the folder.
-    score_folders, embedding, color, commands
+    score_folders, embedding, color, commands, step
         As in `eval.report.write_report`; of a pretraining only.
 
     Raises
@@ -48,11 +53,11 @@ def write_stage_report(
     if stage == "pretrain":
         from eval.report import write_report
 
-        return write_report(folder, out, score_folders, embedding, color, commands)
-    if score_folders or embedding or color or commands:
+        return write_report(folder, out, score_folders, embedding, color, commands, step)
+    if score_folders or embedding or color or commands or step is not None:
         raise ValueError(
-            f"{folder}: is of `geneloom {stage}`; --scores, --embedding, --color and --commands "
-            "belong to a pretraining's page"
+            f"{folder}: is of `geneloom {stage}`; --scores, --embedding, --color, --commands and "
+            "--step belong to a pretraining's page"
         )
     if not out.parent.is_dir():
         raise ValueError(f"{out}: the folder {out.parent} does not exist")

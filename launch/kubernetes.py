@@ -137,12 +137,28 @@ def render(job: KubernetesJob, verb: str, arguments: list[str]) -> str:
         words = ["python3", "-m", module_of(verb), *_literal(arguments)]
         return _dump([_pytorch_job(job, words, None)])
     config, arguments = _config_of(arguments)
-    arguments = _literal(to_go_on(verb, arguments))
+    arguments = _literal(_every_start(verb, arguments))
     if job.kind == "pytorchjob":
         manifest = _pytorch_job(job, [*_torchrun(job), module_of(verb), *arguments], config)
     else:
         manifest = _mpi_job(job, [*_mpirun(job), verb, *arguments], config)
     return _dump([_config_map(job, config), manifest] if config else [manifest])
+
+
+def _every_start(verb: str, arguments: list[str]) -> list[str]:
+    """Return the arguments of every start of the pods: the first cannot be told from a later one.
+
+    Raises
+    ------
+    ValueError
+        ``--step``, to which every start would go back.
+    """
+    if any(a == "--step" or a.startswith("--step=") for a in arguments):
+        raise ValueError(
+            "launch kubernetes: --step: a pod that comes back would go back to that step again; "
+            "resume once with `geneloom pretrain --resume --step`, then without it here"
+        )
+    return to_go_on(verb, arguments)
 
 
 def require_sound(job: KubernetesJob, folder: Path) -> None:

@@ -6,7 +6,6 @@ Answers in JSON on one line. Needs the standard library and psutil only.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -23,13 +22,14 @@ from typing import Any
 
 import psutil
 
+from data_prep.network import interface_to
 from data_prep.owner import LAUNCH_ID, lives
+from data_prep.version import code_digest
 
 # In the environment of ranks, beside the `LAUNCH_ID` that all has which a launch has started.
 IN_RANK = "GENELOOM_IN_RANK"
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "pyarrow")
 ROOT = Path(__file__).resolve().parent.parent
-_FOLDERS = ("data_prep", "pretrain", "launch", "eval", "deepspeed_configs")
 _GIB = 2**30
 
 
@@ -84,8 +84,6 @@ def facts(folder: Path, token: str, hosts: list[str]) -> dict[str, Any]:
     hosts
         All hosts of the run; ranks meet at the first.
     """
-    from launch.rank import interface_to
-
     now = time.time()
     shared = _look_at(folder, token)
     memory = psutil.virtual_memory()
@@ -109,17 +107,6 @@ def facts(folder: Path, token: str, hosts: list[str]) -> dict[str, Any]:
         "interface": interface_to(_first_other(hosts)) if hosts else None,
         "shared": shared,
     }
-
-
-def code_digest() -> str:
-    """Return a hash of this package's files, as 12 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for folder in _FOLDERS:
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in (".py", ".yaml", ".json"):
-                digest.update(str(path.relative_to(ROOT)).encode())
-                digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def _look_at(folder: Path, token: str) -> dict[str, Any]:

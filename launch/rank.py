@@ -22,16 +22,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import psutil
-
 from data_prep.errors import EXIT_USAGE
 from data_prep.files import LAUNCH_FOLDER
 from data_prep.launchers import SAVE_LIMIT_S, stop_with_launcher
+from data_prep.network import RANKS_HERE, interface_to
 from data_prep.owner import lives, machine
 from launch.node import IN_RANK, ROOT, has_gpu
 
 _RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
-_RANKS_HERE = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 _PR_SET_PDEATHSIG = 1
 # The supervisor touches this file in the folder of its attempt, for those on other machines.
 ALIVE, TOUCH_S = "alive", 2.0
@@ -99,7 +97,7 @@ def rank_environment(given: Mapping[str, str], settings: Mapping[str, Any]) -> d
     if settings["device"] == "cpu" or not has_gpu():
         environment["DS_ACCELERATOR"] = "cpu"
         cores = len(os.sched_getaffinity(0))
-        here = int(_first(given, _RANKS_HERE, "1"))
+        here = int(_first(given, RANKS_HERE, "1"))
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // here)))
     if settings["nodes"] > 1 and "MASTER_ADDR" in environment:
         interface = interface_to(environment["MASTER_ADDR"])
@@ -107,23 +105,6 @@ def rank_environment(given: Mapping[str, str], settings: Mapping[str, Any]) -> d
             for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
                 environment.setdefault(name, interface)
     return environment
-
-
-def interface_to(address: str) -> str | None:
-    """Return the name of the network interface that leads to an address, None if none is known.
-
-    The one of an address of this node itself is that address's, not loopback.
-    """
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((address, 9))  # sends nothing
-            own = probe.getsockname()[0]
-    except OSError:
-        return None
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(a.address == own for a in addresses) and not own.startswith("127."):
-            return name
-    return None
 
 
 def _foreign(module: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shlex
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from typing import Annotated
 import typer
 
 from data_prep.files import LAUNCH_FOLDER, names_in
+from data_prep.network import TOKEN
 from data_prep.owner import refuse_if_in_use
 from data_prep.redact import is_public, redacted_command
 from launch.environment import ENV_HELP, named_variables
@@ -154,7 +156,9 @@ def store(text: str, settings: dict, out: Path) -> Path:
     """Write the batch file and its settings into the run folder; return the file's path."""
     folder = out / LAUNCH_FOLDER
     make_private(folder)
-    write_whole(folder / "settings.json", settings)
+    token = {TOKEN: secrets.token_hex(32)}
+    environment = settings["environment"] | token
+    write_whole(folder / "settings.json", settings | {"environment": environment})
     path = folder / "job.sbatch"
     path.write_text(text)
     path.chmod(0o600)

@@ -164,7 +164,10 @@ def _meeting_point() -> str:
 # The ranks meet on the first node.
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MASTER_ADDR=${{nodes%%$'\\n'*}}
-MASTER_PORT=$(({_FIRST_PORT} + SLURM_JOB_ID % {_NUM_PORTS}))
+# A port of this node, which is the first one, at which nobody listens.
+while MASTER_PORT=$(({_FIRST_PORT} + RANDOM % {_NUM_PORTS})); do
+    (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null || break
+done
 export MASTER_ADDR MASTER_PORT"""
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import secrets
 import shlex
 import shutil
 import signal
@@ -25,6 +26,7 @@ from typing import Any, Protocol
 
 from data_prep.errors import EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE
 from data_prep.files import LAUNCH_FOLDER, names_in
+from data_prep.network import TOKEN
 from data_prep.owner import ATTEMPT, LAUNCH_ID, SERIES, refuse_if_in_use, this_process
 from data_prep.redact import is_public, redacted_command
 from launch.logs import end_records, record_event, root_cause, tail
@@ -395,7 +397,7 @@ class Attempt:
     def _write_settings(self) -> None:
         """Write what `launch.rank` reads, and what a launcher may."""
         make_private(self.folder)
-        self._write_rank_settings(self._variables)
+        self._write_rank_settings({TOKEN: secrets.token_hex(32), **self._variables})
         (self.folder / ALIVE).touch(mode=0o600)
         hosts, variables = self._hosts.items(), sorted(self._environment.items())
         (self.folder / HOSTFILE).write_text("".join(f"{h} slots={n}\n" for h, n in hosts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pretrain.config import load_config
+from pretrain.config import load_config, settings_to_resume_from
 from pretrain.ds_config import derive_ds_config
 
 # verb -> module that each rank runs
@@ -44,7 +44,8 @@ def check_and_find_folder(verb: str, arguments: list[str]) -> Path:
     if config is None:
         raise ValueError("launch pretrain: --config is missing")
     overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
-    settings = load_config(config, overrides)
+    resume_from = _option(arguments, "--resume-from")
+    settings = load_config(config, [*overrides, *settings_to_resume_from(resume_from)])
     derive_ds_config(settings)
     return settings.run.out.absolute()
 
@@ -53,7 +54,9 @@ def to_go_on(verb: str, arguments: list[str]) -> list[str]:
     """Return the arguments with which a run that was ended goes on."""
     if verb != "pretrain":
         return arguments  # prepare and perturb take up their work; finetune leaves none
-    return [*(a for a in arguments if a not in ("--resume", "--restart")), "--restart"]
+    # Not again from a step that was chosen once: from what was saved since.
+    kept = _without_option(arguments, "--step")
+    return [*(a for a in kept if a not in ("--resume", "--restart")), "--restart"]
 
 
 def saved_step(out: Path) -> int:
@@ -73,6 +76,16 @@ def named_values(option: str, given: list[str]) -> dict[str, str]:
             raise ValueError(f"{option} {text}: must be NAME=VALUE")
         values[name] = value
     return values
+
+
+def _without_option(arguments: list[str], name: str) -> list[str]:
+    """Return arguments without an option and its value."""
+    kept, is_value = [], False
+    for word in arguments:
+        if not is_value and word != name and not word.startswith(f"{name}="):
+            kept.append(word)
+        is_value = word == name
+    return kept
 
 
 def _option(arguments: list[str], name: str) -> str | None:

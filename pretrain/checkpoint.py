@@ -19,14 +19,16 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from data_prep.shards import file_sha256
 from pretrain.architecture import ARCHITECTURE, BERT
-from pretrain.zero_state import FragmentReader
+from pretrain.zero_state import FragmentReader, Reader
 
 logger = logging.getLogger(__name__)
 
+# Which checkpoint of a run: a step, that with the lowest held-out loss, or None: the newest.
+Which = int | Literal["best"] | None
 # /1 was written for another order of cells: going on would repeat some and leave others out.
 CHECKPOINT_FORMAT = "geneloom-checkpoint/2"
 _RECORD = "checkpoint.json"
@@ -53,7 +55,18 @@ class Checkpoint:
         """Finished optimizer steps."""
         return self.record["step"]
 
-    def reader(self) -> FragmentReader:
+    @property
+    def updates(self) -> int:
+        """Steps that changed weights: all but those skipped (`run.on_not_finite`)."""
+        # Absent in checkpoints of versions that skipped none.
+        return self.record.get("updates", self.step)
+
+    @property
+    def heldout_loss(self) -> float | None:
+        """Held-out loss after just this step, None where it was not measured or not recorded."""
+        return self.record.get("heldout_loss")
+
+    def reader(self) -> Reader:
         """Return a reader over the files of all ranks."""
         return FragmentReader([self.folder / f["name"] for f in self.record["files"]])
 
@@ -111,12 +124,88 @@ def newest(run: Path, set_aside: bool = False) -> Checkpoint | None:
     return None
 
 
+def find(run: Path, which: Which = None) -> Checkpoint:
+    """Return a complete checkpoint of a run, to be read alone.
+
+    Raises
+    ------
+    ValueError
+        `run` is no run folder, has no such checkpoint, or it is damaged.
+    """
+    if not (run / "model_config.json").exists():
+        raise ValueError(f"{run}: no model_config.json; expected a folder of `geneloom pretrain`")
+    if which is None:
+        found = newest(run)
+        if found is None:
+            raise ValueError(f"{run}: has no checkpoint")
+        return found
+    folder = _best(run) if which == "best" else run / "checkpoints" / folder_name(which)
+    if not folder.is_dir():
+        raise ValueError(f"{run}: has no checkpoint of step {which}; {_those_kept(run)}")
+    problem = damage(folder)
+    if problem is not None:
+        raise ValueError(f"{folder}: {problem}; {_those_kept(run)}")
+    return open_checkpoint(folder)
+
+
+def set_aside_after(last: Checkpoint) -> None:
+    """Rename a run's checkpoints of later steps, which it leaves when it goes back to this one."""
+    for folder in sorted(last.folder.parent.glob("step-*")):
+        if step_of(folder) > last.step:
+            aside = folder.with_name(f"aside-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            logger.warning("%s: set aside, the run goes on from step %d", aside, last.step)
+
+
+def _those_kept(run: Path) -> str:
+    steps = [step_of(p) for p in sorted((run / "checkpoints").glob("step-*"))]
+    return f"kept are those of steps {', '.join(map(str, steps)) or '(none)'}"
+
+
+def step_of(folder: Path) -> int:
+    """Return the step that a checkpoint's name says."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def heldout_losses(root: Path) -> dict[Path, float]:
+    """Return the recorded held-out losses of a run's checkpoints, by folder; unread ones are left
+    out. `root`: its folder of checkpoints."""
+    found = {}
+    for folder in sorted(root.glob("step-*")):
+        try:
+            loss = open_checkpoint(folder).heldout_loss
+        except (OSError, ValueError):
+            continue
+        if loss is not None:
+            found[folder] = loss
+    return found
+
+
+def best_first(losses: dict[Path, float]) -> list[Path]:
+    """Return folders in the order of held-out losses, among equal ones the later step first."""
+    return sorted(losses, key=lambda folder: (losses[folder], -step_of(folder)))
+
+
+def _best(run: Path) -> Path:
+    losses = heldout_losses(run / "checkpoints")
+    if not losses:
+        raise ValueError(
+            f"{run}: no checkpoint has a held-out loss of its own step, so none is the best; let "
+            f"evaluation.every_steps be a multiple of checkpoint.every_steps, or give a step: "
+            f"{_those_kept(run)}"
+        )
+    return best_first(losses)[0]
+
+
 def damage(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint folder, None if it is complete."""
     try:
         record = json.loads((folder / _RECORD).read_text())
     except FileNotFoundError:
         return f"{_RECORD} is missing"
+    except OSError as error:
+        return f"{_RECORD} cannot be read ({error.strerror})"
     except (json.JSONDecodeError, UnicodeDecodeError):
         return f"{_RECORD} is not readable"
     if not isinstance(record, dict) or record.get("record_sha256") != _record_sha256(record):

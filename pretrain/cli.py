@@ -7,14 +7,18 @@ import logging
 import os
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from data_prep.errors import EXIT_RESUMABLE, run_app
-from pretrain.config import ModelConfig, RunConfig, load_config
+from pretrain.config import ModelConfig, RunConfig, load_config, settings_to_resume_from
+
+StepOption = Annotated[
+    str | None, typer.Option(help="of which checkpoint: its step, or best; default: the newest")
+]
 
 
 def pretrain_command(
@@ -24,6 +28,17 @@ def pretrain_command(
     restart: Annotated[
         bool, typer.Option(help="as --resume; from step 0 if this run has no checkpoint yet")
     ] = False,
+    resume_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="begin with weights, moments and step count of a DeepSpeed checkpoint; short for "
+            "model.init_from=DIR model.init_moments=true"
+        ),
+    ] = None,
+    step: Annotated[
+        str | None,
+        typer.Option(help="of --resume: from this checkpoint, or from the best; later ones aside"),
+    ] = None,
     allow_changes: Annotated[bool, typer.Option(help="resume with a changed recipe")] = False,
     dry_run: Annotated[bool, typer.Option(help="print the resolved settings and stop")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON, of --dry-run")] = False,
@@ -33,7 +48,8 @@ def pretrain_command(
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
     """Pretrain a masked encoder on prepared shards, alone or under a launcher."""
-    settings = load_config(config, overrides or [])
+    settings = load_config(config, [*(overrides or []), *settings_to_resume_from(resume_from)])
+    which = chosen_step(step)
     if as_json and not dry_run:
         raise ValueError("--json: belongs to --dry-run; a run writes metrics.jsonl")
     if dry_run:
@@ -57,7 +73,7 @@ def pretrain_command(
     from pretrain import dist
     from pretrain.train import train
 
-    summary = train(settings, "if-saved" if restart else resume, allow_changes, profile)
+    summary = train(settings, "if-saved" if restart else resume, allow_changes, profile, which)
     dist.leave()
     if summary.stopped:
         raise SystemExit(EXIT_RESUMABLE)
@@ -147,11 +163,16 @@ def plan_command(
     config: Annotated[str, typer.Option(help="YAML file, or the name of a supplied one")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.field=value")] = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs in all")] = 1,
-    gpu: Annotated[str, typer.Option(help="a100, a100-40, l40s, h100, h200 or b200")] = "h100",
-    cells: Annotated[int, typer.Option(min=1, help="without data.shards: how many")] = 27_400_000,
-    mean_tokens: Annotated[int, typer.Option(min=1, help="without data.shards: a cell")] = 1_100,
-    max_tokens: Annotated[int, typer.Option(min=64, help="without data.shards")] = 2_048,
-    vocabulary_size: Annotated[int, typer.Option(min=10, help="without data.shards")] = 25_426,
+    gpu: Annotated[
+        str, typer.Option(help="a100, a100-40, l40s, h100, h200, b200; cpu: cores")
+    ] = "h100",
+    shards: Annotated[
+        Path | None, typer.Option(help="short for data.shards=; else a corpus is assumed")
+    ] = None,
+    cells: Annotated[int | None, typer.Option(min=1, help="without shards: how many")] = None,
+    mean_tokens: Annotated[int | None, typer.Option(min=1, help="without shards: a cell")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=64, help="without shards")] = None,
+    vocabulary_size: Annotated[int | None, typer.Option(min=10, help="without shards")] = None,
     tokens_per_second: Annotated[
         float | None, typer.Option(min=1, help="of one GPU, measured; default: from --mfu")
     ] = None,
@@ -165,13 +186,18 @@ def plan_command(
     from pretrain import plan
     from pretrain.flops import GPUS
 
-    settings = plan.read_config(config, overrides or [])
+    given = overrides or []
+    settings = plan.read_config(config, [*given, f"data.shards={shards}"] if shards else given)
     if gpu not in GPUS:
         raise ValueError(f"--gpu {gpu}: known are {', '.join(GPUS)}")
-    corpus, max_length = plan.read_corpus(settings, cells, mean_tokens, max_tokens, vocabulary_size)
-    found = plan.make_plan(
-        settings, corpus, max_length, GPUS[gpu], gpus, tokens_per_second, mfu, price
+    assumed = plan.assumed_corpus(config, cells, mean_tokens, max_tokens, vocabulary_size)
+    corpus, max_length = plan.read_corpus(
+        settings, assumed.cells, assumed.mean_tokens, assumed.max_tokens, assumed.vocabulary_size
     )
+    found = plan.make_plan(
+        settings, corpus, max_length, GPUS[gpu], gpus, tokens_per_second, mfu, price,
+        None if plan.has_shards(settings) else assumed,
+    )  # fmt: skip
     if as_json:
         print(json.dumps(found, indent=1))
     else:
@@ -188,20 +214,51 @@ def export_command(
         int | None,
         typer.Option(min=0, help="training cells encoded for states of cells [256]; 0: none"),
     ] = None,
+    step: StepOption = None,
+    to: Annotated[str, typer.Option(help="huggingface (a model), or deepspeed (training)")] = (
+        "huggingface"
+    ),
+    zero: Annotated[
+        int | None, typer.Option(help="of --to deepspeed: stage 1, 2 or 3; default: the run's")
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="of --to deepspeed; default: as many as saved it")
+    ] = None,
 ) -> None:
-    """Write the newest checkpoint as a Hugging Face folder."""
+    """Write a checkpoint as a Hugging Face folder, or as DeepSpeed's own engine would save it."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from pretrain.export import export
+    if to not in ("huggingface", "deepspeed"):
+        raise ValueError(f"--to {to}: must be huggingface or deepspeed")
+    if to == "huggingface" and (zero or ranks):
+        raise ValueError("--zero, --ranks: belong to --to deepspeed")
 
     if not torch.cuda.is_available():
         # Transformers imports DeepSpeed to save, which would warn that it found no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     disable_progress_bar()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    cells = {} if cell_state_cells is None else {"state_cells": cell_state_cells}
-    print(export(run, out, shards, device=device, **cells))
+    if to == "huggingface":
+        from pretrain.export import export
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        cells = {} if cell_state_cells is None else {"state_cells": cell_state_cells}
+        print(export(run, out, chosen_step(step), shards, device=device, **cells))
+    else:
+        from pretrain.to_deepspeed import export_deepspeed
+
+        # DeepSpeed calls a function that torch has renamed; nothing for the user to do.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+        print(export_deepspeed(run, out, chosen_step(step), zero, ranks))
+
+
+def chosen_step(text: str | None) -> int | Literal["best"] | None:
+    """Return which checkpoint ``--step`` names: a step, ``best``, or None for the newest."""
+    if text is None or text == "best":
+        return text
+    if not text.isdecimal():
+        raise ValueError(f"--step {text}: must be the step of a checkpoint, or best")
+    return int(text)
 
 
 def _log_to_console() -> None:

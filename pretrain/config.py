@@ -5,15 +5,15 @@ Order of precedence: defaults here < YAML file < ``section.field=value`` of the 
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from pretrain.architecture import number_if_one, take_architecture
+from pretrain.architecture import take_architecture
 from pretrain.model_config import ModelConfig, Section, filled_in
+from pretrain.settings_text import apply_override, explain
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
@@ -126,7 +126,10 @@ class BatchConfig(Section):
         default=163_840, ge=64, description="padded tokens of one optimizer step"
     )
     tokens_per_micro_batch: int = Field(
-        default=16_384, ge=64, description="padded tokens of one forward pass on one rank"
+        default=16_384,
+        ge=64,
+        description="padded tokens of one forward pass on one rank; changes last bits, and the "
+        "noise of dropout",
     )
 
 
@@ -213,7 +216,9 @@ class RunSection(Section):
     )
     deepspeed: str = Field(default="zero1", description="file of deepspeed_configs/, or a path")
     log_every_steps: int = Field(default=10, ge=1, description="optimizer steps of a logged line")
-    threads: int | None = Field(default=None, ge=1, description="torch threads per rank on CPU")
+    threads: int | None = Field(
+        default=None, ge=1, description="torch threads per rank on CPU; changes last bits"
+    )
     deterministic: bool = Field(
         default=False,
         description="on GPUs the same bits each time on as many ranks, slower (NCCL_ALGO=Ring and "
@@ -223,6 +228,17 @@ class RunSection(Section):
         default="off",
         description="torch.compile of the layers, a graph for each shape of a micro-batch; "
         "reduce-overhead: with CUDA graphs",
+    )
+    on_not_finite: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="a loss or gradient that is infinite or no number: stop, or leave the step's "
+        "update out on all ranks",
+    )
+    max_skipped_steps: int = Field(
+        default=3, ge=1, description="with on_not_finite=skip: as many are left out, then it stops"
+    )
+    skip_window_steps: int = Field(
+        default=1000, ge=1, description="max_skipped_steps counts within so many steps"
     )
     collective_timeout_s: int = Field(
         default=600, ge=5, description="a hung collective fails after this"
@@ -279,6 +295,9 @@ class CheckpointConfig(Section):
     keep_every_steps: int | None = Field(
         default=None, ge=1, description="checkpoints of multiples of this stay for ever"
     )
+    keep_best: int = Field(
+        default=0, ge=0, description="those with the lowest held-out losses that stay too"
+    )
 
     @model_validator(mode="after")
     def _kept_ones_are_saved(self) -> CheckpointConfig:
@@ -302,6 +321,16 @@ class RunConfig(Section):
     optim: OptimConfig = OptimConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _best_ones_are_evaluated(self) -> RunConfig:
+        if self.checkpoint.keep_best and self.evaluation.every_steps % self.checkpoint.every_steps:
+            raise ValueError(
+                f"checkpoint.keep_best {self.checkpoint.keep_best}: evaluation.every_steps "
+                f"{self.evaluation.every_steps} is no multiple of checkpoint.every_steps "
+                f"{self.checkpoint.every_steps}: a checkpoint must have a held-out loss of its step"
+            )
+        return self
 
     @model_validator(mode="after")
     def _removed_genes_are_not_asked(self) -> RunConfig:
@@ -362,16 +391,21 @@ def load_config(path: str | Path, overrides: list[str] = []) -> RunConfig:  # no
     if not isinstance(content, dict):
         raise ValueError(f"{file}: must hold sections (data, model, ...), found {content!r}")
     for override in overrides:
-        _apply_override(content, override)
+        apply_override(content, override)
     problems = take_architecture(content)
     try:
         config = RunConfig.model_validate(content)
     except ValidationError as error:
-        problems += [_explain(e) for e in error.errors()]
+        problems += [explain(e, RunConfig) for e in error.errors()]
         raise ValueError(f"{file}: " + "; ".join(problems)) from error
     if problems:
         raise ValueError(f"{file}: " + "; ".join(problems))
     return config
+
+
+def settings_to_resume_from(folder: str | Path | None) -> list[str]:
+    """Return the settings for which ``--resume-from FOLDER`` is short."""
+    return [f"model.init_from={folder}", "model.init_moments=true"] if folder else []
 
 
 def _find_config(path: str | Path) -> Path:
@@ -382,44 +416,3 @@ def _find_config(path: str | Path) -> Path:
         return named
     known = sorted(p.stem for p in CONFIG_FOLDER.glob("*.yaml"))
     raise ValueError(f"--config {path}: no such file, and none of the supplied ones: {known}")
-
-
-def _apply_override(content: dict, override: str) -> None:
-    key, separator, text = override.partition("=")
-    parts = key.split(".")
-    if not separator or len(parts) != 2:
-        raise ValueError(f"{override!r}: settings are given as section.field=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{override!r}: the value is not readable as YAML") from error
-    section = content.setdefault(parts[0], {})
-    if not isinstance(section, dict):
-        raise ValueError(f"{override!r}: '{parts[0]}' is no section")
-    section[parts[1]] = number_if_one(value)
-
-
-def _explain(error: Any) -> str:
-    """Return one validation problem in words, with the nearest known name for a misspelt one."""
-    location = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        known = _known_names(error["loc"][:-1])
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known: {sorted(known)}"
-        return f"'{location}' is no setting; {hint}"
-    if error["type"] == "missing":
-        return f"'{location}' is required (give {location}=...)"
-    if not location:  # of several sections: the text names them
-        return error["msg"]
-    return f"'{location}': {error['msg']} (given {error['input']!r})"
-
-
-def _known_names(location: tuple) -> list[str]:
-    model: type[BaseModel] = RunConfig
-    for part in location:
-        annotation = model.model_fields[part].annotation
-        if get_origin(annotation) is not None:
-            annotation = next(a for a in get_args(annotation) if isinstance(a, type))
-        assert isinstance(annotation, type)
-        model = annotation
-    return list(model.model_fields)

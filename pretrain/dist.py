@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
+import secrets
 import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
 from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore
 
+from data_prep.network import (
+    INTERFACE,
+    TOKEN,
+    address_to_listen_at,
+    describe_network,
+    interface_of_job,
+)
 from pretrain.ds_config import DEEPSPEED_VERSION
+from pretrain.signed import Signer
 
 T = TypeVar("T")
 _LINEAR = torch.nn.functional.linear
+# Where this process has met the other ranks: place, store, and how often before.
+_met: dict[str, Any] = {}
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # What other launchers call RANK, WORLD_SIZE and LOCAL_RANK. A batch script of SLURM has these too
 # but for the step, which only srun's processes are in.
@@ -72,28 +84,122 @@ def start(timeout_s: int, threads: int | None) -> Ranks:
     if threads is not None:
         torch.set_num_threads(threads)
     deepspeed = _import_deepspeed()
+    if not on_gpu and (interface := interface_of_job(os.environ)):
+        os.environ[INTERFACE] = interface
     local_rank = int(os.environ["LOCAL_RANK"])
     gpu = 0
     if on_gpu:
         gpu = gpu_of(local_rank, torch.cuda.device_count())
         torch.cuda.set_device(gpu)
     try:
+        _join("nccl" if on_gpu else "gloo", gpu, timedelta(seconds=timeout_s))
         deepspeed.init_distributed(
             dist_backend="nccl" if on_gpu else "gloo",
             auto_mpi_discovery=False,
             timeout=timedelta(seconds=timeout_s),
             verbose=False,
         )
-    except torch.distributed.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        raise ValueError(
-            f"port {os.environ['MASTER_PORT']}, at which the ranks are to meet, is in use on this "
-            "machine; give the launcher another one (deepspeed: --master_port N, torchrun: "
-            "--master-port N)"
-        ) from error
+    except RuntimeError as error:
+        raise _no_connection(error) from error
     device = torch.device("cuda", gpu) if on_gpu else torch.device("cpu")
+    try:
+        # Before anything is read: a wrong interface shows here.
+        torch.distributed.all_reduce(torch.zeros(1, device=device))
+    except RuntimeError as error:
+        raise _no_connection(error) from error
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
+
+
+def _join(backend: str, gpu: int, timeout: timedelta) -> None:
+    """Join the process group through a store that listens at one address, not at all.
+
+    Names in it begin with the launch's token, where there is one. A store of torchrun's agent is
+    left to torch.
+    """
+    if store_is_the_launchers() or torch.distributed.is_initialized():
+        return
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store, uses = _meeting_store(rank == 0, timeout)
+    name = Signer(os.environ.get(TOKEN, "")).name
+    more = {"device_id": torch.device("cuda", gpu)} if backend == "nccl" and world_size > 1 else {}
+    torch.distributed.init_process_group(
+        backend, store=PrefixStore(f"{name}/{uses}", store), rank=rank, world_size=world_size,
+        timeout=timeout, **more,
+    )  # fmt: skip
+
+
+def _meeting_store(is_first: bool, timeout: timedelta) -> tuple[Any, int]:
+    """Return the store at ``MASTER_ADDR:MASTER_PORT``, and how often this process met there before.
+
+    Rank 0 holds it, as long as it meets nowhere else: DeepSpeed's groups outlive a run, and a port
+    that is held cannot be had again.
+    """
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if _met.get("place") == place:
+        _met["uses"] += 1
+        return _met["store"], _met["uses"]
+    _met.clear()
+    store = torch.distributed.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        *place, is_master=is_first, timeout=timeout, wait_for_workers=False,
+        master_listen_fd=_listener(place[1]) if is_first else None,
+    )  # fmt: skip
+    _met.update(place=place, store=store, uses=0)
+    return store, 0
+
+
+def _listener(port: int) -> int:
+    """Return the descriptor of a socket that listens at the job's address of this machine.
+
+    Raises
+    ------
+    ValueError
+        The port is in use.
+    """
+    listener = socket.socket()
+    # As torch's own: a port that was left a minute ago can be taken again.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((address_to_listen_at(os.environ), port))
+    except OSError as error:
+        listener.close()
+        in_use = error.errno == errno.EADDRINUSE
+        why = "is in use" if in_use else f"cannot be had ({error.strerror})"
+        raise ValueError(
+            f"port {port}, at which the ranks are to meet, {why} on this machine; give the "
+            "launcher another one (deepspeed: --master_port N, torchrun: --master-port N)"
+        ) from error
+    listener.listen(2048)
+    return listener.detach()
+
+
+def run_secret() -> str:
+    """Return a text that all ranks of this run know and nobody else; called by all ranks.
+
+    It travels between the ranks' own connections, not through the store.
+    """
+    return os.environ.get(TOKEN, "") + first_rank_says(secrets.token_hex(32))
+
+
+def _no_connection(error: RuntimeError) -> ConnectionError:
+    """Return what is said when the ranks found each other but cannot talk."""
+    reason = str(error).partition("\n")[0]
+    return ConnectionError(
+        f"rank {os.environ['RANK']}: no connection to the other ranks ({reason}). "
+        f"{describe_network()}; set GLOO_SOCKET_IFNAME (GPUs: NCCL_SOCKET_IFNAME) to the one that "
+        "leads to the other hosts, or give this host's name in /etc/hosts the address that they "
+        "reach it at (not 127.0.1.1), and open the firewall between them"
+    )
+
+
+def start_without_others(store: torch.distributed.Store, rank: int, world_size: int) -> None:
+    """Be a rank in a process group whose collectives do nothing; `leave` ends it.
+
+    For what a rank's files hold, which does not depend on what the others send.
+    """
+    deepspeed = _import_deepspeed()
+    # "fake": torch's own, registered by whoever made the store.
+    torch.distributed.init_process_group("fake", store=store, rank=rank, world_size=world_size)
+    deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False, verbose=False)
 
 
 def gpu_of(local_rank: int, visible: int) -> int:

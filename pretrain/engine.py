@@ -103,7 +103,7 @@ class Engine:
             self._deal_matrices(self._optimizer)
         if last:
             zero_state.restore_training_state(
-                self.deepspeed, self.stage, ranks.rank, last.reader(), last.step
+                self.deepspeed, self.stage, ranks.rank, last.reader(), last.updates
             )
 
     @property
@@ -156,7 +156,8 @@ class Engine:
             raise ValueError(
                 f"batch.tokens_per_micro_batch={self._config.batch.tokens_per_micro_batch}: a "
                 f"micro-batch of {rows} cells x {length} tokens does not fit into the memory of "
-                f"{self._ranks.device}; lower it (no result depends on it), or choose "
+                f"{self._ranks.device}; lower it (the same sums in another order; with "
+                "dropout another sample of its noise), or choose "
                 "model.activation_checkpointing=true or another run.deepspeed"
             ) from error
 
@@ -202,6 +203,17 @@ class Engine:
             loss, hits, cell_loss = dist.sum_over_ranks(sums, device)
         return StepLoss(loss, hits, cell_loss, own)
 
+    def discard(self, data: RankStep) -> None:
+        """Make the accumulated gradients no numbers: `step` then applies nothing, on any rank.
+
+        For a loss that is not finite, whose gradients may be. Called by all ranks together.
+        """
+        losses, _, *of_cells = self.deepspeed(
+            *to_device(data.micro_batches[-1], self._ranks.device)
+        )
+        total = sum((part.sum() for part in of_cells), losses.sum())
+        self.deepspeed.backward(total * float("nan"), scale_wrt_gas=False)
+
     def step(self, step: int, total_steps: int) -> tuple[dict[str, float], float]:
         """Apply the gradients; return (learning rates, the global norm before clipping).
 
@@ -212,5 +224,7 @@ class Engine:
         with mark("optimizer"), contextlib.suppress(FloatingPointError):  # the norm is looked at
             self.deepspeed.step()
         if self._clipper:
+            # What the clipper refused is still there; DeepSpeed forgets what it refuses.
+            self._optimizer.zero_grad()
             return rates, self._clipper.last_norm
         return rates, float(self.deepspeed.get_global_grad_norm() or 0.0)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from data_prep.shards import ShardSet, complete_folder, file_sha256, require_new
 from data_prep.vocab import Vocabulary, load_vocabulary, open_vocabulary
 from pretrain import checkpoint, zero_state
+from pretrain.architecture import ARCHITECTURE, read_architecture
 from pretrain.cell_state import FILE_NAME as STATE_NAME
 from pretrain.cell_state import NUM_CELLS, CellState, fit_cell_state
 from pretrain.config import load_config
@@ -37,6 +38,7 @@ from pretrain.prior import ArithmeticPrior
 
 EXPORT_FORMAT = "geneloom-model/1"
 RECORD_NAME = "geneloom.json"
+_SHOWN = 3
 # The second as older versions of PyTorch wrote it; read as tensors, no code in it is run.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 # AttributeError: what was pickled is no dictionary of tensors.
@@ -46,11 +48,12 @@ UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, A
 def export(
     run: Path,
     out: Path,
+    step: checkpoint.Which = None,
     shards: Path | str | None = None,
     state_cells: int = NUM_CELLS,
     device: str = "cpu",
 ) -> str:
-    """Write the newest complete checkpoint of a run as a Hugging Face folder; return a sentence.
+    """Write a complete checkpoint of a run as a Hugging Face folder; return a sentence.
 
     The folder holds fp32 weights (safetensors), ``config.json``, ``vocabulary.json``, the same
     vocabulary as Geneformer's two dictionaries, ``geneloom.json`` (what the model was trained on
@@ -59,6 +62,8 @@ def export(
 
     Parameters
     ----------
+    step
+        Of which checkpoint: its step, or ``best``; None: the newest.
     shards
         Of the pretraining; by default where the run read them.
     state_cells
@@ -69,28 +74,20 @@ def export(
     Raises
     ------
     ValueError
-        `run` is no run folder or has no complete checkpoint, or `out` is not empty.
+        `run` is no run folder or has no such checkpoint, or `out` is not empty; or the run's
+        ``model_config.json`` is not that of the weights.
     """
-    if not (run / "model_config.json").exists():
-        raise ValueError(f"{run}: no model_config.json; expected a folder of `geneloom pretrain`")
     require_new(out)
-    last = checkpoint.newest(run)
-    if last is None:
-        raise ValueError(f"{run}: has no checkpoint to export")
-    vocabulary = load_vocabulary(run / "vocabulary.json")
-    if vocabulary.sha256 != last.record["vocabulary_sha256"]:
-        raise ValueError(
-            f"{run}: vocabulary.json has hash {vocabulary.sha256[:12]}, the checkpoint was trained "
-            f"with {last.record['vocabulary_sha256'][:12]}"
-        )
+    last = checkpoint.find(run, step)
+    vocabulary = own_vocabulary(run, last)
     bert = load_checkpoint(run, last)
     with complete_folder(out, "config.json") as partial:
         bert.save_pretrained(partial)
-        _write_vocabulary(partial, vocabulary)
+        write_vocabulary(partial, vocabulary)
         if (run / SVD_NAME).exists():
             CorpusSvd.load(run, vocabulary).save(partial)
         state = _write_cell_state(partial, run, bert, vocabulary, shards, state_cells, device)
-        record = _record(run, last)
+        record = export_record(run, last)
         if record["prior"]:
             ArithmeticPrior.load(run, vocabulary).save(partial)
         (partial / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n")
@@ -132,11 +129,61 @@ def _write_cell_state(
     return f"cell states of {state.width} numbers ({state.origin['cells']} training cells)"
 
 
+def own_vocabulary(run: Path, found: checkpoint.Checkpoint) -> Vocabulary:
+    """Return the vocabulary of a run; ValueError if a checkpoint was trained with another."""
+    vocabulary = load_vocabulary(run / "vocabulary.json")
+    if vocabulary.sha256 != found.record["vocabulary_sha256"]:
+        raise ValueError(
+            f"{run}: vocabulary.json has hash {vocabulary.sha256[:12]}, the checkpoint was trained "
+            f"with {found.record['vocabulary_sha256'][:12]}"
+        )
+    return vocabulary
+
+
 def load_checkpoint(run: Path, found: checkpoint.Checkpoint) -> Network:
-    """Return the model of a run's checkpoint, fp32 weights, in evaluation mode."""
-    bert = new_network(read_encoder_config(run / "model_config.json"))
+    """Return the model of a run's checkpoint, fp32 weights, in evaluation mode.
+
+    Raises
+    ------
+    ValueError
+        As `own_network`.
+    """
+    bert = own_network(run, found)
     zero_state.load_weights(MaskedGeneModel(bert), found.reader())
     return bert.eval()
+
+
+def own_network(run: Path, found: checkpoint.Checkpoint) -> Network:
+    """Return the network of a run's checkpoint with fresh weights.
+
+    Raises
+    ------
+    ValueError
+        The run's ``model_config.json`` does not describe the weights: somebody has changed it.
+    """
+    path, recipe = run / "model_config.json", found.record["recipe"]
+    # Some of them no shape depends on: heads, activation, windows.
+    trained = {k.removeprefix("model."): v for k, v in recipe.items() if k.startswith("model.")}
+    problems = [
+        f"{name} is {value!r}, the checkpoint was trained with {trained[name]!r}"
+        for name, value in read_architecture(path).items()
+        if name in ARCHITECTURE and trained.get(name, value) != value
+    ]
+    bert, reader = new_network(read_encoder_config(path)), found.reader()
+    sizes = {name: p.numel() for name, p in MaskedGeneModel(bert).named_parameters()}
+    stored = {name: reader.numel(name) for name in reader.names}
+    problems += [
+        f"{name} has {sizes.get(name, 0):,} numbers, {stored.get(name, 0):,} are stored"
+        for name in sorted({*sizes, *stored})
+        if sizes.get(name) != stored.get(name)
+    ]
+    if problems:
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise ValueError(
+            f"{path}: does not fit the weights of step {found.step}: "
+            f"{'; '.join(problems[:_SHOWN])}{more}; restore the file as the run wrote it"
+        )
+    return bert
 
 
 def load_exported(folder: Path, vocabulary_path: Path | None = None) -> tuple[Network, Vocabulary]:
@@ -265,7 +312,8 @@ def token_dictionary(vocabulary: Vocabulary) -> dict[str, int]:
     }
 
 
-def _write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
+def write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
+    """Write a vocabulary as ours, and as Geneformer's two dictionaries."""
     vocabulary.save(folder / "vocabulary.json")
     medians = dict(zip(vocabulary.genes, vocabulary.medians.tolist(), strict=True))
     (folder / "token_dictionary.json").write_text(json.dumps(token_dictionary(vocabulary)))
@@ -276,7 +324,8 @@ def _write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
 _PUBLISHED = ("commit", "dirty", "python", "versions", "gpus")
 
 
-def _record(run: Path, last: checkpoint.Checkpoint) -> dict:
+def export_record(run: Path, last: checkpoint.Checkpoint) -> dict[str, Any]:
+    """Return what ``geneloom.json`` says: what a model was trained on, and how far."""
     manifest = json.loads((run / "shards_manifest.json").read_text())
     environment = json.loads((run / "env.json").read_text())
     heldout = [m for m in read_metrics(run) if m["kind"] == "heldout" and m["step"] <= last.step]

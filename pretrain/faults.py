@@ -13,6 +13,8 @@ import torch
 from data_prep.errors import SharedFailure
 from data_prep.shards import ShardSet
 from pretrain import dist
+from pretrain.checkpoint import Checkpoint
+from pretrain.config import RunSection
 from pretrain.data import MicroBatch, RankStep
 from pretrain.dist import Ranks
 from pretrain.masking import NO_LABEL
@@ -28,6 +30,69 @@ class NotFinite(SharedFailure, FloatingPointError):
     """A loss or gradient norm is infinite or no number."""
 
 
+class Skips:
+    """Steps whose update was left out, and whether another may be.
+
+    All ranks decide alike: loss and norm are sums over ranks. Such a step counts as a step: order
+    of cells and learning rate go on as if it had been taken; weights, moments and the optimizer's
+    own count of updates stay.
+
+    Attributes
+    ----------
+    steps
+        Numbers of the skipped steps, counted from 1, those before a resume included.
+    """
+
+    def __init__(self, config: RunSection, last: Checkpoint | None) -> None:
+        self._config = config
+        self.steps: list[int] = list(last.record.get("skipped_steps", [])) if last else []
+        self._left_out = last.step - last.updates if last else 0
+
+    def may_skip(self, step: int) -> bool:
+        """Say whether the update of a step (0-based) may be left out."""
+        config, first = self._config, step + 1 - self._config.skip_window_steps
+        recent = [s for s in self.steps if s > first]
+        return config.on_not_finite == "skip" and len(recent) < config.max_skipped_steps
+
+    def skip(
+        self,
+        what: str,
+        step: int,
+        data: RankStep,
+        losses: list[tuple[torch.Tensor, ...]],
+        shards: ShardSet,
+        ranks: Ranks,
+    ) -> dict[str, Any]:
+        """Count a skipped step, say so, and return what metrics.jsonl says of it.
+
+        Called by all ranks together. Arguments as in `stop_not_finite`.
+        """
+        self.steps.append(step + 1)
+        self._left_out += 1
+        rows = _all_rows_not_finite(data, losses)
+        shown = [m.cells[m.cells >= 0] for m in data.micro_batches]
+        bad = [m.cells[r] for m, r in zip(data.micro_batches, rows, strict=True)]
+        mine = {
+            "cells": _ids(shards, np.concatenate(shown)),
+            "cells_not_finite": _ids(shards, np.concatenate(bad)),
+        }
+        everyone = [json.loads(text) for text in dist.gather_text(json.dumps(mine), ranks)]
+        found = {name: [cell for one in everyone for cell in one[name]] for name in mine}
+        number, most = len(self.steps), self._config.max_skipped_steps
+        if ranks.is_first:
+            named = found["cells_not_finite"][:_SHOWN_CELLS] or found["cells"][:_SHOWN_CELLS]
+            logger.warning(
+                "%s in step %d: its update is left out on all ranks (%d so far; more than %d in %d "
+                "steps stop the run); cells %s ... (all: metrics.jsonl)",
+                what, step + 1, number, most, self._config.skip_window_steps, ", ".join(named),
+            )  # fmt: skip
+        return {"reason": what, "skipped_steps": number, **found}
+
+    def record(self, done: int) -> dict[str, Any]:
+        """Return what a checkpoint after so many steps says: which were skipped, how many not."""
+        return {"updates": done - self._left_out, "skipped_steps": self.steps}
+
+
 def stop_not_finite(
     what: str,
     step: int,
@@ -36,6 +101,7 @@ def stop_not_finite(
     run: Path,
     shards: ShardSet,
     ranks: Ranks,
+    skips: Skips,
 ) -> None:
     """Write dumps, then raise on every rank with one text. Called by all ranks together.
 
@@ -50,13 +116,15 @@ def stop_not_finite(
     data, losses
         What this rank computed: micro-batches, and of each float32 [M] of hidden genes and, with
         a cell objective, [B] of cells.
+    skips
+        Which may have come before.
 
     Raises
     ------
     NotFinite
         Always.
     """
-    rows = [_rows_not_finite(m, *part) for m, part in zip(data.micro_batches, losses, strict=True)]
+    rows = _all_rows_not_finite(data, losses)
     cells = np.concatenate([m.cells[r] for m, r in zip(data.micro_batches, rows, strict=True)])
     mine: dict[str, Any] = {
         "rank": ranks.rank,
@@ -74,11 +142,13 @@ def stop_not_finite(
         except OSError as error:
             logger.warning("%s could not be written: %s", path, error)
     dist.wait_for_all()  # the first rank that ends may end the others
+    before = f" after {len(skips.steps)} skipped steps" if skips.steps else ""
     raise NotFinite(
-        f"{what} in step {step + 1}: stopped before the optimizer's step, nothing was changed or "
-        f"saved. {_say(found) or 'The loss of every cell is finite'}. Tokens, labels and losses "
-        f"are in {run}/not-finite-step-{step + 1:08d}-*.npz. Lower optim.learning_rate or raise "
-        "optim.warmup_steps, and --resume from the last checkpoint"
+        f"{what} in step {step + 1}{before}: stopped before the optimizer's step, nothing was "
+        f"changed or saved. {_say(found) or 'The loss of every cell is finite'}. Tokens, labels "
+        f"and losses are in {run}/not-finite-step-{step + 1:08d}-*.npz. Lower "
+        "optim.learning_rate or raise optim.warmup_steps, and --resume from the last checkpoint; "
+        "run.on_not_finite=skip leaves such steps out"
     )
 
 
@@ -96,6 +166,13 @@ def _say(found: list[dict[str, Any]]) -> str:
     return "; ".join(parts)
 
 
+def _all_rows_not_finite(
+    data: RankStep, losses: list[tuple[torch.Tensor, ...]]
+) -> list[np.ndarray]:
+    """Return of each micro-batch the rows without a finite loss."""
+    return [_rows_not_finite(m, *part) for m, part in zip(data.micro_batches, losses, strict=True)]
+
+
 def _rows_not_finite(
     micro: MicroBatch, losses: torch.Tensor, *of_cells: torch.Tensor
 ) -> np.ndarray:
@@ -108,10 +185,21 @@ def _rows_not_finite(
 
 def _name(shards: ShardSet, cell: int) -> str:
     """Return a cell's number and its id in the shards."""
-    extents = shards.extents("train")
-    owner = next(e for e in extents if e.first_cell <= cell < e.first_cell + e.num_cells)
-    block, place = owner.locate(np.array(cell))
-    return f"{cell} = {shards.read_block(int(block)).batch.column('cell_id')[int(place)].as_py()}"
+    return f"{cell} = {_ids(shards, np.array([cell]))[0]}"
+
+
+def _ids(shards: ShardSet, cells: np.ndarray) -> list[str]:
+    """Return the ids of cells in the shards; each block is read once."""
+    columns: dict[int, Any] = {}
+    found = []
+    for cell in cells.tolist():
+        extents = shards.extents("train")
+        owner = next(e for e in extents if e.first_cell <= cell < e.first_cell + e.num_cells)
+        block, place = (int(x) for x in owner.locate(np.array(cell)))
+        if block not in columns:
+            columns[block] = shards.read_block(block).batch.column("cell_id")
+        found.append(columns[block][place].as_py())
+    return found
 
 
 def _dump(path: Path, data: RankStep, rows: list[np.ndarray], losses: list[torch.Tensor]) -> None:

@@ -35,6 +35,8 @@ GPUS = {
         Gpu("h100", 989e12, 495e12, 79.6),
         Gpu("h200", 989e12, 495e12, 139.8),
         Gpu("b200", 2250e12, 1125e12, 178.0),
+        # No GPU: a core of the machine of docs/benchmarks.md; what its runs reach, not a peak.
+        Gpu("cpu", 170e9, 92e9, 16.0),
     )
 }
 

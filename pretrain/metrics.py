@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -77,6 +78,7 @@ class Window:
     timed_flops: float = 0.0
     timed_s: float = 0.0
     timed_steps: int = 0
+    steps: int = 0
 
 
 @dataclass
@@ -127,6 +129,7 @@ class Meter:
         w.tokens += counts["tokens"]
         w.padded_tokens += counts["padded_tokens"]
         w.cells += counts["cells"]
+        w.steps += 1
         self._seen += 1
         if self._seen > _WARMUP_STEPS:
             w.timed_tokens += counts["tokens"]
@@ -140,6 +143,11 @@ class Meter:
     @property
     def _objective(self) -> ObjectiveConfig:
         return self.work.config.objective
+
+    @property
+    def has_steps(self) -> bool:
+        """Does the window hold any step? Those that were skipped are not added."""
+        return self.window.steps > 0
 
     def close_window(self, step: int) -> dict[str, float]:
         """Return the figures of the window and start a new one."""
@@ -196,16 +204,19 @@ class RunLog:
 
         self._path, self._owner = run / METRICS_NAME, owner
         self._require_own()
-        kept = read_metrics(run, resumed_step)
-        # Aside: whoever is killed here has lost nothing.
-        aside = self._path.with_suffix(".partial")
-        aside.write_text("".join(json.dumps(m) + "\n" for m in kept))
-        aside.replace(self._path)
-        self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
-        self._tensorboard.add_custom_scalars(LAYOUT)
+        with _named(self._path):
+            kept = read_metrics(run, resumed_step)
+            # Aside: whoever is killed here has lost nothing.
+            aside = self._path.with_suffix(".partial")
+            aside.write_text("".join(json.dumps(m) + "\n" for m in kept))
+            aside.replace(self._path)
+        with _named(run / "tensorboard"):
+            self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
+            self._tensorboard.add_custom_scalars(LAYOUT)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Append one record to metrics.jsonl and TensorBoard; kinds: train, heldout, checkpoint.
+        """Append one record to metrics.jsonl and TensorBoard; kinds: train, heldout, checkpoint,
+        skipped.
 
         A list or dict of numbers is one scalar per element there: ``heldout/loss_by_bucket/0512``,
         ``heldout/loss_by_rank_decile/1``.
@@ -213,10 +224,11 @@ class RunLog:
         self._require_own()
         finite = _finite(values)
         record = {"kind": kind, "step": step, "time": time.time(), **finite}
-        with self._path.open("a") as file:
+        with _named(self._path), self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        for name, value in _scalars(kind, finite):
-            self._tensorboard.add_scalar(name, value, step)
+        with _named(self._path.with_name("tensorboard")):
+            for name, value in _scalars(kind, finite):
+                self._tensorboard.add_scalar(name, value, step)
 
     def _require_own(self) -> None:
         if self._owner is not None:
@@ -224,6 +236,18 @@ class RunLog:
 
     def close(self) -> None:
         self._tensorboard.close()
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Say of which file an error is, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{path}: cannot be written ({error.strerror or error}); make room, or see to the file "
+            "system, and go on with --resume"
+        ) from error
 
 
 def _finite(value: Any) -> Any:

@@ -102,6 +102,11 @@ class ModelConfig(Section):
         default=None,
         description="Geneformer's dictionaries, where init_from has no vocabulary.json",
     )
+    init_moments: bool = Field(
+        default=False,
+        description="go on from init_from's moments and step count too: a DeepSpeed checkpoint "
+        "(ZeRO 1 to 3, universal) of the same vocabulary",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -156,8 +161,9 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _vocabulary_of_something(self) -> ModelConfig:
-        if self.init_vocabulary and not self.init_from:
-            raise ValueError("init_vocabulary belongs to init_from, which is not given")
+        given = [k for k in ("init_vocabulary", "init_moments") if getattr(self, k)]
+        if given and not self.init_from:
+            raise ValueError(f"{given[0]} belongs to init_from, which is not given")
         return self
 
     @model_validator(mode="after")
@@ -180,7 +186,7 @@ class ModelConfig(Section):
         """
         fields, without = (
             type(self).model_fields,
-            {"activation_checkpointing", "init_from", "init_vocabulary"},
+            {"activation_checkpointing", "init_from", "init_vocabulary", "init_moments"},
         )
         if self.init_genes == "random":
             without |= {"init_genes", *(k for k in fields if k.startswith("counted"))}

@@ -18,6 +18,7 @@ from pretrain.architecture import MODERNBERT
 from pretrain.config import RunConfig, load_config
 from pretrain.flops import Gpu, asked_shares, flops_per_token, layer_matrices
 from pretrain.model_config import ModelConfig
+from pretrain.plan_time import MACHINES, step_time
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,6 +36,8 @@ _BUCKET = 64
 # Recorded runs: docs/results.md.
 _BYTES_PER_TOKEN = 2.05
 _LOG_SD = 0.5
+# A published share of peak of another trainer on another GPU.
+_DOUBT_OF_MFU = 1.7
 
 
 @dataclass(frozen=True)
@@ -181,23 +184,26 @@ def checkpoint_bytes(parameters: int, of_muon: int = 0) -> int:
     return parameters * _STATE_BYTES - of_muon * _MUON_SAVES
 
 
+# What a rank sends, in sizes of all gradients (or weights) times (N - 1) / N: for each micro-batch,
+# and once a step. Counted on a cable between two hosts (deepspeed_configs/README.md): stage 0 an
+# all-reduce; stage 1 sums whole gradients (2) and collects weights (1); stages 2 and 3 as counted.
+_SENT = {0: (0.0, 2.0), 1: (0.0, 3.0), 2: (1.6, 2.0), 3: (2.4, 1.5)}
+
+
 def traffic_bytes(
     parameters: int, precision: str, stage: int, gpus: int, passes: int, of_muon: int = 0
 ) -> float:
-    """Return the least that one GPU sends in a step of `passes` micro-batches, by a ring.
+    """Return what one GPU sends in a step of `passes` micro-batches, by a ring, as was counted.
 
-    Gradients once in the weights' precision at stages 0 and 1; at stages 2 and 3 once for every
-    micro-batch, for a rank keeps only its part of the sum. Weights are collected once after the
-    step (1, 2), or twice for every micro-batch (3). An all-reduce is both, 2 (N - 1) / N. Muon's
-    matrices travel once more in float32: a rank's pieces to the owners and back, or, where all
-    ranks hold everything (stage 0), from their owners to all.
+    Gradients travel in the weights' precision, at stages 2 and 3 with every micro-batch, for a rank
+    keeps only its part of the sum. Muon's matrices travel once more in float32: a rank's pieces to
+    the owners and back, or, where all ranks hold everything (stage 0), from their owners to all.
     """
     size = 4 if precision == "fp32" or stage == 0 else 2
     part = (gpus - 1) / gpus * parameters * size
     muon = 4 * (gpus - 1) / gpus * of_muon * (2 / gpus if stage else 1)
-    if stage <= 1:
-        return 2 * part + muon
-    return (part * (passes + 1) if stage == 2 else part * 3 * passes) + muon
+    by_pass, by_step = _SENT[stage]
+    return part * (by_pass * passes + by_step) + muon
 
 
 @dataclass(frozen=True)
@@ -247,6 +253,53 @@ def read_config(config: str, overrides: list[str]) -> RunConfig:
         return load_config(config, [*overrides, *assumed])
 
 
+def has_shards(config: RunConfig) -> bool:
+    """Say whether a configuration of `read_config` names shards."""
+    return config.data.shards != _NOT_GIVEN
+
+
+@dataclass(frozen=True)
+class AssumedCorpus:
+    """A corpus where there are no shards: how many cells, of how many tokens."""
+
+    name: str
+    cells: int
+    mean_tokens: int
+    max_tokens: int
+    vocabulary_size: int
+
+    def sentence(self) -> str:
+        """Return what is assumed."""
+        return (
+            f"assumed, for no shards were given: {self.name}: {self.cells:,} cells of "
+            f"{self.mean_tokens:,} tokens on average, at most {self.max_tokens:,}, vocabulary "
+            f"{self.vocabulary_size:,}; give --shards, or --cells, --mean-tokens, --max-tokens "
+            "and --vocabulary-size"
+        )
+
+
+# Numbers of genes and cells: Geneformer's papers and dictionaries; mean lengths of its tokens.
+_V1 = AssumedCorpus("Genecorpus-30M, vocabulary of V1", 27_400_000, 1_100, 2_048, 25_426)
+_V2 = AssumedCorpus("Genecorpus-104M, vocabulary of V2", 104_000_000, 1_440, 4_096, 20_275)
+_CORPORA = {"geneformer_v2_104m": _V2, "geneformer_v2_316m": _V2, "geneloom_100m": _V2}
+
+
+def assumed_corpus(
+    config: str,
+    cells: int | None,
+    mean_tokens: int | None,
+    max_tokens: int | None,
+    vocabulary_size: int | None,
+) -> AssumedCorpus:
+    """Return the corpus of a supplied recipe (of V1 for any other), with what was said of it."""
+    usual = _CORPORA.get(config, _V1)
+    given = (cells, mean_tokens, max_tokens, vocabulary_size)
+    usual_ones = (usual.cells, usual.mean_tokens, usual.max_tokens, usual.vocabulary_size)
+    values = [u if g is None else g for g, u in zip(given, usual_ones, strict=True)]
+    name = usual.name if not any(given) else f"{usual.name}, but for what was given"
+    return AssumedCorpus(name, *values)
+
+
 def read_corpus(
     config: RunConfig, cells: int, mean_tokens: int, max_tokens: int, vocabulary_size: int
 ) -> tuple[Corpus, int]:
@@ -255,7 +308,7 @@ def read_corpus(
     Lengths of an assumed corpus are log-normal, cut at the maximum, in buckets of 64: with a mean
     of 1,100 about 7 % of the cells reach 2,048, as the paper says of Genecorpus-30M.
     """
-    if config.data.shards != _NOT_GIVEN:
+    if has_shards(config):
         shards = ShardSet(config.data.shards, config.data.cache)
         train = [b for b in shards.manifest["buckets"] if b["split"] == "train"]
         cells, tokens = (sum(b[k] for b in train) for k in ("cells", "tokens"))
@@ -294,8 +347,14 @@ def make_plan(
     tokens_per_second: float | None = None,
     mfu: float | None = None,
     price: float | None = None,
+    assumed: AssumedCorpus | None = None,
 ) -> dict[str, Any]:
     """Return everything that `geneloom plan --json` prints.
+
+    Parameters
+    ----------
+    assumed
+        What the corpus is made of; None: of shards.
 
     Raises
     ------
@@ -310,16 +369,31 @@ def make_plan(
     mean_square = sum(n * length**2 for length, n in corpus.buckets)
     # Attention costs what the padded length does, cell by cell.
     flops = flops_per_token(config, corpus.num_tokens, mean_square / corpus.padded_tokens)
-    share = published_mfu(config.model) if mfu is None else mfu
-    rate = tokens_per_second or share * gpu.flops(precision) / flops * (
-        corpus.tokens / corpus.padded_tokens
-    )
-    steps = config.run.total_steps(corpus.num_steps(config.batch.tokens_per_step))
-    tokens = corpus.tokens / corpus.num_steps(config.batch.tokens_per_step) * steps
-    hours = tokens / (rate * gpus) / 3600
+    usual = 1.0 if gpu.name == "cpu" else published_mfu(config.model)
+    share = usual if mfu is None else mfu
+    steps_per_epoch = corpus.num_steps(config.batch.tokens_per_step)
+    steps = config.run.total_steps(steps_per_epoch)
+    tokens = corpus.tokens / steps_per_epoch * steps
     micro_batch = chosen.micro_batch if chosen else corpus.longest
     passes = -(-config.batch.tokens_per_step // (gpus * micro_batch))
     of_muon = muon_parameters(config)
+    sent = {
+        stage: traffic_bytes(parameters, precision, stage, gpus, passes, of_muon)
+        for stage in range(4)
+    }
+    padded = corpus.padded_tokens / steps_per_epoch / gpus
+    if tokens_per_second:
+        compute, doubt = padded * corpus.tokens / corpus.padded_tokens / tokens_per_second, 1.1
+    else:
+        compute = padded * flops / (share * gpu.flops(precision))
+        doubt = _DOUBT_OF_MFU if mfu is None and gpu.name != "cpu" else 1.25
+    stage = chosen.memory.stage if chosen else 3
+    step = step_time(
+        config, MACHINES[gpu.name], compute, doubt, parameters, stage, gpus, passes, sent[stage],
+        includes_host=bool(tokens_per_second),
+    )  # fmt: skip
+    hours = steps * step.seconds / 3600
+    rate = tokens / (hours * 3600 * gpus)
     return {
         "gpu": gpu.name,
         "gpus": gpus,
@@ -333,7 +407,11 @@ def make_plan(
         "flops_per_padded_token": flops,
         "tokens_per_second_and_gpu": rate,
         "rate_from": "given" if tokens_per_second else f"{share:.1%} of {gpu.name}'s peak",
+        "corpus": assumed.sentence() if assumed else "of the shards",
+        "step_seconds": asdict(step) | {"all": step.seconds},
+        "steps_per_second": 1 / step.seconds,
         "hours": hours,
+        "hours_interval": [steps * s / 3600 for s in step.interval],
         "cost": None if price is None else hours * gpus * price,
         "suggested": asdict(chosen) if chosen else None,
         "memory": [
@@ -342,10 +420,7 @@ def make_plan(
             for m in [memory_per_gpu(config, corpus, max_length, stage, gpus, micro_batch)]
         ],
         "checkpoint_bytes": checkpoint_bytes(parameters, of_muon),
-        "traffic_bytes_per_step": {
-            stage: traffic_bytes(parameters, precision, stage, gpus, passes, of_muon)
-            for stage in range(4)
-        },
+        "traffic_bytes_per_step": sent,
         "loader_bytes_per_second": rate * gpus * corpus.bytes_per_token,
     }
 
@@ -354,6 +429,7 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
     """Print a plan as a table of memory and a few sentences."""
     from rich.table import Table
 
+    console.print(f"corpus: {plan['corpus']}", highlight=False, soft_wrap=True)
     table = Table(title=f"GiB on each of {plan['gpus']} {plan['gpu']}", title_justify="left")
     for name in ("ZeRO", "weights", "gradients", "optimizer", "activations", "logits", "all", ""):
         table.add_column(name, justify="right")
@@ -371,12 +447,17 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
         )
     traffic = ", ".join(f"{s}: {b / 2**20:,.0f}" for s, b in plan["traffic_bytes_per_step"].items())
     cost = "" if plan["cost"] is None else f", cost {plan['cost']:,.0f}"
+    low, high = plan["hours_interval"]
+    parts = {k: v for k, v in plan["step_seconds"].items() if k not in ("all", "doubt") and v}
+    spent = ", ".join(f"{k} {v * 1e3:,.1f}" for k, v in parts.items())
     console.print(
         f"{plan['parameters']:,} parameters, {plan['precision']}; {plan['cells']:,} cells, "
         f"{plan['tokens_per_epoch']:,} tokens an epoch, padding {plan['padding']:.1%}\n"
         f"{suggestion}\n"
-        f"{plan['steps']:,} steps, {plan['tokens']:,} tokens, {plan['hours']:,.1f} hours{cost}: "
+        f"{plan['steps']:,} steps, {plan['tokens']:,} tokens, {plan['hours']:,.1f} hours "
+        f"({low:,.1f} to {high:,.1f}){cost}: {plan['steps_per_second']:,.1f} steps/s, "
         f"{plan['tokens_per_second_and_gpu']:,.0f} tokens/s and GPU ({plan['rate_from']})\n"
+        f"a step, ms: {spent}\n"
         f"a checkpoint {plan['checkpoint_bytes'] / GIB:,.2f} GiB; sent by a GPU each step, MiB by "
         f"ZeRO stage: {traffic}; read {plan['loader_bytes_per_second'] / 2**20:,.1f} MiB/s in all",
         highlight=False,

@@ -287,9 +287,11 @@ def _point_latest(root: Path, name: str) -> None:
 
 
 def _remove_old(root: Path, config: CheckpointConfig) -> None:
+    """Remove what need not stay: neither new, nor of a step that stays, nor among the best."""
     every = config.keep_every_steps
+    stay = set(checkpoint.best_first(checkpoint.heldout_losses(root))[: config.keep_best])
     for folder in sorted(root.glob("step-*"), reverse=True)[config.keep :]:
-        if every is None or int(folder.name.removeprefix("step-")) % every:
+        if folder not in stay and (every is None or checkpoint.step_of(folder) % every):
             # Renamed first: a half-deleted folder must not look like a checkpoint.
             trash = root / f".{folder.name}.trash"
             try:

@@ -50,6 +50,21 @@ def run_record(
     }
 
 
+def step_record(
+    done: int, seed: int, steps_per_epoch: int, heldout_loss: float | None
+) -> dict[str, Any]:
+    """Return what a checkpoint says of its step: where in the order of cells, and how good."""
+    epoch, within = divmod(done, steps_per_epoch)
+    return {
+        "step": done,
+        "position": {
+            "seed": seed, "epoch": epoch, "step_in_epoch": within,
+            "steps_per_epoch": steps_per_epoch,
+        },
+        "heldout_loss": heldout_loss,
+    }  # fmt: skip
+
+
 def write_run_files(
     config: RunConfig,
     ds_config: dict,

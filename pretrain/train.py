@@ -7,12 +7,12 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from data_prep.owner import Owner
 from data_prep.shards import ShardSet
 from pretrain import dist
-from pretrain.checkpoint import Checkpoint
+from pretrain.checkpoint import Checkpoint, Which
 from pretrain.config import RunConfig
 from pretrain.data import RankStep, StepDataset, steps_in_background
 from pretrain.dist import Ranks
@@ -20,12 +20,13 @@ from pretrain.ds_config import derive_ds_config
 from pretrain.ended import recorded_end
 from pretrain.engine import Engine, StepLoss
 from pretrain.evaluate import Heldout, heldout_evaluation, heldout_history, log_heldout
-from pretrain.faults import stop_not_finite
+from pretrain.faults import Skips, stop_not_finite
 from pretrain.metrics import RunLog, console_line, meter_of, read_metrics
 from pretrain.optim import require_reachable_peak
 from pretrain.publish import Publisher
-from pretrain.record import run_record, write_run_files
-from pretrain.resume import agreed_start
+from pretrain.record import run_record, step_record, write_run_files
+from pretrain.resume import Resume, agreed_start
+from pretrain.same_world import agreed_world
 from pretrain.step_profile import mark, profiled
 from pretrain.stop import StopRequest
 from pretrain.watch import Watch
@@ -38,7 +39,8 @@ class RunSummary:
     """What a run did; `stopped` is True when a signal ended it early.
 
     `losses` of genes and `cell_losses` are means of each step, 0 where nothing is asked; the counts
-    of cells are of all steps of the run, those before a resume included (digest: see `RankStep`).
+    of cells are of all steps of the run but those skipped, those before a resume included (digest:
+    see `RankStep`).
     """
 
     first_step: int
@@ -52,10 +54,12 @@ class RunSummary:
     heldout: dict[str, Any] = field(default_factory=dict)
     stopped: bool = False
 
-    def add(self, counts: dict[str, int], loss: StepLoss) -> None:
+    def add(self, counts: dict[str, int], loss: StepLoss, skipped: bool) -> None:
         """Add what one step served, and its losses."""
         self.losses.append(loss.loss / counts["masked"])
         self.cell_losses.append(loss.cell_loss / counts["scored"])
+        if skipped:
+            return
         self.cells_seen += counts["cells"]
         self.cells_digest = (self.cells_digest + counts["digest"]) % 2**64
         self.cells_quarantined += counts["quarantined"]
@@ -70,8 +74,8 @@ class RunSummary:
 
 
 def train(
-    config: RunConfig, resume: bool | Literal["if-saved"] = False, allow_changes: bool = False,
-    profile: int = 0,
+    config: RunConfig, resume: Resume = False, allow_changes: bool = False, profile: int = 0,
+    from_step: Which = None,
 ) -> RunSummary:  # fmt: skip
     """Pretrain on this process's share of every batch; called by every rank.
 
@@ -84,28 +88,31 @@ def train(
         Resume although the recipe or the shards changed.
     profile
         Steps to profile, see `pretrain.step_profile`.
+    from_step
+        Resume from this checkpoint instead of the newest; those after it are set aside.
 
     Raises
     ------
     ValueError
-        Wrong settings or data, before anything is written.
+        Wrong settings or data, or ranks that differ, before anything is written.
     NotFinite
         Loss or gradient norm is not finite; nothing was saved after it.
     CheckpointFailed
         A checkpoint could not be written.
     """
-    ds_config = derive_ds_config(config)  # first, for it may be refused
+    ds_config = derive_ds_config(config)
     with StopRequest() as stop:
         ranks = dist.start(config.run.collective_timeout_s, config.run.threads)
         with (
             Watch(ranks, config.run.heartbeat_s, config.run.stall_limit_s) as watch,
             Owner(config.run.out, "pretrain") as owner,
         ):
-            shards = ShardSet(config.data.shards, config.data.cache)
+            shards = agreed_world(config, ds_config, ranks)
             dataset = _dataset(config, shards, ranks)
             steps = config.run.total_steps(dataset.plan.steps_per_epoch)
             require_reachable_peak(config.optim, steps)
-            last = agreed_start(config, shards, steps, resume, allow_changes, ranks, owner)
+            start = resume, from_step
+            last = agreed_start(config, shards, steps, start, allow_changes, ranks, owner)
             # Reads shards and may refuse them: before anything is written.
             heldout = heldout_evaluation(shards, config, ranks)
             engine = Engine(config, ds_config, shards, ranks, last)
@@ -151,6 +158,7 @@ class _Run:
             self.summary.cells_seen = last.record["cells_seen"]
             self.summary.cells_digest = int(last.record["cells_digest"], 16)
             self.summary.cells_quarantined = last.record["cells_quarantined"]
+        self._skips, self._evaluated = Skips(config.run, last), -1
         self._record = run_record(config, shards, ranks.world_size, engine.stage, *engine.start)
         self.publisher = Publisher(
             config.run.out, ranks, config.checkpoint, engine.state_bytes,
@@ -181,14 +189,17 @@ class _Run:
             watch.progress(step)
             counts = self._agree(data, stop.was_asked())
             loss = self._engine.forward_backward(data, step, counts["masked"], counts["scored"])
-            self._require_finite(loss.loss + loss.cell_loss, "loss", step, data, loss)
+            skipped = self._is_skipped(loss.loss + loss.cell_loss, "loss", step, data, loss)
+            if skipped:
+                self._engine.discard(data)
             rates, norm = self._engine.step(step, steps)
-            self._require_finite(norm, "gradient norm", step, data, loss)
+            skipped = skipped or self._is_skipped(norm, "gradient norm", step, data, loss)
             done = summary.last_step = step + 1
-            summary.add(counts, loss)
+            summary.add(counts, loss, skipped)
             seconds = time.perf_counter() - started + wait_s
-            self._meter.add(counts, data.length, *loss.sums, wait_s, seconds)
-            if done % config.run.log_every_steps == 0 or done == steps:
+            if not skipped:
+                self._meter.add(counts, data.length, *loss.sums, wait_s, seconds)
+            if (done % config.run.log_every_steps == 0 or done == steps) and self._meter.has_steps:
                 self._log_window(done, {"grad_norm": norm} | rates)
             summary.stopped = bool(counts["stop"]) and done < steps
             if done % config.evaluation.every_steps == 0 or done == steps:
@@ -200,9 +211,8 @@ class _Run:
         self.publisher.close()
         self._log_checkpoints()
         if summary.stopped:
-            logger.info(
-                "stopped at step %d of %d; continue with --resume", summary.last_step, steps
-            )
+            done = summary.last_step
+            logger.info("stopped at step %d of %d; continue with --resume", done, steps)
         if self._log:
             self._log.close()
 
@@ -243,31 +253,44 @@ class _Run:
         # 0 if all cells of the step are quarantined: a step of momentum and decay alone.
         return counts | {k: max(counts[k], 1) for k in ("masked", "scored")}
 
-    def _require_finite(
+    def _is_skipped(
         self, value: float, what: str, step: int, data: RankStep, loss: StepLoss
-    ) -> None:
-        if not math.isfinite(value):
+    ) -> bool:
+        """Return whether a step's update is left out, for a value that is not finite, or stop."""
+        if math.isfinite(value):
+            return False
+        problem = f"{what} is {value}"
+        if not self._skips.may_skip(step):
             self.publisher.close()  # what is being written was made of good steps
             stop_not_finite(
-                f"{what} is {value}", step, data, loss.own, self._config.run.out, self._shards,
-                self._ranks,
+                problem, step, data, loss.own, self._config.run.out, self._shards, self._ranks,
+                self._skips,
             )  # fmt: skip
+        said = self._skips.skip(problem, step, data, loss.own, self._shards, self._ranks)
+        if self._log:
+            self._log.write("skipped", step + 1, said)
+        return True
 
     def _log_window(self, done: int, values: dict[str, float]) -> None:
         values = self._meter.close_window(done) | values
         values["epoch"] = done / self._dataset.plan.steps_per_epoch
         self._log_checkpoints()
         if self._log:
-            self._log.write("train", done, values | self.summary.cells_record())
+            counted = self.summary.cells_record() | {"skipped_steps": len(self._skips.steps)}
+            self._log.write("train", done, values | counted)
             logger.info(console_line(done, self._steps, values))
 
     def _evaluate(self, done: int, watch: Watch) -> None:
+        self._evaluated = done
         result = self.summary.heldout = self._heldout.run(self._engine.deepspeed, watch.progress)
         if self._log:
             log_heldout(self._log, self._history, done, self._steps, result, self._heldout)
 
     def _save(self, done: int) -> None:
-        content = self._record | self.summary.cells_record() | {"step": done}
+        heldout = self.summary.heldout.get("loss") if self._evaluated == done else None
+        seed, per_epoch = self._config.run.seed, self._dataset.plan.steps_per_epoch
+        at = step_record(done, seed, per_epoch, heldout) | self._skips.record(done)
+        content = self._record | self.summary.cells_record() | at
         self.publisher.save(self._engine.deepspeed, self._engine.stage, content)
 
     def _log_checkpoints(self) -> None:

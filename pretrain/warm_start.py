@@ -9,27 +9,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
-from data_prep.shards import file_sha256
 from data_prep.vocab import Vocabulary
 from pretrain.architecture import architecture_conflicts, read_architecture
 from pretrain.encoders import Architecture, architecture_of
 from pretrain.export import (
     RECORD_NAME,
-    UNREADABLE,
-    WEIGHT_FILES,
     folder_vocabulary,
     require_belonging,
     token_dictionary,
-    weight_file,
 )
 from pretrain.model import MaskedGeneModel
 from pretrain.model_config import ModelConfig
+from pretrain.stored_weights import StoredWeights, stored_sha256, stored_weights
 
 logger = logging.getLogger(__name__)
 
-_LFS_POINTER = b"version https://git-lfs"
 _MAX_EXAMPLES = 10
 # A gene's median moved if it did more than rounding can; the scale of all medians is no matter.
 _MEDIAN_TOLERANCE = 1e-6
@@ -63,27 +58,52 @@ def start_weights(
     """
     folder = config.init_from
     assert folder is not None
+    stored, source = opened(model, config, prior)
+    record = compared(folder, stored, model, vocabulary, source)
+    rows = torch.from_numpy(source_rows(vocabulary, source))
+    kind, parameters = architecture_of(model.bert), dict(model.bert.named_parameters())
+    _fill(parameters, stored.tensors, rows, vocabulary.first_gene_token, kind)
+    return record
+
+
+def opened(
+    model: MaskedGeneModel, config: ModelConfig, prior: str
+) -> tuple[StoredWeights, Vocabulary]:
+    """Return weights and vocabulary of ``config.init_from``; errors as `start_weights`."""
+    folder = config.init_from
+    assert folder is not None
     _require_same_prior(folder, prior)
     theirs = read_architecture(folder / "config.json")
     for conflict in architecture_conflicts(config.model_dump(), folder, theirs):
         raise ValueError(conflict)
     source = folder_vocabulary(folder, config.init_vocabulary)
-    path = weight_file(folder)
-    kind = architecture_of(model.bert)
-    tensors = _read_tensors(path, kind)
-    parameters = dict(model.bert.named_parameters())
-    _require_complete(path, tensors, parameters, kind)
-    require_belonging(folder, len(tensors[kind.embedding]), source)
+    kind, parameters = architecture_of(model.bert), dict(model.bert.named_parameters())
+    stored = stored_weights(folder, kind, parameters)
+    _require_complete(stored.path, stored.tensors, parameters, kind)
+    require_belonging(folder, len(stored.tensors[kind.embedding]), source)
+    return stored, source
+
+
+def compared(
+    folder: Path,
+    stored: StoredWeights,
+    model: MaskedGeneModel,
+    vocabulary: Vocabulary,
+    source: Vocabulary,
+) -> dict[str, Any]:
+    """Return the record of a start from stored weights; ValueError if genes hardly match."""
     rows = source_rows(vocabulary, source)
     genes = _compare_genes(vocabulary, source, rows)
     _require_related(folder, genes, min(len(vocabulary.genes), len(source.genes)))
-    _fill(parameters, tensors, torch.from_numpy(rows), vocabulary.first_gene_token, kind)
+    kind, parameters = architecture_of(model.bert), dict(model.bert.named_parameters())
     # Where positions are rotary there is nothing to copy.
-    own, stored = (len(x[kind.positions]) if kind.positions else 0 for x in (parameters, tensors))
+    own, there = (
+        len(x[kind.positions]) if kind.positions else 0 for x in (parameters, stored.tensors)
+    )
     return {
         "folder": str(folder.resolve()),
-        "weights_file": path.name,
-        "weights_sha256": file_sha256(path),
+        "weights_file": stored.path.name,
+        "weights_sha256": stored.sha256,
         "vocabulary_sha256": source.sha256,
         "genes": genes,
         "medians": _compare_medians(vocabulary, source, rows),
@@ -92,9 +112,9 @@ def start_weights(
             "dropped": sorted(source.special_tokens.keys() - vocabulary.special_tokens.keys()),
         },
         "positions": {
-            "copied": min(own, stored),
-            "new": max(0, own - stored),
-            "cut": max(0, stored - own),
+            "copied": min(own, there),
+            "new": max(0, own - there),
+            "cut": max(0, there - own),
         },
     }
 
@@ -134,7 +154,8 @@ def describe(record: dict[str, Any]) -> str:
             f"are others (half of them by more than {medians['typical_change']:.2g}): the same "
             "cell gives another order of genes than the weights were trained on"
         )
-    return f"start from {record['folder']} ({record['weights_sha256'][:12]}): " + "; ".join(parts)
+    verb = f"go on at step {record['continued']['step']}" if "continued" in record else "start"
+    return f"{verb} from {record['folder']} ({record['weights_sha256'][:12]}): " + "; ".join(parts)
 
 
 def log_start(record: dict[str, Any]) -> None:
@@ -169,35 +190,13 @@ def require_same_start(record: dict[str, Any], config: ModelConfig, allow_change
 
 def _other_weights(before: dict[str, Any], folder: Path) -> str | None:
     was = f"from {before['folder']} with weights {before['weights_sha256'][:12]}"
-    present = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
-    if not present:
+    found = stored_sha256(folder)
+    if found is None:
         same = str(folder.resolve()) == before["folder"]
         return None if same else f"{was}; model.init_from={folder} holds no weights to compare"
-    found = file_sha256(present[0])
     if found == before["weights_sha256"]:
         return None
     return f"{was}; model.init_from={folder} holds {found[:12]}; --allow-changes goes on regardless"
-
-
-def _read_tensors(path: Path, kind: Architecture) -> dict[str, torch.Tensor]:
-    """Return float32 tensors by name, each once; pickled files may hold tensors only."""
-    with path.open("rb") as file:
-        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise ValueError(f"{path}: is a git-lfs pointer, not the file; run `git lfs pull`")
-    try:
-        if path.suffix == ".safetensors":
-            stored = load_file(path)
-        else:
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-        tensors = {name: tensor.float() for name, tensor in stored.items()}
-    except UNREADABLE as error:
-        raise ValueError(f"{path}: the weights cannot be read ({error})") from error
-    for copy, name in kind.tied.items():
-        if copy in tensors:
-            twin = tensors.pop(copy)
-            if not torch.equal(tensors.setdefault(name, twin), twin):
-                raise ValueError(f"{path}: {copy} differs from {name}; only tied heads are known")
-    return {k: t for k, t in tensors.items() if not k.startswith(kind.not_used)}
 
 
 def _require_complete(

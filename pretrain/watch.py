@@ -20,7 +20,6 @@ import sys
 import threading
 import time
 import traceback
-import uuid
 from pathlib import Path
 from types import TracebackType
 
@@ -28,6 +27,7 @@ from data_prep.errors import EXIT_FAILED, SharedFailure
 from data_prep.launchers import launcher_is_gone
 from pretrain import dist
 from pretrain.dist import Ranks
+from pretrain.signed import Signer
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Watch:
         self._limit_s, self._stall_s = limit_s, stall_s
         self._step: int | None = None
         self._rounds_in_step = 0
-        self._has_said_where = False
+        self._has_said_where = self._has_warned = False
         self._rounds = 0
         self._is_hurried = False
         self._stopped = threading.Event()
@@ -73,7 +73,8 @@ class Watch:
         self._threads: list[threading.Thread] = []
         if limit_s > 0 and self._others:
             # Names of its own: torchrun's store outlives the processes that it starts again.
-            self._store = dist.open_store(dist.first_rank_says(uuid.uuid4().hex))
+            self._signer = Signer(dist.run_secret())
+            self._store = dist.open_store(self._signer.name)
             # With a slow name server a connection takes seconds, and the store answers nobody.
             dist.wait_for_all()
             for work in (self._talk, self._look_at_talk):
@@ -155,8 +156,7 @@ class Watch:
                 self._store.add(f"beats/{self._rank}", 1)
                 now = self._store.add(f"beats/{self._next}", 0)
                 self._is_hurried |= self._store.add("suspicions", 0) > 0
-                if self._store.add("failures", 0):
-                    failure = self._store.get("failure").decode()
+                if self._store.add("failures", 0) and (failure := self._told_failure()):
                     # Rank 0 holds the store: it stays until the others have heard it too.
                     self._report(failure, self._others + 1)
                     self._end(failure)
@@ -239,11 +239,24 @@ class Watch:
     def _silence(self, who: str) -> str:
         return f"{who} gave no sign of life for {self._patience() * self._interval_s:.1f} s"
 
+    def _told_failure(self) -> str | None:
+        """Return what a rank of this run has told of a failure; what others wrote is no news."""
+        if not self._store.check(["failure"]):
+            return None
+        text = self._signer.opened(self._store.get("failure"))
+        if text is None and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "rank %d: somebody who is no rank of this run has written a failure into its "
+                "store at %s; it is ignored", self._rank, os.environ["MASTER_ADDR"],
+            )  # fmt: skip
+        return text
+
     def _report(self, text: str, listeners: int) -> None:
         """Tell all ranks; the first report counts. `listeners`: who can hear it, this rank too."""
         try:
-            if self._store.add("reports", 1) == 1:
-                self._store.set("failure", text)
+            if self._store.add("reports", 1) == 1 or self._told_failure() is None:
+                self._store.set("failure", self._signer.sign(text))
                 self._store.add("failures", 1)
             heard = self._store.add("heard", 1)
             for _ in range(4 * _ROUNDS_TO_HEAR):

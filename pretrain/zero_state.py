@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -203,7 +204,26 @@ class FragmentReader:
         return out
 
 
-def load_weights(module: torch.nn.Module, reader: FragmentReader) -> None:
+class Reader(Protocol):
+    """What ranges of flat parameters and moments are read from."""
+
+    def read(self, kind: str, name: str, start: int, numel: int) -> torch.Tensor:
+        """Return float32 [numel], a range of a flat parameter or moment."""
+        ...
+
+
+class Renamed:
+    """A reader whose parameters have other names: `names`, name asked for -> name there."""
+
+    def __init__(self, reader: Reader, names: dict[str, str]) -> None:
+        self._reader, self._names = reader, names
+
+    def read(self, kind: str, name: str, start: int, numel: int) -> torch.Tensor:
+        """Return float32 [numel], a range of a flat parameter or moment."""
+        return self._reader.read(kind, self._names[name], start, numel)
+
+
+def load_weights(module: torch.nn.Module, reader: Reader) -> None:
     """Fill a module with fp32 weights, before DeepSpeed takes it."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -211,9 +231,7 @@ def load_weights(module: torch.nn.Module, reader: FragmentReader) -> None:
             parameter.copy_(flat.view_as(parameter))
 
 
-def restore_training_state(
-    engine, stage: int, rank: int, reader: FragmentReader, step: int
-) -> None:
+def restore_training_state(engine, stage: int, rank: int, reader: Reader, step: int) -> None:
     """Fill master weights, moments and step count of an engine whose module has the weights."""
     ensure_moments(engine, stage, step)
     read: Callable[[str, Fragment], torch.Tensor] = lambda kind, f: reader.read(  # noqa: E731

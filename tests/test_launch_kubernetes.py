@@ -228,3 +228,8 @@ def test_pods_save_when_evicted_and_resume(shards, tmp_path):
                 pod.kill()
     rows = metrics(config.run.out, "train")
     assert [r["step"] for r in rows] == list(range(1, 151))
+
+
+def test_a_chosen_step_is_refused_where_starts_cannot_be_told_apart():
+    with pytest.raises(ValueError, match="--step: a pod that comes back"):
+        render(job(), "pretrain", [*SETTINGS, "--resume", "--step=best"])

@@ -190,6 +190,12 @@ def test_folders_and_arguments_of_verbs(tmp_path):
     given = ["--config", "tiny", "data.shards=x", f"run.out={tmp_path}/r", "--resume"]
     assert check_and_find_folder("pretrain", given) == tmp_path / "r"
     assert to_go_on("pretrain", given) == [*given[:-1], "--restart"]
+    # A step that was chosen is gone back to once, not by each start.
+    for step in (["--step", "500"], ["--step=best"]):
+        assert to_go_on("pretrain", [*given, *step]) == [*given[:-1], "--restart"]
+    (tmp_path / "from").mkdir()
+    with pytest.raises(ValueError, match="from: no config.json"):
+        check_and_find_folder("pretrain", [*given, "--resume-from", f"{tmp_path}/from"])
     assert check_and_find_folder("perturb", ["cells", f"--out={tmp_path}/o"]) == tmp_path / "o"
     assert to_go_on("perturb", ["cells"]) == ["cells"]
     with pytest.raises(ValueError, match="--out is missing"):

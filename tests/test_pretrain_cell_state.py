@@ -127,6 +127,6 @@ def test_an_export_without_its_shards_says_so(trained: Path, tmp_path: Path):
     assert "no cell state: " in export(run, tmp_path / "model")
     assert not (tmp_path / "model" / "cell_state.safetensors").exists()
     with pytest.raises(ValueError, match="--shards"):
-        export(run, tmp_path / "other", tmp_path / "moved")
+        export(run, tmp_path / "other", shards=tmp_path / "moved")
     assert not (tmp_path / "other").exists()
     assert "no cell state" in export(run, tmp_path / "third", state_cells=0)

@@ -1,6 +1,7 @@
 """``geneloom plan``: arithmetic against real models, saved tensors and DeepSpeed's estimator."""
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from pretrain.flops import GPUS, flops_per_token
 from pretrain.plan import (
     Corpus,
     activation_bytes,
+    assumed_corpus,
     checkpoint_bytes,
     choose,
     make_plan,
@@ -23,6 +25,7 @@ from pretrain.plan import (
     read_corpus,
     traffic_bytes,
 )
+from pretrain.plan_time import MACHINES, step_time
 from tests.ranks import run_ranks
 from tests.runs import run_training, tiny_config
 from tests.saved_tensors import kept_for_backward
@@ -161,11 +164,100 @@ def test_a_cell_objective_costs_a_whole_last_layer_and_a_row_of_logits_a_cell():
     assert logits[1] > logits[0] > logits[2] > 0
 
 
-def test_traffic_of_a_ring():
-    assert traffic_bytes(100, "fp32", 1, 1, 3) == 0
-    assert traffic_bytes(100, "fp32", 0, 2, 3) == 400
-    assert traffic_bytes(100, "bf16", 1, 4, 1) == 300
-    assert traffic_bytes(100, "bf16", 3, 4, 2) == 3 * 2 * 150
+# What was counted on a cable between two hosts: bytes a parameter and step of each of two ranks.
+COLUMNS = [("fp32", 1), ("bf16", 1), ("bf16", 4)]
+
+
+def counted_traffic() -> dict[tuple[int, str, int], float]:
+    """Return (stage, precision, micro-batches) -> bytes, from the table of the page."""
+    found = {}
+    for line in (ROOT / "deepspeed_configs" / "README.md").read_text().splitlines():
+        cells = [c.strip() for c in line.strip("|").split("|")]
+        if cells[0] in {f"`zero{n}.json`" for n in range(4)} and len(cells) == 4:
+            for (precision, passes), text in zip(COLUMNS, cells[1:], strict=True):
+                if text:
+                    found[int(cells[0][5]), precision, passes] = float(text)
+    return found
+
+
+def test_traffic_is_what_was_counted():
+    counted = counted_traffic()
+    assert len(counted) == 10
+    for (stage, precision, passes), expected in counted.items():
+        planned = traffic_bytes(1000, precision, stage, 2, passes) / 1000
+        assert planned == pytest.approx(expected, rel=0.02), (stage, precision, passes)
+        assert traffic_bytes(1000, precision, stage, 1, passes) == 0
+
+
+def recorded() -> list[tuple[str, str, int, int, float, float, int]]:
+    """Return recorded steps on CPUs: recipe, precision, stage, ranks, padded tokens of a rank,
+    seconds, padded length."""
+    folder = ROOT / "docs" / "benchmarks"
+    found = []
+    for name in ("zero_cpu", "zero_cpu_104m", "zero_cpu_316m", "scaling_cpu"):
+        for c in json.loads((folder / f"{name}.json").read_text())["cases"]:
+            tokens = c["padded_tokens"]
+            of = c["model"], c["precision"], c["stage"], c["world"]
+            found.append((*of, tokens, c["wall_s"], tokens))
+    runs = json.loads((folder / "pretrain_cpu.json").read_text())
+    for precision in ("fp32", "bf16"):
+        case = runs[precision]["ours, published dropout"]
+        of = "geneformer_v1_6l", precision, 1, 1
+        found.append((*of, case["padded_tokens"], statistics.median(case["seconds"]), 1152))
+    return found
+
+
+@pytest.mark.parametrize("run", recorded(), ids=lambda r: f"{r[0]}-{r[1]}-zero{r[2]}-{r[3]}-{r[4]}")
+def test_time_of_recorded_runs(run):
+    """Within a quarter. Two numbers of a core, one for each precision, were found with them."""
+    name, precision, stage, ranks, tokens, seconds, length = run
+    changes = [f"run.precision={precision}", "model.activation_checkpointing=false"]
+    config = read_config(name, changes)
+    parameters = num_parameters(config.model, 25_426, 2048)
+    compute = tokens * flops_per_token(config, 25_426, length) / GPUS["cpu"].flops(precision)
+    sent = traffic_bytes(parameters, precision, stage, ranks, 1)
+    found = step_time(config, MACHINES["cpu"], compute, 1.25, parameters, stage, ranks, 1, sent)
+    assert found.seconds == pytest.approx(seconds, rel=0.25)
+    low, high = found.interval
+    assert low < seconds < high
+
+
+def test_small_models_wait_for_kernels_and_network():
+    """What the arithmetic alone would promise: 250 steps a second of 16 H100."""
+    config = read_config("geneformer_v1_6l", ["run.precision=bf16"])
+    corpus, length = read_corpus(config, 27_400_000, 1_100, 2_048, 25_426)
+    many, one = (make_plan(config, corpus, length, GPUS["h100"], n) for n in (16, 1))
+    parts = many["step_seconds"]
+    assert 1 / parts["compute"] > 200 > 2 * many["steps_per_second"]
+    assert parts["network"] > 0 == one["step_seconds"]["network"]
+    for plan in (many, one):
+        low, high = plan["hours_interval"]
+        assert low < plan["hours"] < high
+    # A rate that was measured in a run holds what a run waits for.
+    given = make_plan(config, corpus, length, GPUS["h100"], 1, tokens_per_second=1e6)
+    assert given["tokens_per_second_and_gpu"] == pytest.approx(1e6)
+    assert given["hours_interval"][1] < 1.2 * given["hours"]
+
+
+def test_a_recipe_has_its_own_corpus_and_says_so():
+    names = ("geneformer_v1_6l", "geneformer_v2_104m")
+    small, large = (assumed_corpus(name, None, None, None, None) for name in names)
+    assert (small.cells, small.vocabulary_size) == (27_400_000, 25_426)
+    assert (large.cells, large.vocabulary_size) == (104_000_000, 20_275)
+    other = assumed_corpus("geneformer_v2_104m", 5_000_000, None, None, None)
+    assert (other.cells, other.max_tokens) == (5_000_000, 4_096)
+    assert other.sentence().startswith("assumed, for no shards were given: Genecorpus-104M")
+    assert "but for what was given: 5,000,000 cells of 1,440 tokens" in other.sentence()
+
+
+def test_shards_are_named_by_an_option(shards, capsys):
+    from pretrain.cli import plan_command
+
+    plan_command("tiny", ["run.out=x"], shards=shards)
+    assert capsys.readouterr().out.startswith("corpus: of the shards\n")
+    plan_command("geneformer_v2_104m", ["run.precision=bf16"], gpus=8)
+    shown = capsys.readouterr().out
+    assert shown.startswith("corpus: assumed, for no shards were given: Genecorpus-104M")
 
 
 def test_checkpoint_is_as_large_as_planned(shards, tmp_path):

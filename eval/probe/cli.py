@@ -20,6 +20,7 @@ from eval.cli import (
     conditions,
     quiet,
 )
+from pretrain.cli import StepOption, chosen_step
 
 
 @reading_options(*MATRIX)
@@ -47,6 +48,7 @@ def probe_command(
     shards: Annotated[
         Path | None, typer.Option(help="of the pretraining, where the folder has no corpus SVD")
     ] = None,
+    step: StepOption = None,
     vocab: VocabOption = None,
     bf16: Bf16Option = False,
     tokens_per_batch: Annotated[int, typer.Option(min=64, help="padded tokens")] = 16_384,
@@ -69,7 +71,9 @@ def probe_command(
         _numbers(cells_a_class), seeds, random_models, max_cells,
         conditions(only), tokens_per_batch, choose_device(device), bf16,
     )  # fmt: skip
-    probe = probe_cells(model, cells, label, donor, shards, vocab, settings, reading)
+    probe = probe_cells(
+        model, cells, label, donor, shards, vocab, settings, reading, chosen_step(step)
+    )
     page = write_probe(probe, out) if out else None
     if as_json:
         print(json.dumps(probe.record, indent=1))

@@ -42,16 +42,25 @@ class ProbedModel:
         return self.folder.resolve().name
 
 
-def open_probed(folder: Path, vocabulary: Path | None) -> ProbedModel:
+def open_probed(
+    folder: Path, vocabulary: Path | None, step: checkpoint.Which = None
+) -> ProbedModel:
     """Return the models of a folder of ``geneloom export`` or ``pretrain``, or of Geneformer's.
+
+    Parameters
+    ----------
+    step
+        Of a run folder the checkpoint of this step, or the best; None: all.
 
     Raises
     ------
     ValueError
-        The folder holds no model, or a run without a complete checkpoint.
+        The folder holds no model, or a run without a complete checkpoint or that one.
     """
     if (folder / "shards_manifest.json").exists() and not (folder / "config.json").exists():
-        return _open_run(folder)
+        return _open_run(folder, step)
+    if step is not None:
+        raise ValueError(f"--step {step}: {folder} is no run folder, it holds one model")
     network, found = load_exported(folder, vocabulary)
     record = folder / RECORD_NAME
     content = json.loads(record.read_text()) if record.exists() else {}
@@ -60,9 +69,10 @@ def open_probed(folder: Path, vocabulary: Path | None) -> ProbedModel:
     return ProbedModel(folder, found, names, ((content.get("step"), lambda: network),), state)
 
 
-def _open_run(run: Path) -> ProbedModel:
+def _open_run(run: Path, step: checkpoint.Which) -> ProbedModel:
     loaders = []
-    for folder in sorted((run / "checkpoints").glob("step-*")):
+    folders = sorted((run / "checkpoints").glob("step-*"))
+    for folder in [checkpoint.find(run, step).folder] if step is not None else folders:
         if problem := checkpoint.damage(folder):
             logger.warning("checkpoint %s is skipped: %s", folder, problem)
             continue

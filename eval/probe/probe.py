@@ -26,6 +26,7 @@ from eval.probe.features import CELL_STATE, CORPUS_SVD, LAST, cell_features, fro
 from eval.probe.models import ProbedModel, open_probed
 from eval.splits import repeated_cells
 from pretrain.cell_state import NUM_COUNTED, fit_cell_state, reduced
+from pretrain.checkpoint import Which
 from pretrain.corpus_svd import FILE_NAME, NUM_COMPONENTS, CorpusSvd, corpus_svd
 from pretrain.encoders import encoder_of
 from pretrain.export import random_twin
@@ -101,6 +102,7 @@ def probe_cells(
     vocabulary: Path | None = None,
     settings: ProbeSettings = ProbeSettings(),  # noqa: B008  frozen
     options: SourceOptions = SourceOptions(),  # noqa: B008  frozen
+    step: Which = None,
 ) -> Probe:
     """Return how well frozen states of a model, and its neighbours, tell the classes of cells.
 
@@ -119,6 +121,8 @@ def probe_cells(
         Geneformer's dictionaries, for folders without ``vocabulary.json``.
     options
         Of the file; its columns are chosen here.
+    step
+        Of a run folder this checkpoint alone, or the best.
 
     Raises
     ------
@@ -126,7 +130,7 @@ def probe_cells(
         The folder holds no model, the file no counts or no such column, or fewer than two classes
         have enough cells.
     """
-    probed = open_probed(Path(model), vocabulary)
+    probed = open_probed(Path(model), vocabulary, step)
     opened = None if shards is None else _open_shards(Path(shards), probed)
     svd, missing = find_svd(probed, opened)
     state_svd = probed.state.svd if probed.state else opened and corpus_svd(opened, NUM_COUNTED)
