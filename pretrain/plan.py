@@ -392,6 +392,7 @@ def make_plan(
         config, MACHINES[gpu.name], compute, doubt, parameters, stage, gpus, passes, sent[stage],
         includes_host=bool(tokens_per_second),
     )  # fmt: skip
+    source = "given" if tokens_per_second else f"arithmetic at {share:.1%} of {gpu.name}'s peak"
     hours = steps * step.seconds / 3600
     rate = tokens / (hours * 3600 * gpus)
     return {
@@ -406,9 +407,7 @@ def make_plan(
         "tokens": round(tokens),
         "flops_per_padded_token": flops,
         "tokens_per_second_and_gpu": rate,
-        "rate_from": "given"
-        if tokens_per_second
-        else f"arithmetic at {share:.1%} of {gpu.name}'s peak",
+        "rate_from": source,
         "corpus": assumed.sentence() if assumed else "of the shards",
         "step_seconds": asdict(step) | {"all": step.seconds},
         "steps_per_second": 1 / step.seconds,
