@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from data_prep.shards import file_sha256
 from pretrain.architecture import ARCHITECTURE, BERT
-from pretrain.zero_state import FragmentReader, Reader
+from pretrain.zero_state import FragmentReader
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Checkpoint:
         """Held-out loss after just this step, None where it was not measured or not recorded."""
         return self.record.get("heldout_loss")
 
-    def reader(self) -> Reader:
+    def reader(self) -> FragmentReader:
         """Return a reader over the files of all ranks."""
         return FragmentReader([self.folder / f["name"] for f in self.record["files"]])
 

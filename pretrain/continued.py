@@ -23,8 +23,8 @@ class ForeignCheckpoint(Checkpoint):
 
     source: Reader
 
-    def reader(self) -> Reader:
-        """Return a reader over the files of all ranks, by the names that a run's model has."""
+    def reader(self) -> Any:
+        """Return a `Reader` of the files of all ranks, by the names that a run's model has."""
         return self.source
 
 

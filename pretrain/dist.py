@@ -121,7 +121,9 @@ def _join(backend: str, gpu: int, timeout: timedelta) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store, uses = _meeting_store(rank == 0, timeout)
     name = Signer(os.environ.get(TOKEN, "")).name
-    more = {"device_id": torch.device("cuda", gpu)} if backend == "nccl" and world_size > 1 else {}
+    more: dict[str, Any] = {}
+    if backend == "nccl" and world_size > 1:  # as DeepSpeed does
+        more = {"device_id": torch.device("cuda", gpu)}
     torch.distributed.init_process_group(
         backend, store=PrefixStore(f"{name}/{uses}", store), rank=rank, world_size=world_size,
         timeout=timeout, **more,
@@ -191,7 +193,7 @@ def _no_connection(error: RuntimeError) -> ConnectionError:
     )
 
 
-def start_without_others(store: torch.distributed.Store, rank: int, world_size: int) -> None:
+def start_without_others(store: Any, rank: int, world_size: int) -> None:
     """Be a rank in a process group whose collectives do nothing; `leave` ends it.
 
     For what a rank's files hold, which does not depend on what the others send.

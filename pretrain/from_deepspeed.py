@@ -256,7 +256,7 @@ class DeepSpeedReader:
                     continue
                 content = self._load(path)
                 tensor = content["param"] if isinstance(content, dict) else content
-                self.shapes.setdefault(name, known.get(name, tensor.shape))
+                self.shapes.setdefault(name, known.setdefault(name, tensor.shape))
                 self._add(kind, name, 0, tensor)
             if (step := file.with_name("step.pt")).exists():
                 self._count(self._load(step))

@@ -392,6 +392,7 @@ def make_plan(
         config, MACHINES[gpu.name], compute, doubt, parameters, stage, gpus, passes, sent[stage],
         includes_host=bool(tokens_per_second),
     )  # fmt: skip
+    source = "given" if tokens_per_second else f"arithmetic at {share:.1%} of {gpu.name}'s peak"
     hours = steps * step.seconds / 3600
     rate = tokens / (hours * 3600 * gpus)
     return {
@@ -406,7 +407,7 @@ def make_plan(
         "tokens": round(tokens),
         "flops_per_padded_token": flops,
         "tokens_per_second_and_gpu": rate,
-        "rate_from": "given" if tokens_per_second else f"{share:.1%} of {gpu.name}'s peak",
+        "rate_from": source,
         "corpus": assumed.sentence() if assumed else "of the shards",
         "step_seconds": asdict(step) | {"all": step.seconds},
         "steps_per_second": 1 / step.seconds,
@@ -414,15 +415,21 @@ def make_plan(
         "hours_interval": [steps * s / 3600 for s in step.interval],
         "cost": None if price is None else hours * gpus * price,
         "suggested": asdict(chosen) if chosen else None,
-        "memory": [
-            asdict(m) | {"total": m.total, "fits": m.fits(gpu)}
-            for stage in (0, 1, 2, 3)
-            for m in [memory_per_gpu(config, corpus, max_length, stage, gpus, micro_batch)]
-        ],
+        "memory": _memory_rows(config, corpus, max_length, gpu, gpus, micro_batch),
         "checkpoint_bytes": checkpoint_bytes(parameters, of_muon),
         "traffic_bytes_per_step": sent,
         "loader_bytes_per_second": rate * gpus * corpus.bytes_per_token,
     }
+
+
+def _memory_rows(
+    config: RunConfig, corpus: Corpus, max_length: int, gpu: Gpu, gpus: int, micro_batch: int
+) -> list[dict[str, Any]]:
+    """Return what a plan says of the memory at each ZeRO stage."""
+    of_stages = [
+        memory_per_gpu(config, corpus, max_length, stage, gpus, micro_batch) for stage in range(4)
+    ]
+    return [asdict(m) | {"total": m.total, "fits": m.fits(gpu)} for m in of_stages]
 
 
 def print_plan(plan: dict[str, Any], console: Console) -> None:

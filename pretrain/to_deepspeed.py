@@ -77,7 +77,7 @@ def export_deepspeed(
     vocabulary = own_vocabulary(run, found)
     record = found.record
     stage = max(1, record["zero_stage"]) if stage is None else stage
-    world_size = world_size or record["world_size"]
+    num_ranks: int = world_size or record["world_size"]
     settings = yaml.safe_load((run / "config.yaml").read_text())
     optim = OptimConfig.model_validate(settings["optim"])
     own_network(run, found)  # refused before anything is made
@@ -85,9 +85,9 @@ def export_deepspeed(
     config = _engine_config(stage, record["recipe"]["run.precision"], optim.max_grad_norm)
     tag = f"global_step{found.step}"
     with complete_folder(out, "latest") as partial:
-        for rank in range(world_size):
+        for rank in range(num_ranks):
             network = own_network(run, found)
-            with _alone_as(rank, world_size):
+            with _alone_as(rank, num_ranks):
                 engine = _engine(network, optim, config, stage, rank, reader, found)
                 _save(engine, partial, tag, _client_state(record, settings))
             if rank == 0:
@@ -100,7 +100,7 @@ def export_deepspeed(
         "weights, ds_to_universal.py knows AdamW alone"
     )  # fmt: skip
     return (
-        f"{out}/{tag}: ZeRO {stage}, {world_size} ranks, weights and moments of step "
+        f"{out}/{tag}: ZeRO {stage}, {num_ranks} ranks, weights and moments of step "
         f"{found.step}{kind}"
     )
 
