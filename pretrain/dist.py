@@ -66,7 +66,7 @@ def start(timeout_s: int, threads: int | None) -> Ranks:
         os.environ |= dict(
             zip(_RANK_VARIABLES, ("0", "1", "0", "127.0.0.1", _free_port()), strict=True)
         )
-    on_gpu = os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
+    on_gpu = finds_gpu()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if threads is not None:
@@ -94,6 +94,11 @@ def start(timeout_s: int, threads: int | None) -> Ranks:
         ) from error
     device = torch.device("cuda", gpu) if on_gpu else torch.device("cpu")
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
+
+
+def finds_gpu() -> bool:
+    """Will ranks of this machine compute on GPUs?"""
+    return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
 
 
 def gpu_of(local_rank: int, visible: int) -> int:

@@ -15,6 +15,7 @@ from pretrain.checkpoint import Checkpoint
 from pretrain.config import RunConfig
 from pretrain.counted_genes import start_counted
 from pretrain.data import MicroBatch, RankStep
+from pretrain.device import Computing
 from pretrain.dist import Ranks
 from pretrain.ds_config import zero_stage
 from pretrain.evaluate import to_device
@@ -135,10 +136,11 @@ class Engine:
             is_replicated,
         )
 
-    def compile_for(self, shapes: set[tuple[int, int]]) -> None:
-        """Compile the training pass for these shapes of micro-batches, if `run.compile` says so."""
-        if self._config.run.compile != "off":
-            self.deepspeed.module.compile_layers(self._config.run.compile, shapes)
+    def compile_for(self, chosen: Computing, shapes: set[tuple[int, int]]) -> None:
+        """Compile the training pass, if that was chosen: of rows for these shapes alone."""
+        if chosen.compile != "off":
+            sizes = None if chosen.packed else shapes
+            self.deepspeed.module.compile_layers(chosen.compile, sizes)
 
     def dry_pass(self, heaviest: MicroBatch) -> None:
         """Compute the largest micro-batch, which weighs nothing: what does not fit shows at once.
@@ -148,9 +150,11 @@ class Engine:
         try:
             # Torch would make the moments in the first step: they must fit as well.
             zero_state.ensure_moments(self.deepspeed, self.stage)
-            losses, _, *of_cells = self.deepspeed(*to_device(heaviest, self._ranks.device))
-            total = sum((part.sum() for part in of_cells), losses.sum())
-            self.deepspeed.backward(total, scale_wrt_gas=False)
+            # Its gradients are kept: CUDA graphs would write over them in the first step.
+            with self.deepspeed.module.without_graphs():
+                losses, _, *of_cells = self.deepspeed(*to_device(heaviest, self._ranks.device))
+                total = sum((part.sum() for part in of_cells), losses.sum())
+                self.deepspeed.backward(total, scale_wrt_gas=False)
         except torch.OutOfMemoryError as error:
             rows, length = heaviest.input_ids.shape
             raise ValueError(

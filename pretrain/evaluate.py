@@ -38,10 +38,12 @@ _TOLERANCE = 0.02
 class HeldoutEvaluation:
     """The same held-out cells and masks each time; the baselines are computed once.
 
-    Every rank evaluates its share of every batch.
+    Every rank evaluates its share of every batch. `packs`: the model gets the cells end to end.
     """
 
-    def __init__(self, shards: ShardSet, config: RunConfig, ranks: Ranks) -> None:
+    def __init__(
+        self, shards: ShardSet, config: RunConfig, ranks: Ranks, packs: bool = False
+    ) -> None:
         self._ranks = ranks
         quarantine = config.data.on_damage == "quarantine"
         self._dataset = StepDataset(
@@ -53,7 +55,9 @@ class HeldoutEvaluation:
             EVALUATION_MASKING,
             ranks.rank,
             ranks.world_size,
+            pin_memory=ranks.device.type == "cuda",
             quarantine=quarantine,
+            packs=packs,
             # Genes are asked whatever trains: losses of all runs compare.
             objective=ObjectiveConfig(cell_weight=config.objective.cell_weight),
         )
@@ -183,12 +187,16 @@ def _masked_rows(micro: MicroBatch, labels: np.ndarray) -> MaskedRows:
 
 def to_device(micro: MicroBatch, device: torch.device) -> tuple:
     """Return the arguments of the model's forward, on a device."""
-    targets = micro.targets or (None, None, None)
-    arguments = (
-        micro.input_ids, micro.attention_mask, micro.masked_places, micro.labels, *targets,
-        micro.folds,
-    )  # fmt: skip
-    return tuple(None if x is None else x.to(device, non_blocking=True) for x in arguments)
+    targets, cells = micro.targets or (None, None, None), None
+    ids, real = micro.input_ids, micro.attention_mask
+    if micro.packed:
+        (ids, cells), real = micro.packed, None
+    arguments = ids, real, micro.masked_places, micro.labels, *targets, micro.folds
+    moved = [None if x is None else x.to(device, non_blocking=True) for x in arguments]
+    if cells is None:
+        return tuple(moved)
+    # As a plain tuple: DeepSpeed builds the arguments anew from their types.
+    return *moved, tuple(cells.moved(lambda x: x.to(device, non_blocking=True)))
 
 
 class NothingHeldOut:
@@ -201,10 +209,12 @@ class NothingHeldOut:
 Heldout = HeldoutEvaluation | NothingHeldOut
 
 
-def heldout_evaluation(shards: ShardSet, config: RunConfig, ranks: Ranks) -> Heldout:
+def heldout_evaluation(
+    shards: ShardSet, config: RunConfig, ranks: Ranks, packs: bool = False
+) -> Heldout:
     """Return the evaluation of held-out cells; where there are none that is said, once."""
     if shards.extents("heldout"):
-        return HeldoutEvaluation(shards, config, ranks)
+        return HeldoutEvaluation(shards, config, ranks, packs)
     if ranks.is_first:
         logger.warning(
             "%s: no cell is held out (prepared with --heldout 0): nothing is evaluated, and no "

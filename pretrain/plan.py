@@ -120,7 +120,7 @@ def memory_per_gpu(
 ) -> Memory:
     """Return what one GPU holds in a step of ZeRO `stage` with `micro_batch` padded tokens."""
     p = num_parameters(config.model, corpus.num_tokens, max_length)
-    if config.run.precision == "fp32":
+    if config.run.precision != "bf16":
         # ZeRO's optimizer has weights of its own (counted on a run: 16 B a parameter after a step).
         weights, gradients, optimizer = 4 * p, 4 * p, (12 if stage else 8) * p
     elif stage == 0:
@@ -304,6 +304,10 @@ def make_plan(
     """
     if not corpus.tokens:
         raise ValueError("the shards hold no training cells")
+    if config.run.precision == "auto":  # what it means on a GPU
+        config = config.model_copy(
+            update={"run": config.run.model_copy(update={"precision": "bf16"})}
+        )
     precision = config.run.precision
     parameters = num_parameters(config.model, corpus.num_tokens, max_length)
     chosen = choose(config, corpus, max_length, gpu, gpus)

@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from data_prep.owner import Owner
 from data_prep.shards import ShardSet
-from pretrain import dist
+from pretrain import device, dist
 from pretrain.checkpoint import Checkpoint
 from pretrain.config import RunConfig
 from pretrain.data import RankStep, StepDataset, steps_in_background
+from pretrain.device import Computing
 from pretrain.dist import Ranks
 from pretrain.ds_config import derive_ds_config
 from pretrain.ended import recorded_end
@@ -94,6 +95,7 @@ def train(
     CheckpointFailed
         A checkpoint could not be written.
     """
+    config = device.with_precision(config, device.capability_here())
     ds_config = derive_ds_config(config)  # first, for it may be refused
     with StopRequest() as stop:
         ranks = dist.start(config.run.collective_timeout_s, config.run.threads)
@@ -102,15 +104,15 @@ def train(
             Owner(config.run.out, "pretrain") as owner,
         ):
             shards = ShardSet(config.data.shards, config.data.cache)
-            dataset = _dataset(config, shards, ranks)
+            dataset, chosen = _dataset(config, shards, ranks)
             steps = config.run.total_steps(dataset.plan.steps_per_epoch)
             require_reachable_peak(config.optim, steps)
             last = agreed_start(config, shards, steps, resume, allow_changes, ranks, owner)
             # Reads shards and may refuse them: before anything is written.
-            heldout = heldout_evaluation(shards, config, ranks)
+            heldout = heldout_evaluation(shards, config, ranks, chosen.packed)
             engine = Engine(config, ds_config, shards, ranks, last)
-            engine.compile_for(dataset.full_shapes())
-            run = _Run(config, shards, dataset, engine, heldout, ranks, steps, last, owner)
+            engine.compile_for(chosen, dataset.full_shapes())
+            run = _Run(config, shards, dataset, engine, heldout, ranks, steps, last, owner, chosen)
             with recorded_end(config.run.out, ranks, run.summary, owner):
                 try:
                     run.loop(stop, watch, profile)
@@ -119,13 +121,19 @@ def train(
     return run.summary
 
 
-def _dataset(config: RunConfig, shards: ShardSet, ranks: Ranks) -> StepDataset:
-    batch = config.batch
-    return StepDataset(
+def _dataset(config: RunConfig, shards: ShardSet, ranks: Ranks) -> tuple[StepDataset, Computing]:
+    """Return the cells of this rank, and what it computes with."""
+    batch, on_gpu = config.batch, ranks.device.type == "cuda"
+    dataset = StepDataset(
         shards, "train", config.run.seed, batch.tokens_per_step, batch.tokens_per_micro_batch,
-        config.masking, ranks.rank, ranks.world_size, pin_memory=ranks.device.type == "cuda",
+        config.masking, ranks.rank, ranks.world_size, pin_memory=on_gpu,
         quarantine=config.data.on_damage == "quarantine", objective=config.objective,
     )  # fmt: skip
+    capability = device.capability_of(ranks.device)
+    chosen = device.computing(config, ranks.device, capability, dataset.most_micro_batches())
+    device.use(chosen)
+    dataset.packs = chosen.packed
+    return dataset, chosen
 
 
 class _Run:
@@ -142,6 +150,7 @@ class _Run:
         steps: int,
         last: Checkpoint | None,
         owner: Owner,
+        chosen: Computing,
     ) -> None:
         self._config, self._shards, self._dataset = config, shards, dataset
         self._engine, self._heldout, self._ranks, self._steps = engine, heldout, ranks, steps
@@ -151,7 +160,12 @@ class _Run:
             self.summary.cells_seen = last.record["cells_seen"]
             self.summary.cells_digest = int(last.record["cells_digest"], 16)
             self.summary.cells_quarantined = last.record["cells_quarantined"]
-        self._record = run_record(config, shards, ranks.world_size, engine.stage, *engine.start)
+        self._record = run_record(
+            config, shards, ranks.world_size, engine.stage, *engine.start, chosen.record
+        )
+        if ranks.is_first:
+            for remark in chosen.remarks:
+                logger.warning("%s", remark)
         self.publisher = Publisher(
             config.run.out, ranks, config.checkpoint, engine.state_bytes,
             config.run.collective_timeout_s, owner,
@@ -169,9 +183,11 @@ class _Run:
         config, summary, plan = self._config, self.summary, self._dataset.plan
         first, steps = summary.first_step, self._steps
         logger.info(
-            "%d of %d steps done; epoch: %d steps, %d cells; %d parameters; %d ranks, ZeRO %d, %s",
+            "%d of %d steps done; epoch: %d steps, %d cells; %d parameters; %d ranks, ZeRO %d, "
+            "%s%s",
             first, steps, plan.steps_per_epoch, plan.num_cells, self._engine.num_parameters,
             self._ranks.world_size, self._engine.stage, config.run.precision,
+            ", packed" if self._record["computing"]["packed"] else "",
         )  # fmt: skip
         if first < steps:
             self._engine.dry_pass(self._dataset.heaviest_micro_batch())

@@ -50,7 +50,7 @@ def test_places_equal_a_sorted_list():
     """Distinct logits: the place in the order of guesses, each gene asked for once."""
     import torch
 
-    from pretrain.model import guess_places
+    from pretrain.scores import guess_places
 
     generator = np.random.default_rng(0)
     logits = np.stack([generator.permutation(500) for _ in range(500)]).astype(np.float32)
@@ -64,7 +64,7 @@ def test_ties_are_shared_out():
     """Equal logits, as bfloat16 makes them, must not make every one of them the first guess."""
     import torch
 
-    from pretrain.model import guess_places
+    from pretrain.scores import guess_places
 
     labels = torch.arange(2, 502)
     knows_nothing = guess_places(torch.zeros(500, 502), labels)
@@ -78,7 +78,7 @@ def test_ties_are_shared_out():
 def test_no_label_and_no_number_have_no_place():
     import torch
 
-    from pretrain.model import guess_places
+    from pretrain.scores import guess_places
 
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
     logits[2, 5] = math.nan
