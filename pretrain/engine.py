@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -165,7 +166,12 @@ class Engine:
             ) from error
 
     def forward_backward(
-        self, data: RankStep, step: int, masked: int, scored_cells: int = 0
+        self,
+        data: RankStep,
+        step: int,
+        masked: int,
+        scored_cells: int = 0,
+        on_passed: Callable[[str], None] = lambda _: None,
     ) -> StepLoss:
         """Accumulate the gradients of the exact objective.
 
@@ -178,6 +184,8 @@ class Engine:
         masked, scored_cells
             Hidden genes, and cells that have a loss, of the global step, over all ranks; not read
             where nothing is asked of genes, or of cells.
+        on_passed
+            Called after each micro-batch with its name.
         """
         # Dropout is a function of (seed, step, rank), so that nothing has to be saved for it.
         torch.manual_seed(stream_key(self._config.run.seed, "dropout", step, self._ranks.rank))
@@ -201,6 +209,7 @@ class Engine:
             loss_sum += total.detach()
             hit_sum += (places == 0).sum()
             own.append(tuple(part.detach() for part in (losses, *of_cells)))
+            on_passed(f"micro-batch {len(own)} of {len(data.micro_batches)}")
         sums = [float(part) for part in (loss_sum, hit_sum, cell_sum)]
         with mark("communication"):
             loss, hits, cell_loss = dist.sum_over_ranks(sums, device)

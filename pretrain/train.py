@@ -196,9 +196,12 @@ class _Run:
             started = time.perf_counter()
             watch.progress(step)
             counts = self._agree(data, stop.was_asked())
-            loss = self._engine.forward_backward(data, step, counts["masked"], counts["scored"])
+            watch.passed("its counts")
+            masked, scored = counts["masked"], counts["scored"]
+            loss = self._engine.forward_backward(data, step, masked, scored, watch.passed)
             self._require_finite(loss.loss + loss.cell_loss, "loss", step, data, loss)
             rates, norm = self._engine.step(step, steps)
+            watch.passed("its optimizer's step")
             self._require_finite(norm, "gradient norm", step, data, loss)
             done = summary.last_step = step + 1
             summary.add(counts, loss)
@@ -211,6 +214,7 @@ class _Run:
                 self._evaluate(done, watch)
             if done % config.checkpoint.every_steps == 0 or done == steps or summary.stopped:
                 self._save(done)
+                watch.passed("its checkpoint")
             if summary.stopped:
                 break
         self.publisher.close()
