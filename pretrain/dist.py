@@ -21,6 +21,7 @@ from pretrain.ds_config import DEEPSPEED_VERSION
 
 T = TypeVar("T")
 _LINEAR = torch.nn.functional.linear
+_hosts: torch.distributed.ProcessGroup | None = None
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # What other launchers call RANK, WORLD_SIZE and LOCAL_RANK. A batch script of SLURM has these too
 # but for the step, which only srun's processes are in.
@@ -92,6 +93,11 @@ def start(timeout_s: int, threads: int | None) -> Ranks:
             "machine; give the launcher another one (deepspeed: --master_port N, torchrun: "
             "--master-port N)"
         ) from error
+    global _hosts
+    # Of all ranks, for what is in the memory of hosts; gloo's own group is one.
+    _hosts = None
+    if on_gpu:
+        _hosts = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     device = torch.device("cuda", gpu) if on_gpu else torch.device("cpu")
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
 
@@ -222,10 +228,13 @@ def is_from_a_collective(error: BaseException) -> bool:
     return type(error) is RuntimeError and any(m.startswith("torch.distributed") for m in modules)
 
 
-def count_over_ranks(values: dict[str, int], device: torch.device) -> dict[str, int]:
-    """Return the sums over all ranks, in int64: exact, and modulo 2**64."""
-    tensor = torch.tensor(list(values.values()), dtype=torch.int64, device=device)
-    torch.distributed.all_reduce(tensor)
+def count_over_ranks(values: dict[str, int]) -> dict[str, int]:
+    """Return the sums over all ranks, in int64: exact, and modulo 2**64.
+
+    Between hosts: no rank waits for its device, which may be a step behind.
+    """
+    tensor = torch.tensor(list(values.values()), dtype=torch.int64)
+    torch.distributed.all_reduce(tensor, group=_hosts)
     return dict(zip(values, tensor.tolist(), strict=True))
 
 

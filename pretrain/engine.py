@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
@@ -30,27 +29,11 @@ from pretrain.optim import (
     state_bytes,
 )
 from pretrain.prior import ArithmeticPrior, objective_prior
+from pretrain.step_loss import StepLoss, norm_read_once
 from pretrain.step_profile import mark
 from pretrain.warm_start import log_start, start_weights
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StepLoss:
-    """Sums over all ranks of a global step: over hidden genes, and over cells; 0 where a weight of
-    the objective is. `own`: of each of this rank's micro-batches float32 [M], and [B] of cells, if
-    they are asked."""
-
-    loss: float
-    hits: float
-    cell_loss: float
-    own: list[tuple[torch.Tensor, ...]]
-
-    @property
-    def sums(self) -> tuple[float, float, float]:
-        """Return the loss of genes, the hits and the loss of cells."""
-        return self.loss, self.hits, self.cell_loss
 
 
 class Engine:
@@ -98,6 +81,7 @@ class Engine:
                 parts = parts.model_copy(update={"counted": left})
             self.init = start_counted(model, shards, parts, quarantine, ranks)
         self._clipper: StageZeroClipper | None = None
+        self._loss: StepLoss | None = None
         self.deepspeed = self._initialise(model, ds_config)
         dist.limit_waiting(config.run.collective_timeout_s)
         self._optimizer = zero_state.torch_optimizer(self.deepspeed, self.stage)
@@ -210,19 +194,28 @@ class Engine:
             hit_sum += (places == 0).sum()
             own.append(tuple(part.detach() for part in (losses, *of_cells)))
             on_passed(f"micro-batch {len(own)} of {len(data.micro_batches)}")
-        sums = [float(part) for part in (loss_sum, hit_sum, cell_sum)]
+        sums = torch.stack([part.double() for part in (loss_sum, hit_sum, cell_sum)])
         with mark("communication"):
-            loss, hits, cell_loss = dist.sum_over_ranks(sums, device)
-        return StepLoss(loss, hits, cell_loss, own)
+            dist.sum_in_place(sums)
+        self._loss = StepLoss(sums, own)
+        return self._loss
 
     def step(self, step: int, total_steps: int) -> tuple[dict[str, float], float]:
         """Apply the gradients; return (learning rates, the global norm before clipping).
 
-        Nothing is applied if the norm is not finite: DeepSpeed skips the step, the clipper raises.
+        Nothing is applied if the norm or the loss is not finite: DeepSpeed skips the step, the
+        clipper raises. Here the host waits for the device, once; the loss is known then.
         """
         rates = learning_rates_at(step, total_steps, self._config.optim)
         set_learning_rate(self._optimizer, **rates)
-        with mark("optimizer"), contextlib.suppress(FloatingPointError):  # the norm is looked at
+        assert self._loss is not None
+        if self._clipper:
+            self._clipper.loss = self._loss
+        with (
+            mark("optimizer"),
+            norm_read_once(self.deepspeed.optimizer, self._loss),
+            contextlib.suppress(FloatingPointError),  # the norm is looked at
+        ):
             self.deepspeed.step()
         if self._clipper:
             return rates, self._clipper.last_norm

@@ -19,7 +19,7 @@ from pretrain.device import Computing
 from pretrain.dist import Ranks
 from pretrain.ds_config import derive_ds_config
 from pretrain.ended import recorded_end
-from pretrain.engine import Engine, StepLoss
+from pretrain.engine import Engine
 from pretrain.evaluate import Heldout, heldout_evaluation, heldout_history, log_heldout
 from pretrain.faults import stop_not_finite
 from pretrain.metrics import RunLog, console_line, meter_of, read_metrics
@@ -27,6 +27,7 @@ from pretrain.optim import require_reachable_peak
 from pretrain.publish import Publisher
 from pretrain.record import run_record, write_run_files
 from pretrain.resume import agreed_start
+from pretrain.step_loss import StepLoss
 from pretrain.step_profile import mark, profiled
 from pretrain.stop import StopRequest
 from pretrain.watch import Watch
@@ -199,8 +200,9 @@ class _Run:
             watch.passed("its counts")
             masked, scored = counts["masked"], counts["scored"]
             loss = self._engine.forward_backward(data, step, masked, scored, watch.passed)
-            self._require_finite(loss.loss + loss.cell_loss, "loss", step, data, loss)
+            # Applies nothing that is not finite.
             rates, norm = self._engine.step(step, steps)
+            self._require_finite(loss.loss + loss.cell_loss, "loss", step, data, loss)
             watch.passed("its optimizer's step")
             self._require_finite(norm, "gradient norm", step, data, loss)
             done = summary.last_step = step + 1
@@ -255,8 +257,7 @@ class _Run:
                 "quarantined": data.quarantined,
                 "stop": int(stop_asked),
                 "failed": int(self.publisher.has_failed),
-            },
-            self._ranks.device,
+            }
         )
         if counts["failed"]:
             self.publisher.stop_if_failed()

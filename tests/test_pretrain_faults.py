@@ -577,7 +577,7 @@ def try_steps(configs: list[RunConfig]) -> list[dict[str, Any]]:
         shards, last = ShardSet(config.data.shards), checkpoint.newest(config.run.out)
         engine = Engine(config, derive_ds_config(config), shards, ranks, last)
         data = dataset_of(config, ranks.rank, ranks.world_size)[_STEP]
-        masked = dist.count_over_ranks({"masked": data.masked}, ranks.device)["masked"]
+        masked = dist.count_over_ranks({"masked": data.masked})["masked"]
         loss = engine.forward_backward(data, _STEP, masked)
         before = live_state(engine, ranks.rank)
         _, norm = engine.step(_STEP, 10)
