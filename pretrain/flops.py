@@ -26,6 +26,9 @@ class Gpu:
         return self.bf16_flops if precision == "bf16" else self.fp32_flops
 
 
+# Of float32 logits that a GPU holds at once (`pretrain.scores`).
+CHUNK_BYTES = 2**28
+
 GPUS = {
     g.name: g
     for g in (

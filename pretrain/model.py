@@ -170,9 +170,11 @@ class MaskedGeneModel(nn.Module):
         return *self._score(logits_MV, hidden), of_cells
 
     def _score(self, logits_MV: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, ...]:
-        if self._prior:
-            logits_MV = self._prior.added_to(logits_MV, hidden)
-        return score(logits_MV, hidden.labels)
+        if self._prior is None:
+            return score(logits_MV, hidden.labels)
+        if logits_MV.device.type == "cpu":
+            return score(self._prior.added_to(logits_MV, hidden), hidden.labels)
+        return score(logits_MV, hidden.labels, self._prior.on_device(hidden))
 
     def _layer(self, layer: Any, hidden_BLD: torch.Tensor, places: Places) -> torch.Tensor:
         arguments = layer, hidden_BLD, places

@@ -16,7 +16,7 @@ import numpy as np
 from data_prep.shards import ShardSet
 from pretrain.architecture import MODERNBERT
 from pretrain.config import RunConfig, load_config
-from pretrain.flops import Gpu, asked_shares, flops_per_token, layer_matrices
+from pretrain.flops import CHUNK_BYTES, Gpu, asked_shares, flops_per_token, layer_matrices
 from pretrain.model_config import ModelConfig
 
 if TYPE_CHECKING:
@@ -131,14 +131,15 @@ def memory_per_gpu(
         weights, gradients, optimizer = 2 * p, 6 * p, 12 * p
     optimizer -= _MUON_SAVES * muon_parameters(config)
     activations = micro_batch * activation_bytes(config)
-    # The head's input, logits as computed and in float32, their log-softmax and its gradient.
-    size = 2 if config.run.precision == "bf16" else 4
-    row = 4 * size * config.model.hidden_size + (size + 12) * corpus.num_tokens
-    logits = micro_batch * asked_shares(config)[1] * row
+    # The head's input, and logits as computed, over which their slopes are written; beside them
+    # float32 copies of some rows: as they are, counted in, exponentials.
+    size, rows = (2 if config.run.precision == "bf16" else 4), micro_batch * asked_shares(config)[1]
+    row = 4 * size * config.model.hidden_size + size * corpus.num_tokens
+    logits = rows * row + 3 * min(CHUNK_BYTES, rows * 4 * corpus.num_tokens)
     if config.objective.cell_weight:
         # Most cells are in a micro-batch of the shortest bucket; shares of hidden genes beside.
         cells = micro_batch / min(length for length, _ in corpus.buckets)
-        logits += cells * (row + 8 * corpus.num_tokens)
+        logits += cells * (row + 20 * corpus.num_tokens)
     return Memory(
         stage,
         weights / (gpus if stage == 3 else 1),

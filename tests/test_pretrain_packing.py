@@ -135,6 +135,15 @@ def test_every_cell_asks():
     assert cells.rows(cells.padded_T)[1].tolist() == list(range(64, 128))
 
 
+def without_numbers(value):
+    """Return tensors of the same shapes on a device without numbers: to read one is an error."""
+    import torch
+
+    if isinstance(value, tuple):
+        return tuple(without_numbers(x) for x in value)
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+
 class Operations:
     """Counts the operations that reach a device, and the largest mask among their results."""
 
@@ -159,26 +168,20 @@ class Operations:
         self.mode = Mode
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("architecture", "dropout"),
+    [("bert", 0.0), ("bert", 0.1), ("global last", 0.0), ("local last", 0.0)],
+)
 def test_a_gpu_gets_the_kernel_and_no_mask(architecture, dropout):
     """On tensors without numbers: which operations are asked for, forward and backward."""
     import torch
 
-    if dropout and architecture != "bert":
-        pytest.skip("a ModernBERT drops no attention weights")
-
-    def moved(value):
-        if isinstance(value, tuple):
-            return tuple(moved(x) for x in value)
-        return value.to("meta") if isinstance(value, torch.Tensor) else value
-
-    packed = moved(micro_batch()[1])
+    packed = without_numbers(micro_batch(asks_cells=architecture != "bert")[1])
     model = build(architecture, attention_dropout=dropout).to("meta", torch.bfloat16)
     number, found = model.bert.config.num_hidden_layers, Operations()
     with found.mode():
-        losses, _ = model(*packed)
-        losses.sum().backward()
+        losses, _, *of_cells = model(*packed)
+        sum((x.sum() for x in of_cells), losses.sum()).backward()
     assert losses.dtype == torch.float32
     assert losses.shape == packed[3].shape
     kernel = "aten._flash_attention_{}" if dropout else "torch_attn._varlen_attn{}"
@@ -186,8 +189,8 @@ def test_a_gpu_gets_the_kernel_and_no_mask(architecture, dropout):
     for way in ways:
         assert found.counts[kernel.format(way)] == number
     assert not [k for k in found.counts if "scaled_dot_product" in k or "by_cell" in k]
-    # No mask over pairs of places, nor any other that is larger than the logits' places.
-    assert found.largest_bool <= max(len(packed[0]), len(packed[3]) * 62)
+    # No mask over pairs of places, nor any other that is larger than the logits.
+    assert found.largest_bool <= max(len(LENGTHS) * max(LENGTHS), len(packed[3]) * 62)
 
 
 @pytest.mark.parametrize(

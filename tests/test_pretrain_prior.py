@@ -109,7 +109,7 @@ def test_packed_cells_have_the_same_prior(prior, opened, hidden_cells):
     from pretrain.model import build_model
     from pretrain.packing import packed
     from tests.test_pretrain_model import CONFIG
-    from tests.test_pretrain_packing import losses_and_slopes, require_same
+    from tests.test_pretrain_packing import losses_and_slopes, require_same, without_numbers
 
     ids, real, places, labels, folds = as_given(hidden_cells, folds=[0, 1, 2])
     tokens, packing = packed(ids, real, places, ids.shape[1])
@@ -121,6 +121,11 @@ def test_packed_cells_have_the_same_prior(prior, opened, hidden_cells):
     (found, *_), (without, *_) = (losses_and_slopes(m, end_to_end) for m in (model, plain))
     assert float((found[0] - without[0]).abs().mean()) > 0.1
     assert torch.isfinite(found[0]).all()
+    # On a device without numbers: nothing is read on the way, which would wait for a GPU.
+    for arguments in (rows, end_to_end):
+        losses, _ = model.to("meta", torch.bfloat16)(*without_numbers(arguments))
+        losses.sum().backward()
+        assert losses.shape == labels.shape
 
 
 def test_a_fold_has_tables_that_were_not_counted_on_it(copied, tables, monkeypatch):
