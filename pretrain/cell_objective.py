@@ -84,8 +84,9 @@ def cell_losses(
     logits_BV = logits_BV.float()
     is_asked_H = (genes_H != NO_LABEL).float()
     # Ones and zeros: their sums are the same in any order.
-    counts_BV = torch.zeros_like(logits_BV).index_put(
-        (rows_H, genes_H.clamp(min=0)), is_asked_H, accumulate=True
-    )
+    size = logits_BV.shape[1]
+    flat = logits_BV.new_zeros(len(logits_BV) * size)
+    flat = flat.scatter_add_(0, rows_H * size + genes_H.clamp(min=0), is_asked_H)
+    counts_BV = flat.unflatten(0, (-1, size))
     shares_BV = counts_BV / counts_BV.sum(dim=1, keepdim=True).clamp(min=1)
     return functional.cross_entropy(logits_BV, shares_BV, reduction="none")

@@ -126,3 +126,14 @@ def use(chosen: Computing) -> None:
     """Set torch's switches for this process."""
     if chosen.device == "cuda":
         torch.set_float32_matmul_precision("high" if chosen.tf32 else "highest")
+
+
+def compiled_so_far() -> tuple[int, float]:
+    """Return how many graphs this process has compiled, and the seconds that took.
+
+    Kernels of earlier processes are found on the disk (``TORCHINDUCTOR_CACHE_DIR``).
+    """
+    from torch._dynamo.utils import compilation_time_metrics, counters
+
+    seconds = sum(compilation_time_metrics.get("_compile.compile_inner", []))
+    return counters["stats"]["unique_graphs"], seconds

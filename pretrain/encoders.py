@@ -31,7 +31,7 @@ from data_prep.vocab import CLS, EOS, Vocabulary
 from pretrain.architecture import BERT, MODERNBERT, layer_types, read_model_config
 from pretrain.attention import attention
 from pretrain.model_config import ModelConfig
-from pretrain.packing import Packing, packed_attention
+from pretrain.packing import Packing, packed_attention, picked
 from pretrain.window import window_attention
 
 Network = BertForMaskedLM | ModernBertForMaskedLM
@@ -193,7 +193,7 @@ class _Bert(Architecture):
     @staticmethod
     def through_layer(layer: Any, hidden_BLD: torch.Tensor, places: Places) -> torch.Tensor:
         part = layer.attention.self
-        asking_BQD = _asking(hidden_BLD, places.asked_BQ)
+        asking_BQD = _asking(hidden_BLD, places.asked_BQ, places.cells is not None)
         mixed = part.query(asking_BQD), part.key(hidden_BLD), part.value(hidden_BLD)
         num_heads, dropout = part.num_attention_heads, part.dropout.p if layer.training else 0.0
         if places.cells is None:
@@ -297,17 +297,17 @@ class _ModernBert(Architecture):
         key = _turned(key, cosine[None, :, None], sine[None, :, None])
         half = None if part.sliding_window is None else part.sliding_window - 1
         # A window of packed cells has places in their order: all ask, and few are looked at.
-        picked = asked_BQ if cells is not None and half is not None else None
+        few = asked_BQ if cells is not None and half is not None else None
         place_BQ = None
-        if asked_BQ is None or picked is not None:
+        if asked_BQ is None or few is not None:
             query = _turned(query, cosine[None, :, None], sine[None, :, None])
         else:
             place_BQ = asked_BQ % hidden_BLD.shape[1]
-            query = query.flatten(0, 1)[asked_BQ]
+            query = picked(query.flatten(0, 1), asked_BQ, cells is not None)
             query = _turned(query, cosine[place_BQ][:, :, None], sine[place_BQ][:, :, None])
         if cells is not None:
             context = packed_attention(query[0], key[0], value[0], cells, half)[None]
-            context_BQD = _asking(context.flatten(2), picked)
+            context_BQD = _asking(context.flatten(2), few, True)
         elif half is None:
             num_heads = key.shape[2]
             context_BQD = attention(
@@ -319,7 +319,7 @@ class _ModernBert(Architecture):
                 place_BQ,
             )  # fmt: skip
             context_BQD = context.transpose(1, 2).flatten(2)
-        hidden_BQD = _asking(hidden_BLD, asked_BQ) + part.Wo(context_BQD)
+        hidden_BQD = _asking(hidden_BLD, asked_BQ, cells is not None) + part.Wo(context_BQD)
         return hidden_BQD + layer.mlp(layer.mlp_norm(hidden_BQD))
 
     @staticmethod
@@ -327,9 +327,13 @@ class _ModernBert(Architecture):
         return network.decoder(network.head(states_MD))
 
 
-def _asking(hidden_BLD: torch.Tensor, asked_BQ: torch.Tensor | None) -> torch.Tensor:
-    """Return [B, Q, D], the states at the places that ask."""
-    return hidden_BLD if asked_BQ is None else hidden_BLD.flatten(0, 1)[asked_BQ]
+def _asking(
+    hidden_BLD: torch.Tensor, asked_BQ: torch.Tensor | None, are_unique: bool
+) -> torch.Tensor:
+    """Return [B, Q, D], the states at the places that ask. In rows fillers ask at one place."""
+    if asked_BQ is None:
+        return hidden_BLD
+    return picked(hidden_BLD.flatten(0, 1), asked_BQ, are_unique)
 
 
 def _rotation(config: Any, kind: str, length: int, device: torch.device) -> Rotation:

@@ -15,7 +15,7 @@ from pretrain.checkpoint import Checkpoint
 from pretrain.config import RunConfig
 from pretrain.counted_genes import start_counted
 from pretrain.data import MicroBatch, RankStep
-from pretrain.device import Computing
+from pretrain.device import Computing, compiled_so_far
 from pretrain.dist import Ranks
 from pretrain.ds_config import zero_stage
 from pretrain.evaluate import to_device
@@ -82,6 +82,7 @@ class Engine:
             self.init = start_counted(model, shards, parts, quarantine, ranks)
         self._clipper: StageZeroClipper | None = None
         self._loss: StepLoss | None = None
+        self._is_compiled, self._compiled = False, (0, 0.0)
         self.deepspeed = self._initialise(model, ds_config)
         dist.limit_waiting(config.run.collective_timeout_s)
         self._optimizer = zero_state.torch_optimizer(self.deepspeed, self.stage)
@@ -123,9 +124,16 @@ class Engine:
 
     def compile_for(self, chosen: Computing, shapes: set[tuple[int, int]]) -> None:
         """Compile the training pass, if that was chosen: of rows for these shapes alone."""
-        if chosen.compile != "off":
+        self._is_compiled = chosen.compile != "off"
+        if self._is_compiled:
             sizes = None if chosen.packed else shapes
             self.deepspeed.module.compile_layers(chosen.compile, sizes)
+
+    def log_compiling(self) -> None:
+        """Say what was compiled since the last time, if anything was."""
+        if self._is_compiled and (found := compiled_so_far()) != self._compiled:
+            logger.info("compiled %d graphs so far, in %.1f s", *found)
+            self._compiled = found
 
     def dry_pass(self, heaviest: MicroBatch) -> None:
         """Compute the largest micro-batch, which weighs nothing: what does not fit shows at once.

@@ -23,7 +23,7 @@ from pretrain.encoders import (
     new_network,
 )
 from pretrain.model_config import ModelConfig
-from pretrain.packing import Packing
+from pretrain.packing import Packing, picked
 from pretrain.prior import ArithmeticPrior, Hidden
 from pretrain.scores import score
 
@@ -156,7 +156,9 @@ class MaskedGeneModel(nn.Module):
                 asked_BQ, slots_M = cells.asked_A[None], cells.slots_M
             asked = everywhere[-1]._replace(asked_BQ=asked_BQ)
             asked_BQD = self._layer(layers[-1], hidden_BLD, asked)
-            states_MD = kind.finished(encoder, asked_BQD.flatten(0, 1)[slots_M])
+            states_MD = kind.finished(
+                encoder, picked(asked_BQD.flatten(0, 1), slots_M, cells is not None)
+            )
             return self._score(kind.logits(self.bert, states_MD), hidden)
         assert rows_H is not None and genes_H is not None
         states_BLD = kind.finished(encoder, self._layer(layers[-1], hidden_BLD, everywhere[-1]))
@@ -166,7 +168,9 @@ class MaskedGeneModel(nn.Module):
         of_cells = cell_losses(logits_BV, rows_H, genes_H)
         if len(labels) == 0:
             return of_cells.new_zeros(0), labels, of_cells
-        logits_MV = kind.logits(self.bert, states_BLD.flatten(0, 1)[places_M])
+        logits_MV = kind.logits(
+            self.bert, picked(states_BLD.flatten(0, 1), places_M, cells is not None)
+        )
         return *self._score(logits_MV, hidden), of_cells
 
     def _score(self, logits_MV: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, ...]:

@@ -14,7 +14,7 @@ layer, M hidden genes, H heads, E width of a head.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -217,6 +217,41 @@ def _by_kernel(
     )  # fmt: skip
     assert isinstance(found, torch.Tensor)
     return found
+
+
+def picked(states_ND: torch.Tensor, places: torch.Tensor, are_unique: bool) -> torch.Tensor:
+    """Return [..., D], the states at places of any shape.
+
+    Torch's own indexing sorts the places in backward on a GPU, because some may be the same.
+
+    Parameters
+    ----------
+    are_unique
+        No place comes twice: not checked.
+    """
+    if are_unique:
+        found = _Picked.apply(states_ND, places.flatten())
+        assert isinstance(found, torch.Tensor)
+        return found.unflatten(0, places.shape)
+    if states_ND.device.type == "cpu":
+        return states_ND[places]
+    return states_ND.index_select(0, places.flatten()).unflatten(0, places.shape)
+
+
+class _Picked(torch.autograd.Function):
+    """States at places of which none comes twice."""
+
+    @staticmethod
+    def forward(ctx: Any, states_ND: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        ctx.size = states_ND.shape[0]
+        return states_ND.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple:
+        (places,), (slopes,) = ctx.saved_tensors, gradients
+        whole = slopes.new_zeros(ctx.size, *slopes.shape[1:])
+        return whole.index_copy_(0, places, slopes), None
 
 
 def _ranges(starts: torch.Tensor) -> list[tuple[int, int]]:

@@ -278,6 +278,7 @@ class _Run:
         values = self._meter.close_window(done) | values
         values["epoch"] = done / self._dataset.plan.steps_per_epoch
         self._log_checkpoints()
+        self._engine.log_compiling()
         if self._log:
             self._log.write("train", done, values | self.summary.cells_record())
             logger.info(console_line(done, self._steps, values))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -189,6 +190,8 @@ def test_a_gpu_gets_the_kernel_and_no_mask(architecture, dropout):
     for way in ways:
         assert found.counts[kernel.format(way)] == number
     assert not [k for k in found.counts if "scaled_dot_product" in k or "by_cell" in k]
+    # Nothing is sorted, but the tokens of the embeddings by torch's own kernel.
+    assert not [k for k in found.counts if "index_put" in k or "sort" in k], found.counts
     # No mask over pairs of places, nor any other that is larger than the logits.
     assert found.largest_bool <= max(len(LENGTHS) * max(LENGTHS), len(packed[3]) * 62)
 
@@ -200,7 +203,9 @@ def test_a_gpu_gets_the_kernel_and_no_mask(architecture, dropout):
 def test_one_graph_for_all_numbers_of_tokens(architecture, graphs, monkeypatch):
     """Compiled layers: as many graphs as kinds of layers, whatever the cells."""
     import torch
-    from torch._dynamo.utils import counters
+    from torch._dynamo.utils import compilation_time_metrics, counters
+
+    from pretrain.device import compiled_so_far
 
     in_torch = torch.compile
     monkeypatch.setattr(
@@ -208,6 +213,8 @@ def test_one_graph_for_all_numbers_of_tokens(architecture, graphs, monkeypatch):
     )
     torch._dynamo.reset()
     counters.clear()
+    compilation_time_metrics.clear()
+    started = time.perf_counter()
     plain, compiled = build(architecture), build(architecture)
     compiled.compile_layers("default", None)
     for lengths in (LENGTHS, (50, 9), (64, 30, 30, 30, 8, 7, 2), (31,)):
@@ -218,6 +225,8 @@ def test_one_graph_for_all_numbers_of_tokens(architecture, graphs, monkeypatch):
         for name, slope in slopes.items():
             torch.testing.assert_close(found[name], slope, rtol=1e-4, atol=1e-5, msg=name)
     assert counters["stats"]["unique_graphs"] == graphs <= 4
+    assert compiled_so_far()[0] == graphs
+    assert 0 < compiled_so_far()[1] < time.perf_counter() - started
     assert not counters["graph_break"]
     torch._dynamo.reset()
 

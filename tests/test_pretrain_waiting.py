@@ -9,7 +9,10 @@ import pytest
 from tests.ranks import run_new_ranks
 from tests.runs import tiny_config
 
-CASES = [("zero0", "bf16"), ("zero1", "fp32"), ("zero1", "bf16"), ("zero2", "bf16")]
+CASES = [
+    ("zero0", "bf16", "adamw"), ("zero1", "fp32", "muon"), ("zero1", "bf16", "adamw"),
+    ("zero2", "bf16", "muon"),
+]  # fmt: skip
 
 
 def counted(configs):
@@ -78,11 +81,11 @@ def reads(shards, tmp_path_factory):
     folder = tmp_path_factory.mktemp("waiting")
     configs = [
         tiny_config(
-            shards, folder / f"{stage} {precision}", run__max_steps=3, optim__warmup_steps=1,
-            run__deepspeed=stage, run__precision=precision, run__packing="always",
+            shards, folder / f"{stage} {precision}", optim__kind=kind, run__max_steps=3,
+            optim__warmup_steps=1, run__deepspeed=stage, run__precision=precision, run__packing="always",
             evaluation__svd_cells=0, checkpoint__every_steps=3,
         )
-        for stage, precision in CASES
+        for stage, precision, kind in CASES
     ]  # fmt: skip
     return dict(zip(CASES, run_new_ranks(1, counted, configs)[0], strict=True))
 
