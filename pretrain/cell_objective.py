@@ -41,10 +41,6 @@ class CellTargets(NamedTuple):
         """int64, the cells that have a loss: those with a visible gene and a hidden one."""
         return self.rows_H[self.genes_H != NO_LABEL].unique()
 
-    def pinned(self) -> CellTargets:
-        """Return copies that a GPU copies from while it computes."""
-        return CellTargets(*(x.pin_memory() for x in self))
-
 
 def cell_targets(
     input_ids: torch.Tensor, masked_places: torch.Tensor, labels: torch.Tensor, first_gene: int

@@ -24,12 +24,14 @@ from pretrain.cell_objective import CellTargets, cell_targets
 from pretrain.config import MaskingConfig, ObjectiveConfig
 from pretrain.masking import NO_LABEL, Masks, mask_rows, masks_of
 from pretrain.packing import Packing, packed
+from pretrain.passes import host_arguments
 from pretrain.shown_genes import (
     draw_subsets,
     length_without_hidden,
     shown_length,
     take_out_hidden,
 )
+from pretrain.staging import Staged, Staging
 
 # Steps made ahead of the one that trains, for each background thread.
 _STEPS_AHEAD = 2
@@ -83,6 +85,7 @@ class RankStep:
     cells: int
     cells_digest: int
     quarantined: int
+    staged: tuple[Staging, Staged] | None = None
 
     @property
     def length(self) -> int:
@@ -121,14 +124,14 @@ class StepDataset:
     ----------
     tokens_per_micro_batch
         Padded tokens of one forward pass.
-    pin_memory
-        Make tensors that a GPU copies from while it computes.
     quarantine
         Leave the cells of damaged blocks out (rows that weigh nothing), instead of raising.
     objective
         A weight of 0 means that nothing is asked of genes, or of cells.
     packs
         The model gets the cells end to end.
+    staging
+        Lay each step out for one copy to a GPU.
     """
 
     def __init__(
@@ -141,10 +144,10 @@ class StepDataset:
         masking: MaskingConfig,
         rank: int,
         world_size: int,
-        pin_memory: bool = False,
         quarantine: bool = False,
         objective: ObjectiveConfig = ObjectiveConfig(),  # noqa: B008  frozen
         packs: bool = False,
+        staging: Staging | None = None,
     ) -> None:
         self.plan = EpochPlan(shards, split, seed, tokens_per_step, masking.subset)
         open_blocks = sum(b.open_blocks(world_size) for b in self.plan.buckets)
@@ -154,7 +157,7 @@ class StepDataset:
         self._objective = objective
         self._budget = tokens_per_micro_batch
         self._rank, self._world_size = rank, world_size
-        self._pin_memory, self.packs = pin_memory, packs
+        self.packs, self._staging = packs, staging
         # Of each bucket, the longest cell of which genes are hidden.
         masks = masks_of(seed, split, 0, shards.vocabulary, masking)
         self._lengths = [
@@ -184,6 +187,9 @@ class StepDataset:
             hidden += num_hidden
         scored = sum(len(m.targets.scored_rows) for m in micro_batches if m.targets)
         served = np.diff(offsets) > 0
+        staging, staged = self._staging, None
+        if staging:
+            staged = staging, staging.fill([host_arguments(m) for m in micro_batches])
         return RankStep(
             step,
             micro_batches,
@@ -194,6 +200,7 @@ class StepDataset:
             int(served.sum()),
             int(mix64(cells[served]).sum(dtype=np.uint64).view(np.int64)),
             int((~served).sum()),
+            staged,
         )
 
     def most_micro_batches(self) -> int:
@@ -266,7 +273,6 @@ class StepDataset:
             if self._masking.hidden == "remove":
                 inputs, mask = self._without_hidden(inputs, real, places[:hidden], masks)
                 targets = targets._replace(visible_BL=inputs >= first_gene)
-            targets = targets.pinned() if self._pin_memory else targets
         if self._objective.gene_weight == 0:
             places, labels, ranks = places[:0], labels[:0], ranks[:0]
         folds = None
@@ -287,8 +293,6 @@ class StepDataset:
             asked = targets.rows_H[:hidden], targets.genes_H[:hidden]
             micro = replace(micro, targets=CellTargets(targets.visible_BL, *asked))
         ids, packing = packed(micro.input_ids, micro.attention_mask, micro.masked_places, most)
-        if self._pin_memory:
-            ids, packing = ids.pin_memory(), packing.moved(torch.Tensor.pin_memory)
         return replace(micro, packed=(ids, packing))
 
     def _width(self, length: int, masks: Masks) -> int:
@@ -308,7 +312,7 @@ class StepDataset:
         return shown, None if shown_real.all() else shown_real
 
     def _tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, pin_memory=self._pin_memory)
+        return torch.empty(shape, dtype=dtype)
 
 
 def steps_in_background(

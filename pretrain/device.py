@@ -6,6 +6,7 @@ do not tell it.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from pretrain import dist
 from pretrain.config import RunConfig
 from pretrain.packing import OLDEST_GPU, kernel_refuses
+
+logger = logging.getLogger(__name__)
 
 Capability = tuple[int, int]
 
@@ -122,8 +125,10 @@ def _compile_mode(config: RunConfig, micro_batches: int, remarks: list[str]) -> 
     return "default"
 
 
-def use(chosen: Computing) -> None:
-    """Set torch's switches for this process."""
+def use(chosen: Computing, is_first: bool) -> None:
+    """Set torch's switches for this process; rank 0 says the remarks."""
+    for remark in chosen.remarks if is_first else ():
+        logger.warning("%s", remark)
     if chosen.device == "cuda":
         torch.set_float32_matmul_precision("high" if chosen.tf32 else "highest")
 

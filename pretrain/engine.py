@@ -18,7 +18,6 @@ from pretrain.data import MicroBatch, RankStep
 from pretrain.device import Computing, compiled_so_far
 from pretrain.dist import Ranks
 from pretrain.ds_config import zero_stage
-from pretrain.evaluate import to_device
 from pretrain.model import MaskedGeneModel, build_model
 from pretrain.muon import MuonBesideAdamW
 from pretrain.optim import (
@@ -28,6 +27,7 @@ from pretrain.optim import (
     set_learning_rate,
     state_bytes,
 )
+from pretrain.passes import device_arguments, to_device
 from pretrain.prior import ArithmeticPrior, objective_prior
 from pretrain.step_loss import StepLoss, norm_read_once
 from pretrain.step_profile import mark
@@ -185,9 +185,9 @@ class Engine:
         objective = self._config.objective
         loss_sum, hit_sum, cell_sum = (torch.zeros((), device=device) for _ in range(3))
         own = []
-        for micro in data.micro_batches:
+        for arguments in device_arguments(data, device):
             with mark("forward"):
-                losses, places, *of_cells = self.deepspeed(*to_device(micro, device))
+                losses, places, *of_cells = self.deepspeed(*arguments)
             total = losses.sum()
             weighted = total * (objective.gene_weight * world_size / masked)
             for part in of_cells:  # one, or none

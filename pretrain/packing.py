@@ -78,11 +78,6 @@ class Packing(NamedTuple):
         place_L = torch.arange(self.length, device=self.starts_B.device)
         return place_L < self.starts_B.diff()[:, None]
 
-    def moved(self, change: object) -> Packing:
-        """Return the packing with each of its tensors changed by a function: pinned, or copied."""
-        assert callable(change)
-        return Packing(*(change(x) if isinstance(x, torch.Tensor) else x for x in self))
-
 
 def packed(
     input_ids: torch.Tensor, real: torch.Tensor | None, masked_places: torch.Tensor, most: int

@@ -27,6 +27,7 @@ from pretrain.optim import require_reachable_peak
 from pretrain.publish import Publisher
 from pretrain.record import run_record, write_run_files
 from pretrain.resume import agreed_start
+from pretrain.staging import Staging
 from pretrain.step_loss import StepLoss
 from pretrain.step_profile import mark, profiled
 from pretrain.stop import StopRequest
@@ -124,15 +125,17 @@ def train(
 
 def _dataset(config: RunConfig, shards: ShardSet, ranks: Ranks) -> tuple[StepDataset, Computing]:
     """Return the cells of this rank, and what it computes with."""
-    batch, on_gpu = config.batch, ranks.device.type == "cuda"
+    batch = config.batch
+    staging = Staging(ranks.device) if ranks.device.type == "cuda" else None
     dataset = StepDataset(
         shards, "train", config.run.seed, batch.tokens_per_step, batch.tokens_per_micro_batch,
-        config.masking, ranks.rank, ranks.world_size, pin_memory=on_gpu,
+        config.masking, ranks.rank, ranks.world_size,
         quarantine=config.data.on_damage == "quarantine", objective=config.objective,
+        staging=staging,
     )  # fmt: skip
     capability = device.capability_of(ranks.device)
     chosen = device.computing(config, ranks.device, capability, dataset.most_micro_batches())
-    device.use(chosen)
+    device.use(chosen, ranks.is_first)
     dataset.packs = chosen.packed
     return dataset, chosen
 
@@ -164,9 +167,6 @@ class _Run:
         self._record = run_record(
             config, shards, ranks.world_size, engine.stage, *engine.start, chosen.record
         )
-        if ranks.is_first:
-            for remark in chosen.remarks:
-                logger.warning("%s", remark)
         self.publisher = Publisher(
             config.run.out, ranks, config.checkpoint, engine.state_bytes,
             config.run.collective_timeout_s, owner,

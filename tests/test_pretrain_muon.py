@@ -57,8 +57,8 @@ def plain_muon(config: RunConfig) -> dict[str, Any]:
 
     from data_prep.shards import ShardSet
     from pretrain.data import StepDataset
-    from pretrain.evaluate import to_device
     from pretrain.model import build_model
+    from pretrain.passes import to_device
 
     shards, optim, batch = ShardSet(config.data.shards), config.optim, config.batch
     model = build_model(config.model, shards.vocabulary, config.run.seed)

@@ -309,7 +309,7 @@ def test_the_heaviest_micro_batch_is_full(shards):
     from data_prep.shards import ShardSet
     from pretrain.config import MaskingConfig
     from pretrain.data import StepDataset
-    from pretrain.evaluate import to_device
+    from pretrain.passes import to_device
 
     data = StepDataset(ShardSet(shards), "train", 0, 2048, 512, MaskingConfig(), 0, 1, packs=True)
     heaviest = data.heaviest_micro_batch()

@@ -82,8 +82,8 @@ def reads(shards, tmp_path_factory):
     configs = [
         tiny_config(
             shards, folder / f"{stage} {precision}", optim__kind=kind, run__max_steps=3,
-            optim__warmup_steps=1, run__deepspeed=stage, run__precision=precision, run__packing="always",
-            evaluation__svd_cells=0, checkpoint__every_steps=3,
+            optim__warmup_steps=1, run__deepspeed=stage, run__precision=precision,
+            run__packing="always", evaluation__svd_cells=0, checkpoint__every_steps=3,
         )
         for stage, precision, kind in CASES
     ]  # fmt: skip
@@ -95,3 +95,53 @@ def test_a_step_waits_for_the_device_once(case, reads):
     steps, found = reads[case]
     assert steps == 3
     assert found == ["read"] * steps
+
+
+def test_a_step_is_one_copy(shards):
+    """What a GPU gets is what the loader made, from buffers that are used again."""
+    import torch
+
+    from data_prep.shards import ShardSet
+    from pretrain.config import MaskingConfig, ObjectiveConfig
+    from pretrain.data import StepDataset, steps_in_background
+    from pretrain.passes import device_arguments, to_device
+    from pretrain.staging import Staging
+    from tests.test_pretrain_packing import Operations
+
+    staging = Staging(torch.device("cpu"))
+    data = StepDataset(
+        ShardSet(shards), "train", 0, 2048, 512, MaskingConfig(), 0, 1, packs=True,
+        objective=ObjectiveConfig(cell_weight=1, prior="arithmetic"), staging=staging,
+    )  # fmt: skip
+    buffers, number = set(), 0
+    for step in steps_in_background(data, 0, 12, 2):
+        expected = [to_device(m, torch.device("cpu")) for m in step.micro_batches]
+        seen = Operations()
+        with seen.mode():
+            found = list(device_arguments(step, torch.device("cpu")))
+        assert seen.counts.pop("aten.clone") == 1
+        assert set(seen.counts) <= {"aten.slice", "aten.view", "aten.alias", "aten.detach"}
+        assert len(found) == len(expected) > 1
+        for one, other in zip(found, expected, strict=True):
+            require_equal(one, other)
+        assert step.staged is not None
+        buffers.add(step.staged[1].buffer.data_ptr())
+        number += 1
+    assert number == 12
+    # Ahead are five at most, one is being read; a buffer is new only where a step is larger.
+    assert len(staging._free) + len(staging._busy) <= 7
+    assert len(buffers) < 12
+
+
+def require_equal(one, other):
+    import torch
+
+    if isinstance(one, tuple):
+        for a, b in zip(one, other, strict=True):
+            require_equal(a, b)
+    elif isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+        assert one.data_ptr() % 64 == 0
+    else:
+        assert one is other or one == other
