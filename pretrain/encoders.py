@@ -199,7 +199,7 @@ class _Bert(Architecture):
         if places.cells is None:
             context_BQD = attention(*mixed, num_heads, places.real_BL, dropout)
         else:
-            query, key, value = (x[0].unflatten(-1, (num_heads, -1)) for x in mixed)
+            query, key, value = (x.squeeze(0).unflatten(-1, (num_heads, -1)) for x in mixed)
             context = packed_attention(query, key, value, places.cells, None, dropout)
             context_BQD = context.flatten(1)[None]
         asking_BQD = layer.attention.output(context_BQD, asking_BQD)
@@ -306,7 +306,9 @@ class _ModernBert(Architecture):
             query = picked(query.flatten(0, 1), asked_BQ, cells is not None)
             query = _turned(query, cosine[place_BQ][:, :, None], sine[place_BQ][:, :, None])
         if cells is not None:
-            context = packed_attention(query[0], key[0], value[0], cells, half)[None]
+            context = packed_attention(
+                query.squeeze(0), key.squeeze(0), value.squeeze(0), cells, half
+            )[None]
             context_BQD = _asking(context.flatten(2), few, True)
         elif half is None:
             num_heads = key.shape[2]

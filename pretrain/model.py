@@ -163,7 +163,7 @@ class MaskedGeneModel(nn.Module):
         assert rows_H is not None and genes_H is not None
         states_BLD = kind.finished(encoder, self._layer(layers[-1], hidden_BLD, everywhere[-1]))
         places_M = masked_places if cells is None else cells.places_M
-        rows_BLD = states_BLD if cells is None else cells.rows(states_BLD[0])
+        rows_BLD = states_BLD if cells is None else cells.rows(states_BLD.squeeze(0))
         logits_BV = kind.logits(self.bert, mean_of_visible(rows_BLD, visible_BL))
         of_cells = cell_losses(logits_BV, rows_H, genes_H)
         if len(labels) == 0:

@@ -18,6 +18,7 @@ from pretrain.architecture import MODERNBERT
 from pretrain.config import RunConfig, load_config
 from pretrain.flops import CHUNK_BYTES, Gpu, asked_shares, flops_per_token, layer_matrices
 from pretrain.model_config import ModelConfig
+from pretrain.roofline import roofline
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -341,6 +342,7 @@ def make_plan(
         "hours": hours,
         "cost": None if price is None else hours * gpus * price,
         "suggested": asdict(chosen) if chosen else None,
+        "roofline": _rooflines(config, gpu, gpus, corpus, parameters, micro_batch),
         "memory": [
             asdict(m) | {"total": m.total, "fits": m.fits(gpu)}
             for stage in (0, 1, 2, 3)
@@ -352,6 +354,22 @@ def make_plan(
             for stage in range(4)
         },
         "loader_bytes_per_second": rate * gpus * corpus.bytes_per_token,
+    }
+
+
+def _rooflines(
+    config: RunConfig, gpu: Gpu, gpus: int, corpus: Corpus, parameters: int, micro_batch: int
+) -> dict[str, Any]:
+    """Return what arithmetic predicts of a step, layers as written and compiled."""
+    length = sum(n * size**2 for size, n in corpus.buckets) / corpus.padded_tokens
+    share = config.batch.tokens_per_step / gpus
+    passes = max(1, round(share / micro_batch))
+    places = share / passes * corpus.tokens / corpus.padded_tokens
+    return {
+        how: roofline(
+            config, gpu, corpus.num_tokens, parameters, length, passes, places, compiled
+        ).record
+        for how, compiled in (("as written", False), ("compiled", True))
     }
 
 
@@ -376,12 +394,18 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
         )
     traffic = ", ".join(f"{s}: {b / 2**20:,.0f}" for s, b in plan["traffic_bytes_per_step"].items())
     cost = "" if plan["cost"] is None else f", cost {plan['cost']:,.0f}"
+    roof = "; ".join(
+        f"{how} {r['tokens_per_s']:,.0f} tokens/s, MFU {r['mfu']:.0%}, {r['limit']} binds, "
+        f"{r['launches_per_step']:,} launches a step"
+        for how, r in plan["roofline"].items()
+    )
     console.print(
         f"{plan['parameters']:,} parameters, {plan['precision']}; {plan['cells']:,} cells, "
         f"{plan['tokens_per_epoch']:,} tokens an epoch, padding {plan['padding']:.1%}\n"
         f"{suggestion}\n"
         f"{plan['steps']:,} steps, {plan['tokens']:,} tokens, {plan['hours']:,.1f} hours{cost}: "
         f"{plan['tokens_per_second_and_gpu']:,.0f} tokens/s and GPU ({plan['rate_from']})\n"
+        f"by arithmetic, packed, in bf16, not measured: {roof}\n"
         f"a checkpoint {plan['checkpoint_bytes'] / GIB:,.2f} GiB; sent by a GPU each step, MiB by "
         f"ZeRO stage: {traffic}; read {plan['loader_bytes_per_second'] / 2**20:,.1f} MiB/s in all",
         highlight=False,

@@ -113,7 +113,7 @@ def test_a_step_is_one_copy(shards):
         ShardSet(shards), "train", 0, 2048, 512, MaskingConfig(), 0, 1, packs=True,
         objective=ObjectiveConfig(cell_weight=1, prior="arithmetic"), staging=staging,
     )  # fmt: skip
-    buffers, number = set(), 0
+    buffers, number, passes = set(), 0, 0
     for step in steps_in_background(data, 0, 12, 2):
         expected = [to_device(m, torch.device("cpu")) for m in step.micro_batches]
         seen = Operations()
@@ -121,13 +121,13 @@ def test_a_step_is_one_copy(shards):
             found = list(device_arguments(step, torch.device("cpu")))
         assert seen.counts.pop("aten.clone") == 1
         assert set(seen.counts) <= {"aten.slice", "aten.view", "aten.alias", "aten.detach"}
-        assert len(found) == len(expected) > 1
+        assert len(found) == len(expected)
         for one, other in zip(found, expected, strict=True):
             require_equal(one, other)
         assert step.staged is not None
         buffers.add(step.staged[1].buffer.data_ptr())
-        number += 1
-    assert number == 12
+        number, passes = number + 1, passes + len(found)
+    assert passes > number == 12
     # Ahead are five at most, one is being read; a buffer is new only where a step is larger.
     assert len(staging._free) + len(staging._busy) <= 7
     assert len(buffers) < 12
