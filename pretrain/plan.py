@@ -363,7 +363,7 @@ def _rooflines(
     """Return what arithmetic predicts of a step, layers as written and compiled."""
     length = sum(n * size**2 for size, n in corpus.buckets) / corpus.padded_tokens
     share = config.batch.tokens_per_step / gpus
-    passes = max(1, round(share / micro_batch))
+    passes = int(-(-share // micro_batch))
     places = share / passes * corpus.tokens / corpus.padded_tokens
     return {
         how: roofline(
