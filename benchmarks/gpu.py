@@ -37,6 +37,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from data_prep.vocab import Vocabulary, from_dictionaries
 from pretrain.config import RunConfig, load_config
@@ -223,7 +224,8 @@ def logits(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any
         ids = torch.randint(vocabulary.first_gene_token, vocabulary.num_tokens, (4, 128))
         with torch.no_grad():
             here = network(input_ids=ids).logits
-            there = network.to(device)(input_ids=ids.to(device)).logits.cpu()
+            nn.Module.to(network, device)
+            there = network(input_ids=ids.to(device)).logits.cpu()
         found[name] = {"largest_difference": float((here - there).abs().max())}
     return found
 

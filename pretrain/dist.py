@@ -97,7 +97,9 @@ def start(timeout_s: int, threads: int | None) -> Ranks:
     # Of all ranks, for what is in the memory of hosts; gloo's own group is one.
     _hosts = None
     if on_gpu:
-        _hosts = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        assert isinstance(group, torch.distributed.ProcessGroup)
+        _hosts = group
     device = torch.device("cuda", gpu) if on_gpu else torch.device("cpu")
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
 

@@ -179,7 +179,8 @@ def packed_attention(
     if key_THE.device.type != "cpu" and key_THE.dtype == torch.bfloat16:
         return _by_kernel(query_AHE, key_THE, value_THE, starts, most, cells, half, dropout)
     if dropout:
-        return _by_cell_with_dropout(query_AHE, key_THE, value_THE, starts, cells.starts_B, dropout)
+        arguments = query_AHE, key_THE, value_THE, starts, cells.starts_B, dropout
+        return _by_cell_with_dropout(*arguments)  # type: ignore  # the decorator hides its signature
     return _by_cell(
         query_AHE, key_THE, value_THE, starts, cells.starts_B, -1 if half is None else half
     )[0]
