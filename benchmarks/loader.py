@@ -70,8 +70,8 @@ def masking_s_per_cell(shards: Path) -> float:
     """Return seconds per cell that masking takes beyond padding, on batches of these shards."""
     from data_prep.order import EpochPlan
     from data_prep.shards import ShardSet
+    from pretrain.blocks import BlockCache
     from pretrain.config import MaskingConfig
-    from pretrain.data import BlockCache
     from pretrain.masking import mask_rows, masks_of
 
     opened = ShardSet(shards)

@@ -63,7 +63,7 @@ def rank_main(arguments: argparse.Namespace) -> None:
     for step in range(arguments.steps + 1):
         dist.wait_for_all()
         started, used = time.perf_counter(), time.process_time()
-        masked = dist.count_over_ranks({"masked": work.masked}, ranks.device)["masked"]
+        masked = dist.count_over_ranks({"masked": work.masked})["masked"]
         engine.forward_backward(work, step, masked)
         engine.step(step, 1000)
         if step:  # the first one allocates

@@ -152,6 +152,33 @@ def plans_table() -> str:
     return "\n".join(lines)
 
 
+def roofline_table() -> str:
+    """Return predicted speeds of the supplied recipes on one GPU, packed and compiled, by
+    arithmetic alone."""
+    from pretrain import plan
+    from pretrain.flops import GPUS
+
+    lines = [
+        "| recipe | TFLOP, GB moved, launches of a step | A100 | H100 | H200 |",
+        "|---|---|---|---|---|",
+    ]
+    for name in _RECIPES:
+        config = plan.read_config(name, ["run.precision=bf16"])
+        assumed = plan.assumed_corpus(name, None, None, None, None)
+        corpus, length = plan.read_corpus(
+            config, assumed.cells, assumed.mean_tokens, assumed.max_tokens, assumed.vocabulary_size
+        )
+        row, said = [], ""
+        for gpu in ("a100", "h100", "h200"):
+            found = plan.make_plan(config, corpus, length, GPUS[gpu], 1)["roofline"]["compiled"]
+            work = found["flops_per_step"] / 1e12, found["bytes_per_step"] / 1e9
+            said = f"{work[0]:,.1f}, {work[1]:,.0f}, {found['launches_per_step']:,}"
+            rate = found["tokens_per_s"] / 1e6
+            row.append(f"{rate:.2f} M, {found['mfu']:.0%} MFU; {found['limit']}")
+        lines.append(f"| `{name}` | {said} | {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
 def _table(model: type[BaseModel], prefix: str, without: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]
     lines = ["| setting | type | default | meaning |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():

@@ -41,10 +41,6 @@ class CellTargets(NamedTuple):
         """int64, the cells that have a loss: those with a visible gene and a hidden one."""
         return self.rows_H[self.genes_H != NO_LABEL].unique()
 
-    def pinned(self) -> CellTargets:
-        """Return copies that a GPU copies from while it computes."""
-        return CellTargets(*(x.pin_memory() for x in self))
-
 
 def cell_targets(
     input_ids: torch.Tensor, masked_places: torch.Tensor, labels: torch.Tensor, first_gene: int
@@ -84,8 +80,9 @@ def cell_losses(
     logits_BV = logits_BV.float()
     is_asked_H = (genes_H != NO_LABEL).float()
     # Ones and zeros: their sums are the same in any order.
-    counts_BV = torch.zeros_like(logits_BV).index_put(
-        (rows_H, genes_H.clamp(min=0)), is_asked_H, accumulate=True
-    )
+    size = logits_BV.shape[1]
+    flat = logits_BV.new_zeros(len(logits_BV) * size)
+    flat = flat.scatter_add_(0, rows_H * size + genes_H.clamp(min=0), is_asked_H)
+    counts_BV = flat.unflatten(0, (-1, size))
     shares_BV = counts_BV / counts_BV.sum(dim=1, keepdim=True).clamp(min=1)
     return functional.cross_entropy(logits_BV, shares_BV, reduction="none")

@@ -211,8 +211,18 @@ class RunSection(Section):
     max_steps: int | None = Field(
         default=None, ge=1, description="stop earlier; the decay ends here too"
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="of the arithmetic; weights and moments are kept in fp32"
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto",
+        description="of the arithmetic; weights, moments and sums are kept in fp32; auto: bf16 on "
+        "GPUs, fp32 elsewhere",
+    )
+    tf32: bool = Field(
+        default=False, description="on GPUs, products of fp32 matrices with 10 bits of mantissa"
+    )
+    packing: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="cells end to end, without padding; auto: on GPUs, in bf16, if heads are a "
+        "multiple of 8 wide, without CUDA graphs; no loss depends on it",
     )
     deepspeed: str = Field(default="zero1", description="file of deepspeed_configs/, or a path")
     log_every_steps: int = Field(default=10, ge=1, description="optimizer steps of a logged line")
@@ -226,8 +236,9 @@ class RunSection(Section):
     )
     compile: Literal["off", "default", "reduce-overhead"] = Field(
         default="off",
-        description="torch.compile of the layers, a graph for each shape of a micro-batch; "
-        "reduce-overhead: with CUDA graphs",
+        description="torch.compile of the layers, a graph for each shape of a micro-batch, of "
+        "packed cells one for all; reduce-overhead: with CUDA graphs, if a step has one "
+        "micro-batch",
     )
     on_not_finite: Literal["stop", "skip"] = Field(
         default="stop",
@@ -254,6 +265,11 @@ class RunSection(Section):
         description="a rank that stays in one step for this long ends the run, and all say where "
         "they are; 0: never; default: 0.8 x collective_timeout_s",
     )
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _off_of_yaml(cls, value: Any) -> Any:
+        return "off" if value is False else value
 
     @property
     def stall_limit_s(self) -> float:
@@ -358,7 +374,9 @@ class RunConfig(Section):
             "batch": self.batch.model_dump(include={"tokens_per_step"}),
             # What is None does not apply, and is no part of the records of older versions.
             "optim": self.optim.model_dump(exclude_none=True),
-            "run": self.run.model_dump(include={"seed", "epochs", "max_steps", "precision"}),
+            "run": self.run.model_dump(include={"seed", "epochs", "max_steps", "precision"})
+            # At its default it is what older versions did, whose records do not name it.
+            | self.run.model_dump(include={"tf32"}, exclude_defaults=True),
         }
         return {f"{s}.{k}": v for s, fields in decisive.items() for k, v in fields.items()}
 

@@ -7,31 +7,31 @@ threads and history change nothing.
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from data_prep.hashing import mix64
 from data_prep.order import EpochPlan, share
-from data_prep.shards import BucketExtent, DamagedBlock, ShardSet
+from data_prep.shards import ShardSet
 from pretrain.arithmetic import FOLDS
+from pretrain.blocks import BlockCache
 from pretrain.cell_objective import CellTargets, cell_targets
 from pretrain.config import MaskingConfig, ObjectiveConfig
-from pretrain.masking import Masks, mask_rows, masks_of
+from pretrain.masking import NO_LABEL, Masks, mask_rows, masks_of
+from pretrain.packing import Packing, packed
+from pretrain.passes import host_arguments
 from pretrain.shown_genes import (
     draw_subsets,
     length_without_hidden,
     shown_length,
     take_out_hidden,
 )
-
-logger = logging.getLogger(__name__)
+from pretrain.staging import Staged, Staging
 
 # Steps made ahead of the one that trains, for each background thread.
 _STEPS_AHEAD = 2
@@ -47,7 +47,8 @@ class MicroBatch:
     the hidden gene in its cell, 0 = highest expression; ``cells`` int64 [B] numbers in the shards,
     -1 for filler (numpy: it stays on the host); ``targets`` of the cell objective, None without it.
     Where that is the only objective, M is 0. ``folds`` int64 [B], the fold of each cell under which
-    a prior was not counted, None without one.
+    a prior was not counted, None without one. ``packed``: int32 [T] tokens and where they are, if
+    the model gets the cells end to end; then M is the number of hidden genes.
     """
 
     input_ids: torch.Tensor
@@ -58,6 +59,12 @@ class MicroBatch:
     cells: np.ndarray
     targets: CellTargets | None
     folds: torch.Tensor | None = None
+    packed: tuple[torch.Tensor, Packing] | None = None
+
+    @property
+    def num_places(self) -> int:
+        """Places that are computed: padding too, unless the cells are packed."""
+        return len(self.packed[0]) if self.packed else self.input_ids.numel()
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,7 @@ class RankStep:
     cells: int
     cells_digest: int
     quarantined: int
+    staged: tuple[Staging, Staged] | None = None
 
     @property
     def length(self) -> int:
@@ -109,74 +117,6 @@ def micro_batch_slots(
     return [(start + a, start + b) for a, b in parts]
 
 
-class BlockCache:
-    """Decoded blocks, read once while they are in use, by any number of threads.
-
-    Parameters
-    ----------
-    max_blocks
-        Blocks kept; the one unused for longest goes first.
-    quarantine
-        Leave the cells of a damaged block out, instead of raising.
-    """
-
-    def __init__(self, shards: ShardSet, max_blocks: int, quarantine: bool) -> None:
-        self._shards = shards
-        self._max_blocks = max_blocks
-        self._quarantine = quarantine
-        self._token_type = np.uint16 if shards.vocabulary.num_tokens <= 2**16 else np.uint32
-        self._lock = threading.Lock()
-        self._blocks: OrderedDict[int, Future] = OrderedDict()
-        self.blocks_read = 0
-
-    def block(self, number: int) -> tuple[np.ndarray, list[int]] | None:
-        """Return (tokens, offsets) of a block; None if it is damaged and quarantined."""
-        with self._lock:
-            known = self._blocks.get(number)
-            if known is None:
-                mine = self._blocks[number] = Future()
-                if len(self._blocks) > self._max_blocks:
-                    self._blocks.popitem(last=False)
-            else:
-                self._blocks.move_to_end(number)
-        if known is not None:
-            return known.result()
-        try:
-            mine.set_result(self._read(number))
-        except BaseException as error:
-            mine.set_exception(error)
-            raise
-        return mine.result()
-
-    def _read(self, number: int) -> tuple[np.ndarray, list[int]] | None:
-        self.blocks_read += 1
-        try:
-            block = self._shards.read_block(number)
-        except DamagedBlock as error:
-            if not self._quarantine:
-                raise
-            logger.warning("quarantined: %s", error)
-            return None
-        return block.tokens, block.offsets.tolist()
-
-    def gather(self, extent: BucketExtent, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the tokens of cells of one bucket, flat, and int64 [cells + 1] where each begins.
-
-        Cells of a quarantined block have no token; every other cell has.
-        """
-        numbers, places = extent.locate(cells)
-        blocks = {n: self.block(n) for n in np.unique(numbers).tolist()}
-        parts = [np.zeros(0, dtype=self._token_type)]
-        offsets = np.zeros(len(cells) + 1, dtype=np.int64)
-        for i, (number, place) in enumerate(zip(numbers.tolist(), places.tolist(), strict=True)):
-            if block := blocks[number]:
-                tokens, starts = block
-                start, stop = starts[place], starts[place + 1]
-                parts.append(tokens[start:stop])
-                offsets[i + 1] = stop - start
-        return np.concatenate(parts), np.cumsum(offsets)
-
-
 class StepDataset:
     """Item i = what one rank computes in global step i.
 
@@ -184,12 +124,14 @@ class StepDataset:
     ----------
     tokens_per_micro_batch
         Padded tokens of one forward pass.
-    pin_memory
-        Make tensors that a GPU copies from while it computes.
     quarantine
         Leave the cells of damaged blocks out (rows that weigh nothing), instead of raising.
     objective
         A weight of 0 means that nothing is asked of genes, or of cells.
+    packs
+        The model gets the cells end to end.
+    staging
+        Lay each step out for one copy to a GPU.
     """
 
     def __init__(
@@ -202,9 +144,10 @@ class StepDataset:
         masking: MaskingConfig,
         rank: int,
         world_size: int,
-        pin_memory: bool = False,
         quarantine: bool = False,
         objective: ObjectiveConfig = ObjectiveConfig(),  # noqa: B008  frozen
+        packs: bool = False,
+        staging: Staging | None = None,
     ) -> None:
         self.plan = EpochPlan(shards, split, seed, tokens_per_step, masking.subset)
         open_blocks = sum(b.open_blocks(world_size) for b in self.plan.buckets)
@@ -214,7 +157,7 @@ class StepDataset:
         self._objective = objective
         self._budget = tokens_per_micro_batch
         self._rank, self._world_size = rank, world_size
-        self._pin_memory = pin_memory
+        self.packs, self._staging = packs, staging
         # Of each bucket, the longest cell of which genes are hidden.
         masks = masks_of(seed, split, 0, shards.vocabulary, masking)
         self._lengths = [
@@ -244,16 +187,27 @@ class StepDataset:
             hidden += num_hidden
         scored = sum(len(m.targets.scored_rows) for m in micro_batches if m.targets)
         served = np.diff(offsets) > 0
+        staging, staged = self._staging, None
+        if staging:
+            staged = staging, staging.fill([host_arguments(m) for m in micro_batches])
         return RankStep(
             step,
             micro_batches,
             hidden if self._objective.gene_weight else 0,
             scored,
             len(tokens) - (hidden if self._masking.hidden == "remove" else 0),
-            sum(m.input_ids.numel() for m in micro_batches),
+            sum(m.num_places for m in micro_batches),
             int(served.sum()),
             int(mix64(cells[served]).sum(dtype=np.uint64).view(np.int64)),
             int((~served).sum()),
+            staged,
+        )
+
+    def most_micro_batches(self) -> int:
+        """Return how many micro-batches a rank has in a step at most."""
+        return max(
+            len(micro_batch_slots(b.cells_per_step, length, 0, self._world_size, self._budget))
+            for b, length in zip(self.plan.buckets, self._lengths, strict=True)
         )
 
     def full_shapes(self) -> set[tuple[int, int]]:
@@ -278,7 +232,17 @@ class StepDataset:
         _, length, rows = max(shapes)
         masks = masks_of(self._seed, self._split, 0, self._vocabulary, self._masking)
         nothing, offsets = np.zeros(0, dtype=np.uint16), np.zeros(rows + 1, dtype=np.int64)
-        return self._micro_batch(np.full(rows, -1), nothing, offsets, length, masks)[0]
+        micro = self._micro_batch(np.full(rows, -1), nothing, offsets, length, masks)[0]
+        if not self.packs:
+            return micro
+        # Packed, a row of filler is one place: all are to be computed, as if cells were there.
+        most = masks.most(length) if self._objective.gene_weight else 0
+        places = torch.arange(rows)[:, None] * micro.input_ids.shape[1] + torch.arange(most)
+        full = replace(
+            micro, attention_mask=None, masked_places=places.flatten(),
+            labels=torch.full((rows * most,), NO_LABEL),
+        )  # fmt: skip
+        return self._packed(full, rows * most, masks.most(length))
 
     def _micro_batch(
         self,
@@ -309,14 +273,27 @@ class StepDataset:
             if self._masking.hidden == "remove":
                 inputs, mask = self._without_hidden(inputs, real, places[:hidden], masks)
                 targets = targets._replace(visible_BL=inputs >= first_gene)
-            targets = targets.pinned() if self._pin_memory else targets
         if self._objective.gene_weight == 0:
             places, labels, ranks = places[:0], labels[:0], ranks[:0]
         folds = None
         if self._objective.prior != "none":
             folds = self._tensor((len(cells),), torch.int64)
             folds.numpy()[:] = cells % FOLDS
-        return MicroBatch(inputs, mask, places, labels, ranks, cells, targets, folds), hidden
+        micro = MicroBatch(inputs, mask, places, labels, ranks, cells, targets, folds)
+        return self._packed(micro, hidden, masks.most(length)), hidden
+
+    def _packed(self, micro: MicroBatch, hidden: int, most: int) -> MicroBatch:
+        """Return a micro-batch with its cells end to end too, if the model wants them so."""
+        if not self.packs:
+            return micro
+        # A number of rows that depends on the bucket alone is of no use here: T does not.
+        names = ("masked_places", "labels", "relative_ranks")
+        micro = replace(micro, **{n: getattr(micro, n)[:hidden] for n in names})
+        if targets := micro.targets:
+            asked = targets.rows_H[:hidden], targets.genes_H[:hidden]
+            micro = replace(micro, targets=CellTargets(targets.visible_BL, *asked))
+        ids, packing = packed(micro.input_ids, micro.attention_mask, micro.masked_places, most)
+        return replace(micro, packed=(ids, packing))
 
     def _width(self, length: int, masks: Masks) -> int:
         """Return how many tokens of cells of `length` reach the model at most."""
@@ -335,7 +312,7 @@ class StepDataset:
         return shown, None if shown_real.all() else shown_real
 
     def _tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, pin_memory=self._pin_memory)
+        return torch.empty(shape, dtype=dtype)
 
 
 def steps_in_background(

@@ -33,6 +33,7 @@ T = TypeVar("T")
 _LINEAR = torch.nn.functional.linear
 # Where this process has met the other ranks: place, store, and how often before.
 _met: dict[str, Any] = {}
+_hosts: torch.distributed.ProcessGroup | None = None
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # What other launchers call RANK, WORLD_SIZE and LOCAL_RANK. A batch script of SLURM has these too
 # but for the step, which only srun's processes are in.
@@ -78,7 +79,7 @@ def start(timeout_s: int, threads: int | None) -> Ranks:
         os.environ |= dict(
             zip(_RANK_VARIABLES, ("0", "1", "0", "127.0.0.1", _free_port()), strict=True)
         )
-    on_gpu = os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
+    on_gpu = finds_gpu()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if threads is not None:
@@ -101,6 +102,13 @@ def start(timeout_s: int, threads: int | None) -> Ranks:
         )
     except RuntimeError as error:
         raise _no_connection(error) from error
+    global _hosts
+    # Of all ranks, for what is in the memory of hosts; gloo's own group is one.
+    _hosts = None
+    if on_gpu:
+        group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        assert isinstance(group, torch.distributed.ProcessGroup)
+        _hosts = group
     device = torch.device("cuda", gpu) if on_gpu else torch.device("cpu")
     try:
         # Before anything is read: a wrong interface shows here.
@@ -202,6 +210,11 @@ def start_without_others(store: Any, rank: int, world_size: int) -> None:
     # "fake": torch's own, registered by whoever made the store.
     torch.distributed.init_process_group("fake", store=store, rank=rank, world_size=world_size)
     deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False, verbose=False)
+
+
+def finds_gpu() -> bool:
+    """Will ranks of this machine compute on GPUs?"""
+    return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
 
 
 def gpu_of(local_rank: int, visible: int) -> int:
@@ -325,10 +338,13 @@ def is_from_a_collective(error: BaseException) -> bool:
     return type(error) is RuntimeError and any(m.startswith("torch.distributed") for m in modules)
 
 
-def count_over_ranks(values: dict[str, int], device: torch.device) -> dict[str, int]:
-    """Return the sums over all ranks, in int64: exact, and modulo 2**64."""
-    tensor = torch.tensor(list(values.values()), dtype=torch.int64, device=device)
-    torch.distributed.all_reduce(tensor)
+def count_over_ranks(values: dict[str, int]) -> dict[str, int]:
+    """Return the sums over all ranks, in int64: exact, and modulo 2**64.
+
+    Between hosts: no rank waits for its device, which may be a step behind.
+    """
+    tensor = torch.tensor(list(values.values()), dtype=torch.int64)
+    torch.distributed.all_reduce(tensor, group=_hosts)
     return dict(zip(values, tensor.tolist(), strict=True))
 
 

@@ -31,6 +31,7 @@ from data_prep.vocab import CLS, EOS, Vocabulary
 from pretrain.architecture import BERT, MODERNBERT, layer_types, read_model_config
 from pretrain.attention import attention
 from pretrain.model_config import ModelConfig
+from pretrain.packing import Packing, packed_attention, picked
 from pretrain.window import window_attention
 
 Network = BertForMaskedLM | ModernBertForMaskedLM
@@ -51,11 +52,14 @@ class Places(NamedTuple):
         bool, the first places of each row; None: all.
     rotation
         What turns queries and keys; None: positions are in the states.
+    cells
+        Where the cells are, if they stand end to end: then B is 1 and L is T; None: in rows.
     """
 
     asked_BQ: torch.Tensor | None
     real_BL: torch.Tensor | None
     rotation: Rotation | None
+    cells: Packing | None = None
 
 
 class Architecture:
@@ -103,6 +107,11 @@ class Architecture:
     @staticmethod
     def finished(encoder: Any, states: torch.Tensor) -> torch.Tensor:
         """Return the states of a layer as the head would see them if the layer were the last."""
+        raise NotImplementedError
+
+    @staticmethod
+    def embedded(encoder: Any, input_ids: torch.Tensor, cells: Packing | None) -> torch.Tensor:
+        """Return [B, L, D], the states before the first layer; of packed cells [1, T, D]."""
         raise NotImplementedError
 
     @staticmethod
@@ -171,17 +180,28 @@ class _Bert(Architecture):
         return states
 
     @staticmethod
+    def embedded(encoder: Any, input_ids: torch.Tensor, cells: Packing | None) -> torch.Tensor:
+        if cells is None:
+            return encoder.embeddings(input_ids=input_ids)
+        places = (cells.padded_T % cells.length)[None]
+        return encoder.embeddings(input_ids=input_ids[None], position_ids=places)
+
+    @staticmethod
     def rotations(encoder: Any, length: int, device: torch.device) -> list[Rotation | None]:
         return [None] * encoder.config.num_hidden_layers
 
     @staticmethod
     def through_layer(layer: Any, hidden_BLD: torch.Tensor, places: Places) -> torch.Tensor:
         part = layer.attention.self
-        asking_BQD = _asking(hidden_BLD, places.asked_BQ)
-        context_BQD = attention(
-            part.query(asking_BQD), part.key(hidden_BLD), part.value(hidden_BLD),
-            part.num_attention_heads, places.real_BL, part.dropout.p if layer.training else 0.0,
-        )  # fmt: skip
+        asking_BQD = _asking(hidden_BLD, places.asked_BQ, places.cells is not None)
+        mixed = part.query(asking_BQD), part.key(hidden_BLD), part.value(hidden_BLD)
+        num_heads, dropout = part.num_attention_heads, part.dropout.p if layer.training else 0.0
+        if places.cells is None:
+            context_BQD = attention(*mixed, num_heads, places.real_BL, dropout)
+        else:
+            query, key, value = (x.squeeze(0).unflatten(-1, (num_heads, -1)) for x in mixed)
+            context = packed_attention(query, key, value, places.cells, None, dropout)
+            context_BQD = context.flatten(1)[None]
         asking_BQD = layer.attention.output(context_BQD, asking_BQD)
         return layer.output(layer.intermediate(asking_BQD), asking_BQD)
 
@@ -251,6 +271,10 @@ class _ModernBert(Architecture):
         return encoder.final_norm(states)
 
     @staticmethod
+    def embedded(encoder: Any, input_ids: torch.Tensor, cells: Packing | None) -> torch.Tensor:
+        return encoder.embeddings(input_ids=input_ids if cells is None else input_ids[None])
+
+    @staticmethod
     def rotations(encoder: Any, length: int, device: torch.device) -> list[Rotation | None]:
         # Not by the module's own frequencies: DeepSpeed turns buffers into bfloat16, in which place
         # 300 is 300 +- 1.
@@ -260,7 +284,7 @@ class _ModernBert(Architecture):
 
     @staticmethod
     def through_layer(layer: Any, hidden_BLD: torch.Tensor, places: Places) -> torch.Tensor:
-        asked_BQ, real_BL, rotation = places
+        asked_BQ, real_BL, rotation, cells = places
         assert rotation is not None
         part = layer.attn
         # One projection for all three: at places that do not ask, the query is computed in vain. A
@@ -271,25 +295,33 @@ class _ModernBert(Architecture):
         )
         cosine, sine = rotation
         key = _turned(key, cosine[None, :, None], sine[None, :, None])
+        half = None if part.sliding_window is None else part.sliding_window - 1
+        # A window of packed cells has places in their order: all ask, and few are looked at.
+        few = asked_BQ if cells is not None and half is not None else None
         place_BQ = None
-        if asked_BQ is None:
+        if asked_BQ is None or few is not None:
             query = _turned(query, cosine[None, :, None], sine[None, :, None])
         else:
             place_BQ = asked_BQ % hidden_BLD.shape[1]
-            query = query.flatten(0, 1)[asked_BQ]
+            query = picked(query.flatten(0, 1), asked_BQ, cells is not None)
             query = _turned(query, cosine[place_BQ][:, :, None], sine[place_BQ][:, :, None])
-        if part.sliding_window is None:
+        if cells is not None:
+            context = packed_attention(
+                query.squeeze(0), key.squeeze(0), value.squeeze(0), cells, half
+            )[None]
+            context_BQD = _asking(context.flatten(2), few, True)
+        elif half is None:
             num_heads = key.shape[2]
             context_BQD = attention(
                 query.flatten(2), key.flatten(2), value.flatten(2), num_heads, real_BL, 0.0
             )
         else:
             context = window_attention(
-                query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
-                part.sliding_window - 1, real_BL, place_BQ,
+                query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), half, real_BL,
+                place_BQ,
             )  # fmt: skip
             context_BQD = context.transpose(1, 2).flatten(2)
-        hidden_BQD = _asking(hidden_BLD, asked_BQ) + part.Wo(context_BQD)
+        hidden_BQD = _asking(hidden_BLD, asked_BQ, cells is not None) + part.Wo(context_BQD)
         return hidden_BQD + layer.mlp(layer.mlp_norm(hidden_BQD))
 
     @staticmethod
@@ -297,9 +329,13 @@ class _ModernBert(Architecture):
         return network.decoder(network.head(states_MD))
 
 
-def _asking(hidden_BLD: torch.Tensor, asked_BQ: torch.Tensor | None) -> torch.Tensor:
-    """Return [B, Q, D], the states at the places that ask."""
-    return hidden_BLD if asked_BQ is None else hidden_BLD.flatten(0, 1)[asked_BQ]
+def _asking(
+    hidden_BLD: torch.Tensor, asked_BQ: torch.Tensor | None, are_unique: bool
+) -> torch.Tensor:
+    """Return [B, Q, D], the states at the places that ask. In rows fillers ask at one place."""
+    if asked_BQ is None:
+        return hidden_BLD
+    return picked(hidden_BLD.flatten(0, 1), asked_BQ, are_unique)
 
 
 def _rotation(config: Any, kind: str, length: int, device: torch.device) -> Rotation:
@@ -307,6 +343,15 @@ def _rotation(config: Any, kind: str, length: int, device: torch.device) -> Rota
     frequencies, _ = rotary(config, device, kind)
     angles = torch.arange(length, device=device)[:, None] * frequencies
     return angles.cos(), angles.sin()
+
+
+def at_places(rotations: list[Rotation | None], places: torch.Tensor) -> list[Rotation | None]:
+    """Return rotations of other places: int64, their numbers among those of `rotations`."""
+    made: dict[int, Rotation] = {}
+    for rotation in rotations:
+        if rotation is not None and id(rotation) not in made:
+            made[id(rotation)] = rotation[0][places], rotation[1][places]
+    return [None if r is None else made[id(r)] for r in rotations]
 
 
 def _turned(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:

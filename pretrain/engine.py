@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 
@@ -15,9 +15,9 @@ from pretrain.checkpoint import Checkpoint
 from pretrain.config import RunConfig
 from pretrain.counted_genes import start_counted
 from pretrain.data import MicroBatch, RankStep
+from pretrain.device import Computing, compiled_so_far
 from pretrain.dist import Ranks
 from pretrain.ds_config import zero_stage
-from pretrain.evaluate import to_device
 from pretrain.model import MaskedGeneModel, build_model
 from pretrain.muon import MuonBesideAdamW
 from pretrain.optim import (
@@ -27,28 +27,13 @@ from pretrain.optim import (
     set_learning_rate,
     state_bytes,
 )
+from pretrain.passes import device_arguments, to_device
 from pretrain.prior import ArithmeticPrior, objective_prior
+from pretrain.step_loss import StepLoss, norm_read_once
 from pretrain.step_profile import mark
 from pretrain.warm_start import log_start, start_weights
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StepLoss:
-    """Sums over all ranks of a global step: over hidden genes, and over cells; 0 where a weight of
-    the objective is. `own`: of each of this rank's micro-batches float32 [M], and [B] of cells, if
-    they are asked."""
-
-    loss: float
-    hits: float
-    cell_loss: float
-    own: list[tuple[torch.Tensor, ...]]
-
-    @property
-    def sums(self) -> tuple[float, float, float]:
-        """Return the loss of genes, the hits and the loss of cells."""
-        return self.loss, self.hits, self.cell_loss
 
 
 class Engine:
@@ -96,6 +81,8 @@ class Engine:
                 parts = parts.model_copy(update={"counted": left})
             self.init = start_counted(model, shards, parts, quarantine, ranks)
         self._clipper: StageZeroClipper | None = None
+        self._loss: StepLoss | None = None
+        self._is_compiled, self._compiled = False, (0, 0.0)
         self.deepspeed = self._initialise(model, ds_config)
         dist.limit_waiting(config.run.collective_timeout_s)
         self._optimizer = zero_state.torch_optimizer(self.deepspeed, self.stage)
@@ -135,10 +122,18 @@ class Engine:
             is_replicated,
         )
 
-    def compile_for(self, shapes: set[tuple[int, int]]) -> None:
-        """Compile the training pass for these shapes of micro-batches, if `run.compile` says so."""
-        if self._config.run.compile != "off":
-            self.deepspeed.module.compile_layers(self._config.run.compile, shapes)
+    def compile_for(self, chosen: Computing, shapes: set[tuple[int, int]]) -> None:
+        """Compile the training pass, if that was chosen: of rows for these shapes alone."""
+        self._is_compiled = chosen.compile != "off"
+        if self._is_compiled:
+            sizes = None if chosen.packed else shapes
+            self.deepspeed.module.compile_layers(chosen.compile, sizes)
+
+    def log_compiling(self) -> None:
+        """Say what was compiled since the last time, if anything was."""
+        if self._is_compiled and (found := compiled_so_far()) != self._compiled:
+            logger.info("compiled %d graphs so far, in %.1f s", *found)
+            self._compiled = found
 
     def dry_pass(self, heaviest: MicroBatch) -> None:
         """Compute the largest micro-batch, which weighs nothing: what does not fit shows at once.
@@ -148,9 +143,11 @@ class Engine:
         try:
             # Torch would make the moments in the first step: they must fit as well.
             zero_state.ensure_moments(self.deepspeed, self.stage)
-            losses, _, *of_cells = self.deepspeed(*to_device(heaviest, self._ranks.device))
-            total = sum((part.sum() for part in of_cells), losses.sum())
-            self.deepspeed.backward(total, scale_wrt_gas=False)
+            # Its gradients are kept: CUDA graphs would write over them in the first step.
+            with self.deepspeed.module.without_graphs():
+                losses, _, *of_cells = self.deepspeed(*to_device(heaviest, self._ranks.device))
+                total = sum((part.sum() for part in of_cells), losses.sum())
+                self.deepspeed.backward(total, scale_wrt_gas=False)
         except torch.OutOfMemoryError as error:
             rows, length = heaviest.input_ids.shape
             raise ValueError(
@@ -162,7 +159,12 @@ class Engine:
             ) from error
 
     def forward_backward(
-        self, data: RankStep, step: int, masked: int, scored_cells: int = 0
+        self,
+        data: RankStep,
+        step: int,
+        masked: int,
+        scored_cells: int = 0,
+        on_passed: Callable[[str], None] = lambda _: None,
     ) -> StepLoss:
         """Accumulate the gradients of the exact objective.
 
@@ -175,6 +177,8 @@ class Engine:
         masked, scored_cells
             Hidden genes, and cells that have a loss, of the global step, over all ranks; not read
             where nothing is asked of genes, or of cells.
+        on_passed
+            Called after each micro-batch with its name.
         """
         # Dropout is a function of (seed, step, rank), so that nothing has to be saved for it.
         torch.manual_seed(stream_key(self._config.run.seed, "dropout", step, self._ranks.rank))
@@ -182,9 +186,9 @@ class Engine:
         objective = self._config.objective
         loss_sum, hit_sum, cell_sum = (torch.zeros((), device=device) for _ in range(3))
         own = []
-        for micro in data.micro_batches:
+        for arguments in device_arguments(data, device):
             with mark("forward"):
-                losses, places, *of_cells = self.deepspeed(*to_device(micro, device))
+                losses, places, *of_cells = self.deepspeed(*arguments)
             total = losses.sum()
             weighted = total * (objective.gene_weight * world_size / masked)
             for part in of_cells:  # one, or none
@@ -198,30 +202,29 @@ class Engine:
             loss_sum += total.detach()
             hit_sum += (places == 0).sum()
             own.append(tuple(part.detach() for part in (losses, *of_cells)))
-        sums = [float(part) for part in (loss_sum, hit_sum, cell_sum)]
+            on_passed(f"micro-batch {len(own)} of {len(data.micro_batches)}")
+        sums = torch.stack([part.double() for part in (loss_sum, hit_sum, cell_sum)])
         with mark("communication"):
-            loss, hits, cell_loss = dist.sum_over_ranks(sums, device)
-        return StepLoss(loss, hits, cell_loss, own)
-
-    def discard(self, data: RankStep) -> None:
-        """Make the accumulated gradients no numbers: `step` then applies nothing, on any rank.
-
-        For a loss that is not finite, whose gradients may be. Called by all ranks together.
-        """
-        losses, _, *of_cells = self.deepspeed(
-            *to_device(data.micro_batches[-1], self._ranks.device)
-        )
-        total = sum((part.sum() for part in of_cells), losses.sum())
-        self.deepspeed.backward(total * float("nan"), scale_wrt_gas=False)
+            dist.sum_in_place(sums)
+        self._loss = StepLoss(sums, own)
+        return self._loss
 
     def step(self, step: int, total_steps: int) -> tuple[dict[str, float], float]:
         """Apply the gradients; return (learning rates, the global norm before clipping).
 
-        Nothing is applied if the norm is not finite: DeepSpeed skips the step, the clipper raises.
+        Nothing is applied if the norm or the loss is not finite: DeepSpeed skips the step, the
+        clipper raises. Here the host waits for the device, once; the loss is known then.
         """
         rates = learning_rates_at(step, total_steps, self._config.optim)
         set_learning_rate(self._optimizer, **rates)
-        with mark("optimizer"), contextlib.suppress(FloatingPointError):  # the norm is looked at
+        assert self._loss is not None
+        if self._clipper:
+            self._clipper.loss = self._loss
+        with (
+            mark("optimizer"),
+            norm_read_once(self.deepspeed.optimizer, self._loss),
+            contextlib.suppress(FloatingPointError),  # the norm is looked at
+        ):
             self.deepspeed.step()
         if self._clipper:
             # What the clipper refused is still there; DeepSpeed forgets what it refuses.

@@ -17,12 +17,14 @@ from pretrain.arithmetic import Arithmetic, MaskedRows, arithmetic_tables, descr
 from pretrain.baselines import ARITHMETIC, BASELINE_NAMES, Baselines, RankBaselines
 from pretrain.cell_objective import CellTargets
 from pretrain.config import ObjectiveConfig, RunConfig
-from pretrain.data import MicroBatch, StepDataset
+from pretrain.data import MicroBatch, RankStep, StepDataset, steps_in_background
 from pretrain.dist import Ranks
 from pretrain.heldout_sums import CELL_LOSS, CURVES, SCORES, CellDatasets, HeldoutSums
 from pretrain.masking import EVALUATION_MASKING, NO_LABEL
 from pretrain.metrics import RunLog
+from pretrain.passes import device_arguments
 from pretrain.record import is_run_folder
+from pretrain.staging import Staging
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +40,12 @@ _TOLERANCE = 0.02
 class HeldoutEvaluation:
     """The same held-out cells and masks each time; the baselines are computed once.
 
-    Every rank evaluates its share of every batch.
+    Every rank evaluates its share of every batch. `packs`: the model gets the cells end to end.
     """
 
-    def __init__(self, shards: ShardSet, config: RunConfig, ranks: Ranks) -> None:
+    def __init__(
+        self, shards: ShardSet, config: RunConfig, ranks: Ranks, packs: bool = False
+    ) -> None:
         self._ranks = ranks
         quarantine = config.data.on_damage == "quarantine"
         self._dataset = StepDataset(
@@ -53,7 +57,9 @@ class HeldoutEvaluation:
             EVALUATION_MASKING,
             ranks.rank,
             ranks.world_size,
+            staging=Staging(ranks.device) if ranks.device.type == "cuda" else None,
             quarantine=quarantine,
+            packs=packs,
             # Genes are asked whatever trains: losses of all runs compare.
             objective=ObjectiveConfig(cell_weight=config.objective.cell_weight),
         )
@@ -96,11 +102,17 @@ class HeldoutEvaluation:
         logger.info("%s", describe(tables))
         return Baselines(by_rank, Arithmetic(tables, shards.vocabulary))
 
+    def _steps(self) -> Iterator[tuple[int, RankStep]]:
+        """Yield (number of the bucket, what this rank evaluates in a step), made ahead of a GPU."""
+        threads = 1 if self._ranks.device.type == "cuda" else 0
+        for data in steps_in_background(self._dataset, 0, self._num_steps, threads):
+            yield self._lengths.index(data.length), data
+
     def _batches(self) -> Iterator[tuple[int, MicroBatch]]:
         """Yield (number of the bucket, micro-batch of this rank)."""
-        for step in range(self._num_steps):
-            for micro in self._dataset[step].micro_batches:
-                yield self._lengths.index(micro.input_ids.shape[1]), micro
+        for bucket, data in self._steps():
+            for micro in data.micro_batches:
+                yield bucket, micro
 
     def _no_sums(self) -> HeldoutSums:
         return HeldoutSums(len(self._lengths), len(self._datasets.names))
@@ -129,18 +141,31 @@ class HeldoutEvaluation:
         """
         was_training = model.training
         model.eval()
-        sums = self._no_sums()
+        sums, last = self._no_sums(), None
         with torch.no_grad():
-            for bucket, micro in self._batches():
-                losses, places, *of_cells = model(*to_device(micro, self._ranks.device))
-                hidden = _Hidden.of(micro, self._datasets)
-                scores = (t.cpu().numpy()[hidden.is_real] for t in (losses, places))
-                sums.add(bucket, hidden.ranks, hidden.datasets, *scores)
-                if micro.targets:
-                    sums.add_cells(of_cells[0].cpu().numpy()[micro.targets.scored_rows.numpy()])
-                on_batch()
+            for bucket, data in self._steps():
+                passes = zip(
+                    data.micro_batches, device_arguments(data, self._ranks.device), strict=True
+                )
+                for micro, arguments in passes:
+                    scored = _OnItsWay(model(*arguments))
+                    # While the device computes this one, the host adds up the one before.
+                    if last:
+                        self._add(sums, *last)
+                    last = bucket, micro, scored
+                    on_batch()
+            if last:
+                self._add(sums, *last)
         model.train(was_training)
         return self._result(sums)
+
+    def _add(self, sums: HeldoutSums, bucket: int, micro: MicroBatch, scored: _OnItsWay) -> None:
+        losses, places, *of_cells = scored.numbers()
+        hidden = _Hidden.of(micro, self._datasets)
+        scores = (part[hidden.is_real] for part in (losses, places))
+        sums.add(bucket, hidden.ranks, hidden.datasets, *scores)
+        if micro.targets:
+            sums.add_cells(of_cells[0][micro.targets.scored_rows.numpy()])
 
     def _result(self, sums: HeldoutSums) -> dict[str, Any]:
         """Return the means over all ranks of the sums of this one."""
@@ -181,14 +206,24 @@ def _masked_rows(micro: MicroBatch, labels: np.ndarray) -> MaskedRows:
     return MaskedRows(inputs, lengths.astype(np.int64), labels)
 
 
-def to_device(micro: MicroBatch, device: torch.device) -> tuple:
-    """Return the arguments of the model's forward, on a device."""
-    targets = micro.targets or (None, None, None)
-    arguments = (
-        micro.input_ids, micro.attention_mask, micro.masked_places, micro.labels, *targets,
-        micro.folds,
-    )  # fmt: skip
-    return tuple(None if x is None else x.to(device, non_blocking=True) for x in arguments)
+class _OnItsWay:
+    """Tensors that are copied from a device as soon as they are computed."""
+
+    def __init__(self, tensors: tuple[torch.Tensor, ...]) -> None:
+        self._tensors, self._event = list(tensors), None
+        if tensors[0].is_cuda:
+            self._tensors = [
+                torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+                for x in tensors
+            ]
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def numbers(self) -> list[np.ndarray]:
+        """Return them when they are there."""
+        if self._event:
+            self._event.synchronize()
+        return [x.numpy() for x in self._tensors]
 
 
 class NothingHeldOut:
@@ -201,10 +236,12 @@ class NothingHeldOut:
 Heldout = HeldoutEvaluation | NothingHeldOut
 
 
-def heldout_evaluation(shards: ShardSet, config: RunConfig, ranks: Ranks) -> Heldout:
+def heldout_evaluation(
+    shards: ShardSet, config: RunConfig, ranks: Ranks, packs: bool = False
+) -> Heldout:
     """Return the evaluation of held-out cells; where there are none that is said, once."""
     if shards.extents("heldout"):
-        return HeldoutEvaluation(shards, config, ranks)
+        return HeldoutEvaluation(shards, config, ranks, packs)
     if ranks.is_first:
         logger.warning(
             "%s: no cell is held out (prepared with --heldout 0): nothing is evaluated, and no "

@@ -15,28 +15,33 @@ from pretrain.model_config import ModelConfig
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU of the makers' data sheets: dense bfloat16 and TF32 FLOP/s, memory in GiB."""
+    """A GPU of the makers' data sheets: dense bfloat16 and TF32 FLOP/s, memory in GiB, and what it
+    delivers in bytes a second."""
 
     name: str
     bf16_flops: float
     fp32_flops: float
     memory_gib: float
+    bytes_per_s: float
 
     def flops(self, precision: str) -> float:
         return self.bf16_flops if precision == "bf16" else self.fp32_flops
 
 
+# Of float32 logits that a GPU holds at once (`pretrain.scores`).
+CHUNK_BYTES = 2**28
+
 GPUS = {
     g.name: g
     for g in (
-        Gpu("a100", 312e12, 156e12, 79.2),
-        Gpu("a100-40", 312e12, 156e12, 39.4),
-        Gpu("l40s", 362e12, 183e12, 44.5),
-        Gpu("h100", 989e12, 495e12, 79.6),
-        Gpu("h200", 989e12, 495e12, 139.8),
-        Gpu("b200", 2250e12, 1125e12, 178.0),
+        Gpu("a100", 312e12, 156e12, 79.2, 2.04e12),
+        Gpu("a100-40", 312e12, 156e12, 39.4, 1.56e12),
+        Gpu("l40s", 362e12, 183e12, 44.5, 0.86e12),
+        Gpu("h100", 989e12, 495e12, 79.6, 3.35e12),
+        Gpu("h200", 989e12, 495e12, 139.8, 4.8e12),
+        Gpu("b200", 2250e12, 1125e12, 178.0, 8.0e12),
         # No GPU: a core of the machine of docs/benchmarks.md; what its runs reach, not a peak.
-        Gpu("cpu", 170e9, 92e9, 16.0),
+        Gpu("cpu", 170e9, 92e9, 16.0, 10e9),
     )
 }
 
@@ -52,7 +57,7 @@ def layer_matrices(model: ModelConfig) -> tuple[int, int]:
     return 2 * d * d, 2 * d * d + 2 * d * i
 
 
-def _places_seen(model: ModelConfig, asked: float) -> tuple[float, float]:
+def places_seen(model: ModelConfig, asked: float) -> tuple[float, float]:
     """Return (a, b): in all layers together a token is compared with a L + b places.
 
     In the last layer the share `asked` of them asks, and sees the whole cell; where all ask it is
@@ -92,7 +97,7 @@ def flops_per_token(config: RunConfig, num_tokens: int, length: float) -> float:
     d = model.hidden_size
     keys, others = layer_matrices(model)
     matrices = model.num_layers * keys + (model.num_layers - 1 + asked) * others
-    whole, local = _places_seen(model, asked)
+    whole, local = places_seen(model, asked)
     attention = 12 * d * (whole * length + local)
     rows = of_genes + (1 / length if config.objective.cell_weight else 0)
     head = 6 * rows * (d * num_tokens + d * d)
@@ -125,7 +130,7 @@ class Work:
         d, layers = model.hidden_size, model.num_layers
         keys, others = layer_matrices(model)
         matrices = f"6 x ({layers} x {keys} + {layers - 1 + asked:g} x {others})"
-        whole, local = _places_seen(model, asked)
+        whole, local = places_seen(model, asked)
         attention = f"12 x {whole:g} x {d} x L"
         if local:
             attention = f"12 x {d} x ({whole:g} x L + {local:g})"

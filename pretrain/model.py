@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from data_prep.vocab import Vocabulary
-from pretrain import kernels
 from pretrain.cell_objective import cell_losses, mean_of_visible
 from pretrain.encoders import (
     Network,
     Places,
     architecture_of,
+    at_places,
     encoder_config,
     encoder_of,
     layers_of,
     new_network,
 )
 from pretrain.model_config import ModelConfig
+from pretrain.packing import Packing, picked
 from pretrain.prior import ArithmeticPrior, Hidden
+from pretrain.scores import score
 
 
 class MaskedGeneModel(nn.Module):
@@ -53,10 +55,12 @@ class MaskedGeneModel(nn.Module):
         self._architecture = architecture_of(bert)
         self._checkpointing = activation_checkpointing
         self._prior = prior
-        self._compiled: Callable[..., torch.Tensor] = self._architecture.through_layer
-        self._compiled_shapes: set[tuple[int, int]] = set()
+        self._compiled: Callable[..., torch.Tensor] | None = None
+        # (B, L) of rows that are compiled; None: packed cells of any number.
+        self._compiled_shapes: set[tuple[int, int]] | None = set()
+        self._has_graphs = False
 
-    def compile_layers(self, mode: str, shapes: set[tuple[int, int]]) -> None:
+    def compile_layers(self, mode: str, shapes: set[tuple[int, int]] | None) -> None:
         """Compile the layers for training, each shape when it first comes.
 
         Layers of a kind share a graph, so it costs the same for six as for eighteen. Other shapes,
@@ -67,13 +71,27 @@ class MaskedGeneModel(nn.Module):
         mode
             Of `torch.compile`.
         shapes
-            (B, L) of the micro-batches to compile for.
+            (B, L) of the micro-batches to compile for; None: packed cells, whose graphs hold for
+            any number of places.
         """
-        # With and without a mask.
-        graphs = 2 * self._architecture.graphs_of_layers
-        torch._dynamo.config.recompile_limit = graphs * len(shapes)
-        self._compiled = torch.compile(self._architecture.through_layer, mode=mode, dynamic=False)
-        self._compiled_shapes = shapes
+        # Of rows one with and one without a mask.
+        number = 1 if shapes is None else 2 * len(shapes)
+        torch._dynamo.config.recompile_limit = self._architecture.graphs_of_layers * number
+        self._compiled = torch.compile(
+            self._architecture.through_layer, mode=mode, dynamic=shapes is None
+        )
+        self._compiled_shapes, self._has_graphs = shapes, mode == "reduce-overhead"
+
+    @contextmanager
+    def without_graphs(self) -> Iterator[None]:
+        """Run layers as written, if they are compiled to CUDA graphs, inside a ``with`` block."""
+        compiled = self._compiled
+        if self._has_graphs:
+            self._compiled = None
+        try:
+            yield
+        finally:
+            self._compiled = compiled
 
     def forward(
         self,
@@ -85,6 +103,7 @@ class MaskedGeneModel(nn.Module):
         rows_H: torch.Tensor | None = None,
         genes_H: torch.Tensor | None = None,
         folds_B: torch.Tensor | None = None,
+        packing: tuple | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """Return (float32 [M] cross-entropy in nats, int64 [M] place) of the hidden genes.
 
@@ -107,58 +126,77 @@ class MaskedGeneModel(nn.Module):
         folds_B
             int64 [B], read by the prior: which of its tables was not counted on the cell; None: on
             none of the cells.
+        packing
+            Fields of a `Packing`: the cells stand end to end, `input_ids` are int32 [T] and there
+            is no mask. Everything else is as it is in rows of L places, without filler in M.
         """
-        hidden = Hidden(input_ids, attention_mask, masked_places, labels, folds_B)
-        if self._compiled_shapes:
+        cells = Packing(*packing) if packing else None
+        if self._has_graphs:
             # Where CUDA graphs replay: what the pass before has left may be written over.
             torch.compiler.cudagraph_mark_step_begin()
         encoder, kind = encoder_of(self.bert), self._architecture
-        hidden_BLD = encoder.embeddings(input_ids=input_ids)
+        hidden_BLD = kind.embedded(encoder, input_ids, cells)
         layers = layers_of(encoder)
-        rotations = kind.rotations(encoder, input_ids.shape[1], input_ids.device)
-        for layer, rotation in zip(layers[:-1], rotations, strict=False):
-            hidden_BLD = self._layer(layer, hidden_BLD, Places(None, attention_mask, rotation))
+        length = input_ids.shape[1] if cells is None else cells.length
+        rotations = kind.rotations(encoder, length, input_ids.device)
+        hidden = Hidden(input_ids, attention_mask, masked_places, labels, folds_B)
+        if cells is not None:
+            rotations = at_places(rotations, cells.padded_T % length)
+            if self._prior:
+                hidden = hidden._replace(
+                    input_ids=cells.rows(input_ids), attention_mask=cells.real()
+                )
+        everywhere = [Places(None, attention_mask, r, cells) for r in rotations]
+        for layer, places in zip(layers[:-1], everywhere, strict=False):
+            hidden_BLD = self._layer(layer, hidden_BLD, places)
         if visible_BL is None:
-            asked_BQ, slots_M = asked_places(masked_places, labels, *input_ids.shape)
-            asked = Places(asked_BQ, attention_mask, rotations[-1])
+            if cells is None:
+                asked_BQ, slots_M = asked_places(masked_places, labels, *input_ids.shape)
+            else:
+                asked_BQ, slots_M = cells.asked_A[None], cells.slots_M
+            asked = everywhere[-1]._replace(asked_BQ=asked_BQ)
             asked_BQD = self._layer(layers[-1], hidden_BLD, asked)
-            states_MD = kind.finished(encoder, asked_BQD.flatten(0, 1)[slots_M])
+            states_MD = kind.finished(
+                encoder, picked(asked_BQD.flatten(0, 1), slots_M, cells is not None)
+            )
             return self._score(kind.logits(self.bert, states_MD), hidden)
         assert rows_H is not None and genes_H is not None
-        everywhere = Places(None, attention_mask, rotations[-1])
-        states_BLD = kind.finished(encoder, self._layer(layers[-1], hidden_BLD, everywhere))
-        logits_BV = kind.logits(self.bert, mean_of_visible(states_BLD, visible_BL))
+        states_BLD = kind.finished(encoder, self._layer(layers[-1], hidden_BLD, everywhere[-1]))
+        places_M = masked_places if cells is None else cells.places_M
+        rows_BLD = states_BLD if cells is None else cells.rows(states_BLD.squeeze(0))
+        logits_BV = kind.logits(self.bert, mean_of_visible(rows_BLD, visible_BL))
         of_cells = cell_losses(logits_BV, rows_H, genes_H)
         if len(labels) == 0:
             return of_cells.new_zeros(0), labels, of_cells
-        logits_MV = kind.logits(self.bert, states_BLD.flatten(0, 1)[masked_places])
+        logits_MV = kind.logits(
+            self.bert, picked(states_BLD.flatten(0, 1), places_M, cells is not None)
+        )
         return *self._score(logits_MV, hidden), of_cells
 
     def _score(self, logits_MV: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, ...]:
-        if self._prior:
-            logits_MV = self._prior.added_to(logits_MV, hidden)
-        return _score(logits_MV, hidden.labels)
+        if self._prior is None:
+            return score(logits_MV, hidden.labels)
+        if logits_MV.device.type == "cpu":
+            return score(self._prior.added_to(logits_MV, hidden), hidden.labels)
+        return score(logits_MV, hidden.labels, self._prior.on_device(hidden))
 
     def _layer(self, layer: Any, hidden_BLD: torch.Tensor, places: Places) -> torch.Tensor:
         arguments = layer, hidden_BLD, places
+        through_layer = self._architecture.through_layer
         if not self.training:
-            return self._architecture.through_layer(*arguments)
-        is_compiled = tuple(hidden_BLD.shape[:2]) in self._compiled_shapes
-        through_layer = self._compiled if is_compiled else self._architecture.through_layer
+            return through_layer(*arguments)
+        if self._compiled and self._is_compiled(hidden_BLD, places):
+            through_layer = self._compiled
         if self._checkpointing:
             return checkpoint(through_layer, *arguments, use_reentrant=False)  # type: ignore
         return through_layer(*arguments)
 
-
-def _score(logits_MV: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return float32 [M] losses and int64 [M] places of labels among all guesses."""
-    if logits_MV.device.type == "cpu":
-        return _ScoredLabels.apply(logits_MV, labels)  # type: ignore[return-value]
-    # Cross-entropy in float32: in bfloat16 a loss of 6 is quantised to 1/64.
-    logits_MV = logits_MV.float()
-    # Before the loss: what is counted in is freed again when the loss needs its memory.
-    places_M = guess_places(logits_MV.detach(), labels)
-    return functional.cross_entropy(logits_MV, labels, reduction="none"), places_M
+    def _is_compiled(self, hidden_BLD: torch.Tensor, places: Places) -> bool:
+        if self._compiled_shapes is not None:
+            return tuple(hidden_BLD.shape[:2]) in self._compiled_shapes
+        # Sizes of 1 would make graphs of their own.
+        sizes = [x.shape[1] for x in (hidden_BLD, places.asked_BQ) if x is not None]
+        return places.cells is not None and min(sizes) > 1
 
 
 def asked_places(
@@ -182,58 +220,6 @@ def asked_places(
     asked = torch.cat([asked.repeat_interleave(most), asked[:1]])
     asked = asked.index_put((slots_M,), masked_places)[:size]
     return asked.view(num_cells, most), slots_M.clamp(max=max(size - 1, 0))
-
-
-class _ScoredLabels(torch.autograd.Function):
-    """Cross-entropy and place of each label on a CPU, in two passes over the logits.
-
-    The logits are used up in backward.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits_MV: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        losses, log_sums = torch.empty(len(labels)), torch.empty(len(labels))
-        places = torch.empty(len(labels), dtype=torch.int64)
-        logits_MV = logits_MV.detach()
-        kernels.score_labels(
-            kernels.numbers(logits_MV), labels.numpy(), losses.numpy(), places.numpy(),
-            log_sums.numpy(),
-        )  # fmt: skip
-        ctx.save_for_backward(labels, log_sums)
-        ctx.logits_MV = logits_MV
-        ctx.mark_non_differentiable(places)
-        return losses, places
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple:
-        labels, log_sums = ctx.saved_tensors
-        logits_MV, ctx.logits_MV = ctx.logits_MV, None
-        slopes = gradients[0]
-        assert slopes is not None and logits_MV is not None
-        kernels.slopes_of_logits(
-            kernels.numbers(logits_MV), labels.numpy(), log_sums.numpy(),
-            slopes.float().contiguous().numpy(),
-        )  # fmt: skip
-        return logits_MV, None
-
-
-def guess_places(logits_MV: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return int64 [M]: how many genes have a higher logit than the label; V where it is -100.
-
-    Among T equal logits the label gets one of their T places, by its token modulo T. In bfloat16
-    ties are the rule: counted from the best place, a model that has learnt nothing has a top-1 of
-    100 %. A logit that is NaN gives V.
-    """
-    own_M1 = logits_MV.gather(1, labels.clamp(min=0)[:, None])
-    counted_MV = torch.empty_like(logits_MV)
-    # On a CPU the sum of floats takes a quarter of the time of a sum of booleans.
-    below_M = torch.lt(logits_MV, own_M1, out=counted_MV).sum(dim=-1).long()
-    not_above_M = torch.le(logits_MV, own_M1, out=counted_MV).sum(dim=-1).long()
-    tied_M = (not_above_M - below_M).clamp(min=1)
-    size = logits_MV.shape[1]
-    return torch.where(labels < 0, size, size - not_above_M + labels % tied_M)
 
 
 def build_model(

@@ -47,22 +47,29 @@ def matrices_of(name: str, shape: Sequence[int]) -> list[Matrix]:
     return [Matrix(name, i * height * columns, height, columns) for i in range(maps)]
 
 
-def orthogonalise(matrices_NRC: torch.Tensor, steps: int) -> torch.Tensor:
+def orthogonalise(
+    matrices_NRC: torch.Tensor, steps: int, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """Return float32 [N, R, C]: each matrix with its singular values brought near 1.
 
-    In float32 on every device: in bfloat16 the same step on another number of ranks would not give
-    the same losses.
+    Parameters
+    ----------
+    dtype
+        Of the products; None: bfloat16 on a GPU, for what is wanted are values near 1 and no
+        digits; float32 on a CPU, where the same step on other ranks has the same losses.
     """
+    if dtype is None:
+        dtype = torch.float32 if matrices_NRC.device.type == "cpu" else torch.bfloat16
     first, third, fifth = _COEFFICIENTS
     is_tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
     x = matrices_NRC.mT if is_tall else matrices_NRC
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=_SMALLEST_NORM)
+    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=_SMALLEST_NORM)).to(dtype)
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(
             x, torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth), x, beta=first
         )
-    return x.mT if is_tall else x
+    return (x.mT if is_tall else x).float()
 
 
 def muon_direction(matrices: dict[int, torch.Tensor], steps: int) -> dict[int, torch.Tensor]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from pretrain.config import OptimConfig
 from pretrain.muon import MuonBesideAdamW, is_layer_matrix
+from pretrain.step_loss import StepLoss
 from pretrain.zero_state import MOMENTS
 
 RATE, MUON_RATE = "learning_rate", "muon_learning_rate"
@@ -117,7 +118,10 @@ class StageZeroClipper:
     """Clips and reports the gradient norm at ZeRO stage 0, where DeepSpeed reports none.
 
     Runs in the optimizer's own pre-step hook: after DeepSpeed's all-reduce, before the update.
+    `loss`: of the step, read together with the norm; one that is not finite stops it too.
     """
+
+    loss: StepLoss | None = None
 
     def __init__(self, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
         self.last_norm = float("nan")
@@ -127,6 +131,6 @@ class StageZeroClipper:
     def _clip(self, optimizer: torch.optim.Optimizer, _args: tuple, _kwargs: dict) -> None:
         parameters = [p for g in optimizer.param_groups for p in g["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self._max_norm)
-        self.last_norm = float(norm)
-        if not math.isfinite(self.last_norm):
+        self.last_norm = self.loss.read_with(norm) if self.loss else float(norm)
+        if not math.isfinite(self.last_norm) or (self.loss and not self.loss.is_finite):
             raise FloatingPointError(f"gradient norm is {self.last_norm}")

@@ -16,9 +16,10 @@ import numpy as np
 from data_prep.shards import ShardSet
 from pretrain.architecture import MODERNBERT
 from pretrain.config import RunConfig, load_config
-from pretrain.flops import Gpu, asked_shares, flops_per_token, layer_matrices
+from pretrain.flops import CHUNK_BYTES, Gpu, asked_shares, flops_per_token, layer_matrices
 from pretrain.model_config import ModelConfig
 from pretrain.plan_time import MACHINES, step_time
+from pretrain.roofline import roofline
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -123,7 +124,7 @@ def memory_per_gpu(
 ) -> Memory:
     """Return what one GPU holds in a step of ZeRO `stage` with `micro_batch` padded tokens."""
     p = num_parameters(config.model, corpus.num_tokens, max_length)
-    if config.run.precision == "fp32":
+    if config.run.precision != "bf16":
         # ZeRO's optimizer has weights of its own (counted on a run: 16 B a parameter after a step).
         weights, gradients, optimizer = 4 * p, 4 * p, (12 if stage else 8) * p
     elif stage == 0:
@@ -134,14 +135,15 @@ def memory_per_gpu(
         weights, gradients, optimizer = 2 * p, 6 * p, 12 * p
     optimizer -= _MUON_SAVES * muon_parameters(config)
     activations = micro_batch * activation_bytes(config)
-    # The head's input, logits as computed and in float32, their log-softmax and its gradient.
-    size = 2 if config.run.precision == "bf16" else 4
-    row = 4 * size * config.model.hidden_size + (size + 12) * corpus.num_tokens
-    logits = micro_batch * asked_shares(config)[1] * row
+    # The head's input, and logits as computed, over which their slopes are written; beside them
+    # float32 copies of some rows: as they are, counted in, exponentials.
+    size, rows = (2 if config.run.precision == "bf16" else 4), micro_batch * asked_shares(config)[1]
+    row = 4 * size * config.model.hidden_size + size * corpus.num_tokens
+    logits = rows * row + 3 * min(CHUNK_BYTES, rows * 4 * corpus.num_tokens)
     if config.objective.cell_weight:
         # Most cells are in a micro-batch of the shortest bucket; shares of hidden genes beside.
         cells = micro_batch / min(length for length, _ in corpus.buckets)
-        logits += cells * (row + 8 * corpus.num_tokens)
+        logits += cells * (row + 20 * corpus.num_tokens)
     return Memory(
         stage,
         weights / (gpus if stage == 3 else 1),
@@ -363,6 +365,10 @@ def make_plan(
     """
     if not corpus.tokens:
         raise ValueError("the shards hold no training cells")
+    if config.run.precision == "auto":  # what it means on a GPU
+        config = config.model_copy(
+            update={"run": config.run.model_copy(update={"precision": "bf16"})}
+        )
     precision = config.run.precision
     parameters = num_parameters(config.model, corpus.num_tokens, max_length)
     chosen = choose(config, corpus, max_length, gpu, gpus)
@@ -415,6 +421,7 @@ def make_plan(
         "hours_interval": [steps * s / 3600 for s in step.interval],
         "cost": None if price is None else hours * gpus * price,
         "suggested": asdict(chosen) if chosen else None,
+        "roofline": _rooflines(config, gpu, gpus, corpus, parameters, micro_batch),
         "memory": _memory_rows(config, corpus, max_length, gpu, gpus, micro_batch),
         "checkpoint_bytes": checkpoint_bytes(parameters, of_muon),
         "traffic_bytes_per_step": sent,
@@ -430,6 +437,22 @@ def _memory_rows(
         memory_per_gpu(config, corpus, max_length, stage, gpus, micro_batch) for stage in range(4)
     ]
     return [asdict(m) | {"total": m.total, "fits": m.fits(gpu)} for m in of_stages]
+
+
+def _rooflines(
+    config: RunConfig, gpu: Gpu, gpus: int, corpus: Corpus, parameters: int, micro_batch: int
+) -> dict[str, Any]:
+    """Return what arithmetic predicts of a step, layers as written and compiled."""
+    length = sum(n * size**2 for size, n in corpus.buckets) / corpus.padded_tokens
+    share = config.batch.tokens_per_step / gpus
+    passes = int(-(-share // micro_batch))
+    places = share / passes * corpus.tokens / corpus.padded_tokens
+    return {
+        how: roofline(
+            config, gpu, corpus.num_tokens, parameters, length, passes, places, compiled
+        ).record
+        for how, compiled in (("as written", False), ("compiled", True))
+    }
 
 
 def print_plan(plan: dict[str, Any], console: Console) -> None:
@@ -457,6 +480,11 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
     low, high = plan["hours_interval"]
     parts = {k: v for k, v in plan["step_seconds"].items() if k not in ("all", "doubt") and v}
     spent = ", ".join(f"{k} {v * 1e3:,.1f}" for k, v in parts.items())
+    roof = "; ".join(
+        f"{how} {r['tokens_per_s']:,.0f} tokens/s, MFU {r['mfu']:.0%}, {r['limit']} binds, "
+        f"{r['launches_per_step']:,} launches a step"
+        for how, r in plan["roofline"].items()
+    )
     console.print(
         f"{plan['parameters']:,} parameters, {plan['precision']}; {plan['cells']:,} cells, "
         f"{plan['tokens_per_epoch']:,} tokens an epoch, padding {plan['padding']:.1%}\n"
@@ -465,6 +493,7 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
         f"({low:,.1f} to {high:,.1f}){cost}: {plan['steps_per_second']:,.1f} steps/s, "
         f"{plan['tokens_per_second_and_gpu']:,.0f} tokens/s and GPU ({plan['rate_from']})\n"
         f"a step, ms: {spent}\n"
+        f"by arithmetic, packed, in bf16, not measured: {roof}\n"
         f"a checkpoint {plan['checkpoint_bytes'] / GIB:,.2f} GiB; sent by a GPU each step, MiB by "
         f"ZeRO stage: {traffic}; read {plan['loader_bytes_per_second'] / 2**20:,.1f} MiB/s in all",
         highlight=False,

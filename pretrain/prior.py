@@ -16,6 +16,7 @@ Shapes: B cells, L places, M hidden genes, V vocabulary, G places on the grid of
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,10 +134,19 @@ class ArithmeticPrior:
         )  # fmt: skip
 
     def add_on_device(self, logits_MV: torch.Tensor, hidden: Hidden) -> None:
-        """Do what `add_in_place` does, by torch's own operations: shapes depend on B, L, M alone,
-        and nothing waits for the device."""
-        tables = self._tables_on(logits_MV.device)
+        """Do what `add_in_place` does, by torch's own operations."""
+        values = self.on_device(hidden)
+        for first in range(0, len(hidden.labels), _ROWS_AT_ONCE):
+            rows = slice(first, first + _ROWS_AT_ONCE)
+            logits_MV[rows] += values(rows)
+
+    def on_device(self, hidden: Hidden) -> Callable[[slice], torch.Tensor]:
+        """Return a function of a range of rows: float32 [rows, V], what counting adds to them.
+
+        Shapes depend on B, L, M alone, and nothing waits for the device.
+        """
         input_ids, _, masked_places, labels, _ = hidden
+        tables = self._tables_on(input_ids.device)
         num_cells, length = input_ids.shape
         lengths_B, table_B = hidden.lengths, hidden.tables
         is_real_M = labels != NO_LABEL
@@ -155,10 +165,10 @@ class ArithmeticPrior:
         context_M += places_M * RANK_CLASSES // lengths_B[rows_M].clamp(min=1)
         context_M.clamp_(max=self._log_factors.shape[1] - 1)  # rows without a label
         before_M = upto_BL.flatten()[masked_places]
-        seen_BV = self._seen(genes_BL, num_visible_B, logits_MV.shape[1])
-        for first in range(0, len(labels), _ROWS_AT_ONCE):
-            m = slice(first, first + _ROWS_AT_ONCE)
-            found = logits_MV.new_zeros(len(labels[m]), self._size)
+        seen_BV = self._seen(genes_BL, num_visible_B, len(tables["log_frequency"]))
+
+        def values(m: slice) -> torch.Tensor:
+            found = tables["log_frequency"].new_zeros(len(labels[m]), self._size)
             for slot in range(SLOTS):
                 at = before_M[m] + slot - NEIGHBOURS
                 is_there = (at >= 0) & (at < num_visible_B[rows_M[m]])
@@ -166,9 +176,11 @@ class ArithmeticPrior:
                 start = self._size - 1 - tables["place_of"][gene]
                 windows = tables["windows"][table_B[rows_M[m]], context_M[m], slot, start]
                 found += windows * is_there[:, None]
-            values = tables["log_frequency"] + found[:, tables["place_of"]]
-            values += seen_BV[rows_M[m]]
-            logits_MV[m] += values * is_real_M[m][:, None]
+            added = tables["log_frequency"] + found[:, tables["place_of"]]
+            added += seen_BV[rows_M[m]]
+            return added * is_real_M[m][:, None]
+
+        return values
 
     def _seen(self, genes_BL: torch.Tensor, num_visible_B: torch.Tensor, size: int) -> torch.Tensor:
         """Return float32 [B, V], `_SEEN` times how often each gene is visible in each cell."""

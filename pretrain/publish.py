@@ -184,7 +184,7 @@ class Publisher:
         while True:
             is_busy = self._thread is not None and self._thread.is_alive()
             states = {"busy": int(is_busy), "failed": int(self.has_failed)}
-            counts = dist.count_over_ranks(states, self._ranks.device)
+            counts = dist.count_over_ranks(states)
             if counts["failed"] or not counts["busy"]:
                 return
             time.sleep(_POLL_S)

@@ -33,10 +33,12 @@ def run_record(
     stage: int,
     init: dict[str, Any] | None,
     prior: ArithmeticPrior | None = None,
+    computing: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return what every checkpoint says about its run.
 
-    `init` is what `start_weights` or `start_counted` returned, None for random weights.
+    `init` is what `start_weights` or `start_counted` returned, None for random weights;
+    `computing`: what was chosen by the device (`pretrain.device`).
     """
     return {
         "vocabulary_sha256": shards.vocabulary.sha256,
@@ -46,6 +48,7 @@ def run_record(
         "prior": prior.record if prior else None,
         "world_size": world_size,
         "zero_stage": stage,
+        "computing": computing,
         "versions": _versions("torch", "deepspeed", "transformers"),
     }
 

@@ -11,14 +11,15 @@ from typing import Any
 
 from data_prep.owner import Owner
 from data_prep.shards import ShardSet
-from pretrain import dist
+from pretrain import device, dist
 from pretrain.checkpoint import Checkpoint, Which
 from pretrain.config import RunConfig
 from pretrain.data import RankStep, StepDataset, steps_in_background
+from pretrain.device import Computing
 from pretrain.dist import Ranks
 from pretrain.ds_config import derive_ds_config
 from pretrain.ended import recorded_end
-from pretrain.engine import Engine, StepLoss
+from pretrain.engine import Engine
 from pretrain.evaluate import Heldout, heldout_evaluation, heldout_history, log_heldout
 from pretrain.faults import Skips, stop_not_finite
 from pretrain.metrics import RunLog, console_line, meter_of, read_metrics
@@ -27,6 +28,8 @@ from pretrain.publish import Publisher
 from pretrain.record import run_record, step_record, write_run_files
 from pretrain.resume import Resume, agreed_start
 from pretrain.same_world import agreed_world
+from pretrain.staging import Staging
+from pretrain.step_loss import StepLoss
 from pretrain.step_profile import mark, profiled
 from pretrain.stop import StopRequest
 from pretrain.watch import Watch
@@ -100,7 +103,8 @@ def train(
     CheckpointFailed
         A checkpoint could not be written.
     """
-    ds_config = derive_ds_config(config)
+    config = device.with_precision(config, device.capability_here())
+    ds_config = derive_ds_config(config)  # first, for it may be refused
     with StopRequest() as stop:
         ranks = dist.start(config.run.collective_timeout_s, config.run.threads)
         with (
@@ -108,16 +112,16 @@ def train(
             Owner(config.run.out, "pretrain") as owner,
         ):
             shards = agreed_world(config, ds_config, ranks)
-            dataset = _dataset(config, shards, ranks)
+            dataset, chosen = _dataset(config, shards, ranks)
             steps = config.run.total_steps(dataset.plan.steps_per_epoch)
             require_reachable_peak(config.optim, steps)
             start = resume, from_step
             last = agreed_start(config, shards, steps, start, allow_changes, ranks, owner)
             # Reads shards and may refuse them: before anything is written.
-            heldout = heldout_evaluation(shards, config, ranks)
+            heldout = heldout_evaluation(shards, config, ranks, chosen.packed)
             engine = Engine(config, ds_config, shards, ranks, last)
-            engine.compile_for(dataset.full_shapes())
-            run = _Run(config, shards, dataset, engine, heldout, ranks, steps, last, owner)
+            engine.compile_for(chosen, dataset.full_shapes())
+            run = _Run(config, shards, dataset, engine, heldout, ranks, steps, last, owner, chosen)
             with recorded_end(config.run.out, ranks, run.summary, owner):
                 try:
                     run.loop(stop, watch, profile)
@@ -126,13 +130,21 @@ def train(
     return run.summary
 
 
-def _dataset(config: RunConfig, shards: ShardSet, ranks: Ranks) -> StepDataset:
+def _dataset(config: RunConfig, shards: ShardSet, ranks: Ranks) -> tuple[StepDataset, Computing]:
+    """Return the cells of this rank, and what it computes with."""
     batch = config.batch
-    return StepDataset(
+    staging = Staging(ranks.device) if ranks.device.type == "cuda" else None
+    dataset = StepDataset(
         shards, "train", config.run.seed, batch.tokens_per_step, batch.tokens_per_micro_batch,
-        config.masking, ranks.rank, ranks.world_size, pin_memory=ranks.device.type == "cuda",
+        config.masking, ranks.rank, ranks.world_size,
         quarantine=config.data.on_damage == "quarantine", objective=config.objective,
+        staging=staging,
     )  # fmt: skip
+    capability = device.capability_of(ranks.device)
+    chosen = device.computing(config, ranks.device, capability, dataset.most_micro_batches())
+    device.use(chosen, ranks.is_first)
+    dataset.packs = chosen.packed
+    return dataset, chosen
 
 
 class _Run:
@@ -149,6 +161,7 @@ class _Run:
         steps: int,
         last: Checkpoint | None,
         owner: Owner,
+        chosen: Computing,
     ) -> None:
         self._config, self._shards, self._dataset = config, shards, dataset
         self._engine, self._heldout, self._ranks, self._steps = engine, heldout, ranks, steps
@@ -159,7 +172,9 @@ class _Run:
             self.summary.cells_digest = int(last.record["cells_digest"], 16)
             self.summary.cells_quarantined = last.record["cells_quarantined"]
         self._skips, self._evaluated = Skips(config.run, last), -1
-        self._record = run_record(config, shards, ranks.world_size, engine.stage, *engine.start)
+        self._record = run_record(
+            config, shards, ranks.world_size, engine.stage, *engine.start, chosen.record
+        )
         self.publisher = Publisher(
             config.run.out, ranks, config.checkpoint, engine.state_bytes,
             config.run.collective_timeout_s, owner,
@@ -177,9 +192,11 @@ class _Run:
         config, summary, plan = self._config, self.summary, self._dataset.plan
         first, steps = summary.first_step, self._steps
         logger.info(
-            "%d of %d steps done; epoch: %d steps, %d cells; %d parameters; %d ranks, ZeRO %d, %s",
+            "%d of %d steps done; epoch: %d steps, %d cells; %d parameters; %d ranks, ZeRO %d, "
+            "%s%s",
             first, steps, plan.steps_per_epoch, plan.num_cells, self._engine.num_parameters,
             self._ranks.world_size, self._engine.stage, config.run.precision,
+            ", packed" if self._record["computing"]["packed"] else "",
         )  # fmt: skip
         if first < steps:
             self._engine.dry_pass(self._dataset.heaviest_micro_batch())
@@ -188,12 +205,14 @@ class _Run:
             started = time.perf_counter()
             watch.progress(step)
             counts = self._agree(data, stop.was_asked())
-            loss = self._engine.forward_backward(data, step, counts["masked"], counts["scored"])
-            skipped = self._is_skipped(loss.loss + loss.cell_loss, "loss", step, data, loss)
-            if skipped:
-                self._engine.discard(data)
+            watch.passed("its counts")
+            masked, scored = counts["masked"], counts["scored"]
+            loss = self._engine.forward_backward(data, step, masked, scored, watch.passed)
+            # Applies nothing that is not finite.
             rates, norm = self._engine.step(step, steps)
+            skipped = self._is_skipped(loss.loss + loss.cell_loss, "loss", step, data, loss)
             skipped = skipped or self._is_skipped(norm, "gradient norm", step, data, loss)
+            watch.passed("its optimizer's step")
             done = summary.last_step = step + 1
             summary.add(counts, loss, skipped)
             seconds = time.perf_counter() - started + wait_s
@@ -206,6 +225,7 @@ class _Run:
                 self._evaluate(done, watch)
             if done % config.checkpoint.every_steps == 0 or done == steps or summary.stopped:
                 self._save(done)
+                watch.passed("its checkpoint")
             if summary.stopped:
                 break
         self.publisher.close()
@@ -245,8 +265,7 @@ class _Run:
                 "quarantined": data.quarantined,
                 "stop": int(stop_asked),
                 "failed": int(self.publisher.has_failed),
-            },
-            self._ranks.device,
+            }
         )
         if counts["failed"]:
             self.publisher.stop_if_failed()
@@ -275,6 +294,7 @@ class _Run:
         values = self._meter.close_window(done) | values
         values["epoch"] = done / self._dataset.plan.steps_per_epoch
         self._log_checkpoints()
+        self._engine.log_compiling()
         if self._log:
             counted = self.summary.cells_record() | {"skipped_steps": len(self._skips.steps)}
             self._log.write("train", done, values | counted)

@@ -6,13 +6,18 @@ store of the launch, from a thread, and looks at the next rank's count. Who find
 too long says so to all, through the store; everybody ends. The load does not grow with the ranks.
 
 A rank that is alive but does not get on (a file system that hangs, a collective that one rank never
-comes to) is found by its own thread: all ranks write where they are, who is elsewhere is named.
+comes to) is found by its own thread, and who stopped is named. All ranks pass the same points in
+the same order; each thread writes the last one that its rank has passed, and when. Who has passed
+fewest is who the others wait for. That holds under NCCL too, where ranks wait for the device and
+not in a collective, and where a communicator that was given up makes all of them look late. Only
+where all have come equally far is it the one that is in no collective.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import json
 import logging
 import os
 import signal
@@ -65,6 +70,8 @@ class Watch:
         self._limit_s, self._stall_s = limit_s, stall_s
         self._step: int | None = None
         self._rounds_in_step = 0
+        # How many points were passed, the last one, and when.
+        self._passed: tuple[int, str, float] = (0, "the start", time.time())
         self._has_said_where = self._has_warned = False
         self._rounds = 0
         self._is_hurried = False
@@ -111,6 +118,11 @@ class Watch:
     def progress(self, step: int | None = None) -> None:
         """Note that the main thread gets on; from the first step on a stall is looked for."""
         self._step, self._rounds_in_step = self._step if step is None else step, 0
+        self.passed("the last batch" if step is None else "the step's cells")
+
+    def passed(self, point: str) -> None:
+        """Note that the main thread passed a point that every rank passes, in the same order."""
+        self._passed = self._passed[0] + 1, point, time.time()
 
     def _leave_together(self) -> None:
         """Return when all ranks are through and none of them watches any more.
@@ -134,9 +146,13 @@ class Watch:
             with contextlib.suppress(*dist.STORE_ERRORS):
                 self._store.add("suspicions", 1)
             self._threads[0].join(_ROUNDS_TO_FIND_OUT * self._interval_s)
+        behind = ""
+        if self._threads and self._others:
+            with contextlib.suppress(*dist.STORE_ERRORS):
+                behind = "; ".join(self._who_is_behind().values())
         failure = ConnectionError(
-            f"a collective failed, another rank is gone or stands still ({error}). The last "
-            "complete checkpoint is as it was; start again with --resume"
+            f"a collective failed, another rank is gone or stands still ({behind or error}). The "
+            "last complete checkpoint is as it was; start again with --resume"
         )
         self._report_own(failure)
         raise failure from error
@@ -154,6 +170,7 @@ class Watch:
         while not self._stopped.wait(self._interval_s):
             try:
                 self._store.add(f"beats/{self._rank}", 1)
+                self._store.set(f"passed/{self._rank}", json.dumps([self._step, *self._passed]))
                 now = self._store.add(f"beats/{self._next}", 0)
                 self._is_hurried |= self._store.add("suspicions", 0) > 0
                 if self._store.add("failures", 0) and (failure := self._told_failure()):
@@ -216,12 +233,32 @@ class Watch:
         for rank in range(self._others + 1):
             if self._store.check([f"where/{rank}"]):
                 said[rank] = self._store.get(f"where/{rank}").decode()
-        elsewhere = [f"rank {r} {text}" for r, text in said.items() if _IN_COLLECTIVE not in text]
+        behind = self._who_is_behind()
+        elsewhere = [f"rank {r} {said[r]} ({text})" for r, text in behind.items() if r in said] or [
+            f"rank {r} {text}" for r, text in said.items() if _IN_COLLECTIVE not in text
+        ]
         silent = [f"rank {r} does not answer" for r in range(self._others + 1) if r not in said]
         who = "; ".join([*silent, *elsewhere][:_NAMED]) or (
             f"all ranks wait in a collective, {said[self._rank]}: look at the network between them"
         )
         return f"no step was finished for {self._stall_s:.0f} s: {who}"
+
+    def _who_is_behind(self) -> dict[int, str]:
+        """Return of the ranks that have passed fewest points what the last one was and when; none
+        if all have passed as many."""
+        found = {}
+        for rank in range(self._others + 1):
+            if self._store.check([f"passed/{rank}"]):
+                found[rank] = json.loads(self._store.get(f"passed/{rank}"))
+        fewest = min((row[1] for row in found.values()), default=0)
+        behind = {rank: row for rank, row in found.items() if row[1] == fewest}
+        if len(behind) == len(found):
+            return {}
+        return {
+            rank: f"rank {rank} has come to {point} of step {(step or 0) + 1} at "
+            f"{time.strftime('%H:%M:%S', time.localtime(when))}, and no further"
+            for rank, (step, _, point, when) in behind.items()
+        }
 
     def _look_at_talk(self) -> None:
         """End if the store does not answer: the thread that asked it waits for ever."""

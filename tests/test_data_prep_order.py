@@ -176,7 +176,7 @@ def test_sorted_cells_are_found_out(many_shards):
 @pytest.mark.parametrize("nodes", [1, 2, 3])
 @pytest.mark.parametrize("tokens_per_step", [256, 1024])
 def test_readers_read_what_was_computed(nodes, tokens_per_step, many_shards):
-    from pretrain.data import BlockCache
+    from pretrain.blocks import BlockCache
 
     shards = ShardSet(many_shards)
     plan = EpochPlan(shards, "train", 0, tokens_per_step)

@@ -257,8 +257,8 @@ def test_visible_are_genes_that_are_not_hidden():
 def test_losses_and_gradients_are_those_of_hugging_faces_network(name):
     import torch
 
-    from pretrain.evaluate import to_device
     from pretrain.model import build_model
+    from pretrain.passes import to_device
     from tests.test_pretrain_modernbert import model_settings, vocabulary
 
     settings = {"hidden_size": 32, "num_heads": 2, "intermediate_size": 48, **MODELS[name]}
@@ -307,8 +307,8 @@ def test_filler_rows_have_gradients_of_exact_zeros(runs):
 
     from data_prep.shards import ShardSet
     from pretrain.data import StepDataset
-    from pretrain.evaluate import to_device
     from pretrain.model import build_model
+    from pretrain.passes import to_device
 
     config, _ = runs[0]["zero0"]
     shards = ShardSet(config.data.shards)

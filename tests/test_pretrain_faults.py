@@ -577,7 +577,7 @@ def try_steps(configs: list[RunConfig]) -> list[dict[str, Any]]:
         shards, last = ShardSet(config.data.shards), checkpoint.newest(config.run.out)
         engine = Engine(config, derive_ds_config(config), shards, ranks, last)
         data = dataset_of(config, ranks.rank, ranks.world_size)[_STEP]
-        masked = dist.count_over_ranks({"masked": data.masked}, ranks.device)["masked"]
+        masked = dist.count_over_ranks({"masked": data.masked})["masked"]
         loss = engine.forward_backward(data, _STEP, masked)
         before = live_state(engine, ranks.rank)
         _, norm = engine.step(_STEP, 10)
@@ -763,3 +763,45 @@ def test_a_rank_that_does_not_get_on_is_named_with_its_stack(num_ranks, tmp_path
     if num_ranks > 1:
         assert said.count(" ends: no step was finished for 1 s: rank 1 in step 7: ") == num_ranks
         assert said.count("in a collective, called from pretrain/dist.py") == num_ranks - 1
+
+
+def wait_as_for_a_device(limit_s: float, timeout_s: int) -> None:
+    """Rank 1 stands still before a point that the others have passed. They wait for a collective
+    with it as ranks wait for a GPU: no frame of theirs is in one; without a limit in one, until it
+    is given up."""
+    import torch
+
+    from pretrain import dist
+    from pretrain.watch import Watch
+
+    ranks = dist.start(timeout_s, 1)
+    with Watch(ranks, 1, limit_s) as watch:
+        watch.progress(6)
+        if ranks.rank == 1:
+            threading.Event().wait(_LIMIT_S)
+        watch.passed("its counts")
+        if not limit_s:
+            dist.sum_in_place(torch.zeros(1))
+        handle = torch.distributed.all_reduce(torch.zeros(1), async_op=True)
+        assert handle is not None
+        while not handle.is_completed():
+            time.sleep(0.01)
+        handle.wait()
+
+
+@pytest.mark.parametrize("way", ["stall", "given up"])
+def test_who_stopped_is_named_where_nobody_is_seen_in_a_collective(way, tmp_path):
+    """By the time of the step, and when the collective of the others was given up first."""
+    arguments = {"stall": [1, 60], "given up": [0, 2]}[way]
+    ranks = start_functions(wait_as_for_a_device, [arguments] * 3, tmp_path)
+    try:
+        assert [r.code() for r in ranks] == [1] * 3, ranks[0].said
+    finally:
+        end_commands(ranks)
+    ends = [line for r in ranks for line in r.said.splitlines() if " ends: " in line]
+    said = re.compile(r"rank (\d) has come to the step's cells of step 7 at \d\d:\d\d:\d\d, and")
+    assert {number for line in ends for number in said.findall(line)} == {"1"}, ends
+    named = {"stall": "no step was finished for 1 s: rank 1 in ", "given up": "gone or stands"}
+    assert any(named[way] in line for line in ends), ends
+    for innocent in ("rank 0 in step", "rank 2 in step"):
+        assert not any(f" {innocent}" in line.partition(" ends: ")[2] for line in ends), ends

@@ -50,7 +50,7 @@ def test_places_equal_a_sorted_list():
     """Distinct logits: the place in the order of guesses, each gene asked for once."""
     import torch
 
-    from pretrain.model import guess_places
+    from pretrain.scores import guess_places
 
     generator = np.random.default_rng(0)
     logits = np.stack([generator.permutation(500) for _ in range(500)]).astype(np.float32)
@@ -64,7 +64,7 @@ def test_ties_are_shared_out():
     """Equal logits, as bfloat16 makes them, must not make every one of them the first guess."""
     import torch
 
-    from pretrain.model import guess_places
+    from pretrain.scores import guess_places
 
     labels = torch.arange(2, 502)
     knows_nothing = guess_places(torch.zeros(500, 502), labels)
@@ -78,7 +78,7 @@ def test_ties_are_shared_out():
 def test_no_label_and_no_number_have_no_place():
     import torch
 
-    from pretrain.model import guess_places
+    from pretrain.scores import guess_places
 
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
     logits[2, 5] = math.nan
@@ -242,6 +242,53 @@ def test_slopes_of_labels_are_torchs(model):
         torch.testing.assert_close(
             found[name], parameter.grad, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [("float32", 1e-6), ("bfloat16", 4e-3)])
+@pytest.mark.parametrize("has_offset", [False, True])
+def test_losses_of_a_gpu_some_rows_at_a_time(dtype, atol, has_offset, monkeypatch):
+    """Against torch's cross-entropy of all logits at once; no float32 copy of them is made."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from pretrain import scores
+
+    monkeypatch.setattr(scores, "CHUNK_BYTES", 7 * 4 * 500)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, 500, generator=generator).to(getattr(torch, dtype)).requires_grad_()
+    labels = torch.randint(500, (40,), generator=generator)
+    labels[33:] = -100
+    added = torch.randn(40, 500, generator=generator)
+    weights = torch.rand(40, generator=generator)
+    whole = logits.float() + (added if has_offset else 0)
+    expected = torch.nn.functional.cross_entropy(whole, labels, reduction="none")
+    (slopes,) = torch.autograd.grad((expected * weights).sum(), logits)
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            found = function(*args, **(kwargs or {}))
+            if isinstance(found, torch.Tensor) and found.dtype == torch.float32:
+                largest = max(largest, found.numel())
+            return found
+
+    given = logits.detach().clone().requires_grad_()
+    with Sizes():
+        head = given * 1  # used up
+        offset = (lambda rows: added[rows] * 1) if has_offset else None
+        losses, places = scores._ChunkedScores.apply(head, labels, offset)
+        (losses * weights).sum().backward()
+    torch.testing.assert_close(losses, expected, atol=1e-6, rtol=1e-6)
+    assert places.tolist() == scores.guess_places(whole.detach(), labels).tolist()
+    assert given.grad is not None
+    torch.testing.assert_close(given.grad, slopes, atol=atol, rtol=1e-2)
+    assert (given.grad[33:] == 0).all()
+    if dtype == "bfloat16":
+        assert largest <= 7 * 500
+    with torch.no_grad():
+        again, _ = scores._ChunkedScores.apply(logits.detach().clone(), labels, offset)
+    torch.testing.assert_close(again, losses)
 
 
 def test_asked_places_hold_every_hidden_gene():

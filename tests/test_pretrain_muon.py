@@ -57,8 +57,8 @@ def plain_muon(config: RunConfig) -> dict[str, Any]:
 
     from data_prep.shards import ShardSet
     from pretrain.data import StepDataset
-    from pretrain.evaluate import to_device
     from pretrain.model import build_model
+    from pretrain.passes import to_device
 
     shards, optim, batch = ShardSet(config.data.shards), config.optim, config.batch
     model = build_model(config.model, shards.vocabulary, config.run.seed)
@@ -480,3 +480,27 @@ def test_run_is_not_taken_over_by_another_optimizer(shards, runs, tmp_path):
     config = tiny_config(shards, tmp_path / "run", **settings | {"optim__kind": "adamw"})
     with pytest.raises(AssertionError, match="optim.kind: 'muon' -> 'adamw'"):
         run_ranks(1, run_training, config, True)
+
+
+@pytest.mark.quick
+def test_products_in_bf16_as_on_a_gpu():
+    """Nearly the same direction, in as many products, for all matrices of a shape at once."""
+    import torch
+
+    from pretrain.muon import muon_direction, orthogonalise
+    from tests.test_pretrain_packing import Operations
+
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.randn(3, 64, 24, generator=generator)
+    exact, found = orthogonalise(matrices, 5), orthogonalise(matrices, 5, torch.bfloat16)
+    assert found.dtype == torch.float32
+    likeness = torch.nn.functional.cosine_similarity(exact.flatten(1), found.flatten(1))
+    assert (likeness > 0.999).all()
+    assert ((torch.linalg.svdvals(found) - 1).abs() < 0.35).all()
+    assert torch.equal(orthogonalise(matrices, 5, torch.float32), exact)
+    on_gpu = {n: torch.empty(64, 24, device="meta") for n in range(6)}
+    seen = Operations()
+    with seen.mode():
+        directions = muon_direction(on_gpu, 5)
+    assert seen.counts["aten.baddbmm"] == 10
+    assert all(d.dtype == torch.float32 for d in directions.values())

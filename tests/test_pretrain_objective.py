@@ -35,8 +35,8 @@ def plain_pytorch(config: RunConfig) -> dict:
     import torch
 
     from pretrain.data import StepDataset
-    from pretrain.evaluate import to_device
     from pretrain.model import build_model
+    from pretrain.passes import to_device
 
     torch.set_num_threads(1)
     shards = ShardSet(config.data.shards)

@@ -102,6 +102,32 @@ def test_with_logits_of_zero_the_loss_is_the_arithmetic_line(prior, copied, open
     assert abs(losses.mean().item() - expected.mean()) < 1e-3
 
 
+def test_packed_cells_have_the_same_prior(prior, opened, hidden_cells):
+    """Losses and slopes of a model whose cells stand end to end."""
+    import torch
+
+    from pretrain.model import build_model
+    from pretrain.packing import packed
+    from tests.test_pretrain_model import CONFIG
+    from tests.test_pretrain_packing import losses_and_slopes, require_same, without_numbers
+
+    ids, real, places, labels, folds = as_given(hidden_cells, folds=[0, 1, 2])
+    tokens, packing = packed(ids, real, places, ids.shape[1])
+    rows = ids, real, places, labels, None, None, None, folds
+    end_to_end = tokens, None, places, labels, None, None, None, folds, tuple(packing)
+    model = build_model(CONFIG, opened.vocabulary, 0, prior)
+    require_same(model, rows, end_to_end)
+    plain = build_model(CONFIG, opened.vocabulary, 0)
+    (found, *_), (without, *_) = (losses_and_slopes(m, end_to_end) for m in (model, plain))
+    assert float((found[0] - without[0]).abs().mean()) > 0.1
+    assert torch.isfinite(found[0]).all()
+    # On a device without numbers: nothing is read on the way, which would wait for a GPU.
+    for arguments in (rows, end_to_end):
+        losses, _ = model.to("meta", torch.bfloat16)(*without_numbers(arguments))
+        losses.sum().backward()
+        assert losses.shape == labels.shape
+
+
 def test_a_fold_has_tables_that_were_not_counted_on_it(copied, tables, monkeypatch):
     """Those of a corpus without its cells, with the frequencies and classes of the whole."""
     from pretrain import arithmetic
