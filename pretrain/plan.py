@@ -136,7 +136,7 @@ def memory_per_gpu(
     optimizer -= _MUON_SAVES * muon_parameters(config)
     activations = micro_batch * activation_bytes(config)
     # The head's input, and logits as computed, over which their slopes are written; beside them
-    # float32 copies of some rows: as they are, counted in, exponentials.
+    # float32 copies of some rows: as they are, less their log-sum, exponentials.
     size, rows = (2 if config.run.precision == "bf16" else 4), micro_batch * asked_shares(config)[1]
     row = 4 * size * config.model.hidden_size + size * corpus.num_tokens
     logits = rows * row + 3 * min(CHUNK_BYTES, rows * 4 * corpus.num_tokens)

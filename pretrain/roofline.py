@@ -33,7 +33,7 @@ _OF_PARAMETER, _OF_PARAMETER_IN_STEP, _OF_STEP = 2, 4, 60
 _PARAMETERS = {"bert": 16, MODERNBERT: 6}
 # Bytes over memory of a logit, from its product to its slope and back (`pretrain.scores`), and of a
 # layer's sums, norms, dropout and activations for each place: of d and of i, as written, compiled.
-_OF_LOGIT = 78
+_OF_LOGIT = 66
 _ELEMENTWISE = {
     ("bert", False): (90, 12), ("bert", True): (48, 12),
     (MODERNBERT, False): (190, 30), (MODERNBERT, True): (66, 18),

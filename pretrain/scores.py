@@ -51,10 +51,12 @@ class _ChunkedScores(torch.autograd.Function):
             chunk, own = logits_MV[rows].float(), labels[rows]
             if offset is not None:
                 chunk = chunk + offset(rows)
-            places[rows] = guess_places(chunk, own)
             is_asked, at = own >= 0, own.clamp(min=0)[:, None]
-            log_sums = chunk.logsumexp(dim=1, keepdim=True)
-            found = (log_sums - chunk.gather(1, at))[:, 0]
+            log_sums, own_logits = chunk.logsumexp(dim=1, keepdim=True), chunk.gather(1, at)
+            # Booleans: a quarter of the bytes of the floats that are faster on a CPU.
+            counts = (chunk < own_logits).sum(dim=1), (chunk <= own_logits).sum(dim=1)
+            places[rows] = _places(*counts, own, chunk.shape[1])
+            found = (log_sums - own_logits)[:, 0]
             losses[rows] = torch.where(is_asked, found, 0.0)
             if needs_slopes:
                 slopes = (chunk - log_sums).exp_()
@@ -119,6 +121,11 @@ def guess_places(logits_MV: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     # On a CPU the sum of floats takes a quarter of the time of a sum of booleans.
     below_M = torch.lt(logits_MV, own_M1, out=counted_MV).sum(dim=-1).long()
     not_above_M = torch.le(logits_MV, own_M1, out=counted_MV).sum(dim=-1).long()
+    return _places(below_M, not_above_M, labels, logits_MV.shape[1])
+
+
+def _places(
+    below_M: torch.Tensor, not_above_M: torch.Tensor, labels: torch.Tensor, size: int
+) -> torch.Tensor:
     tied_M = (not_above_M - below_M).clamp(min=1)
-    size = logits_MV.shape[1]
     return torch.where(labels < 0, size, size - not_above_M + labels % tied_M)
