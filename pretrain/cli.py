@@ -87,6 +87,7 @@ def resolved(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     from data_prep.order import EpochPlan
     from data_prep.shards import ShardSet
     from pretrain.arithmetic import require_medians
+    from pretrain.continued import foreign_checkpoint
     from pretrain.counted_genes import require_countable
     from pretrain.ds_config import derive_ds_config, zero_stage
     from pretrain.model import build_model
@@ -108,7 +109,10 @@ def resolved(config: RunConfig, resume: bool = False) -> dict[str, Any]:
         weights = f"random weights, genes from what is counted: {', '.join(config.model.counted)}"
     if config.model.init_from and not resume:
         prior = config.objective.prior
-        weights = describe(start_weights(model, shards.vocabulary, config.model, prior))
+        if config.model.init_moments:
+            weights = describe(foreign_checkpoint(config, shards, steps).record["init"])
+        else:
+            weights = describe(start_weights(model, shards.vocabulary, config.model, prior))
     given = config.model_dump(mode="json")
     settings = {
         f"{section}.{key}": {

@@ -135,6 +135,35 @@ def test_deepspeeds_own_programs_read_what_was_exported(stage, exported, trained
             np.testing.assert_array_equal(found.numpy(), values, err_msg=f"{kind} of {name}")
 
 
+def export_and_read(run: Path, out: Path, stage: int, ranks: int) -> bool:
+    """Export a run; return whether a reader of ours finds all of its bits in the folder."""
+    import torch
+
+    from pretrain import checkpoint
+    from pretrain.from_deepspeed import DeepSpeedReader
+    from pretrain.to_deepspeed import export_deepspeed
+
+    export_deepspeed(run, out, None, stage, ranks)
+    own, found = checkpoint.find(run).reader(), DeepSpeedReader(out / "global_step10")
+    return found.has_moments(found.shapes) and all(
+        torch.equal(
+            own.read(kind, f"bert.{name}", 0, shape.numel()),
+            found.read(kind, name, 0, shape.numel()),
+        )
+        for name, shape in found.shapes.items()
+        for kind in KINDS
+    )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("stage", "ranks"), [(1, 3), (2, 2), (3, 3)])
+def test_a_run_in_bf16_without_zero_is_exported_bit_for_bit(stage, ranks, shards, tmp_path):
+    changes = {"run__precision": "bf16", "run__deepspeed": "zero0"}
+    config = tiny_config(shards, tmp_path / "run", **changes)
+    run_ranks(1, run_training, config)
+    assert run_ranks(1, export_and_read, config.run.out, tmp_path / "out", stage, ranks) == [True]
+
+
 def test_nothing_of_the_machine_is_exported(exported, trained, shards):
     for path in exported[1].rglob("*"):
         if path.is_file() and path.parent.name != "zero":
@@ -325,6 +354,14 @@ def test_a_checkpoint_of_the_trainer_is_gone_on_from(stage, bf16, kind, shards, 
     assert (summary.first_step, summary.last_step) == (3, 10)
     assert summary.losses[-1] < summary.losses[0]
     assert json.loads((tmp_path / "run" / "init.json").read_text())["continued"]["step"] == 3
+    dry = going_on(folder, shards, tmp_path / "dry")
+    assert run_ranks(1, weights_of_a_dry_run, dry)[0].startswith(f"go on at step 3 from {folder}")
+
+
+def weights_of_a_dry_run(config: RunConfig) -> str:
+    from pretrain.cli import resolved
+
+    return resolved(config)["weights"]
 
 
 # What else a folder may hold
