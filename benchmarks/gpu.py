@@ -46,7 +46,8 @@ from pretrain.metrics import peak_memory_gib
 from pretrain.model import MaskedGeneModel, build_model
 from pretrain.optim import build_optimizer
 from pretrain.packing import packed
-from pretrain.plan import Corpus, memory_per_gpu
+from pretrain.plan import memory_per_gpu
+from pretrain.plan_corpus import Corpus
 
 _LENGTHS, _SMOKE_LENGTHS = (768, 1216, 2048), (40, 64)
 _SHORTER = 64

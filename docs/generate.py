@@ -127,7 +127,7 @@ def configuration_page() -> str:
 
 def plans_table() -> str:
     """Return what the supplied recipes need on one H100, as a table."""
-    from pretrain import plan
+    from pretrain import plan, plan_corpus
     from pretrain.flops import GPUS
 
     lines = [
@@ -136,9 +136,9 @@ def plans_table() -> str:
     ]
     gpu = GPUS["h100"]
     for name in _RECIPES:
-        config = plan.read_config(name, ["run.precision=bf16"])
-        assumed = plan.assumed_corpus(name, None, None, None, None)
-        corpus, length = plan.read_corpus(
+        config = plan_corpus.read_config(name, ["run.precision=bf16"])
+        assumed = plan_corpus.assumed_corpus(name, None, None, None, None)
+        corpus, length = plan_corpus.read_corpus(
             config, assumed.cells, assumed.mean_tokens, assumed.max_tokens, assumed.vocabulary_size
         )
         made = plan.make_plan(config, corpus, length, gpu, 1)
@@ -155,7 +155,7 @@ def plans_table() -> str:
 def roofline_table() -> str:
     """Return predicted speeds of the supplied recipes on one GPU, packed and compiled, by
     arithmetic alone."""
-    from pretrain import plan
+    from pretrain import plan, plan_corpus
     from pretrain.flops import GPUS
 
     lines = [
@@ -163,9 +163,9 @@ def roofline_table() -> str:
         "|---|---|---|---|---|",
     ]
     for name in _RECIPES:
-        config = plan.read_config(name, ["run.precision=bf16"])
-        assumed = plan.assumed_corpus(name, None, None, None, None)
-        corpus, length = plan.read_corpus(
+        config = plan_corpus.read_config(name, ["run.precision=bf16"])
+        assumed = plan_corpus.assumed_corpus(name, None, None, None, None)
+        corpus, length = plan_corpus.read_corpus(
             config, assumed.cells, assumed.mean_tokens, assumed.max_tokens, assumed.vocabulary_size
         )
         row, said = [], ""

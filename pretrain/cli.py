@@ -187,20 +187,22 @@ def plan_command(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Memory, steps, hours, traffic and cost of a pretraining, before it is started."""
-    from pretrain import plan
+    from pretrain import plan, plan_corpus
     from pretrain.flops import GPUS
 
-    given = overrides or []
-    settings = plan.read_config(config, [*given, f"data.shards={shards}"] if shards else given)
+    given = list(overrides or [])
+    settings = plan_corpus.read_config(
+        config, [*given, f"data.shards={shards}"] if shards else given
+    )
     if gpu not in GPUS:
         raise ValueError(f"--gpu {gpu}: known are {', '.join(GPUS)}")
-    assumed = plan.assumed_corpus(config, cells, mean_tokens, max_tokens, vocabulary_size)
-    corpus, max_length = plan.read_corpus(
+    assumed = plan_corpus.assumed_corpus(config, cells, mean_tokens, max_tokens, vocabulary_size)
+    corpus, max_length = plan_corpus.read_corpus(
         settings, assumed.cells, assumed.mean_tokens, assumed.max_tokens, assumed.vocabulary_size
     )
     found = plan.make_plan(
         settings, corpus, max_length, GPUS[gpu], gpus, tokens_per_second, mfu, price,
-        None if plan.has_shards(settings) else assumed,
+        None if plan_corpus.has_shards(settings) else assumed,
     )  # fmt: skip
     if as_json:
         print(json.dumps(found, indent=1))

@@ -6,20 +6,16 @@ length of a cell, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from data_prep.shards import ShardSet
 from pretrain.architecture import MODERNBERT
-from pretrain.config import RunConfig, load_config
+from pretrain.config import RunConfig
 from pretrain.flops import CHUNK_BYTES, Gpu, asked_shares, flops_per_token, layer_matrices
 from pretrain.model_config import ModelConfig
+from pretrain.plan_corpus import AssumedCorpus, Corpus
 from pretrain.plan_time import MACHINES, step_time
-from pretrain.roofline import roofline
+from pretrain.roofline import rooflines
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,46 +28,8 @@ _STATE_BYTES, _MUON_SAVES = 12, 4
 _OVERHEAD_GIB = 3.0
 _LAYER_NORM_BYTES = 16
 _SHARE_OF_MEMORY = 0.92
-_NOT_GIVEN = "."
-_BUCKET = 64
-# Recorded runs: docs/results.md.
-_BYTES_PER_TOKEN = 2.05
-_LOG_SD = 0.5
 # A published share of peak of another trainer on another GPU.
 _DOUBT_OF_MFU = 1.7
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """What is trained on: cells, real tokens, and (padded length, cells) of each bucket."""
-
-    cells: int
-    tokens: int
-    buckets: Sequence[tuple[int, int]]
-    num_tokens: int
-    bytes_per_token: float
-
-    @property
-    def padded_tokens(self) -> int:
-        return sum(length * cells for length, cells in self.buckets)
-
-    @property
-    def longest(self) -> int:
-        return max(length for length, _ in self.buckets)
-
-    def shown(self, subset: int | None) -> Corpus:
-        """Return the corpus of which so many genes of a cell are shown; None: all."""
-        if subset is None:
-            return self
-        buckets = [(min(length, subset), cells) for length, cells in self.buckets]
-        tokens = min(self.tokens, sum(length * cells for length, cells in buckets))
-        # Whole cells are read.
-        read = self.bytes_per_token * self.tokens / tokens
-        return Corpus(self.cells, tokens, buckets, self.num_tokens, read)
-
-    def num_steps(self, tokens_per_step: int) -> int:
-        """Return optimizer steps an epoch, as `data_prep.order` cuts them."""
-        return sum(-(-cells // max(1, tokens_per_step // length)) for length, cells in self.buckets)
 
 
 @dataclass(frozen=True)
@@ -244,102 +202,6 @@ def published_mfu(model: ModelConfig) -> float:
     return 0.115 if model.hidden_size < 512 else 0.32
 
 
-def read_config(config: str, overrides: list[str]) -> RunConfig:
-    """Return a run configuration; a plan needs neither shards nor a run folder."""
-    try:
-        return load_config(config, overrides)
-    except ValueError:
-        given = {o.split("=")[0] for o in overrides}
-        needed = ("data.shards", "run.out")
-        assumed = [f"{k}={_NOT_GIVEN}" for k in needed if k not in given]
-        return load_config(config, [*overrides, *assumed])
-
-
-def has_shards(config: RunConfig) -> bool:
-    """Say whether a configuration of `read_config` names shards."""
-    return config.data.shards != _NOT_GIVEN
-
-
-@dataclass(frozen=True)
-class AssumedCorpus:
-    """A corpus where there are no shards: how many cells, of how many tokens."""
-
-    name: str
-    cells: int
-    mean_tokens: int
-    max_tokens: int
-    vocabulary_size: int
-
-    def sentence(self) -> str:
-        """Return what is assumed."""
-        return (
-            f"assumed, for no shards were given: {self.name}: {self.cells:,} cells of "
-            f"{self.mean_tokens:,} tokens on average, at most {self.max_tokens:,}, vocabulary "
-            f"{self.vocabulary_size:,}; give --shards, or --cells, --mean-tokens, --max-tokens "
-            "and --vocabulary-size"
-        )
-
-
-# Numbers of genes and cells: Geneformer's papers and dictionaries; mean lengths of its tokens.
-_V1 = AssumedCorpus("Genecorpus-30M, vocabulary of V1", 27_400_000, 1_100, 2_048, 25_426)
-_V2 = AssumedCorpus("Genecorpus-104M, vocabulary of V2", 104_000_000, 1_440, 4_096, 20_275)
-_CORPORA = {"geneformer_v2_104m": _V2, "geneformer_v2_316m": _V2, "geneloom_100m": _V2}
-
-
-def assumed_corpus(
-    config: str,
-    cells: int | None,
-    mean_tokens: int | None,
-    max_tokens: int | None,
-    vocabulary_size: int | None,
-) -> AssumedCorpus:
-    """Return the corpus of a supplied recipe (of V1 for any other), with what was said of it."""
-    usual = _CORPORA.get(config, _V1)
-    given = (cells, mean_tokens, max_tokens, vocabulary_size)
-    usual_ones = (usual.cells, usual.mean_tokens, usual.max_tokens, usual.vocabulary_size)
-    values = [u if g is None else g for g, u in zip(given, usual_ones, strict=True)]
-    name = usual.name if not any(given) else f"{usual.name}, but for what was given"
-    return AssumedCorpus(name, *values)
-
-
-def read_corpus(
-    config: RunConfig, cells: int, mean_tokens: int, max_tokens: int, vocabulary_size: int
-) -> tuple[Corpus, int]:
-    """Return the corpus of data.shards and its maximum length, or one of so many cells.
-
-    Lengths of an assumed corpus are log-normal, cut at the maximum, in buckets of 64: with a mean
-    of 1,100 about 7 % of the cells reach 2,048, as the paper says of Genecorpus-30M.
-    """
-    if has_shards(config):
-        shards = ShardSet(config.data.shards, config.data.cache)
-        train = [b for b in shards.manifest["buckets"] if b["split"] == "train"]
-        cells, tokens = (sum(b[k] for b in train) for k in ("cells", "tokens"))
-        lengths = [(b["length"], b["cells"]) for b in train]
-        size = sum(b["bytes"] for b in train) / tokens
-        corpus = Corpus(cells, tokens, lengths, shards.vocabulary.num_tokens, size)
-        return corpus.shown(config.masking.subset), shards.vocabulary.max_length
-    if mean_tokens >= max_tokens:
-        raise ValueError(f"--mean-tokens {mean_tokens}: must be below --max-tokens {max_tokens}")
-    lengths = _assumed_lengths(mean_tokens, max_tokens)
-    buckets = np.unique(-(-lengths // _BUCKET) * _BUCKET, return_counts=True)
-    counted = [(int(b), round(n * cells / len(lengths))) for b, n in zip(*buckets, strict=True)]
-    tokens = round(cells * float(lengths.mean()))
-    corpus = Corpus(cells, tokens, counted, vocabulary_size, _BYTES_PER_TOKEN)
-    return corpus.shown(config.masking.subset), max_tokens
-
-
-def _assumed_lengths(mean_tokens: int, max_tokens: int) -> np.ndarray:
-    """Return int64 [2000] lengths of cells with a mean: log-normal, cut at the maximum."""
-    places = (np.arange(2000) + 0.5) / 2000
-    shape = np.exp(_LOG_SD * np.array([NormalDist().inv_cdf(p) for p in places]))
-    low, high = 0.0, float(max_tokens) * 100
-    for _ in range(100):
-        middle = (low + high) / 2
-        is_low = np.minimum(middle * shape, max_tokens).mean() < mean_tokens
-        low, high = (middle, high) if is_low else (low, middle)
-    return np.clip(np.rint(low * shape), 1, max_tokens).astype(np.int64)
-
-
 def make_plan(
     config: RunConfig,
     corpus: Corpus,
@@ -365,11 +227,7 @@ def make_plan(
     """
     if not corpus.tokens:
         raise ValueError("the shards hold no training cells")
-    if config.run.precision == "auto":  # what it means on a GPU
-        config = config.model_copy(
-            update={"run": config.run.model_copy(update={"precision": "bf16"})}
-        )
-    precision = config.run.precision
+    config, precision = (found := _without_auto(config)), found.run.precision
     parameters = num_parameters(config.model, corpus.num_tokens, max_length)
     chosen = choose(config, corpus, max_length, gpu, gpus)
     mean_square = sum(n * length**2 for length, n in corpus.buckets)
@@ -421,12 +279,19 @@ def make_plan(
         "hours_interval": [steps * s / 3600 for s in step.interval],
         "cost": None if price is None else hours * gpus * price,
         "suggested": asdict(chosen) if chosen else None,
-        "roofline": _rooflines(config, gpu, gpus, corpus, parameters, micro_batch),
+        "roofline": rooflines(config, gpu, gpus, corpus, parameters, micro_batch),
         "memory": _memory_rows(config, corpus, max_length, gpu, gpus, micro_batch),
         "checkpoint_bytes": checkpoint_bytes(parameters, of_muon),
         "traffic_bytes_per_step": sent,
         "loader_bytes_per_second": rate * gpus * corpus.bytes_per_token,
     }
+
+
+def _without_auto(config: RunConfig) -> RunConfig:
+    """Return a configuration with the precision that ``auto`` means on a GPU."""
+    if config.run.precision != "auto":
+        return config
+    return config.model_copy(update={"run": config.run.model_copy(update={"precision": "bf16"})})
 
 
 def _memory_rows(
@@ -437,22 +302,6 @@ def _memory_rows(
         memory_per_gpu(config, corpus, max_length, stage, gpus, micro_batch) for stage in range(4)
     ]
     return [asdict(m) | {"total": m.total, "fits": m.fits(gpu)} for m in of_stages]
-
-
-def _rooflines(
-    config: RunConfig, gpu: Gpu, gpus: int, corpus: Corpus, parameters: int, micro_batch: int
-) -> dict[str, Any]:
-    """Return what arithmetic predicts of a step, layers as written and compiled."""
-    length = sum(n * size**2 for size, n in corpus.buckets) / corpus.padded_tokens
-    share = config.batch.tokens_per_step / gpus
-    passes = int(-(-share // micro_batch))
-    places = share / passes * corpus.tokens / corpus.padded_tokens
-    return {
-        how: roofline(
-            config, gpu, corpus.num_tokens, parameters, length, passes, places, compiled
-        ).record
-        for how, compiled in (("as written", False), ("compiled", True))
-    }
 
 
 def print_plan(plan: dict[str, Any], console: Console) -> None:

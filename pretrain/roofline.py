@@ -15,6 +15,7 @@ from typing import Any
 from pretrain.architecture import MODERNBERT
 from pretrain.config import RunConfig
 from pretrain.flops import Gpu, asked_shares, layer_matrices, places_seen
+from pretrain.plan_corpus import Corpus
 
 # What is reached of a data sheet: of dense products of large matrices, of the attention kernel
 # (flash attention 2 was made for A100; on H100 it is published at 350 of 989 TFLOP/s), of memory.
@@ -141,3 +142,19 @@ def _launches(config: RunConfig, passes: int, is_compiled: bool) -> int:
     parameters = 10 + _PARAMETERS[kind] * layers
     a_pass = _BASE + layers * layer + _OF_PARAMETER * parameters
     return passes * a_pass + _OF_PARAMETER_IN_STEP * parameters + _OF_STEP
+
+
+def rooflines(
+    config: RunConfig, gpu: Gpu, gpus: int, corpus: Corpus, parameters: int, micro_batch: int
+) -> dict[str, Any]:
+    """Return what arithmetic predicts of a step, layers as written and compiled."""
+    length = sum(n * size**2 for size, n in corpus.buckets) / corpus.padded_tokens
+    share = config.batch.tokens_per_step / gpus
+    passes = int(-(-share // micro_batch))
+    places = share / passes * corpus.tokens / corpus.padded_tokens
+    return {
+        how: roofline(
+            config, gpu, corpus.num_tokens, parameters, length, passes, places, compiled
+        ).record
+        for how, compiled in (("as written", False), ("compiled", True))
+    }

@@ -303,7 +303,8 @@ def test_parameters_of_a_plan(changes):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_activations_of_a_plan_are_what_autograd_keeps(dropout):
     from pretrain.model import build_model
-    from pretrain.plan import activation_bytes, read_config
+    from pretrain.plan import activation_bytes
+    from pretrain.plan_corpus import read_config
 
     def planned(layers):
         given = [f"model.{k}={v}" for k, v in SETTINGS.items() if k != "num_layers"]

@@ -265,7 +265,7 @@ def test_goes_on_at_another_stage_and_number_of_ranks(name, runs):
 
 def test_checkpoint_and_memory_are_as_planned(runs):
     from pretrain.plan import checkpoint_bytes, memory_per_gpu, muon_parameters, num_parameters
-    from pretrain.plan import read_corpus as corpus_of
+    from pretrain.plan_corpus import read_corpus as corpus_of
 
     muon = runs.config("none", 1)
     adamw = muon.model_copy(update={"optim": OptimConfig()})

@@ -13,18 +13,15 @@ from data_prep.shards import ShardSet
 from pretrain.config import CONFIG_FOLDER
 from pretrain.flops import GPUS, flops_per_token
 from pretrain.plan import (
-    Corpus,
     activation_bytes,
-    assumed_corpus,
     checkpoint_bytes,
     choose,
     make_plan,
     memory_per_gpu,
     num_parameters,
-    read_config,
-    read_corpus,
     traffic_bytes,
 )
+from pretrain.plan_corpus import Corpus, assumed_corpus, read_config, read_corpus
 from pretrain.plan_time import MACHINES, step_time
 from tests.ranks import run_ranks
 from tests.runs import run_training, tiny_config

@@ -45,7 +45,7 @@ def test_launches_are_those_of_the_model(architecture, changes):
 
 
 def predicted(*settings, gpu="h200", passes=2, places=50_000, compiled=True):
-    from pretrain.plan import read_config
+    from pretrain.plan_corpus import read_config
     from pretrain.roofline import roofline
 
     config = read_config("geneformer_v1_6l", list(settings))
@@ -66,7 +66,7 @@ def test_what_binds():
 
 def test_operations_are_those_of_the_formula():
     from pretrain.flops import flops_per_token
-    from pretrain.plan import read_config
+    from pretrain.plan_corpus import read_config
 
     found = predicted()
     by_formula = flops_per_token(read_config("geneformer_v1_6l", []), 25_426, 1_200) * 100_000
