@@ -5,9 +5,10 @@
 The reference is written from a description of Geneformer's ``InSilicoPerturber`` and
 ``EmbExtractor``: for each cell a Hugging Face data set of one row per deleted gene, made by two
 passes of ``.map``; batches of 100, padded; float32; the full model with its vocabulary head at
-every position, all hidden states kept; cosine of the mean over the genes that remain. Embedding:
-the same model on batches of 100 cells, longest first. Attention is what transformers chooses by
-itself (``--attention`` changes it).
+every position, all hidden states kept; cosine of the mean over the genes that remain (our
+``--score mean_state``; Geneformer takes the mean of the genes' cosines, which costs as much).
+Embedding: the same model on batches of 100 cells, longest first. Attention is what transformers
+chooses by itself (``--attention`` changes it).
 
 All take turns in one process on the same threads. A ratio is the median over turns of
 (reference's time / ours) in the same turn: wall time, and processor time, which other programs on

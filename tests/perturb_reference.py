@@ -77,10 +77,11 @@ class Reference:
         pooling: str,
         centroids: dict[str, np.ndarray],
         probabilities: Callable[[list[int]], np.ndarray] | None = None,
+        score: str = "mean_state",
     ) -> None:
         self.network, self.vocabulary = network, vocabulary
         self.layer, self.pooling, self.centroids = layer, pooling, centroids
-        self.probabilities = probabilities
+        self.probabilities, self.score = probabilities, score
 
     def hidden(self, genes: list[int]) -> dict:
         """Return gene -> state; ``<cls>`` too."""
@@ -106,17 +107,23 @@ class Reference:
         """Return the values of one perturbation of one cell."""
         before, after = self.hidden(original), self.hidden(copy)
         both = [g for g in copy if g in original and g not in perturbed]
+        by_gene = {g: 1 - cosine(before[g], after[g]) for g in both}
         if self.pooling == "cls":
             old, new = before[CLS], after[CLS]
+        elif self.score == "geneformer":
+            old = np.mean([before[g] for g in original], axis=0)
+            new = np.mean([after[g] for g in copy], axis=0)
         else:
             old = np.mean([before[g] for g in both], axis=0)
             new = np.mean([after[g] for g in both], axis=0)
-        found: dict[str, Any] = {"shift": 1 - cosine(old, new)}
+        of_genes = self.score == "geneformer" and self.pooling == "mean"
+        shift = np.mean(list(by_gene.values())) if of_genes else 1 - cosine(old, new)
+        found: dict[str, Any] = {"shift": shift}
         for name, state in self.centroids.items():
             found[f"toward_{name}"] = cosine(new, state) - cosine(old, state)
         if self.probabilities is not None:
             found["classes"] = self.probabilities(copy) - self.probabilities(original)
-        found["genes"] = {g: 1 - cosine(before[g], after[g]) for g in both}
+        found["genes"] = by_gene
         return found
 
 

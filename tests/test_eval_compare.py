@@ -93,6 +93,46 @@ def test_overlapping_folds_do_not_make_differences_real():
     assert false_alarms["naive"] / trials > 3 * 0.05
 
 
+@pytest.mark.parametrize("folds", [5, 15])
+def test_an_equal_seldom_loses_to_the_best_of_eight_baselines(folds):
+    """Noise that folds share by a fifth, as the correction for overlap takes it."""
+    from eval.benchmark.compare import corrected_interval
+
+    rng, words = np.random.default_rng(16), {"uncorrected": 0, "loses": 0, "wins": 0}
+    runs = 4000
+    for _ in range(runs):
+        noise = np.sqrt(0.2) * rng.normal(size=(9, 1)) + np.sqrt(0.8) * rng.normal(size=(9, folds))
+        best = noise[1:][noise[1:].mean(axis=1).argmax()]
+        for name, best_of in (("uncorrected", 1), ("loses", 8)):
+            found = corrected_interval(noise[0] - best, 0.25, best_of)
+            loses = found["p"] <= 0.05 and found["mean"] < 0
+            words[name] += loses
+            assert loses == (found["high"] < 0), "word and interval agree"
+        words["wins"] += found["p"] <= 0.05 and found["mean"] > 0
+    assert words["uncorrected"] / runs > 0.08
+    assert 0 < (words["loses"] + words["wins"]) / runs <= 0.05
+
+
+def test_losses_alone_are_corrected_for_the_choice():
+    def against_three(gap: list[float]) -> dict:
+        lr = near(0.7, 1)
+        own = [a + g for a, g in zip(lr, gap, strict=True)]
+        others = {("svm", "baseline", None): [x - 0.2 for x in lr],
+                  ("pca", "baseline", None): [x - 0.3 for x in lr]}  # fmt: skip
+        scores = {("fine-tuned", "model", "m"): own, ("lr", "baseline", None): lr}
+        alone = verdict(task_run(scores), "baselines")
+        return {"three": verdict(task_run(scores | others), "baselines"), "alone": alone}
+
+    gap = np.array([0.02, 0.05, 0.03, 0.06, 0.04])
+    worse, better = against_three((-gap).tolist()), against_three(gap.tolist())
+    assert worse["three"]["against"] == "lr"
+    assert worse["three"]["p"] == pytest.approx(3 * worse["alone"]["p"])
+    assert worse["three"]["high"] > worse["alone"]["high"]
+    assert worse["three"]["low"] == worse["alone"]["low"]
+    for kept in ("difference", "low", "p", "word"):
+        assert better["three"][kept] == better["alone"][kept], kept
+
+
 def test_a_perfect_model_wins_and_a_constant_one_loses():
     from eval.benchmark.compare import summarise
 

@@ -61,11 +61,19 @@ EDITS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("with_cls, pooling, layer", [
-    (False, "mean", -1), (True, "mean", 0), (True, "cls", -1),
-])  # fmt: skip
-@pytest.mark.parametrize("edit", EDITS, ids=lambda e: f"{e.kind}-{e.rank_shift}-{e.to_quantile}")
-def test_scores_equal_the_reference(edit, with_cls, pooling, layer):
+@pytest.mark.parametrize(
+    "with_cls, pooling, layer, score, edit",
+    [
+        *((False, "mean", -1, "mean_state", e) for e in EDITS),
+        *((True, "mean", 0, "mean_state", e) for e in EDITS),
+        *((True, "cls", -1, "mean_state", e) for e in EDITS),
+        *((False, "mean", 0, "geneformer", e) for e in EDITS[:3]),
+        (True, "mean", -1, "geneformer", EDITS[1]),
+        (True, "cls", 0, "geneformer", EDITS[0]),
+    ],
+    ids=str,
+)
+def test_scores_equal_the_reference(with_cls, pooling, layer, score, edit):
     from eval.embed import embed_cells
     from eval.perturb.engine import Engine, EngineSettings
 
@@ -75,10 +83,10 @@ def test_scores_equal_the_reference(edit, with_cls, pooling, layer):
         [np.r_[2, c, 3] if with_cls else c for c in every], model.bert, vocab, pooling, layer
     )
     centroids = {"here": some[0].astype(float), "there": some[1:].mean(axis=0).astype(float)}
-    reference = Reference(model, vocab, layer, pooling, centroids)
+    reference = Reference(model, vocab, layer, pooling, centroids, score=score)
     engine = Engine(
         copy.deepcopy(model.bert), vocab,
-        EngineSettings(pooling, layer, token_budget=60), centroids=centroids,
+        EngineSettings(pooling, layer, token_budget=60, score=score), centroids=centroids,
     )  # fmt: skip
     rng = np.random.default_rng(0)
     first = vocab.first_gene_token
@@ -121,6 +129,43 @@ def test_scores_equal_the_reference(edit, with_cls, pooling, layer):
         assert seen == set(by_gene), "of no other gene"
         assert max(found.values["shift"]) > 3e-4, "something has to happen"
     assert compared > 50
+
+
+def golden(folder):
+    """Geneformer's tiny model and cells, and what its own perturber stored of them."""
+    import json
+
+    from pretrain.export import load_exported
+
+    if not (folder / "geneformer_golden").is_dir():
+        pytest.skip(f"scores of Geneformer's own perturber not found below {folder}")
+    dictionaries = folder / "geneformer_v1_dicts"
+    network, vocab = load_exported(folder / "geneformer_golden" / "model", dictionaries)
+    cells = json.loads((folder / "geneformer_golden" / "perturb_v1_tiny.json").read_text())
+    return network, vocab, cells
+
+
+@pytest.mark.parametrize("step", [24, pytest.param(1, marks=pytest.mark.long)])
+def test_the_score_named_geneformer_is_what_its_own_perturber_stored(real_data, step):
+    """Of every gene, or every 24th; in the layer that it calls -1."""
+    from eval.perturb.engine import Engine, EngineSettings
+    from pretrain.encoders import encoder_of
+
+    network, vocab, golden_cells = golden(real_data)
+    engine = Engine(copy.deepcopy(encoder_of(network)), vocab, EngineSettings(score="geneformer"))
+    other = Engine(copy.deepcopy(encoder_of(network)), vocab)
+    for cell in golden_cells:
+        genes = np.array(cell["input_ids"])
+        sets = sets_of(*genes[::step, None].tolist())
+        for kind in ("delete", "overexpress"):
+            # It leaves out the gene that stands in front already: nothing changes.
+            stored = np.array([1 - cell[kind].get(str(t), 1.0) for t in genes[::step]])
+            found = engine.perturb(genes, sets, Edit(kind))
+            np.testing.assert_allclose(found.values["shift"], stored, rtol=0, atol=1e-6)
+            assert found.changed[1:].all() and found.changed[0] == (kind == "delete")
+            assert (found.values["shift"][~found.changed] == 0.0).all(), "exactly"
+    of_means = other.perturb(genes, sets, Edit(kind)).values["shift"]
+    assert abs(of_means - stored).max() > 1e-3, "the cosine of mean states is another score"
 
 
 def test_unperturbed_values_and_donor_centroids():
@@ -322,6 +367,8 @@ def test_wrong_engines():
 
     vocab = vocabulary(False)
     model = network(vocab)
+    with pytest.raises(ValueError, match="--score cosine: must be one of mean_state, geneformer"):
+        EngineSettings(score="cosine")  # pyright: ignore[reportArgumentType]
     for settings_, message in (
         (EngineSettings("sum"), "--pooling sum"),
         (EngineSettings("cls"), "no <cls> token"),

@@ -288,6 +288,9 @@ def test_notebooks_get_tables(model):
     (["--state-key", "phase", "--start", "a", "--goal", "b"], r"no column \['phase'\]"),
     (["--screen", "5"], "--screen: orders genes by a goal"),
     (["--screen", "5", "--kind", "inhibit"], "--screen: estimates deletions"),
+    (["--screen", "5", "--state-key", "state", "--start", "sick", "--goal", "well",
+      "--score", "geneformer"], "estimates --score mean_state, not geneformer"),
+    (["--score", "cosine"], "--score cosine: must be one of mean_state, geneformer"),
     (["--layer", "-2"], "--layer -2"),
     (["--pooling", "cls"], "no <cls> token"),
     (["--head", "somewhere"], "one of them"),
@@ -317,6 +320,22 @@ def test_a_group_that_leaves_no_gene(model, tmp_path):
     with pytest.raises(ValueError, match="no perturbation applies"):
         by_command(model, "--out", str(tmp_path / "s"), "--genes", every, "--group", *toward)
     assert not (tmp_path / "s").exists()
+
+
+def test_the_score_is_recorded_and_no_screen_mixes_two(model, tmp_path):
+    from eval.perturb.analysis import AnalysisSettings, analyse
+
+    words = ("--genes", "G1,G2", "--donor", "donor", "--kind", "delete")
+    by_command(model, "--out", str(tmp_path / "g"), *words, "--score", "geneformer")
+    by_command(model, "--out", str(tmp_path / "m"), *words)
+    one, two = (Results.open(tmp_path / n) for n in ("g", "m"))
+    assert [r.manifest["settings"]["score"] for r in (one, two)] == ["geneformer", "mean_state"]
+    shifts = [next(r.shifts())["shift"].to_numpy() for r in (one, two)]
+    assert (shifts[0] != shifts[1]).all() and np.isfinite(shifts).all()
+    with pytest.raises(ValueError, match="score: geneformer there, mean_state here"):
+        by_command(model, "--out", str(tmp_path / "g"), *words)
+    with pytest.raises(ValueError, match=r"--also: .*--score mean_state, this screen geneformer"):
+        analyse(one, AnalysisSettings(), two)
 
 
 def test_two_jobs_on_one_folder(model, tmp_path):

@@ -108,6 +108,76 @@ def test_matched_genes_are_the_nearest_others():
     assert all(len(set(row) - {gene}) == 12 for gene, row in enumerate(same))
 
 
+def planted_screen(seed: int, planted: int, heavy: bool, one_sided: bool):
+    """Return values [genes, donors], ranks, detection, and which of 300 genes have an effect.
+
+    Genes of no interest differ by 1 standard deviation (or t with 3 degrees of freedom), in all
+    donors alike; effects are 6.
+    """
+    rng = np.random.default_rng(seed)
+    own = rng.standard_t(3, 300) if heavy else rng.normal(0, 1, 300)
+    values = own[:, None] + rng.normal(0, 0.5, (300, 8))
+    has_effect = np.zeros(300, dtype=bool)
+    has_effect[rng.choice(300, planted, replace=False)] = True
+    signs = 1.0 if one_sided else rng.choice([-1.0, 1.0], planted)
+    values[has_effect] += 6 * np.broadcast_to(signs, planted)[:, None]
+    ranks = rng.permutation(300).astype(float)
+    return values, ranks, (1 - ranks / 300 + rng.normal(0, 0.1, 300)).clip(0.01, 1), has_effect
+
+
+def found_in(seed: int, planted: int, heavy: bool = False, one_sided: bool = True):
+    """Return bool [genes] twice: found, and truly with an effect."""
+    from eval.perturb.matched import against_matched
+    from eval.perturb.statistics import false_discovery_rate
+
+    values, ranks, detection, has_effect = planted_screen(seed, planted, heavy, one_sided)
+    table, _ = against_matched(values, ranks, detection, 50)
+    p = np.maximum(table["p"], table["null_p"]).to_numpy()
+    return false_discovery_rate(p) < 0.05, has_effect
+
+
+MANY_SCREENS = pytest.param(100, marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("one_sided", [True, False])
+@pytest.mark.parametrize("screens", [8, MANY_SCREENS])
+def test_many_true_effects_do_not_hide_each_other(screens, one_sided):
+    """60 of 300: a null that takes them for its own finds three in a hundred of them."""
+    found = [found_in(s, 60, one_sided=one_sided) for s in range(screens)]
+    assert np.mean([f[true].mean() for f, true in found]) >= 0.8
+    assert np.mean([(f & ~true).sum() / max(f.sum(), 1) for f, true in found]) <= 0.05
+
+
+@pytest.mark.parametrize("screens", [20, MANY_SCREENS])
+@pytest.mark.parametrize("heavy", [False, True])
+def test_heavy_tails_alone_are_seldom_called_effects(screens, heavy):
+    """With t noise of 3 degrees of freedom a normal null errs in nearly every screen."""
+    assert np.mean([found_in(s, 0, heavy)[0].any() for s in range(screens)]) <= 0.1
+
+
+@pytest.mark.parametrize("freedom", [3.0, 43.0])
+def test_the_null_is_that_of_the_genes_without_effect(freedom):
+    from scipy import stats
+
+    from eval.perturb.null import fit_null
+
+    rng = np.random.default_rng(15)
+    z = np.r_[rng.standard_t(freedom, 4000), rng.normal(0, 1, 400) + 12, np.nan]
+    null = fit_null(z)
+    quartile = stats.t.ppf(0.75, freedom) / stats.norm.ppf(0.75)
+    assert null.deviation == pytest.approx(quartile, rel=0.05)
+    assert null.share_of_others == pytest.approx(1 / 11, abs=0.01)
+    for size in (1, 2, 4):
+        tail = 2 * stats.t.sf(size, freedom)
+        assert null.p_values(np.array([size]))[0] == pytest.approx(tail, rel=0.3)
+    assert np.isnan(null.p_values(z)[-1])
+    far = np.array([8.0])
+    few = fit_null(np.r_[z[:30], 8.0])
+    assert few.p_values(far)[0] > 1e-4, "so few genes prove no light tail"
+    assert freedom < 43 or null.p_values(far)[0] < 1e-7
+    assert fit_null(np.zeros(20)).p_values(np.array([0.0]))[0] == 1
+
+
 # --- screens
 
 

@@ -156,6 +156,7 @@ def analyse(
         )
     agreement: dict[str, Any] = {}
     if other is not None:
+        _require_one_score(results, other, effect)
         second = analyse(other, replace(settings, effect=effect))
         genes, agreement = compare_screens(genes, second.genes, effect != UNSIGNED)
         agreement["folder"] = str(other.folder)
@@ -165,6 +166,15 @@ def analyse(
         power_table(len(donors), tested, settings.rate) if counted else [],
         _warnings(results, donors, genes, combined, settings), agreement, sets,
     )  # fmt: skip
+
+
+def _require_one_score(results: Results, other: Results, effect: str) -> None:
+    scores = [r.manifest["settings"].get("score", "mean_state") for r in (results, other)]
+    if len(set(scores)) > 1 and not effect.startswith("class_"):
+        raise ValueError(
+            f"--also: {other.folder} has --score {scores[1]}, this screen {scores[0]}; "
+            "make one of them again with the other's score"
+        )
 
 
 def default_effect(results: Results) -> str:

@@ -65,6 +65,9 @@ def perturb_command(
     ] = 0,
     pooling: Annotated[str, typer.Option(help="mean (over genes) or cls")] = "mean",
     layer: Annotated[int, typer.Option(help="0 last, -1 second-to-last, ...")] = -1,
+    score: Annotated[
+        str, typer.Option(help="mean_state, or geneformer: as its own perturber defines it")
+    ] = "mean_state",
     bf16: Bf16Option = False,
     tokens_per_batch: Annotated[
         int, typer.Option(min=0, help="of one pass; 0: as fits the device")
@@ -96,7 +99,14 @@ def perturb_command(
             max_cells,
             seed,
         ),
-        EngineSettings(pooling, layer, bf16, chosen_device, tokens_per_batch),
+        EngineSettings(
+            pooling,
+            layer,
+            bf16,
+            chosen_device,
+            tokens_per_batch,
+            score,  # pyright: ignore[reportArgumentType]  checked there
+        ),
         gene_shifts,
         screen,
     )

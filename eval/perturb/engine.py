@@ -7,7 +7,7 @@ ones that are read, and the vocabulary head, are not computed.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from eval.finetune.classifier import Classifier, Head
 from eval.perturb.edits import Copies, Edit, GeneSets, applicable, copies_of, places_in
 from pretrain.encoders import Encoder, architecture_of, layers_of, set_layers, to_bfloat16
 from pretrain.states import embed_cells, num_layers_up_to, require_pooling
+
+Score = Literal["mean_state", "geneformer"]
+SCORES: tuple[Score, ...] = ("mean_state", "geneformer")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,12 @@ class EngineSettings:
     token_budget
         Tokens of one forward pass; no result depends on it but by rounding. 0: 4,096 on a CPU,
         whose cache they fit, 65,536 on a GPU.
+    score
+        What is compared under pooling by the mean. ``mean_state``: mean states of the genes that
+        original and copy both hold, the perturbed ones left out. ``geneformer``: as its own
+        perturber does; ``shift`` is 1 - the mean over those genes of each one's own cosine, and
+        ``toward_<state>`` is of the mean states over all genes, the perturbed ones too. The state
+        of ``<cls>`` is compared in one way only, which is that of both.
     """
 
     pooling: str = "mean"
@@ -42,6 +51,11 @@ class EngineSettings:
     bf16: bool = False
     device: str = "cpu"
     token_budget: int = 0
+    score: Score = "mean_state"
+
+    def __post_init__(self) -> None:
+        if self.score not in SCORES:
+            raise ValueError(f"--score {self.score}: must be one of {', '.join(SCORES)}")
 
     @property
     def batch_tokens(self) -> int:
@@ -49,7 +63,9 @@ class EngineSettings:
 
     def deciding(self) -> dict[str, Any]:
         """Return what changes values by more than their last bits."""
-        return {"pooling": self.pooling, "layer": self.layer, "bf16": self.bf16}
+        return {
+            "pooling": self.pooling, "layer": self.layer, "bf16": self.bf16, "score": self.score,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -129,6 +145,10 @@ class Engine:
         layers[number - 1].register_forward_hook(self._remember)
         self.set_centroids(centroids or {})
 
+    @property
+    def _scores_genes(self) -> bool:
+        return self.settings.score == "geneformer" and self.settings.pooling == "mean"
+
     def set_centroids(self, centroids: dict[str, np.ndarray]) -> None:
         """Set the states that `toward_<state>` is about."""
         self.states = list(centroids)
@@ -193,8 +213,11 @@ class Engine:
             changed[rows] = True
             states = self._run(differ.genes)
             values[rows] = self._compare(originals[kept], states, differ)
-            if gene_shifts:
+            if gene_shifts or self._scores_genes:
                 shift = self._gene_shifts(originals[kept], states, differ)
+            if self._scores_genes:
+                values[rows, 0] = _means(shift, differ.compared)
+            if gene_shifts:
                 by_gene.append((differ.sets, differ.genes, differ.compared, shift))
         columns = {c: values[:, i].astype(np.float32) for i, c in enumerate(self.columns)}
         return CellShifts(possible, columns, changed, before, by_gene)
@@ -242,8 +265,8 @@ class Engine:
         return found
 
     def _compare(self, original: States, states: States, copies: Copies) -> np.ndarray:
-        """Return float64 [C, columns]."""
-        if self.settings.pooling == "cls":
+        """Return float64 [C, columns]; `shift` is of pooled states, whatever the score."""
+        if self.settings.pooling == "cls" or self.settings.score == "geneformer":
             after = self.embedding(states)
             ahead = self.embedding(original).expand_as(after)
         else:
@@ -296,6 +319,12 @@ def centroid(embeddings: np.ndarray, donors: np.ndarray) -> np.ndarray:
     """Return float64 [D]: the mean over donors of each donor's mean over its cells."""
     means = [embeddings[donors == d].mean(axis=0, dtype=np.float64) for d in np.unique(donors)]
     return np.mean(means, axis=0)
+
+
+def _means(values: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    """Return float64 [C]: means of float32 [C, G] over what is counted, at least one in a row."""
+    total = np.where(counted, values, 0).sum(axis=1, dtype=np.float64)
+    return total / counted.sum(axis=1)
 
 
 def _cell_head(classifier: Classifier | None) -> Head | None:

@@ -49,6 +49,11 @@ def require_screenable(screen: Screen, subject: Subject) -> None:
         )
     if screen.edit.kind != "delete" or genes.group or genes.anchor or genes.set_size > 1:
         raise ValueError("--screen: estimates deletions of single genes; leave it out for others")
+    if screen.cells.states and screen.engine.score != "mean_state":
+        raise ValueError(
+            f"--screen: estimates --score mean_state, not {screen.engine.score}; leave --screen "
+            "out, all deletions are computed"
+        )
     if not screen.cells.states and subject.engine.head is None:
         raise ValueError("--screen: orders genes by a goal; give --start and --goal, or --head")
 
