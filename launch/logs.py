@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.errors import EXIT_RESUMABLE
 from launch.rank import log_name
 
 EVENTS = "events.jsonl"
@@ -77,7 +78,9 @@ def root_cause(
     """
     ended = ends(attempt)
     failed = [e for e in ended if e.code != 0]
-    own = [e for e in failed if not e.is_echo and e.code != -signal.SIGTERM]
+    # Ranks that saved and stopped did so because of another one, or were asked to.
+    echoes = (-signal.SIGTERM, EXIT_RESUMABLE)
+    own = [e for e in failed if not e.is_echo and e.code not in echoes]
     # Echoes come later: a machine whose clock is ahead must not make one the first.
     # What all ranks find together only rank 0 says.
     own.sort(key=lambda e: (e.code > 0 and not e.text, e.at))

@@ -356,10 +356,11 @@ class Attempt:
         codes = [e["code"] for e in self._ends()]
         if codes.count(0) == sum(self._hosts.values()):
             return 0
-        for code in (EXIT_RESUMABLE, EXIT_USAGE):
-            if code in codes:
-                return code
-        return EXIT_FAILED
+        if EXIT_RESUMABLE in codes:
+            # A rank without an end was killed: the others saved because of that, nobody asked.
+            was_asked = self._all_ended() or (self._stop is not None and self._stop.asked)
+            return EXIT_RESUMABLE if was_asked else EXIT_FAILED
+        return EXIT_USAGE if EXIT_USAGE in codes else EXIT_FAILED
 
     def _ends(self) -> list[dict[str, Any]]:
         return end_records(self.folder)
