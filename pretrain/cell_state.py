@@ -180,19 +180,19 @@ def reduced(
     svd: CorpusSvd, tokens: list[np.ndarray], means: np.ndarray, weights_sha256: str = ""
 ) -> CellState:
     """Return the cell state whose axes are those of `means` [cells, width] of the last layer."""
-    has_genes = np.isfinite(means).all(axis=1)
+    has_genes = np.flatnonzero(np.isfinite(means).all(axis=1))
     spread = means[has_genes].astype(np.float64)
     centre = spread.mean(axis=0)
     vectors = np.linalg.svd(spread - centre, full_matrices=False)[2][:NUM_LEARNED].T
     largest = np.abs(vectors).argmax(axis=0)
     axes = vectors * np.sign(vectors[largest, np.arange(vectors.shape[1])])
-    counted = svd.embed_cells([t for t, known in zip(tokens, has_genes, strict=True) if known])
+    counted = svd.embed_cells([tokens[i] for i in has_genes])
     scales = [
         np.sqrt(part.var(axis=0).sum()) or 1.0 for part in (counted, (spread - centre) @ axes)
     ]
-    origin = {"weights_sha256": weights_sha256, "cells": int(has_genes.sum())}
-    single = (x.astype(np.float32) for x in (centre, axes, np.array(scales)))
-    return CellState(svd, *single, origin)
+    origin = {"weights_sha256": weights_sha256, "cells": len(has_genes)}
+    single = [x.astype(np.float32) for x in (centre, axes, np.array(scales))]
+    return CellState(svd, single[0], single[1], single[2], origin)
 
 
 def some_training_cells(shards: ShardSet, number: int) -> list[np.ndarray]:

@@ -124,7 +124,7 @@ def _write_cell_state(
             raise ValueError(f"--shards {shards}: {error}") from error
         return f"no cell state: {error}; give --shards"
     finally:
-        network.to(torch.device("cpu"))
+        torch.nn.Module.to(network, device=torch.device("cpu"))
     state.save(folder)
     return f"cell states of {state.width} numbers ({state.origin['cells']} training cells)"
 

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import glob
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from eval.benchmark.gene_labels import read_table
-from eval.benchmark.task import AnyTask, Cells, CellTask, GeneTask, IntegrationTask, Size, Suite
+from eval.benchmark.task import AnyTask, CellTask, GeneTask, IntegrationTask
 
-_PUBLISHED = {"batch_cells": 12, "learning_rate": 5e-5, "head_learning_rate": None}
-_OF_CELLS: dict[Suite, Size] = {
-    "quick": Size(
-        max_cells=600, max_train_per_class=25, max_test_per_class=50, seeds=3, epochs=3,
-        batch_cells=4,
-    ),
-    "standard": Size(
-        max_cells=2000, max_train_per_class=100, max_test_per_class=100, seeds=5, epochs=3,
-        batch_cells=8,
-    ),
-    "paper": Size(seeds=5, epochs=10, start="random", **_PUBLISHED),
+_PUBLISHED = {
+    "batch_cells": 12, "learning_rate": 5e-5, "head_learning_rate": None, "start": "random",
 }  # fmt: skip
-_OF_GENES: dict[Suite, Size] = {
-    "quick": Size(max_cells=60, seeds=1, batch_cells=4, freeze_layers=4),
-    "standard": Size(max_cells=120, seeds=1, batch_cells=4, freeze_layers=4),
-    "paper": Size(max_cells=10_000, seeds=5, freeze_layers=4, start="random", **_PUBLISHED),
+_OF_CELLS = {
+    "quick": {
+        "max_cells": 600, "max_train_per_class": 25, "max_test_per_class": 50, "seeds": 3,
+        "epochs": 3, "batch_cells": 4,
+    },
+    "standard": {
+        "max_cells": 2000, "max_train_per_class": 100, "max_test_per_class": 100, "seeds": 5,
+        "epochs": 3, "batch_cells": 8,
+    },
+    "paper": {"seeds": 5, "epochs": 10, **_PUBLISHED},
+}  # fmt: skip
+_OF_GENES = {
+    "quick": {"max_cells": 60, "seeds": 1, "batch_cells": 4, "freeze_layers": 4},
+    "standard": {"max_cells": 120, "seeds": 1, "batch_cells": 4, "freeze_layers": 4},
+    "paper": {"max_cells": 10_000, "seeds": 5, "freeze_layers": 4, **_PUBLISHED},
 }
 _RECIPE = "The file was given on the command line."
 
@@ -59,25 +62,32 @@ def own_task(
     """
     if not cells.exists():
         raise ValueError(f"--cells {cells}: no such file")
-    source = Cells(files=(glob.escape(cells.name),), recipe=_RECIPE)
+    common: dict[str, Any] = {"cells": {"files": [glob.escape(cells.name)], "recipe": _RECIPE}}
     if genes is not None:
         if group or batch:
             raise ValueError("--genes: folds are over genes; --group and --batch are of cells")
         positive, negative = _two_classes(genes, label)
-        return GeneTask(
-            name=genes.stem, title=f"{positive} against {negative} ({genes.name})", kind="genes",
-            cells=source, sizes=_OF_GENES, labels=str(genes.resolve()), label_column=label,
-            positive=positive, negative=negative,
+        return GeneTask.model_validate(
+            common | {
+                "kind": "genes", "name": genes.stem, "sizes": _OF_GENES,
+                "title": f"{positive} against {negative} ({genes.name})",
+                "labels": str(genes.resolve()), "label_column": label,
+                "positive": positive, "negative": negative,
+            }
         )  # fmt: skip
+    common |= {"sizes": _OF_CELLS, "label": label}
     if batch:
-        return IntegrationTask(
-            name=f"{cells.stem}_{batch}", title=f"{batch} of {cells.name}", kind="integration",
-            cells=source, sizes=_OF_CELLS, label=label, batch=batch,
+        return IntegrationTask.model_validate(
+            common | {
+                "kind": "integration", "name": f"{cells.stem}_{batch}", "batch": batch,
+                "title": f"{batch} of {cells.name}",
+            }
         )  # fmt: skip
-    return CellTask(
-        name=f"{cells.stem}_{label}", title=f"{label} of {cells.name}", kind="cells", cells=source,
-        sizes=_OF_CELLS, label=label, group=group,
-        group_missing="" if group else "no --group was given",
+    return CellTask.model_validate(
+        common | {
+            "kind": "cells", "name": f"{cells.stem}_{label}", "title": f"{label} of {cells.name}",
+            "group": group, "group_missing": "" if group else "no --group was given",
+        }
     )  # fmt: skip
 
 
