@@ -312,7 +312,7 @@ def test_the_page_shows_the_heads_and_a_second_run_repeats_nothing(tmp_path):
         "sizes: {quick: {max_cells: 40, seeds: 3}}\n"
     )
     out = tmp_path / "report"
-    settings = {"data": tmp_path, "names": ["own"], "files": [own]}
+    settings = {"data": tmp_path, "names": ["own"], "own": [own]}
     results = run_benchmark([tmp_path / "model"], "quick", out, **settings)
     page = write_report(results, out).read_text()
     assert "Attended genes" in page

@@ -105,6 +105,7 @@ def test_no_masked_place_gives_an_attached_zero(model):
 
     ids, _, _ = batch()
     empty = torch.zeros(0, dtype=torch.int64)
+    model.zero_grad()
     losses, _ = model(ids, None, empty, empty)
     total = losses.sum()
     total.backward()

@@ -23,7 +23,7 @@ def world() -> tuple[int, int]:
     from pretrain import dist
 
     here = dist.start(60, 1)
-    total = dist.count_over_ranks({"ranks": here.rank}, here.device)["ranks"]
+    total = dist.count_over_ranks({"ranks": here.rank})["ranks"]
     dist.leave()
     return here.world_size, total
 
