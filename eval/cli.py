@@ -9,6 +9,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from data_prep.progress import show_progress
 from data_prep.reading import MATRIX, reading_options
 from data_prep.sources import SourceOptions
 from pretrain.cli import StepOption, chosen_step
@@ -28,7 +29,9 @@ ConditionsOption = Annotated[
 def embed_command(
     cells: Annotated[Path, typer.Argument(help="h5ad with raw counts")],
     model: Annotated[Path, typer.Option(help="folder of `geneloom export`, or Geneformer's")],
-    out: Annotated[Path, typer.Option(help="new h5ad: the input and .obsm['X_geneloom']")],
+    out: Annotated[
+        Path, typer.Option(help="new .h5ad or .zarr: input and .obsm['X_geneloom']; or .parquet")
+    ],
     vocab: VocabOption = None,
     pooling: Annotated[
         str | None,
@@ -59,7 +62,9 @@ def embed_command(
         "token_budget": tokens_per_batch,
         "device": choose_device(device),
     }
-    print(embed_file(cells, model, out, vocab, reading, **settings))
+    with show_progress() as progress:
+        said = embed_file(cells, model, out, vocab, reading, progress=progress, **settings)
+    print(said)
 
 
 finetune_app = typer.Typer(no_args_is_help=True, help="Fine-tune and score beside baselines.")

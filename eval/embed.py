@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import anndata
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from data_prep.files import complete_file, require_new_file
 from data_prep.sources import SourceOptions
 from data_prep.version import VERSION
-from eval.encode import encode_file
+from eval.encode import CellSet, encode_file
 from pretrain.cell_state import FILE_NAME as STATE_NAME
 from pretrain.encoders import encoder_of
 from pretrain.export import folder_cell_state, load_exported
@@ -29,10 +35,12 @@ def embed_file(
     layer: int | None = None,
     **settings,
 ) -> str:
-    """Write the input file with embeddings in ``.obsm`` and return a sentence about it.
+    """Write the embeddings of a file's cells, in its order, and return a sentence about them.
 
-    Adds ``obsm["X_geneloom"]``, ``obs["geneloom_tokens"]`` and ``uns["geneloom"]``; nothing else
-    is changed.
+    To ``.h5ad`` or ``.zarr``: the input with ``obsm["X_geneloom"]``, ``obs["geneloom_tokens"]`` and
+    ``uns["geneloom"]``; nothing else is changed. To ``.parquet``: a table of ``cell_id``,
+    ``geneloom_tokens`` and ``embedding``, float32 lists of one length, and the same record as the
+    text ``geneloom`` of its schema.
 
     Parameters
     ----------
@@ -42,13 +50,16 @@ def embed_file(
     layer
         For ``mean`` and ``cls``, as `pretrain.states.embed_layers` counts; by default -1.
     settings
-        ``token_budget``, ``device`` and ``bf16`` of `pretrain.states.embed_layers`.
+        ``token_budget``, ``device``, ``bf16`` and ``progress`` of `pretrain.states.embed_layers`.
 
     Raises
     ------
     ValueError
-        The model has no cell state, or one layer of it is asked for.
+        `out` exists or has another ending; the model has no cell state, or one layer of it is asked
+        for.
     """
+    if out.suffix not in (".h5ad", ".zarr", ".parquet"):
+        raise ValueError(f"--out {out}: must end in .h5ad, .zarr or .parquet")
     require_new_file(out)
     network, vocab = load_exported(model, vocabulary)
     state = folder_cell_state(model, vocab) if pooling in (None, STATE) else None
@@ -67,18 +78,17 @@ def embed_file(
     else:
         layer = -1 if layer is None else layer
         embeddings = embed_cells(cell_set.tokens, encoder, vocab, pooling, layer, **settings)
-    data = anndata.read_h5ad(cells)
-    data.obsm[OBSM_KEY] = embeddings
-    data.obs["geneloom_tokens"] = cell_set.lengths
-    data.uns["geneloom"] = {
+    record = {
         "version": VERSION,
         "model": model.name,
         "vocabulary_sha256": vocab.sha256,
         "pooling": pooling,
         "layer": layer,
     }
-    with complete_file(out) as aside:
-        data.write_h5ad(aside)
+    if out.suffix == ".parquet":
+        _write_table(out, cell_set, embeddings, record)
+    else:
+        _write_cells(out, cells, cell_set, embeddings, record)
     empty = int((~cell_set.has_genes).sum())
     note = f"; {empty} cells without any gene of the vocabulary are NaN" if empty else ""
     kind = "cell states" if pooling == STATE else f"{pooling} of layer {layer}"
@@ -86,3 +96,38 @@ def embed_file(
         f"{out}: {len(embeddings):,} cells x {embeddings.shape[1]} in obsm['{OBSM_KEY}'] "
         f"({kind}){note}"
     )
+
+
+def _write_cells(
+    out: Path, cells: Path, encoded: CellSet, embeddings: np.ndarray, record: dict[str, Any]
+) -> None:
+    data = anndata.read_h5ad(cells)
+    data.obsm[OBSM_KEY] = embeddings
+    data.obs["geneloom_tokens"] = encoded.lengths
+    data.uns["geneloom"] = record
+    if out.suffix == ".h5ad":
+        with complete_file(out) as aside:
+            data.write_h5ad(aside)
+        return
+    aside = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+    try:
+        data.write_zarr(aside)
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_table(
+    out: Path, encoded: CellSet, embeddings: np.ndarray, record: dict[str, Any]
+) -> None:
+    width = embeddings.shape[1]
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), width)
+    columns = {
+        "cell_id": encoded.metadata.index.astype(str).to_numpy(),
+        "geneloom_tokens": encoded.lengths,
+        "embedding": vectors,
+    }
+    table = pa.table(columns).replace_schema_metadata({"geneloom": json.dumps(record)})
+    with complete_file(out) as aside:
+        pq.write_table(table, aside)

@@ -79,7 +79,8 @@ class CellState:
         Parameters
         ----------
         settings
-            ``token_budget``, ``device`` and ``bf16`` of `pretrain.states.embed_layers`.
+            ``token_budget``, ``device``, ``bf16`` and ``progress`` of
+            `pretrain.states.embed_layers`.
         """
         return self.of_means(tokens, embed_layers(tokens, encoder, vocabulary, (0,), **settings)[0])
 

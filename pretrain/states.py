@@ -20,6 +20,8 @@ from torch import nn
 from data_prep.vocab import Vocabulary
 from pretrain.encoders import Encoder, architecture_of, layers_of, set_layers
 
+# What is done, how much of it, and of how much.
+Progress = Callable[[str, int, int], None]
 _LENGTH_MULTIPLE = 8
 # Lengths of passes on a GPU: few, so that most passes are full.
 _GPU_LENGTH_MULTIPLE = 64
@@ -71,12 +73,13 @@ def embed_cells(
     token_budget: int = 16_384,
     device: str = "cpu",
     bf16: bool = False,
+    progress: Progress | None = None,
 ) -> np.ndarray:
     """Return float32 [cells, width] embeddings, in the order of `tokens`; NaN for empty cells.
 
     Arguments and errors as in `embed_layers`, for one layer.
     """
-    settings = token_budget, device, bf16
+    settings = token_budget, device, bf16, progress
     return embed_layers(tokens, encoder, vocabulary, (layer,), pooling, *settings)[layer]
 
 
@@ -89,6 +92,7 @@ def embed_layers(
     token_budget: int = 16_384,
     device: str = "cpu",
     bf16: bool = False,
+    progress: Progress | None = None,
 ) -> dict[int, np.ndarray]:
     """Return layer -> float32 [cells, width] embeddings, of several layers in one pass.
 
@@ -105,6 +109,8 @@ def embed_layers(
         cell's bits depend on the cell, the weights and the processor alone.
     bf16
         Compute in bfloat16.
+    progress
+        Called with ("embedding", cells done, cells in all) after each pass.
 
     Raises
     ------
@@ -116,7 +122,7 @@ def embed_layers(
     genes = lengths - (2 if vocabulary.has_cls else 0)
     shape = len(tokens), encoder.config.hidden_size
     out = {layer: np.full(shape, np.nan, dtype=np.float32) for layer in layers}
-    top, kind = max(layers), architecture_of(encoder)
+    top, kind, done = max(layers), architecture_of(encoder), 0
     with computing(encoder, top, device, bf16), _watched(encoder, set(layers) - {top}) as seen:
         for batch, width in _passes(np.where(genes > 0, lengths, 0), token_budget, device):
             cells = [tokens[i] for i in batch]
@@ -126,6 +132,9 @@ def embed_layers(
                 pooled = pool_genes(found, batch_lengths, vocabulary.has_cls, pooling)
                 # A cell that fills rows of a pass is written again, with the same numbers.
                 out[layer][batch] = pooled.cpu()
+            done += len(np.unique(batch))
+            if progress:
+                progress("embedding", done, int((genes > 0).sum()))
     return out
 
 

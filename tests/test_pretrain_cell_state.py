@@ -99,6 +99,51 @@ def test_embed_writes_states_unless_told_otherwise(exported: Path, tmp_path: Pat
     assert not (tmp_path / "no.h5ad").exists()
 
 
+def test_embeddings_as_table_and_zarr_are_those_of_the_h5ad(exported: Path, tmp_path: Path):
+    import anndata
+    import pyarrow.parquet as pq
+    from typer.testing import CliRunner
+
+    from launch.cli import build_app
+
+    make_cells(20, seed=3).write_h5ad(tmp_path / "cells.h5ad")
+
+    def embed(name: str):
+        words = ["embed", tmp_path / "cells.h5ad", "--model", exported, "--out", tmp_path / name]
+        return CliRunner().invoke(build_app("embed"), [*map(str, words), "--device", "cpu"])
+
+    for name in ("a.h5ad", "a.zarr", "a.parquet"):
+        done = embed(name)
+        assert done.exit_code == 0, done.exception
+    wanted = anndata.read_h5ad(tmp_path / "a.h5ad")
+    found = anndata.read_zarr(tmp_path / "a.zarr")
+    np.testing.assert_array_equal(found.obsm["X_geneloom"], wanted.obsm["X_geneloom"])
+    assert found.uns["geneloom"]["pooling"] == "state"
+    table = pq.read_table(tmp_path / "a.parquet")
+    assert table["cell_id"].to_pylist() == list(wanted.obs_names)
+    np.testing.assert_array_equal(np.array(table["embedding"].to_pylist(), np.float32),
+                                  wanted.obsm["X_geneloom"])  # fmt: skip
+    assert table["geneloom_tokens"].to_pylist() == wanted.obs["geneloom_tokens"].tolist()
+    assert b"vocabulary_sha256" in table.schema.metadata[b"geneloom"]
+    assert "must end in .h5ad" in str(embed("a.csv").exception)
+    assert "exists" in str(embed("a.zarr").exception)
+    assert not [p for p in tmp_path.iterdir() if "partial" in p.name]
+
+
+def test_progress_counts_every_cell_once(exported: Path):
+    from pretrain.encoders import encoder_of
+    from pretrain.export import load_exported
+    from pretrain.states import embed_layers
+
+    network, vocabulary = load_exported(exported)
+    cells = [np.arange(3, 9, dtype=np.uint16)] * 5 + [np.zeros(0, dtype=np.uint16)]
+    said: list[tuple[str, int, int]] = []
+    embed_layers(
+        cells, encoder_of(network), vocabulary, (0,), progress=lambda *words: said.append(words)
+    )
+    assert said == [("embedding", n, 5) for n in range(1, 6)]
+
+
 def test_a_state_of_other_weights_is_refused(exported: Path, tmp_path: Path):
     from pretrain.export import folder_cell_state, load_exported
 
