@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,10 +53,12 @@ def made_folder(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def complete_file(out: Path) -> Iterator[Path]:
-    """Give a path whose file becomes `out` at the end, and is removed after an error."""
+    """Give a path whose file or folder becomes `out` at the end, and is removed after an error."""
     aside = out.with_name(f".{out.name}.partial")
     try:
         yield aside
         aside.replace(out)
     finally:
+        if aside.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
         aside.unlink(missing_ok=True)

@@ -16,6 +16,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MaxAbsScaler, StandardScaler
 
+# What neighbours and contenders that more than one evaluation has are called in results.
+CORPUS_SVD, CELL_STATE = "corpus SVD", "cell state"
 _PCA_COMPONENTS = 50
 _NEIGHBOURS = 15
 _MIN_CELLS_OF_GENE = 3

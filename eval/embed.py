@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -105,17 +104,8 @@ def _write_cells(
     data.obsm[OBSM_KEY] = embeddings
     data.obs["geneloom_tokens"] = encoded.lengths
     data.uns["geneloom"] = record
-    if out.suffix == ".h5ad":
-        with complete_file(out) as aside:
-            data.write_h5ad(aside)
-        return
-    aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
-    try:
-        data.write_zarr(aside)
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with complete_file(out) as aside:
+        (data.write_h5ad if out.suffix == ".h5ad" else data.write_zarr)(aside)
 
 
 def _write_table(

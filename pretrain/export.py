@@ -84,8 +84,8 @@ def export(
     with complete_folder(out, "config.json") as partial:
         bert.save_pretrained(partial)
         write_vocabulary(partial, vocabulary)
-        if (run / SVD_NAME).exists():
-            CorpusSvd.load(run, vocabulary).save(partial)
+        if svd := CorpusSvd.found_in(run, vocabulary):
+            svd.save(partial)
         state = _write_cell_state(partial, run, bert, vocabulary, shards, state_cells, device)
         record = export_record(run, last)
         if record["prior"]:

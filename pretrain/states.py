@@ -120,11 +120,13 @@ def embed_layers(
     require_pooling(pooling, vocabulary)
     lengths = np.array([len(t) for t in tokens], dtype=np.int64)
     genes = lengths - (2 if vocabulary.has_cls else 0)
+    computed = np.where(genes > 0, lengths, 0)
+    done, total = 0, int(np.count_nonzero(computed))
     shape = len(tokens), encoder.config.hidden_size
     out = {layer: np.full(shape, np.nan, dtype=np.float32) for layer in layers}
-    top, kind, done = max(layers), architecture_of(encoder), 0
+    top, kind = max(layers), architecture_of(encoder)
     with computing(encoder, top, device, bf16), _watched(encoder, set(layers) - {top}) as seen:
-        for batch, width in _passes(np.where(genes > 0, lengths, 0), token_budget, device):
+        for batch, width in _passes(computed, token_budget, device):
             cells = [tokens[i] for i in batch]
             hidden, batch_lengths = encode_batch(encoder, cells, vocabulary, width)
             states = {k: kind.finished(encoder, v) for k, v in seen.items()} | {top: hidden}
@@ -134,7 +136,7 @@ def embed_layers(
                 out[layer][batch] = pooled.cpu()
             done += len(np.unique(batch))
             if progress:
-                progress("embedding", done, int((genes > 0).sum()))
+                progress("embedding", done, total)
     return out
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from eval.baselines import CELL_STATE, CORPUS_SVD
 from eval.benchmark.cell_baselines import (
     BASELINES,
     LOGISTIC_REGRESSION,
@@ -41,8 +42,6 @@ from pretrain.cell_state import reduced
 HEADLINE = "macro_f1"
 FROZEN = "frozen embedding"
 BAG_OF_GENES = "bag of genes"
-CELL_STATE = "cell state"
-CORPUS_SVD = "corpus SVD"
 SHUFFLED = "shuffled labels"
 _SCORES = ("macro_f1", "balanced_accuracy", "accuracy", "auprc", "ece")
 # A handful of training cells gives a handful of steps; so many are taken at least.

@@ -16,7 +16,7 @@ from data_prep.shards import file_sha256, require_new
 from data_prep.sources import SourceOptions
 from data_prep.version import VERSION
 from data_prep.vocab import Vocabulary
-from eval.baselines import predict_baselines, predict_from_embedding
+from eval.baselines import CELL_STATE, CORPUS_SVD, predict_baselines, predict_from_embedding
 from eval.encode import CellSet, encode_file
 from eval.finetune.engine import (
     Classifier,
@@ -44,7 +44,7 @@ RESULTS_FORMAT = "geneloom-finetune/1"
 FEWEST_CELLS_OF_CLASS = 5
 # Macro-F1 by which fine-tuning may stay below the frozen embedding before it is called failed.
 _LESS = 0.01
-PRETRAINED, RANDOM, CORPUS_SVD = "pretrained", "random weights", "corpus SVD"
+PRETRAINED, RANDOM = "pretrained", "random weights"
 NO_VALUE = ["", "nan", "None", "NA", "unlabelled"]
 
 
@@ -99,7 +99,7 @@ class _Problem:
             if weights != PRETRAINED:
                 state = reduced(state.svd, tokens[: len(train)], means[: len(train)])
             states = state.of_means(tokens, means)
-            predictions[f"cell state, {weights}"] = self._from_states(states, train, used, seed)
+            predictions[f"{CELL_STATE}, {weights}"] = self._from_states(states, train, used, seed)
         classifier = self.finetuned(encoder, train, seed, f"seed-{seed}, {weights}")
         probabilities = classifier.predict_cells(self._tokens(test), self.target.head.name)
         return predictions | {f"fine-tuned, {weights}": probabilities.argmax(axis=1)}

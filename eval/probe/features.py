@@ -10,14 +10,13 @@ import scipy.sparse
 from sklearn.decomposition import PCA, TruncatedSVD
 
 from data_prep.vocab import Vocabulary
-from eval.baselines import log_normalise
+from eval.baselines import CELL_STATE, log_normalise
 from eval.benchmark.cell_baselines import variable_genes
 from pretrain.cell_state import CellState
 from pretrain.states import embed_layers
 
 LAST, SECOND_LAST, WITH_INPUTS = "last layer", "second-last layer", "last layer + input embeddings"
-CELL_STATE = "cell state"
-CORPUS_SVD, OWN_SVD = "corpus SVD", "SVD of these cells"
+OWN_SVD = "SVD of these cells"
 PCA_OF_GENES, GENES = "PCA of these cells", "genes"
 _COMPONENTS = 50
 

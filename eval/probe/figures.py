@@ -8,9 +8,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from eval.baselines import CELL_STATE, CORPUS_SVD
 from eval.benchmark.plots import ROLE_COLOURS, ROLE_NAMES, Plot
 from eval.figures import GREY, new_figure
-from eval.probe.features import CELL_STATE, CORPUS_SVD, GENES, LAST, SECOND_LAST
+from eval.probe.features import GENES, LAST, SECOND_LAST
 from eval.probe.probe import RANDOM_PREFIX, Probe
 
 _SVD_COLOUR = "#d55e00"

@@ -18,11 +18,12 @@ import pandas as pd
 from data_prep.shards import ShardSet
 from data_prep.sources import SourceOptions
 from data_prep.vocab import Vocabulary
+from eval.baselines import CELL_STATE, CORPUS_SVD
 from eval.encode import CellSet, encode_file
 from eval.metrics import mean_and_interval, score_classes
 from eval.probe.classify import PENALTY_C, predict_classes
 from eval.probe.draws import Draw, Draws
-from eval.probe.features import CELL_STATE, CORPUS_SVD, LAST, cell_features, frozen_features
+from eval.probe.features import LAST, cell_features, frozen_features
 from eval.probe.models import ProbedModel, open_probed
 from eval.splits import repeated_cells
 from pretrain.cell_state import NUM_COUNTED, fit_cell_state, reduced
@@ -196,8 +197,8 @@ def find_svd(probed: ProbedModel, shards: ShardSet | None) -> tuple[CorpusSvd | 
     """Return the corpus SVD that belongs to a model, or None and why there is none."""
     if shards is not None:
         return corpus_svd(shards), None
-    if (probed.folder / FILE_NAME).exists():
-        return CorpusSvd.load(probed.folder, probed.vocabulary), None
+    if found := CorpusSvd.found_in(probed.folder, probed.vocabulary):
+        return found, None
     return None, (
         f"{probed.folder}: has no {FILE_NAME} (of an older version, or published elsewhere); "
         "give --shards, the folder of `geneloom prepare` that the model was pretrained on"
