@@ -35,7 +35,8 @@ SERIES, ATTEMPT = "GENELOOM_LAUNCH_SERIES", "GENELOOM_LAUNCH_ATTEMPT"
 # In the environment of all that one attempt of a launcher has started.
 LAUNCH_ID = "GENELOOM_LAUNCH_ID"
 RENEW_S, LEASE_S = 5.0, 30.0
-_LOOK_S, _AGAIN_S, _ASK_S = 0.5, 0.5, 20.0
+_LOOK_S, _ASK_S = 0.5, 20.0
+_SOON_S, _WRITE_S = 0.05, 5.0
 # States of a job of SLURM whose processes may be there.
 _JOB_LIVES = {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "STAGE_OUT"}
 logger = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ class Owner:
         To be called before anything is made visible. A process that stood still for longer than
         its lease finds out here, or in its thread.
         """
-        if not self._is_taken or self._may_be_mine():
+        if not self._is_taken or self._is_mine():
             return
         by = _read(self._path)
         text = f"{_text(by)} has taken it over" if by else f"its {OWNER_NAME} is gone"
@@ -111,10 +112,6 @@ class Owner:
             flush=True,
         )
         os._exit(EXIT_FAILED)
-
-    def _may_be_mine(self) -> bool:
-        # Somebody who judges this folder at this moment moves the file away for an instant.
-        return self._is_mine() or self._stop.wait(_AGAIN_S) or self._is_mine()
 
     def _is_mine(self) -> bool:
         try:
@@ -176,16 +173,38 @@ def _refusal(folder: Path, owner: dict[str, Any]) -> FolderInUse:
 
 
 def _take(path: Path, mine: dict[str, Any]) -> None:
-    aside = path.with_name(f"{OWNER_NAME}.{mine['id']}")
+    aside = path.with_name(f"{OWNER_NAME}.{uuid.uuid4().hex}.new")
     aside.write_text(json.dumps(mine))
     try:
         while not _linked(aside, path):
             found = _read(path)
-            if found and _lives_or_may(path, found, mine):
+            if not found and _is_being_written(path):
+                time.sleep(_SOON_S)
+            elif found and _lives_or_may(path, found, mine):
                 raise _refusal(path.parent, found)
-            _put_away(path, found)
+            elif _replaced(aside, path, found, mine):
+                return
     finally:
-        aside.unlink()
+        aside.unlink(missing_ok=True)
+
+
+def _replaced(aside: Path, path: Path, dead: dict[str, Any], mine: dict[str, Any]) -> bool:
+    """Put this process's file in the place of a dead owner's, unless somebody else has done so.
+
+    The right to do so is a file of its own, which one of many takes as a folder is taken: who has
+    it may look whether the dead one's is there still, and nobody changes that in between. The
+    place itself is never empty, or a third one could come in.
+    """
+    right = path.with_name(f"{OWNER_NAME}.{dead.get('id', '')}.next")
+    _take(right, mine)
+    try:
+        is_there = path.exists() and _read(path).get("id") == dead.get("id")
+        if is_there:
+            aside.replace(path)
+            logger.warning("%s: its last run (%s) has ended: taken over", path.parent, _text(dead))
+        return is_there
+    finally:
+        right.unlink(missing_ok=True)
 
 
 def _linked(file: Path, path: Path) -> bool:
@@ -203,17 +222,11 @@ def _linked(file: Path, path: Path) -> bool:
     return True
 
 
-def _put_away(path: Path, dead: dict[str, Any]) -> None:
-    """Remove the file of an owner that is dead, unless somebody else has taken its place since."""
-    old = path.with_name(f"{OWNER_NAME}.{uuid.uuid4().hex}.old")
-    with contextlib.suppress(FileNotFoundError):
-        path.rename(old)  # of several, one succeeds
-        taken = _read(old)
-        if taken.get("id") != dead.get("id"):
-            _linked(old, path)
-        else:
-            logger.warning("%s: its last run (%s) has ended: taken over", path.parent, _text(dead))
-        old.unlink()
+def _is_being_written(path: Path) -> bool:
+    """Is an empty or torn owner's file so young that its owner may still be writing it?"""
+    with contextlib.suppress(OSError):
+        return abs(_now_there(path) - path.stat().st_mtime) < _WRITE_S
+    return True  # gone
 
 
 def _lives_or_may(path: Path, owner: dict[str, Any], mine: dict[str, Any]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import random
 import re
 import signal
 import subprocess
@@ -162,32 +163,65 @@ def test_an_owner_that_was_killed_is_noticed_at_once(tmp_path):
     process.wait()
 
 
-def enter(folder: Path, start, entered) -> None:
+def enter(folder: Path, start, all_have_tried, entered) -> None:
+    random.seed()  # each its own moments, not those of the process that it was forked from
     start.wait()
     try:
         with owned(folder, "pretrain"):
             entered.put(True)
-            time.sleep(1)
+            all_have_tried.wait()
     except FolderInUse:
         entered.put(False)
 
 
-@pytest.mark.parametrize("what", ["nobody", "a dead owner"])
-def test_of_many_that_start_at_once_one_gets_in(what, tmp_path):
-    folder = tmp_path / "run"
-    if what == "a dead owner":
-        write_owner(folder, age_s=LEASE_S + 1)
+@pytest.fixture
+def slow_moments(monkeypatch):
+    """Let time pass between what a start reads and what it does, as on a loaded machine."""
+    for name in ("_linked", "_read"):
+        now = getattr(owner_module, name)
+
+        def later(*given, now=now):
+            time.sleep(random.random() * 0.02)
+            done = now(*given)
+            time.sleep(random.random() * 0.02)
+            return done
+
+        monkeypatch.setattr(owner_module, name, later)
+
+
+@pytest.mark.parametrize("what", ["nobody", "a dead owner", "a dead owner and a dead heir"])
+def test_of_many_that_start_at_once_one_gets_in(what, slow_moments, tmp_path):
     context = multiprocessing.get_context("fork")
-    start, entered = context.Event(), context.Queue()
-    racers = [context.Process(target=enter, args=(folder, start, entered)) for _ in range(8)]
-    for racer in racers:
-        racer.start()
-    start.set()
-    got = [entered.get(timeout=30) for _ in racers]
-    for racer in racers:
-        racer.join(30)
-    assert got.count(True) == 1
-    assert not list(tmp_path.rglob("*.old")) + list(tmp_path.rglob("*.now"))
+    for number in range(10):
+        folder = tmp_path / f"run_{number}"
+        if what != "nobody":
+            path = write_owner(folder, age_s=LEASE_S + 1)
+        if what == "a dead owner and a dead heir":  # killed while it took over
+            heir = path.with_name(f"{OWNER_NAME}.other.next")
+            heir.write_text(path.read_text().replace("other", "heir"))
+            os.utime(heir, (path.stat().st_mtime,) * 2)
+        start, all_have_tried, entered = context.Event(), context.Event(), context.Queue()
+        given = (folder, start, all_have_tried, entered)
+        racers = [context.Process(target=enter, args=given) for _ in range(6)]
+        for racer in racers:
+            racer.start()
+        start.set()
+        got = [entered.get(timeout=30) for _ in racers]
+        all_have_tried.set()
+        for racer in racers:
+            racer.join(30)
+        assert got.count(True) == 1, number
+    assert not [p for p in tmp_path.rglob("*") if not p.is_dir()]
+
+
+def test_an_owner_whose_file_was_torn_is_dead_after_a_while(tmp_path):
+    path = tmp_path / OWNER_NAME
+    path.write_text('{"id": "oth')
+    then = time.time() - 60
+    os.utime(path, (then, then))
+    with owned(tmp_path, "pretrain"):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_second_start_of_a_run_is_refused_and_changes_nothing(shards, tmp_path):
