@@ -3,8 +3,9 @@
 import runpy
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
+FOLDERS = ("data_prep", "pretrain", "launch", "eval")
 # What the commands of eval/ need beside the rest.
 EVAL = [
     "anndata>=0.12",
@@ -28,27 +29,12 @@ setup(
         "Programming Language :: Python :: 3.13",
     ],
     # deepspeed_configs holds JSON only; it is listed so that an installed wheel finds the files.
-    packages=[
-        "data_prep",
-        "data_prep.formats",
-        "pretrain",
-        "launch",
-        "eval",
-        "eval.benchmark",
-        "eval.finetune",
-        "eval.simulate",
-        "eval.perturb",
-        "eval.probe",
-        "deepspeed_configs",
-    ],
+    packages=[*find_packages(include=[f"{f}*" for f in FOLDERS]), "deepspeed_configs"],
     package_data={
-        "data_prep": ["*.html"],
+        "": ["*.html"],
         "pretrain": ["configs/*.yaml"],
         "deepspeed_configs": ["*.json"],
-        "eval": ["*.html"],
-        "eval.benchmark": ["*.html", "tasks/*"],
-        "eval.perturb": ["*.html"],
-        "eval.probe": ["*.html"],
+        "eval.benchmark": ["tasks/*"],
     },
     install_requires=[
         "aiohttp",

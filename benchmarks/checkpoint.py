@@ -34,9 +34,10 @@ def settings(shards: Path, out: Path, steps: int, every: int) -> list[str]:
 
 def train_once(arguments: list[str], resume: bool, results) -> None:
     """Run in a process of its own; put the wall time of every step."""
-    from pretrain import dist, train
+    from pretrain import train
     from pretrain.config import load_config
     from pretrain.engine import Engine
+    from pretrain.ranks import dist
 
     ends: list[float] = []
     one_step = Engine.step

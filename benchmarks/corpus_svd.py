@@ -20,8 +20,13 @@ import scipy.linalg
 import scipy.sparse
 from sklearn.decomposition import TruncatedSVD
 
-from data_prep.shards import ShardSet
-from pretrain.corpus_svd import NUM_COMPONENTS, RankWeights, chosen_blocks, leading_vectors
+from data_prep.shards.reader import ShardSet
+from pretrain.counting.corpus_svd import (
+    NUM_COMPONENTS,
+    RankWeights,
+    chosen_blocks,
+    leading_vectors,
+)
 
 
 def measure(shards: ShardSet, num_cells: int) -> dict[str, Any]:

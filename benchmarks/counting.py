@@ -23,14 +23,19 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.prepare import apart, write_tokens
-from data_prep.shards import ShardSet
-from data_prep.vocab import MASK, PAD, Vocabulary
-from pretrain import arithmetic
-from pretrain.baselines import Baselines, RankBaselines
+from data_prep.genes.vocabulary import MASK, PAD, Vocabulary
+from data_prep.shards.reader import ShardSet
 from pretrain.config import EvaluationConfig
-from pretrain.corpus_svd import NUM_COMPONENTS, RankWeights, chosen_blocks, leading_vectors
-from pretrain.counted import TrainBlock
-from pretrain.masking import EVALUATION_MASKING, masks_of
+from pretrain.counting import arithmetic
+from pretrain.counting.baselines import Baselines, RankBaselines
+from pretrain.counting.corpus_svd import (
+    NUM_COMPONENTS,
+    RankWeights,
+    chosen_blocks,
+    leading_vectors,
+)
+from pretrain.counting.counted_tables import TrainBlock
+from pretrain.objective.masking import EVALUATION_MASKING, masks_of
 
 _GENES = 25_424
 _ALL = 10**9
@@ -117,9 +122,10 @@ def write_vocabulary(path: Path) -> None:
 
 def write_shards(work: Path, num_cells: int, typical_length: int) -> Path:
     """Return a folder of shards of generated cells."""
-    from data_prep.prepare import PrepareOptions, prepare
-    from data_prep.sources import SourceOptions, source_at
-    from data_prep.vocab import load_vocabulary
+    from data_prep.genes.vocabulary import load_vocabulary
+    from data_prep.prepare.run import prepare
+    from data_prep.prepare.work_list import PrepareOptions
+    from data_prep.sources.source_spec import SourceOptions, source_at
 
     write_vocabulary(work / "vocabulary.json")
     write_tokens(work / "tokens", num_cells, typical_length)

@@ -20,8 +20,8 @@ import anndata
 import numpy as np
 import scipy.sparse
 
-from data_prep.rank import encode_cells
-from data_prep.vocab import TARGET_SUM, Vocabulary, open_vocabulary
+from data_prep.genes.rank_genes import encode_cells
+from data_prep.genes.vocabulary import TARGET_SUM, Vocabulary, open_vocabulary
 
 _BLOCK_CELLS = 512
 _REPEATS = 5

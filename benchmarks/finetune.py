@@ -26,11 +26,12 @@ from torch.utils.data import Dataset
 from transformers import BertForSequenceClassification, BertModel, Trainer, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
-from data_prep.vocab import Vocabulary
-from eval.encode import encode_file
-from eval.finetune.engine import FinetuneSettings, Head, Target, finetune
-from pretrain.encoders import encoder_of
-from pretrain.export import load_exported
+from data_prep.genes.vocabulary import Vocabulary
+from eval.cells.read_cells import encode_file
+from eval.finetune.classifier import FinetuneSettings, Head, Target
+from eval.finetune.training import finetune
+from pretrain.export.model_folder import load_exported
+from pretrain.model.architectures import encoder_of
 
 _REPEATS = 3
 _NUM_CLASSES = 3

@@ -39,15 +39,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from data_prep.vocab import Vocabulary, from_dictionaries
+from data_prep.genes.vocabulary import Vocabulary, from_dictionaries
 from pretrain.config import RunConfig, load_config
-from pretrain.flops import Work, known_gpu
-from pretrain.metrics import peak_memory_gib
-from pretrain.model import MaskedGeneModel, build_model
+from pretrain.measure.metrics import peak_memory_gib
+from pretrain.model.masked_gene_model import MaskedGeneModel, build_model
+from pretrain.model.packing import packed
 from pretrain.optim import build_optimizer
-from pretrain.packing import packed
-from pretrain.plan import memory_per_gpu
-from pretrain.plan_corpus import Corpus
+from pretrain.plan.corpus import Corpus
+from pretrain.plan.flops import Work, known_gpu
+from pretrain.plan.needs import memory_per_gpu
 
 _LENGTHS, _SMOKE_LENGTHS = (768, 1216, 2048), (40, 64)
 _SHORTER = 64
@@ -155,9 +155,10 @@ def make_step(
 def _deepspeed_step(model: MaskedGeneModel, config: RunConfig) -> Callable[[list], torch.Tensor]:
     import deepspeed
 
-    from pretrain import dist, zero_state
+    from pretrain.checkpoints import zero_state
     from pretrain.ds_config import derive_ds_config
-    from pretrain.muon import MuonBesideAdamW
+    from pretrain.optimizer.muon import MuonBesideAdamW
+    from pretrain.ranks import dist
 
     dist.forget_earlier_runs()
     optimizer = build_optimizer(model, config.optim)
@@ -331,8 +332,9 @@ def _random_shards(folder: Path, smoke: bool) -> Path:
     import anndata
     import scipy.sparse
 
-    from data_prep.prepare import PrepareOptions, prepare
-    from data_prep.sources import SourceOptions, source_at
+    from data_prep.prepare.run import prepare
+    from data_prep.prepare.work_list import PrepareOptions
+    from data_prep.sources.source_spec import SourceOptions, source_at
 
     cells, genes, detected = (60, 100, 0.4) if smoke else (6000, 24_000, 0.05)
     rng = np.random.default_rng(_SEED)
@@ -493,7 +495,7 @@ def main(words: list[str] | None = None) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
     arguments.deepspeed = installed("deepspeed") is not None and not arguments.no_deepspeed
     if arguments.deepspeed:
-        from pretrain import dist
+        from pretrain.ranks import dist
 
         dist.start(600, None)
     found = machine(device) | {"step": "deepspeed" if arguments.deepspeed else "torch", "parts": {}}

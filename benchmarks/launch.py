@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from launch.node import LAUNCH_ID
+from launch.hosts.node import LAUNCH_ID
 from tests.hosts import Host, hosts, why_no_hosts
 from tests.ranks import free_port
 
@@ -106,7 +106,7 @@ def idle(limit_s: float) -> float:
     code = (
         "import time, sys\n"
         "from pretrain import dist\n"
-        "from pretrain.watch import Watch\n"
+        "from pretrain.ranks.watch import Watch\n"
         "ranks = dist.start(60, 1)\n"
         f"with Watch(ranks, {limit_s}, 480) as watch:\n"
         "    watch.progress(0)\n"

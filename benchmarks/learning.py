@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from pretrain.config import load_config
-from pretrain.metrics import read_metrics
+from pretrain.measure.metrics import read_metrics
 
 TOKENS_PER_STEP = 8_192
 _COMMON = (

@@ -53,9 +53,9 @@ def measure(batches: Callable, num_cells: Callable = len) -> float:
 
 def own_batches(shards: Path, threads: int) -> Callable:
     """Return an iterator of the steps of one epoch as the training gets them (0: made in line)."""
-    from data_prep.shards import ShardSet
+    from data_prep.shards.reader import ShardSet
+    from pretrain.batches.step_dataset import StepDataset, steps_in_background
     from pretrain.config import MaskingConfig
-    from pretrain.data import StepDataset, steps_in_background
 
     opened = ShardSet(shards)
 
@@ -68,11 +68,11 @@ def own_batches(shards: Path, threads: int) -> Callable:
 
 def masking_s_per_cell(shards: Path) -> float:
     """Return seconds per cell that masking takes beyond padding, on batches of these shards."""
-    from data_prep.order import EpochPlan
-    from data_prep.shards import ShardSet
-    from pretrain.blocks import BlockCache
+    from data_prep.shards.order import EpochPlan
+    from data_prep.shards.reader import ShardSet
+    from pretrain.batches.shard_blocks import BlockCache
     from pretrain.config import MaskingConfig
-    from pretrain.masking import mask_rows, masks_of
+    from pretrain.objective.masking import mask_rows, masks_of
 
     opened = ShardSet(shards)
     plan = EpochPlan(opened, "train", 0, 32_768)
@@ -100,8 +100,8 @@ def masking_s_per_cell(shards: Path) -> float:
 
 def billion_cells(folder: Path) -> dict:
     """Return what opening a billion cells and finding a step takes (call it in a fresh process)."""
-    from data_prep.order import EpochPlan, share
-    from data_prep.shards import ShardSet
+    from data_prep.shards.order import EpochPlan, share
+    from data_prep.shards.reader import ShardSet
 
     before = peak_mib()
     started = time.perf_counter()
@@ -166,7 +166,7 @@ def padded(cells) -> np.ndarray:
 
 def write_single_cells(shards: Path, folder: Path, cells_per_tar: int = 20_000) -> None:
     """Write the cells of shards as tars of one uint16 ``.npy`` per cell."""
-    from data_prep.shards import ShardSet
+    from data_prep.shards.reader import ShardSet
 
     folder.mkdir()
     number, tar = 0, None
@@ -213,8 +213,8 @@ def write_billion_cells(folder: Path) -> None:
 
 def time_to_position(shards: Path) -> float:
     """Return the median seconds to open shards and find any step's cells, each time anew."""
-    from data_prep.order import EpochPlan
-    from data_prep.shards import ShardSet
+    from data_prep.shards.order import EpochPlan
+    from data_prep.shards.reader import ShardSet
 
     seconds = []
     for number in range(_ROUNDS):

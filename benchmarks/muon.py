@@ -29,10 +29,10 @@ class Trainer:
     """One optimizer's model, and the seconds that its steps took."""
 
     def __init__(self, kind: str, arguments: argparse.Namespace) -> None:
-        from data_prep.shards import ShardSet
-        from pretrain import dist
+        from data_prep.shards.reader import ShardSet
         from pretrain.ds_config import derive_ds_config
         from pretrain.engine import Engine
+        from pretrain.ranks import dist
 
         self.config = load_config(
             arguments.model,
@@ -50,7 +50,7 @@ class Trainer:
 
     def step(self, tokens: int) -> int:
         """Train one step of so many padded tokens; return how many there were."""
-        from pretrain.data import StepDataset
+        from pretrain.batches.step_dataset import StepDataset
 
         batch = self.config.batch
         data = StepDataset(

@@ -37,16 +37,17 @@ from scipy.stats import spearmanr
 from transformers import AutoModelForMaskedLM, BertForMaskedLM
 from transformers.utils.logging import disable_progress_bar
 
-from data_prep.sources import SourceOptions
-from data_prep.vocab import Vocabulary
-from eval.embed import embed_cells
-from eval.encode import encode_file
-from eval.perturb.choose import CellChoice, GeneChoice
-from eval.perturb.edits import Edit, GeneSets
-from eval.perturb.engine import Engine, EngineSettings
-from eval.perturb.run import Screen, perturb_file
-from pretrain.encoders import encoder_of
-from pretrain.export import load_exported
+from data_prep.genes.vocabulary import Vocabulary
+from data_prep.sources.source_spec import SourceOptions
+from eval.cells.embed import embed_cells
+from eval.cells.read_cells import encode_file
+from eval.perturb.screen.cells_and_genes import CellChoice, GeneChoice
+from eval.perturb.screen.compare_copies import Engine, EngineSettings
+from eval.perturb.screen.edits import Edit, GeneSets
+from eval.perturb.screen.run import perturb_file
+from eval.perturb.screen.settings import Screen
+from pretrain.export.model_folder import load_exported
+from pretrain.model.architectures import encoder_of
 
 _BATCH = 100
 _SEED = 0

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertModel
 
-from data_prep.vocab import Vocabulary, from_dictionaries
-from eval.embed import embed_cells
-from eval.perturb.edits import Edit, GeneSets
-from eval.perturb.engine import Engine, EngineSettings
+from data_prep.genes.vocabulary import Vocabulary, from_dictionaries
+from eval.cells.embed import embed_cells
+from eval.perturb.screen.compare_copies import Engine, EngineSettings
+from eval.perturb.screen.edits import Edit, GeneSets
 
 _SEED = 0
 # Layers, width, heads, inner width, genes, special tokens: Geneformer V1-10M and V2-104M.

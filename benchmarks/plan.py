@@ -18,8 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import load_config
-from pretrain.plan import GIB, activation_bytes, checkpoint_bytes, memory_per_gpu, num_parameters
-from pretrain.plan_corpus import read_corpus
+from pretrain.plan.corpus import read_corpus
+from pretrain.plan.needs import (
+    GIB,
+    activation_bytes,
+    checkpoint_bytes,
+    memory_per_gpu,
+    num_parameters,
+)
 
 _ROOT = Path(__file__).resolve().parent.parent
 # name -> (model settings, micro-batch)

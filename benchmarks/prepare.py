@@ -62,7 +62,7 @@ def write_tokens(folder: Path, num_cells: int, typical_length: int = 1100) -> No
 
 def write_vocabulary(path: Path) -> None:
     """Write a vocabulary of as many genes as Geneformer V1 has."""
-    from data_prep.vocab import MASK, PAD, Vocabulary
+    from data_prep.genes.vocabulary import MASK, PAD, Vocabulary
 
     genes = tuple(f"ENSG{i:011d}" for i in range(_GENES))
     Vocabulary(genes, np.ones(_GENES), {PAD: 0, MASK: 1}, 2048).save(path)

@@ -39,12 +39,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.prepare import PrepareOptions, prepare
-from data_prep.shards import ShardSet
-from data_prep.sources import SourceOptions, source_at
-from data_prep.vocab import Vocabulary, open_vocabulary
+from data_prep.genes.vocabulary import Vocabulary, open_vocabulary
+from data_prep.prepare.run import prepare
+from data_prep.prepare.work_list import PrepareOptions
+from data_prep.shards.reader import ShardSet
+from data_prep.sources.source_spec import SourceOptions, source_at
+from pretrain.batches.step_dataset import StepDataset
 from pretrain.config import RunConfig, load_config
-from pretrain.data import StepDataset
 
 _CELLS_A_BATCH = 12
 _REFERENCE = "reference"
@@ -113,9 +114,9 @@ def chosen_steps(data: StepDataset, number: int) -> list[int]:
 
 def our_turn(arguments: argparse.Namespace, contender: dict[str, Any]) -> Turn:
     """Return a function that trains over the steps and says what it did."""
-    from pretrain import dist
     from pretrain.ds_config import derive_ds_config
     from pretrain.engine import Engine
+    from pretrain.ranks import dist
 
     config = settings(arguments, contender)
     shards = ShardSet(config.data.shards, None)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.learning import TOKENS_PER_STEP, pretrain
-from pretrain.metrics import read_metrics
+from pretrain.measure.metrics import read_metrics
 
 _ADAMW = (
     "optim.kind=adamw", "optim.learning_rate=1e-3", "optim.beta2=0.999",

@@ -32,7 +32,7 @@ def write_files(folder: Path, files: int, cells: int, genes: int, kinds: int) ->
     import pandas as pd
     import scipy.sparse
 
-    from data_prep.vocab import MASK, PAD, Vocabulary
+    from data_prep.genes.vocabulary import MASK, PAD, Vocabulary
 
     rng = np.random.default_rng(0)
     ids = np.array([f"ENSG{i:011d}" for i in range(genes)])

@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from pretrain import checkpoint
+from pretrain.checkpoints import checkpoint
 from pretrain.config import RunConfig
 from tests.hosts import Host, hosts, why_no_hosts
 from tests.runs import tiny_config

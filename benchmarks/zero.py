@@ -30,11 +30,11 @@ from pretrain.config import load_config
 
 def rank_main(arguments: argparse.Namespace) -> None:
     """Be one rank: train, and let rank 0 print."""
-    from data_prep.shards import ShardSet
-    from pretrain import dist
-    from pretrain.data import StepDataset
+    from data_prep.shards.reader import ShardSet
+    from pretrain.batches.step_dataset import StepDataset
     from pretrain.ds_config import derive_ds_config
     from pretrain.engine import Engine
+    from pretrain.ranks import dist
 
     case = json.loads(arguments.case)
     rank, world = int(os.environ["RANK"]), case["world"]

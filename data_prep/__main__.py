@@ -5,7 +5,7 @@ import signal
 import typer
 
 from data_prep.errors import run_app
-from data_prep.launchers import stop_with_launcher
+from data_prep.running.launchers import stop_with_launcher
 
 if __name__ == "__main__":
     # What is done stays: a request to stop ends the process, and the same command goes on.

@@ -10,19 +10,25 @@ from typing import Annotated, Any
 
 import typer
 
-from data_prep.check import check_sources
-from data_prep.corpus import expand_corpus
-from data_prep.medians import RELATIVE_ERROR, GeneMedians, MedianSketch, gene_medians
-from data_prep.prepare import prepare
-from data_prep.progress import show_progress
-from data_prep.reading import ALL, MATRIX, reading_options
-from data_prep.shards import MANIFEST_NAME, ShardSet
-from data_prep.sources import SourceOptions
-from data_prep.survey import PrepareOptions
-from data_prep.tables import print_check, print_manifest, print_problems
-from data_prep.verify import repair, verify
-from data_prep.vocab import Vocabulary, open_vocabulary
-from data_prep.workers import mpi_size, open_workers
+from data_prep.genes.vocabulary import Vocabulary, open_vocabulary
+from data_prep.inspection.tables import print_check, print_manifest, print_problems
+from data_prep.prepare.check import check_sources
+from data_prep.prepare.medians import (
+    RELATIVE_ERROR,
+    GeneMedians,
+    MedianSketch,
+    gene_medians,
+)
+from data_prep.prepare.run import prepare
+from data_prep.prepare.verify_and_repair import repair, verify
+from data_prep.prepare.work_list import PrepareOptions
+from data_prep.running.progress import show_progress
+from data_prep.running.workers import mpi_size, open_workers
+from data_prep.shards.format import MANIFEST_NAME
+from data_prep.shards.reader import ShardSet
+from data_prep.sources.corpus_list import expand_corpus
+from data_prep.sources.reading_options import ALL, MATRIX, reading_options
+from data_prep.sources.source_spec import SourceOptions
 
 Sources = Annotated[
     list[str],
@@ -278,7 +284,7 @@ def inspect_command(
     """Print what a shard folder holds; draw it or measure its order, if asked."""
     shards = ShardSet(folder, cache)
     if shuffle:
-        from data_prep.shuffle import measure_shuffle, print_shuffle
+        from data_prep.inspection.order_quality import measure_shuffle, print_shuffle
 
         measured = measure_shuffle(shards, label, tokens_per_step, seed)
         if as_json:
@@ -287,7 +293,7 @@ def inspect_command(
             print_shuffle(measured)
         return
     if page:
-        from data_prep.page import write_page  # draws, so imports what draws
+        from data_prep.inspection.page import write_page  # draws, so imports what draws
 
         write_page(shards, page)
     if as_json:
@@ -305,7 +311,7 @@ def convert_command(
     ] = None,
 ) -> None:
     """Tokens as a Hugging Face dataset, which Geneformer's own pretrainer reads, or parquet."""
-    from data_prep.convert import LENGTHS_NAME, convert
+    from data_prep.shards.convert import LENGTHS_NAME, convert
 
     cells = convert(ShardSet(folder, cache), out, split)
     beside = "" if out.suffix == ".parquet" else f"; {LENGTHS_NAME} for Geneformer's pretrainer"

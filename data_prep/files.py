@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 # In a folder that a command fills: what started it, what its ranks said. No part of the result.
 LAUNCH_FOLDER = "launch"
-# In a folder that a run works in (`data_prep.owner`).
+# In a folder that a run works in (`data_prep.running.owner`).
 OWNER_NAME = ".owner.json"
 
 
@@ -62,3 +63,40 @@ def complete_file(out: Path) -> Iterator[Path]:
         if aside.is_dir():
             shutil.rmtree(aside, ignore_errors=True)
         aside.unlink(missing_ok=True)
+
+
+PARTIAL = ".partial"
+
+
+def require_new(out: Path) -> None:
+    """Raise ValueError unless a folder to be written is absent, or empty but for what runs left."""
+    if out.exists() and (not out.is_dir() or names_in(out) - {PARTIAL}):
+        raise ValueError(f"{out}: exists and is not an empty folder; give --out a new one")
+
+
+@contextlib.contextmanager
+def complete_folder(out: Path, record: str) -> Iterator[Path]:
+    """Give a folder to write into, whose files become those of `out` at the end; or nothing at all.
+
+    `record` names the file without which nobody reads the folder.
+
+    The folder lies inside `out` (the same file system, also behind links and mount points). After
+    an error it is removed, with the folders that were made for it.
+    """
+    partial = out / PARTIAL
+    with made_folder(out):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            yield partial
+            # The record comes last: a folder with a record is complete.
+            for path in sorted(partial.iterdir(), key=lambda p: (p.name == record, p.name)):
+                path.rename(out / path.name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

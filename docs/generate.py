@@ -89,8 +89,8 @@ def _parameter_row(parameter: Any, context: typer.Context) -> str:
 def configuration_page() -> str:
     """Return the reference of all settings as Markdown."""
     # Late: only this page needs what these need.
-    from data_prep.corpus import _CorpusList, _Entry
-    from eval.benchmark import task
+    from data_prep.sources.corpus_list import _CorpusList, _Entry
+    from eval.benchmark import task_file as task
     from eval.simulate.settings import SimulationSettings
     from pretrain.config import RunConfig
 
@@ -127,8 +127,9 @@ def configuration_page() -> str:
 
 def plans_table() -> str:
     """Return what the supplied recipes need on one H100, as a table."""
-    from pretrain import plan, plan_corpus
-    from pretrain.flops import GPUS
+    from pretrain.plan import corpus as plan_corpus
+    from pretrain.plan import needs as plan
+    from pretrain.plan.flops import GPUS
 
     lines = [
         "| recipe | parameters | GiB at ZeRO 1 | a checkpoint, GiB | tokens, billions | hours |",
@@ -155,8 +156,9 @@ def plans_table() -> str:
 def roofline_table() -> str:
     """Return predicted speeds of the supplied recipes on one GPU, packed and compiled, by
     arithmetic alone."""
-    from pretrain import plan, plan_corpus
-    from pretrain.flops import GPUS
+    from pretrain.plan import corpus as plan_corpus
+    from pretrain.plan import needs as plan
+    from pretrain.plan.flops import GPUS
 
     lines = [
         "| recipe | TFLOP, GB moved, launches of a step | A100 | H100 | H200 |",

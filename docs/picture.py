@@ -1,4 +1,4 @@
-"""Draws which folder imports what of which: ``python -m docs.picture`` writes images/imports.svg.
+"""Draws which package imports which rooms of which: ``python -m docs.picture`` writes an SVG.
 
 A test compares the picture with the imports of the code as it is.
 """
@@ -30,14 +30,14 @@ _SAID = {
 
 
 def imports() -> dict[tuple[str, str], set[str]]:
-    """Return (folder, folder it imports) -> modules of the latter, relative to it."""
+    """Return (folder, folder it imports) -> rooms of the latter (folders, or files beside them)."""
     found: dict[tuple[str, str], set[str]] = defaultdict(set)
     for folder in _BOXES:
         for path in (ROOT / folder).rglob("*.py"):
             for name in _names(path):
                 other = name.split(".")[0]
                 if other in _BOXES and other != folder:
-                    found[folder, other].add(_module(name))
+                    found[folder, other].add(name.split(".")[1])
     return dict(found)
 
 
@@ -49,14 +49,6 @@ def _names(path: Path) -> list[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names += [f"{node.module}.{alias.name}" for alias in node.names]
     return names
-
-
-def _module(name: str) -> str:
-    """Return the module of an imported name without its folder: `data_prep.rank.x` -> rank."""
-    parts = name.split(".")
-    while not ROOT.joinpath(*parts).with_suffix(".py").exists():
-        parts.pop()
-    return ".".join(parts[1:])
 
 
 def draw() -> str:

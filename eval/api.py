@@ -9,13 +9,14 @@ from pathlib import Path
 import anndata
 import pandas as pd
 
-from data_prep.sources import SourceOptions
-from eval.embed import embed_file
-from eval.perturb.choose import ALL, CellChoice, GeneChoice, States
-from eval.perturb.edits import Edit, Kind
-from eval.perturb.engine import EngineSettings
-from eval.perturb.results import Results
-from eval.perturb.run import Screen, perturb_file
+from data_prep.sources.source_spec import SourceOptions
+from eval.cells.embed import embed_file
+from eval.perturb.screen.cells_and_genes import ALL, CellChoice, GeneChoice, States
+from eval.perturb.screen.compare_copies import EngineSettings
+from eval.perturb.screen.edits import Edit, Kind
+from eval.perturb.screen.results import Results
+from eval.perturb.screen.run import perturb_file
+from eval.perturb.screen.settings import Screen
 
 
 def embed_cells(
@@ -34,7 +35,8 @@ def embed_cells(
     model
         Folder of ``geneloom export``, or Geneformer's (then give `vocabulary`: its dictionaries).
     settings
-        Those of `eval.embed.embed_file`: `pooling`, `layer`, `device`, `bf16`, `token_budget`.
+        Those of `eval.cells.embed.embed_file`: `pooling`, `layer`, `device`, `bf16`,
+        `token_budget`.
     """
     with tempfile.TemporaryDirectory() as folder:
         cells, out = Path(folder) / "cells.h5ad", Path(folder) / "out.h5ad"
@@ -70,7 +72,7 @@ def perturb(
     Columns ``cell_id``, ``donor``, ``name``, ``kind``, ``changed``, ``shift``, and, where they
     were asked for, ``toward_<state>`` and ``class_<label>``. The table has as many rows as there
     are copies (cells x genes for all genes): for large screens use
-    `eval.perturb.run.perturb_file`, which streams them into a folder.
+    `eval.perturb.screen.run.perturb_file`, which streams them into a folder.
 
     Parameters
     ----------

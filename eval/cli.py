@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 
-from data_prep.progress import show_progress
-from data_prep.reading import MATRIX, reading_options
-from data_prep.sources import SourceOptions
+from data_prep.running.progress import show_progress
+from data_prep.sources.reading_options import MATRIX, reading_options
+from data_prep.sources.source_spec import SourceOptions
+from eval.options import Bf16Option, DeviceOption, JsonOption, VocabOption, choose_device, quiet
 from pretrain.cli import StepOption, chosen_step
-
-VocabOption = Annotated[
-    Path | None, typer.Option(help="Geneformer's dictionaries, for models without vocabulary.json")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto")]
-Bf16Option = Annotated[bool, typer.Option(help="compute in bfloat16")]
-ConditionsOption = Annotated[
-    list[str] | None, typer.Option("--cells", help="KEY=VALUE of obs; may be repeated")
-]
 
 
 @reading_options(*MATRIX)
@@ -53,7 +43,7 @@ def embed_command(
     Without --pooling: the cell state where the model folder has one, else the mean.
     """
     quiet()
-    from eval.embed import embed_file
+    from eval.cells.embed import embed_file
 
     settings = {
         "pooling": pooling,
@@ -117,8 +107,9 @@ def finetune_command(
 ) -> None:
     """Classify cells: pretrained against random weights and simple baselines, over seeds."""
     quiet()
-    from eval.finetune.cells import FinetuneSettings, finetune_cells
-    from eval.tables import print_scores
+    from eval.drawing.tables import print_scores
+    from eval.finetune.classifier import FinetuneSettings
+    from eval.finetune.score_cells import finetune_cells
 
     ranks = context.obj  # of `eval.finetune.__main__`; None without a launcher
     settings = FinetuneSettings(
@@ -183,7 +174,7 @@ def attention_command(
 ) -> None:
     """Write how much each gene is attended to, head by head, over all cells."""
     quiet()
-    from eval.attention_tables import attention_file
+    from eval.cells.attention_tables import attention_file
 
     settings = {
         "token_budget": tokens_per_batch, "device": choose_device(device), "bf16": bf16
@@ -209,37 +200,7 @@ def report_command(
 ) -> None:
     """Write one self-contained page about what a command left in a folder, whichever it was."""
     quiet()
-    from eval.stage_report import write_stage_report
+    from eval.report.any_folder import write_stage_report
 
     which = chosen_step(step)
     print(write_stage_report(folder, out, scores or [], embedding, color, commands, which))
-
-
-def conditions(texts: list[str] | None) -> dict[str, str]:
-    """Return column -> value of texts KEY=VALUE; ValueError for any other text."""
-    wrong = [t for t in texts or [] if "=" not in t]
-    if wrong:
-        raise ValueError(f"--cells {wrong[0]}: must be KEY=VALUE, a column of obs and its value")
-    return dict(t.split("=", 1) for t in texts or [])
-
-
-def choose_device(name: str) -> str:
-    """Return ``cuda`` or ``cpu``."""
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: must be auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU here")
-    return name
-
-
-def quiet() -> None:
-    """Only this project's own messages, no progress bars of libraries."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("eval").setLevel(logging.INFO)

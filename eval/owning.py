@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from data_prep.owner import FolderInUse, Owner
-from pretrain import dist
-from pretrain.dist import Ranks
+from data_prep.running.owner import FolderInUse, Owner
+from pretrain.ranks import dist
+from pretrain.ranks.dist import Ranks
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

@@ -24,7 +24,11 @@ VERBS = {
     "verify": ("data_prep.cli", "verify_command", "check every byte of a shard folder; repair"),
     "pretrain": ("pretrain.cli", "pretrain_command", "shards -> checkpoints"),
     "plan": ("pretrain.cli", "plan_command", "memory, hours and cost of a run, before it starts"),
-    "launch": ("launch.commands", "app", "pretrain, prepare, finetune, perturb on several ranks"),
+    "launch": (
+        "launch.ways.commands",
+        "app",
+        "pretrain, prepare, finetune, perturb on several ranks",
+    ),
     "runs": ("launch.runs", "runs_command", "what lies in a folder, and how far it is"),
     "stop": ("launch.stop", "stop_command", "end a run, and what is left of it, on all its hosts"),
     "doctor": ("launch.doctor", "doctor_command", "can these hosts train together, and how fast"),
@@ -42,7 +46,7 @@ VERBS = {
     "predict": ("eval.cli", "predict_command", "a trained head's classes in an h5ad"),
     "attention": ("eval.cli", "attention_command", "who attends to whom, over all cells"),
     "perturb-report": (
-        "eval.perturb.report_cli",
+        "eval.perturb.report.cli",
         "perturb_report_command",
         "a screen's effects by donors, beside matched genes",
     ),

@@ -16,13 +16,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from data_prep.errors import EXIT_FAILED
-from launch.checks import USED_GPU_GIB, ask_facts, ask_here, find_problems, find_warnings
-from launch.hostfile import Ssh
-from launch.hosts import read_hostfile
-from launch.local import HERE, Local, base_environment, require_device
-from launch.logs import root_cause
-from launch.node import gpus
-from launch.supervise import Attempt, Way
+from launch.attempts.rank_logs import root_cause
+from launch.attempts.supervise import Attempt, Way
+from launch.hosts.ask_hosts import read_hostfile
+from launch.hosts.checks import (
+    USED_GPU_GIB,
+    ask_facts,
+    ask_here,
+    find_problems,
+    find_warnings,
+)
+from launch.hosts.node import gpus
+from launch.ways.hostfile import Ssh
+from launch.ways.local import HERE, Local, base_environment, require_device
 
 _SLOW = 2.0
 _TABLE_WIDTH = 150
@@ -87,7 +93,7 @@ def measure_speed(
         found = folder / "speed.json"
         arguments = [str(found), str(mib)]
         attempt = Attempt(
-            way, "pretrain.allreduce", arguments, hosts, folder / "attempt", device,
+            way, "pretrain.ranks.all_reduce_speed", arguments, hosts, folder / "attempt", device,
             base_environment(device, HERE in hosts), limit_s=_SPEED_S, is_quiet=True,
         )  # fmt: skip
         if attempt.run() == 0 and found.exists():

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from data_prep.stages import stage_of
+from data_prep.running.stages import stage_of
 
 State = Literal["running", "finished", "stopped", "failed", "silent"]
 # A run that writes a record every second may still evaluate for minutes.

@@ -14,12 +14,12 @@ import typer
 
 from data_prep.errors import EXIT_FAILED
 from data_prep.files import LAUNCH_FOLDER
-from data_prep.owner import LAUNCH_ID, machine, owner_of
-from launch.hosts import ask_all, read_hostfile
-from launch.local import HERE
-from launch.node import signal_process, signal_processes
-from launch.slurm import JOB_NAME, jobs_of, state_of
+from data_prep.running.owner import LAUNCH_ID, machine, owner_of
+from launch.hosts.ask_hosts import ask_all, read_hostfile
+from launch.hosts.node import signal_process, signal_processes
 from launch.verbs import saved_step
+from launch.ways.local import HERE
+from launch.ways.slurm import JOB_NAME, jobs_of, state_of
 
 _POLL_S = 1.0
 _END_S = 20.0

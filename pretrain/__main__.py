@@ -3,7 +3,7 @@
 
 import signal
 
-from data_prep.launchers import stop_with_launcher
+from data_prep.running.launchers import stop_with_launcher
 
 if __name__ == "__main__":
     # The launcher asks again until the run listens; the default would end a rank that is starting.

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.errors import EXIT_RESUMABLE, run_app
-from pretrain.config import ModelConfig, RunConfig, load_config, settings_to_resume_from
+from pretrain.config import RunConfig, load_config, settings_to_resume_from
+from pretrain.settings.model_settings import ModelConfig
 
 StepOption = Annotated[
     str | None, typer.Option(help="of which checkpoint: its step, or best; default: the newest")
@@ -70,7 +71,7 @@ def pretrain_command(
     # Torch asks for large pages then: a tenth less time on a CPU, no more memory.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Heavy imports only now: a wrong setting is told in half a second.
-    from pretrain import dist
+    from pretrain.ranks import dist
     from pretrain.train import train
 
     summary = train(settings, "if-saved" if restart else resume, allow_changes, profile, which)
@@ -84,15 +85,15 @@ def resolved(config: RunConfig, resume: bool = False) -> dict[str, Any]:
 
     `resume`: its weights are a checkpoint's, whatever ``model.init_from`` says.
     """
-    from data_prep.order import EpochPlan
-    from data_prep.shards import ShardSet
-    from pretrain.arithmetic import require_medians
-    from pretrain.continued import foreign_checkpoint
-    from pretrain.counted_genes import require_countable
+    from data_prep.shards.order import EpochPlan
+    from data_prep.shards.reader import ShardSet
+    from pretrain.counting.arithmetic import require_medians
     from pretrain.ds_config import derive_ds_config, zero_stage
-    from pretrain.model import build_model
+    from pretrain.model.counted_start import require_countable
+    from pretrain.model.masked_gene_model import build_model
     from pretrain.optim import require_reachable_peak
-    from pretrain.warm_start import describe, start_weights
+    from pretrain.start.continued import foreign_checkpoint
+    from pretrain.start.warm_start import describe, start_weights
 
     ds_config = derive_ds_config(config)
     shards = ShardSet(config.data.shards, config.data.cache)
@@ -187,8 +188,9 @@ def plan_command(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Memory, steps, hours, traffic and cost of a pretraining, before it is started."""
-    from pretrain import plan, plan_corpus
-    from pretrain.flops import GPUS
+    from pretrain.plan import corpus as plan_corpus
+    from pretrain.plan import needs as plan
+    from pretrain.plan.flops import GPUS
 
     given = list(overrides or [])
     settings = plan_corpus.read_config(
@@ -245,13 +247,13 @@ def export_command(
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     disable_progress_bar()
     if to == "huggingface":
-        from pretrain.export import export
+        from pretrain.export.model_folder import export
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         cells = {} if cell_state_cells is None else {"state_cells": cell_state_cells}
         print(export(run, out, chosen_step(step), shards, device=device, **cells))
     else:
-        from pretrain.to_deepspeed import export_deepspeed
+        from pretrain.export.to_deepspeed import export_deepspeed
 
         # DeepSpeed calls a function that torch has renamed; nothing for the user to do.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from pretrain.architecture import take_architecture
-from pretrain.model_config import ModelConfig, Section, filled_in
-from pretrain.settings_text import apply_override, explain
+from pretrain.settings.architecture import take_architecture
+from pretrain.settings.model_settings import ModelConfig, Section, filled_in
+from pretrain.settings.settings_text import apply_override, explain
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 

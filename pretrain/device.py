@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from pretrain import dist
 from pretrain.config import RunConfig
-from pretrain.packing import OLDEST_GPU, kernel_refuses
+from pretrain.model.packing import OLDEST_GPU, kernel_refuses
+from pretrain.ranks import dist
 
 logger = logging.getLogger(__name__)
 

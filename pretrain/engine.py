@@ -9,17 +9,19 @@ from collections.abc import Callable
 import torch
 
 from data_prep.hashing import stream_key
-from data_prep.shards import ShardSet
-from pretrain import dist, zero_state
-from pretrain.checkpoint import Checkpoint
+from data_prep.shards.reader import ShardSet
+from pretrain.batches.forward_arguments import device_arguments, to_device
+from pretrain.batches.step_batch import MicroBatch, RankStep
+from pretrain.checkpoints import zero_state
+from pretrain.checkpoints.checkpoint import Checkpoint
 from pretrain.config import RunConfig
-from pretrain.counted_genes import start_counted
-from pretrain.data import MicroBatch, RankStep
+from pretrain.counting.arithmetic_prior import ArithmeticPrior, objective_prior
 from pretrain.device import Computing, compiled_so_far
-from pretrain.dist import Ranks
 from pretrain.ds_config import zero_stage
-from pretrain.model import MaskedGeneModel, build_model
-from pretrain.muon import MuonBesideAdamW
+from pretrain.measure.step_loss import StepLoss, norm_read_once
+from pretrain.measure.step_profile import mark
+from pretrain.model.counted_start import start_counted
+from pretrain.model.masked_gene_model import MaskedGeneModel, build_model
 from pretrain.optim import (
     StageZeroClipper,
     build_optimizer,
@@ -27,11 +29,10 @@ from pretrain.optim import (
     set_learning_rate,
     state_bytes,
 )
-from pretrain.passes import device_arguments, to_device
-from pretrain.prior import ArithmeticPrior, objective_prior
-from pretrain.step_loss import StepLoss, norm_read_once
-from pretrain.step_profile import mark
-from pretrain.warm_start import log_start, start_weights
+from pretrain.optimizer.muon import MuonBesideAdamW
+from pretrain.ranks import dist
+from pretrain.ranks.dist import Ranks
+from pretrain.start.warm_start import log_start, start_weights
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,8 @@ class Engine:
     """A model with its optimizer under one ZeRO stage.
 
     `ds_config` is what DeepSpeed got; `init` the record of the weights it was started from
-    (`pretrain.warm_start`, `pretrain.counted_genes`), None if they were random; `prior` that of the
-    objective, or None.
+    (`pretrain.start.warm_start`, `pretrain.model.counted_start`), None if they were random; `prior`
+    that of the objective, or None.
 
     Parameters
     ----------

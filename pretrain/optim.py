@@ -8,10 +8,10 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
+from pretrain.checkpoints.zero_state import MOMENTS
 from pretrain.config import OptimConfig
-from pretrain.muon import MuonBesideAdamW, is_layer_matrix
-from pretrain.step_loss import StepLoss
-from pretrain.zero_state import MOMENTS
+from pretrain.measure.step_loss import StepLoss
+from pretrain.optimizer.muon import MuonBesideAdamW, is_layer_matrix
 
 RATE, MUON_RATE = "learning_rate", "muon_learning_rate"
 

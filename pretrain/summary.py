@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from pretrain.step_loss import StepLoss
+from pretrain.measure.step_loss import StepLoss
 
 
 @dataclass

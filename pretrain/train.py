@@ -7,31 +7,38 @@ import math
 import time
 from collections.abc import Iterator
 
-from data_prep.owner import Owner
-from data_prep.shards import ShardSet
-from pretrain import device, dist
-from pretrain.checkpoint import Checkpoint, Which
+from data_prep.running.owner import Owner
+from data_prep.shards.reader import ShardSet
+from pretrain import device
+from pretrain.batches.pinned_memory import Staging
+from pretrain.batches.step_batch import RankStep
+from pretrain.batches.step_dataset import StepDataset, steps_in_background
+from pretrain.checkpoints.checkpoint import Checkpoint, Which
+from pretrain.checkpoints.publish import Publisher
 from pretrain.config import RunConfig
-from pretrain.data import RankStep, StepDataset, steps_in_background
 from pretrain.device import Computing
-from pretrain.dist import Ranks
 from pretrain.ds_config import derive_ds_config
-from pretrain.ended import recorded_end
 from pretrain.engine import Engine
-from pretrain.evaluate import Heldout, heldout_evaluation, heldout_history, log_heldout
-from pretrain.faults import Skips, stop_not_finite
-from pretrain.metrics import RunLog, console_line, meter_of, read_metrics
+from pretrain.measure.heldout import (
+    Heldout,
+    heldout_evaluation,
+    heldout_history,
+    log_heldout,
+)
+from pretrain.measure.metrics import RunLog, console_line, meter_of, read_metrics
+from pretrain.measure.not_finite import Skips, stop_not_finite
+from pretrain.measure.step_loss import StepLoss
+from pretrain.measure.step_profile import mark, profiled
 from pretrain.optim import require_reachable_peak
-from pretrain.publish import Publisher
-from pretrain.record import run_record, step_record, write_run_files
-from pretrain.resume import Resume, agreed_start
-from pretrain.same_world import agreed_world
-from pretrain.staging import Staging
-from pretrain.step_loss import StepLoss
-from pretrain.step_profile import mark, profiled
+from pretrain.ranks import dist
+from pretrain.ranks.dist import Ranks
+from pretrain.ranks.same_world import agreed_world
+from pretrain.ranks.watch import Watch
+from pretrain.run_folder.ended import recorded_end
+from pretrain.run_folder.run_record import run_record, step_record, write_run_files
+from pretrain.start.resume import Resume, agreed_start
 from pretrain.stop import StopRequest
 from pretrain.summary import RunSummary
-from pretrain.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +57,7 @@ def train(
     allow_changes
         Resume although the recipe or the shards changed.
     profile
-        Steps to profile, see `pretrain.step_profile`.
+        Steps to profile, see `pretrain.measure.step_profile`.
     from_step
         Resume from this checkpoint instead of the newest; those after it are set aside.
 

@@ -52,7 +52,7 @@ def make_task(
     classes: tuple[str, ...] = ("B cell", "T cell", "monocyte", "NK cell"),
 ) -> dict[str, Any]:
     """Return one task of results.json, scored around `truth` (later models: 0.06 lower)."""
-    from eval.benchmark.compare import display_name, summarise, verdicts
+    from eval.benchmark.contest.verdicts import display_name, summarise, verdicts
 
     rng = np.random.default_rng(seed)
     drawn, outcomes = rng.normal(0, 0.012, folds), []
@@ -91,7 +91,7 @@ def make_task(
 
 def make_results(models: list[str], tasks: list[dict[str, Any]]) -> dict[str, Any]:
     """Return results.json around some tasks."""
-    from eval.benchmark.compare import holm
+    from eval.benchmark.contest.verdicts import holm
 
     about = [
         {
@@ -152,7 +152,7 @@ def _cell_details(classes: tuple[str, ...], value: float, rng: np.random.Generat
 def _task_details(
     kind: str, names: dict[str, Outcome], models: list[str], rng: np.random.Generator
 ) -> dict[str, Any]:
-    from eval.benchmark.compare import display_name
+    from eval.benchmark.contest.verdicts import display_name
 
     if kind == "genes":
         grid = np.linspace(0, 1, 51)

@@ -14,15 +14,16 @@ import scipy.sparse
 if TYPE_CHECKING:
     import anndata
 
-    from data_prep.sources import CountSource
+    from data_prep.sources.count_source import CountSource
 
 
 def read_counts(
     path: Path, stretches: tuple[tuple[int, ...], ...] = ((),), **options
 ) -> tuple[CountSource, np.ndarray]:
     """Return a file's source and its counts, cells x genes, read in (start, stop) stretches."""
-    from data_prep.open import open_path
-    from data_prep.sources import CountSource, SourceOptions
+    from data_prep.sources.count_source import CountSource
+    from data_prep.sources.open_source import open_path
+    from data_prep.sources.source_spec import SourceOptions
 
     source = open_path(path, SourceOptions(**options))
     assert isinstance(source, CountSource)

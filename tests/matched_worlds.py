@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_prep.vocab import Vocabulary
+from data_prep.genes.vocabulary import Vocabulary
 from eval.benchmark.outcome import Store, TaskRun
-from pretrain.config import ModelConfig
+from pretrain.settings.model_settings import ModelConfig
 from tests.synthetic import make_cells
 from tests.test_eval import vocabulary_of
 
 if TYPE_CHECKING:
     from transformers import BertForMaskedLM
 
-    from eval.benchmark.inputs import Bench
+    from eval.benchmark.material.models_and_cells import Bench
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=16, num_heads=2, intermediate_size=16,
@@ -44,7 +44,7 @@ def passing_model(vocabulary: Vocabulary) -> BertForMaskedLM:
     """Return a model of zeros whose layers pass on what they get: word plus position."""
     import torch
 
-    from pretrain.model import build_model
+    from pretrain.model.masked_gene_model import build_model
 
     network = build_model(MODEL, vocabulary, 0).bert
     with torch.no_grad():
@@ -54,7 +54,7 @@ def passing_model(vocabulary: Vocabulary) -> BertForMaskedLM:
 
 
 def bench_of(folder: Path, vocabulary: Vocabulary, **networks: BertForMaskedLM) -> Bench:
-    from eval.benchmark.inputs import Bench, Model
+    from eval.benchmark.material.models_and_cells import Bench, Model
 
     models = [Model(n, folder, network, vocabulary, n) for n, network in networks.items()]
     return Bench(models, folder, Store(folder / "units", {}), 0, "cpu", False)

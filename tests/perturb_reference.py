@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep.vocab import CLS, EOS, Vocabulary
+from data_prep.genes.vocabulary import CLS, EOS, Vocabulary
 
 if TYPE_CHECKING:
     from transformers import BertForMaskedLM

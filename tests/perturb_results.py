@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from eval.perturb.results import Results, ResultsWriter
+from eval.perturb.screen.results import Results, ResultsWriter
 
 
 def write_screen(

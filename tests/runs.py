@@ -51,7 +51,7 @@ def tiny_config(shards: Path, out: Path, **changes: Any) -> RunConfig:
 
 def run_training(config: RunConfig, resume: bool = False, allow_changes: bool = False):
     """Train and return the losses and the final fp32 weights, flat by name."""
-    from pretrain import dist
+    from pretrain.ranks import dist
     from pretrain.train import train
 
     summary = train(config, resume, allow_changes)
@@ -73,7 +73,7 @@ def cut_off(whole: RunConfig, out: Path) -> RunConfig:
 
 def final_state(run: Path) -> dict[str, dict[str, np.ndarray]]:
     """Return weights and moments of the newest checkpoint: kind -> name -> flat fp32."""
-    from pretrain import checkpoint
+    from pretrain.checkpoints import checkpoint
 
     last = checkpoint.newest(run)
     assert last is not None
@@ -149,7 +149,7 @@ def wait_until(
 
 def metrics(run: Path, kind: str) -> list[dict[str, Any]]:
     """Return the records of one kind, of a run that may be writing them."""
-    from pretrain.metrics import read_metrics
+    from pretrain.measure.metrics import read_metrics
 
     return [m for m in read_metrics(run) if m["kind"] == kind]
 

@@ -13,17 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import scipy.sparse
 
-from data_prep.prepare import PrepareOptions, prepare
-from data_prep.shards import (
-    INDEX_SCHEMA,
-    SHARD_FORMAT,
-    SPLITS,
-    file_sha256,
-    fingerprint,
-    summarise_buckets,
-)
-from data_prep.sources import SourceOptions, source_at
-from data_prep.vocab import Vocabulary
+from data_prep.files import file_sha256
+from data_prep.genes.vocabulary import Vocabulary
+from data_prep.prepare.run import prepare
+from data_prep.prepare.work_list import PrepareOptions
+from data_prep.shards.format import INDEX_SCHEMA, SHARD_FORMAT, SPLITS, fingerprint
+from data_prep.shards.writer import summarise_buckets
+from data_prep.sources.source_spec import SourceOptions, source_at
 
 if TYPE_CHECKING:
     import anndata

@@ -9,13 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.sparse
 
-from data_prep import cell_choice
-from data_prep.check import check_sources
-from data_prep.open import open_path
-from data_prep.prepare import PrepareOptions, prepare
-from data_prep.sources import CountSource, SourceOptions, source_at
-from data_prep.vocab import Vocabulary
-from data_prep.workers import SERIAL
+from data_prep.genes.vocabulary import Vocabulary
+from data_prep.matrices import choose_cells
+from data_prep.prepare.check import check_sources
+from data_prep.prepare.run import prepare
+from data_prep.prepare.work_list import PrepareOptions
+from data_prep.running.workers import SERIAL
+from data_prep.sources.count_source import CountSource
+from data_prep.sources.open_source import open_path
+from data_prep.sources.source_spec import SourceOptions, source_at
 from tests.data_files import WRITERS, write_h5ad, write_mtx, write_tenx
 from tests.synthetic import make_cells
 
@@ -43,8 +45,8 @@ def read(path, query, stretches=((0, 7), (7, None)), **options):
 
 @pytest.mark.parametrize("write", [w for w in WRITERS if w not in (write_mtx, write_tenx)])
 def test_the_chosen_cells_in_every_format(write, tmp_path, monkeypatch):
-    monkeypatch.setattr(cell_choice, "_STRETCH_CELLS", 40)
-    monkeypatch.setattr(cell_choice, "_SMALL_GAP", 5)
+    monkeypatch.setattr(choose_cells, "_STRETCH_CELLS", 40)
+    monkeypatch.setattr(choose_cells, "_SMALL_GAP", 5)
     cells = census_like()
     path = write(cells, tmp_path)
     for query, chosen in (

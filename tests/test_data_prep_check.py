@@ -14,12 +14,13 @@ import pytest
 import scipy.sparse
 from typer.testing import CliRunner
 
-from data_prep.check import check_sources
-from data_prep.corpus import expand_corpus
-from data_prep.prepare import SERIAL, PrepareOptions, prepare
-from data_prep.sources import SourceOptions
-from data_prep.vocab import Vocabulary, from_dictionaries
-from data_prep.workers import open_workers
+from data_prep.genes.vocabulary import Vocabulary, from_dictionaries
+from data_prep.prepare.check import check_sources
+from data_prep.prepare.run import SERIAL, prepare
+from data_prep.prepare.work_list import PrepareOptions
+from data_prep.running.workers import open_workers
+from data_prep.sources.corpus_list import expand_corpus
+from data_prep.sources.source_spec import SourceOptions
 from launch.cli import build_app
 from tests.synthetic import make_cells, write_cells
 from tests.test_cli import geneloom
@@ -216,7 +217,7 @@ def varied_cells(folder: Path) -> list[Path]:
 
 
 def test_numbers_are_those_that_prepare_records(tmp_path, vocabulary, monkeypatch):
-    monkeypatch.setattr("data_prep.survey.CHUNK_CELLS", 32)
+    monkeypatch.setattr("data_prep.prepare.work_list.CHUNK_CELLS", 32)
     options = PrepareOptions(dedup=True, heldout_share=0.2, max_sd_counts=2)
     reading = SourceOptions(columns=("donor",), dataset_column="study")
     specs = expand_corpus([str(p) for p in varied_cells(tmp_path)], reading)

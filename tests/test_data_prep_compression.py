@@ -8,9 +8,10 @@ import h5py
 import numpy as np
 import pytest
 
-from data_prep.formats import compression
-from data_prep.open import open_path
-from data_prep.sources import CountSource, SourceOptions
+from data_prep.matrices import compression
+from data_prep.sources.count_source import CountSource
+from data_prep.sources.open_source import open_path
+from data_prep.sources.source_spec import SourceOptions
 from tests.data_files import write_loom, write_tenx
 from tests.synthetic import make_cells
 

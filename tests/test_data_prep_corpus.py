@@ -9,10 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.io
 
-from data_prep.corpus import expand_corpus, organism_name
-from data_prep.prepare import PrepareOptions, prepare
-from data_prep.shards import ShardSet
-from data_prep.sources import SourceOptions
+from data_prep.prepare.run import prepare
+from data_prep.prepare.work_list import PrepareOptions
+from data_prep.shards.reader import ShardSet
+from data_prep.sources.corpus_list import expand_corpus, organism_name
+from data_prep.sources.source_spec import SourceOptions
 from tests.synthetic import make_cells, write_cells
 
 OPTIONS = PrepareOptions(heldout_share=0.2, block_cells=16, vocabulary_min_cells=1)

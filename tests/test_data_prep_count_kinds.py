@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from data_prep.check import check_sources
-from data_prep.count_kinds import Place, check_integers, fractional_values
-from data_prep.open import open_path
-from data_prep.prepare import PrepareOptions, prepare
-from data_prep.sources import CountSource, SourceOptions, source_at
-from data_prep.vocab import from_dictionaries
-from data_prep.workers import SERIAL
+from data_prep.genes.vocabulary import from_dictionaries
+from data_prep.prepare.check import check_sources
+from data_prep.prepare.run import prepare
+from data_prep.prepare.work_list import PrepareOptions
+from data_prep.running.workers import SERIAL
+from data_prep.sources.count_kinds import Place, check_integers, fractional_values
+from data_prep.sources.count_source import CountSource
+from data_prep.sources.open_source import open_path
+from data_prep.sources.source_spec import SourceOptions, source_at
 from tests.data_files import WRITERS, write_h5ad
 from tests.synthetic import make_cells
 
@@ -186,8 +188,8 @@ def test_check_names_them(tmp_path):
 
 @pytest.mark.long  # real cells; the cases beside it are synthetic
 def test_real_cells_rounded_equal_those_rounded_before(case, real_data):
-    from data_prep.vocab import open_vocabulary
-    from eval.encode import encode_file
+    from data_prep.genes.vocabulary import open_vocabulary
+    from eval.cells.read_cells import encode_file
 
     vocabulary = open_vocabulary(real_data / "geneformer_v2_dicts")
     folder = case("fractional")

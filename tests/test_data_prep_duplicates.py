@@ -10,14 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.corpus import expand_corpus, expand_path
-from data_prep.open import open_path
-from data_prep.prepare import PrepareOptions, prepare
-from data_prep.shards import ShardSet
-from data_prep.sources import SourceOptions, source_at
-from data_prep.tokens import TokenBlock
-from data_prep.vocab import Vocabulary, open_vocabulary
-from data_prep.workers import open_workers
+from data_prep.genes.vocabulary import Vocabulary, open_vocabulary
+from data_prep.prepare.run import prepare
+from data_prep.prepare.work_list import PrepareOptions
+from data_prep.running.workers import open_workers
+from data_prep.shards.reader import ShardSet
+from data_prep.sources.corpus_list import expand_corpus, expand_path
+from data_prep.sources.open_source import open_path
+from data_prep.sources.source_spec import SourceOptions, source_at
+from data_prep.sources.token_corpus import TokenBlock
 from tests.data_files import write_loom
 from tests.synthetic import make_cells
 

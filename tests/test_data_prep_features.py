@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from data_prep.corpus import expand_path
-from data_prep.features import genes_among
-from data_prep.gene_names import without_genome
-from data_prep.medians import gene_medians
-from data_prep.open import open_path
-from data_prep.sources import SourceOptions, source_at
-from data_prep.vocab import open_vocabulary
-from data_prep.workers import SERIAL
+from data_prep.genes.gene_names import without_genome
+from data_prep.genes.vocabulary import open_vocabulary
+from data_prep.matrices.feature_kinds import genes_among
+from data_prep.prepare.medians import gene_medians
+from data_prep.running.workers import SERIAL
+from data_prep.sources.corpus_list import expand_path
+from data_prep.sources.open_source import open_path
+from data_prep.sources.source_spec import SourceOptions, source_at
 from tests.data_files import WRITERS, read_counts, write_h5ad
 from tests.synthetic import make_cells
 
@@ -150,7 +150,7 @@ def test_genomes_in_front_of_ids(name, plain):
 
 @pytest.mark.long  # real cells; the cases beside it are synthetic
 def test_real_antibodies_change_no_token(case, real_data):
-    from eval.encode import encode_file
+    from eval.cells.read_cells import encode_file
 
     vocabulary = open_vocabulary(real_data / "geneformer_v2_dicts")
     found = [

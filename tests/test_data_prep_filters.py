@@ -13,13 +13,14 @@ import scipy.sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.filters import REASONS, DatasetMoments, Moments, merge_moments
-from data_prep.genes import read_annotation
-from data_prep.open import open_source
-from data_prep.prepare import PrepareOptions, prepare
-from data_prep.shards import ShardSet
-from data_prep.sources import SourceOptions, source_at
-from data_prep.vocab import from_dictionaries
+from data_prep.encoding.filters import REASONS, DatasetMoments, Moments, merge_moments
+from data_prep.genes.annotation import read_annotation
+from data_prep.genes.vocabulary import from_dictionaries
+from data_prep.prepare.run import prepare
+from data_prep.prepare.work_list import PrepareOptions
+from data_prep.shards.reader import ShardSet
+from data_prep.sources.open_source import open_source
+from data_prep.sources.source_spec import SourceOptions, source_at
 
 pytestmark = pytest.mark.quick
 

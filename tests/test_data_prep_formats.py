@@ -11,9 +11,9 @@ import scipy.io
 import scipy.sparse
 import zarr
 
-from data_prep.formats import tenx
-from data_prep.open import open_path, open_source
-from data_prep.sources import SourceOptions, source_at
+from data_prep.matrices import tenx
+from data_prep.sources.open_source import open_path, open_source
+from data_prep.sources.source_spec import SourceOptions, source_at
 from tests.synthetic import make_cells
 
 NUM_CELLS = 150
@@ -201,7 +201,7 @@ def read(source, edges):
 @pytest.mark.parametrize("name", FORMATS)
 def test_cells_are_those_written(name, tmp_path, monkeypatch):
     monkeypatch.setattr(tenx, "_BATCH_BYTES", 1000)
-    monkeypatch.setattr("data_prep.sources._READ_CELLS", 64)
+    monkeypatch.setattr("data_prep.sources.count_source._READ_CELLS", 64)
     cells = make_cells(NUM_CELLS)
     is_empty = np.isin(np.arange(NUM_CELLS), [64, 65])
     cells.X = scipy.sparse.csr_matrix(np.where(is_empty[:, None], 0, cells.X.toarray()))

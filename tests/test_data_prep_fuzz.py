@@ -14,11 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.corpus import expand_corpus
-from data_prep.open import open_path, open_source
-from data_prep.sources import CountSource, SourceOptions
-from data_prep.tokens import TokenBlock
-from data_prep.vocab import Vocabulary
+from data_prep.genes.vocabulary import Vocabulary
+from data_prep.sources.corpus_list import expand_corpus
+from data_prep.sources.count_source import CountSource
+from data_prep.sources.open_source import open_path, open_source
+from data_prep.sources.source_spec import SourceOptions
+from data_prep.sources.token_corpus import TokenBlock
 from tests.data_files import (
     write_h5ad,
     write_loom,

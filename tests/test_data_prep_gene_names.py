@@ -8,13 +8,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data_prep.medians import gene_medians
-from data_prep.open import open_path
-from data_prep.prepare import PrepareOptions, prepare
-from data_prep.sources import CountSource, SourceOptions, source_at
-from data_prep.tables import print_manifest
-from data_prep.vocab import Vocabulary, load_vocabulary, open_vocabulary
-from data_prep.workers import SERIAL
+from data_prep.genes.vocabulary import Vocabulary, load_vocabulary, open_vocabulary
+from data_prep.inspection.tables import print_manifest
+from data_prep.prepare.medians import gene_medians
+from data_prep.prepare.run import prepare
+from data_prep.prepare.work_list import PrepareOptions
+from data_prep.running.workers import SERIAL
+from data_prep.sources.count_source import CountSource
+from data_prep.sources.open_source import open_path
+from data_prep.sources.source_spec import SourceOptions, source_at
 from tests.data_files import WRITERS
 from tests.synthetic import make_cells
 

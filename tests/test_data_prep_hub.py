@@ -14,13 +14,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.convert import convert
-from data_prep.corpus import expand_corpus
-from data_prep.open import open_path
-from data_prep.prepare import PrepareOptions, prepare
-from data_prep.shards import ShardSet, decode
-from data_prep.sources import SourceOptions, source_at
-from data_prep.vocab import Vocabulary
+from data_prep.genes.vocabulary import Vocabulary
+from data_prep.prepare.run import prepare
+from data_prep.prepare.work_list import PrepareOptions
+from data_prep.shards.convert import convert
+from data_prep.shards.decode import decode
+from data_prep.shards.reader import ShardSet
+from data_prep.sources.corpus_list import expand_corpus
+from data_prep.sources.open_source import open_path
+from data_prep.sources.source_spec import SourceOptions, source_at
 from tests.synthetic import make_cells
 
 GENES = tuple(make_cells(2).var_names)

@@ -7,12 +7,13 @@ import json
 import numpy as np
 import pytest
 
-from data_prep.check import check_sources
-from data_prep.known_share import KnownCounter, KnownCounts
-from data_prep.prepare import PrepareOptions, prepare
-from data_prep.sources import SourceOptions, source_at
-from data_prep.vocab import Vocabulary
-from data_prep.workers import SERIAL
+from data_prep.encoding.known_share import KnownCounter, KnownCounts
+from data_prep.genes.vocabulary import Vocabulary
+from data_prep.prepare.check import check_sources
+from data_prep.prepare.run import prepare
+from data_prep.prepare.work_list import PrepareOptions
+from data_prep.running.workers import SERIAL
+from data_prep.sources.source_spec import SourceOptions, source_at
 from tests.synthetic import make_cells
 from tests.test_data_prep_check import check
 
@@ -101,7 +102,7 @@ def test_sums_do_not_depend_on_how_a_source_is_cut():
 
 
 def test_embedding_looks_at_the_share_too(tmp_path, caplog):
-    from eval.encode import encode_file
+    from eval.cells.read_cells import encode_file
 
     cells = make_cells(60)
     cells.write_h5ad(tmp_path / "cells.h5ad")

@@ -12,14 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from data_prep.corpus import expand_corpus
-from data_prep.medians import RELATIVE_ERROR, GeneMedians, MedianSketch, gene_medians
-from data_prep.medians import build_vocabulary as build
-from data_prep.prepare import SERIAL, PrepareOptions, prepare
-from data_prep.shards import ShardSet
-from data_prep.sources import SourceOptions
-from data_prep.vocab import load_vocabulary
-from data_prep.workers import open_workers
+from data_prep.genes.vocabulary import load_vocabulary
+from data_prep.prepare.medians import (
+    RELATIVE_ERROR,
+    GeneMedians,
+    MedianSketch,
+    gene_medians,
+)
+from data_prep.prepare.medians import build_vocabulary as build
+from data_prep.prepare.run import SERIAL, prepare
+from data_prep.prepare.work_list import PrepareOptions
+from data_prep.running.workers import open_workers
+from data_prep.shards.reader import ShardSet
+from data_prep.sources.corpus_list import expand_corpus
+from data_prep.sources.source_spec import SourceOptions
 from launch.cli import build_app
 from tests.synthetic import make_cells, write_cells
 
@@ -83,8 +89,8 @@ def random_counts(seed: int, cells: int, genes: int) -> np.ndarray:
 
 @pytest.mark.parametrize("cells", [2, 61, 200])
 def test_one_file(cells, tmp_path, monkeypatch):
-    monkeypatch.setattr("data_prep.medians._CHUNK_CELLS", 37)
-    monkeypatch.setattr("data_prep.sources._READ_CELLS", 20)
+    monkeypatch.setattr("data_prep.prepare.medians._CHUNK_CELLS", 37)
+    monkeypatch.setattr("data_prep.sources.count_source._READ_CELLS", 20)
     counts = random_counts(cells, cells, 50)
     path = write(tmp_path / "a.h5ad", counts, IDS)
     check_exact(compute(tmp_path / "work", path), reference([(counts, IDS, None, None)]))
@@ -185,7 +191,7 @@ def test_neither_order_nor_processes_change_the_vocabulary(tmp_path, monkeypatch
 
     expected = sha256(*paths)
     assert sha256(*paths[::-1]) == expected
-    monkeypatch.setattr("data_prep.medians._CHUNK_CELLS", 25)
+    monkeypatch.setattr("data_prep.prepare.medians._CHUNK_CELLS", 25)
     with open_workers(2) as workers:
         assert sha256(*paths, workers=workers) == expected
 

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import zarr
 
-from data_prep.corpus import expand_corpus
-from data_prep.open import open_path
-from data_prep.prepare import PrepareOptions, prepare
-from data_prep.sources import CountSource, SourceOptions
-from data_prep.vocab import Vocabulary
+from data_prep.genes.vocabulary import Vocabulary
+from data_prep.prepare.run import prepare
+from data_prep.prepare.work_list import PrepareOptions
+from data_prep.sources.corpus_list import expand_corpus
+from data_prep.sources.count_source import CountSource
+from data_prep.sources.open_source import open_path
+from data_prep.sources.source_spec import SourceOptions
 from tests.data_files import write_h5ad, write_mtx
 from tests.synthetic import make_cells
 

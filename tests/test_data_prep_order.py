@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from data_prep.order import EpochPlan, share
-from data_prep.shards import BucketExtent, ShardSet
-from data_prep.shuffle import label_mixing, read_amplification
+from data_prep.inspection.order_quality import label_mixing, read_amplification
+from data_prep.shards.format import BucketExtent
+from data_prep.shards.order import EpochPlan, share
+from data_prep.shards.reader import ShardSet
 from launch.cli import build_app
 from tests.synthetic import make_large_manifest, make_shards
 
@@ -176,7 +177,7 @@ def test_sorted_cells_are_found_out(many_shards):
 @pytest.mark.parametrize("nodes", [1, 2, 3])
 @pytest.mark.parametrize("tokens_per_step", [256, 1024])
 def test_readers_read_what_was_computed(nodes, tokens_per_step, many_shards):
-    from pretrain.blocks import BlockCache
+    from pretrain.batches.shard_blocks import BlockCache
 
     shards = ShardSet(many_shards)
     plan = EpochPlan(shards, "train", 0, tokens_per_step)

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.filters import REASONS
-from data_prep.shards import SPLITS, ShardSet, file_sha256
+from data_prep.encoding.filters import REASONS
+from data_prep.files import file_sha256
+from data_prep.shards.format import SPLITS
+from data_prep.shards.reader import ShardSet
 
 GOLDEN = Path(__file__).parent / "golden" / "shards-1"
 
@@ -57,7 +59,7 @@ class Reader(HTMLParser):
 
 
 def page_of(folder: Path, out: Path) -> tuple[str, Reader]:
-    from data_prep.page import write_page
+    from data_prep.inspection.page import write_page
 
     write_page(ShardSet(folder), out)
     text = out.read_text()
@@ -106,7 +108,7 @@ def test_numbers_are_those_of_the_blocks(shards, tmp_path):
 def test_page_stands_alone_and_is_the_same_every_time(shards, tmp_path):
     import matplotlib
 
-    from data_prep.page import write_page
+    from data_prep.inspection.page import write_page
 
     before = dict(matplotlib.rcParams)
     text, page = page_of(shards, tmp_path / "page.html")
@@ -137,7 +139,7 @@ def is_inside(attributes: dict[str, str | None]) -> bool:
 
 
 def test_format_1_says_what_it_lacks(tmp_path):
-    from data_prep.page import write_page
+    from data_prep.inspection.page import write_page
 
     text, page = page_of(GOLDEN, tmp_path / "page.html")
     assert text.count("<svg") == 1, "padding is all that can be drawn"
@@ -154,7 +156,7 @@ def test_format_1_says_what_it_lacks(tmp_path):
 
 @pytest.mark.long
 def test_many_data_sets_with_any_name(shards, tmp_path):
-    from data_prep.page import write_page
+    from data_prep.inspection.page import write_page
 
     datasets = [
         {
@@ -182,7 +184,7 @@ def test_many_data_sets_with_any_name(shards, tmp_path):
 
 
 def test_genes_are_named_and_marked(shards, tmp_path):
-    from data_prep.page import write_page
+    from data_prep.inspection.page import write_page
 
     opened = ShardSet(shards)
     genes = ("ENSG00000198804", "MT-7", *opened.vocabulary.genes[2:])
@@ -208,7 +210,7 @@ def test_genes_are_named_and_marked(shards, tmp_path):
 
 
 def test_wrong_requests_leave_everything_as_it_was(shards, tmp_path):
-    from data_prep.page import write_page
+    from data_prep.inspection.page import write_page
 
     opened = ShardSet(shards)
     with pytest.raises(ValueError, match=r"page\.pdf.*\.html.*\.png"):

@@ -16,15 +16,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.corpus import expand_corpus
-from data_prep.encode import encode_stretch
-from data_prep.medians import gene_medians
-from data_prep.prepare import SERIAL, PrepareOptions, prepare
-from data_prep.shards import MANIFEST_NAME, ShardSet
-from data_prep.sources import SourceOptions
-from data_prep.vocab import Vocabulary, open_vocabulary
-from data_prep.workers import open_workers
-from data_prep.workspace import locked_workspace
+from data_prep.encoding.encode_pass import encode_stretch
+from data_prep.genes.vocabulary import Vocabulary, open_vocabulary
+from data_prep.prepare.medians import gene_medians
+from data_prep.prepare.run import SERIAL, prepare
+from data_prep.prepare.work_list import PrepareOptions
+from data_prep.prepare.workspace import locked_workspace
+from data_prep.running.workers import open_workers
+from data_prep.shards.format import MANIFEST_NAME
+from data_prep.shards.reader import ShardSet
+from data_prep.sources.corpus_list import expand_corpus
+from data_prep.sources.source_spec import SourceOptions
 from tests.synthetic import make_cells, write_cells
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,7 +90,9 @@ def command(corpus: Path, out: Path, *more: str) -> list[str]:
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_give_the_same_bytes(processes, corpus, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr("data_prep.survey.CHUNK_CELLS", 40)  # several stretches of each file
+    monkeypatch.setattr(
+        "data_prep.prepare.work_list.CHUNK_CELLS", 40
+    )  # several stretches of each file
     with open_workers(processes) as workers:
         run(corpus, tmp_path / "out", workers)
     assert contents(tmp_path / "out") == expected
@@ -250,7 +254,7 @@ def test_finished_files_are_not_encoded_again_without_the_bad_one(
     bad.unlink()
     encoded = []
     monkeypatch.setattr(
-        "data_prep.prepare.encode_stretch",
+        "data_prep.prepare.run.encode_stretch",
         lambda job: encoded.append(job.spec.name) or encode_stretch(job),
     )
     run(own_corpus, tmp_path / "out")
@@ -338,7 +342,7 @@ def test_a_moved_source_is_still_the_same(own_corpus, expected, tmp_path, monkey
     own_corpus.rename(tmp_path / "moved")
     encoded = []
     monkeypatch.setattr(
-        "data_prep.prepare.encode_stretch",
+        "data_prep.prepare.run.encode_stretch",
         lambda job: encoded.append(job.spec.name) or encode_stretch(job),
     )
     run(tmp_path / "moved", tmp_path / "out")
@@ -348,7 +352,7 @@ def test_a_moved_source_is_still_the_same(own_corpus, expected, tmp_path, monkey
 
 def test_a_run_that_finishes_while_another_starts_keeps_its_shards(corpus, expected, tmp_path):
     """The second looks before the first is done, and has the folder after."""
-    from data_prep import workspace
+    from data_prep.prepare import workspace
 
     out, real = tmp_path / "out", workspace.owned
 

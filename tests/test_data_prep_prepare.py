@@ -9,12 +9,13 @@ import pyarrow as pa
 import pytest
 import scipy.sparse
 
-from data_prep.buckets import bucket_of, choose_buckets
-from data_prep.prepare import PrepareOptions, prepare
-from data_prep.rank import encode_cells
-from data_prep.shards import ShardSet
-from data_prep.sources import SourceOptions, SourceSpec, source_at
-from data_prep.tables import padding_share
+from data_prep.genes.rank_genes import encode_cells
+from data_prep.inspection.tables import padding_share
+from data_prep.prepare.run import prepare
+from data_prep.prepare.work_list import PrepareOptions
+from data_prep.shards.buckets import bucket_of, choose_buckets
+from data_prep.shards.reader import ShardSet
+from data_prep.sources.source_spec import SourceOptions, SourceSpec, source_at
 from tests.synthetic import make_cells, write_cells
 
 OPTIONS = PrepareOptions(heldout_share=0.2, block_cells=16, vocabulary_min_cells=1)
@@ -60,8 +61,8 @@ def test_every_cell_arrives_once_with_its_tokens(tmp_path):
 def test_bytes_do_not_depend_on_memory_or_reading(tmp_path, monkeypatch):
     source = write_cells(tmp_path / "cells.h5ad", num_cells=150)
     prepare(specs(source), tmp_path / "a", None, OPTIONS)
-    monkeypatch.setattr("data_prep.sources._READ_CELLS", 17)
-    monkeypatch.setattr("data_prep.survey.CHUNK_CELLS", 50)
+    monkeypatch.setattr("data_prep.sources.count_source._READ_CELLS", 17)
+    monkeypatch.setattr("data_prep.prepare.work_list.CHUNK_CELLS", 50)
     prepare(specs(source), tmp_path / "b", None, replace(OPTIONS, memory_gib=1e-5))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
@@ -248,7 +249,7 @@ def test_columns_called_key_and_split_arrive(tmp_path):
 
 
 def test_real_cells_pad_little(real_data, tmp_path):
-    from data_prep.vocab import open_vocabulary
+    from data_prep.genes.vocabulary import open_vocabulary
 
     names = ["pbmc3k/pbmc3k.h5ad", "sc_mixology/sc_mixology.h5ad"]
     vocabulary = open_vocabulary(real_data / "geneformer_v1_dicts")
@@ -308,7 +309,7 @@ def test_mitochondrial_genes_named_in_the_index(tmp_path):
 
 
 def test_names_with_brackets_are_printed(tmp_path, capsys):
-    from data_prep.tables import print_manifest
+    from data_prep.inspection.tables import print_manifest
 
     cells = make_cells(60)
     cells.obs["study"] = "a[/b] [old] x"

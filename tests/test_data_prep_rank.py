@@ -6,8 +6,8 @@ import scipy.sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.rank import encode_cells
-from data_prep.vocab import Vocabulary, from_dictionaries, open_vocabulary
+from data_prep.genes.rank_genes import encode_cells
+from data_prep.genes.vocabulary import Vocabulary, from_dictionaries, open_vocabulary
 
 pytestmark = pytest.mark.quick
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from data_prep.redact import is_public, redacted
+from data_prep.running.redact import is_public, redacted
 
 
 @pytest.mark.quick

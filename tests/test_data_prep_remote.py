@@ -27,10 +27,12 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from data_prep import members
-from data_prep.prepare import PrepareOptions, prepare
-from data_prep.shards import BucketExtent, DamagedBlock, ShardSet, fingerprint
-from data_prep.sources import SourceOptions, source_at
+from data_prep.prepare.run import prepare
+from data_prep.prepare.work_list import PrepareOptions
+from data_prep.shards import tar_members
+from data_prep.shards.format import BucketExtent, fingerprint
+from data_prep.shards.reader import DamagedBlock, ShardSet
+from data_prep.sources.source_spec import SourceOptions, source_at
 from launch.cli import build_app
 from pretrain.config import load_config
 from tests.synthetic import make_large_manifest, write_cells
@@ -411,7 +413,7 @@ def return_it(shards: ShardSet) -> ShardSet:
 @pytest.mark.parametrize("remote", [False, True])
 def test_threads_share_shards(remote, served, corpus, tmp_path, monkeypatch):
     """With one descriptor open at a time, every other read closes one."""
-    monkeypatch.setattr(members, "_MAX_OPEN_FILES", 1)
+    monkeypatch.setattr(tar_members, "_MAX_OPEN_FILES", 1)
     expected = contents(ShardSet(corpus))
     shards = open_at(served.url, tmp_path) if remote else ShardSet(corpus)
     numbers = np.random.default_rng(0).permutation(np.arange(num_blocks(shards)).repeat(8))
@@ -429,8 +431,8 @@ def test_threads_share_shards(remote, served, corpus, tmp_path, monkeypatch):
 
 def test_threads_that_take_turns_often_share_open_files(monkeypatch):
     """Thousands of closing descriptors, with a switch of threads wherever one is possible."""
-    monkeypatch.setattr(members, "_MAX_OPEN_FILES", 1)
-    files = members.OpenFiles()
+    monkeypatch.setattr(tar_members, "_MAX_OPEN_FILES", 1)
+    files = tar_members.OpenFiles()
 
     def read_often(seed: int) -> None:
         for name in np.random.default_rng(seed).choice(["a", "b", "c"], 30_000).tolist():
@@ -537,7 +539,7 @@ def test_columns_of_the_index(corpus):
 _MEASURE = """
 import re, sys, time
 from pathlib import Path
-from data_prep.shards import ShardSet
+from data_prep.shards.reader import ShardSet
 
 def memory_mib(name):
     return int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024

@@ -13,10 +13,11 @@ import scipy.sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.prepare import PrepareOptions, prepare
-from data_prep.shards import ShardSet
-from data_prep.sources import SourceOptions, SourceSpec, source_at
-from data_prep.vocab import Vocabulary, from_dictionaries
+from data_prep.genes.vocabulary import Vocabulary, from_dictionaries
+from data_prep.prepare.run import prepare
+from data_prep.prepare.work_list import PrepareOptions
+from data_prep.shards.reader import ShardSet
+from data_prep.sources.source_spec import SourceOptions, SourceSpec, source_at
 from tests.synthetic import write_cells
 from tests.test_data_prep_rank import reference
 
@@ -130,8 +131,8 @@ def test_every_kept_cell_arrives_as_the_reference_encodes_it(
     counts[rng.integers(0, num_cells, 3)] = 0
     write_matrix(folder / "cells.h5ad", counts, genes, stored)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data_prep.sources._READ_CELLS", read_cells)
-        patch.setattr("data_prep.survey.CHUNK_CELLS", chunk_cells)
+        patch.setattr("data_prep.sources.count_source._READ_CELLS", read_cells)
+        patch.setattr("data_prep.prepare.work_list.CHUNK_CELLS", chunk_cells)
         spec = source_at(folder / "cells.h5ad", READING)
         manifest = prepare([spec], folder / "out", vocabulary, replace(OPTIONS, **cut))
 
@@ -181,8 +182,8 @@ def test_token_corpora_arrive_as_they_are(
     path = folder / ("cells.parquet" if kind == "parquet" else "cells.arrow")
     write_tokens(path, cells, kind, rows, wide)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data_prep.tokens._READ_CELLS", rows // 2 + 1)
-        patch.setattr("data_prep.survey.CHUNK_CELLS", chunk_cells)
+        patch.setattr("data_prep.sources.token_corpus._READ_CELLS", rows // 2 + 1)
+        patch.setattr("data_prep.prepare.work_list.CHUNK_CELLS", chunk_cells)
         prepare([source_at(path, READING)], folder / "out", vocabulary, replace(OPTIONS, **cut))
     assert read_back(folder / "out") == {
         f"cells:{i}": (cell, f"d{i % 7}")
@@ -221,8 +222,8 @@ def test_how_the_work_is_cut_changes_no_byte(tmp_path, monkeypatch):
     options = replace(OPTIONS, block_cells=5, shard_mib=0.003, vocabulary_min_cells=1)
     results = []
     for chunk_cells, read_cells, memory_gib in ((1000, 1000, 2), (40, 9, 1e-5), (7, 3, 1e-9)):
-        monkeypatch.setattr("data_prep.survey.CHUNK_CELLS", chunk_cells)
-        monkeypatch.setattr("data_prep.sources._READ_CELLS", read_cells)
+        monkeypatch.setattr("data_prep.prepare.work_list.CHUNK_CELLS", chunk_cells)
+        monkeypatch.setattr("data_prep.sources.count_source._READ_CELLS", read_cells)
         out = tmp_path / f"out{chunk_cells}"
         prepare(specs, out, None, replace(options, memory_gib=memory_gib))
         results.append({p.name: p.read_bytes() for p in out.iterdir()})

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from data_prep.check import check_sources
-from data_prep.open import open_path
-from data_prep.prepare import PrepareOptions, prepare
-from data_prep.sources import CountSource, SourceOptions, source_at
-from data_prep.vocab import Vocabulary
-from data_prep.workers import SERIAL
+from data_prep.genes.vocabulary import Vocabulary
+from data_prep.prepare.check import check_sources
+from data_prep.prepare.run import prepare
+from data_prep.prepare.work_list import PrepareOptions
+from data_prep.running.workers import SERIAL
+from data_prep.sources.count_source import CountSource
+from data_prep.sources.open_source import open_path
+from data_prep.sources.source_spec import SourceOptions, source_at
 from tests.synthetic import make_cells
 
 CELLS, GENES, PROTEINS, MOUSE = 40, 200, 30, 30

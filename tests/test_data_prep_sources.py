@@ -6,9 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.open import open_path
-from data_prep.sources import SourceOptions
-from data_prep.vocab import from_dictionaries
+from data_prep.genes.vocabulary import from_dictionaries
+from data_prep.sources.open_source import open_path
+from data_prep.sources.source_spec import SourceOptions
 from tests.synthetic import make_cells
 
 

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from data_prep import prepare as prepare_module
-from data_prep.formats import anndata_store
-from data_prep.formats.staging import is_whole, staged_folder
-from data_prep.formats.store import decoded
-from data_prep.open import open_source
-from data_prep.prepare import PrepareOptions, prepare
-from data_prep.sources import CountSource, SourceOptions, source_at
-from data_prep.vocab import Vocabulary
+from data_prep.genes.vocabulary import Vocabulary
+from data_prep.matrices import h5ad_zarr
+from data_prep.matrices.matrix_store import decoded
+from data_prep.matrices.row_copy import is_whole, staged_folder
+from data_prep.prepare import run as prepare_module
+from data_prep.prepare.run import prepare
+from data_prep.prepare.work_list import PrepareOptions
+from data_prep.sources.count_source import CountSource
+from data_prep.sources.open_source import open_source
+from data_prep.sources.source_spec import SourceOptions, source_at
 from tests.synthetic import make_cells
 
 VOCABULARY = Vocabulary(
@@ -66,9 +68,9 @@ def test_a_flipped_bit_in_a_copy_is_found(name, interrupted, tmp_path, monkeypat
         (copy / name).write_bytes(damaged)
         assert not is_whole(copy)
     made = []
-    real = anndata_store.stage_rows
+    real = h5ad_zarr.stage_rows
     monkeypatch.setattr(
-        anndata_store,
+        h5ad_zarr,
         "stage_rows",
         lambda entries, cells, folder: made.append(folder.exists()) or real(entries, cells, folder),
     )
@@ -115,9 +117,9 @@ def test_names_of_genes_are_read_once_for_a_file_that_stays(tmp_path, monkeypatc
         cells.write_h5ad(tmp_path / f"cells{number}.h5ad")
         specs.append(source_at(tmp_path / f"cells{number}.h5ad", SourceOptions()))
     read, looked_up = [], []
-    real = anndata_store.AnnDataStore.var
+    real = h5ad_zarr.AnnDataStore.var
     monkeypatch.setattr(
-        anndata_store.AnnDataStore, "var", lambda self, c: read.append(self.path) or real(self, c)
+        h5ad_zarr.AnnDataStore, "var", lambda self, c: read.append(self.path) or real(self, c)
     )
     lookup = type(VOCABULARY.lookup)
     find_all = lookup.find_all

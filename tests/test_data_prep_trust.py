@@ -14,17 +14,19 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import encode
-from data_prep import prepare as prepare_module
-from data_prep.manifest import record_sha256
-from data_prep.owner import owned
-from data_prep.prepare import PrepareOptions, prepare
-from data_prep.shards import file_sha256, fingerprint
-from data_prep.sources import SourceOptions, source_at
-from data_prep.verify import verify
-from data_prep.vocab import Vocabulary
-from data_prep.workers import SERIAL
-from data_prep.workspace import full_disk_named
+from data_prep.encoding import encode_pass
+from data_prep.files import file_sha256
+from data_prep.genes.vocabulary import Vocabulary
+from data_prep.prepare import run as prepare_module
+from data_prep.prepare.manifest import record_sha256
+from data_prep.prepare.run import prepare
+from data_prep.prepare.verify_and_repair import verify
+from data_prep.prepare.work_list import PrepareOptions
+from data_prep.prepare.workspace import full_disk_named
+from data_prep.running.owner import owned
+from data_prep.running.workers import SERIAL
+from data_prep.shards.format import fingerprint
+from data_prep.sources.source_spec import SourceOptions, source_at
 from tests.synthetic import make_cells
 
 GENES = tuple(make_cells(2).var_names)
@@ -69,7 +71,7 @@ def test_a_flipped_bit_in_a_chunk_is_found(suffix, spec, tmp_path, monkeypatch):
     whole[len(whole) // 2] ^= 1
     chunk.write_bytes(whole)
     calls = []
-    real = encode.encode_stretch
+    real = encode_pass.encode_stretch
     monkeypatch.setattr(
         prepare_module, "encode_stretch", lambda job: calls.append(job) or real(job)
     )

@@ -15,13 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from data_prep.corpus import expand_corpus
-from data_prep.prepare import SERIAL, PrepareOptions, prepare
-from data_prep.shards import ShardSet
-from data_prep.sources import SourceOptions
-from data_prep.verify import Problem, repair, verify
-from data_prep.vocab import from_dictionaries
-from data_prep.workers import open_workers
+from data_prep.genes.vocabulary import from_dictionaries
+from data_prep.prepare.run import SERIAL, prepare
+from data_prep.prepare.verify_and_repair import Problem, repair, verify
+from data_prep.prepare.work_list import PrepareOptions
+from data_prep.running.workers import open_workers
+from data_prep.shards.reader import ShardSet
+from data_prep.sources.corpus_list import expand_corpus
+from data_prep.sources.source_spec import SourceOptions
 from launch.cli import build_app
 from tests.synthetic import make_cells, write_cells
 

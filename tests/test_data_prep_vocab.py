@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from data_prep.vocab import (
+from data_prep.genes.vocabulary import (
     Vocabulary,
     from_dictionaries,
     load_vocabulary,

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from data_prep.medians import gene_medians
-from data_prep.prepare import SERIAL
-from data_prep.sources import SourceOptions, source_at
-from data_prep.vocab import CLS, EOS, MASK, PAD, Vocabulary
-from eval.encode import encode_file
-from pretrain.config import ModelConfig
+from data_prep.genes.vocabulary import CLS, EOS, MASK, PAD, Vocabulary
+from data_prep.prepare.medians import gene_medians
+from data_prep.prepare.run import SERIAL
+from data_prep.sources.source_spec import SourceOptions, source_at
+from eval.cells.read_cells import encode_file
+from pretrain.settings.model_settings import ModelConfig
 from tests.ranks import run_ranks
 from tests.runs import run_training, tiny_config
 from tests.synthetic import make_cells, write_cells
@@ -38,8 +38,8 @@ def vocabulary_of(path, has_cls=False) -> Vocabulary:
 @pytest.mark.parametrize("has_cls", [False, True])
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_embedding_is_that_of_the_cell_alone(has_cls, pooling, tmp_path):
-    from eval.embed import embed_cells
-    from pretrain.model import build_model
+    from eval.cells.embed import embed_cells
+    from pretrain.model.masked_gene_model import build_model
 
     path = write_cells(tmp_path / "cells.h5ad", num_cells=40)
     vocabulary = vocabulary_of(path, has_cls)
@@ -59,8 +59,8 @@ def test_embedding_is_that_of_the_cell_alone(has_cls, pooling, tmp_path):
 def test_layers_count_from_the_top(tmp_path):
     import torch
 
-    from eval.embed import embed_cells
-    from pretrain.model import build_model
+    from eval.cells.embed import embed_cells
+    from pretrain.model.masked_gene_model import build_model
 
     path = write_cells(tmp_path / "cells.h5ad", num_cells=5)
     vocabulary = vocabulary_of(path)
@@ -77,7 +77,7 @@ def test_layers_count_from_the_top(tmp_path):
 
 
 def test_splits_keep_donors_whole_and_classes_on_both_sides():
-    from eval.splits import limit_per_class, split_cells
+    from eval.scores.splits import limit_per_class, split_cells
 
     rng = np.random.default_rng(0)
     labels, donors = rng.integers(0, 3, 600), np.array([f"d{i}" for i in rng.integers(0, 9, 600)])
@@ -96,7 +96,7 @@ def test_splits_keep_donors_whole_and_classes_on_both_sides():
 
 
 def test_scores_by_hand():
-    from eval.metrics import mean_and_interval, score_classes
+    from eval.scores.metrics import mean_and_interval, score_classes
 
     truth, predicted = np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1])
     scores = score_classes(truth, predicted, ["a", "b", "never seen"])
@@ -110,8 +110,8 @@ def test_scores_by_hand():
 
 
 def test_baselines_learn_from_training_cells_only():
-    from eval.baselines import predict_baselines
-    from eval.splits import split_cells
+    from eval.scores.baselines import predict_baselines
+    from eval.scores.splits import split_cells
 
     cells = make_cells(150)
     labels = np.arange(150) % 3
@@ -127,7 +127,7 @@ def test_baselines_learn_from_training_cells_only():
 
 
 def test_log_normalise():
-    from eval.baselines import log_normalise
+    from eval.scores.baselines import log_normalise
 
     counts = scipy.sparse.csr_matrix(np.array([[1.0, 3.0], [0.0, 0.0]]))
     expected = [[np.log1p(2500), np.log1p(7500)], [0, 0]]
@@ -136,7 +136,7 @@ def test_log_normalise():
 
 @pytest.fixture(scope="module")
 def pretrained(shards, tmp_path_factory):
-    from pretrain.export import export
+    from pretrain.export.model_folder import export
 
     folder = tmp_path_factory.mktemp("pretrained")
     config = tiny_config(shards, folder / "run", run__max_steps=60)
@@ -149,9 +149,10 @@ def test_embed_finetune_report(pretrained, tmp_path):
     """Every cell in input order, the empty one as NaN; scores beside baselines; one page."""
     import anndata
 
-    from eval.embed import OBSM_KEY, embed_file
-    from eval.finetune.cells import FinetuneSettings, finetune_cells
-    from eval.report import write_report
+    from eval.cells.embed import OBSM_KEY, embed_file
+    from eval.finetune.classifier import FinetuneSettings
+    from eval.finetune.score_cells import finetune_cells
+    from eval.report.run_page import write_report
 
     cells = make_cells(90)
     matrix = cells.X.tolil()
@@ -195,7 +196,8 @@ def test_embed_finetune_report(pretrained, tmp_path):
 
 @pytest.mark.long
 def test_finetune_by_donor(pretrained, tmp_path):
-    from eval.finetune.cells import FinetuneSettings, finetune_cells
+    from eval.finetune.classifier import FinetuneSettings
+    from eval.finetune.score_cells import finetune_cells
 
     make_cells(90).write_h5ad(tmp_path / "cells.h5ad")
     found = finetune_cells(
@@ -210,7 +212,7 @@ def test_finetune_by_donor(pretrained, tmp_path):
     [("nope", 3, "no column"), ("donor", 2, "at least 3"), ("same", 3, "fewer than two classes")],
 )
 def test_finetune_refuses(label, seeds, message, pretrained, tmp_path):
-    from eval.finetune.cells import finetune_cells
+    from eval.finetune.score_cells import finetune_cells
 
     cells = make_cells(60)
     cells.obs["same"] = "x"
@@ -223,7 +225,7 @@ def test_finetune_refuses(label, seeds, message, pretrained, tmp_path):
 
 
 def test_cells_of_another_species_are_refused(pretrained, tmp_path):
-    from eval.embed import embed_file
+    from eval.cells.embed import embed_file
 
     cells = make_cells(60)
     cells.var_names = [n.replace("ENSG", "ENSMUSG") for n in cells.var_names]

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from eval.benchmark.outcome import Store, TaskRun
-from eval.benchmark.task import AnnotationTask, Cells, Size
+from eval.benchmark.task_file import AnnotationTask, Cells, Size
 from tests.synthetic import make_cells
 from tests.test_eval_cell_tasks import planted_models
 
 if TYPE_CHECKING:
-    from eval.benchmark.inputs import Bench, Model
+    from eval.benchmark.material.models_and_cells import Bench, Model
 
 SIZE = Size(seeds=3, max_train_per_class=20)
 TASK = AnnotationTask(
@@ -37,19 +37,19 @@ def models(folder: Path) -> list[Model]:
 
 @pytest.fixture(scope="module")
 def found(folder: Path, models: list[Model]) -> TaskRun:
-    from eval.benchmark.annotation import run
+    from eval.benchmark.kinds.annotation import run
 
     return run(TASK, SIZE, bench(folder, models))
 
 
 def bench(folder: Path, models: list[Model]) -> Bench:
-    from eval.benchmark.inputs import Bench
+    from eval.benchmark.material.models_and_cells import Bench
 
     return Bench(models, folder, Store(folder / "units", {}), 0, "cpu", False)
 
 
 def means(result: TaskRun) -> dict[str, float]:
-    from eval.benchmark.compare import summarise
+    from eval.benchmark.contest.verdicts import summarise
 
     return {r["name"]: r["scores"]["macro_f1"]["mean"] for r in summarise(result)}
 
@@ -65,7 +65,7 @@ def test_the_planted_model_finds_the_types_and_the_constant_one_does_not(found):
 
 
 def test_shuffled_labels_give_chance(found):
-    from eval.benchmark.compare import verdicts
+    from eval.benchmark.contest.verdicts import verdicts
 
     controls = [v for v in verdicts(found, ["marker", "constant"]) if v["question"] == "control"]
     assert {v["contender"] for v in controls} == {
@@ -78,11 +78,11 @@ def test_a_fold_equals_neighbours_by_hand(found, folder, models):
     """Of the second-to-last layer, by a plain loop over test cells."""
     from sklearn.neighbors import KNeighborsClassifier
 
-    from eval.benchmark.cell_tasks import divide
-    from eval.benchmark.folds import seed_of_fold
-    from eval.benchmark.inputs import load_cells
-    from eval.embed import embed_cells
-    from eval.metrics import score_classes
+    from eval.benchmark.contest.folds import seed_of_fold
+    from eval.benchmark.kinds.cell_tasks import divide
+    from eval.benchmark.material.models_and_cells import load_cells
+    from eval.cells.embed import embed_cells
+    from eval.scores.metrics import score_classes
 
     model = models[0]
     cells = load_cells(TASK.cells, ("cell_type", "donor"), models, folder, None, 0)
@@ -101,8 +101,8 @@ def test_a_fold_equals_neighbours_by_hand(found, folder, models):
 
 
 def test_zero_shot_stands_for_the_model_and_every_contender_is_in_every_fold(found, models):
-    from eval.benchmark.annotation import contenders, num_units
-    from eval.benchmark.compare import main_contender
+    from eval.benchmark.contest.verdicts import main_contender
+    from eval.benchmark.kinds.annotation import contenders, num_units
 
     assert main_contender(found) == "zero-shot"
     assert len(found.outcomes) == num_units(TASK, SIZE, models) == 3 * len(contenders(models))
@@ -112,7 +112,7 @@ def test_zero_shot_stands_for_the_model_and_every_contender_is_in_every_fold(fou
 
 
 def test_one_type_is_refused(folder, models, tmp_path):
-    from eval.benchmark.annotation import run
+    from eval.benchmark.kinds.annotation import run
 
     cells = make_cells(60, num_genes=60)
     cells.obs["cell_type"] = "one"

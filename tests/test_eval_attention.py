@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data_prep.vocab import Vocabulary
+from data_prep.genes.vocabulary import Vocabulary
 from eval.benchmark.outcome import TaskRun
-from eval.benchmark.task import AttentionTask, Cells, GeneList, Size
-from eval.encode import encode_file
-from eval.gene_lists import read_genes
-from pretrain.config import ModelConfig
+from eval.benchmark.task_file import AttentionTask, Cells, GeneList, Size
+from eval.cells.gene_lists import read_genes
+from eval.cells.read_cells import encode_file
+from pretrain.settings.model_settings import ModelConfig
 from tests.matched_worlds import bench_of, is_listed, passing_model, score_of, write_world
 from tests.synthetic import write_cells
 from tests.test_eval import vocabulary_of
@@ -65,7 +65,7 @@ def random_weights(vocabulary: Vocabulary) -> BertForMaskedLM:
     """Return a model whose attention is far from uniform."""
     import torch
 
-    from pretrain.model import build_model
+    from pretrain.model.masked_gene_model import build_model
 
     network = build_model(MODEL, vocabulary, 0).bert.eval()
     with torch.no_grad():
@@ -78,7 +78,7 @@ def random_weights(vocabulary: Vocabulary) -> BertForMaskedLM:
 @pytest.mark.parametrize("has_cls", [False, True])
 @pytest.mark.parametrize("token_budget", [1, 300, 10_000])
 def test_sums_equal_a_plain_loop_in_any_batches(has_cls, token_budget, tmp_path):
-    from eval.attention import mean_attention
+    from eval.cells.attention import mean_attention
 
     path = write_cells(tmp_path / "cells.h5ad", num_cells=12, num_genes=40)
     vocabulary = vocabulary_of(path, has_cls)
@@ -111,8 +111,8 @@ def test_sums_equal_a_plain_loop_in_any_batches(has_cls, token_budget, tmp_path)
 def test_uniform_attention_is_one_and_the_model_is_left_as_it_was(tmp_path):
     import torch
 
-    from eval.attention import mean_attention
-    from pretrain.model import build_model
+    from eval.cells.attention import mean_attention
+    from pretrain.model.masked_gene_model import build_model
 
     path = write_cells(tmp_path / "cells.h5ad", num_cells=12, num_genes=40)
     vocabulary = vocabulary_of(path, True)
@@ -133,8 +133,8 @@ def test_uniform_attention_is_one_and_the_model_is_left_as_it_was(tmp_path):
 
 
 def test_too_many_pairs_are_refused(tmp_path):
-    from eval.attention import mean_attention
-    from pretrain.model import build_model
+    from eval.cells.attention import mean_attention
+    from pretrain.model.masked_gene_model import build_model
 
     path = write_cells(tmp_path / "cells.h5ad", num_cells=3, num_genes=40)
     vocabulary = vocabulary_of(path)
@@ -162,8 +162,8 @@ def files(tmp_path_factory) -> dict[str, Path]:
 def test_tables_hold_what_was_summed(files, tmp_path):
     from transformers import BertForMaskedLM
 
-    from eval.attention import mean_attention
-    from eval.attention_tables import attention_file
+    from eval.cells.attention import mean_attention
+    from eval.cells.attention_tables import attention_file
 
     sentence = attention_file(
         files["cells"], files["model"], tmp_path / "out", files["folder"] / "few.txt",
@@ -194,7 +194,7 @@ def test_tables_hold_what_was_summed(files, tmp_path):
 
 
 def test_without_a_list_the_most_common_genes_are_taken(files, tmp_path):
-    from eval.attention_tables import attention_file
+    from eval.cells.attention_tables import attention_file
 
     attention_file(files["cells"], files["model"], tmp_path / "out")
     received = pd.read_parquet(tmp_path / "out" / "received.parquet")
@@ -214,7 +214,7 @@ def test_without_a_list_the_most_common_genes_are_taken(files, tmp_path):
     ],
 )
 def test_bad_lists_write_nothing(genes, message, files, tmp_path):
-    from eval.attention_tables import attention_file
+    from eval.cells.attention_tables import attention_file
 
     with pytest.raises(ValueError, match=message):
         attention_file(
@@ -251,7 +251,7 @@ def attending_model(vocabulary: Vocabulary) -> BertForMaskedLM:
 
 @pytest.fixture(scope="module")
 def task_run(tmp_path_factory) -> TaskRun:
-    from eval.benchmark.attention_task import num_units, run
+    from eval.benchmark.kinds.attention_task import num_units, run
 
     folder = tmp_path_factory.mktemp("world")
     vocabulary = write_world(folder)
@@ -298,7 +298,7 @@ def test_pairs_are_expressed_alike(task_run):
 
 
 def test_the_page_shows_the_heads_and_a_second_run_repeats_nothing(tmp_path):
-    from eval.benchmark.report import write_report
+    from eval.benchmark.report.page import write_report
     from eval.benchmark.run import run_benchmark
 
     vocabulary = write_world(tmp_path)

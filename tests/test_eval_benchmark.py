@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from data_prep.vocab import Vocabulary
-from eval.benchmark.task import SUITES, all_tasks, missing_files, read_task
-from pretrain.config import ModelConfig
+from data_prep.genes.vocabulary import Vocabulary
+from eval.benchmark.task_file import SUITES, all_tasks, missing_files, read_task
+from pretrain.settings.model_settings import ModelConfig
 from tests.ranks import start_geneloom
 from tests.synthetic import make_cells
 
@@ -42,7 +42,7 @@ def write_model(folder: Path, vocabulary: Vocabulary, embeddings: np.ndarray | N
     """Write a model whose layers pass the given input embeddings on unchanged; None: all zeros."""
     import torch
 
-    from pretrain.model import build_model
+    from pretrain.model.masked_gene_model import build_model
 
     config = ModelConfig(
         num_layers=2, hidden_size=16, num_heads=2, intermediate_size=16,
@@ -202,12 +202,12 @@ def test_a_task_that_fails_leaves_the_others(world, tmp_path):
 
 
 def test_every_declared_task_is_complete():
-    from eval.benchmark.run import _MODULES, choose_tasks
+    from eval.benchmark.run import _KINDS, choose_tasks
 
     tasks = all_tasks()
     kinds = {t.kind for t in tasks.values()}
     everywhere = {"genes", "cells", "integration", "annotation", "context", "attention"}
-    assert kinds <= set(_MODULES)
+    assert kinds <= set(_KINDS)
     for suite in SUITES:
         assert {t.kind for t in choose_tasks(suite, [], [])} >= everywhere, suite
     for task in choose_tasks("quick", [], []):
@@ -236,7 +236,7 @@ def test_wrong_names_and_tasks_are_named(tmp_path, world):
 
 
 def test_a_file_and_a_column_are_a_task(world, tmp_path):
-    from eval.benchmark.gene_labels import read_labels
+    from eval.benchmark.material.gene_labels import read_labels
     from eval.benchmark.own_task import own_task
     from eval.benchmark.run import choose_tasks
 

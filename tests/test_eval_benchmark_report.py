@@ -35,7 +35,7 @@ def three_kinds(models: list[str]) -> dict[str, Any]:
 # Some twenty figures, each as SVG and PNG, take five seconds: drawn once for all tests.
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, str]:
-    from eval.benchmark.report import write_report
+    from eval.benchmark.report.page import write_report
 
     results = three_kinds(["a"])
     folder = tmp_path_factory.mktemp("page")
@@ -49,7 +49,7 @@ def summary_of(task: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def test_the_overview_has_the_numbers_of_the_results(written):
-    from eval.benchmark.overview import format_mean
+    from eval.benchmark.report.overview import format_mean
 
     results, _, html = written
     rows = Reader(html).table("task")
@@ -69,7 +69,7 @@ def test_the_overview_has_the_numbers_of_the_results(written):
 
 
 def test_every_contender_is_in_its_tasks_table(written):
-    from eval.benchmark.overview import format_mean
+    from eval.benchmark.report.overview import format_mean
 
     results, _, html = written
     tables = [t for t in Reader(html).tables if t[0][0] == "contender"]
@@ -84,7 +84,7 @@ def test_every_contender_is_in_its_tasks_table(written):
 
 
 def test_a_failed_control_is_prominent_and_does_not_count(written):
-    from eval.benchmark.overview import conclusions
+    from eval.benchmark.report.overview import conclusions
 
     results, _, html = written
     top = html[: html.index("<table")]
@@ -150,8 +150,8 @@ def small(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_several_models_are_compared(tmp_path):
-    from eval.benchmark.overview import format_mean
-    from eval.benchmark.report import write_report
+    from eval.benchmark.report.overview import format_mean
+    from eval.benchmark.report.page import write_report
 
     models = ["a", "b"]
     task = make_task("genes_of_one_class", "genes", GENES, models, 1)
@@ -168,7 +168,7 @@ def test_several_models_are_compared(tmp_path):
 
 
 def test_names_and_reasons_are_escaped_and_gaps_shown(tmp_path):
-    from eval.benchmark.report import write_report
+    from eval.benchmark.report.page import write_report
 
     results = small(make_results(["a"], [make_task("pairs", "cells", HURT, ["a"], 1, folds=1)]))
     task = results["tasks"][0]
@@ -184,7 +184,7 @@ def test_names_and_reasons_are_escaped_and_gaps_shown(tmp_path):
 
 
 def test_a_benchmark_without_results(tmp_path):
-    from eval.benchmark.report import write_report
+    from eval.benchmark.report.page import write_report
 
     html = write_report(make_results(["a"], []), tmp_path).read_text()
     assert "No task tested it." in html
@@ -195,7 +195,7 @@ def test_a_benchmark_without_results(tmp_path):
 
 
 def test_bins_of_few_cells_are_left_out_of_calibration():
-    from eval.benchmark.plots import _pooled_bins, outcomes_of
+    from eval.benchmark.report.plots import _pooled_bins, outcomes_of
 
     task = make_task("pairs", "cells", CELLS, ["a"], 1, folds=2)
     row = summary_of(task, "fine-tuned, a")
@@ -213,7 +213,7 @@ def test_bins_of_few_cells_are_left_out_of_calibration():
 
 
 def test_conclusions_in_words():
-    from eval.benchmark.overview import conclusions
+    from eval.benchmark.report.overview import conclusions
 
     tasks = [
         make_task("helped", "genes", GENES, ["a"], 1),
@@ -236,8 +236,8 @@ def test_conclusions_in_words():
 
 
 def test_the_console_has_one_line_a_task():
-    from eval.benchmark.overview import overview_rows
-    from eval.benchmark.report import print_results
+    from eval.benchmark.report.overview import overview_rows
+    from eval.benchmark.report.page import print_results
 
     results = three_kinds(["a"])
     console = Console(width=120, file=io.StringIO())
@@ -253,7 +253,7 @@ def test_the_console_has_one_line_a_task():
 
 
 def test_correcting_twice_changes_nothing():
-    from eval.benchmark.compare import holm
+    from eval.benchmark.contest.verdicts import holm
 
     tasks = three_kinds(["a"])["tasks"]
     assert holm(tasks) == tasks

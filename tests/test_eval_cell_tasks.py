@@ -12,13 +12,13 @@ import pytest
 import scipy.sparse
 
 from eval.benchmark.outcome import Outcome, Store, TaskRun
-from eval.benchmark.task import Cells, CellTask, Size
-from pretrain.config import ModelConfig
+from eval.benchmark.task_file import Cells, CellTask, Size
+from pretrain.settings.model_settings import ModelConfig
 from tests.synthetic import make_cells
 from tests.test_eval import vocabulary_of
 
 if TYPE_CHECKING:
-    from eval.benchmark.inputs import Model, TaskCells
+    from eval.benchmark.material.models_and_cells import Model, TaskCells
 
 MODEL = ModelConfig(
     num_layers=1, hidden_size=16, num_heads=2, intermediate_size=32,
@@ -41,13 +41,13 @@ def planted_models(path: Path) -> list[Model]:
     import anndata
     import torch
 
-    from eval.benchmark.inputs import Model
-    from eval.encode import encode_file
-    from pretrain.cell_state import reduced
-    from pretrain.corpus_svd import CorpusSvd
-    from pretrain.export import weights_digest
-    from pretrain.model import build_model
-    from pretrain.states import embed_cells
+    from eval.benchmark.material.models_and_cells import Model
+    from eval.cells.read_cells import encode_file
+    from pretrain.cell_states.cell_state import reduced
+    from pretrain.cell_states.frozen_states import embed_cells
+    from pretrain.counting.corpus_svd import CorpusSvd
+    from pretrain.export.model_folder import weights_digest
+    from pretrain.model.masked_gene_model import build_model
 
     vocabulary = vocabulary_of(path)
     cells = anndata.read_h5ad(path)
@@ -103,8 +103,8 @@ def models(folder: Path) -> list[Model]:
 @pytest.fixture(scope="module")
 def found(folder: Path, models: list[Model]) -> tuple[TaskRun, list[str]]:
     """A whole run of two folds, and the names of its units."""
-    from eval.benchmark.cell_tasks import run
-    from eval.benchmark.inputs import Bench
+    from eval.benchmark.kinds.cell_tasks import run
+    from eval.benchmark.material.models_and_cells import Bench
 
     units: list[str] = []
     store = Store(folder / "units", {}, lambda name, seconds: units.append(name))
@@ -146,8 +146,8 @@ def test_shuffled_labels_give_chance(found):
 
 
 def test_every_contender_is_in_every_fold(found, models):
-    from eval.benchmark.cell_baselines import BASELINES
-    from eval.benchmark.cell_tasks import num_units
+    from eval.benchmark.kinds.cell_tasks import num_units
+    from eval.benchmark.neighbours.cell_baselines import BASELINES
 
     result, units = found
     assert len(units) == num_units(TASK, SIZE, models)
@@ -188,8 +188,8 @@ def test_donors_stay_whole_in_the_run(found):
 
 def test_same_seed_same_numbers_and_stored_ones_are_taken(found, folder, models, tmp_path):
     """One fold again: from the store without computing, and in a new folder from nothing."""
-    from eval.benchmark.cell_tasks import run
-    from eval.benchmark.inputs import Bench
+    from eval.benchmark.kinds.cell_tasks import run
+    from eval.benchmark.material.models_and_cells import Bench
 
     size = SIZE.model_copy(update={"seeds": 1, "shots": ()})
     first = [o for o in found[0].outcomes if o.fold == 0 and o.model != "constant"]
@@ -201,7 +201,7 @@ def test_same_seed_same_numbers_and_stored_ones_are_taken(found, folder, models,
 
 
 def task_cells(counts: np.ndarray, **columns: list[str]) -> TaskCells:
-    from eval.benchmark.inputs import TaskCells
+    from eval.benchmark.material.models_and_cells import TaskCells
 
     matrix = scipy.sparse.csr_matrix(counts.astype(np.float32))
     genes = [f"g{i}" for i in range(counts.shape[1])]
@@ -213,7 +213,7 @@ def random_counts(num_cells: int, num_genes: int = 30) -> np.ndarray:
 
 
 def test_leaked_splits_are_refused():
-    from eval.splits import require_clean_split, seen_in_training
+    from eval.scores.splits import require_clean_split, seen_in_training
 
     counts = scipy.sparse.csr_matrix(random_counts(8))
     groups = np.array(list("aabbccdd"))
@@ -234,7 +234,7 @@ def test_leaked_splits_are_refused():
 
 
 def test_repeated_cells_leave_the_test_side():
-    from eval.benchmark.cell_tasks import divide
+    from eval.benchmark.kinds.cell_tasks import divide
 
     counts = random_counts(80)
     counts[1::20] = counts[0]
@@ -247,7 +247,7 @@ def test_repeated_cells_leave_the_test_side():
 
 
 def test_unusable_cells_are_counted():
-    from eval.benchmark.cell_tasks import usable_cells
+    from eval.benchmark.kinds.cell_tasks import usable_cells
 
     labels = ["a"] * 20 + ["b"] * 20 + ["rare"] * 3 + ["alone"] * 8 + ["", "nan"] + ["a"]
     donors = ["1", "2"] * 20 + ["1", "2", "1"] + ["3"] * 8 + ["1", "2"] + [""]
@@ -268,7 +268,7 @@ def test_unusable_cells_are_counted():
 
 
 def test_impossible_groups_are_refused():
-    from eval.benchmark.cell_tasks import divide
+    from eval.benchmark.kinds.cell_tasks import divide
 
     cells = task_cells(random_counts(40), label=["a", "b"] * 20)
     labels = np.arange(40) % 2
@@ -278,7 +278,7 @@ def test_impossible_groups_are_refused():
 
 def test_few_donors_are_tried_in_every_way():
     """Two donors of one arm, four of the other: 8 test sets of one each, all used in 8 seeds."""
-    from eval.splits import split_cells, validation_cells
+    from eval.scores.splits import split_cells, validation_cells
 
     donors = np.repeat(["h1", "h2", "c1", "c2", "c3", "c4"], 10)
     labels = np.array([int(d.startswith("c")) for d in donors])
@@ -296,7 +296,7 @@ def test_few_donors_are_tried_in_every_way():
 
 
 def test_validation_keeps_donors_whole_where_it_can():
-    from eval.splits import validation_cells
+    from eval.scores.splits import validation_cells
 
     donors = np.repeat([f"d{i}" for i in range(8)], 10)
     labels = np.tile([0, 1], 40)
@@ -307,7 +307,7 @@ def test_validation_keeps_donors_whole_where_it_can():
 
 
 def test_scores_of_probabilities_by_hand():
-    from eval.metrics import calibration_error, score_probabilities
+    from eval.scores.metrics import calibration_error, score_probabilities
 
     truth = np.array([0, 0, 1, 1])
     probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.3, 0.7]])
@@ -326,7 +326,7 @@ def test_scores_of_probabilities_by_hand():
 
 
 def test_chance_is_the_mean_over_permutations():
-    from eval.metrics import chance_macro_f1, score_classes
+    from eval.scores.metrics import chance_macro_f1, score_classes
 
     rng = np.random.default_rng(0)
     truth, predicted = rng.integers(0, 3, 40), rng.choice(3, 40, p=[0.7, 0.2, 0.1])
@@ -338,7 +338,7 @@ def test_chance_is_the_mean_over_permutations():
 
 
 def test_genes_are_chosen_by_training_cells():
-    from eval.benchmark.cell_baselines import gene_features
+    from eval.benchmark.neighbours.cell_baselines import gene_features
 
     rng = np.random.default_rng(0)
     counts = rng.poisson(0.5, size=(60, 2_500)).astype(np.float32)
@@ -355,7 +355,7 @@ def test_genes_are_chosen_by_training_cells():
 def test_torch_keeps_its_threads():
     import torch
 
-    from eval.benchmark.encoders import kept_threads
+    from eval.benchmark.material.twin_encoders import kept_threads
 
     before = torch.get_num_threads()
     with kept_threads():
@@ -364,7 +364,7 @@ def test_torch_keeps_its_threads():
 
 
 def test_absent_classes_get_no_probability():
-    from eval.benchmark.cell_baselines import BASELINES, predict_probabilities
+    from eval.benchmark.neighbours.cell_baselines import BASELINES, predict_probabilities
 
     features = np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32)
     labels = np.repeat([0, 2], 10)

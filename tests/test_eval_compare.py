@@ -27,7 +27,7 @@ def task_run(scores: Scores, chance: float | None = 0.5, **details: object) -> T
 
 
 def verdict(run: TaskRun, question: str, contender: str = "fine-tuned", model: str = "m") -> dict:
-    from eval.benchmark.compare import verdicts
+    from eval.benchmark.contest.verdicts import verdicts
 
     (found,) = [
         v
@@ -44,7 +44,7 @@ def near(center: float, seed: int) -> list[float]:
 def test_without_overlap_it_is_students_test():
     from scipy import stats
 
-    from eval.benchmark.compare import corrected_interval
+    from eval.benchmark.contest.verdicts import corrected_interval
 
     values = np.array([0.1, 0.3, 0.2, -0.1])
     found = corrected_interval(values, ratio=0.0)
@@ -58,7 +58,7 @@ def test_the_correction_by_hand():
     """Differences 1, 2, 3: variance 1; three folds of a fifth: error sqrt(1/3 + 1/4)."""
     from scipy import stats
 
-    from eval.benchmark.compare import corrected_interval
+    from eval.benchmark.contest.verdicts import corrected_interval
 
     found = corrected_interval(np.array([1.0, 2.0, 3.0]), ratio=0.25)
     error = np.sqrt(1 / 3 + 1 / 4)
@@ -77,7 +77,7 @@ def test_overlapping_folds_do_not_make_differences_real():
 
     A fold's score is a mean over its test examples; the folds share the examples.
     """
-    from eval.benchmark.compare import corrected_interval
+    from eval.benchmark.contest.verdicts import corrected_interval
 
     rng = np.random.default_rng(0)
     trials, examples, folds, share = 400, 100, 15, 0.2
@@ -96,7 +96,7 @@ def test_overlapping_folds_do_not_make_differences_real():
 @pytest.mark.parametrize("folds", [5, 15])
 def test_an_equal_seldom_loses_to_the_best_of_eight_baselines(folds):
     """Noise that folds share by a fifth, as the correction for overlap takes it."""
-    from eval.benchmark.compare import corrected_interval
+    from eval.benchmark.contest.verdicts import corrected_interval
 
     rng, words = np.random.default_rng(16), {"uncorrected": 0, "loses": 0, "wins": 0}
     runs = 4000
@@ -134,7 +134,7 @@ def test_losses_alone_are_corrected_for_the_choice():
 
 
 def test_a_perfect_model_wins_and_a_constant_one_loses():
-    from eval.benchmark.compare import summarise
+    from eval.benchmark.contest.verdicts import summarise
 
     run = task_run(
         {
@@ -175,7 +175,7 @@ def test_equal_scores_are_no_difference():
 
 
 def test_folds_without_a_score_are_dropped_in_pairs():
-    from eval.benchmark.compare import summarise
+    from eval.benchmark.contest.verdicts import summarise
 
     run = task_run(
         {
@@ -195,7 +195,7 @@ def test_folds_without_a_score_are_dropped_in_pairs():
 
 
 def test_a_single_fold_has_no_interval():
-    from eval.benchmark.compare import summarise
+    from eval.benchmark.contest.verdicts import summarise
 
     run = task_run({("fine-tuned", "model", "m"): [0.9], ("lr", "baseline", None): [0.1]})
     assert summarise(run)[0]["scores"]["auroc"] == {
@@ -207,7 +207,7 @@ def test_a_single_fold_has_no_interval():
 
 
 def test_a_score_that_is_never_defined():
-    from eval.benchmark.compare import summarise
+    from eval.benchmark.contest.verdicts import summarise
 
     run = task_run(
         {
@@ -221,7 +221,7 @@ def test_a_score_that_is_never_defined():
 
 
 def test_embeddings_without_training_stand_for_a_model_in_integration():
-    from eval.benchmark.compare import verdicts
+    from eval.benchmark.contest.verdicts import verdicts
 
     scores = {("fine-tuned", "model", "m"): near(0.9, 1), ("zero-shot", "model", "m"): near(0.4, 2)}
     run = task_run(scores | {("PCA", "baseline", None): near(0.6, 3)}, chance=None)
@@ -235,7 +235,7 @@ def test_embeddings_without_training_stand_for_a_model_in_integration():
     [(0.5, "at chance", "held"), (0.7, "above chance", "failed"), (0.3, "below chance", "failed")],
 )
 def test_controls_have_to_lie_at_chance(center: float, word: str, state: str):
-    from eval.benchmark.compare import control_state, verdicts
+    from eval.benchmark.contest.verdicts import control_state, verdicts
 
     run = task_run({("shuffled labels", "control", None): near(center, 5)})
     found = verdicts(run, [])
@@ -245,7 +245,7 @@ def test_controls_have_to_lie_at_chance(center: float, word: str, state: str):
 
 def test_chance_may_differ_between_folds():
     """A guess's macro-F1 depends on what is guessed: controls keep the chance of their fold."""
-    from eval.benchmark.compare import verdicts
+    from eval.benchmark.contest.verdicts import verdicts
 
     run = task_run({("shuffled labels", "control", None): near(0.3, 5)})
     assert [v["word"] for v in verdicts(run, [])] == ["below chance"]
@@ -258,7 +258,7 @@ def test_chance_may_differ_between_folds():
 
 
 def test_a_test_share_has_to_be_one():
-    from eval.benchmark.compare import summarise
+    from eval.benchmark.contest.verdicts import summarise
 
     run = task_run({("fine-tuned", "model", "m"): near(0.5, 1)}, test_share=1.0)
     with pytest.raises(ValueError, match="test_share"):
@@ -281,7 +281,7 @@ def tasks_with(values: list[float | None], **changes: object) -> list[dict]:
 def test_holm_over_tasks():
     from statsmodels.stats.multitest import multipletests
 
-    from eval.benchmark.compare import count_words, holm
+    from eval.benchmark.contest.verdicts import count_words, holm
 
     values = [0.04, 0.001, None, 0.013, 0.9, 0.02]
     tasks = tasks_with(values)
@@ -299,7 +299,7 @@ def test_holm_over_tasks():
 
 
 def test_questions_are_corrected_each_for_itself():
-    from eval.benchmark.compare import holm
+    from eval.benchmark.contest.verdicts import holm
 
     first, second = tasks_with([0.03])[0], tasks_with([0.04], question="baselines")[0]
     third = tasks_with([0.02], contender="frozen embedding", main=False)[0]
@@ -310,7 +310,7 @@ def test_questions_are_corrected_each_for_itself():
 
 
 def test_tasks_with_a_failed_control_do_not_count():
-    from eval.benchmark.compare import count_words, holm
+    from eval.benchmark.contest.verdicts import count_words, holm
 
     tasks = tasks_with([0.001, 0.001])
     tasks[0]["verdicts"] += tasks_with([0.01], question="control", against="chance")[0]["verdicts"]

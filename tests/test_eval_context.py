@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from data_prep.vocab import Vocabulary
+from data_prep.genes.vocabulary import Vocabulary
 from eval.benchmark.outcome import TaskRun
-from eval.benchmark.task import Cells, ContextTask, GeneList, Size, read_task
-from eval.encode import encode_file
+from eval.benchmark.task_file import Cells, ContextTask, GeneList, Size, read_task
+from eval.cells.read_cells import encode_file
 from tests.matched_worlds import (
     MODEL,
     bench_of,
@@ -25,7 +25,7 @@ from tests.synthetic import make_cells
 if TYPE_CHECKING:
     from transformers import BertForMaskedLM
 
-    from eval.benchmark.inputs import Bench
+    from eval.benchmark.material.models_and_cells import Bench
 
 SIZE = Size(seeds=3)
 TASK = ContextTask(
@@ -62,7 +62,7 @@ def world(tmp_path_factory) -> tuple[Path, Vocabulary]:
 
 @pytest.fixture(scope="module")
 def found(world) -> tuple[TaskRun, Bench]:
-    from eval.benchmark.context import run
+    from eval.benchmark.kinds.context import run
 
     folder, vocabulary = world
     bench = bench_of(
@@ -72,8 +72,8 @@ def found(world) -> tuple[TaskRun, Bench]:
 
 
 def test_planted_specificity_is_found_and_a_constant_model_is_at_chance(found):
-    from eval.benchmark.compare import main_contender
-    from eval.benchmark.context import num_units
+    from eval.benchmark.contest.verdicts import main_contender
+    from eval.benchmark.kinds.context import num_units
 
     result, bench = found
     # Some listed genes have the same rank in all types: they are spread, but not by type.
@@ -93,7 +93,7 @@ def test_planted_specificity_is_found_and_a_constant_model_is_at_chance(found):
 
 
 def test_controls_are_at_chance(found):
-    from eval.benchmark.compare import verdicts
+    from eval.benchmark.contest.verdicts import verdicts
 
     result, _ = found
     controls = [v for v in verdicts(result, ["sensitive", "zeros"]) if v["question"] == "control"]
@@ -136,7 +136,7 @@ def plain_difference(states, types, donors) -> float:
 
 
 def test_specificity_equals_a_plain_loop():
-    from eval.specificity import between_minus_within, permuted_types, spread_of_states
+    from eval.cells.specificity import between_minus_within, permuted_types, spread_of_states
 
     rng = np.random.default_rng(0)
     states = rng.normal(size=(40, 5))
@@ -158,7 +158,7 @@ def test_specificity_equals_a_plain_loop():
 
 
 def test_the_difference_is_even_around_zero_where_types_do_not_matter():
-    from eval.specificity import between_minus_within
+    from eval.cells.specificity import between_minus_within
 
     rng = np.random.default_rng(1)
     found = []
@@ -173,8 +173,8 @@ def test_the_difference_is_even_around_zero_where_types_do_not_matter():
 def test_states_are_those_of_the_cell_alone(world, token_budget):
     import torch
 
-    from eval.specificity import gene_states
-    from pretrain.model import build_model
+    from eval.cells.specificity import gene_states
+    from pretrain.model.masked_gene_model import build_model
 
     folder, vocabulary = world
     encoder = build_model(MODEL, vocabulary, 1).bert.bert.eval()
@@ -193,7 +193,7 @@ def test_states_are_those_of_the_cell_alone(world, token_budget):
 
 
 def test_bad_input_is_named(world, tmp_path):
-    from eval.benchmark.context import run
+    from eval.benchmark.kinds.context import run
 
     folder, vocabulary = world
     bench = bench_of(folder, vocabulary, zeros=passing_model(vocabulary))

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from data_prep.vocab import CLS, EOS, MASK, PAD, Vocabulary
-from pretrain.config import ModelConfig
+from data_prep.genes.vocabulary import CLS, EOS, MASK, PAD, Vocabulary
+from pretrain.settings.model_settings import ModelConfig
 from tests.ranks import kill, run_ranks
 
 if TYPE_CHECKING:
     from transformers import BertModel
 
-    from eval.finetune.engine import Classifier, FinetuneSettings, Head, Target
+    from eval.finetune.classifier import Classifier, FinetuneSettings, Head, Target
 
 NUM_GENES = 60
 MODEL = ModelConfig(
@@ -29,21 +29,21 @@ MODEL = ModelConfig(
 
 @cache
 def cell_head() -> Head:
-    from eval.finetune.engine import Head
+    from eval.finetune.classifier import Head
 
     return Head("type", "cells", ("a", "b", "c"))
 
 
 @cache
 def gene_head() -> Head:
-    from eval.finetune.engine import Head
+    from eval.finetune.classifier import Head
 
     return Head("dosage", "genes", ("no", "yes"))
 
 
 @cache
 def quick() -> FinetuneSettings:
-    from eval.finetune.engine import FinetuneSettings
+    from eval.finetune.classifier import FinetuneSettings
 
     return FinetuneSettings(epochs=2, learning_rate=5e-3, batch_cells=8, dropout=0.0)
 
@@ -55,7 +55,7 @@ def vocabulary(has_cls: bool = False) -> Vocabulary:
 
 
 def encoder(vocab: Vocabulary, dropout: float = 0.0) -> BertModel:
-    from pretrain.model import build_model
+    from pretrain.model.masked_gene_model import build_model
 
     config = MODEL.model_copy(update={"hidden_dropout": dropout})
     return build_model(config, vocab, 0).bert.bert
@@ -84,7 +84,7 @@ def gene_labels(vocab: Vocabulary) -> np.ndarray:
 
 
 def both_targets(vocab: Vocabulary, types: np.ndarray) -> list[Target]:
-    from eval.finetune.engine import Target
+    from eval.finetune.classifier import Target
 
     return [Target(cell_head(), types), Target(gene_head(), gene_labels(vocab))]
 
@@ -101,7 +101,7 @@ def assert_same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None
 
 @pytest.mark.parametrize("has_cls", [False, True])
 def test_learns_cells_and_genes_at_once(has_cls):
-    from eval.finetune.engine import finetune
+    from eval.finetune.training import finetune
 
     vocab = vocabulary(has_cls)
     tokens, types = cells_of_types(vocab, 90)
@@ -124,7 +124,8 @@ def test_loss_by_hand():
     import torch
     from torch.nn import functional
 
-    from eval.finetune.engine import Classifier, finetune
+    from eval.finetune.classifier import Classifier
+    from eval.finetune.training import finetune
 
     vocab = vocabulary()
     tokens, types = cells_of_types(vocab, 10)
@@ -176,7 +177,7 @@ def test_loss_by_hand():
 def test_what_is_trained_and_what_is_not(change):
     import torch
 
-    from eval.finetune.engine import finetune
+    from eval.finetune.training import finetune
 
     vocab = vocabulary()
     tokens, types = cells_of_types(vocab)
@@ -209,7 +210,7 @@ def test_what_is_trained_and_what_is_not(change):
 def test_same_seed_same_bits_and_callers_random_state():
     import torch
 
-    from eval.finetune.engine import finetune
+    from eval.finetune.training import finetune
 
     vocab = vocabulary()
     tokens, types = cells_of_types(vocab)
@@ -227,7 +228,8 @@ def test_same_seed_same_bits_and_callers_random_state():
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_saved_is_what_was_trained(lora_rank, tmp_path):
-    from eval.finetune.engine import finetune, load_classifier, save_classifier
+    from eval.finetune.classifier import load_classifier, save_classifier
+    from eval.finetune.training import finetune
 
     vocab = vocabulary(has_cls=True)
     tokens, types = cells_of_types(vocab)
@@ -258,7 +260,7 @@ def test_saved_is_what_was_trained(lora_rank, tmp_path):
 
 
 def test_a_cell_is_predicted_as_if_alone():
-    from eval.finetune.engine import finetune
+    from eval.finetune.training import finetune
 
     vocab = vocabulary(has_cls=True)
     tokens, types = cells_of_types(vocab)
@@ -277,7 +279,8 @@ def test_a_cell_is_predicted_as_if_alone():
 
 
 def test_cells_without_a_label_change_nothing():
-    from eval.finetune.engine import Target, finetune
+    from eval.finetune.classifier import Target
+    from eval.finetune.training import finetune
 
     vocab = vocabulary()
     tokens, types = cells_of_types(vocab, 30)
@@ -292,7 +295,8 @@ def test_cells_without_a_label_change_nothing():
 
 
 def test_early_stopping_returns_the_best_weights():
-    from eval.finetune.engine import Target, finetune
+    from eval.finetune.classifier import Target
+    from eval.finetune.training import finetune
 
     vocab = vocabulary()
     tokens, types = cells_of_types(vocab, 30)
@@ -323,7 +327,8 @@ def test_early_stopping_returns_the_best_weights():
     ],
 )
 def test_refuses(head, labels, times, message):
-    from eval.finetune.engine import Target, finetune
+    from eval.finetune.classifier import Target
+    from eval.finetune.training import finetune
 
     targets = [Target(head(), labels)] * times
     vocab = vocabulary()
@@ -335,7 +340,7 @@ def test_refuses(head, labels, times, message):
 
 
 def _finetune_into(folder, settings):
-    from eval.finetune.engine import finetune
+    from eval.finetune.training import finetune
 
     vocab = vocabulary()
     tokens, types = cells_of_types(vocab, 30)
@@ -374,8 +379,8 @@ def test_killed_and_continued_is_the_same_bits(change, tmp_path):
 
 
 def _finetune_on_ranks(batch_cells):
-    from eval.finetune.engine import finetune
-    from pretrain import dist
+    from eval.finetune.training import finetune
+    from pretrain.ranks import dist
 
     ranks = dist.start(timeout_s=60, threads=1)
     vocab = vocabulary()

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from data_prep.medians import gene_medians
-from data_prep.prepare import SERIAL
-from data_prep.sources import SourceOptions, source_at
-from eval.encode import encode_file
-from pretrain.config import ModelConfig
+from data_prep.prepare.medians import gene_medians
+from data_prep.prepare.run import SERIAL
+from data_prep.sources.source_spec import SourceOptions, source_at
+from eval.cells.read_cells import encode_file
+from pretrain.settings.model_settings import ModelConfig
 from tests.ranks import kill, start_geneloom
 from tests.synthetic import make_cells
 
 if TYPE_CHECKING:
-    from eval.finetune.engine import FinetuneSettings
+    from eval.finetune.classifier import FinetuneSettings
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=32, num_heads=2, intermediate_size=64,
@@ -31,7 +31,7 @@ MODEL = ModelConfig(
 
 
 def fast() -> FinetuneSettings:
-    from eval.finetune.engine import FinetuneSettings
+    from eval.finetune.classifier import FinetuneSettings
 
     return FinetuneSettings(epochs=3, learning_rate=5e-3)
 
@@ -39,7 +39,7 @@ def fast() -> FinetuneSettings:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A folder with a model of random weights, cells beside it."""
-    from pretrain.model import build_model
+    from pretrain.model.masked_gene_model import build_model
 
     folder = tmp_path_factory.mktemp("model")
     cells = make_cells(90)
@@ -55,9 +55,9 @@ def model(tmp_path_factory) -> Path:
 def test_saved_head_predicts_other_cells(model, tmp_path):
     import anndata
 
-    from data_prep.vocab import load_vocabulary
-    from eval.finetune.cells import finetune_cells
+    from data_prep.genes.vocabulary import load_vocabulary
     from eval.finetune.predict import predict_file
+    from eval.finetune.score_cells import finetune_cells
 
     settings = replace(fast(), patience=2)
     finetune_cells(
@@ -110,9 +110,10 @@ def test_saved_head_predicts_other_cells(model, tmp_path):
 def test_gene_heads_are_means_over_cells(model, tmp_path):
     import anndata
 
-    from eval.finetune.engine import Head, Target, finetune, save_classifier
+    from eval.finetune.classifier import Head, Target, save_classifier
     from eval.finetune.predict import predict_file
-    from pretrain.export import load_exported
+    from eval.finetune.training import finetune
+    from pretrain.export.model_folder import load_exported
 
     network, vocabulary = load_exported(model)
     cells = encode_file(model / "cells.h5ad", vocabulary)
@@ -136,7 +137,7 @@ def test_gene_heads_are_means_over_cells(model, tmp_path):
 @pytest.mark.long
 def test_killed_command_goes_on(model, tmp_path):
     """Killed with SIGKILL in the second seed: the same bytes as a run that was left alone."""
-    from eval.finetune.cells import finetune_cells
+    from eval.finetune.score_cells import finetune_cells
 
     out, log = tmp_path / "killed", tmp_path / "log"
     command = [
@@ -171,7 +172,7 @@ def test_killed_command_goes_on(model, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_by_the_launcher(model, tmp_path):
     """Two ranks score and save once; the launcher and its ranks take 30 s to start and train."""
-    from eval.finetune.cells import finetune_cells
+    from eval.finetune.score_cells import finetune_cells
 
     arguments = [
         str(model / "cells.h5ad"), "--model", str(model), "--label", "cell_type", "--epochs", "2",

@@ -20,7 +20,7 @@ from tests.test_eval_finetune import (
 
 
 def test_inner_split_keeps_groups_and_genes_apart():
-    from eval.finetune.engine import Target
+    from eval.finetune.classifier import Target
     from eval.finetune.search import inner_split
 
     vocab = vocabulary()
@@ -53,7 +53,7 @@ def _slowly_scored(classifier, tokens, targets):
 
 
 def _search_into(folder, score):
-    from eval.finetune.engine import Target
+    from eval.finetune.classifier import Target
     from eval.finetune.search import search
 
     vocab = vocabulary()
@@ -64,7 +64,7 @@ def _search_into(folder, score):
 
 
 def test_search_finds_and_a_killed_one_finds_the_same(tmp_path):
-    from eval.finetune.engine import Target
+    from eval.finetune.classifier import Target
     from eval.finetune.search import search
 
     whole = _search_into(None, _scored_by_rate)
@@ -98,8 +98,8 @@ def test_search_finds_and_a_killed_one_finds_the_same(tmp_path):
 
 
 def test_macro_f1_by_hand():
-    from eval.finetune.engine import finetune
     from eval.finetune.search import macro_f1
+    from eval.finetune.training import finetune
 
     vocab = vocabulary()
     tokens, types = cells_of_types(vocab, 20)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data_prep.vocab import Vocabulary
+from data_prep.genes.vocabulary import Vocabulary
 
 WIDTH = 12
 
@@ -97,10 +97,10 @@ def labelled():
     """A small encoder, cells of two kinds that share most genes, and what a head is to learn."""
     import torch
 
-    from eval.finetune.engine import Head, Target
-    from pretrain.encoders import encoder_of
-    from pretrain.model import build_model
-    from pretrain.model_config import ModelConfig
+    from eval.finetune.classifier import Head, Target
+    from pretrain.model.architectures import encoder_of
+    from pretrain.model.masked_gene_model import build_model
+    from pretrain.settings.model_settings import ModelConfig
 
     torch.set_num_threads(1)
     genes = tuple(f"ENSG{i:011d}" for i in range(60))
@@ -122,7 +122,7 @@ def labelled():
 def test_it_begins_at_the_probe_and_takes_the_steps_asked_for(labelled):
     """Both kinds of heads: the first loss is the regression's, far below that of random heads."""
     from eval.finetune.classifier import FinetuneSettings
-    from eval.finetune.engine import finetune
+    from eval.finetune.training import finetune
 
     encoder, vocabulary, cells, of_cells, of_genes = labelled
     settings = FinetuneSettings(
@@ -139,7 +139,7 @@ def test_it_begins_at_the_probe_and_takes_the_steps_asked_for(labelled):
 
 def test_heads_have_a_rate_of_their_own(labelled):
     from eval.finetune.classifier import FinetuneSettings
-    from eval.finetune.engine import finetune
+    from eval.finetune.training import finetune
 
     encoder, vocabulary, cells, of_cells, _ = labelled
     settings = FinetuneSettings(
@@ -162,7 +162,7 @@ def test_heads_have_a_rate_of_their_own(labelled):
 
 
 def test_a_training_below_its_frozen_embedding_is_called_failed():
-    from eval.finetune.cells import _remarks
+    from eval.finetune.score_cells import _remarks
 
     def seed(tuned: float) -> dict:
         scores = {
@@ -177,7 +177,7 @@ def test_a_training_below_its_frozen_embedding_is_called_failed():
 
 
 def test_a_model_that_is_not_above_the_svd_of_its_corpus_is_told_so():
-    from eval.finetune.cells import _remarks
+    from eval.finetune.score_cells import _remarks
 
     scores = {
         f"{kind}, {weights}": 0.6
@@ -200,8 +200,8 @@ def test_cells_that_are_in_a_file_twice_are_used_once():
     import pandas as pd
     import scipy.sparse
 
-    from eval.encode import CellSet
-    from eval.finetune.cells import _labelled
+    from eval.cells.read_cells import CellSet
+    from eval.finetune.score_cells import _labelled
 
     rng = np.random.default_rng(0)
     counts = scipy.sparse.csr_matrix(rng.integers(0, 3, (20, 30)).astype(np.float32))

@@ -11,13 +11,13 @@ import pandas as pd
 import pytest
 import scipy.sparse
 
-from data_prep.vocab import CLS, EOS, MASK, PAD, Vocabulary
+from data_prep.genes.vocabulary import CLS, EOS, MASK, PAD, Vocabulary
 from eval.benchmark.outcome import Store, TaskRun
-from eval.benchmark.task import Cells, GeneTask, Size, all_tasks
-from pretrain.config import ModelConfig
+from eval.benchmark.task_file import Cells, GeneTask, Size, all_tasks
+from pretrain.settings.model_settings import ModelConfig
 
 if TYPE_CHECKING:
-    from eval.benchmark.inputs import Model
+    from eval.benchmark.material.models_and_cells import Model
 
 NUM_GENES = 90
 GENES = tuple(f"ENSG{i:011d}" for i in range(NUM_GENES))
@@ -62,8 +62,8 @@ def write_data(folder: Path) -> Path:
 
 
 def make_model(name: str, vocabulary: Vocabulary, seed: int = 1) -> Model:
-    from eval.benchmark.inputs import Model
-    from pretrain.model import build_model
+    from eval.benchmark.material.models_and_cells import Model
+    from pretrain.model.masked_gene_model import build_model
 
     network = build_model(CONFIG, vocabulary, seed).bert
     return Model(name, Path(name), network, vocabulary, f"digest of {name}")
@@ -113,8 +113,8 @@ class Planted:
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory) -> Planted:
     """One run of two models; takes some seconds, for all contenders train in it."""
-    from eval.benchmark.genes import run
-    from eval.benchmark.inputs import Bench
+    from eval.benchmark.kinds.gene_tasks import run
+    from eval.benchmark.material.models_and_cells import Bench
 
     folder = write_data(tmp_path_factory.mktemp("planted"))
     vocabulary = make_vocabulary()
@@ -159,7 +159,7 @@ def test_shuffled_labels_are_at_one_half(planted):
 
 
 def test_every_unit_is_counted_and_details_are_whole(planted):
-    from eval.benchmark.genes import num_units
+    from eval.benchmark.kinds.gene_tasks import num_units
 
     task_run = planted.run
     assert num_units(make_task(), SIZE, planted.models) == len(planted.units)
@@ -188,8 +188,8 @@ def test_again_from_the_store_and_from_nothing(planted, tmp_path):
 
     Some seconds: every contender trains.
     """
-    from eval.benchmark.genes import num_units, run
-    from eval.benchmark.inputs import Bench
+    from eval.benchmark.kinds.gene_tasks import num_units, run
+    from eval.benchmark.material.models_and_cells import Bench
 
     spent = []
     store = Store(planted.folder / "store", {}, lambda name, seconds: spent.append(seconds))
@@ -209,7 +209,7 @@ def test_again_from_the_store_and_from_nothing(planted, tmp_path):
 
 
 def test_folds_divide_the_genes():
-    from eval.benchmark.gene_labels import gene_folds
+    from eval.benchmark.material.gene_labels import gene_folds
 
     labels = IS_POSITIVE.astype(np.int64)
     folds = gene_folds(labels, 5, 0)
@@ -224,7 +224,7 @@ def test_folds_divide_the_genes():
 
 
 def test_labels_are_read_and_what_is_left_out_is_counted(tmp_path):
-    from eval.benchmark.gene_labels import read_labels
+    from eval.benchmark.material.gene_labels import read_labels
 
     rows = [
         "ensembl_id\tlabel\tambiguous", "a\tyes\tFalse", "b\tno\tfalse", "b\tno\t0", "c\t\tFalse",
@@ -255,7 +255,7 @@ def test_labels_are_read_and_what_is_left_out_is_counted(tmp_path):
     ],
 )
 def test_bad_labels(text, message, tmp_path):
-    from eval.benchmark.gene_labels import read_labels
+    from eval.benchmark.material.gene_labels import read_labels
 
     if text is not None:
         (tmp_path / "labels.tsv").write_text(text)
@@ -266,8 +266,8 @@ def test_bad_labels(text, message, tmp_path):
 
 
 def test_genes_that_a_model_cannot_read_are_left_out(tmp_path):
-    from eval.benchmark.gene_labels import choose_genes, read_labels
-    from eval.benchmark.inputs import load_cells
+    from eval.benchmark.material.gene_labels import choose_genes, read_labels
+    from eval.benchmark.material.models_and_cells import load_cells
 
     data = write_data(tmp_path)
     short = Vocabulary(GENES[:80], np.ones(80), {PAD: 0, MASK: 1}, 8)
@@ -286,8 +286,8 @@ def test_genes_that_a_model_cannot_read_are_left_out(tmp_path):
 
 
 def test_an_alias_does_not_put_a_gene_on_both_sides(tmp_path):
-    from eval.benchmark.gene_labels import choose_genes, read_labels
-    from eval.benchmark.inputs import load_cells
+    from eval.benchmark.material.gene_labels import choose_genes, read_labels
+    from eval.benchmark.material.models_and_cells import load_cells
 
     data = write_data(tmp_path)
     model = make_model("one", make_vocabulary())
@@ -300,8 +300,8 @@ def test_an_alias_does_not_put_a_gene_on_both_sides(tmp_path):
 
 
 def test_symbols_are_read_by_a_model_that_has_names_for_its_genes(tmp_path):
-    from eval.benchmark.gene_labels import choose_genes, read_labels
-    from eval.benchmark.inputs import load_cells
+    from eval.benchmark.material.gene_labels import choose_genes, read_labels
+    from eval.benchmark.material.models_and_cells import load_cells
 
     data = write_data(tmp_path)
     symbols = {f"G{i}": gene for i, gene in enumerate(GENES)}
@@ -317,13 +317,13 @@ def test_symbols_are_read_by_a_model_that_has_names_for_its_genes(tmp_path):
 
 
 def test_features_by_hand():
-    from eval.baselines import log_normalise
-    from eval.benchmark.gene_features import (
+    from eval.benchmark.material.gene_features import (
         STATIC_NAMES,
         expression_of_tokens,
         ranks_of_tokens,
         static_features,
     )
+    from eval.scores.baselines import log_normalise
 
     vocabulary = Vocabulary(("A", "B", "C"), np.array([1.0, 2.0, 4.0]), {PAD: 0, MASK: 1}, 8,
                             aliases={"old A": "A"})  # fmt: skip
@@ -358,7 +358,7 @@ def test_features_by_hand():
 
 
 def test_reduced_profiles_keep_distances():
-    from eval.benchmark.gene_features import reduce_profiles
+    from eval.benchmark.material.gene_features import reduce_profiles
 
     rng = np.random.default_rng(0)
     profiles = scipy.sparse.csr_matrix(rng.random((20, 6)) @ rng.random((6, 30)))
@@ -375,7 +375,7 @@ def test_reduced_profiles_keep_distances():
 def test_gene_embeddings_are_means_over_cells(has_cls):
     import torch
 
-    from eval.benchmark.gene_features import embed_genes
+    from eval.benchmark.material.gene_features import embed_genes
 
     vocabulary = make_vocabulary(has_cls)
     encoder = make_model("any", vocabulary).network.bert
@@ -401,7 +401,7 @@ def test_gene_embeddings_are_means_over_cells(has_cls):
 def test_classifiers_learn_from_training_genes_only(classifier):
     from sklearn.metrics import roc_auc_score
 
-    from eval.benchmark.gene_baselines import predict_classes
+    from eval.benchmark.neighbours.gene_baselines import predict_classes
 
     rng = np.random.default_rng(0)
     labels = np.arange(120) % 2
@@ -420,7 +420,7 @@ def test_classifiers_learn_from_training_genes_only(classifier):
 def test_scores_count_a_gene_once():
     from sklearn.metrics import roc_auc_score
 
-    from eval.benchmark.gene_scores import mean_by_gene, score_genes
+    from eval.benchmark.scoring.gene_scores import mean_by_gene, score_genes
 
     gene = np.array([0, 0, 0, 0, 1, 2, 3])
     occurrence = np.array([0.9, 0.9, 0.9, 0.9, 0.2, 0.3, 0.1])
@@ -438,8 +438,8 @@ def test_scores_count_a_gene_once():
 def test_resampled_auroc_is_that_of_repeated_genes():
     from sklearn.metrics import roc_auc_score
 
-    from eval.benchmark.gene_labels import gene_folds
-    from eval.benchmark.gene_scores import interval, resample_genes, resampled_auroc
+    from eval.benchmark.material.gene_labels import gene_folds
+    from eval.benchmark.scoring.gene_scores import interval, resample_genes, resampled_auroc
 
     rng = np.random.default_rng(0)
     labels = rng.permutation(np.arange(40) % 4 == 0).astype(int)
@@ -466,7 +466,7 @@ def test_resampled_auroc_is_that_of_repeated_genes():
 
 def test_repetitions_do_not_narrow_the_interval():
     """Ten repetitions of the same predictions know no more genes than one."""
-    from eval.benchmark.gene_scores import interval, resample_genes, resampled_auroc
+    from eval.benchmark.scoring.gene_scores import interval, resample_genes, resampled_auroc
 
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 2
@@ -481,7 +481,7 @@ def test_repetitions_do_not_narrow_the_interval():
 def test_mean_curve_has_the_mean_area():
     from sklearn.metrics import roc_auc_score
 
-    from eval.benchmark.gene_scores import mean_roc
+    from eval.benchmark.scoring.gene_scores import mean_roc
 
     rng = np.random.default_rng(0)
     truth = [rng.permutation(np.arange(400) % 3 == 0).astype(int) for _ in range(3)]
@@ -511,8 +511,8 @@ def test_the_papers_gene_tasks_are_declared():
 
 
 def test_labels_of_the_package_are_those_of_its_cells():
-    from eval.benchmark.gene_labels import read_labels
-    from eval.demo_cells import recover_counts
+    from eval.benchmark.material.gene_labels import read_labels
+    from eval.cells.demo_cells import recover_counts
 
     task = gene_tasks()["cd_molecules"]
     labelled = read_labels(task, None)
@@ -528,7 +528,7 @@ def test_labels_of_the_package_are_those_of_its_cells():
     "name", ["tf_dosage", "bivalent_unmethylated", "bivalent_lys4", "notch1_centrality"]
 )
 def test_real_labels_are_as_declared(name, real_data):
-    from eval.benchmark.gene_labels import read_labels
+    from eval.benchmark.material.gene_labels import read_labels
 
     task = gene_tasks()[name]
     labelled = read_labels(task, real_data)

@@ -9,8 +9,8 @@ import pytest
 import scipy.sparse
 
 from eval.benchmark.outcome import Store
-from eval.benchmark.task import Cells, IntegrationTask, Size
-from pretrain.config import ModelConfig
+from eval.benchmark.task_file import Cells, IntegrationTask, Size
+from pretrain.settings.model_settings import ModelConfig
 from tests.synthetic import make_cells
 from tests.test_eval import vocabulary_of
 
@@ -31,7 +31,7 @@ def test_known_embeddings_score_as_they_must():
 
     Twenty seconds: scib-metrics compiles its scores for each new shape.
     """
-    from eval.benchmark.integration_scores import score_embedding
+    from eval.benchmark.scoring.integration_scores import score_embedding
 
     rng = np.random.default_rng(0)
     labels, batches = np.tile([0, 1, 2], 50), np.tile(np.repeat(["x", "y"], 3), 25)
@@ -53,7 +53,7 @@ def test_known_embeddings_score_as_they_must():
 
 
 def test_what_cannot_be_scored_is_refused():
-    from eval.benchmark.integration_scores import score_embedding
+    from eval.benchmark.scoring.integration_scores import score_embedding
 
     embedding = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
     labels, batches = np.arange(20) % 2, np.array(["x", "y"] * 10)
@@ -68,7 +68,7 @@ def test_what_cannot_be_scored_is_refused():
 
 
 def test_kbet_looks_within_labels():
-    from eval.benchmark.integration_scores import kbet_by_label
+    from eval.benchmark.scoring.integration_scores import kbet_by_label
 
     rng = np.random.default_rng(0)
     labels, batches = np.repeat([0, 1], 100), np.tile([0, 1], 100)
@@ -80,7 +80,7 @@ def test_kbet_looks_within_labels():
 
 
 def test_batches_are_held_out_whole_where_there_are_enough():
-    from eval.benchmark.integration import divide
+    from eval.benchmark.kinds.integration import divide
 
     size = Size(seeds=1)
     labels = np.tile([0, 1], 100)
@@ -103,7 +103,7 @@ def test_batches_are_held_out_whole_where_there_are_enough():
 
 
 def test_classes_that_are_rare_in_a_batch_are_divided_too():
-    from eval.benchmark.integration import divide
+    from eval.benchmark.kinds.integration import divide
 
     labels = np.array([0] * 40 + [1] * 9 + [1])
     batches = np.array(["a", "b"] * 20 + ["a"] * 9 + ["b"])
@@ -112,7 +112,7 @@ def test_classes_that_are_rare_in_a_batch_are_divided_too():
 
 
 def test_planted_batch_is_the_effect_it_says():
-    from eval.benchmark.planted import BATCHES, add_planted_batch
+    from eval.benchmark.material.planted_batches import BATCHES, add_planted_batch
 
     cells = make_cells(400, num_genes=300, detected=2.0)
     before = cells.X.copy()
@@ -138,9 +138,9 @@ def test_planted_counts_are_what_is_encoded(tmp_path):
     """Tokens of changed cells are ranked by the changed counts."""
     import anndata
 
-    from eval.benchmark.inputs import Model, load_cells
-    from eval.benchmark.planted import BATCHES, add_planted_batch
-    from pretrain.model import build_model
+    from eval.benchmark.material.models_and_cells import Model, load_cells
+    from eval.benchmark.material.planted_batches import BATCHES, add_planted_batch
+    from pretrain.model.masked_gene_model import build_model
 
     path = tmp_path / "cells.h5ad"
     make_cells(60).write_h5ad(path)
@@ -169,9 +169,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Slow: compiles scores for the shapes of two folds, and UMAP: half a minute.
 @pytest.mark.slow
 def test_run_of_an_integration_task(folder, tmp_path):
-    from eval.benchmark.inputs import Bench, Model
-    from eval.benchmark.integration import num_units, run
-    from pretrain.model import build_model
+    from eval.benchmark.kinds.integration import num_units, run
+    from eval.benchmark.material.models_and_cells import Bench, Model
+    from pretrain.model.masked_gene_model import build_model
 
     vocabulary = vocabulary_of(folder / "cells.h5ad")
     model = Model("m", folder, build_model(MODEL, vocabulary, 0).bert, vocabulary, "m")

@@ -11,7 +11,7 @@ NUM_GENES, LONGEST = 40, 40
 
 
 def vocabulary():
-    from data_prep.vocab import Vocabulary
+    from data_prep.genes.vocabulary import Vocabulary
 
     genes = tuple(f"ENSG{i:011d}" for i in range(NUM_GENES))
     return Vocabulary(genes, np.linspace(0.5, 4.0, NUM_GENES), {"<pad>": 0, "<mask>": 1}, LONGEST)
@@ -21,8 +21,8 @@ def vocabulary():
 def network():
     import torch
 
-    from pretrain.config import ModelConfig
-    from pretrain.model import build_model
+    from pretrain.model.masked_gene_model import build_model
+    from pretrain.settings.model_settings import ModelConfig
 
     settings = ModelConfig(
         architecture="modernbert", num_layers=3, hidden_size=32, num_heads=2, intermediate_size=48,
@@ -59,7 +59,7 @@ def plain_states(network, cell: np.ndarray, number: int) -> np.ndarray:
 
 @pytest.mark.parametrize("layer", [0, -1])
 def test_embedding_is_that_of_the_cell_alone(layer, network, cells):
-    from pretrain.states import embed_cells, embed_layers
+    from pretrain.cell_states.frozen_states import embed_cells, embed_layers
 
     found = embed_cells(cells, network.base_model, vocabulary(), layer=layer, token_budget=90)
     expected = [plain_states(network, c, 3 + layer).mean(axis=0) for c in cells]
@@ -76,11 +76,11 @@ def test_states_by_windows_are_those_of_transformers(tmp_path):
     import torch
     from transformers import AutoModelForMaskedLM
 
-    from data_prep.vocab import Vocabulary
-    from pretrain.config import ModelConfig
-    from pretrain.export import load_exported
-    from pretrain.model import build_model
-    from pretrain.states import encode_batch
+    from data_prep.genes.vocabulary import Vocabulary
+    from pretrain.cell_states.frozen_states import encode_batch
+    from pretrain.export.model_folder import load_exported
+    from pretrain.model.masked_gene_model import build_model
+    from pretrain.settings.model_settings import ModelConfig
 
     genes = tuple(f"ENSG{i:011d}" for i in range(100))
     vocab = Vocabulary(genes, np.linspace(0.5, 4.0, 100), {"<pad>": 0, "<mask>": 1}, 100)
@@ -116,8 +116,8 @@ def test_states_by_windows_are_those_of_transformers(tmp_path):
 def test_deletions_and_what_changes_nothing(with_head, network, cells):
     """With a head all layers are computed, without only those that are read: the same shifts."""
     from eval.finetune.classifier import Classifier, FinetuneSettings, Head
-    from eval.perturb.edits import Edit, GeneSets
-    from eval.perturb.engine import Engine
+    from eval.perturb.screen.compare_copies import Engine
+    from eval.perturb.screen.edits import Edit, GeneSets
 
     encoder, vocab = copy.deepcopy(network.base_model), vocabulary()
     classifier = None
@@ -149,7 +149,7 @@ def test_bfloat16_keeps_places_apart(network):
     """Frequencies of rotary positions are no weights: far places would fall together."""
     import torch
 
-    from pretrain.encoders import to_bfloat16
+    from pretrain.model.architectures import to_bfloat16
 
     encoder = copy.deepcopy(network.base_model)
     frequencies = {n: b.clone() for n, b in encoder.named_buffers()}
@@ -162,8 +162,14 @@ def test_bfloat16_keeps_places_apart(network):
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_finetune_save_and_load(rank, network, cells, tmp_path):
-    from eval.finetune.classifier import FinetuneSettings, Head, load_classifier, save_classifier
-    from eval.finetune.engine import Target, finetune
+    from eval.finetune.classifier import (
+        FinetuneSettings,
+        Head,
+        Target,
+        load_classifier,
+        save_classifier,
+    )
+    from eval.finetune.training import finetune
 
     encoder = copy.deepcopy(network.base_model)
     before = {n: p.detach().clone() for n, p in encoder.named_parameters()}
@@ -195,7 +201,7 @@ def test_finetune_save_and_load(rank, network, cells, tmp_path):
 def test_attention_is_that_of_the_eager_model(network, cells):
     import torch
 
-    from eval.attention import mean_attention
+    from eval.cells.attention import mean_attention
 
     genes = np.arange(2, 12)
     before = network.config._attn_implementation
@@ -219,7 +225,7 @@ def test_screen_is_refused(network):
     from types import SimpleNamespace
     from typing import Any
 
-    from eval.perturb.screen import require_screenable
+    from eval.perturb.screen.estimate import require_screenable
 
     subject: Any = SimpleNamespace(engine=SimpleNamespace(encoder=network.base_model))
     screen: Any = SimpleNamespace(genes=None)

@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 
-from data_prep.vocab import Vocabulary
+from data_prep.genes.vocabulary import Vocabulary
 
 NUM_GENES = 300
 
 
 @pytest.fixture(scope="module", params=["bert", "modernbert"])
 def encoder(request):
-    from pretrain.config import ModelConfig
-    from pretrain.encoders import encoder_of
-    from pretrain.model import build_model
+    from pretrain.model.architectures import encoder_of
+    from pretrain.model.masked_gene_model import build_model
+    from pretrain.settings.model_settings import ModelConfig
 
     settings = ModelConfig(
         architecture=request.param, num_layers=3, hidden_size=32, num_heads=2,
@@ -38,7 +38,7 @@ def test_bits_of_a_cell_are_its_own(encoder, cells, bf16):
     """Alone, in any order, beside any others, at any token budget, with any number of threads."""
     import torch
 
-    from pretrain.states import embed_layers
+    from pretrain.cell_states.frozen_states import embed_layers
 
     def embed(chosen, **settings):
         found = embed_layers(chosen, encoder, vocabulary(), (0, -1), bf16=bf16, **settings)
@@ -59,7 +59,7 @@ def test_bits_of_a_cell_are_its_own(encoder, cells, bf16):
 
 
 def test_a_pass_on_a_gpu_has_a_shape_that_no_other_cell_decides():
-    from pretrain.states import _passes
+    from pretrain.cell_states.frozen_states import _passes
 
     lengths = np.array([10, 64, 65, 0, 300, 1, 64, 2])
     found = [(batch.tolist(), width) for batch, width in _passes(lengths, 192, "cuda")]

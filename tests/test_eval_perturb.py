@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.vocab import from_dictionaries
-from eval.perturb.edits import ABSENT, KINDS, Edit, GeneSets, copies_of
-from pretrain.config import ModelConfig
+from data_prep.genes.vocabulary import from_dictionaries
+from eval.perturb.screen.edits import ABSENT, KINDS, Edit, GeneSets, copies_of
+from pretrain.settings.model_settings import ModelConfig
 from tests.perturb_reference import Reference, cosine, edited
 
 NUM_GENES, LONGEST = 40, 24
@@ -29,7 +29,7 @@ def vocabulary(with_cls: bool):
 def network(vocab):
     import torch
 
-    from pretrain.model import build_model
+    from pretrain.model.masked_gene_model import build_model
 
     torch.manual_seed(0)
     model = build_model(MODEL, vocab, 0).bert.eval()
@@ -74,8 +74,8 @@ EDITS = [
     ids=str,
 )
 def test_scores_equal_the_reference(with_cls, pooling, layer, score, edit):
-    from eval.embed import embed_cells
-    from eval.perturb.engine import Engine, EngineSettings
+    from eval.cells.embed import embed_cells
+    from eval.perturb.screen.compare_copies import Engine, EngineSettings
 
     vocab = vocabulary(with_cls)
     model, every = network(vocab), cells(vocab)
@@ -135,7 +135,7 @@ def golden(folder):
     """Geneformer's tiny model and cells, and what its own perturber stored of them."""
     import json
 
-    from pretrain.export import load_exported
+    from pretrain.export.model_folder import load_exported
 
     if not (folder / "geneformer_golden").is_dir():
         pytest.skip(f"scores of Geneformer's own perturber not found below {folder}")
@@ -148,8 +148,8 @@ def golden(folder):
 @pytest.mark.parametrize("step", [24, pytest.param(1, marks=pytest.mark.long)])
 def test_the_score_named_geneformer_is_what_its_own_perturber_stored(real_data, step):
     """Of every gene, or every 24th; in the layer that it calls -1."""
-    from eval.perturb.engine import Engine, EngineSettings
-    from pretrain.encoders import encoder_of
+    from eval.perturb.screen.compare_copies import Engine, EngineSettings
+    from pretrain.model.architectures import encoder_of
 
     network, vocab, golden_cells = golden(real_data)
     engine = Engine(copy.deepcopy(encoder_of(network)), vocab, EngineSettings(score="geneformer"))
@@ -169,8 +169,8 @@ def test_the_score_named_geneformer_is_what_its_own_perturber_stored(real_data, 
 
 
 def test_unperturbed_values_and_donor_centroids():
-    from eval.embed import embed_cells
-    from eval.perturb.engine import Engine, centroid
+    from eval.cells.embed import embed_cells
+    from eval.perturb.screen.compare_copies import Engine, centroid
 
     vocab = vocabulary(False)
     model, every = network(vocab), cells(vocab, 5)
@@ -189,7 +189,7 @@ def test_unperturbed_values_and_donor_centroids():
 @pytest.mark.parametrize("edit", [Edit("delete"), Edit("overexpress")], ids=lambda e: e.kind)
 def test_class_probabilities_are_the_classifiers(edit):
     from eval.finetune.classifier import Classifier, FinetuneSettings, Head
-    from eval.perturb.engine import Engine
+    from eval.perturb.screen.compare_copies import Engine
 
     vocab = vocabulary(True)
     model, every = network(vocab), cells(vocab)
@@ -219,7 +219,7 @@ def test_class_probabilities_are_the_classifiers(edit):
 
 
 def test_bfloat16_keeps_the_order():
-    from eval.perturb.engine import Engine, EngineSettings
+    from eval.perturb.screen.compare_copies import Engine, EngineSettings
 
     vocab = vocabulary(False)
     model, every = network(vocab), cells(vocab)
@@ -232,8 +232,8 @@ def test_bfloat16_keeps_the_order():
 
 
 def test_gene_sums_are_sums_over_cells():
-    from eval.perturb.engine import Engine
-    from eval.perturb.run import GeneSums
+    from eval.perturb.screen.compare_copies import Engine
+    from eval.perturb.screen.run import GeneSums
 
     vocab = vocabulary(False)
     model, every = network(vocab), cells(vocab)
@@ -264,9 +264,9 @@ def test_estimates_are_derivatives_and_exact_moves(with_cls):
     """The derivative by a gate on a gene's attention, and what moving all behind it up does."""
     import torch
 
-    from eval.embed import embed_cells
-    from eval.perturb.engine import Engine
-    from eval.perturb.screen import estimate
+    from eval.cells.embed import embed_cells
+    from eval.perturb.screen.compare_copies import Engine
+    from eval.perturb.screen.estimate import estimate
 
     vocab = vocabulary(with_cls)
     model, every = network(vocab), cells(vocab)
@@ -363,7 +363,7 @@ def test_wrong_edits(arguments, message):
 
 def test_wrong_engines():
     from eval.finetune.classifier import Classifier, FinetuneSettings, Head
-    from eval.perturb.engine import Engine, EngineSettings
+    from eval.perturb.screen.compare_copies import Engine, EngineSettings
 
     vocab = vocabulary(False)
     model = network(vocab)

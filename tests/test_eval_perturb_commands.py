@@ -15,21 +15,21 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from data_prep.medians import gene_medians
-from data_prep.owner import owned
-from data_prep.prepare import SERIAL
-from data_prep.sources import SourceOptions, source_at
-from eval.encode import encode_file
-from eval.perturb.choose import CellChoice, GeneChoice, States
+from data_prep.prepare.medians import gene_medians
+from data_prep.prepare.run import SERIAL
+from data_prep.running.owner import owned
+from data_prep.sources.source_spec import SourceOptions, source_at
+from eval.cells.read_cells import encode_file
 from eval.perturb.cli import perturb_command
-from eval.perturb.edits import Edit
-from eval.perturb.results import Results
-from pretrain.config import ModelConfig
+from eval.perturb.screen.cells_and_genes import CellChoice, GeneChoice, States
+from eval.perturb.screen.edits import Edit
+from eval.perturb.screen.results import Results
+from pretrain.settings.model_settings import ModelConfig
 from tests.ranks import kill, run_ranks, start_rank
 from tests.synthetic import make_cells
 
 if TYPE_CHECKING:
-    from eval.perturb.run import Screen
+    from eval.perturb.screen.settings import Screen
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=32, num_heads=2, intermediate_size=64,
@@ -40,7 +40,7 @@ MODEL = ModelConfig(
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A folder with a model of random weights, and cells of ids and symbols beside it."""
-    from pretrain.model import build_model
+    from pretrain.model.masked_gene_model import build_model
 
     folder = tmp_path_factory.mktemp("model")
     cells = make_cells(24, num_genes=60)
@@ -55,8 +55,8 @@ def model(tmp_path_factory) -> Path:
 
 
 def screen(**changes) -> Screen:
-    from eval.perturb.engine import EngineSettings
-    from eval.perturb.run import Screen
+    from eval.perturb.screen.compare_copies import EngineSettings
+    from eval.perturb.screen.settings import Screen
 
     edit = Edit(changes.pop("kind", "delete"))
     choice = CellChoice({}, changes.pop("states", None), "donor", ("cell_type",))
@@ -81,9 +81,9 @@ def by_command(model: Path, *words: str) -> str:
 
 def in_small_parts(model: Path, out: Path, slowly: bool) -> None:
     """Compute a screen in parts of a few cells; runs in a process of its own."""
-    from eval.perturb import run
-    from eval.perturb.run import perturb_file
-    from pretrain import dist
+    from eval.perturb.screen import run
+    from eval.perturb.screen.run import perturb_file
+    from pretrain.ranks import dist
 
     run._PART_COPIES = 100
     compute = run._shifts_table
@@ -103,7 +103,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_kill_and_ranks_change_no_byte(model, tmp_path):
-    from eval.perturb.run import perturb_file
+    from eval.perturb.screen.run import perturb_file
 
     run_ranks(1, in_small_parts, model, tmp_path / "whole", False)
     whole = files_of(tmp_path / "whole")
@@ -133,9 +133,9 @@ def test_kill_and_ranks_change_no_byte(model, tmp_path):
 def test_what_a_command_writes(model, tmp_path):
     import anndata
 
-    from eval.embed import embed_cells
-    from eval.perturb.engine import centroid
-    from pretrain.export import load_exported
+    from eval.cells.embed import embed_cells
+    from eval.perturb.screen.compare_copies import centroid
+    from pretrain.export.model_folder import load_exported
 
     said = by_command(
         model, "--out", str(tmp_path / "s"), "--donor", "donor", "--column", "cell_type",
@@ -193,7 +193,7 @@ def test_group_takes_the_genes_that_a_cell_holds(model, tmp_path):
 
 
 def test_inserted_genes_and_all_detected_ones(model, tmp_path):
-    from eval.perturb.run import perturb_file
+    from eval.perturb.screen.run import perturb_file
 
     listed = screen(kind="overexpress", genes=GeneChoice(("G1", "G2")))
     perturb_file(model / "cells.h5ad", tmp_path / "list", listed, model)
@@ -205,8 +205,8 @@ def test_inserted_genes_and_all_detected_ones(model, tmp_path):
 
 
 def test_screen_computes_the_top_of_an_estimate(model, tmp_path, caplog, monkeypatch):
-    from eval.perturb import run
-    from eval.perturb.run import perturb_file
+    from eval.perturb.screen import run
+    from eval.perturb.screen.run import perturb_file
 
     monkeypatch.setattr(run, "_PART_COPIES", 100)
     caplog.set_level("INFO", logger="eval")
@@ -229,9 +229,10 @@ def test_a_head_gives_changes_of_probability(model, tmp_path):
     import anndata
 
     from eval import api
-    from eval.finetune.engine import FinetuneSettings, Head, Target, finetune, save_classifier
-    from eval.perturb.run import perturb_file
-    from pretrain.export import load_exported
+    from eval.finetune.classifier import FinetuneSettings, Head, Target, save_classifier
+    from eval.finetune.training import finetune
+    from eval.perturb.screen.run import perturb_file
+    from pretrain.export.model_folder import load_exported
 
     network, vocabulary = load_exported(model)
     cells = encode_file(model / "cells.h5ad", vocabulary, SourceOptions(columns=("state",)))
@@ -323,7 +324,7 @@ def test_a_group_that_leaves_no_gene(model, tmp_path):
 
 
 def test_the_score_is_recorded_and_no_screen_mixes_two(model, tmp_path):
-    from eval.perturb.analysis import AnalysisSettings, analyse
+    from eval.perturb.effects.analysis import AnalysisSettings, analyse
 
     words = ("--genes", "G1,G2", "--donor", "donor", "--kind", "delete")
     by_command(model, "--out", str(tmp_path / "g"), *words, "--score", "geneformer")

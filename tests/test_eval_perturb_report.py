@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from eval.perturb.columns import (
+from eval.perturb.effects.columns import (
     AGREEMENT_COLUMNS,
     COMBINATION_COLUMNS,
     GENE_COLUMNS,
@@ -40,8 +40,8 @@ def planted_screen(folder: Path, kind: str, sign: int):
 # Six figures, each as SVG and PNG, take two seconds: drawn once for all tests.
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    from eval.perturb.analysis import AnalysisSettings, analyse
-    from eval.perturb.page import write_perturb_report
+    from eval.perturb.effects.analysis import AnalysisSettings, analyse
+    from eval.perturb.report.page import write_perturb_report
 
     folder = tmp_path_factory.mktemp("screens")
     screen = planted_screen(folder / "delete", "delete", 1)
@@ -86,8 +86,8 @@ def test_every_column_is_documented():
 
 
 def test_the_pages_numbers_are_the_tables(written):
-    from eval.perturb.analysis import FOUND
-    from eval.perturb.page import format_number, format_p
+    from eval.perturb.effects.analysis import FOUND
+    from eval.perturb.report.page import format_number, format_p
 
     analysis, _, html = written
     found = analysis.genes[analysis.genes["verdict"] == FOUND]
@@ -137,8 +137,8 @@ def test_the_page_needs_nothing_else_and_shows_names_as_text(written):
 
 
 def test_without_donors_the_page_warns_and_calls_nothing_found(tmp_path):
-    from eval.perturb.analysis import AnalysisSettings, analyse
-    from eval.perturb.page import format_number, write_perturb_report
+    from eval.perturb.effects.analysis import AnalysisSettings, analyse
+    from eval.perturb.report.page import format_number, write_perturb_report
 
     values, _ = noise(np.random.default_rng(5), 60, 1, 12, 0.0)
     results = write_screen(
@@ -158,8 +158,8 @@ def test_without_donors_the_page_warns_and_calls_nothing_found(tmp_path):
 
 
 def test_few_genes_and_groups_alone_have_a_page(tmp_path):
-    from eval.perturb.analysis import AnalysisSettings, analyse
-    from eval.perturb.page import write_perturb_report
+    from eval.perturb.effects.analysis import AnalysisSettings, analyse
+    from eval.perturb.report.page import write_perturb_report
 
     values, donors = noise(np.random.default_rng(6), 3, 4, 5, 0.1)
     results = write_screen(tmp_path / "s", values, donors, [["A"], ["B"], ["C", "D"]])
@@ -171,7 +171,7 @@ def test_few_genes_and_groups_alone_have_a_page(tmp_path):
 
 
 def test_gene_sets_are_read_and_damaged_ones_refused(tmp_path):
-    from eval.perturb.gene_sets import read_gene_sets
+    from eval.perturb.effects.gene_sets import read_gene_sets
 
     (tmp_path / "a.gmt").write_text("one\tabout\tA\tB\ntwo\t\tC\n")
     (tmp_path / "mine.txt").write_text("A\nB extra\n\n")

@@ -8,8 +8,8 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from data_prep.owner import owned
-from eval.perturb.results import Results, ResultsWriter
+from data_prep.running.owner import owned
+from eval.perturb.screen.results import Results, ResultsWriter
 
 pytestmark = pytest.mark.quick
 

@@ -10,14 +10,14 @@ import pandas as pd
 import pytest
 import scipy.sparse
 
-from data_prep.vocab import MASK, PAD, Vocabulary
-from eval.benchmark.edges import read_edges
+from data_prep.genes.vocabulary import MASK, PAD, Vocabulary
+from eval.benchmark.material.gene_pairs import read_edges
 from eval.benchmark.outcome import Store, TaskRun
-from eval.benchmark.task import Cells, Edges, PerturbSeqTask, Size
-from pretrain.config import ModelConfig
+from eval.benchmark.task_file import Cells, Edges, PerturbSeqTask, Size
+from pretrain.settings.model_settings import ModelConfig
 
 if TYPE_CHECKING:
-    from eval.benchmark.inputs import Bench, Model
+    from eval.benchmark.material.models_and_cells import Bench, Model
 
 NUM_GENES, NUM_PERTURBED = 60, 20
 GENES = tuple(f"ENSG{i:011d}" for i in range(NUM_GENES))
@@ -66,8 +66,8 @@ def make_models() -> list[Model]:
     """Return a model whose input embeddings hold the hidden numbers, and one of zeros."""
     import torch
 
-    from eval.benchmark.inputs import Model
-    from pretrain.model import build_model
+    from eval.benchmark.material.models_and_cells import Model
+    from pretrain.model.masked_gene_model import build_model
 
     vocabulary = Vocabulary(GENES, np.ones(NUM_GENES), {PAD: 0, MASK: 1}, 128)
     knowing, constant = (build_model(CONFIG, vocabulary, 0).bert for _ in range(2))
@@ -85,7 +85,7 @@ def make_models() -> list[Model]:
 
 
 def bench_in(folder: Path, models: list[Model], units: list[str] | None = None) -> Bench:
-    from eval.benchmark.inputs import Bench
+    from eval.benchmark.material.models_and_cells import Bench
 
     done = (lambda name, _: units.append(name)) if units is not None else None
     return Bench(models, folder, Store(folder / "units", {}, done), 0, "cpu", False)
@@ -103,7 +103,7 @@ def means(result: TaskRun, contender: str, score: str, model: str | None = None)
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory) -> tuple[TaskRun, list[str], list[Model]]:
-    from eval.benchmark.perturb_seq import run
+    from eval.benchmark.kinds.perturb_seq import run
 
     folder = write_cells(tmp_path_factory.mktemp("planted"))
     units: list[str] = []
@@ -112,7 +112,12 @@ def planted(tmp_path_factory) -> tuple[TaskRun, list[str], list[Model]]:
 
 
 def test_scores_by_hand():
-    from eval.benchmark.shift_scores import affected_genes, pearson, score_ranking, score_shift
+    from eval.benchmark.scoring.shift_scores import (
+        affected_genes,
+        pearson,
+        score_ranking,
+        score_shift,
+    )
 
     measured = np.array([3.0, -2.0, 1.0, 0.0])
     assert pearson(measured, 2 * measured + 1) == pytest.approx(1)
@@ -140,7 +145,7 @@ def test_scores_by_hand():
 
 
 def test_rank_of_the_truth():
-    from eval.benchmark.shift_scores import rank_of_truth
+    from eval.benchmark.scoring.shift_scores import rank_of_truth
 
     measured = np.array([[1.0, 2, 3, 4], [4.0, 3, 2, 1], [1.0, -1, 1, -1]])
     assert rank_of_truth(measured, measured).tolist() == [1, 1, 1]
@@ -151,14 +156,14 @@ def test_rank_of_the_truth():
 
 
 def test_pseudobulk_by_hand():
-    from eval.benchmark.measured_shifts import pseudobulk
+    from eval.benchmark.material.measured_shifts import pseudobulk
 
     counts = scipy.sparse.csr_matrix(np.array([[1.0, 0, 3], [2.0, 0, 4]]))
     np.testing.assert_allclose(pseudobulk(counts), np.log1p([3000, 0, 7000]))
 
 
 def test_no_test_perturbation_was_trained_on():
-    from eval.benchmark.measured_shifts import Shifts, perturbation_folds
+    from eval.benchmark.material.measured_shifts import Shifts, perturbation_folds
 
     perturbed: list[tuple[str, ...]] = [(g,) for g in "abcdefgh"]
     perturbed += [("a", "b"), ("c", "h")]
@@ -178,7 +183,7 @@ def test_no_test_perturbation_was_trained_on():
 
 
 def test_ridge_knows_nothing_of_what_it_is_not_told():
-    from eval.benchmark.perturb_seq import ridge
+    from eval.benchmark.kinds.perturb_seq import ridge
 
     values = np.random.default_rng(0).normal(size=(12, 5))
     constant = ridge(np.ones((12, 3)), values, np.ones((2, 3)))
@@ -189,7 +194,7 @@ def test_ridge_knows_nothing_of_what_it_is_not_told():
 
 
 def test_planted_truth_wins(planted):
-    from eval.benchmark.perturb_seq import num_units
+    from eval.benchmark.kinds.perturb_seq import num_units
 
     result, units, models = planted
     assert len(units) == num_units(make_task(), SIZE, models) == len(result.outcomes)
@@ -216,7 +221,7 @@ def test_train_mean_is_that_of_the_training(planted, tmp_path):
     """Recomputed from the cells: sums of counts of each batch, logarithms, means, distances."""
     import anndata
 
-    from eval.benchmark.measured_shifts import Shifts, perturbation_folds
+    from eval.benchmark.material.measured_shifts import Shifts, perturbation_folds
 
     result, _, _ = planted
     cells = anndata.read_h5ad(write_cells(tmp_path) / "cells.h5ad")
@@ -257,7 +262,7 @@ def test_shuffled_genes_are_at_chance(planted):
 
 @pytest.mark.long
 def test_same_numbers_again(planted, tmp_path):
-    from eval.benchmark.perturb_seq import run
+    from eval.benchmark.kinds.perturb_seq import run
 
     result, _, models = planted
     again = run(make_task(), SIZE, bench_in(write_cells(tmp_path), models[:1]))
@@ -267,7 +272,7 @@ def test_same_numbers_again(planted, tmp_path):
 
 def test_additive_is_the_sum_of_singles(tmp_path):
     """Planted doubles are sums of log shifts; normalisation bends them only a little."""
-    from eval.benchmark.perturb_seq import run
+    from eval.benchmark.kinds.perturb_seq import run
 
     pairs = tuple((i, i + 1) for i in range(8))
     folder = write_cells(tmp_path, pairs)
@@ -278,8 +283,8 @@ def test_additive_is_the_sum_of_singles(tmp_path):
 
 def test_signatures(tmp_path):
     """Memberships are ranked; genes that the cells do not detect are left out."""
-    from eval.benchmark.measured_shifts import memberships
-    from eval.benchmark.perturb_seq import run
+    from eval.benchmark.kinds.perturb_seq import run
+    from eval.benchmark.material.measured_shifts import memberships
 
     write_cells(tmp_path)
     up = HIDDEN @ EFFECTS > 0.8
@@ -308,7 +313,7 @@ def test_signatures(tmp_path):
 
 
 def test_bad_input(tmp_path):
-    from eval.benchmark.perturb_seq import run
+    from eval.benchmark.kinds.perturb_seq import run
 
     write_cells(tmp_path)
     bench = bench_in(tmp_path, make_models())

@@ -8,12 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from eval.perturb.columns import COMBINATION_COLUMNS, GENE_COLUMNS
-from eval.perturb.results import Results
+from eval.perturb.effects.columns import COMBINATION_COLUMNS, GENE_COLUMNS
+from eval.perturb.screen.results import Results
 from tests.perturb_results import names, noise, write_screen
 
 if TYPE_CHECKING:
-    from eval.perturb.analysis import AnalysisSettings
+    from eval.perturb.effects.analysis import AnalysisSettings
 
 
 def by_gene(table: pd.DataFrame) -> pd.DataFrame:
@@ -21,7 +21,7 @@ def by_gene(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def settings(**changes) -> AnalysisSettings:
-    from eval.perturb.analysis import AnalysisSettings
+    from eval.perturb.effects.analysis import AnalysisSettings
 
     return AnalysisSettings(**changes)
 
@@ -32,7 +32,7 @@ def settings(**changes) -> AnalysisSettings:
 def test_over_donors_is_scipys_t_test_and_interval():
     from scipy import stats
 
-    from eval.perturb.statistics import hedges_correction, over_donors
+    from eval.perturb.effects.statistics import hedges_correction, over_donors
 
     values = np.random.default_rng(0).normal(0.5, 1, (4, 6))
     values[1, :2] = np.nan
@@ -49,7 +49,7 @@ def test_over_donors_is_scipys_t_test_and_interval():
 
 
 def test_the_interval_of_a_size_covers_it():
-    from eval.perturb.statistics import hedges_correction, over_donors
+    from eval.perturb.effects.statistics import hedges_correction, over_donors
 
     rng = np.random.default_rng(1)
     table = over_donors(rng.normal(0.8, 1, (4000, 6)))
@@ -62,7 +62,7 @@ def test_the_interval_of_a_size_covers_it():
 def test_wilcoxon_is_exact_where_donors_are_few():
     from scipy import stats
 
-    from eval.perturb.statistics import over_donors
+    from eval.perturb.effects.statistics import over_donors
 
     table = over_donors(np.array([[1.0, 2, 3, 4, 5], [1, 2, 3, np.nan, -4]]), "wilcoxon")
     assert table["p"][0] == 2 / 2**5
@@ -70,7 +70,7 @@ def test_wilcoxon_is_exact_where_donors_are_few():
 
 
 def test_rows_that_cannot_be_tested():
-    from eval.perturb.statistics import over_donors
+    from eval.perturb.effects.statistics import over_donors
 
     rows = np.array([[np.nan, np.nan, np.nan], [1, np.nan, np.nan], [0, 0, 0], [1, 2, np.nan]])
     table = over_donors(rows)
@@ -81,7 +81,7 @@ def test_rows_that_cannot_be_tested():
 
 
 def test_false_discovery_rate_by_hand_and_untested_genes_do_not_count():
-    from eval.perturb.statistics import false_discovery_rate
+    from eval.perturb.effects.statistics import false_discovery_rate
 
     p = np.array([0.01, np.nan, 0.04, 0.03, np.nan])
     assert false_discovery_rate(p) == pytest.approx([0.03, np.nan, 0.04, 0.04, np.nan], nan_ok=True)
@@ -89,7 +89,7 @@ def test_false_discovery_rate_by_hand_and_untested_genes_do_not_count():
 
 
 def test_the_detectable_size_has_the_power_that_it_claims():
-    from eval.perturb.statistics import detectable_size, over_donors
+    from eval.perturb.effects.statistics import detectable_size, over_donors
 
     size = detectable_size(6, 0.01)
     drawn = np.random.default_rng(2).normal(size, 1, (20_000, 6))
@@ -99,7 +99,7 @@ def test_the_detectable_size_has_the_power_that_it_claims():
 
 
 def test_matched_genes_are_the_nearest_others():
-    from eval.perturb.matched import match_genes
+    from eval.perturb.effects.matched_genes import match_genes
 
     matched = match_genes(np.arange(100.0), np.ones(100), 10)
     assert sorted(matched[50]) == [45, 46, 47, 48, 49, 51, 52, 53, 54, 55]
@@ -127,8 +127,8 @@ def planted_screen(seed: int, planted: int, heavy: bool, one_sided: bool):
 
 def found_in(seed: int, planted: int, heavy: bool = False, one_sided: bool = True):
     """Return bool [genes] twice: found, and truly with an effect."""
-    from eval.perturb.matched import against_matched
-    from eval.perturb.statistics import false_discovery_rate
+    from eval.perturb.effects.matched_genes import against_matched
+    from eval.perturb.effects.statistics import false_discovery_rate
 
     values, ranks, detection, has_effect = planted_screen(seed, planted, heavy, one_sided)
     table, _ = against_matched(values, ranks, detection, 50)
@@ -159,7 +159,7 @@ def test_heavy_tails_alone_are_seldom_called_effects(screens, heavy):
 def test_the_null_is_that_of_the_genes_without_effect(freedom):
     from scipy import stats
 
-    from eval.perturb.null import fit_null
+    from eval.perturb.effects.null import fit_null
 
     rng = np.random.default_rng(15)
     z = np.r_[rng.standard_t(freedom, 4000), rng.normal(0, 1, 400) + 12, np.nan]
@@ -185,7 +185,7 @@ def test_noise_of_donors_is_not_called_an_effect(tmp_path):
     """A test over cells calls most of these genes significant; one over donors one in twenty."""
     from scipy import stats
 
-    from eval.perturb.analysis import FOUND, LIKE_OTHERS, analyse
+    from eval.perturb.effects.analysis import FOUND, LIKE_OTHERS, analyse
 
     values, donors = noise(np.random.default_rng(3), 1500, 6, 20, donor_sd=1.0)
     results = write_screen(tmp_path / "s", values, donors, names(1500))
@@ -204,7 +204,7 @@ def test_noise_of_donors_is_not_called_an_effect(tmp_path):
 
 
 def test_planted_genes_are_found_in_both_directions(tmp_path):
-    from eval.perturb.analysis import FOUND, analyse
+    from eval.perturb.effects.analysis import FOUND, analyse
 
     values, donors = noise(np.random.default_rng(4), 600, 8, 10, donor_sd=0.3)
     planted = {
@@ -229,8 +229,8 @@ def test_an_effect_of_rank_alone_is_no_finding(tmp_path, column):
     """Highly ranked genes shift most: true of all of them, so it says nothing of any one."""
     from scipy import stats
 
-    from eval.perturb.analysis import FOUND, analyse
-    from eval.perturb.statistics import false_discovery_rate
+    from eval.perturb.effects.analysis import FOUND, analyse
+    from eval.perturb.effects.statistics import false_discovery_rate
 
     rng = np.random.default_rng(5)
     values, donors = noise(rng, 1000, 6, 8, donor_sd=0.5)
@@ -247,8 +247,8 @@ def test_an_effect_of_rank_alone_is_no_finding(tmp_path, column):
 
 
 def test_the_whole_donor_moves_and_no_gene_is_found():
-    from eval.perturb.matched import against_matched
-    from eval.perturb.statistics import false_discovery_rate
+    from eval.perturb.effects.matched_genes import against_matched
+    from eval.perturb.effects.statistics import false_discovery_rate
 
     rng = np.random.default_rng(6)
     values = rng.normal(0, 0.1, (500, 5)) + rng.normal(3, 1, 5)
@@ -258,7 +258,7 @@ def test_the_whole_donor_moves_and_no_gene_is_found():
 
 
 def test_one_donor_or_none_claims_nothing(tmp_path):
-    from eval.perturb.analysis import NOT_TESTED, analyse
+    from eval.perturb.effects.analysis import NOT_TESTED, analyse
 
     values, donors = noise(np.random.default_rng(7), 100, 4, 10, donor_sd=0.0)
     values[:, 7] += 50
@@ -276,7 +276,7 @@ def test_one_donor_or_none_claims_nothing(tmp_path):
 
 
 def test_few_donors_few_genes_and_cells_without_a_donor_are_named(tmp_path):
-    from eval.perturb.analysis import NOT_TESTED, analyse
+    from eval.perturb.effects.analysis import NOT_TESTED, analyse
 
     values, donors = noise(np.random.default_rng(8), 60, 3, 10, donor_sd=0.1)
     donors[:5] = [""] * 5
@@ -293,7 +293,7 @@ def test_few_donors_few_genes_and_cells_without_a_donor_are_named(tmp_path):
 
 
 def test_genes_of_few_donors_and_values_that_are_no_numbers(tmp_path):
-    from eval.perturb.analysis import NOT_TESTED, analyse
+    from eval.perturb.effects.analysis import NOT_TESTED, analyse
 
     values, donors = noise(np.random.default_rng(9), 200, 5, 10, donor_sd=0.2)
     values[10:, 3] = np.nan  # one donor only
@@ -328,7 +328,7 @@ def screen_of_pairs(folder, synergy: float) -> Results:
 
 @pytest.mark.parametrize("synergy", [0.0, 1.5])
 def test_synergy_is_what_exceeds_the_sum_of_single_effects(tmp_path, synergy):
-    from eval.perturb.analysis import analyse
+    from eval.perturb.effects.analysis import analyse
 
     table = analyse(screen_of_pairs(tmp_path / "s", synergy), settings()).combinations
     assert list(table.columns) == list(COMBINATION_COLUMNS)
@@ -344,7 +344,7 @@ def test_synergy_is_what_exceeds_the_sum_of_single_effects(tmp_path, synergy):
 
 
 def test_pairs_without_their_single_genes_are_named(tmp_path):
-    from eval.perturb.analysis import analyse
+    from eval.perturb.effects.analysis import analyse
 
     results = screen_of_pairs(tmp_path / "s", 1.0)
     results.perturbations.at[0, "genes"] = ["Z"]
@@ -372,7 +372,7 @@ def two_screens(folder, opposite: bool) -> tuple[Results, Results]:
 
 @pytest.mark.parametrize("opposite", [True, False])
 def test_delete_and_overexpress_beside_what_any_genes_do(tmp_path, opposite):
-    from eval.perturb.analysis import analyse
+    from eval.perturb.effects.analysis import analyse
 
     deleted, raised = two_screens(tmp_path, opposite)
     analysis = analyse(deleted, settings(), raised)
@@ -390,7 +390,7 @@ def test_delete_and_overexpress_beside_what_any_genes_do(tmp_path, opposite):
 
 
 def test_screens_without_a_common_gene_are_refused(tmp_path):
-    from eval.perturb.analysis import analyse
+    from eval.perturb.effects.analysis import analyse
 
     values, donors = noise(np.random.default_rng(12), 20, 3, 5, 0.1)
     one = write_screen(tmp_path / "one", values, donors, names(20))
@@ -400,7 +400,7 @@ def test_screens_without_a_common_gene_are_refused(tmp_path):
 
 
 def test_two_groups_only_where_two_fit_better():
-    from eval.perturb.impact import impact_groups
+    from eval.perturb.effects.impact import impact_groups
 
     rng = np.random.default_rng(13)
     fit, probability = impact_groups(rng.normal(0, 1, 800))
@@ -415,7 +415,7 @@ def test_two_groups_only_where_two_fit_better():
 
 
 def test_wrong_wishes_and_damaged_screens_are_refused(tmp_path):
-    from eval.perturb.analysis import AnalysisSettings, analyse
+    from eval.perturb.effects.analysis import AnalysisSettings, analyse
 
     with pytest.raises(ValueError, match="must be t or wilcoxon.*at least 10.*between 0 and 1"):
         AnalysisSettings(test="z", num_matched=3, rate=2.0)  # pyright: ignore

@@ -25,7 +25,7 @@ def _train(run: Path, shards: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of fake cells, a run of 10 steps with 2 checkpoints, its export, labelled cells."""
-    from pretrain.export import export
+    from pretrain.export.model_folder import export
 
     folder = tmp_path_factory.mktemp("probe")
     shards = make_shards(folder)
@@ -80,7 +80,7 @@ def test_every_score_is_that_of_a_plain_computation(folder: Path, record: dict[s
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    from eval.encode import encode_file
+    from eval.cells.read_cells import encode_file
     from eval.probe.draws import Draws
 
     features, labels = plain_features(folder)
@@ -106,7 +106,7 @@ def test_every_score_is_that_of_a_plain_computation(folder: Path, record: dict[s
 
 
 def vocabulary_of(folder: Path):
-    from data_prep.vocab import load_vocabulary
+    from data_prep.genes.vocabulary import load_vocabulary
 
     return load_vocabulary(folder / "model" / "vocabulary.json")
 
@@ -118,7 +118,7 @@ def plain_features(folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
     from safetensors.numpy import load_file
     from transformers import AutoModelForMaskedLM
 
-    from eval.encode import encode_file
+    from eval.cells.read_cells import encode_file
 
     cells = anndata.read_h5ad(folder / "new" / "cells.h5ad")
     kept = np.flatnonzero(cells.obs["good"] == 1)
@@ -155,7 +155,7 @@ def plain_features(folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
 
 
 def test_verdict_is_that_of_the_paired_draws(record: dict[str, Any]):
-    from eval.probe.probe import verdicts
+    from eval.probe.run import verdicts
 
     found = scores(record)
     for verdict in record["verdicts"]:
@@ -220,9 +220,9 @@ def test_checkpoints_of_a_run_are_a_curve_that_ends_at_the_export(
 def test_without_a_corpus_svd_the_probe_says_how_to_get_one(folder: Path, tmp_path: Path):
     import shutil
 
-    from data_prep.shards import ShardSet
+    from data_prep.shards.reader import ShardSet
     from eval.probe.models import open_probed
-    from eval.probe.probe import find_svd
+    from eval.probe.run import find_svd
 
     shutil.copytree(folder / "model", folder / "old")
     (folder / "old" / "corpus_svd.safetensors").unlink()
@@ -314,7 +314,7 @@ def test_wide_features_are_classified_as_scikit_learn_does():
 
 @pytest.mark.parametrize(("number", "expected"), [(90, [15, 37, 38]), (500, [15, 60, 425])])
 def test_drawing_cells_keeps_rare_classes_whole(number, expected):
-    from eval.probe.probe import _some_of_each
+    from eval.probe.run import _some_of_each
 
     labels = np.repeat(["rare", "some", "most"], [15, 60, 2000])
     rows = _some_of_each(np.arange(len(labels)) + 7, labels, number) - 7

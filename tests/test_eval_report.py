@@ -18,7 +18,7 @@ LENGTHS = ("96", "2048")
 
 def heldout_record(step: int, loss: float) -> dict:
     """Return a record with every score, all different."""
-    from pretrain.baselines import BASELINE_NAMES
+    from pretrain.counting.baselines import BASELINE_NAMES
 
     record = {"kind": "heldout", "step": step, "cells": 1234, "genes": 30, "loss": loss}
     record |= {"masked_accuracy": 0.0123, "top10": 0.0789}
@@ -64,7 +64,7 @@ def run_folder(folder: Path, metrics: list[dict]) -> Path:
 
 def page_of(folder: Path, metrics: list[dict]) -> tuple[str, Reader, dict[str, str]]:
     """Return a report as text, as tables, and its figures as SVG by caption."""
-    from eval.report import write_report
+    from eval.report.run_page import write_report
 
     out = folder / "report.html"
     write_report(run_folder(folder / "run", metrics), out, [], None, None, None)
@@ -203,7 +203,7 @@ def test_the_page_needs_nothing_else(tmp_path):
 
 @pytest.mark.parametrize("largest", [False, True])
 def test_long_curves_are_thinned(largest):
-    from eval.figures import _thinned
+    from eval.drawing.figures import _thinned
 
     steps, values = np.arange(10, 25_010, 10), np.sin(np.arange(2500.0))
     values[[0, 1, 2, 50]] = np.nan

@@ -13,8 +13,8 @@ import pytest
 import scipy.sparse
 from scipy.sparse.csgraph import shortest_path
 
-from data_prep.vocab import Vocabulary
-from eval.encode import encode_file
+from data_prep.genes.vocabulary import Vocabulary
+from eval.cells.read_cells import encode_file
 from eval.simulate.cells import BLOCK_CELLS, Simulation
 from eval.simulate.changes import (
     DELETE,

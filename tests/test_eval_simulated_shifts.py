@@ -9,14 +9,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data_prep.vocab import MASK, PAD, Vocabulary
+from data_prep.genes.vocabulary import MASK, PAD, Vocabulary
 from eval.benchmark.outcome import Store
-from eval.benchmark.task import CooperativityTask, SimulatedShiftsTask, Size, all_tasks
+from eval.benchmark.task_file import (
+    CooperativityTask,
+    SimulatedShiftsTask,
+    Size,
+    all_tasks,
+)
 from eval.simulate.settings import make_settings
-from pretrain.config import ModelConfig
+from pretrain.settings.model_settings import ModelConfig
 
 if TYPE_CHECKING:
-    from eval.benchmark.inputs import Bench, Model
+    from eval.benchmark.material.models_and_cells import Bench, Model
 
 CONFIG = ModelConfig(
     num_layers=2, hidden_size=16, num_heads=2, intermediate_size=16, hidden_dropout=0.0,
@@ -45,8 +50,8 @@ def data(tmp_path_factory) -> Path:
 def model(data) -> Model:
     import anndata
 
-    from eval.benchmark.inputs import Model
-    from pretrain.model import build_model
+    from eval.benchmark.material.models_and_cells import Model
+    from pretrain.model.masked_gene_model import build_model
 
     genes = tuple(anndata.read_h5ad(data / "simulated/controls.h5ad").var_names)
     vocabulary = Vocabulary(genes, np.ones(len(genes)), {PAD: 0, MASK: 1}, 128)
@@ -54,7 +59,7 @@ def model(data) -> Model:
 
 
 def bench_in(folder: Path, data: Path, model: Model) -> tuple[Bench, list[str]]:
-    from eval.benchmark.inputs import Bench
+    from eval.benchmark.material.models_and_cells import Bench
 
     units: list[str] = []
     store = Store(folder / "units", {}, lambda name, _: units.append(name))
@@ -80,7 +85,12 @@ def origins(data: Path) -> list[str]:
 
 
 def test_truth_scores_one_and_what_is_shuffled_none(data):
-    from eval.benchmark.simulated_truth import Moves, read_truth, score_moves, shuffled
+    from eval.benchmark.material.simulated_truth import (
+        Moves,
+        read_truth,
+        score_moves,
+        shuffled,
+    )
 
     cells = origins(data)[::-1]
     truth = read_truth(data / "simulated/shifts.parquet", EDITS, cells)
@@ -109,7 +119,7 @@ def test_truth_scores_one_and_what_is_shuffled_none(data):
 
 def test_scores_over_cells_and_over_regulators_differ(data):
     """A prediction of each regulator's mean knows nothing of cells."""
-    from eval.benchmark.simulated_truth import Moves, read_truth, score_moves
+    from eval.benchmark.material.simulated_truth import Moves, read_truth, score_moves
 
     truth = read_truth(data / "simulated/shifts.parquet", ("delete",), origins(data))
     moves, asked = truth.moves["delete"], np.ones(truth.moves["delete"].shift.shape, dtype=bool)
@@ -121,7 +131,7 @@ def test_scores_over_cells_and_over_regulators_differ(data):
 
 
 def test_run_of_shifts(data, model, tmp_path):
-    from eval.benchmark.simulated_shifts import num_units, run
+    from eval.benchmark.kinds.simulated_shifts import num_units, run
 
     bench, units = bench_in(tmp_path, data, model)
     result = run(shifts(), SIZE, bench)
@@ -143,7 +153,7 @@ def test_run_of_shifts(data, model, tmp_path):
 def test_moves_of_a_model_are_those_of_its_encoder(data, model, tmp_path):
     import torch
 
-    from eval.benchmark.simulated_shifts import load_world, model_moves
+    from eval.benchmark.kinds.simulated_shifts import load_world, model_moves
 
     bench, _ = bench_in(tmp_path, data, model)
     world = load_world(shifts(edits=("delete",)), SIZE, bench)
@@ -165,8 +175,8 @@ def test_moves_of_a_model_are_those_of_its_encoder(data, model, tmp_path):
 
 
 def test_run_of_cooperativity(data, model, tmp_path):
-    from eval.benchmark.cooperativity import num_units as units_of_pairs
-    from eval.benchmark.cooperativity import run as run_cooperativity
+    from eval.benchmark.kinds.cooperativity import num_units as units_of_pairs
+    from eval.benchmark.kinds.cooperativity import run as run_cooperativity
 
     bench, units = bench_in(tmp_path, data, model)
     result = run_cooperativity(cooperativity(), SIZE, bench)
@@ -188,10 +198,10 @@ def test_run_of_cooperativity(data, model, tmp_path):
 
 def test_planted_cooperativity(data, model, tmp_path):
     """Values that are planted at shared targets get the AUROC that they deserve."""
-    from eval.benchmark.cooperativity import draw_genes
-    from eval.benchmark.inputs import load_cells
-    from eval.benchmark.regulators import Regulator
-    from eval.benchmark.targets import Question, contenders, outcomes_of
+    from eval.benchmark.kinds.cooperativity import draw_genes
+    from eval.benchmark.kinds.targets import Question, contenders, outcomes_of
+    from eval.benchmark.matched.regulators import Regulator
+    from eval.benchmark.material.models_and_cells import load_cells
 
     bench, _ = bench_in(tmp_path, data, model)
     task = cooperativity()
@@ -223,7 +233,7 @@ def test_planted_cooperativity(data, model, tmp_path):
 def test_two_genes_deleted_together(data, model, tmp_path):
     import torch
 
-    from eval.benchmark.in_silico import chosen_holders, engine_of, gene_effects
+    from eval.benchmark.material.in_silico import chosen_holders, engine_of, gene_effects
 
     bench, _ = bench_in(tmp_path, data, model)
     cells = [np.arange(2, 30), np.arange(29, 3, -1)]
@@ -245,9 +255,9 @@ def test_two_genes_deleted_together(data, model, tmp_path):
 
 
 def test_bad_input(data, model, tmp_path):
-    from eval.benchmark.cooperativity import run as run_cooperativity
-    from eval.benchmark.simulated_shifts import run
-    from eval.benchmark.simulated_truth import read_truth
+    from eval.benchmark.kinds.cooperativity import run as run_cooperativity
+    from eval.benchmark.kinds.simulated_shifts import run
+    from eval.benchmark.material.simulated_truth import read_truth
 
     bench, _ = bench_in(tmp_path, data, model)
     path = data / "simulated/shifts.parquet"

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 import scipy.sparse
 
-from data_prep.vocab import MASK, PAD, Vocabulary
+from data_prep.genes.vocabulary import MASK, PAD, Vocabulary
 from eval.benchmark.outcome import Store, TaskRun
-from eval.benchmark.task import (
+from eval.benchmark.task_file import (
     SUITES,
     Cells,
     CellStates,
@@ -21,11 +21,11 @@ from eval.benchmark.task import (
     Size,
     all_tasks,
 )
-from eval.perturb.edits import Edit
-from pretrain.config import ModelConfig
+from eval.perturb.screen.edits import Edit
+from pretrain.settings.model_settings import ModelConfig
 
 if TYPE_CHECKING:
-    from eval.benchmark.inputs import Bench, Model
+    from eval.benchmark.material.models_and_cells import Bench, Model
 
 NUM_GENES, NUM_DRIVERS, NUM_WELL, NUM_CELLS = 200, 20, 80, 80
 GENES = tuple(f"ENSG{i:011d}" for i in range(NUM_GENES))
@@ -82,8 +82,8 @@ def models() -> list[Model]:
     """
     import torch
 
-    from eval.benchmark.inputs import Model
-    from pretrain.model import build_model
+    from eval.benchmark.material.models_and_cells import Model
+    from pretrain.model.masked_gene_model import build_model
 
     vocabulary = Vocabulary(GENES, np.ones(NUM_GENES), {PAD: 0, MASK: 1}, 256)
     averaging, constant = (build_model(CONFIG, vocabulary, 0).bert for _ in range(2))
@@ -107,7 +107,7 @@ def models() -> list[Model]:
 
 
 def bench_in(folder: Path, models: list[Model], units: list[str] | None = None) -> Bench:
-    from eval.benchmark.inputs import Bench
+    from eval.benchmark.material.models_and_cells import Bench
 
     done = (lambda name, _: units.append(name)) if units is not None else None
     return Bench(models, folder, Store(folder / "units", {}, done), 0, "cpu", False)
@@ -125,7 +125,7 @@ def scores(result: TaskRun, contender: str, role: str, model: str | None = None)
 
 @pytest.fixture(scope="module")
 def planted(models, tmp_path_factory) -> tuple[TaskRun, list[str]]:
-    from eval.benchmark.perturbation import run
+    from eval.benchmark.kinds.perturbation import run
 
     folder = write_data(tmp_path_factory.mktemp("states"))
     units: list[str] = []
@@ -133,7 +133,7 @@ def planted(models, tmp_path_factory) -> tuple[TaskRun, list[str]]:
 
 
 def test_planted_drivers_win(planted, models):
-    from eval.benchmark.perturbation import num_units
+    from eval.benchmark.kinds.perturbation import num_units
 
     result, units = planted
     assert len(units) == len(result.outcomes) == num_units(make_task(), SIZE, models)
@@ -151,7 +151,7 @@ def test_planted_drivers_win(planted, models):
 @pytest.mark.long
 def test_the_other_way_round(models, tmp_path):
     """Overexpressed in well cells, drivers move them toward sick ones."""
-    from eval.benchmark.perturbation import run
+    from eval.benchmark.kinds.perturbation import run
 
     folder = write_data(tmp_path)
     states = CellStates(key="state", start="well", goal="sick")
@@ -162,7 +162,7 @@ def test_the_other_way_round(models, tmp_path):
 
 
 def test_without_a_goal_genes_are_ordered_by_how_far_cells_move(models, tmp_path):
-    from eval.benchmark.perturbation import run
+    from eval.benchmark.kinds.perturbation import run
 
     folder = write_data(tmp_path)
     task = make_task(states=None, cells=Cells(
@@ -176,7 +176,7 @@ def test_without_a_goal_genes_are_ordered_by_how_far_cells_move(models, tmp_path
 
 
 def test_fewer_genes_may_be_drawn(models, tmp_path):
-    from eval.benchmark.perturbation import run
+    from eval.benchmark.kinds.perturbation import run
 
     folder = write_data(tmp_path)
     size = Size.model_validate({"seeds": 1, "max_perturbed": 20, "max_cells_per_gene": 2})
@@ -186,7 +186,7 @@ def test_fewer_genes_may_be_drawn(models, tmp_path):
 
 def test_effects_by_hand(models, tmp_path):
     """Every gene takes the mean of all; the same genes are compared, and donors count alike."""
-    from eval.benchmark.in_silico import cell_effects, engine_of
+    from eval.benchmark.material.in_silico import cell_effects, engine_of
 
     model = models[0]
     bench = bench_in(tmp_path, models)
@@ -227,7 +227,7 @@ def test_effects_by_hand(models, tmp_path):
 
 
 def test_bad_input(models, tmp_path):
-    from eval.benchmark.perturbation import run
+    from eval.benchmark.kinds.perturbation import run
 
     folder = write_data(tmp_path)
     bench = bench_in(folder, models)

@@ -10,18 +10,18 @@ import pandas as pd
 import pytest
 import scipy.sparse
 
-from data_prep.vocab import MASK, PAD, Vocabulary
-from eval.benchmark.edges import read_edges
-from eval.benchmark.gene_correlation import correlations
+from data_prep.genes.vocabulary import MASK, PAD, Vocabulary
+from eval.benchmark.material.gene_pairs import read_edges
+from eval.benchmark.neighbours.gene_correlation import correlations
 from eval.benchmark.outcome import Store, TaskRun
-from eval.benchmark.task import Cells, Edges, Size, TargetsTask
-from pretrain.config import ModelConfig
+from eval.benchmark.task_file import Cells, Edges, Size, TargetsTask
+from pretrain.settings.model_settings import ModelConfig
 
 if TYPE_CHECKING:
     import torch
     from transformers import BertForMaskedLM
 
-    from eval.benchmark.inputs import Model
+    from eval.benchmark.material.models_and_cells import Model
 
 NUM_GENES, NUM_REGULATORS, TARGETS_EACH = 90, 4, 8
 GENES = tuple(f"ENSG{i:011d}" for i in range(NUM_GENES))
@@ -81,7 +81,7 @@ def attending_model(vocabulary: Vocabulary) -> BertForMaskedLM:
     """
     import torch
 
-    from pretrain.model import build_model
+    from pretrain.model.masked_gene_model import build_model
 
     network = build_model(CONFIG, vocabulary, 0).bert
     first, width = vocabulary.first_gene_token, CONFIG.hidden_size
@@ -107,8 +107,8 @@ def attending_model(vocabulary: Vocabulary) -> BertForMaskedLM:
 def models() -> list[Model]:
     import torch
 
-    from eval.benchmark.inputs import Model
-    from pretrain.model import build_model
+    from eval.benchmark.material.models_and_cells import Model
+    from pretrain.model.masked_gene_model import build_model
 
     vocabulary = Vocabulary(GENES, np.ones(NUM_GENES), {PAD: 0, MASK: 1}, 128)
     constant = build_model(CONFIG, vocabulary, 0).bert
@@ -121,8 +121,8 @@ def models() -> list[Model]:
 
 @pytest.fixture(scope="module")
 def planted(models, tmp_path_factory) -> tuple[TaskRun, list[str]]:
-    from eval.benchmark.inputs import Bench
-    from eval.benchmark.targets import run
+    from eval.benchmark.kinds.targets import run
+    from eval.benchmark.material.models_and_cells import Bench
 
     folder = write_data(tmp_path_factory.mktemp("targets"))
     units: list[str] = []
@@ -141,7 +141,7 @@ def means(result: TaskRun, contender: str, role: str, model: str | None = None) 
 
 
 def test_planted_targets_win(planted, models):
-    from eval.benchmark.targets import num_units
+    from eval.benchmark.kinds.targets import num_units
 
     result, units = planted
     assert len(units) == len(result.outcomes) == num_units(make_task(), SIZE, models)
@@ -161,8 +161,8 @@ def test_shuffled_targets_are_at_chance(planted):
 
 
 def test_partners_may_be_listed(models, tmp_path):
-    from eval.benchmark.inputs import Bench
-    from eval.benchmark.targets import run
+    from eval.benchmark.kinds.targets import run
+    from eval.benchmark.material.models_and_cells import Bench
 
     folder = write_data(tmp_path)
     pairs = read_edges(EDGES, folder)
@@ -179,8 +179,8 @@ def test_effects_are_those_of_the_encoder(models, tmp_path):
     """Deletions by hand: run the encoder with and without a gene, compare the others' states."""
     import torch
 
-    from eval.benchmark.in_silico import engine_of, gene_effects
-    from eval.benchmark.inputs import Bench
+    from eval.benchmark.material.in_silico import engine_of, gene_effects
+    from eval.benchmark.material.models_and_cells import Bench
 
     model = models[0]
     bench = Bench(models, tmp_path, Store(tmp_path / "units", {}), 0, "cpu", False)
@@ -210,8 +210,8 @@ def test_effects_are_those_of_the_encoder(models, tmp_path):
 
 
 def test_scores_and_helpers_by_hand():
-    from eval.benchmark.in_silico import chosen_holders
-    from eval.benchmark.targets import score_regulators
+    from eval.benchmark.kinds.targets import score_regulators
+    from eval.benchmark.material.in_silico import chosen_holders
 
     truth = np.array([True, True, False, False])
     perfect, tied = np.array([4.0, 3, 2, 1]), np.zeros(4)
@@ -227,8 +227,8 @@ def test_scores_and_helpers_by_hand():
 
 
 def test_bad_input(models, tmp_path):
-    from eval.benchmark.inputs import Bench
-    from eval.benchmark.targets import run
+    from eval.benchmark.kinds.targets import run
+    from eval.benchmark.material.models_and_cells import Bench
 
     folder = write_data(tmp_path)
     bench = Bench(models, folder, Store(folder / "units", {}), 0, "cpu", False)

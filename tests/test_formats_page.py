@@ -19,11 +19,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.hashing import mix64
-from data_prep.order import EpochPlan
-from data_prep.prepare import PrepareOptions, prepare
-from data_prep.shards import ShardSet, _lay_out
-from data_prep.sources import SourceOptions, source_at
-from data_prep.survey import choose_heldout_groups
+from data_prep.prepare.run import prepare
+from data_prep.prepare.work_list import PrepareOptions, choose_heldout_groups
+from data_prep.shards.format import lay_out
+from data_prep.shards.order import EpochPlan
+from data_prep.shards.reader import ShardSet
+from data_prep.sources.source_spec import SourceOptions, source_at
 from tests.pages import section as section_of
 from tests.pages import slug
 from tests.synthetic import write_cells
@@ -61,7 +62,7 @@ def layout(*tars: tuple[str, int, list[int]], block_cells: int = 8) -> dict[str,
 
 def plan_of(manifest: dict[str, Any], split: str, seed: int, tokens_per_step: int) -> EpochPlan:
     shards = ShardSet.__new__(ShardSet)
-    shards._extents, _ = _lay_out(manifest)
+    shards._extents, _ = lay_out(manifest)
     return EpochPlan(shards, split, seed, tokens_per_step)
 
 
@@ -268,46 +269,46 @@ def written_keys(path: str, name: str) -> set[str]:
 FINETUNING, BENCHMARK = "Scores of a fine-tuning", "Results of a benchmark"
 RUN = "Run folder"
 WRITTEN = [
-    (RUN, "data_prep/owner.py", "_mine"),
-    (RUN, "data_prep/owner.py", "this_process"),
-    (RUN, "pretrain/ended.py", "_write"),
-    (RUN, "pretrain/record.py", "environment"),
-    (RUN, "pretrain/warm_start.py", "compared"),
-    (RUN, "pretrain/warm_start.py", "_compare_genes"),
-    (RUN, "pretrain/warm_start.py", "_compare_medians"),
-    (RUN, "pretrain/faults.py", "_dump"),
-    (RUN, "pretrain/step_profile.py", "summarise"),
-    ("`metrics.jsonl`", "pretrain/metrics.py", "write"),
-    ("`metrics.jsonl`", "pretrain/metrics.py", "close_window"),
+    (RUN, "data_prep/running/owner.py", "_mine"),
+    (RUN, "data_prep/running/owner.py", "this_process"),
+    (RUN, "pretrain/run_folder/ended.py", "_write"),
+    (RUN, "pretrain/run_folder/run_record.py", "environment"),
+    (RUN, "pretrain/start/warm_start.py", "compared"),
+    (RUN, "pretrain/start/warm_start.py", "_compare_genes"),
+    (RUN, "pretrain/start/warm_start.py", "_compare_medians"),
+    (RUN, "pretrain/measure/not_finite.py", "_dump"),
+    (RUN, "pretrain/measure/step_profile.py", "summarise"),
+    ("`metrics.jsonl`", "pretrain/measure/metrics.py", "write"),
+    ("`metrics.jsonl`", "pretrain/measure/metrics.py", "close_window"),
     ("`metrics.jsonl`", "pretrain/train.py", "_log_window"),
     ("`metrics.jsonl`", "pretrain/summary.py", "cells_record"),
-    ("`metrics.jsonl`", "pretrain/publish.py", "_publish"),
-    ("`metrics.jsonl`", "pretrain/faults.py", "skip"),
-    (RUN, "pretrain/continued.py", "_record"),
-    ("DeepSpeed folder", "pretrain/to_deepspeed.py", "_client_state"),
-    ("A checkpoint", "pretrain/record.py", "run_record"),
+    ("`metrics.jsonl`", "pretrain/checkpoints/publish.py", "_publish"),
+    ("`metrics.jsonl`", "pretrain/measure/not_finite.py", "skip"),
+    (RUN, "pretrain/start/continued.py", "_record"),
+    ("DeepSpeed folder", "pretrain/export/to_deepspeed.py", "_client_state"),
+    ("A checkpoint", "pretrain/run_folder/run_record.py", "run_record"),
     ("A checkpoint", "pretrain/summary.py", "cells_record"),
-    ("A checkpoint", "pretrain/record.py", "step_record"),
-    ("A checkpoint", "pretrain/faults.py", "record"),
-    ("A checkpoint", "pretrain/publish.py", "_finish"),
-    ("A checkpoint", "pretrain/publish.py", "_write_mine"),
-    ("A checkpoint", "pretrain/checkpoint.py", "write_record"),
-    ("`launch/`", "launch/supervise.py", "_write_rank_settings"),
-    ("`launch/`", "launch/supervise.py", "run"),
-    ("`launch/`", "launch/requeue.py", "requeue_code"),
-    ("`launch/`", "launch/slurm.py", "launch_slurm"),
-    ("`launch/`", "launch/logs.py", "record_event"),
-    ("`launch/`", "launch/rank.py", "main"),
-    ("Model folder", "pretrain/export.py", "export_record"),
-    ("A perturbation screen", "eval/perturb/run.py", "_begin"),
-    ("A perturbation screen", "eval/perturb/results.py", "begin"),
-    ("Other tables", "eval/attention_tables.py", "attention_file"),
+    ("A checkpoint", "pretrain/run_folder/run_record.py", "step_record"),
+    ("A checkpoint", "pretrain/measure/not_finite.py", "record"),
+    ("A checkpoint", "pretrain/checkpoints/publish.py", "_finish"),
+    ("A checkpoint", "pretrain/checkpoints/publish.py", "_write_mine"),
+    ("A checkpoint", "pretrain/checkpoints/checkpoint.py", "write_record"),
+    ("`launch/`", "launch/attempts/supervise.py", "_write_rank_settings"),
+    ("`launch/`", "launch/attempts/supervise.py", "run"),
+    ("`launch/`", "launch/ways/requeue.py", "requeue_code"),
+    ("`launch/`", "launch/ways/slurm.py", "launch_slurm"),
+    ("`launch/`", "launch/attempts/rank_logs.py", "record_event"),
+    ("`launch/`", "launch/attempts/rank.py", "main"),
+    ("Model folder", "pretrain/export/model_folder.py", "export_record"),
+    ("A perturbation screen", "eval/perturb/screen/run.py", "_begin"),
+    ("A perturbation screen", "eval/perturb/screen/results.py", "begin"),
+    ("Other tables", "eval/cells/attention_tables.py", "attention_file"),
     ("Other tables", "eval/simulate/write.py", "simulate"),
-    (FINETUNING, "eval/finetune/cells.py", "finetune_cells"),
-    (FINETUNING, "eval/finetune/cells.py", "_score_seed"),
+    (FINETUNING, "eval/finetune/score_cells.py", "finetune_cells"),
+    (FINETUNING, "eval/finetune/score_cells.py", "_score_seed"),
     (FINETUNING, "eval/finetune/classifier.py", "FinetuneSettings"),
-    (FINETUNING, "eval/metrics.py", "score_classes"),
-    (FINETUNING, "eval/metrics.py", "mean_and_interval"),
+    (FINETUNING, "eval/scores/metrics.py", "score_classes"),
+    (FINETUNING, "eval/scores/metrics.py", "mean_and_interval"),
     ("A classifier", "eval/finetune/classifier.py", "save_classifier"),
     ("A classifier", "eval/finetune/classifier.py", "Head"),
     (BENCHMARK, "eval/benchmark/run.py", "run_benchmark"),
@@ -318,9 +319,9 @@ WRITTEN = [
     (BENCHMARK, "eval/benchmark/outcome.py", "Outcome"),
     (BENCHMARK, "eval/benchmark/outcome.py", "TaskRun"),
     (BENCHMARK, "eval/benchmark/outcome.py", "outcome"),
-    (BENCHMARK, "eval/benchmark/compare.py", "summarise"),
-    (BENCHMARK, "eval/benchmark/compare.py", "_compare"),
-    (BENCHMARK, "eval/benchmark/compare.py", "holm"),
+    (BENCHMARK, "eval/benchmark/contest/verdicts.py", "summarise"),
+    (BENCHMARK, "eval/benchmark/contest/verdicts.py", "_compare"),
+    (BENCHMARK, "eval/benchmark/contest/verdicts.py", "holm"),
 ]
 # Keys of what never stays on disk, or has a name of its own.
 ELSEWHERE = {
@@ -341,8 +342,8 @@ def test_page_names_what_the_code_writes(title, path, name):
 
 
 def test_page_names_scores_of_heldout_cells():
-    from pretrain.baselines import BASELINE_NAMES
-    from pretrain.evaluate import heldout_record
+    from pretrain.counting.baselines import BASELINE_NAMES
+    from pretrain.measure.heldout import heldout_record
 
     class Scores(dict):
         def __missing__(self, key: str) -> str:

@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.prepare import PrepareOptions, prepare
-from data_prep.shards import SHARD_FORMAT, ShardSet
-from data_prep.sources import SourceOptions, source_at
+from data_prep.prepare.run import prepare
+from data_prep.prepare.work_list import PrepareOptions
+from data_prep.shards.format import SHARD_FORMAT
+from data_prep.shards.reader import ShardSet
+from data_prep.sources.source_spec import SourceOptions, source_at
 from pretrain.config import load_config
 from tests.ranks import run_ranks
 from tests.runs import run_training

@@ -11,10 +11,10 @@ import pytest
 from typer.core import TyperGroup
 from typer.testing import CliRunner
 
-from data_prep.shards import ShardSet
+from data_prep.shards.reader import ShardSet
 from docs.generate import command
 from launch.cli import VERBS, build_app
-from pretrain.config import ModelConfig
+from pretrain.settings.model_settings import ModelConfig
 from tests.perturb_results import names, noise, write_screen
 from tests.synthetic import make_shards
 
@@ -41,7 +41,7 @@ def test_commands_with_tables_have_it():
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     """Cells, shards, a model of random weights, and a screen."""
-    from pretrain.model import build_model
+    from pretrain.model.masked_gene_model import build_model
 
     folder = tmp_path_factory.mktemp("json")
     shards = ShardSet(make_shards(folder, num_cells=60))

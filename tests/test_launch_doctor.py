@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.checks import ask_here, find_problems, find_warnings
 from launch.doctor import slow_places
-from launch.hosts import Answer
+from launch.hosts.ask_hosts import Answer
+from launch.hosts.checks import ask_here, find_problems, find_warnings
 from tests.hosts import Host, hosts, why_no_hosts
 from tests.test_launch_hosts import environment, launch, small, write_hostfile
 

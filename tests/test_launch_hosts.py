@@ -101,7 +101,7 @@ def test_two_hosts_are_one_run(words, three, undisturbed, shards, tmp_path):
     config = small(shards, tmp_path / "run", run__max_steps=_STEPS)
     hostfile = write_hostfile(tmp_path, "ds2", "ds3")
     shown = launch(three[0], config, *words, str(hostfile), "--show")
-    assert shown.returncode == 0 and "launch.rank" in shown.stdout, shown.stderr
+    assert shown.returncode == 0 and "launch.attempts.rank" in shown.stdout, shown.stderr
     assert not config.run.out.exists()
     done = launch(three[0], config, *words, str(hostfile))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -109,7 +109,7 @@ def test_two_hosts_are_one_run(words, three, undisturbed, shards, tmp_path):
     ends = sorted((config.run.out / "launch" / "attempt_1").glob("rank_*.json"))
     assert {json.loads(p.read_text())["host"] for p in ends} == {"ds2", "ds3"}
     for host in three:
-        assert not host.processes("launch.rank")
+        assert not host.processes("launch.attempts.rank")
 
 
 def unplug(host: Host) -> None:

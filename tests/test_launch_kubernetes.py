@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 
-from launch.kubernetes import Claim, KubernetesJob, render
+from launch.ways.kubernetes import Claim, KubernetesJob, render
 from tests.kubernetes_schema import SCHEMAS
 from tests.runs import last_step, metrics, tiny_config
 
@@ -190,7 +190,7 @@ def _expanded(word: str, variables: dict[str, str]) -> str:
 @pytest.mark.long
 def test_pods_save_when_evicted_and_resume(shards, tmp_path):
     """The commands of a PyTorchJob of two pods: SIGTERM as at an eviction, then the pods again."""
-    from pretrain import checkpoint
+    from pretrain.checkpoints import checkpoint
 
     config = tiny_config(
         shards, tmp_path / "run", run__max_steps=150, checkpoint__every_steps=1000,

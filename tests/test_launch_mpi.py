@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.mpi import mpi_command, read_hostfile
+from launch.ways.mpi import mpi_command, read_hostfile
 from tests.ranks import commands, end_commands, run_command, start_functions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,7 +154,7 @@ def test_wrong_launches_are_refused(arguments, message, tmp_path):
 
 
 def test_variables_of_other_launchers():
-    from pretrain.dist import _of_other_launchers
+    from pretrain.ranks.dist import _of_other_launchers
 
     slurm = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}
     meet = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}

@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_prep.owner import this_process
-from launch.rank import ALIVE
+from data_prep.running.owner import this_process
+from launch.attempts.rank import ALIVE
 from pretrain.config import RunConfig
 from tests.ranks import commands
 from tests.runs import last_step, tiny_config
@@ -36,15 +36,23 @@ def wait_for(condition: Callable[[], bool], limit_s: float, what: Callable[[], s
         time.sleep(0.02)
 
 
-# A rank that only waits, below the real `launch.rank`
+# A rank that only waits, below the real `launch.attempts.rank`
 
 
 @contextlib.contextmanager
 def rank_below(folder: Path, supervisor: dict | None, *above: str) -> Iterator[subprocess.Popen]:
-    """Start `launch.rank` with a rank that waits until it is asked to stop."""
+    """Start `launch.attempts.rank` with a rank that waits until it is asked to stop."""
     settings = {"device": "cpu", "nodes": 1, "environment": {}, "supervisor": supervisor}
     (folder / "settings.json").write_text(json.dumps(settings))
-    words = [*above, sys.executable, "-m", "launch.rank", str(folder), "tests.waiting", str(folder)]
+    words = [
+        *above,
+        sys.executable,
+        "-m",
+        "launch.attempts.rank",
+        str(folder),
+        "tests.waiting",
+        str(folder),
+    ]
     environment = os.environ | {"PYTHONPATH": str(_ROOT)}
     process = subprocess.Popen(words, cwd=folder, env=environment, start_new_session=True)
     try:
@@ -101,7 +109,7 @@ def test_a_rank_stops_with_its_parent_and_with_a_launcher_above(tmp_path):
         require_asked(tmp_path / "a", 5)
     (tmp_path / "b").mkdir()
     # A shell that waits for a launcher is one of those that pdsh leaves on a host.
-    shell = ["bash", "-c", '"$@"; true  # -m launch.rank', "bash"]
+    shell = ["bash", "-c", '"$@"; true  # -m launch.attempts.rank', "bash"]
     with rank_below(tmp_path / "b", None, *shell) as above:
         assert psutil.Process(above.pid).name() == "bash"
         above.kill()
@@ -124,7 +132,7 @@ def config_file(config: RunConfig) -> str:
 
 def require_saved(config: RunConfig, state: str = "stopped", code: int = _RESUMABLE) -> None:
     """Assert that the last step is in a checkpoint, and that `ended.json` says so."""
-    from pretrain import checkpoint
+    from pretrain.checkpoints import checkpoint
 
     last = checkpoint.newest(config.run.out)
     assert last is not None
@@ -267,7 +275,7 @@ def disturb(run: Launched, way: str, kind: str) -> None:
     elif kind == "kill the launcher":
         run.processes(ABOVE[way])[0].kill()
     elif kind == "kill what is above a rank":
-        run.processes("-m launch.rank")[-1].kill()
+        run.processes("-m launch.attempts.rank")[-1].kill()
     else:
         run.processes("-m pretrain")[-1].kill()
 

@@ -26,7 +26,7 @@ _WAYS = {
 # What waits for the ranks, in the words of its command line, and on which host.
 _ABOVE = {"ssh": (1, "deepspeed.launcher.launch"), "pdsh": (0, "pdsh"), "mpi": (0, "prterun")}
 
-_LEFT = ("-m pretrain", "launch.rank", "deepspeed.launcher", "mpirun", "prte")
+_LEFT = ("-m pretrain", "launch.attempts.rank", "deepspeed.launcher", "mpirun", "prte")
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ def test_a_batch_file_holds_no_value_of_the_environment(shards, tmp_path, monkey
     # There is no queue here: it says so after the files are written.
     start_geneloom([*words, *pretrain], log).code()
     folder = out / "launch"
-    assert "launch.rank" in (folder / "job.sbatch").read_text()
+    assert "launch.attempts.rank" in (folder / "job.sbatch").read_text()
     settings = json.loads((folder / "settings.json").read_text())
     assert settings["environment"]["NCCL_DEBUG"] == "INFO"
     assert leaks(out) == []
@@ -42,7 +42,7 @@ def test_a_batch_file_holds_no_value_of_the_environment(shards, tmp_path, monkey
 
 
 def test_a_model_folder_tells_nothing_of_where_it_was_made(trained, tmp_path):
-    from pretrain.export import export
+    from pretrain.export.model_folder import export
 
     run = Path(shutil.copytree(trained, tmp_path / "run"))
     env = json.loads((run / "env.json").read_text())

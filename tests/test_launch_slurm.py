@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.requeue import requeue_code
-from launch.slurm_script import RankCommand, SlurmJob, render, seconds_of
+from launch.ways.requeue import requeue_code
+from launch.ways.slurm_script import RankCommand, SlurmJob, render, seconds_of
 from pretrain.config import RunConfig
 from tests.ranks import run_ranks
 from tests.runs import (
@@ -107,7 +107,7 @@ def test_killed_and_signalled_run_ends_as_if_undisturbed(cluster, shards, tmp_pa
 
 @pytest.mark.long
 def test_cancelled_run_saves_and_stays_cancelled(cluster, shards, tmp_path):
-    from pretrain import checkpoint
+    from pretrain.checkpoints import checkpoint
 
     config = tiny_config(shards, tmp_path / "run", run__max_steps=20_000, run__epochs=5000)
     job = start(cluster, config)
@@ -275,7 +275,7 @@ def test_shown_is_not_stored(tmp_path):
 
 
 def attempt(run: Path, number: int, *ends: tuple[int, int, str]) -> Path:
-    """Make what `launch.rank` leaves: (rank, exit code, last words) in the order of ends."""
+    """Make what a launched rank leaves: (rank, exit code, last words) in the order of ends."""
     folder = run / "launch" / f"attempt_{number}"
     folder.mkdir(parents=True)
     for place, (rank, code, words) in enumerate(ends):

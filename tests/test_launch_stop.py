@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_prep.owner import LAUNCH_ID, owned, this_process
+from data_prep.running.owner import LAUNCH_ID, owned, this_process
 from launch.stop import stop_command
 from tests.hosts import hosts, skip_without_hosts
 from tests.runs import last_step, metrics, tiny_config
@@ -42,7 +42,14 @@ def left_behind(out: Path, number: int, launch: str) -> Iterator[tuple[subproces
     }  # fmt: skip
     (attempt / "settings.json").write_text(json.dumps(settings))
     (attempt / "hostfile").write_text("localhost slots=1\n")
-    words = [sys.executable, "-m", "launch.rank", str(attempt), "tests.waiting", str(attempt)]
+    words = [
+        sys.executable,
+        "-m",
+        "launch.attempts.rank",
+        str(attempt),
+        "tests.waiting",
+        str(attempt),
+    ]
     environment = os.environ | {"PYTHONPATH": str(_ROOT), LAUNCH_ID: launch}
     rank = subprocess.Popen(words, cwd=out, env=environment, start_new_session=True)
     try:
@@ -84,7 +91,7 @@ def test_what_attempts_left_is_asked_to_save_and_others_stay(tmp_path, capsys):
 
 def test_an_owner_without_a_launcher_is_asked(tmp_path, capsys):
     code = (
-        "import sys, time; from pathlib import Path; from data_prep.owner import owned\n"
+        "import sys, time; from pathlib import Path; from data_prep.running.owner import owned\n"
         "with owned(Path(sys.argv[1]), 'perturb'): print('in', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.logs import ends, last_error, root_cause
+from launch.attempts.rank_logs import ends, last_error, root_cause
 from launch.verbs import check_and_find_folder, saved_step, to_go_on
 from tests.ranks import end_commands, run_ranks, start_geneloom
 from tests.runs import metrics, rank_processes, run_training, tiny_config

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,43 +15,42 @@ from tests.pages import section
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("data_prep", "pretrain", "launch", "eval")
-# Which folders, or modules of folders, each folder may import.
-ALLOWED = {
-    "data_prep": {"data_prep"},
-    "pretrain": {
-        "pretrain",
-        "data_prep.vocab",
-        "data_prep.shards",
-        "data_prep.order",
-        "data_prep.hashing",
-        "data_prep.errors",
-        "data_prep.files",
-        "data_prep.launchers",
-        "data_prep.network",
-        "data_prep.owner",
-        "data_prep.redact",
-        "data_prep.version",
-    },
-    "launch": {
-        "launch",
-        "pretrain.config",
-        "pretrain.ds_config",
-        "data_prep.errors",
-        "data_prep.files",
-        "data_prep.launchers",
-        "data_prep.network",
-        "data_prep.owner",
-        "data_prep.redact",
-        "data_prep.stages",
-        "data_prep.version",
-    },
-    "eval": {"eval", "pretrain", "data_prep"},
+# Rooms from top to bottom: a file may import its own room and those in the lines below it. A name
+# is a folder, or a file beside them; docs/architecture.md says what each is for.
+ROOMS = {
+    "data_prep": """
+        __main__ | cli | inspection | prepare | encoding | sources | matrices shards
+        genes running | errors files hashing version
+    """,
+    "pretrain": """
+        __main__ | cli | train | engine | start | export | optim summary device | measure
+        batches run_folder cell_states | model optimizer | counting | checkpoints | ranks
+        plan objective ds_config | config | settings stop
+    """,
+    "launch": """
+        doctor stop cli | ways | attempts | hosts verbs runs environment
+    """,
+    "eval": """
+        perturb.__main__ finetune.__main__ | cli benchmark.cli perturb.cli probe api
+        benchmark.run | benchmark.kinds report | benchmark.matched benchmark.report
+        benchmark.contest benchmark.own_task perturb.report | perturb.effects benchmark.material
+        perturb.screen | finetune | cells simulate | drawing owning benchmark.neighbours
+        benchmark.scoring benchmark.outcome benchmark.task_file | scores options
+    """,
+}
+# What a package may import of another one: rooms, or all of it.
+ACROSS = {
+    ("eval", "pretrain"): "*",
+    ("eval", "data_prep"): "*",
+    ("pretrain", "data_prep"): "genes shards running errors files hashing version",
+    ("launch", "pretrain"): "config ds_config",
+    ("launch", "data_prep"): "running errors files version",
 }
 NEVER_TORCH = [
     "data_prep",
     "launch",
     "pretrain/config.py",
-    "pretrain/architecture.py",
+    "pretrain/settings/architecture.py",
     "pretrain/ds_config.py",
 ]
 
@@ -69,15 +70,96 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_import_arrows(folder):
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def room_of(module: str) -> tuple[str, str]:
+    """Return package and room of a module; a file beside rooms is one of its own."""
+    package, _, inside = module.partition(".")
+    rooms = ROOMS[package].replace("|", " ").split()
+    fitting = [r for r in rooms if inside == r or inside.startswith(f"{r}.")]
+    assert fitting, f"{module}: is in no room of the table"
+    return package, max(fitting, key=len)
+
+
+def arrows() -> list[tuple[str, str]]:
+    """Return (module, module of ours that it imports), wherever in the file, for types too."""
+    paths = [p for f in FOLDERS for p in modules(f) if p.name != "__init__.py"]
+    known = {dotted(p) for p in paths}
+    return [
+        (dotted(path), next(n for n in (name, name.rpartition(".")[0]) if n in known))
+        for path in paths
+        for name in sorted(imports(path))
+        if name in known or name.rpartition(".")[0] in known
+    ]
+
+
+def test_import_arrows():
     ours = (*FOLDERS, "tests", "benchmarks")
-    for path in modules(folder):
-        for name in imports(path):
-            if name.split(".")[0] in ours:
-                assert any(name == a or name.startswith(a + ".") for a in ALLOWED[folder]), (
-                    f"{path.relative_to(ROOT)} must not import {name}"
+    for folder in FOLDERS:
+        for path in modules(folder):
+            for name in imports(path):
+                other = name.split(".")[0]
+                if other not in ours or other == folder:
+                    continue
+                assert (folder, other) in ACROSS, f"{dotted(path)} must not import {name}"
+                allowed = ACROSS[folder, other]
+                rooms = [f"{other}.{room}" for room in allowed.split()]
+                assert allowed == "*" or any(name.startswith(r) for r in rooms), (
+                    f"{dotted(path)} must not import {name}"
                 )
+
+
+def test_rooms_import_downwards():
+    height = {
+        (package, room): number
+        for package, table in ROOMS.items()
+        for number, line in enumerate(table.replace("\n", "|").split("|"))
+        for room in line.split()
+    }
+    for module, other in arrows():
+        here, there = room_of(module), room_of(other)
+        if here[0] == there[0] and here != there:
+            assert height[here] < height[there], f"{module} must not import {other}"
+
+
+def test_no_circle_of_files():
+    graph: dict[str, set[str]] = {}
+    for module, other in arrows():
+        graph.setdefault(module, set()).add(other)
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names them
+
+
+def test_nothing_is_imported_by_a_text():
+    """But the verbs, by `launch.cli`, and what belongs to others."""
+    for path in [p for f in FOLDERS for p in modules(f)]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+                text = ast.unparse(node.args[0])
+                assert dotted(path) == "launch.cli" or text.split(".")[0].strip("'") in (
+                    "deepspeed", "hdf5plugin",
+                ), f"{dotted(path)} imports {text}"  # fmt: skip
+
+
+def test_every_room_is_on_the_map():
+    page = section((ROOT / "docs" / "architecture.md").read_text(), "the-rooms")
+    for package, table in ROOMS.items():
+        for room in table.replace("|", " ").split():
+            path = ROOT / package / room.replace(".", "/")
+            if path.is_dir():
+                assert f"`{room.replace('.', '/')}/`" in page, f"{package}: {room}"
+                files = [p for p in path.glob("*.py") if p.name != "__init__.py"]
+                assert len(files) <= 11, f"{path}: {len(files)} files"
+
+
+def test_the_way_of_a_cell_exists():
+    page = section((ROOT / "docs" / "architecture.md").read_text(), "the-way-of-a-cell")
+    named = re.findall(r"`(\w+/[a-z_/]+\.py)`,\s+`(\w+)`", page)
+    assert len(named) >= 15
+    for file, name in named:
+        found = {getattr(n, "name", "") for n in ast.parse((ROOT / file).read_text()).body}
+        assert name in found, f"{file}: {name}"
 
 
 @pytest.mark.parametrize("folder", NEVER_TORCH)
@@ -95,9 +177,10 @@ def test_init_files_are_empty():
 
 # The files that someone reads to understand a run, in this order; docs/architecture.md names them.
 READING_PATH = (
-    "pretrain/config.py", "pretrain/train.py", "pretrain/engine.py", "pretrain/data.py",
-    "pretrain/masking.py", "pretrain/model.py", "pretrain/optim.py", "data_prep/order.py",
-    "data_prep/shards.py", "data_prep/rank.py",
+    "pretrain/config.py", "pretrain/train.py", "pretrain/engine.py",
+    "pretrain/batches/step_dataset.py", "pretrain/objective/masking.py",
+    "pretrain/model/masked_gene_model.py", "pretrain/optim.py", "data_prep/shards/order.py",
+    "data_prep/shards/reader.py", "data_prep/genes/rank_genes.py",
 )  # fmt: skip
 
 

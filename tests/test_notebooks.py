@@ -5,10 +5,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from data_prep.medians import gene_medians
-from data_prep.prepare import SERIAL
-from data_prep.sources import SourceOptions, source_at
-from pretrain.config import ModelConfig
+from data_prep.prepare.medians import gene_medians
+from data_prep.prepare.run import SERIAL
+from data_prep.sources.source_spec import SourceOptions, source_at
+from pretrain.settings.model_settings import ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
@@ -16,8 +16,8 @@ NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    from eval.demo_cells import recover_counts
-    from pretrain.model import build_model
+    from eval.cells.demo_cells import recover_counts
+    from pretrain.model.masked_gene_model import build_model
 
     folder = tmp_path_factory.mktemp("model")
     recover_counts().write_h5ad(folder / "cells.h5ad")

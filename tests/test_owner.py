@@ -17,9 +17,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_prep import owner as owner_module
 from data_prep.files import OWNER_NAME
-from data_prep.owner import ATTEMPT, LEASE_S, SERIES, FolderInUse, owned, refuse_if_in_use
+from data_prep.running import owner as owner_module
+from data_prep.running.owner import (
+    ATTEMPT,
+    LEASE_S,
+    SERIES,
+    FolderInUse,
+    owned,
+    refuse_if_in_use,
+)
 from tests.ranks import commands, kill, run_ranks
 from tests.runs import last_step, metrics, tiny_config
 from tests.test_pretrain_faults import wait_until
@@ -145,7 +152,7 @@ def test_a_file_in_its_place_is_named(tmp_path):
 
 def test_an_owner_that_was_killed_is_noticed_at_once(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from data_prep.owner import owned\n"
+        "import sys, time; from pathlib import Path; from data_prep.running.owner import owned\n"
         "with owned(Path(sys.argv[1]), 'pretrain'): print('in', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen(
@@ -301,7 +308,7 @@ def test_all_ranks_are_refused(shards, tmp_path):
 def own_twice(folder: Path) -> str:
     """Enter a folder of an evaluation with two ranks, from inside such a one."""
     from eval.owning import owned_by_ranks
-    from pretrain import dist
+    from pretrain.ranks import dist
 
     ranks = dist.start(60, threads=1)
     text = ""

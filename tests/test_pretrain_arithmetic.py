@@ -12,12 +12,27 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.shards import ShardSet
-from data_prep.vocab import Vocabulary
-from pretrain.arithmetic import MIXED_SHARE, Arithmetic, MaskedRows, arithmetic_tables
-from pretrain.baselines import BASELINE_NAMES, Baselines, RankBaselines, rank_bins
-from pretrain.counted import FOLDER_NAME
-from pretrain.heldout_sums import MOST_DATASETS, OTHER_DATASETS, CellDatasets, HeldoutSums
+from data_prep.genes.vocabulary import Vocabulary
+from data_prep.shards.reader import ShardSet
+from pretrain.counting.arithmetic import (
+    MIXED_SHARE,
+    Arithmetic,
+    MaskedRows,
+    arithmetic_tables,
+)
+from pretrain.counting.baselines import (
+    BASELINE_NAMES,
+    Baselines,
+    RankBaselines,
+    rank_bins,
+)
+from pretrain.counting.counted_tables import FOLDER_NAME
+from pretrain.measure.heldout_sums import (
+    MOST_DATASETS,
+    OTHER_DATASETS,
+    CellDatasets,
+    HeldoutSums,
+)
 from tests.ranks import run_ranks
 from tests.runs import tiny_config
 from tests.synthetic import make_cells, make_shards
@@ -32,8 +47,9 @@ def shards(tmp_path_factory) -> Path:
 
 
 def two_datasets(folder: Path) -> Path:
-    from data_prep.prepare import PrepareOptions, prepare
-    from data_prep.sources import SourceOptions, source_at
+    from data_prep.prepare.run import prepare
+    from data_prep.prepare.work_list import PrepareOptions
+    from data_prep.sources.source_spec import SourceOptions, source_at
 
     sources = []
     for seed, name in enumerate(("shallow", "deep")):
@@ -267,7 +283,7 @@ def test_no_baseline_is_infinite_anywhere(tmp_path):
 
 
 def test_counted_once_and_anew_for_other_shards_or_cells(shards, tables, tmp_path, monkeypatch):
-    from pretrain import arithmetic
+    from pretrain.counting import arithmetic
 
     shards = Path(shutil.copytree(shards, tmp_path / "copy"))
     shutil.rmtree(shards / FOLDER_NAME)
@@ -302,9 +318,9 @@ def test_without_medians_it_is_refused_by_name(shards):
 
 def evaluated(shards: Path, out: Path, has_medians: bool = True) -> dict[str, Any]:
     """Evaluate a new model on this rank."""
-    from pretrain import dist
-    from pretrain.evaluate import HeldoutEvaluation, heldout_line, heldout_record
-    from pretrain.model import build_model
+    from pretrain.measure.heldout import HeldoutEvaluation, heldout_line, heldout_record
+    from pretrain.model.masked_gene_model import build_model
+    from pretrain.ranks import dist
 
     config = tiny_config(shards, out, evaluation__max_cells=1000)
     ranks = dist.start(60, 1)
@@ -315,7 +331,7 @@ def evaluated(shards: Path, out: Path, has_medians: bool = True) -> dict[str, An
         opened.vocabulary = Vocabulary(genes, np.ones(len(genes)), special, 2048)
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
-    logging.getLogger("pretrain.evaluate").addHandler(handler)
+    logging.getLogger("pretrain.measure.heldout").addHandler(handler)
     evaluation = HeldoutEvaluation(opened, config, ranks)
     result = evaluation.run(build_model(config.model, opened.vocabulary, seed=0))
     dist.leave()

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from data_prep.shards import ShardSet
+from data_prep.shards.reader import ShardSet
 
 if TYPE_CHECKING:
-    from pretrain.baselines import RankBaselines
+    from pretrain.counting.baselines import RankBaselines
 
 pytestmark = pytest.mark.quick
 
@@ -20,7 +20,7 @@ SHARDS = Path(__file__).parent / "golden" / "shards-1"
 
 @pytest.fixture(scope="module")
 def baselines() -> RankBaselines:
-    from pretrain.baselines import RankBaselines
+    from pretrain.counting.baselines import RankBaselines
 
     return RankBaselines(ShardSet(SHARDS), max_cells=1000)
 
@@ -61,7 +61,7 @@ def test_rank_helps_where_rank_decides(baselines):
 @pytest.mark.parametrize("name", ["unigram", "unigram_by_rank", "mean_rank"])
 def test_places_count_the_more_likely_genes(baselines, name):
     """Every gene at every rank, one by one."""
-    from pretrain.baselines import RANK_BINS
+    from pretrain.counting.baselines import RANK_BINS
 
     table = baselines.log_probabilities[name]
     genes = np.arange(table.shape[1])

@@ -65,12 +65,12 @@ def plain_pytorch(config: RunConfig) -> dict:
     """Return losses and weights of a run, and its held-out loss of cells, with torch alone."""
     import torch
 
-    from data_prep.shards import ShardSet
-    from pretrain.baselines import RankBaselines
+    from data_prep.shards.reader import ShardSet
+    from pretrain.batches.step_dataset import StepDataset
     from pretrain.config import ObjectiveConfig
-    from pretrain.data import StepDataset
-    from pretrain.masking import EVALUATION_MASKING
-    from pretrain.model import build_model
+    from pretrain.counting.baselines import RankBaselines
+    from pretrain.model.masked_gene_model import build_model
+    from pretrain.objective.masking import EVALUATION_MASKING
 
     torch.set_num_threads(1)
     shards, optim, objective = ShardSet(config.data.shards), config.optim, config.objective
@@ -125,7 +125,7 @@ def plain_pytorch(config: RunConfig) -> dict:
 
 def train_all(configs: list[RunConfig], resumed: RunConfig | None = None) -> list:
     """Train one run after the other; `resumed` goes on from a copy of the first's half."""
-    from pretrain import dist
+    from pretrain.ranks import dist
     from pretrain.train import train
 
     found = [train(config) for config in configs]
@@ -206,8 +206,8 @@ def micro_batch():
     """
     import torch
 
-    from pretrain.cell_objective import cell_targets
-    from pretrain.data import MicroBatch
+    from pretrain.batches.step_batch import MicroBatch
+    from pretrain.objective.cell_objective import cell_targets
 
     generator = torch.Generator().manual_seed(1)
     length, sizes = 40, [40, 17, 30, 6, 22]
@@ -257,13 +257,13 @@ def test_visible_are_genes_that_are_not_hidden():
 def test_losses_and_gradients_are_those_of_hugging_faces_network(name):
     import torch
 
-    from pretrain.model import build_model
-    from pretrain.passes import to_device
+    from pretrain.batches.forward_arguments import to_device
+    from pretrain.model.masked_gene_model import build_model
     from tests.test_pretrain_modernbert import model_settings, vocabulary
 
     settings = {"hidden_size": 32, "num_heads": 2, "intermediate_size": 48, **MODELS[name]}
     if name == "bert":
-        from pretrain.config import ModelConfig
+        from pretrain.settings.model_settings import ModelConfig
 
         config = ModelConfig(**settings, hidden_dropout=0.0, attention_dropout=0.0)
     else:
@@ -288,7 +288,7 @@ def test_losses_and_gradients_are_those_of_hugging_faces_network(name):
 def test_the_gradient_reaches_each_visible_state_and_no_other():
     import torch
 
-    from pretrain.cell_objective import cell_losses, mean_of_visible
+    from pretrain.objective.cell_objective import cell_losses, mean_of_visible
 
     micro, _ = micro_batch()
     assert micro.targets
@@ -305,10 +305,10 @@ def test_the_gradient_reaches_each_visible_state_and_no_other():
 def test_filler_rows_have_gradients_of_exact_zeros(runs):
     import torch
 
-    from data_prep.shards import ShardSet
-    from pretrain.data import StepDataset
-    from pretrain.model import build_model
-    from pretrain.passes import to_device
+    from data_prep.shards.reader import ShardSet
+    from pretrain.batches.forward_arguments import to_device
+    from pretrain.batches.step_dataset import StepDataset
+    from pretrain.model.masked_gene_model import build_model
 
     config, _ = runs[0]["zero0"]
     shards = ShardSet(config.data.shards)
@@ -323,7 +323,7 @@ def test_filler_rows_have_gradients_of_exact_zeros(runs):
 
 
 def test_a_resume_with_another_objective_names_both(shards, tmp_path):
-    from pretrain.checkpoint import require_same
+    from pretrain.checkpoints.checkpoint import require_same
 
     def record(objective):
         recipe = config_of(shards, tmp_path, objective).recipe()

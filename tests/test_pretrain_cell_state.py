@@ -13,7 +13,7 @@ from tests.synthetic import make_cells
 
 @pytest.fixture(scope="module")
 def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from pretrain.export import export
+    from pretrain.export.model_folder import export
 
     out = tmp_path_factory.mktemp("state") / "model"
     assert "cell states of " in export(trained, out)
@@ -22,11 +22,11 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_axes_are_those_of_pretraining_cells(exported: Path, shards: Path):
     """By numpy, from states that embed_layers gives of cells of the shards."""
-    from data_prep.shards import ShardSet
-    from pretrain.cell_state import fit_cell_state, some_training_cells
-    from pretrain.encoders import encoder_of
-    from pretrain.export import folder_cell_state, load_exported
-    from pretrain.states import embed_layers
+    from data_prep.shards.reader import ShardSet
+    from pretrain.cell_states.cell_state import fit_cell_state, some_training_cells
+    from pretrain.cell_states.frozen_states import embed_layers
+    from pretrain.export.model_folder import folder_cell_state, load_exported
+    from pretrain.model.architectures import encoder_of
 
     opened = ShardSet(shards)
     network, vocabulary = load_exported(exported)
@@ -53,8 +53,8 @@ def test_axes_are_those_of_pretraining_cells(exported: Path, shards: Path):
 
 
 def test_training_cells_are_of_all_lengths_and_none_twice(shards: Path):
-    from data_prep.shards import ShardSet
-    from pretrain.cell_state import some_training_cells
+    from data_prep.shards.reader import ShardSet
+    from pretrain.cell_states.cell_state import some_training_cells
 
     opened = ShardSet(shards)
     every = {
@@ -73,8 +73,8 @@ def test_training_cells_are_of_all_lengths_and_none_twice(shards: Path):
 def test_embed_writes_states_unless_told_otherwise(exported: Path, tmp_path: Path):
     import anndata
 
-    from eval.embed import embed_file
-    from pretrain.export import load_exported
+    from eval.cells.embed import embed_file
+    from pretrain.export.model_folder import load_exported
 
     make_cells(20, seed=3).write_h5ad(tmp_path / "cells.h5ad")
     said = embed_file(tmp_path / "cells.h5ad", exported, tmp_path / "states.h5ad")
@@ -131,9 +131,9 @@ def test_embeddings_as_table_and_zarr_are_those_of_the_h5ad(exported: Path, tmp_
 
 
 def test_progress_counts_every_cell_once(exported: Path):
-    from pretrain.encoders import encoder_of
-    from pretrain.export import load_exported
-    from pretrain.states import embed_layers
+    from pretrain.cell_states.frozen_states import embed_layers
+    from pretrain.export.model_folder import load_exported
+    from pretrain.model.architectures import encoder_of
 
     network, vocabulary = load_exported(exported)
     cells = [np.arange(3, 9, dtype=np.uint16)] * 5 + [np.zeros(0, dtype=np.uint16)]
@@ -145,7 +145,7 @@ def test_progress_counts_every_cell_once(exported: Path):
 
 
 def test_a_state_of_other_weights_is_refused(exported: Path, tmp_path: Path):
-    from pretrain.export import folder_cell_state, load_exported
+    from pretrain.export.model_folder import folder_cell_state, load_exported
 
     changed = tmp_path / "changed"
     shutil.copytree(exported, changed)
@@ -162,7 +162,7 @@ def test_a_state_of_other_weights_is_refused(exported: Path, tmp_path: Path):
 def test_an_export_without_its_shards_says_so(trained: Path, tmp_path: Path):
     import yaml
 
-    from pretrain.export import export
+    from pretrain.export.model_folder import export
 
     run = tmp_path / "run"
     shutil.copytree(trained, run)

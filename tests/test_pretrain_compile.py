@@ -9,14 +9,14 @@ import pytest
 
 from pretrain.config import load_config
 from pretrain.ds_config import derive_ds_config
-from pretrain.masking import NO_LABEL
+from pretrain.objective.masking import NO_LABEL
 from tests.ranks import run_ranks
 from tests.runs import cut_off, require_same_state, run_training, tiny_config
 from tests.synthetic import make_shards
 from tests.test_pretrain_masking import vocabulary
 
 if TYPE_CHECKING:
-    from pretrain.model import MaskedGeneModel
+    from pretrain.model.masked_gene_model import MaskedGeneModel
 
 NEEDS_COMPILER = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None,
@@ -60,7 +60,7 @@ def test_compiled_layers_are_the_plain_ones(backend, tmp_path, monkeypatch):
     import torch
     from torch._dynamo.utils import counters
 
-    from pretrain.model import build_model
+    from pretrain.model.masked_gene_model import build_model
 
     if backend != "inductor":
         in_torch = torch.compile

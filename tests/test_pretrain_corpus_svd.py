@@ -10,13 +10,14 @@ import scipy.linalg
 import scipy.sparse
 from scipy.sparse.linalg import svds
 
-from data_prep.prepare import PrepareOptions, prepare
-from data_prep.shards import ShardSet
-from data_prep.sources import SourceOptions, source_at
-from data_prep.vocab import CLS, EOS, MASK, PAD, Vocabulary
-from pretrain import corpus_svd as module
-from pretrain.corpus_svd import FILE_NAME, CorpusSvd, corpus_svd, leading_vectors
-from pretrain.counted import FOLDER_NAME
+from data_prep.genes.vocabulary import CLS, EOS, MASK, PAD, Vocabulary
+from data_prep.prepare.run import prepare
+from data_prep.prepare.work_list import PrepareOptions
+from data_prep.shards.reader import ShardSet
+from data_prep.sources.source_spec import SourceOptions, source_at
+from pretrain.counting import corpus_svd as module
+from pretrain.counting.corpus_svd import FILE_NAME, CorpusSvd, corpus_svd, leading_vectors
+from pretrain.counting.counted_tables import FOLDER_NAME
 
 
 @pytest.fixture()
@@ -146,7 +147,7 @@ def test_against_scikit_learn_on_the_demos_cells(dense: int, tmp_path: Path, mon
     """Both ways to solve it: as a whole, as for so few genes, and as for large vocabularies."""
     from sklearn.decomposition import TruncatedSVD
 
-    from eval.demo_cells import recover_counts
+    from eval.cells.demo_cells import recover_counts
 
     monkeypatch.setattr(module, "_DENSE", dense)
     recover_counts().write_h5ad(tmp_path / "cells.h5ad")

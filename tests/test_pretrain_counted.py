@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.shards import DamagedBlock, ShardSet
-from pretrain.counted import FOLDER_NAME, counted_tables
+from data_prep.shards.reader import DamagedBlock, ShardSet
+from pretrain.counting.counted_tables import FOLDER_NAME, counted_tables
 
 pytestmark = pytest.mark.quick
 
@@ -77,8 +77,8 @@ def _flip(shards: ShardSet, number: int) -> None:
 def test_what_lacks_a_damaged_block_is_counted_anew_when_it_heals(
     shards: Path, tmp_path: Path
 ) -> None:
-    from pretrain.arithmetic import arithmetic_tables
-    from pretrain.corpus_svd import corpus_svd
+    from pretrain.counting.arithmetic import arithmetic_tables
+    from pretrain.counting.corpus_svd import corpus_svd
 
     opened = ShardSet(Path(shutil.copytree(shards, tmp_path / "copy")))
     shutil.rmtree(opened.folder / FOLDER_NAME, ignore_errors=True)

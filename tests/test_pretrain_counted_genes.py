@@ -12,7 +12,7 @@ ARCHITECTURES = ["bert", "modernbert"]
 
 
 def settings_of(architecture: str, **changes):
-    from pretrain.config import ModelConfig
+    from pretrain.settings.model_settings import ModelConfig
 
     return ModelConfig.model_validate(
         WIDE | {"architecture": architecture, "init_genes": "counted"} | changes
@@ -23,9 +23,9 @@ def filled(shards, settings, seed: int = 3):
     """Return embeddings and bias of a model of these shards before and after, and the record."""
     import torch
 
-    from pretrain.counted_genes import count_genes, fill
-    from pretrain.encoders import architecture_of, encoder_of, input_table
-    from pretrain.model import build_model
+    from pretrain.model.architectures import architecture_of, encoder_of, input_table
+    from pretrain.model.counted_start import count_genes, fill
+    from pretrain.model.masked_gene_model import build_model
 
     counted = count_genes(shards, settings)
     model = build_model(settings, shards.vocabulary, seed)
@@ -42,7 +42,7 @@ def filled(shards, settings, seed: int = 3):
 
 @pytest.fixture(scope="module")
 def shard_set(shards):
-    from data_prep.shards import ShardSet
+    from data_prep.shards.reader import ShardSet
 
     return ShardSet(shards)
 
@@ -105,7 +105,7 @@ def test_each_part_alone(parts, counted, shard_set):
 
 @pytest.mark.parametrize(("width", "medians", "svd"), [(8, 4, 4), (32, 16, 16), (64, 16, 48)])
 def test_narrow_models_say_what_they_leave_out(width, medians, svd, shard_set):
-    from pretrain.counted_genes import count_genes, describe
+    from pretrain.model.counted_start import count_genes, describe
 
     record = count_genes(shard_set, settings_of("bert", hidden_size=width)).record
     said = describe(record)
@@ -114,7 +114,7 @@ def test_narrow_models_say_what_they_leave_out(width, medians, svd, shard_set):
 
 
 def test_same_cells_same_weights(shard_set):
-    from pretrain.counted_genes import count_genes
+    from pretrain.model.counted_start import count_genes
 
     settings = settings_of("bert")
     first, second = (count_genes(shard_set, settings).record["sha256"] for _ in range(2))
@@ -123,7 +123,7 @@ def test_same_cells_same_weights(shard_set):
 
 
 def test_a_vocabulary_without_medians_is_refused(shard_set):
-    from pretrain.counted_genes import require_countable
+    from pretrain.model.counted_start import require_countable
 
     vocab = shard_set.vocabulary
     without = replace(vocab, medians=np.ones(len(vocab.genes)))

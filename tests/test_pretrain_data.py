@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from data_prep.hashing import mix64
-from data_prep.shards import DamagedBlock, ShardSet
+from data_prep.shards.reader import DamagedBlock, ShardSet
 from pretrain.config import MaskingConfig
-from pretrain.masking import NO_LABEL
+from pretrain.objective.masking import NO_LABEL
 from tests.synthetic import make_shards
 
 if TYPE_CHECKING:
-    from pretrain.data import MicroBatch, StepDataset
+    from pretrain.batches.step_batch import MicroBatch
+    from pretrain.batches.step_dataset import StepDataset
 
 pytestmark = pytest.mark.quick
 
@@ -28,7 +29,7 @@ def many_shards(tmp_path_factory) -> Path:
 
 
 def dataset(folder: Path, rank: int = 0, world_size: int = 1, **options) -> StepDataset:
-    from pretrain.data import StepDataset
+    from pretrain.batches.step_dataset import StepDataset
 
     shards = ShardSet(folder)
     return StepDataset(
@@ -50,7 +51,7 @@ def assert_equal(a: MicroBatch, b: MicroBatch) -> None:
 @pytest.mark.parametrize("budget", [400, 1024])
 @pytest.mark.parametrize("num_cells", [1, 2, 11, 32])
 def test_micro_batches_cover_the_batch(world_size, budget, num_cells):
-    from pretrain.data import micro_batch_slots
+    from pretrain.batches.step_dataset import micro_batch_slots
 
     length = 100
     parts = [micro_batch_slots(num_cells, length, r, world_size, budget) for r in range(world_size)]
@@ -102,7 +103,7 @@ def test_what_is_served_does_not_depend_on_history(many_shards):
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_change_nothing(threads, many_shards):
-    from pretrain.data import steps_in_background
+    from pretrain.batches.step_dataset import steps_in_background
 
     plain = list(steps_in_background(dataset(many_shards), 3, 40, 0))
     ahead = list(steps_in_background(dataset(many_shards), 3, 40, threads))
@@ -116,7 +117,7 @@ def test_threads_change_nothing(threads, many_shards):
 
 
 def test_each_block_is_read_once_by_many_threads(many_shards):
-    from pretrain.data import steps_in_background
+    from pretrain.batches.step_dataset import steps_in_background
 
     read = dataset(many_shards)
     steps = read.plan.steps_per_epoch
@@ -140,7 +141,7 @@ def damaged(many_shards, tmp_path) -> tuple[Path, ShardSet, int]:
 
 
 def test_damaged_block_stops_with_its_name(damaged):
-    from pretrain.data import steps_in_background
+    from pretrain.batches.step_dataset import steps_in_background
 
     folder, shards, _ = damaged
     name = shards.manifest["shards"][0]["name"]
@@ -151,7 +152,7 @@ def test_damaged_block_stops_with_its_name(damaged):
 
 @pytest.mark.parametrize("threads", [0, 3])
 def test_damaged_block_is_quarantined_and_counted(threads, damaged, many_shards, caplog):
-    from pretrain.data import steps_in_background
+    from pretrain.batches.step_dataset import steps_in_background
 
     folder, shards, number = damaged
     lost = int(shards.index["cells"][number])

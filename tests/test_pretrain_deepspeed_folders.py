@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.shards import ShardSet
+from data_prep.shards.reader import ShardSet
 from pretrain.config import RunConfig, load_config
 from tests.ranks import run_new_ranks, run_ranks
 from tests.runs import final_state, metrics, require_same_state, run_training, tiny_config
@@ -29,7 +29,7 @@ def export_all(run: Path, cases: dict[Path, tuple[int, int]]) -> dict[Path, str]
     import deepspeed.checkpoint.ds_to_universal as universal
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    from pretrain.to_deepspeed import export_deepspeed
+    from pretrain.export.to_deepspeed import export_deepspeed
 
     said = {}
     for out, (stage, ranks) in cases.items():
@@ -54,7 +54,7 @@ def load_by_deepspeed(folder: Path, stage: int) -> dict[str, Any]:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
     from transformers import AutoConfig, AutoModelForMaskedLM
 
-    from pretrain import dist
+    from pretrain.ranks import dist
 
     dist.start(60, 1)
     torch.manual_seed(7)
@@ -139,9 +139,9 @@ def export_and_read(run: Path, out: Path, stage: int, ranks: int) -> bool:
     """Export a run; return whether a reader of ours finds all of its bits in the folder."""
     import torch
 
-    from pretrain import checkpoint
-    from pretrain.from_deepspeed import DeepSpeedReader
-    from pretrain.to_deepspeed import export_deepspeed
+    from pretrain.checkpoints import checkpoint
+    from pretrain.export.to_deepspeed import export_deepspeed
+    from pretrain.start.from_deepspeed import DeepSpeedReader
 
     export_deepspeed(run, out, None, stage, ranks)
     own, found = checkpoint.find(run).reader(), DeepSpeedReader(out / "global_step10")
@@ -201,7 +201,7 @@ def going_on(folder: Path, shards: Path, out: Path, *more: str) -> RunConfig:
 
 
 def export_of_step_5(run: Path, out: Path) -> None:
-    from pretrain.to_deepspeed import export_deepspeed
+    from pretrain.export.to_deepspeed import export_deepspeed
 
     export_deepspeed(run, out, 5, 3, 2)
 
@@ -227,7 +227,7 @@ def test_out_and_in_again_is_the_run_that_was_never_interrupted(trained, shards,
 def universal_reads_alike(folders: dict[int, Path]) -> None:
     import torch
 
-    from pretrain.from_deepspeed import DeepSpeedReader, find_tag
+    from pretrain.start.from_deepspeed import DeepSpeedReader, find_tag
 
     first = DeepSpeedReader(folders[1] / "global_step10")
     folders_of_tags = [folders[3] / "global_step10", *(f / "universal" for f in folders.values())]
@@ -307,11 +307,11 @@ def network(kind: str, size: int) -> Any:
 
 def state_to_start_from(config: RunConfig) -> dict[str, dict[str, np.ndarray]]:
     """Return the live weights and moments of an engine before its first step."""
-    from pretrain import dist
-    from pretrain.continued import foreign_checkpoint
+    from pretrain.checkpoints.zero_state import owned_fragments
     from pretrain.ds_config import derive_ds_config
     from pretrain.engine import Engine
-    from pretrain.zero_state import owned_fragments
+    from pretrain.ranks import dist
+    from pretrain.start.continued import foreign_checkpoint
 
     ranks = dist.start(60, 1)
     shards = ShardSet(config.data.shards)
@@ -381,7 +381,7 @@ def refusals(exported: dict[int, Path], shards: Path, base: Path) -> dict[str, s
     """Return what is said of folders that cannot be gone on from, in a rank's process."""
     import torch
 
-    from pretrain.continued import foreign_checkpoint
+    from pretrain.start.continued import foreign_checkpoint
 
     said = {}
 
@@ -450,9 +450,9 @@ def consolidated(exported: dict[int, Path], shards: Path, base: Path) -> list[st
     """Start from files of fp32 weights with other names; return those that gave other weights."""
     import torch
 
-    from pretrain.from_deepspeed import DeepSpeedReader
-    from pretrain.model import build_model
-    from pretrain.warm_start import start_weights
+    from pretrain.model.masked_gene_model import build_model
+    from pretrain.start.from_deepspeed import DeepSpeedReader
+    from pretrain.start.warm_start import start_weights
 
     reader = DeepSpeedReader(exported[1] / "global_step10")
     weights = {name: reader.tensor(name) for name in reader.shapes}
@@ -488,7 +488,7 @@ def test_names_may_have_more_or_less_before_them(exported, shards, tmp_path):
 
 
 def test_resume_from_export_of_and_best_of_kept_checkpoints(shards, tmp_path):
-    from pretrain import checkpoint
+    from pretrain.checkpoints import checkpoint
 
     config = tiny_config(
         shards, tmp_path / "run", checkpoint__every_steps=1, checkpoint__keep=1,
@@ -509,7 +509,7 @@ def test_resume_from_export_of_and_best_of_kept_checkpoints(shards, tmp_path):
         == best[1]
     )
     # The report of the best is that of a run which ended there.
-    from eval.report import write_report
+    from eval.report.run_page import write_report
 
     page = Path(write_report(run, tmp_path / "page.html", [], None, None, None, "best")).read_text()
     assert f"{losses[best[0]]:.4f}" in page and f"{losses[10]:.4f}" not in page
@@ -522,7 +522,7 @@ def test_resume_from_export_of_and_best_of_kept_checkpoints(shards, tmp_path):
 
 
 def go_back(config: RunConfig) -> None:
-    from pretrain import dist
+    from pretrain.ranks import dist
     from pretrain.train import train
 
     train(config, True, from_step="best")

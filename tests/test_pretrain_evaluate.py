@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from pretrain.baselines import BASELINE_NAMES, RANK_BINS, RankBaselines
+from pretrain.counting.baselines import BASELINE_NAMES, RANK_BINS, RankBaselines
 from tests.ranks import run_ranks
 from tests.runs import tiny_config
 from tests.synthetic import make_shards
@@ -33,10 +33,10 @@ def scores_of_a_new_model(shards: Path, out: Path) -> dict[str, Any]:
     """Evaluate on this rank; beside the record, every hidden gene of the rank as a row."""
     import torch
 
-    from data_prep.shards import ShardSet
-    from pretrain import dist
-    from pretrain.evaluate import HeldoutEvaluation, heldout_line, heldout_record
-    from pretrain.model import build_model
+    from data_prep.shards.reader import ShardSet
+    from pretrain.measure.heldout import HeldoutEvaluation, heldout_line, heldout_record
+    from pretrain.model.masked_gene_model import build_model
+    from pretrain.ranks import dist
 
     config = tiny_config(
         shards, out, evaluation__max_cells=1000, evaluation__baseline_cells=BASELINE_CELLS
@@ -116,7 +116,7 @@ def test_scores_are_those_counted_by_hand(one_rank):
 
 @pytest.mark.parametrize("name", ["unigram", "unigram_by_rank", "mean_rank"])
 def test_baselines_are_scored_like_the_model(name, one_rank, shards):
-    from data_prep.shards import ShardSet
+    from data_prep.shards.reader import ShardSet
 
     record = one_rank["record"]
     table = RankBaselines(ShardSet(shards), BASELINE_CELLS).log_probabilities[name]
@@ -175,7 +175,7 @@ def test_the_line_has_every_number_with_its_neighbours(one_rank):
 def test_tensorboard_and_file_hold_every_number(one_rank, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from pretrain.metrics import RunLog, read_metrics
+    from pretrain.measure.metrics import RunLog, read_metrics
 
     log = RunLog(tmp_path, 0)
     record = one_rank["record"] | {"lost": math.nan, "curve": [1.5, None, math.inf]}
@@ -211,7 +211,7 @@ def remarks_of(
 ) -> dict[int, tuple[int, str]]:
     """Return the remarks of a run that evaluates every 10 steps, by step."""
 
-    from pretrain.evaluate import curve_remark
+    from pretrain.measure.heldout import curve_remark
 
     history = [(10 * (i + 1), loss) for i, loss in enumerate(losses)]
     found = {history[i][0]: curve_remark(history[: i + 1], bars, total_steps, 0.25)
@@ -284,8 +284,8 @@ def test_a_lost_number_is_a_loss_above_everything():
 
 
 def test_a_resumed_run_repeats_no_remark(tmp_path):
-    from pretrain.evaluate import curve_remark, heldout_history
-    from pretrain.metrics import RunLog, read_metrics
+    from pretrain.measure.heldout import curve_remark, heldout_history
+    from pretrain.measure.metrics import RunLog, read_metrics
 
     log = RunLog(tmp_path, 0)
     for step, loss in ((10, 6.5), (20, math.nan), (30, 5.9), (40, 5.8)):

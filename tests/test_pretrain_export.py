@@ -18,7 +18,7 @@ def run(shards, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(run, tmp_path_factory) -> Path:
-    from pretrain.export import export
+    from pretrain.export.model_folder import export
 
     out = tmp_path_factory.mktemp("exported") / "model"
     export(run, out)
@@ -29,9 +29,9 @@ def test_same_logits_after_reloading(run, exported, shards):
     import torch
     from transformers import AutoModelForMaskedLM
 
-    from pretrain import checkpoint, zero_state
-    from pretrain.export import load_exported
-    from pretrain.model import build_model
+    from pretrain.checkpoints import checkpoint, zero_state
+    from pretrain.export.model_folder import load_exported
+    from pretrain.model.masked_gene_model import build_model
 
     model, vocabulary = load_exported(exported)
     trained = build_model(tiny_config(shards, run).model, vocabulary, seed=99)
@@ -66,7 +66,7 @@ def test_record_and_card(run, exported, shards):
 
 
 def test_refusals(run, exported, tmp_path):
-    from pretrain.export import export, load_exported
+    from pretrain.export.model_folder import export, load_exported
 
     with pytest.raises(ValueError, match="not an empty folder"):
         export(run, exported)
@@ -81,7 +81,7 @@ def test_geneformer_folder_with_its_dictionaries(exported, tmp_path):
     """A published folder has weights only; its dictionaries are given beside it."""
     import shutil
 
-    from pretrain.export import load_exported
+    from pretrain.export.model_folder import load_exported
 
     weights = Path(shutil.copytree(exported, tmp_path / "weights"))
     for name in ("vocabulary.json", "geneloom.json"):
@@ -101,7 +101,7 @@ def test_weights_of_older_pytorch(exported, tmp_path):
     import torch
     from safetensors.torch import load_file
 
-    from pretrain.export import load_exported, model_digest
+    from pretrain.export.model_folder import load_exported, model_digest
 
     old = Path(shutil.copytree(exported, tmp_path / "old"))
     torch.save(load_file(old / "model.safetensors"), old / "pytorch_model.bin")
@@ -122,7 +122,7 @@ def test_torn_or_foreign_weights_are_refused(exported, tmp_path):
 
     from safetensors.torch import load_file, save_file
 
-    from pretrain.export import load_exported
+    from pretrain.export.model_folder import load_exported
 
     copy = Path(shutil.copytree(exported, tmp_path / "model"))
     # Loaded tensors are mapped from the file, which is overwritten below.
@@ -143,7 +143,7 @@ def test_torn_or_foreign_weights_are_refused(exported, tmp_path):
 def test_model_and_vocabulary_must_belong_together(exported, tmp_path):
     import shutil
 
-    from pretrain.export import load_exported
+    from pretrain.export.model_folder import load_exported
 
     copy = Path(shutil.copytree(exported, tmp_path / "model"))
     text = (copy / "vocabulary.json").read_text()

@@ -22,7 +22,8 @@ import numpy as np
 import psutil
 import pytest
 
-from data_prep.shards import ShardSet, file_sha256
+from data_prep.files import file_sha256
+from data_prep.shards.reader import ShardSet
 from pretrain.config import RunConfig
 from pretrain.ds_config import derive_ds_config
 from tests.ranks import Command, commands, end_commands, run_ranks, start_functions
@@ -43,7 +44,8 @@ from tests.synthetic import make_shards
 if TYPE_CHECKING:
     import torch
 
-    from pretrain.data import MicroBatch, StepDataset
+    from pretrain.batches.step_batch import MicroBatch
+    from pretrain.batches.step_dataset import StepDataset
     from pretrain.engine import Engine
 
 # Of a run that is to start, on a machine that does a lot beside it.
@@ -99,7 +101,7 @@ def is_being_written(run: Path) -> bool:
 
 def require_saved(config: RunConfig) -> None:
     """Assert that the last step is in a complete checkpoint, and nothing half-written is left."""
-    from pretrain import checkpoint
+    from pretrain.checkpoints import checkpoint
 
     last = checkpoint.newest(config.run.out)
     assert last is not None
@@ -280,8 +282,8 @@ def test_without_watching_a_hung_collective_ends_in_time(shards, tmp_path):
 
 
 def watch_again_and_again(times: int) -> int:
-    from pretrain import dist
-    from pretrain.watch import Watch
+    from pretrain.ranks import dist
+    from pretrain.ranks.watch import Watch
 
     ranks = dist.start(60, 1)
     for number in range(times):
@@ -371,7 +373,7 @@ _HEAD_NORM = "bert.cls.predictions.transform.LayerNorm"
 
 
 def dataset_of(config: RunConfig, rank: int, world_size: int) -> StepDataset:
-    from pretrain.data import StepDataset
+    from pretrain.batches.step_dataset import StepDataset
 
     return StepDataset(
         ShardSet(config.data.shards), "train", config.run.seed, config.batch.tokens_per_step,
@@ -392,8 +394,8 @@ def with_weights(run: Path, to: Path, change: Callable[[dict[str, torch.Tensor]]
     """Copy a run whose newest checkpoint gets other weights, given as tensors by name, flat."""
     from safetensors.torch import save_file
 
-    from pretrain import checkpoint
-    from pretrain.zero_state import KINDS
+    from pretrain.checkpoints import checkpoint
+    from pretrain.checkpoints.zero_state import KINDS
 
     shutil.copytree(run, to)
     last = checkpoint.newest(to)
@@ -568,8 +570,9 @@ def try_steps(configs: list[RunConfig]) -> list[dict[str, Any]]:
     """Take the step after the newest checkpoint of each run; return what came of it."""
     import torch
 
-    from pretrain import checkpoint, dist
+    from pretrain.checkpoints import checkpoint
     from pretrain.engine import Engine
+    from pretrain.ranks import dist
 
     ranks = dist.start(60, 1)
     results = []
@@ -594,7 +597,7 @@ def try_steps(configs: list[RunConfig]) -> list[dict[str, Any]]:
 
 def live_state(engine: Engine, rank: int) -> dict[str, torch.Tensor]:
     """Return copies of what a rank holds: its weights, master weights and moments."""
-    from pretrain.zero_state import owned_fragments
+    from pretrain.checkpoints.zero_state import owned_fragments
 
     tensors = {
         f"{kind}/{fragment.name}": tensor
@@ -668,8 +671,8 @@ def small_disk(folder: Path, mib: float) -> Iterator[Callable[[float], None]]:
 
 def checkpoint_mib(config: RunConfig) -> float:
     """Return what one checkpoint needs."""
-    from pretrain.model import build_model
-    from pretrain.zero_state import BYTES_PER_PARAMETER
+    from pretrain.checkpoints.zero_state import BYTES_PER_PARAMETER
+    from pretrain.model.masked_gene_model import build_model
 
     model = build_model(config.model, ShardSet(config.data.shards).vocabulary, 0)
     return sum(p.numel() for p in model.parameters()) * BYTES_PER_PARAMETER / 2**20
@@ -693,7 +696,7 @@ def cut_files_off(rank: Command) -> None:
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_write_that_fails_half_way_leaves_nothing(rank, undisturbed, shards, tmp_path):
-    from pretrain import checkpoint
+    from pretrain.checkpoints import checkpoint
 
     config = tiny_config(shards, tmp_path / "run", **_WRITING)
     with running(config, 2) as ranks:
@@ -738,8 +741,8 @@ def test_old_checkpoint_stays_until_the_new_one_is_complete(shards, tmp_path):
 
 def stand_still_outside(limit_s: float) -> None:
     """Rank 1 waits for what never comes, alive; the others for rank 1."""
-    from pretrain import dist
-    from pretrain.watch import Watch
+    from pretrain.ranks import dist
+    from pretrain.ranks.watch import Watch
 
     ranks = dist.start(60, 1)
     with Watch(ranks, 1, limit_s) as watch:
@@ -762,7 +765,7 @@ def test_a_rank_that_does_not_get_on_is_named_with_its_stack(num_ranks, tmp_path
     assert "stand_still_outside" in said
     if num_ranks > 1:
         assert said.count(" ends: no step was finished for 1 s: rank 1 in step 7: ") == num_ranks
-        assert said.count("in a collective, called from pretrain/dist.py") == num_ranks - 1
+        assert said.count("in a collective, called from pretrain/ranks/dist.py") == num_ranks - 1
 
 
 def wait_as_for_a_device(limit_s: float, timeout_s: int) -> None:
@@ -771,8 +774,8 @@ def wait_as_for_a_device(limit_s: float, timeout_s: int) -> None:
     is given up."""
     import torch
 
-    from pretrain import dist
-    from pretrain.watch import Watch
+    from pretrain.ranks import dist
+    from pretrain.ranks.watch import Watch
 
     ranks = dist.start(timeout_s, 1)
     with Watch(ranks, 1, limit_s) as watch:

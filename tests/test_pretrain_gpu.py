@@ -8,7 +8,7 @@ A100, H100, V100 = (8, 0), (9, 0), (7, 0)
 
 
 def test_the_gpu_of_a_rank():
-    from pretrain.dist import gpu_of
+    from pretrain.ranks.dist import gpu_of
 
     assert [gpu_of(rank, 4) for rank in range(4)] == [0, 1, 2, 3]
     # One for each task (SLURM) or container (Kubernetes), whatever number it has for others.

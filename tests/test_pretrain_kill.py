@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from data_prep.hashing import mix64
-from data_prep.order import EpochPlan
-from data_prep.shards import ShardSet
+from data_prep.shards.order import EpochPlan
+from data_prep.shards.reader import ShardSet
 from pretrain.config import RunConfig
 from tests.ranks import Command, run_ranks, start_commands
 from tests.runs import (
@@ -262,7 +262,7 @@ def _require_same_metrics(run: Path, other: Path) -> None:
 
 def _require_every_cell_in_every_epoch(config: RunConfig) -> None:
     """Assert that each step served the cells that belong to it, and each epoch the whole corpus."""
-    from pretrain import checkpoint
+    from pretrain.checkpoints import checkpoint
 
     shards = ShardSet(config.data.shards)
     corpus = np.concatenate(
@@ -295,7 +295,7 @@ def _digest(cells: np.ndarray) -> int:
 
 @pytest.mark.long
 def test_signal_through_the_launcher_saves_and_exits_75(shards, tmp_path):
-    from pretrain import checkpoint
+    from pretrain.checkpoints import checkpoint
 
     config = tiny_config(shards, tmp_path / "run", run__max_steps=20000, run__epochs=5000)
     process = start_command(config, ranks=2)

@@ -8,8 +8,8 @@ from tests.synthetic import make_shards
 def test_curves_of_the_layout_are_written(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from pretrain.baselines import BASELINE_NAMES
-    from pretrain.metrics import LAYOUT
+    from pretrain.counting.baselines import BASELINE_NAMES
+    from pretrain.measure.metrics import LAYOUT
 
     config = tiny_config(
         make_shards(tmp_path), tmp_path / "run", run__max_steps=6, optim__kind="muon",

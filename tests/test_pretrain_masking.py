@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from data_prep.genes.vocabulary import from_dictionaries
 from data_prep.hashing import keyed_hash, unit_interval
-from data_prep.vocab import from_dictionaries
 from pretrain.config import MaskingConfig
-from pretrain.masking import NO_LABEL, Masks, mask_rows, masks_of, num_masked
+from pretrain.objective.masking import NO_LABEL, Masks, mask_rows, masks_of, num_masked
 
 pytestmark = pytest.mark.quick
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.order import EpochPlan
-from data_prep.shards import ShardSet
+from data_prep.shards.order import EpochPlan
+from data_prep.shards.reader import ShardSet
 from pretrain.config import RunConfig
 from tests.ranks import run_ranks
 from tests.runs import OFFLOAD, final_state, tiny_config
@@ -73,7 +73,7 @@ _WHOLE = [
 
 def _train_all(configs: Sequence[RunConfig]) -> list[Result]:
     """Train one run after the other on these ranks: starting costs more than training."""
-    from pretrain import dist
+    from pretrain.ranks import dist
     from pretrain.train import train
 
     results = []
@@ -104,7 +104,7 @@ def _results(cases: Sequence[Case], shards: Path, folder: Path) -> list[Result]:
 
 def _require_accumulation(case: Case, config: RunConfig) -> None:
     """Assert that ranks have so many micro-batches in full steps, which are most."""
-    from pretrain.data import micro_batch_slots
+    from pretrain.batches.step_dataset import micro_batch_slots
 
     plan = EpochPlan(
         ShardSet(config.data.shards), "train", config.run.seed, config.batch.tokens_per_step

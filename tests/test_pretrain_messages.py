@@ -32,7 +32,7 @@ def test_a_folder_that_may_only_be_read_is_refused_in_one_line(trained, shards, 
 
 
 def log_into_a_folder(run: Path) -> str:
-    from pretrain.metrics import RunLog
+    from pretrain.measure.metrics import RunLog
 
     try:
         RunLog(run, 0)
@@ -42,7 +42,7 @@ def log_into_a_folder(run: Path) -> str:
 
 
 def test_a_folder_in_place_of_a_file_is_named(trained, tmp_path):
-    from pretrain import checkpoint
+    from pretrain.checkpoints import checkpoint
 
     (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
     said = run_new_ranks(1, log_into_a_folder, tmp_path / "run")[0]
@@ -73,8 +73,8 @@ def test_a_folder_in_place_of_a_file_is_named(trained, tmp_path):
     ],
 )
 def test_an_edited_model_config_is_refused_by_export(key, value, message, trained, tmp_path):
-    from pretrain.export import export
-    from pretrain.to_deepspeed import export_deepspeed
+    from pretrain.export.model_folder import export
+    from pretrain.export.to_deepspeed import export_deepspeed
 
     run = Path(shutil.copytree(trained, tmp_path / "run"))
     path = run / "model_config.json"

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from pretrain.config import ModelConfig, OptimConfig
+from pretrain.config import OptimConfig
+from pretrain.settings.model_settings import ModelConfig
 from tests.test_pretrain_masking import vocabulary
 
 pytestmark = pytest.mark.quick
@@ -18,7 +19,7 @@ CONFIG = ModelConfig(
 
 @pytest.fixture(scope="module")
 def model():
-    from pretrain.model import build_model
+    from pretrain.model.masked_gene_model import build_model
 
     return build_model(CONFIG, vocabulary(False), seed=0).eval()
 
@@ -50,7 +51,7 @@ def test_places_equal_a_sorted_list():
     """Distinct logits: the place in the order of guesses, each gene asked for once."""
     import torch
 
-    from pretrain.scores import guess_places
+    from pretrain.model.head_scores import guess_places
 
     generator = np.random.default_rng(0)
     logits = np.stack([generator.permutation(500) for _ in range(500)]).astype(np.float32)
@@ -64,7 +65,7 @@ def test_ties_are_shared_out():
     """Equal logits, as bfloat16 makes them, must not make every one of them the first guess."""
     import torch
 
-    from pretrain.scores import guess_places
+    from pretrain.model.head_scores import guess_places
 
     labels = torch.arange(2, 502)
     knows_nothing = guess_places(torch.zeros(500, 502), labels)
@@ -78,7 +79,7 @@ def test_ties_are_shared_out():
 def test_no_label_and_no_number_have_no_place():
     import torch
 
-    from pretrain.scores import guess_places
+    from pretrain.model.head_scores import guess_places
 
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
     logits[2, 5] = math.nan
@@ -117,7 +118,7 @@ def test_no_masked_place_gives_an_attached_zero(model):
 def test_seed_decides_the_weights():
     import torch
 
-    from pretrain.model import build_model
+    from pretrain.model.masked_gene_model import build_model
 
     a, b, c = (build_model(CONFIG, vocabulary(False), seed) for seed in (1, 1, 2))
     assert torch.equal(next(a.parameters()), next(b.parameters()))
@@ -158,15 +159,15 @@ def dropped_by_hand(query, key, value, heads, real, dropout, seed):
     """Attention with every weight written down; which ones are dropped, hash by hash."""
     import torch
 
-    from pretrain import kernels
+    from pretrain.model import cpu_kernels
 
     kept = torch.ones(len(query), heads, query.shape[1], key.shape[1])
     threshold = int(dropout * 2**32)
     for cell, head, asking, asked in np.ndindex(*kept.shape):
-        of_head = kernels.mix(np.uint32(seed), np.uint32(cell * heads + head))
-        of_row = kernels.mix(np.uint32(of_head), np.uint32(asking))
+        of_head = cpu_kernels.mix(np.uint32(seed), np.uint32(cell * heads + head))
+        of_row = cpu_kernels.mix(np.uint32(of_head), np.uint32(asking))
         kept[cell, head, asking, asked] = (
-            kernels.mix(np.uint32(of_row), np.uint32(asked)) >= threshold
+            cpu_kernels.mix(np.uint32(of_row), np.uint32(asked)) >= threshold
         )
     query, key, value = (
         x.float().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value)
@@ -182,9 +183,9 @@ def test_attention_with_dropout_on_a_cpu(dtype, atol, monkeypatch):
     """Several tiles, padded cells, fewer places that ask than are asked: values and slopes."""
     import torch
 
-    from pretrain.attention import attention
+    from pretrain.model.attention import attention
 
-    monkeypatch.setattr("pretrain.attention._TILE_BYTES", 600)
+    monkeypatch.setattr("pretrain.model.attention._TILE_BYTES", 600)
     dtype = getattr(torch, dtype)
     generator = torch.Generator().manual_seed(0)
     inputs = [
@@ -210,7 +211,7 @@ def test_attention_with_dropout_on_a_cpu(dtype, atol, monkeypatch):
 def test_attention_without_dropout_is_torchs():
     import torch
 
-    from pretrain.attention import attention
+    from pretrain.model.attention import attention
 
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, 20, 32, generator=generator) for _ in range(3))
@@ -252,9 +253,9 @@ def test_losses_of_a_gpu_some_rows_at_a_time(dtype, atol, has_offset, monkeypatc
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from pretrain import scores
+    from pretrain.model import head_scores
 
-    monkeypatch.setattr(scores, "CHUNK_BYTES", 7 * 4 * 500)
+    monkeypatch.setattr(head_scores, "CHUNK_BYTES", 7 * 4 * 500)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(40, 500, generator=generator).to(getattr(torch, dtype)).requires_grad_()
     labels = torch.randint(500, (40,), generator=generator)
@@ -278,17 +279,17 @@ def test_losses_of_a_gpu_some_rows_at_a_time(dtype, atol, has_offset, monkeypatc
     with Sizes():
         head = given * 1  # used up
         offset = (lambda rows: added[rows] * 1) if has_offset else None
-        losses, places = scores._ChunkedScores.apply(head, labels, offset)
+        losses, places = head_scores._ChunkedScores.apply(head, labels, offset)
         (losses * weights).sum().backward()
     torch.testing.assert_close(losses, expected, atol=1e-6, rtol=1e-6)
-    assert places.tolist() == scores.guess_places(whole.detach(), labels).tolist()
+    assert places.tolist() == head_scores.guess_places(whole.detach(), labels).tolist()
     assert given.grad is not None
     torch.testing.assert_close(given.grad, slopes, atol=atol, rtol=1e-2)
     assert (given.grad[33:] == 0).all()
     if dtype == "bfloat16":
         assert largest <= 7 * 500
     with torch.no_grad():
-        again, _ = scores._ChunkedScores.apply(logits.detach().clone(), labels, offset)
+        again, _ = head_scores._ChunkedScores.apply(logits.detach().clone(), labels, offset)
     torch.testing.assert_close(again, losses)
 
 
@@ -296,7 +297,7 @@ def test_asked_places_hold_every_hidden_gene():
     """Rows with none, some and most hidden genes; filler behind them."""
     import torch
 
-    from pretrain.model import asked_places
+    from pretrain.model.masked_gene_model import asked_places
 
     places = torch.tensor([2, 5, 31, 33, 35, 39, 0, 0])
     labels = torch.tensor([7, 7, 7, 7, 7, 7, -100, -100])

@@ -19,13 +19,13 @@ STEPS = 4
 
 
 def model_settings(**changes):
-    from pretrain.config import ModelConfig
+    from pretrain.settings.model_settings import ModelConfig
 
     return ModelConfig.model_validate(SETTINGS | changes)
 
 
 def vocabulary(has_cls: bool = False):
-    from data_prep.vocab import Vocabulary
+    from data_prep.genes.vocabulary import Vocabulary
 
     special = {"<pad>": 0, "<mask>": 1} | ({"<cls>": 2, "<eos>": 3} if has_cls else {})
     genes = tuple(f"ENSG{i:011d}" for i in range(60))
@@ -46,7 +46,7 @@ def run_config(shards: Path, out: Path, **changes):
 
 def train_all(configs, resumed):
     """Train one run after the other; those of `resumed` go on from a copy of the first's half."""
-    from pretrain import dist
+    from pretrain.ranks import dist
     from pretrain.train import train
 
     losses = [train(config).losses for config in configs]
@@ -81,7 +81,7 @@ def runs(shards, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(runs, tmp_path_factory) -> Path:
-    from pretrain.export import export
+    from pretrain.export.model_folder import export
 
     out = tmp_path_factory.mktemp("exported") / "model"
     export(runs[0] / "whole", out)
@@ -96,7 +96,7 @@ def test_hidden_genes_as_hugging_face_computes_them(num_layers, global_every, ha
     import torch
     from transformers import AutoModelForMaskedLM
 
-    from pretrain.model import build_model
+    from pretrain.model.masked_gene_model import build_model
 
     model = build_model(
         model_settings(num_layers=num_layers, global_every=global_every), vocabulary(has_cls), 0
@@ -132,7 +132,7 @@ def test_hidden_genes_as_hugging_face_computes_them(num_layers, global_every, ha
 def test_window_is_a_mask_over_all_places(length, half, is_padded):
     import torch
 
-    from pretrain.window import window_attention
+    from pretrain.model.window_attention import window_attention
 
     torch.manual_seed(0)
     query, key, value = (torch.randn(3, 2, length, 4, dtype=torch.float64) for _ in range(3))
@@ -182,8 +182,8 @@ def test_export_is_hugging_faces(runs, exported):
     import torch
     from transformers import AutoModelForMaskedLM
 
-    from pretrain import checkpoint
-    from pretrain.export import load_exported, random_twin
+    from pretrain.checkpoints import checkpoint
+    from pretrain.export.model_folder import load_exported, random_twin
 
     last = checkpoint.newest(runs[0] / "whole")
     assert last is not None
@@ -209,9 +209,9 @@ def test_warm_start_keeps_the_weights(exported):
     import torch
 
     from pretrain.config import load_config
-    from pretrain.export import load_exported
-    from pretrain.model import build_model
-    from pretrain.warm_start import describe, start_weights
+    from pretrain.export.model_folder import load_exported
+    from pretrain.model.masked_gene_model import build_model
+    from pretrain.start.warm_start import describe, start_weights
 
     theirs, vocab = load_exported(exported)
     settings = ["data.shards=.", "run.out=out", f"model.init_from={exported}"]
@@ -227,7 +227,7 @@ def test_warm_start_keeps_the_weights(exported):
 
 
 def test_other_architectures_and_folders_are_refused(runs, exported, shards, tmp_path):
-    from pretrain.checkpoint import newest, require_same
+    from pretrain.checkpoints.checkpoint import newest, require_same
     from pretrain.config import load_config
     from tests.runs import tiny_config
 
@@ -259,7 +259,7 @@ def test_other_architectures_and_folders_are_refused(runs, exported, shards, tmp
 
 
 def test_records_without_an_architecture_are_berts(shards, tmp_path):
-    from pretrain.checkpoint import require_same
+    from pretrain.checkpoints.checkpoint import require_same
     from tests.runs import tiny_config
 
     recipe = tiny_config(shards, tmp_path).recipe()
@@ -291,8 +291,8 @@ def test_wrong_settings_are_refused(wrong, message):
 
 @pytest.mark.parametrize("changes", [{}, {"num_layers": 1}, {"intermediate_size": 100}])
 def test_parameters_of_a_plan(changes):
-    from pretrain.model import build_model
-    from pretrain.plan import num_parameters
+    from pretrain.model.masked_gene_model import build_model
+    from pretrain.plan.needs import num_parameters
 
     vocab, settings = vocabulary(), model_settings(**changes)
     model = build_model(settings, vocab, 0)
@@ -302,9 +302,9 @@ def test_parameters_of_a_plan(changes):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_activations_of_a_plan_are_what_autograd_keeps(dropout):
-    from pretrain.model import build_model
-    from pretrain.plan import activation_bytes
-    from pretrain.plan_corpus import read_config
+    from pretrain.model.masked_gene_model import build_model
+    from pretrain.plan.corpus import read_config
+    from pretrain.plan.needs import activation_bytes
 
     def planned(layers):
         given = [f"model.{k}={v}" for k, v in SETTINGS.items() if k != "num_layers"]
@@ -324,7 +324,7 @@ def test_compiled_layers_are_the_plain_ones():
     import torch
     from torch._dynamo.utils import counters
 
-    from pretrain.model import build_model
+    from pretrain.model.masked_gene_model import build_model
 
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("torch.compile on a CPU needs a C++ compiler")

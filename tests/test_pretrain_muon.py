@@ -55,10 +55,10 @@ def plain_muon(config: RunConfig) -> dict[str, Any]:
     """Return losses, norms, rates and weights of a run by torch alone: no ZeRO, one process."""
     import torch
 
-    from data_prep.shards import ShardSet
-    from pretrain.data import StepDataset
-    from pretrain.model import build_model
-    from pretrain.passes import to_device
+    from data_prep.shards.reader import ShardSet
+    from pretrain.batches.forward_arguments import to_device
+    from pretrain.batches.step_dataset import StepDataset
+    from pretrain.model.masked_gene_model import build_model
 
     shards, optim, batch = ShardSet(config.data.shards), config.optim, config.batch
     model = build_model(config.model, shards.vocabulary, config.run.seed)
@@ -129,7 +129,7 @@ def train_all(starts: Sequence[Start]) -> list[list[float]]:
     """Return the losses of one run after the other: to start ranks costs more than to train."""
     import os
 
-    from pretrain import dist
+    from pretrain.ranks import dist
     from pretrain.train import train
 
     losses = []
@@ -225,7 +225,7 @@ def _starts(run: Path) -> dict[str, list[int]]:
 
     from safetensors import safe_open
 
-    from pretrain import checkpoint
+    from pretrain.checkpoints import checkpoint
 
     last = checkpoint.newest(run)
     assert last is not None
@@ -264,8 +264,13 @@ def test_goes_on_at_another_stage_and_number_of_ranks(name, runs):
 
 
 def test_checkpoint_and_memory_are_as_planned(runs):
-    from pretrain.plan import checkpoint_bytes, memory_per_gpu, muon_parameters, num_parameters
-    from pretrain.plan_corpus import read_corpus as corpus_of
+    from pretrain.plan.corpus import read_corpus as corpus_of
+    from pretrain.plan.needs import (
+        checkpoint_bytes,
+        memory_per_gpu,
+        muon_parameters,
+        num_parameters,
+    )
 
     muon = runs.config("none", 1)
     adamw = muon.model_copy(update={"optim": OptimConfig()})
@@ -287,9 +292,9 @@ def _pieces_come_and_go() -> dict[str, Any]:
     """Gather and scatter seven matrices of which one of three ranks holds nothing."""
     import torch
 
-    from pretrain import dist
-    from pretrain.dealing import Exchange, Matrix
-    from pretrain.zero_state import Fragment
+    from pretrain.checkpoints.zero_state import Fragment
+    from pretrain.optimizer.matrix_dealing import Exchange, Matrix
+    from pretrain.ranks import dist
 
     ranks = dist.start(60, 1)
     shapes = [(3, 5), (7, 2), (4, 4), (1, 9), (6, 5), (2, 2), (5, 3)]
@@ -325,7 +330,7 @@ def test_pieces_reach_their_owner_and_come_back(runs):
 
 
 def test_work_is_dealt_evenly():
-    from pretrain.dealing import Matrix, deal
+    from pretrain.optimizer.matrix_dealing import Matrix, deal
 
     matrices = [Matrix(str(i), 0, 10 + i, 10) for i in range(7)]
     owners = deal(matrices, 3)
@@ -335,7 +340,7 @@ def test_work_is_dealt_evenly():
 
 
 def test_a_layout_that_is_not_known_is_refused():
-    from pretrain.dealing import Matrix, _require_whole, pieces_of
+    from pretrain.optimizer.matrix_dealing import Matrix, _require_whole, pieces_of
 
     matrices = [Matrix("a.weight", 0, 2, 3), Matrix("a.weight", 6, 2, 3)]
     halves = [("a.weight", 0, 5, 0, 0)], [("a.weight", 5, 7, 0, 0)]
@@ -350,7 +355,7 @@ def test_a_layout_that_is_not_known_is_refused():
 
 
 def test_fused_parameters_are_orthogonalised_by_map():
-    from pretrain.muon import matrices_of
+    from pretrain.optimizer.muon import matrices_of
 
     query, key, value = matrices_of("model.layers.3.attn.Wqkv.weight", (48, 16))
     assert [m.start for m in (query, key, value)] == [0, 256, 512]
@@ -405,7 +410,7 @@ def _record(config: RunConfig) -> dict[str, Any]:
 
 
 def test_resume_across_optimizers_names_both():
-    from pretrain import checkpoint
+    from pretrain.checkpoints import checkpoint
 
     adamw = _record(tiny_config(Path("s"), Path("r")))
     muon = _record(tiny_config(Path("s"), Path("r"), optim__kind="muon"))
@@ -487,7 +492,7 @@ def test_products_in_bf16_as_on_a_gpu():
     """Nearly the same direction, in as many products, for all matrices of a shape at once."""
     import torch
 
-    from pretrain.muon import muon_direction, orthogonalise
+    from pretrain.optimizer.muon import muon_direction, orthogonalise
     from tests.test_pretrain_packing import Operations
 
     generator = torch.Generator().manual_seed(0)

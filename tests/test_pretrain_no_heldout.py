@@ -16,7 +16,7 @@ def _train(shards, out):
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
-    logging.getLogger("pretrain.evaluate").addHandler(handler)
+    logging.getLogger("pretrain.measure.heldout").addHandler(handler)
     config = tiny_config(shards, out, evaluation__every_steps=2, run__max_steps=4)
     summary, _ = run_training(config)
     return summary.losses, summary.heldout, said

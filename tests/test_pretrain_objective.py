@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.shards import ShardSet
+from data_prep.shards.reader import ShardSet
 from pretrain.config import RunConfig
 from pretrain.ds_config import DEEPSPEED_CONFIG_FOLDER, derive_ds_config
 from tests.ranks import run_ranks
@@ -34,9 +34,9 @@ def plain_pytorch(config: RunConfig) -> dict:
     """
     import torch
 
-    from pretrain.data import StepDataset
-    from pretrain.model import build_model
-    from pretrain.passes import to_device
+    from pretrain.batches.forward_arguments import to_device
+    from pretrain.batches.step_dataset import StepDataset
+    from pretrain.model.masked_gene_model import build_model
 
     torch.set_num_threads(1)
     shards = ShardSet(config.data.shards)
@@ -98,7 +98,7 @@ _SHORT = [(1, "zero1"), *((2, f"zero{stage}") for stage in range(4))]
 
 def train_all(configs: list[RunConfig]) -> list[tuple]:
     """Train one run after the other on these ranks: starting costs more than training."""
-    from pretrain import dist
+    from pretrain.ranks import dist
     from pretrain.train import train
 
     found = []
@@ -175,7 +175,7 @@ def test_activation_checkpointing_changes_nothing(deepspeed, expected, shards, t
 def test_bf16_has_master_weights_in_fp32(stage, shards, tmp_path):
     import torch
 
-    from pretrain import checkpoint
+    from pretrain.checkpoints import checkpoint
 
     changes = {"run__precision": "bf16", "run__deepspeed": f"zero{stage}", "run__max_steps": 2,
                "optim__learning_rate": 1e-6, "optim__warmup_steps": 1,

@@ -23,8 +23,8 @@ def build(name: str, prior=None, **changes):
     """Return a model whose attention matters: weights larger than those of a start."""
     import torch
 
-    from pretrain.config import ModelConfig
-    from pretrain.model import build_model
+    from pretrain.model.masked_gene_model import build_model
+    from pretrain.settings.model_settings import ModelConfig
     from tests.test_pretrain_modernbert import vocabulary
 
     sizes = {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48}
@@ -42,8 +42,8 @@ def micro_batch(lengths=LENGTHS, asks_cells: bool = False, asks_genes: bool = Tr
     """Return (padded arguments, packed ones) of a model's forward pass."""
     import torch
 
-    from pretrain.cell_objective import cell_targets
-    from pretrain.packing import packed
+    from pretrain.model.packing import packed
+    from pretrain.objective.cell_objective import cell_targets
 
     generator = np.random.default_rng(0)
     size, longest = len(lengths), max(lengths)
@@ -126,7 +126,7 @@ def test_dropped_weights_are_as_many_as_asked():
 def test_every_cell_asks():
     """A cell without a hidden gene asks too, and nobody looks at the answer."""
     packing = micro_batch()[1][-1]
-    from pretrain.packing import Packing
+    from pretrain.model.packing import Packing
 
     cells = Packing(*packing)
     assert cells.asked_starts_B.diff().tolist() == [11, 19, 1, 6, 1]
@@ -244,7 +244,7 @@ RUNS = {
 
 
 def train_all(configs):
-    from pretrain import dist
+    from pretrain.ranks import dist
     from pretrain.train import train
 
     found = []
@@ -291,7 +291,7 @@ def test_a_packed_run_is_the_padded_one(name, trained_both_ways):
 
 
 def test_the_record_says_what_computed(trained_both_ways):
-    from pretrain import checkpoint
+    from pretrain.checkpoints import checkpoint
 
     for how in ("never", "always"):
         last = checkpoint.newest(trained_both_ways[0] / f"bert {how}")
@@ -306,10 +306,10 @@ def test_the_heaviest_micro_batch_is_full(shards):
     """Memory is tried with all places, though filler needs one place a row."""
     import torch
 
-    from data_prep.shards import ShardSet
+    from data_prep.shards.reader import ShardSet
+    from pretrain.batches.forward_arguments import to_device
+    from pretrain.batches.step_dataset import StepDataset
     from pretrain.config import MaskingConfig
-    from pretrain.data import StepDataset
-    from pretrain.passes import to_device
 
     data = StepDataset(ShardSet(shards), "train", 0, 2048, 512, MaskingConfig(), 0, 1, packs=True)
     heaviest = data.heaviest_micro_batch()

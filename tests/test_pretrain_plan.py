@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.order import EpochPlan
-from data_prep.shards import ShardSet
+from data_prep.shards.order import EpochPlan
+from data_prep.shards.reader import ShardSet
 from pretrain.config import CONFIG_FOLDER
-from pretrain.flops import GPUS, flops_per_token
-from pretrain.plan import (
+from pretrain.plan.corpus import Corpus, assumed_corpus, read_config, read_corpus
+from pretrain.plan.flops import GPUS, flops_per_token
+from pretrain.plan.needs import (
     activation_bytes,
     checkpoint_bytes,
     choose,
@@ -21,8 +22,7 @@ from pretrain.plan import (
     num_parameters,
     traffic_bytes,
 )
-from pretrain.plan_corpus import Corpus, assumed_corpus, read_config, read_corpus
-from pretrain.plan_time import MACHINES, step_time
+from pretrain.plan.step_time import MACHINES, step_time
 from tests.ranks import run_ranks
 from tests.runs import run_training, tiny_config
 from tests.saved_tensors import kept_for_backward
@@ -65,7 +65,7 @@ def saved_bytes(config, length, cells):
     import torch
     from transformers import BertForMaskedLM
 
-    from pretrain.model import MaskedGeneModel
+    from pretrain.model.masked_gene_model import MaskedGeneModel
 
     bert = BertForMaskedLM._from_config(bert_of(config, 300, length), attn_implementation="sdpa")
     dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
@@ -258,7 +258,7 @@ def test_shards_are_named_by_an_option(shards, capsys):
 
 
 def test_checkpoint_is_as_large_as_planned(shards, tmp_path):
-    from pretrain.checkpoint import newest
+    from pretrain.checkpoints.checkpoint import newest
 
     config = tiny_config(shards, tmp_path / "run", run__precision="bf16", model__hidden_size=128)
     run_ranks(1, run_training, config)

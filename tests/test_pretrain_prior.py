@@ -9,11 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.shards import ShardSet
-from data_prep.vocab import Vocabulary
-from pretrain.arithmetic import FOLDS, Arithmetic, MaskedRows, arithmetic_tables, of_all_cells
+from data_prep.genes.vocabulary import Vocabulary
+from data_prep.shards.reader import ShardSet
 from pretrain.config import RunConfig, load_config
-from pretrain.counted import train_blocks
+from pretrain.counting.arithmetic import (
+    FOLDS,
+    Arithmetic,
+    MaskedRows,
+    arithmetic_tables,
+    of_all_cells,
+)
+from pretrain.counting.counted_tables import train_blocks
 from tests.ranks import run_ranks
 from tests.runs import (
     cut_off,
@@ -46,7 +52,7 @@ def tables(copied) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def prior(tables, opened):
-    from pretrain.prior import ArithmeticPrior
+    from pretrain.counting.arithmetic_prior import ArithmeticPrior
 
     return ArithmeticPrior(tables, opened.vocabulary)
 
@@ -77,7 +83,7 @@ def as_given(hidden_cells, unlabelled: int = 0, folds: list[int] | None = None):
     """Return them as the model gets them, with some places behind that no gene is asked at."""
     import torch
 
-    from pretrain.prior import Hidden
+    from pretrain.counting.arithmetic_prior import Hidden
 
     inputs, lengths, places, labels = hidden_cells
     mask = np.arange(inputs.shape[1]) < lengths[:, None]
@@ -106,8 +112,8 @@ def test_packed_cells_have_the_same_prior(prior, opened, hidden_cells):
     """Losses and slopes of a model whose cells stand end to end."""
     import torch
 
-    from pretrain.model import build_model
-    from pretrain.packing import packed
+    from pretrain.model.masked_gene_model import build_model
+    from pretrain.model.packing import packed
     from tests.test_pretrain_model import CONFIG
     from tests.test_pretrain_packing import losses_and_slopes, require_same, without_numbers
 
@@ -130,7 +136,7 @@ def test_packed_cells_have_the_same_prior(prior, opened, hidden_cells):
 
 def test_a_fold_has_tables_that_were_not_counted_on_it(copied, tables, monkeypatch):
     """Those of a corpus without its cells, with the frequencies and classes of the whole."""
-    from pretrain import arithmetic
+    from pretrain.counting import arithmetic
 
     whole = arithmetic_tables(ShardSet(copied), _CELLS)
     assert len(tables["log_ratios"]) == FOLDS + 1
@@ -206,7 +212,7 @@ def test_the_gradient_is_that_of_the_logits(prior, opened, hidden_cells):
 
 
 def test_kept_in_a_folder(prior, opened, tmp_path):
-    from pretrain.prior import FILE_NAME, ArithmeticPrior
+    from pretrain.counting.arithmetic_prior import FILE_NAME, ArithmeticPrior
 
     prior.save(tmp_path)
     assert ArithmeticPrior.load(tmp_path, opened.vocabulary).record == prior.record
@@ -278,7 +284,7 @@ def test_a_resumed_run_ends_in_the_same_bits(runs):
 
 def test_it_begins_at_the_arithmetic_line(runs):
     """Its head adds next to nothing at first: the frequency is in the prior, not in the bias."""
-    from pretrain.evaluate import arithmetic_sentence
+    from pretrain.measure.heldout import arithmetic_sentence
 
     folder, found = runs
     (heldout,) = metrics(folder / "one", "heldout")
@@ -294,7 +300,7 @@ def test_it_begins_at_the_arithmetic_line(runs):
 
 
 def test_a_resumed_run_needs_the_tables_it_began_with(runs, tmp_path):
-    from pretrain.prior import FILE_NAME
+    from pretrain.counting.arithmetic_prior import FILE_NAME
 
     folder, _ = runs
     whole = with_prior(folder / "no shards are read", folder / "one")
@@ -316,10 +322,10 @@ def _shards_of(run: Path) -> Path:
 def test_the_model_folder_has_it_and_another_prior_is_refused(runs, opened, tmp_path):
     import torch
 
-    from pretrain.export import export, load_exported, model_digest
-    from pretrain.model import MaskedGeneModel, build_model
-    from pretrain.prior import ArithmeticPrior
-    from pretrain.warm_start import start_weights
+    from pretrain.counting.arithmetic_prior import ArithmeticPrior
+    from pretrain.export.model_folder import export, load_exported, model_digest
+    from pretrain.model.masked_gene_model import MaskedGeneModel, build_model
+    from pretrain.start.warm_start import start_weights
 
     folder, _ = runs
     out = tmp_path / "model"
@@ -345,8 +351,8 @@ def test_the_model_folder_has_it_and_another_prior_is_refused(runs, opened, tmp_
 
 
 def _digest_without(model: Path, opened: ShardSet, folder: Path) -> str:
-    from pretrain.export import model_digest
-    from pretrain.prior import FILE_NAME
+    from pretrain.counting.arithmetic_prior import FILE_NAME
+    from pretrain.export.model_folder import model_digest
 
     shutil.copytree(model, folder / "without")
     (folder / "without" / FILE_NAME).unlink()
@@ -355,8 +361,8 @@ def _digest_without(model: Path, opened: ShardSet, folder: Path) -> str:
 
 def without_medians(config: RunConfig) -> str:
     """Return what a run says whose vocabulary has none."""
-    from pretrain import dist
-    from pretrain.prior import CannotUsePrior, objective_prior
+    from pretrain.counting.arithmetic_prior import CannotUsePrior, objective_prior
+    from pretrain.ranks import dist
 
     ranks = dist.start(60, 1)
     opened = ShardSet(config.data.shards)
@@ -373,7 +379,7 @@ def without_medians(config: RunConfig) -> str:
 
 def test_a_dry_run_says_the_same(runs, shards, tmp_path):
     from pretrain.cli import resolved
-    from pretrain.export import export
+    from pretrain.export.model_folder import export
 
     folder, _ = runs
     out = tmp_path / "model"

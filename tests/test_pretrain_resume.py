@@ -174,7 +174,7 @@ class Resumed:
 
 def _resume_all(configs: Sequence[RunConfig]) -> list[Resumed]:
     """Resume one run after the other on these ranks."""
-    from pretrain import dist
+    from pretrain.ranks import dist
     from pretrain.train import train
 
     results = []
@@ -254,7 +254,7 @@ def test_damage_costs_one_checkpoint_and_no_bit(name, two_ranks, resumed):
 
 
 def test_no_checkpoint_is_complete(trained, tmp_path):
-    from pretrain import checkpoint
+    from pretrain.checkpoints import checkpoint
 
     run = copied(trained, tmp_path)
     _flip(run / "checkpoints" / "step-00000010" / _RANK_0)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.flops import GPUS
+from pretrain.plan.flops import GPUS
 
 ROOT = Path(__file__).resolve().parent.parent
 # What changes shapes alone, or is made on the host, launches nothing.
@@ -36,7 +36,7 @@ def launches(architecture: str, num_layers: int, **changes) -> int:
     [("bert", {"hidden_dropout": 0.02, "attention_dropout": 0.02}), ("global last", {})],
 )
 def test_launches_are_those_of_the_model(architecture, changes):
-    from pretrain import roofline
+    from pretrain.plan import roofline
 
     kind = "bert" if architecture == "bert" else "modernbert"
     found = {n: launches(architecture, n, **changes) for n in (2, 5)}
@@ -45,8 +45,8 @@ def test_launches_are_those_of_the_model(architecture, changes):
 
 
 def predicted(*settings, gpu="h200", passes=2, places=50_000, compiled=True):
-    from pretrain.plan_corpus import read_config
-    from pretrain.roofline import roofline
+    from pretrain.plan.corpus import read_config
+    from pretrain.plan.roofline import roofline
 
     config = read_config("geneformer_v1_6l", list(settings))
     return roofline(config, GPUS[gpu], 25_426, 10_300_000, 1_200, passes, places, compiled)
@@ -65,8 +65,8 @@ def test_what_binds():
 
 
 def test_operations_are_those_of_the_formula():
-    from pretrain.flops import flops_per_token
-    from pretrain.plan_corpus import read_config
+    from pretrain.plan.corpus import read_config
+    from pretrain.plan.flops import flops_per_token
 
     found = predicted()
     by_formula = flops_per_token(read_config("geneformer_v1_6l", []), 25_426, 1_200) * 100_000

@@ -23,8 +23,8 @@ def meet(configs: list[RunConfig], code: list[Path | None], skew_s: list[float])
     import logging
 
     from data_prep import version
-    from pretrain import dist, same_world
     from pretrain.ds_config import derive_ds_config
+    from pretrain.ranks import dist, same_world
 
     class Said(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -74,9 +74,10 @@ def test_other_settings_are_named_with_both_values(shards, tmp_path):
 
 
 def test_other_cells_of_the_same_vocabulary_are_found(shards, tmp_path):
-    from data_prep.prepare import PrepareOptions, prepare
-    from data_prep.shards import ShardSet
-    from data_prep.sources import SourceOptions, source_at
+    from data_prep.prepare.run import prepare
+    from data_prep.prepare.work_list import PrepareOptions
+    from data_prep.shards.reader import ShardSet
+    from data_prep.sources.source_spec import SourceOptions, source_at
     from tests.synthetic import make_cells
 
     make_cells(num_cells=90, seed=8).write_h5ad(tmp_path / "cells.h5ad")
@@ -102,7 +103,7 @@ def test_other_code_is_found_and_a_clock_is_told(shards, tmp_path):
     root = Path(__file__).resolve().parent.parent
     for folder in ("data_prep", "pretrain"):
         shutil.copytree(root / folder, tmp_path / "code" / folder)
-    changed = tmp_path / "code" / "pretrain" / "masking.py"
+    changed = tmp_path / "code" / "pretrain" / "objective" / "masking.py"
     changed.write_text(changed.read_text() + "\n# one line more\n")
     config = tiny_config(shards, tmp_path / "run")
     said, _ = of_two(config, config, tmp_path / "code")
@@ -115,7 +116,7 @@ def test_other_code_is_found_and_a_clock_is_told(shards, tmp_path):
 
 def test_interface_of_a_job(monkeypatch):
     """On this machine's own interfaces."""
-    from data_prep.network import interface_of_job, interface_to, outer_interfaces
+    from data_prep.running.network import interface_of_job, interface_to, outer_interfaces
 
     outer = outer_interfaces()
     job = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}

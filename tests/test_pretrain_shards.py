@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.shards import ShardSet
+from data_prep.shards.reader import ShardSet
 from tests.ranks import run_ranks
 from tests.runs import run_training, tiny_config
 from tests.test_data_prep_remote import Server
@@ -59,7 +59,7 @@ def test_damage_stops_the_run_with_its_name(damaged, tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_damage_is_quarantined_and_counted(ranks, damaged, shards, tmp_path):
-    from pretrain import checkpoint
+    from pretrain.checkpoints import checkpoint
 
     folder, _, lost = damaged
     config = one_epoch(folder, tmp_path / "run", data__on_damage="quarantine")

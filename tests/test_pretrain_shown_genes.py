@@ -7,8 +7,12 @@ import pytest
 
 from data_prep.hashing import keyed_hash
 from pretrain.config import MaskingConfig, ObjectiveConfig, load_config
-from pretrain.masking import masks_of
-from pretrain.shown_genes import draw_subsets, length_without_hidden, take_out_hidden
+from pretrain.objective.masking import masks_of
+from pretrain.objective.shown_genes import (
+    draw_subsets,
+    length_without_hidden,
+    take_out_hidden,
+)
 from tests.ranks import run_ranks
 from tests.runs import final_state, require_same_state
 from tests.test_pretrain_cell_objective import STEPS, by_definition, config_of, train_all
@@ -67,8 +71,8 @@ def test_subsets_belong_to_the_cell_and_the_epoch():
 
 
 def step_data(shards, masking: MaskingConfig, rank: int = 0, world_size: int = 1):
-    from data_prep.shards import ShardSet
-    from pretrain.data import StepDataset
+    from data_prep.shards.reader import ShardSet
+    from pretrain.batches.step_dataset import StepDataset
 
     objective = ObjectiveConfig(**_ALONE)
     return StepDataset(
@@ -150,8 +154,8 @@ def test_trains_alike_on_any_ranks_and_goes_on_to_the_last_bit(runs):
 def test_the_first_loss_is_that_of_hugging_faces_network(runs, shards):
     import torch
 
-    from data_prep.shards import ShardSet
-    from pretrain.model import build_model
+    from data_prep.shards.reader import ShardSet
+    from pretrain.model.masked_gene_model import build_model
 
     (whole, *_), (losses, *_) = runs
     vocab = ShardSet(shards).vocabulary

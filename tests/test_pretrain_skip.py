@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.order import EpochPlan
-from data_prep.shards import ShardSet
+from data_prep.shards.order import EpochPlan
+from data_prep.shards.reader import ShardSet
 from pretrain.config import RunConfig
 from tests.ranks import run_new_ranks, run_ranks
 from tests.runs import metrics, require_same_state, tiny_config
@@ -25,8 +25,9 @@ def run_with_faults(config: RunConfig, faults: dict[int, str], resume: bool = Fa
 
     The loss gets a constant: its gradients stay finite.
     """
-    from pretrain import dist, train
+    from pretrain import train
     from pretrain.engine import Engine
+    from pretrain.ranks import dist
 
     class Faulty(Engine):
         def forward_backward(self, data, step, *counts):
@@ -65,7 +66,7 @@ def skipping(shards: Path, out: Path, **changes: Any) -> RunConfig:
 
 
 def state_at(run: Path, step: int) -> dict[str, np.ndarray]:
-    from pretrain import checkpoint
+    from pretrain.checkpoints import checkpoint
 
     reader = checkpoint.find(run, step).reader()
     return {

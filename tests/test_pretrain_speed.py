@@ -6,10 +6,11 @@ import json
 
 import pytest
 
-from data_prep.prepare import PrepareOptions, prepare
-from data_prep.sources import SourceOptions, source_at
+from data_prep.prepare.run import prepare
+from data_prep.prepare.work_list import PrepareOptions
+from data_prep.sources.source_spec import SourceOptions, source_at
 from pretrain.config import ObjectiveConfig, load_config
-from pretrain.flops import GPUS, Work, known_gpu
+from pretrain.plan.flops import GPUS, Work, known_gpu
 from tests.ranks import run_new_ranks, run_ranks
 from tests.runs import metrics, run_training, tiny_config
 from tests.synthetic import write_cells
@@ -20,7 +21,7 @@ CONFIG = load_config("geneformer_v1_6l", ["data.shards=x", "run.out=x", "run.pre
 
 def filled_meter(gpu, config=CONFIG):
     """Two steps of warm-up and two of one second, on two ranks."""
-    from pretrain.metrics import Meter
+    from pretrain.measure.metrics import Meter
 
     meter = Meter(2, 10, Work(config, 25_426, gpu))
     for seconds in (50.0, 50.0, 1.0, 1.0):
@@ -30,7 +31,7 @@ def filled_meter(gpu, config=CONFIG):
 
 
 def test_rates_leave_the_warm_up_out_and_the_wall_does_not():
-    from pretrain.metrics import console_line
+    from pretrain.measure.metrics import console_line
 
     found = filled_meter(GPUS["h200"]).close_window(4)
     assert found["tokens_per_s"] == 190
@@ -60,7 +61,7 @@ def test_mfu_is_what_its_formula_says(objective):
 
 
 def test_no_mfu_without_a_published_peak():
-    from pretrain.metrics import console_line
+    from pretrain.measure.metrics import console_line
 
     meter = filled_meter(None)
     found = meter.close_window(4)
@@ -83,7 +84,7 @@ def test_gpus_by_the_name_cuda_gives_them(name, key):
 
 
 def run_with_profile(config, steps):
-    from pretrain import dist
+    from pretrain.ranks import dist
     from pretrain.train import train
 
     train(config, profile=steps)
@@ -110,7 +111,7 @@ def test_deterministic_option_changes_nothing_on_a_cpu(tmp_path):
 
 
 def test_profile_says_where_a_step_goes(tmp_path):
-    from pretrain.step_profile import PHASES
+    from pretrain.measure.step_profile import PHASES
 
     config = tiny_config(shards_in(tmp_path), tmp_path / "run", run__max_steps=6)
     run_ranks(2, run_with_profile, config, 3)

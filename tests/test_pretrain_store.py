@@ -27,7 +27,7 @@ def attacked() -> tuple[list[str], list[str]]:
     which the port listens, and what rank 0 warns of."""
     import logging
 
-    from pretrain import dist, watch
+    from pretrain.ranks import dist, watch
 
     class Said(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -67,8 +67,8 @@ def test_a_forged_failure_ends_nobody():
 def fails_after_a_forgery(out: Path) -> None:
     """Rank 1 fails after a stranger has said so; what it says itself has to arrive."""
     from data_prep.errors import run_app
-    from pretrain import dist
-    from pretrain.watch import Watch
+    from pretrain.ranks import dist
+    from pretrain.ranks.watch import Watch
 
     def run() -> None:
         ranks = dist.start(60, 1)
@@ -99,7 +99,7 @@ def test_a_true_failure_is_heard_after_a_forged_one(tmp_path):
 
 def meets(name: str) -> str:
     """Return what this rank hears; the token of a launch is its own."""
-    from pretrain import dist
+    from pretrain.ranks import dist
 
     os.environ["GENELOOM_TOKEN"] = "one" if name == "all" or os.environ["RANK"] == "0" else "two"
     try:
@@ -118,7 +118,7 @@ def test_ranks_of_one_launch_meet():
 
 
 def test_where_rank_0_listens():
-    from data_prep.network import address_to_listen_at, outer_interfaces
+    from data_prep.running.network import address_to_listen_at, outer_interfaces
 
     own = [
         a.address
@@ -139,7 +139,7 @@ def test_where_rank_0_listens():
 
 
 def test_signatures():
-    from pretrain.signed import Signer
+    from pretrain.ranks.signed_messages import Signer
 
     one, two = Signer("a"), Signer("b")
     message = one.sign("rank 1 failed: Ü").encode()

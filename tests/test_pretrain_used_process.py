@@ -15,7 +15,7 @@ def _after_another_past(configs):
     import torch
     from deepspeed.runtime.zero.partition_parameters import zero3_linear_wrap
 
-    from pretrain import dist
+    from pretrain.ranks import dist
     from pretrain.train import train
 
     own = torch.nn.functional.linear
@@ -43,7 +43,7 @@ def test_zero_2_on_ranks_of_which_one_has_had_zero_3(shards, tmp_path):
 
 
 def _one_after_the_other(configs):
-    from pretrain import dist
+    from pretrain.ranks import dist
     from pretrain.train import train
 
     losses = [train(config).losses for config in configs]

@@ -24,7 +24,9 @@ def counted(configs):
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from pretrain import dist, engine, step_loss, train
+    from pretrain import engine, train
+    from pretrain.measure import step_loss
+    from pretrain.ranks import dist
 
     reads: list[str] = []
 
@@ -101,11 +103,11 @@ def test_a_step_is_one_copy(shards):
     """What a GPU gets is what the loader made, from buffers that are used again."""
     import torch
 
-    from data_prep.shards import ShardSet
+    from data_prep.shards.reader import ShardSet
+    from pretrain.batches.forward_arguments import device_arguments, to_device
+    from pretrain.batches.pinned_memory import Staging
+    from pretrain.batches.step_dataset import StepDataset, steps_in_background
     from pretrain.config import MaskingConfig, ObjectiveConfig
-    from pretrain.data import StepDataset, steps_in_background
-    from pretrain.passes import device_arguments, to_device
-    from pretrain.staging import Staging
     from tests.test_pretrain_packing import Operations
 
     staging = Staging(torch.device("cpu"))

@@ -11,11 +11,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from data_prep.prepare import PrepareOptions, prepare
-from data_prep.sources import SourceOptions, source_at
-from data_prep.vocab import Vocabulary, from_dictionaries, load_vocabulary, open_vocabulary
+from data_prep.genes.vocabulary import (
+    Vocabulary,
+    from_dictionaries,
+    load_vocabulary,
+    open_vocabulary,
+)
+from data_prep.prepare.run import prepare
+from data_prep.prepare.work_list import PrepareOptions
+from data_prep.sources.source_spec import SourceOptions, source_at
 from pretrain.cli import print_resolved, resolved
-from pretrain.config import ModelConfig, RunConfig, load_config
+from pretrain.config import RunConfig, load_config
+from pretrain.settings.model_settings import ModelConfig
 from tests.ranks import run_ranks
 from tests.runs import run_training, tiny_config
 from tests.synthetic import make_cells
@@ -62,7 +69,7 @@ def going_on(folder: Path, shards: Path, out: Path, *more: str) -> RunConfig:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, Path, float]:
     """An exported model of 200 genes, its shards, and its held-out loss in the end."""
-    from pretrain.export import export
+    from pretrain.export.model_folder import export
 
     base = tmp_path_factory.mktemp("trained")
     shards = make_shards(base, slice(0, 200))
@@ -86,8 +93,8 @@ def copy(trained, tmp_path) -> Path:
 
 def start(folder: Path, vocabulary: Vocabulary, seed: int = 5, **changes):
     """Return (started model, record)."""
-    from pretrain.model import build_model
-    from pretrain.warm_start import start_weights
+    from pretrain.model.masked_gene_model import build_model
+    from pretrain.start.warm_start import start_weights
 
     config = ModelConfig(**ARCHITECTURE, init_from=folder, **changes)
     model = build_model(config, vocabulary, seed)
@@ -107,8 +114,8 @@ def logits_of(bert: BertForMaskedLM, num_tokens: int) -> torch.Tensor:
 def test_same_vocabulary_gives_the_same_model(trained):
     import torch
 
-    from pretrain.export import load_exported
-    from pretrain.warm_start import describe
+    from pretrain.export.model_folder import load_exported
+    from pretrain.start.warm_start import describe
 
     expected, vocabulary = load_exported(trained[0])
     model, record = start(trained[0], vocabulary)
@@ -138,8 +145,8 @@ def test_run_starts_where_the_other_ended_on_one_rank_and_on_two(trained, tmp_pa
 def test_genes_are_matched_by_id(trained, other_shards):
     import torch
 
-    from pretrain.export import load_exported, token_dictionary
-    from pretrain.model import build_model
+    from pretrain.export.model_folder import load_exported, token_dictionary
+    from pretrain.model.masked_gene_model import build_model
 
     source, theirs = load_exported(trained[0])
     vocabulary = load_vocabulary(other_shards / "vocabulary.json")
@@ -184,8 +191,8 @@ def test_new_genes_do_not_take_the_probability_of_the_others(trained, other_shar
 
 
 def test_record_of_a_run_with_other_genes(trained, other_shards, tmp_path):
-    from pretrain import checkpoint
-    from pretrain.export import export
+    from pretrain.checkpoints import checkpoint
+    from pretrain.export.model_folder import export
 
     config = going_on(trained[0], other_shards, tmp_path / "run")
     run_ranks(1, run_training, config)
@@ -206,8 +213,8 @@ def test_record_of_a_run_with_other_genes(trained, other_shards, tmp_path):
 
 
 def test_other_medians_are_a_warning(trained, other_shards, caplog):
-    from pretrain.export import load_exported
-    from pretrain.warm_start import log_start
+    from pretrain.export.model_folder import load_exported
+    from pretrain.start.warm_start import log_start
 
     _, same = load_exported(trained[0])
     with caplog.at_level("INFO"):
@@ -233,7 +240,7 @@ def published_folder(
     from safetensors.torch import save_file
     from transformers import BertConfig, BertForMaskedLM
 
-    from pretrain.export import token_dictionary
+    from pretrain.export.model_folder import token_dictionary
 
     folder.mkdir()
     settings = {
@@ -305,7 +312,7 @@ def test_published_folder_gives_the_same_model(form, with_cls, tmp_path):
 
 def test_run_from_published_weights_to_longer_cells_with_special_tokens(tmp_path):
     """V1's layout to V2's: <cls>, <eos> and half of the positions are new."""
-    from pretrain.warm_start import describe
+    from pretrain.start.warm_start import describe
 
     published_folder(tmp_path / "model", dictionaries(False), "pickle")
     shards = make_shards(tmp_path, slice(0, 230), dictionaries(True, range(10, 230)))
@@ -337,8 +344,8 @@ def test_special_tokens_and_places_can_become_fewer(tmp_path):
 def test_published_dictionaries_of_both_versions(real_data, tmp_path):
     import torch
 
-    from pretrain.model import build_model
-    from pretrain.warm_start import describe, start_weights
+    from pretrain.model.masked_gene_model import build_model
+    from pretrain.start.warm_start import describe, start_weights
 
     first = open_vocabulary(real_data / "geneformer_v1_dicts")
     second = open_vocabulary(real_data / "geneformer_v2_dicts")
@@ -406,7 +413,7 @@ def test_weights_that_do_not_fit_are_named(change, message, copy, trained):
     # Loaded tensors are mapped from the file, which is overwritten below.
     from safetensors.torch import load_file, save_file
 
-    from pretrain.export import load_exported
+    from pretrain.export.model_folder import load_exported
 
     weights = {k: t.clone() for k, t in load_file(copy / "model.safetensors").items()}
     change(weights)
@@ -418,7 +425,7 @@ def test_weights_that_do_not_fit_are_named(change, message, copy, trained):
 def test_unreadable_weights(copy, trained):
     import torch
 
-    from pretrain.export import load_exported
+    from pretrain.export.model_folder import load_exported
 
     _, vocabulary = load_exported(trained[0])
     weights = copy / "model.safetensors"
@@ -438,7 +445,7 @@ def test_unreadable_weights(copy, trained):
 
 
 def test_dictionaries_that_do_not_belong(copy, trained, tmp_path):
-    from pretrain.export import load_exported
+    from pretrain.export.model_folder import load_exported
 
     _, vocabulary = load_exported(trained[0])
     shifted = dictionaries(False, range(500, 700))
@@ -457,7 +464,7 @@ def test_dictionaries_that_do_not_belong(copy, trained, tmp_path):
 
 
 def test_half_of_the_smaller_vocabulary_is_enough(trained):
-    from pretrain.export import load_exported
+    from pretrain.export.model_folder import load_exported
 
     _, same = load_exported(trained[0])
     start(trained[0], dictionaries(False, range(100, 300)))
@@ -479,9 +486,9 @@ def test_architecture_comes_from_the_folder(trained):
 
 
 def test_given_architecture_must_be_the_folders(trained):
-    from pretrain.export import load_exported
-    from pretrain.model import build_model
-    from pretrain.warm_start import start_weights
+    from pretrain.export.model_folder import load_exported
+    from pretrain.model.masked_gene_model import build_model
+    from pretrain.start.warm_start import start_weights
 
     with pytest.raises(ValueError) as caught:
         load_config(
@@ -531,7 +538,7 @@ def test_folders_that_are_no_models(trained, copy, tmp_path):
 
 
 def test_run_goes_on_after_its_first_weights_are_gone(copy, trained, other_shards, tmp_path):
-    from pretrain import checkpoint
+    from pretrain.checkpoints import checkpoint
     from pretrain.device import with_precision
 
     def config(out: str) -> RunConfig:
@@ -565,8 +572,8 @@ def test_run_goes_on_after_its_first_weights_are_gone(copy, trained, other_shard
 def test_other_first_weights_are_refused_on_resume(trained, copy, tmp_path, caplog):
     from safetensors.torch import load_file, save_file
 
-    from pretrain.export import load_exported
-    from pretrain.warm_start import require_same_start
+    from pretrain.export.model_folder import load_exported
+    from pretrain.start.warm_start import require_same_start
 
     _, vocabulary = load_exported(trained[0])
     record = {"init": start(trained[0], vocabulary)[1]}

@@ -20,7 +20,7 @@ def own_pid() -> int:
 
 
 def world() -> tuple[int, int]:
-    from pretrain import dist
+    from pretrain.ranks import dist
 
     here = dist.start(60, 1)
     total = dist.count_over_ranks({"ranks": here.rank})["ranks"]
@@ -33,7 +33,7 @@ def leave_environment() -> None:
 
 
 def leave_a_group() -> None:
-    from pretrain import dist
+    from pretrain.ranks import dist
 
     dist.start(60, 1)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.vocab import Vocabulary
-from pretrain.config import ModelConfig
+from data_prep.genes.vocabulary import Vocabulary
+from pretrain.settings.model_settings import ModelConfig
 from tests.pages import section, slug
 from tests.synthetic import make_cells
 
@@ -76,8 +76,8 @@ def test_commands_run_as_written(user_folder):
 @pytest.mark.slow  # all tasks of the quick suite
 def test_the_quick_suite_runs_as_written(tmp_path):
     """On a model like the demo's, with the symbols of the package's cells as vocabulary."""
-    from eval.demo_cells import recover_counts
-    from pretrain.model import build_model
+    from eval.cells.demo_cells import recover_counts
+    from pretrain.model.masked_gene_model import build_model
 
     genes = tuple(recover_counts().var_names)
     vocabulary = Vocabulary(genes, np.ones(len(genes)), {"<pad>": 0, "<mask>": 1}, 512)

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.stages import stage_of
-from eval.stage_report import write_stage_report
+from data_prep.running.stages import stage_of
+from eval.report.any_folder import write_stage_report
 from tests.benchmark_results import full_results
 from tests.browser import CHROMIUM, NO_CHROMIUM, WIDTHS, look
 from tests.perturb_results import names, noise, write_screen
@@ -23,8 +23,8 @@ STAGES = ("prepare", "pretrain", "finetune", "perturb", "benchmark")
 
 def write_scores(folder: Path) -> None:
     """Write results as `geneloom finetune` does, of classifiers that guess well and badly."""
-    from eval.finetune.cells import summarise
-    from eval.metrics import score_classes
+    from eval.finetune.score_cells import summarise
+    from eval.scores.metrics import score_classes
 
     rng = np.random.default_rng(0)
     classes = [f"cell type {i} with a name that is long" for i in range(8)]

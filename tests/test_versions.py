@@ -14,9 +14,9 @@ from data_prep.version import VERSION
 @pytest.fixture(scope="module")
 def home(shards, trained, tmp_path_factory) -> Path:
     """Shards, a run, its model, embedded cells, tables of attention."""
-    from eval.attention_tables import attention_file
-    from eval.embed import embed_file
-    from pretrain.export import export
+    from eval.cells.attention_tables import attention_file
+    from eval.cells.embed import embed_file
+    from pretrain.export.model_folder import export
 
     folder = tmp_path_factory.mktemp("versions")
     shutil.copytree(shards, folder / "shards")
@@ -31,8 +31,8 @@ def home(shards, trained, tmp_path_factory) -> Path:
 def test_every_artefact_names_the_version(home):
     import anndata
 
-    from pretrain.checkpoint import newest
-    from pretrain.record import environment
+    from pretrain.checkpoints.checkpoint import newest
+    from pretrain.run_folder.run_record import environment
 
     read = lambda path: json.loads((home / path).read_text())  # noqa: E731
     last = newest(home / "run")

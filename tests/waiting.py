@@ -1,11 +1,12 @@
-"""A rank that only waits: ``python -m tests.waiting FOLDER``. Started by `launch.rank` in tests."""
+"""A rank that only waits: ``python -m tests.waiting FOLDER``. Started by `launch.attempts.rank` in
+tests."""
 
 import signal
 import sys
 import time
 from pathlib import Path
 
-from data_prep.launchers import stop_with_launcher
+from data_prep.running.launchers import stop_with_launcher
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
 

@@ -13,8 +13,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from eval.benchmark.task import SUITES, AnyTask, Suite, all_tasks, missing_files, read_task
-from eval.cli import DeviceOption, JsonOption, VocabOption, choose_device, quiet
+from eval.benchmark.task_file import (
+    SUITES,
+    AnyTask,
+    Suite,
+    all_tasks,
+    missing_files,
+    read_task,
+)
+from eval.options import DeviceOption, JsonOption, VocabOption, choose_device, quiet
 
 _LINE_EVERY_S = 30.0
 
@@ -78,7 +85,7 @@ def benchmark_command(
     if not model or out is None:
         raise ValueError("--model and --out: a benchmark needs both (or only --list)")
     quiet()
-    from eval.benchmark.report import print_results, write_report
+    from eval.benchmark.report.page import print_results, write_report
     from eval.benchmark.run import run_benchmark
 
     with _Shown() as shown:

@@ -73,17 +73,16 @@ class TaskRun:
     details
         JSON values for the task's page that belong to no single contender; each is optional.
         ``test_share``: share of all examples that one fold scores (0.2 where it is missing); it
-        corrects intervals for folds that overlap (`eval.benchmark.compare`). Where folds are
-        subsamples that are scored whole, it is the subsample's share, such as 0.8.
-        By contender (keys: `compare.display_name`): ``roc``: [false positive rate, true
-        positive rate] points; ``intervals_over_genes``: ``{"mean", "low", "high"}``;
-        ``predictions``: rows with ``gene``, ``label`` (0 or 1), ``probability`` (of 1, out of
-        fold), ``cells`` and perhaps ``symbol``; ``few_shot``: shots -> ``{"mean", "low", "high"}``;
-        ``umap``: [[x, y], ...], with the lists ``labels`` and ``batches`` beside it. ``skipped``:
-        contender -> why it did not run.
-        In details of outcomes: ``confusion`` (int [classes, classes], rows are the truth),
-        ``f1_by_class``, ``calibration`` (bins with ``confidence``, ``accuracy``, ``cells``) and,
-        of controls, ``chance`` where it differs between folds.
+        corrects intervals for folds that overlap (`eval.benchmark.contest.verdicts`). Where folds
+        are subsamples that are scored whole, it is the subsample's share, such as 0.8. By contender
+        (keys: `compare.display_name`): ``roc``: [false positive rate, true positive rate] points;
+        ``intervals_over_genes``: ``{"mean", "low", "high"}``; ``predictions``: rows with ``gene``,
+        ``label`` (0 or 1), ``probability`` (of 1, out of fold), ``cells`` and perhaps ``symbol``;
+        ``few_shot``: shots -> ``{"mean", "low", "high"}``; ``umap``: [[x, y], ...], with the lists
+        ``labels`` and ``batches`` beside it. ``skipped``: contender -> why it did not run. In
+        details of outcomes: ``confusion`` (int [classes, classes], rows are the truth),
+        ``f1_by_class``, ``calibration`` (bins with ``confidence``, ``accuracy``, ``cells``) and, of
+        controls, ``chance`` where it differs between folds.
     """
 
     cells: int

@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from eval.benchmark.gene_labels import read_table
-from eval.benchmark.task import AnyTask, CellTask, GeneTask, IntegrationTask
+from eval.benchmark.material.gene_labels import read_table
+from eval.benchmark.task_file import AnyTask, CellTask, GeneTask, IntegrationTask
 
 _PUBLISHED = {
     "batch_cells": 12, "learning_rate": 5e-5, "head_learning_rate": None, "start": "random",

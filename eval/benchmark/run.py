@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import logging
 import time
@@ -15,19 +14,26 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from data_prep.files import complete_file, names_in
-from eval.benchmark.compare import holm, summarise, verdicts
-from eval.benchmark.inputs import Bench, Model, load_models
-from eval.benchmark.outcome import Store
-from eval.benchmark.task import (
-    AnyTask,
-    Suite,
-    all_tasks,
-    missing_files,
-    read_task,
+from eval.benchmark.contest.verdicts import holm, summarise, verdicts
+from eval.benchmark.kinds import (
+    annotation,
+    attention_task,
+    cell_tasks,
+    context,
+    cooperativity,
+    gene_tasks,
+    integration,
+    perturb_seq,
+    perturbation,
+    simulated_shifts,
+    targets,
 )
+from eval.benchmark.material.models_and_cells import Bench, Model, load_models
+from eval.benchmark.outcome import Store
+from eval.benchmark.task_file import AnyTask, Suite, all_tasks, missing_files, read_task
 from eval.owning import owning
-from pretrain.export import RECORD_NAME
-from pretrain.record import environment
+from pretrain.export.model_folder import RECORD_NAME
+from pretrain.run_folder.run_record import environment
 
 logger = logging.getLogger(__name__)
 
@@ -35,18 +41,19 @@ RESULTS_FORMAT = "geneloom-benchmark/1"
 RESULTS_NAME = "results.json"
 _IDENTITY_NAME = "benchmark.json"
 # Imported when a suite has such a task: the metrics of integration load jax.
-_MODULES = {
-    "genes": "genes",
-    "cells": "cell_tasks",
-    "integration": "integration",
-    "annotation": "annotation",
-    "context": "context",
-    "attention": "attention_task",
-    "perturb_seq": "perturb_seq",
-    "perturbation": "perturbation",
-    "targets": "targets",
-    "cooperativity": "cooperativity",
-    "simulated_shifts": "simulated_shifts",
+# What runs tasks of a kind: `run` and `num_units`.
+_KINDS: dict[str, ModuleType] = {
+    "genes": gene_tasks,
+    "cells": cell_tasks,
+    "integration": integration,
+    "annotation": annotation,
+    "context": context,
+    "attention": attention_task,
+    "perturb_seq": perturb_seq,
+    "perturbation": perturbation,
+    "targets": targets,
+    "cooperativity": cooperativity,
+    "simulated_shifts": simulated_shifts,
 }
 _PACKAGES = ("scikit-learn", "scanpy", "scib-metrics", "harmonypy", "scvi-tools", "peft", "optuna")
 
@@ -126,7 +133,7 @@ def run_benchmark(
         Only these tasks; tasks of the user's own, as such or as YAML files. Without names they are
         the only ones.
     vocabulary, gene_names
-        As in `eval.benchmark.inputs.load_models`.
+        As in `eval.benchmark.material.models_and_cells.load_models`.
 
     Raises
     ------
@@ -143,7 +150,7 @@ def run_benchmark(
         )
     models = load_models(folders, vocabulary, gene_names)
     _claim(out, suite, seed, bf16, models)
-    progress.plan(sum(_module(t).num_units(t, t.sizes[suite], models) for t in runnable))
+    progress.plan(sum(_KINDS[t.kind].num_units(t, t.sizes[suite], models) for t in runnable))
     found = environment()
     results: dict[str, Any] = {
         "format": RESULTS_FORMAT,
@@ -176,16 +183,11 @@ def run_benchmark(
     return results
 
 
-def _module(task: AnyTask) -> ModuleType:
-    """Return the module that runs tasks of this kind: `run` and `num_units`."""
-    return importlib.import_module(f"eval.benchmark.{_MODULES[task.kind]}")
-
-
 def _run_task(task: AnyTask, suite: Suite, bench: Bench) -> dict[str, Any]:
     """Return one entry of the results' tasks."""
     started = time.perf_counter()
     size = task.sizes[suite]
-    run = _module(task).run(task, size, bench)
+    run = _KINDS[task.kind].run(task, size, bench)
     files = {p.stem for pattern in task.cells.files if bench.data for p in bench.data.glob(pattern)}
     return {
         **task.model_dump(

@@ -5,7 +5,7 @@ import signal
 import typer
 
 from data_prep.errors import run_app
-from data_prep.launchers import stop_with_launcher
+from data_prep.running.launchers import stop_with_launcher
 
 _TIMEOUT_S = 1800  # how long ranks wait for one that still scores baselines
 
@@ -13,7 +13,7 @@ _TIMEOUT_S = 1800  # how long ranks wait for one that still scores baselines
 def main() -> None:
     """Join the ranks, then do as ``geneloom finetune``."""
     from eval.cli import finetune_app
-    from pretrain import dist
+    from pretrain.ranks import dist
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

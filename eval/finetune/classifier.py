@@ -16,11 +16,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertModel
 
-from data_prep.shards import complete_folder, file_sha256, require_new
+from data_prep.files import complete_folder, file_sha256, require_new
+from data_prep.genes.vocabulary import Vocabulary, load_vocabulary
 from data_prep.version import VERSION
-from data_prep.vocab import Vocabulary, load_vocabulary
-from pretrain.encoders import Encoder, architecture_of, layers_of, new_encoder, read_encoder_config
-from pretrain.states import encode_batch, length_batches, pool_genes
+from pretrain.cell_states.frozen_states import encode_batch, length_batches, pool_genes
+from pretrain.model.architectures import (
+    Encoder,
+    architecture_of,
+    layers_of,
+    new_encoder,
+    read_encoder_config,
+)
 
 CLASSIFIER_FORMAT = "geneloom-classifier/1"
 RECORD_NAME = "classifier.json"
@@ -417,3 +423,18 @@ def load_classifier(folder: Path, device: str = "cpu") -> Classifier:
         raise ValueError(f"{weights}: the weights cannot be read ({error})") from error
     classifier.history = content["history"]
     return classifier.eval()
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a head is to learn.
+
+    Attributes
+    ----------
+    labels
+        int64, positions in ``head.classes`` and -1 for none. Kind ``cells``: [cells]. Kind
+        ``genes``: [num_tokens] of the vocabulary, a token's class is the same in every cell.
+    """
+
+    head: Head
+    labels: np.ndarray

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 
 from data_prep.files import complete_file, require_new_file
-from data_prep.sources import SourceOptions
+from data_prep.genes.vocabulary import Vocabulary
+from data_prep.sources.source_spec import SourceOptions
 from data_prep.version import VERSION
-from data_prep.vocab import Vocabulary
-from eval.encode import CellSet, encode_file
+from eval.cells.read_cells import CellSet, encode_file
 from eval.finetune.classifier import Classifier, load_classifier
 
 _PREFIX = "geneloom"

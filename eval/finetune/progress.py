@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from data_prep.shards import file_sha256
-from data_prep.vocab import Vocabulary
+from data_prep.files import file_sha256
+from data_prep.genes.vocabulary import Vocabulary
 from eval.finetune.classifier import Classifier, FinetuneSettings
 
 if TYPE_CHECKING:
-    from eval.finetune.engine import Target
+    from eval.finetune.classifier import Target
 
 PROGRESS_FORMAT = "geneloom-finetuning/1"
 _RECORD, _TENSORS = "progress.json", "progress.safetensors"

@@ -19,11 +19,12 @@ from optuna.trial import TrialState
 from sklearn.metrics import f1_score
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
+from data_prep.genes.vocabulary import Vocabulary
 from data_prep.hashing import stream_key
-from data_prep.vocab import Vocabulary
-from eval.finetune.engine import Classifier, FinetuneSettings, Target, finetune
+from eval.finetune.classifier import Classifier, FinetuneSettings, Target
 from eval.finetune.progress import identity_of
-from pretrain.encoders import Encoder
+from eval.finetune.training import finetune
+from pretrain.model.architectures import Encoder
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import complete_file
-from data_prep.shards import PARTIAL
+from data_prep.files import PARTIAL, complete_file
 
 
 class Unfinished:

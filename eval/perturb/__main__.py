@@ -5,7 +5,7 @@ import signal
 import typer
 
 from data_prep.errors import run_app
-from data_prep.launchers import stop_with_launcher
+from data_prep.running.launchers import stop_with_launcher
 
 _TIMEOUT_S = 24 * 3600  # how long ranks wait for one whose cells are longer
 
@@ -13,7 +13,7 @@ _TIMEOUT_S = 24 * 3600  # how long ranks wait for one whose cells are longer
 def main() -> None:
     """Join the ranks, then do as ``geneloom perturb``."""
     from eval.perturb.cli import perturb_command
-    from pretrain import dist
+    from pretrain.ranks import dist
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from data_prep.progress import show_progress
-from data_prep.reading import MATRIX, reading_options
-from data_prep.sources import SourceOptions
-from eval.cli import (
+from data_prep.running.progress import show_progress
+from data_prep.sources.reading_options import MATRIX, reading_options
+from data_prep.sources.source_spec import SourceOptions
+from eval.options import (
     Bf16Option,
     ConditionsOption,
     DeviceOption,
@@ -79,10 +79,11 @@ def perturb_command(
 ) -> None:
     """Perturb genes in silico and write how far each cell moves, and toward which state."""
     quiet()
-    from eval.perturb.choose import CellChoice, GeneChoice
-    from eval.perturb.edits import Edit
-    from eval.perturb.engine import EngineSettings
-    from eval.perturb.run import Screen, perturb_file
+    from eval.perturb.screen.cells_and_genes import CellChoice, GeneChoice
+    from eval.perturb.screen.compare_copies import EngineSettings
+    from eval.perturb.screen.edits import Edit
+    from eval.perturb.screen.run import perturb_file
+    from eval.perturb.screen.settings import Screen
 
     ranks = context.obj  # of `eval.perturb.__main__`; None without a launcher
     chosen_device = choose_device(device) if ranks is None else ranks.device.type
@@ -131,7 +132,7 @@ def _genes(text: str) -> tuple[str, ...]:
 
 
 def _states(key: str | None, start: str | None, goal: str | None, others: list[str]):
-    from eval.perturb.choose import States
+    from eval.perturb.screen.cells_and_genes import States
 
     if key is None and start is None and goal is None and not others:
         return None

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from data_prep.reading import MATRIX, reading_options
-from data_prep.sources import SourceOptions
-from eval.cli import (
+from data_prep.sources.reading_options import MATRIX, reading_options
+from data_prep.sources.source_spec import SourceOptions
+from eval.options import (
     Bf16Option,
     ConditionsOption,
     DeviceOption,
@@ -64,7 +64,7 @@ def probe_command(
     """
     quiet()
     from eval.probe.page import print_probe, require_new_place, write_probe
-    from eval.probe.probe import ProbeSettings, probe_cells
+    from eval.probe.run import ProbeSettings, probe_cells
 
     require_new_place(out)
     settings = ProbeSettings(

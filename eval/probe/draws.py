@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.splits import split_cells
+from eval.scores.splits import split_cells
 
 # A class is scored on at least so many cells that were not drawn.
 FEWEST_TEST_CELLS = 5

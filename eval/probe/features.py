@@ -9,11 +9,11 @@ import numpy as np
 import scipy.sparse
 from sklearn.decomposition import PCA, TruncatedSVD
 
-from data_prep.vocab import Vocabulary
-from eval.baselines import CELL_STATE, log_normalise
-from eval.benchmark.cell_baselines import variable_genes
-from pretrain.cell_state import CellState
-from pretrain.states import embed_layers
+from data_prep.genes.vocabulary import Vocabulary
+from eval.benchmark.neighbours.cell_baselines import variable_genes
+from eval.scores.baselines import CELL_STATE, log_normalise
+from pretrain.cell_states.cell_state import CellState
+from pretrain.cell_states.frozen_states import embed_layers
 
 LAST, SECOND_LAST, WITH_INPUTS = "last layer", "second-last layer", "last layer + input embeddings"
 OWN_SVD = "SVD of these cells"
@@ -38,7 +38,7 @@ def frozen_features(
         Returns the cell state that belongs to the network, from these cells' means of the last
         layer; None: the network has none.
     settings
-        ``token_budget``, ``device`` and ``bf16`` of `eval.embed.embed_layers`.
+        ``token_budget``, ``device`` and ``bf16`` of `eval.cells.embed.embed_layers`.
     """
     encoder = network.base_model
     layers = (0, -1) if encoder.config.num_hidden_layers > 1 else (0,)

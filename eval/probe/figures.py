@@ -8,11 +8,11 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from eval.baselines import CELL_STATE, CORPUS_SVD
-from eval.benchmark.plots import ROLE_COLOURS, ROLE_NAMES, Plot
-from eval.figures import GREY, new_figure
+from eval.drawing.figures import GREY, new_figure
+from eval.drawing.plot import ROLE_COLOURS, ROLE_NAMES, Plot
 from eval.probe.features import GENES, LAST, SECOND_LAST
-from eval.probe.probe import RANDOM_PREFIX, Probe
+from eval.probe.run import RANDOM_PREFIX, Probe
+from eval.scores.baselines import CELL_STATE, CORPUS_SVD
 
 _SVD_COLOUR = "#d55e00"
 # The neighbours in the curve: name, colour, line.
@@ -26,7 +26,7 @@ _FROZEN = ((SECOND_LAST, GREY), (LAST, ROLE_COLOURS["model"]), (CELL_STATE, "#00
 
 
 def probe_plots(probe: Probe) -> list[Plot]:
-    """Return the figures of a probe; call it within `eval.benchmark.plots.benchmark_style`."""
+    """Return the figures of a probe; call it within `eval.drawing.plot.benchmark_style`."""
     record = probe.record
     plots = [_contenders(record)]
     if len(record["steps"]) > 1:

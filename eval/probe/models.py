@@ -9,10 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.vocab import Vocabulary, load_vocabulary
-from pretrain import checkpoint
-from pretrain.cell_state import CellState
-from pretrain.export import RECORD_NAME, folder_cell_state, load_checkpoint, load_exported
+from data_prep.genes.vocabulary import Vocabulary, load_vocabulary
+from pretrain.cell_states.cell_state import CellState
+from pretrain.checkpoints import checkpoint
+from pretrain.export.model_folder import (
+    RECORD_NAME,
+    folder_cell_state,
+    load_checkpoint,
+    load_exported,
+)
 
 logger = logging.getLogger(__name__)
 

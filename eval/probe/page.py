@@ -11,12 +11,11 @@ import jinja2
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.files import complete_file, require_new_file
-from data_prep.shards import complete_folder, require_new
-from eval.benchmark.plots import Plot, as_png, as_svg, benchmark_style
+from data_prep.files import complete_file, complete_folder, require_new, require_new_file
+from eval.drawing.plot import Plot, as_png, as_svg, benchmark_style
+from eval.drawing.tables import format_interval
 from eval.probe.figures import probe_plots
-from eval.probe.probe import BELOW, RANDOM_PREFIX, Probe, main_contender
-from eval.tables import format_interval
+from eval.probe.run import BELOW, RANDOM_PREFIX, Probe, main_contender
 
 PAGE_NAME, RECORD_NAME, TABLE_NAME = "probe.html", "probe.json", "probe.csv"
 _TEMPLATE = Path(__file__).parent / "page.html"

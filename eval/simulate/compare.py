@@ -11,8 +11,9 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.open import open_path
-from data_prep.sources import CountSource, SourceOptions
+from data_prep.sources.count_source import CountSource
+from data_prep.sources.open_source import open_path
+from data_prep.sources.source_spec import SourceOptions
 
 _COLOURS = {"real": "#e69f00", "simulated": "#0072b2"}
 _PLAIN = FuncFormatter(lambda value, _: f"{value:,g}")  # the style's text knows no powers
@@ -117,7 +118,10 @@ def print_moments(moments: dict[str, dict[str, float]]) -> None:
 
 def write_plot(path: Path, moments: dict[str, Moments]) -> None:
     """Write a figure: detection and variance against the mean; genes against counts of cells."""
-    from eval.figures import new_figure, style  # brings torch, which nothing else here needs
+    from eval.drawing.figures import (  # brings torch, which nothing else here needs
+        new_figure,
+        style,
+    )
 
     with style():
         figure = new_figure(9.0)

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import scipy.sparse
 from anndata.io import sparse_dataset, write_elem
 
-from data_prep.shards import complete_folder, file_sha256, require_new
-from data_prep.vocab import open_vocabulary
+from data_prep.files import complete_folder, file_sha256, require_new
+from data_prep.genes.vocabulary import open_vocabulary
 from eval.simulate.cells import BLOCK_CELLS, Block, Simulation, stream
 from eval.simulate.changes import (
     Perturbation,

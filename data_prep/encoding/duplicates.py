@@ -1,0 +1,212 @@
+"""Cells that stand more than once, so that none is held out here and trained on there.
+
+Two cells are the same if their ranked tokens are: equal counts give equal tokens, also in another
+file, in another order of genes, or as a tokenised corpus. Where cells are held out one by one, all
+copies go to the side of the first one (by source, then row). Where whole groups or given splits are
+held out nothing is moved: what stands on both sides is counted and named.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numba
+import numpy as np
+
+from data_prep.encoding.chunk_files import Chunk, Column, open_chunk
+from data_prep.encoding.filters import MOVED, is_kept
+from data_prep.sources.source_spec import SourceSpec
+
+_SORT_BYTES = 48  # of a cell while copies are looked for
+# Each part reads all chunks: less memory than this would cost time without end.
+_LEAST_BYTES = 2048
+_NAMED = 100
+_LANES = 4
+
+
+@dataclass
+class SameCells:
+    """What was found about cells that stand more than once among the kept ones.
+
+    Attributes
+    ----------
+    cells
+        Kept cells that equal an earlier one.
+    moved
+        Of all copies those that went to the side of the first one.
+    divided
+        Cells on the other side of the split than the first of their copies, after that.
+    pairs
+        (name of where the first stands, name of where the copy stands) -> (copies, divided ones).
+        Names are groups of --heldout-by, else sources.
+    """
+
+    cells: int = 0
+    moved: int = 0
+    divided: int = 0
+    pairs: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
+
+    def to_json(self) -> dict:
+        """Return values for the manifest: the pairs with most cells, and how many there are."""
+        ordered = sorted(self.pairs.items(), key=lambda item: (-item[1][0], item[0]))
+        return {
+            "cells": self.cells,
+            "moved": self.moved,
+            "divided": self.divided,
+            "num_pairs": len(ordered),
+            "pairs": [
+                {"first": first, "copy": copy, "cells": cells, "divided": divided}
+                for (first, copy), (cells, divided) in ordered[:_NAMED]
+            ],
+        }
+
+
+def settle_same_cells(
+    work: Path,
+    chunks: list[Chunk],
+    codes: np.ndarray,
+    sources: Sequence[SourceSpec],
+    heldout_by: str,
+    memory_gib: float,
+) -> SameCells:
+    """Mark in `codes` what is moved (`filters.MOVED`), and return what was found.
+
+    Parameters
+    ----------
+    codes
+        uint8 [cells of all chunks], reasons; changed where a cell changes sides.
+    sources
+        Of the chunks, in the order of their numbers.
+    heldout_by
+        Only with ``cell`` anything is moved, and only cells of sources without a given split.
+    """
+    found = SameCells()
+    pairs: Counter[tuple[str, str]] = Counter()
+    divided: Counter[tuple[str, str]] = Counter()
+    may_move = np.array([s.split is None and heldout_by == "cell" for s in sources], dtype=bool)
+    # The range of hashes is cut into parts that fit into memory.
+    parts = 1 + int(len(codes) * _SORT_BYTES / max(memory_gib * 2**30, _LEAST_BYTES))
+    for part in range(parts):
+        copies = _copies(work, chunks, codes, part, parts)
+        if not len(copies.place):
+            continue
+        fixed = ~may_move[copies.source]
+        first = copies.first
+        # The side of a run: that of its first cell that cannot be moved, else of its first cell.
+        leader = first.copy()
+        fixed_at = np.flatnonzero(fixed)[::-1]
+        leader[first[fixed_at]] = fixed_at
+        side = copies.split[leader[first]]
+        moved = ~fixed & (copies.split != side)
+        codes[copies.place[moved]] = MOVED
+        split = np.where(moved, side, copies.split)
+        is_copy = np.arange(len(first)) != first
+        apart = is_copy & (split != split[first])
+        found.cells += int(is_copy.sum())
+        found.moved += int(moved.sum())
+        found.divided += int(apart.sum())
+        labels = _labels(work, chunks, copies, sources, heldout_by)
+        for one, other, is_apart in zip(
+            labels[first[is_copy]].tolist(), labels[is_copy].tolist(), apart[is_copy].tolist(),
+            strict=True,
+        ):  # fmt: skip
+            pairs[one, other] += 1
+            divided[one, other] += is_apart
+    found.pairs = {pair: (number, divided[pair]) for pair, number in pairs.items()}
+    return found
+
+
+@dataclass(frozen=True)
+class _Copies:
+    """Cells that stand more than once, run after run, each by age; int64 or uint8 [cells].
+
+    `place` in the codes; `first`: where the first of a cell's run is among these.
+    """
+
+    place: np.ndarray
+    chunk: np.ndarray
+    source: np.ndarray
+    split: np.ndarray
+    first: np.ndarray
+
+
+def _copies(work: Path, chunks: list[Chunk], codes: np.ndarray, part: int, parts: int) -> _Copies:
+    hashes, places = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
+    for chunk in chunks:
+        same = np.asarray(open_chunk(work / chunk.name).column(Column.SAME))
+        kept = is_kept(codes[chunk.first : chunk.first + chunk.cells])
+        here = np.flatnonzero(kept & (same % np.uint64(parts) == part) if parts > 1 else kept)
+        hashes.append(same[here])
+        places.append(chunk.first + here)
+    same, place = np.concatenate(hashes), np.concatenate(places)
+    order = np.argsort(same, kind="stable")
+    same, place = same[order], place[order]
+    equal = same[1:] == same[:-1]
+    # A part of the hashes may hold no cell.
+    repeated = (np.r_[equal, False] | np.r_[False, equal])[: len(same)]
+    same, place = same[repeated], place[repeated]
+    first_of_chunk = np.array([c.first for c in chunks], dtype=np.int64)
+    number = np.searchsorted(first_of_chunk, place, side="right") - 1
+    rows, split = np.zeros(len(place), np.int64), np.zeros(len(place), np.uint8)
+    for at in np.unique(number).tolist():
+        here = np.flatnonzero(number == at)
+        batch = open_chunk(work / chunks[at].name)
+        inside = place[here] - chunks[at].first
+        rows[here] = np.asarray(batch.column(Column.ROW))[inside]
+        split[here] = np.asarray(batch.column(Column.SPLIT))[inside]
+    source = np.array([c.source for c in chunks], dtype=np.int64)[number]
+    order = np.lexsort((rows, source, same))
+    new_run = np.r_[True, same[order][1:] != same[order][:-1]][: len(order)]
+    first = np.flatnonzero(new_run)[np.cumsum(new_run) - 1]
+    return _Copies(place[order], number[order], source[order], split[order], first)
+
+
+def _labels(
+    work: Path, chunks: list[Chunk], copies: _Copies, sources: Sequence[SourceSpec], heldout_by: str
+) -> np.ndarray:
+    """Return object [cells], the group that each cell belongs to."""
+    labels = np.empty(len(copies.place), dtype=object)
+    if heldout_by == "cell":
+        names = np.array([s.name for s in sources], dtype=object)
+        return names[copies.source]
+    for at in np.unique(copies.chunk).tolist():
+        here = np.flatnonzero(copies.chunk == at)
+        column = open_chunk(work / chunks[at].name).column(heldout_by)
+        inside = (copies.place[here] - chunks[at].first).tolist()
+        labels[here] = [column[i].as_py() for i in inside]
+    return labels
+
+
+@numba.njit(cache=True, nogil=True)
+def hash_sequences(tokens, offsets):
+    """Return uint64 [cells], a hash of each sequence: four chains, which a processor overlaps."""
+    factor = np.uint64(0x100000001B3)
+    hashes = np.zeros(len(offsets) - 1, np.uint64)
+    state = np.empty(_LANES, np.uint64)
+    for cell in range(len(hashes)):
+        first, stop = np.uintp(offsets[cell]), np.uintp(offsets[cell + 1])
+        state[:] = np.uint64(stop - first)
+        a, b, c, d = state[0], state[1], state[2], state[3]
+        k = first
+        while k + np.uintp(3) < stop:
+            a = (a ^ np.uint64(tokens[k])) * factor
+            b = (b ^ np.uint64(tokens[k + np.uintp(1)])) * factor
+            c = (c ^ np.uint64(tokens[k + np.uintp(2)])) * factor
+            d = (d ^ np.uint64(tokens[k + np.uintp(3)])) * factor
+            a ^= a >> np.uint64(29)
+            b ^= b >> np.uint64(29)
+            c ^= c >> np.uint64(29)
+            d ^= d >> np.uint64(29)
+            k += np.uintp(4)
+        while k < stop:
+            a = (a ^ np.uint64(tokens[k])) * factor
+            a ^= a >> np.uint64(29)
+            k += np.uintp(1)
+        for lane in (b, c, d):
+            a = (a ^ lane) * factor
+            a ^= a >> np.uint64(32)
+        hashes[cell] = a
+    return hashes

@@ -1,0 +1,409 @@
+"""Non-zero medians per gene: the numbers that make a gene's expression comparable across genes.
+
+The median of a gene is taken over the cells that express it, of counts / total x 10,000
+(Geneformer, Nature 2023, Methods). One pass counts values in bins of equal ratio, 64 to the octave:
+counts of integers, so that results of processes and of earlier runs add up exactly, in any order.
+The bin that holds a gene's median is then known; a second pass keeps only the values in these bins
+and takes the median exactly. Where these values do not fit into memory, or where only earlier
+results are merged, the median is interpolated in its bin: it is off by less than 1/64.
+
+(Quantile sketches of a library, KLL for one, draw random numbers: two runs over the same cells give
+two vocabularies with two hashes. The vocabulary is the identity of all that is made with it.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numba
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.encoding.encode_pass import write_text
+from data_prep.files import file_sha256
+from data_prep.genes.annotation import read_annotation
+from data_prep.genes.gene_names import plain_id, strip_version
+from data_prep.genes.vocabulary import (
+    CLS,
+    EOS,
+    MASK,
+    MAX_LENGTH_PLAIN,
+    MAX_LENGTH_SPECIAL,
+    PAD,
+    TARGET_SUM,
+    Vocabulary,
+    load_vocabulary,
+    merged_mappings,
+)
+from data_prep.running.workers import Progress, Workers, counter
+from data_prep.sources.count_source import CountBlock, CountSource
+from data_prep.sources.open_source import open_source
+from data_prep.sources.source_spec import SourceSpec
+
+_CHUNK_CELLS = 16_384
+# A bin is the exponent and the first 6 bits of the mantissa: 64 bins an octave, a ratio of at most
+# 1 + 1/64. Values from 2**-10 (one count among ten million) to 10,000 are told apart.
+_MANTISSA_BITS = 6
+_SHIFT = 52 - _MANTISSA_BITS
+_FIRST_BIN = int(np.float64(2.0**-10).view(np.int64)) >> _SHIFT
+NUM_BINS = 25 << _MANTISSA_BITS
+RELATIVE_ERROR = 2.0**-_MANTISSA_BITS
+_VALUE_BYTES = 36  # while the values of the median bins are sorted
+
+
+@dataclass(frozen=True)
+class MedianSketch:
+    """How many cells have which value of which gene.
+
+    Attributes
+    ----------
+    genes
+        Gene ids, ascending.
+    counts
+        int64 [genes, NUM_BINS], cells whose value of the gene falls into the bin.
+    aliases
+        Retired ids or symbols -> the gene that they were counted as.
+    """
+
+    genes: tuple[str, ...]
+    counts: np.ndarray
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def detected(self) -> np.ndarray:
+        """int64 [genes], cells that express the gene."""
+        return self.counts.sum(axis=1)
+
+    def medians(self) -> np.ndarray:
+        """Return float64 [genes], interpolated in the median's bin; NaN where no cell has one."""
+        before = np.cumsum(self.counts, axis=1)
+        number, rows = before[:, -1], np.arange(len(self.genes))
+        middle = []
+        for rank, bins in zip(
+            ((number - 1) // 2, number // 2), _middle_bins(self.counts).T, strict=True
+        ):
+            inside = self.counts[rows, bins]
+            with np.errstate(invalid="ignore", divide="ignore"):
+                share = (rank + 0.5 - (before[rows, bins] - inside)) / inside
+            low, high = bin_edge(bins), bin_edge(bins + 1)
+            middle.append(np.where(number > 0, low + share * (high - low), np.nan))
+        return (middle[0] + middle[1]) / 2
+
+    def merge(self, other: MedianSketch) -> MedianSketch:
+        """Return the sketch of the cells of both."""
+        genes = sorted({*self.genes, *other.genes})
+        place = {g: i for i, g in enumerate(genes)}
+        counts = np.zeros((len(genes), NUM_BINS), dtype=np.int64)
+        for part in (self, other):
+            counts[[place[g] for g in part.genes]] += part.counts
+        return MedianSketch(tuple(genes), counts, self.aliases | other.aliases)
+
+    def save(self, path: Path) -> None:
+        """Write one row per gene and occupied bin (parquet)."""
+        rows, bins = np.nonzero(self.counts)
+        table = pa.table(
+            {
+                "gene": pa.array(np.array(self.genes, dtype=object)[rows], pa.string()),
+                "bin": pa.array(bins.astype(np.int16)),
+                "cells": pa.array(self.counts[rows, bins]),
+            }
+        )
+        names = json.dumps(self.aliases, sort_keys=True)
+        pq.write_table(table.replace_schema_metadata({"aliases": names}), path, compression="zstd")
+
+    @staticmethod
+    def load(path: Path) -> MedianSketch:
+        """Return a saved sketch."""
+        try:
+            table = pq.read_table(path, columns=["gene", "bin", "cells"])
+            aliases = json.loads((table.schema.metadata or {}).get(b"aliases", b"{}"))
+            coded = table.column("gene").combine_chunks().dictionary_encode()
+            names = coded.dictionary.to_pylist()
+            order = np.argsort(names)
+            counts = np.zeros((len(names), NUM_BINS), dtype=np.int64)
+            place = (np.argsort(order)[coded.indices.to_numpy()], table.column("bin").to_numpy())
+            np.add.at(counts, place, table.column("cells").to_numpy())
+        except (pa.ArrowInvalid, OSError, KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"{path}: not a sketch of `geneloom medians` ({error})") from error
+        return MedianSketch(tuple(names[i] for i in order), counts, aliases)
+
+
+@dataclass(frozen=True)
+class GeneMedians:
+    """Medians of all genes seen; `relative_error` bounds how far they are from the exact ones."""
+
+    sketch: MedianSketch
+    medians: np.ndarray
+    relative_error: float
+
+    def save_table(self, path: Path) -> None:
+        """Write gene, cells that express it, and median, as text."""
+        rows = zip(self.sketch.genes, self.sketch.detected, self.medians, strict=True)
+        lines = [f"{gene}\t{cells}\t{float(median)!r}\n" for gene, cells, median in rows]
+        path.write_text("gene\tcells\tmedian\n" + "".join(lines))
+
+    def vocabulary(self, min_cells: int, max_length: int | None, with_cls: bool) -> Vocabulary:
+        """Return the vocabulary of the genes that at least `min_cells` cells express.
+
+        Tokens follow the gene ids in ascending order, so they do not depend on that of the sources.
+        """
+        special = {PAD: 0, MASK: 1} | ({CLS: 2, EOS: 3} if with_cls else {})
+        chosen = np.flatnonzero(self.sketch.detected >= min_cells)
+        if not chosen.size:
+            raise ValueError(f"no gene is detected in at least {min_cells} cells: no vocabulary")
+        genes = tuple(self.sketch.genes[i] for i in chosen)
+        known, aliases = set(genes), sorted(self.sketch.aliases.items())
+        return Vocabulary(
+            genes=genes,
+            medians=self.medians[chosen],
+            special_tokens=special,
+            max_length=max_length or (MAX_LENGTH_SPECIAL if with_cls else MAX_LENGTH_PLAIN),
+            aliases={a: g for a, g in aliases if g in known and a not in known},
+        )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A stretch of a source; `genes` names the file with the gene numbering."""
+
+    spec: SourceSpec
+    work: Path
+    genes: Path
+    start: int
+    stop: int
+
+
+def build_vocabulary(
+    specs: list[SourceSpec],
+    work: Path,
+    min_cells: int,
+    max_length: int | None,
+    annotation: Path | None,
+    workers: Workers,
+    progress: Progress,
+) -> Vocabulary:
+    """Return the vocabulary of the genes in count matrices, kept in `work` for another start."""
+    table = file_sha256(annotation) if annotation else None
+    settings = [min_cells, max_length, table, [s.signature() for s in specs]]
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]
+    path = work / f"medians-{digest}.json"
+    if path.exists():
+        return load_vocabulary(path)
+    found = gene_medians(specs, work, workers, progress, annotation)
+    vocabulary = found.vocabulary(min_cells, max_length, with_cls=False)
+    write_text(path, vocabulary.to_json() + "\n")
+    return vocabulary
+
+
+def gene_medians(
+    specs: list[SourceSpec],
+    work: Path,
+    workers: Workers,
+    progress: Progress,
+    annotation: Path | None = None,
+    gene_mapping: Path | Sequence[Path] | None = None,
+    memory_gib: float = 2.0,
+) -> GeneMedians:
+    """Return the medians of all genes of count matrices, over the cells that pass ``filter_pass``.
+
+    Parameters
+    ----------
+    work
+        Folder for temporary files.
+    annotation
+        Table of genes; only protein-coding and miRNA genes of it are counted.
+    gene_mapping
+        Dictionary of retired ids or symbols -> gene id.
+    memory_gib
+        For the values of the second pass; if they do not fit, medians are interpolated.
+
+    Raises
+    ------
+    ValueError
+        A source is a token corpus, or has no raw counts.
+    """
+    aliases = merged_mappings(gene_mapping)
+    chosen = read_annotation(annotation).chosen if annotation else None
+    genes: set[str] = set()
+    stretches = []
+    for number, spec in enumerate(specs):
+        progress("opening", number, len(specs))
+        source = open_source(spec, work)
+        if not isinstance(source, CountSource):
+            raise ValueError(
+                f"{spec.path}: medians need count matrices; tokenised corpora come with the "
+                "vocabulary they were made with"
+            )
+        source.check_ids()
+        ids = {_gene_of(i, aliases) for i in source.gene_ids if i}
+        genes |= ids if chosen is None else {i for i in ids if strip_version(i) in chosen}
+        stretches += [(spec, start, stop) for start, stop in source.stretches(_CHUNK_CELLS)]
+    if not genes:
+        raise ValueError("no gene of the sources is in the annotation; are the ids of its kind?")
+    names = sorted(genes)
+    numbers = {n: i for i, n in enumerate(names)}
+    path = work / "genes.json"
+    write_text(path, json.dumps([numbers, aliases]))
+    jobs = [_Job(spec, work, path, start, stop) for spec, start, stop in stretches]
+    sizes = [j.stop - j.start for j in jobs]
+    counts = np.zeros((len(names), NUM_BINS), dtype=np.int64)
+    shown = counter(progress, "counting genes", sizes)
+    with contextlib.closing(workers.each(_count_stretch, jobs)) as ended:
+        for number, (places, added) in ended:  # added at once: all together would fill the memory
+            counts.reshape(-1)[places] += added
+            shown(number)
+    sketch = MedianSketch(tuple(names), counts, {a: g for a, g in aliases.items() if g in genes})
+    wanted = _middle_bins(counts)
+    held = int(counts[np.arange(len(names))[:, None], wanted].sum())
+    if held * _VALUE_BYTES > memory_gib * 2**30:
+        return GeneMedians(sketch, sketch.medians(), RELATIVE_ERROR)
+    np.save(work / "wanted.npy", wanted)
+    shown = counter(progress, "taking medians", sizes)
+    found = workers.run(partial(_collect_stretch, work / "wanted.npy"), jobs, shown)
+    medians = _exact_medians(counts, wanted, *(np.concatenate(p) for p in zip(*found, strict=True)))
+    return GeneMedians(sketch, medians, 0.0)
+
+
+def _gene_of(gene_id: str, aliases: dict[str, str]) -> str:
+    """Return the gene that an id is counted as: without version and genome, and as mapped."""
+    plain = plain_id(gene_id)
+    for name in (gene_id, plain, plain.upper()):
+        if name in aliases:
+            return aliases[name]
+    return plain
+
+
+def bin_edge(bins: np.ndarray) -> np.ndarray:
+    """Return the smallest value of each bin."""
+    return ((np.asarray(bins, dtype=np.int64) + _FIRST_BIN) << _SHIFT).view(np.float64)
+
+
+def _middle_bins(counts: np.ndarray) -> np.ndarray:
+    """Return int64 [genes, 2], the bins of the lower and the upper middle value."""
+    before = np.cumsum(counts, axis=1)
+    number = before[:, -1:]
+    lower, upper = (number - 1) // 2, number // 2
+    bins = [(before <= rank).sum(axis=1) for rank in (lower, upper)]
+    return np.stack(bins, axis=1).clip(max=NUM_BINS - 1)
+
+
+def _exact_medians(
+    counts: np.ndarray, wanted: np.ndarray, genes: np.ndarray, values: np.ndarray
+) -> np.ndarray:
+    """Return medians from the values of the bins in which they lie."""
+    order = np.lexsort((values, genes))
+    genes, values = genes[order], values[order]
+    first = np.searchsorted(genes, np.arange(len(counts)))
+    before = np.cumsum(counts, axis=1) - counts
+    number = counts.sum(axis=1)
+    medians = np.full(len(counts), np.nan)
+    seen = number > 0
+    rows = np.arange(len(counts))
+    # Kept values of a gene begin at its lower middle bin: ranks count from there.
+    skipped = before[rows, wanted[:, 0]]
+    low = first + (number - 1) // 2 - skipped
+    # Between the two middle bins there may be none: the upper value then follows at once.
+    high = first + number // 2 - skipped
+    medians[seen] = (values[low[seen]] + values[high[seen]]) / 2
+    return medians
+
+
+def _blocks(job: _Job):
+    """Yield (block, int32 [genes of the source] gene numbers) of a stretch."""
+    source = open_source(job.spec, job.work)
+    assert isinstance(source, CountSource)
+    numbers, aliases = json.loads(job.genes.read_text())
+    genes = [_gene_of(i, aliases) for i in source.gene_ids]
+    columns = np.array([numbers.get(g, -1) for g in genes], dtype=np.int32)
+    num_genes = max(numbers.values()) + 1
+    for block in source.blocks(job.start, job.stop):
+        yield block, columns, num_genes
+
+
+def _scales(block: CountBlock) -> np.ndarray:
+    """Return float64 [cells], totals; NaN for cells that do not count."""
+    return np.where(block.passes & (block.totals > 0), block.totals, np.nan)
+
+
+def _count_stretch(job: _Job) -> tuple[np.ndarray, np.ndarray]:
+    """Return (flat places in [genes, bins], cells) that a stretch adds."""
+    counts = np.zeros(0, dtype=np.uint32)
+    for block, columns, num_genes in _blocks(job):
+        if not counts.size:
+            counts = np.zeros(num_genes * NUM_BINS, dtype=np.uint32)
+        _count(block.data, block.indices, block.indptr, _scales(block), columns, num_genes, counts)
+    places = np.flatnonzero(counts)
+    return places, counts[places].astype(np.int64)
+
+
+def _collect_stretch(wanted_path: Path, job: _Job) -> tuple[np.ndarray, np.ndarray]:
+    """Return (gene numbers, values) of a stretch that fall into the wanted bins."""
+    wanted = np.load(wanted_path)
+    parts = [
+        _collect(b.data, b.indices, b.indptr, _scales(b), columns, num_genes, wanted)
+        for b, columns, num_genes in _blocks(job)
+    ]
+    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+
+
+@numba.njit(cache=True, nogil=True)
+def _cell_values(data, indices, indptr, totals, cell, columns, sums, touched, values, bins):
+    """Fill genes, values and bins of one cell; return their number, 0 if it does not count."""
+    size = 0
+    if np.isnan(totals[cell]):
+        return size
+    for k in range(indptr[cell], indptr[cell + 1]):
+        gene = columns[indices[k]]
+        if gene >= 0 and data[k] > 0:
+            if sums[gene] == 0.0:
+                touched[size] = gene
+                size += 1
+            sums[gene] += data[k]
+    for i in range(size):
+        values[i] = sums[touched[i]] / totals[cell] * TARGET_SUM
+        sums[touched[i]] = 0.0
+    bits = values.view(np.int64)
+    for i in range(size):
+        bins[i] = min(max((bits[i] >> _SHIFT) - _FIRST_BIN, 0), NUM_BINS - 1)
+    return size
+
+
+@numba.njit(cache=True, nogil=True)
+def _count(data, indices, indptr, totals, columns, num_genes, counts):
+    sums, touched = np.zeros(num_genes), np.empty(num_genes, np.int32)
+    values, bins = np.empty(num_genes), np.empty(num_genes, np.int64)
+    for cell in range(len(indptr) - 1):
+        size = _cell_values(
+            data, indices, indptr, totals, cell, columns, sums, touched, values, bins
+        )
+        for i in range(size):
+            counts[touched[i] * NUM_BINS + bins[i]] += 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _collect(data, indices, indptr, totals, columns, num_genes, wanted):
+    sums, touched = np.zeros(num_genes), np.empty(num_genes, np.int32)
+    values, bins = np.empty(num_genes), np.empty(num_genes, np.int64)
+    found_genes, found_values = np.empty(1024, np.int32), np.empty(1024)
+    used = 0
+    for cell in range(len(indptr) - 1):
+        size = _cell_values(
+            data, indices, indptr, totals, cell, columns, sums, touched, values, bins
+        )
+        for i in range(size):
+            gene = touched[i]
+            if bins[i] == wanted[gene, 0] or bins[i] == wanted[gene, 1]:
+                if used == len(found_genes):
+                    found_genes = np.concatenate((found_genes, np.empty_like(found_genes)))
+                    found_values = np.concatenate((found_values, np.empty_like(found_values)))
+                found_genes[used] = gene
+                found_values[used] = values[i]
+                used += 1
+    return found_genes[:used], found_values[:used]

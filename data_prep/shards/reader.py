@@ -1,0 +1,246 @@
+"""Reading shards: any block without what comes before it, from a folder or a URL."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+
+from data_prep.files import file_sha256
+from data_prep.genes.vocabulary import Vocabulary, load_vocabulary
+from data_prep.shards.format import (
+    INDEX_NAME,
+    MANIFEST_NAME,
+    STATISTICS_NAME,
+    VOCABULARY_NAME,
+    BucketExtent,
+    lay_out,
+    member_name,
+    parse_manifest,
+    tar_stem,
+)
+from data_prep.shards.tar_members import IndexColumns, OpenFiles, is_intact
+
+if TYPE_CHECKING:
+    from data_prep.shards.remote import ShardCache
+
+_PLACE = ("offset", "bytes", "crc32")
+# 32 seconds in all, and at most 20 s of silence before each: less than the 600 s that ranks wait
+# in a collective.
+RETRY_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Decoded cells of one tar member: `tokens` flat, `offsets` int64 [cells + 1]."""
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    batch: pa.RecordBatch
+
+
+class DamagedBlock(ValueError):
+    """The bytes of a block are not those that were written.
+
+    `number` is that of the block, `shard` the name of the tar it is in.
+    """
+
+    def __init__(self, message: str, number: int, shard: str) -> None:
+        super().__init__(message)
+        self.number, self.shard = number, shard
+
+    def __reduce__(self) -> tuple:
+        return DamagedBlock, (self.args[0], self.number, self.shard)
+
+
+class ShardSet:
+    """Shards, opened for reading any block without reading what comes before.
+
+    Threads may share it. A forked or pickled one opens its own connections.
+
+    Parameters
+    ----------
+    location
+        Output folder of ``geneloom prepare``, or its URL: whatever has ``://`` and fsspec opens.
+    cache
+        Folder for the local copy of what is read from a URL, one folder in it for each corpus.
+    retry_pauses_s
+        For a URL: seconds to wait after each failure that may pass; one failure more is an error.
+
+    Raises
+    ------
+    ValueError
+        No manifest, another format, or an index or vocabulary that does not belong to it; a URL
+        without a cache.
+    ConnectionError
+        The URL could not be read.
+    """
+
+    def __init__(
+        self,
+        location: str | Path,
+        cache: Path | None = None,
+        retry_pauses_s: Sequence[float] = RETRY_PAUSES_S,
+    ) -> None:
+        self.location = location
+        self._cache: ShardCache | None = None
+        if "://" in str(location):
+            # Imported where there is a URL: the network libraries take a third of a second.
+            from data_prep.shards.remote import open_remote
+
+            self.manifest, self._cache = open_remote(str(location), cache, retry_pauses_s)
+            self.folder = self._cache.folder
+        else:
+            self.folder = Path(location)
+            self.manifest = _read_manifest(self.folder)
+        self._open_files = OpenFiles()
+        try:
+            self._extents, self._first_blocks = lay_out(self.manifest)
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{location}: {MANIFEST_NAME} is incomplete or edited ({error!r})"
+            ) from error
+        self.vocabulary: Vocabulary = self._load_vocabulary()
+        self.index = IndexColumns(self._find_index())
+        # What every block needs is read before there are threads or forks: then all share it.
+        for name in _PLACE:
+            self.index[name]
+
+    def _load_vocabulary(self) -> Vocabulary:
+        wanted = self.manifest["vocabulary_sha256"]
+        if self._cache:
+            return load_vocabulary(
+                self._cache.file(VOCABULARY_NAME, lambda path: _is_vocabulary(path, wanted))
+            )
+        vocabulary = load_vocabulary(self.folder / VOCABULARY_NAME)
+        if vocabulary.sha256 != wanted:
+            raise ValueError(
+                f"{self.folder}: {VOCABULARY_NAME} has hash {vocabulary.sha256[:12]}, the shards "
+                f"were made with {wanted[:12]}"
+            )
+        return vocabulary
+
+    def _find_index(self) -> Path:
+        wanted = self.manifest["index_sha256"]
+        if self._cache:
+            return self._cache.file(INDEX_NAME, lambda path: file_sha256(path) == wanted)
+        path = self.folder / INDEX_NAME
+        if not path.exists() or file_sha256(path) != wanted:
+            raise ValueError(f"{path}: is missing or does not match the manifest; damaged?")
+        return path
+
+    def find_statistics(self) -> Path:
+        """Return the path of ``statistics.json``, which may be missing or, in a folder, wrong."""
+        wanted = self.manifest.get("statistics_sha256")
+        if self._cache and wanted:
+            return self._cache.file(STATISTICS_NAME, lambda path: file_sha256(path) == wanted)
+        return self.folder / STATISTICS_NAME
+
+    @property
+    def name(self) -> str:
+        """Name of the folder, the last part of a URL."""
+        if self._cache:
+            return str(self.location).rstrip("/").rsplit("/", 1)[-1]
+        return self.folder.resolve().name
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest["fingerprint"]
+
+    @property
+    def num_cells(self) -> int:
+        return sum(e.num_cells for _, e in self._extents)
+
+    def extents(self, split: str) -> list[BucketExtent]:
+        """Return where the buckets of a split are, by ascending length; from the manifest alone."""
+        return sorted((e for owner, e in self._extents if owner == split), key=lambda e: e.length)
+
+    def bucket_lengths(self, split: str) -> list[int]:
+        """Return the ascending padded lengths that have cells in a split."""
+        return [e.length for e in self.extents(split)]
+
+    def block_numbers(self, split: str, bucket_length: int) -> np.ndarray:
+        """Return the index rows of one bucket, in order."""
+        for extent in self.extents(split):
+            if extent.length == bucket_length:
+                return np.arange(extent.first_block, extent.first_block + extent.num_blocks)
+        return np.arange(0)
+
+    def read_block(self, number: int) -> Block:
+        """Return the decoded cells of one index row.
+
+        Raises
+        ------
+        DamagedBlock
+            The bytes do not have the recorded checksum, or there are too few; the message names
+            shard and member. With a URL: those at the source.
+        ValueError
+            The shard is missing.
+        ConnectionError
+            The URL could not be read.
+        """
+        offset, size, crc32 = (int(self.index[name][number]) for name in _PLACE)
+        shard = int(np.searchsorted(self._first_blocks, number, side="right")) - 1
+        tar = self.manifest["shards"][shard]["name"]
+        if self._cache:
+            payload = self._cache.read(tar, offset, size, crc32)
+        else:
+            payload = self._read_local(tar, offset, size, crc32)
+        if payload is None:
+            raise self._damaged(number, shard, offset)
+        batch = pa.ipc.open_stream(pa.py_buffer(payload)).read_next_batch()
+        lists = batch.column("input_ids")
+        offsets = np.asarray(lists.offsets, dtype=np.int64)
+        return Block(np.asarray(lists.values), offsets, batch)
+
+    def _read_local(self, tar: str, offset: int, size: int, crc32: int) -> bytes | None:
+        path = self.folder / tar
+        try:
+            file = self._open_files.get(tar, lambda: os.open(path, os.O_RDONLY))
+        except FileNotFoundError as error:
+            raise ValueError(f"{path}: shard is missing; copy or prepare it again") from error
+        payload = os.pread(file.number, size, offset)
+        return payload if is_intact(payload, size, crc32) else None
+
+    def _damaged(self, number: int, shard: int, offset: int) -> DamagedBlock:
+        entry = self.manifest["shards"][shard]
+        first_block = max(e.first_block for _, e in self._extents if e.first_block <= number)
+        member = member_name(tar_stem(entry["split"], entry["bucket_length"]), number - first_block)
+        tar = entry["name"]
+        place = self._cache.address(tar) if self._cache else self.folder / tar
+        where = " at the source" if self._cache else ""
+        return DamagedBlock(
+            f"{place}: the member {member} at byte {offset} (block {number}) is damaged{where}: "
+            "its checksum is wrong; copy or prepare the shards again",
+            number,
+            tar,
+        )
+
+    def iter_blocks(self, split: str) -> Iterator[Block]:
+        """Yield all blocks of a split, in order."""
+        for owner, extent in self._extents:
+            if owner == split:
+                for number in range(extent.first_block, extent.first_block + extent.num_blocks):
+                    yield self.read_block(number)
+
+
+def _read_manifest(folder: Path) -> dict:
+    path = folder / MANIFEST_NAME
+    if not path.exists():
+        raise ValueError(
+            f"{folder}: no {MANIFEST_NAME}; expected a folder made by `geneloom prepare`"
+        )
+    return parse_manifest(path.read_bytes(), path)
+
+
+def _is_vocabulary(path: Path, sha256: str) -> bool:
+    try:
+        return load_vocabulary(path).sha256 == sha256
+    except ValueError:
+        return False

@@ -1,0 +1,303 @@
+"""Shards behind a URL: read in parts, with a copy of what was read on a local disk.
+
+The copy of a tar is a sparse file in which every member has the place that it has in the tar.
+Nothing records which members are there: one with the right checksum is, any other is fetched. So a
+killed process leaves nothing wrong, a torn write or a flipped bit heals, and the processes of a
+machine share one copy without a lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import aiohttp
+import fsspec.core
+from fsspec import AbstractFileSystem
+
+from data_prep.shards.format import MANIFEST_NAME, fingerprint, parse_manifest
+from data_prep.shards.tar_members import OpenFiles, is_intact
+
+# A server that sends nothing for this long is taken for dead; a whole file may take any time.
+_SILENCE_S = 20
+_RANGE_BEHIND_END = 416
+# Too slow, too many requests: like 5xx, it may be better in a moment.
+_BUSY = (408, 429)
+# A prefix of the fingerprint names the copy of a corpus: 128 bits are as good as unique.
+_FINGERPRINT_DIGITS = 32
+_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+logger = logging.getLogger(__name__)
+
+
+class Remote:
+    """The files below a URL. Threads may share it; a process opens its own connections.
+
+    Parameters
+    ----------
+    url
+        Anything that fsspec opens. Credentials and the like come from fsspec's own configuration.
+    retry_pauses_s
+        Seconds to wait after each failure that may pass; one failure more is an error.
+    """
+
+    def __init__(self, url: str, retry_pauses_s: Sequence[float]) -> None:
+        self.url = url.rstrip("/")
+        self._retry_pauses_s = tuple(retry_pauses_s)
+
+    def address(self, name: str) -> str:
+        """Return the URL of a file."""
+        return f"{self.url}/{name}"
+
+    def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
+        """Return a file, or its bytes from `start` to before `stop`.
+
+        It is less where the file ends before, and all of it from a server that knows no ranges.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is no such file.
+        ValueError
+            It cannot be read, now or later: no such protocol, no permission.
+        ConnectionError
+            It could not be read, nor after the pauses.
+        """
+        failures = 0
+        while True:
+            try:
+                filesystem, root = _open_in(os.getpid(), self.url)
+                return filesystem.cat_file(f"{root}/{name}", start=start, end=stop)
+            except FileNotFoundError:
+                raise
+            except Exception as error:  # noqa: BLE001  every file system has errors of its own
+                if getattr(error, "status", None) == _RANGE_BEHIND_END:
+                    return b""
+                text = f"{self.address(name)}: cannot be read ({type(error).__name__}: {error})"
+                if not _may_pass(error):
+                    raise ValueError(f"{text}; check the URL and the permission") from error
+                if failures == len(self._retry_pauses_s):
+                    raise ConnectionError(f"{text}; tried {failures + 1} times") from error
+                pause_s = self._retry_pauses_s[failures]
+                logger.warning("%s; trying again in %g s", text, pause_s)
+            time.sleep(pause_s)
+            failures += 1
+
+
+@cache
+def _open_in(process: int, url: str) -> tuple[AbstractFileSystem, str]:  # noqa: ARG001
+    """Return the file system of a URL, and the URL's root in it; for each process its own.
+
+    An event loop does not survive a fork. What the parent opened stays here for ever: closed by a
+    child, its connections would be taken off the epoll set that the child shares with the parent.
+    """
+    options = {"get_client": _http_client} if url.startswith(("http://", "https://")) else {}
+    return fsspec.core.url_to_fs(url, **options)
+
+
+async def _http_client(**settings) -> aiohttp.ClientSession:
+    timeout = aiohttp.ClientTimeout(sock_connect=_SILENCE_S, sock_read=_SILENCE_S)
+    # A part of a compressed file cannot be unpacked. Proxies are those of the environment.
+    headers = {"Accept-Encoding": "identity"} | settings.pop("headers", {})
+    defaults = {"timeout": timeout, "trust_env": True, "headers": headers}
+    return aiohttp.ClientSession(**defaults | settings)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Is trying again worth it? Every file system has errors of its own: all that are not known."""
+    if isinstance(error, aiohttp.ClientResponseError):
+        return error.status >= 500 or error.status in _BUSY
+    return not isinstance(error, (*_LASTING, aiohttp.InvalidURL, ValueError, ImportError))
+
+
+class ShardCache:
+    """The local copy of one corpus.
+
+    Parameters
+    ----------
+    remote
+        Where the shards are.
+    folder
+        Of this corpus alone. It is made if it is not there.
+    """
+
+    def __init__(self, remote: Remote, folder: Path) -> None:
+        self.folder = folder
+        self._remote = remote
+        self._open_files = OpenFiles()
+        self._writes = True
+        self._has_warned_of_ranges = False
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def address(self, name: str) -> str:
+        """Return the URL of a file."""
+        return self._remote.address(name)
+
+    def put(
+        self, name: str, content: bytes, is_right: Callable[[Path], bool] = lambda path: True
+    ) -> bool:
+        """Store a small file, whole or, if it is not right, not at all; return whether it is."""
+        path = self.folder / name
+        aside = self.folder / f".{name}.{uuid.uuid4().hex}.partial"
+        try:
+            if path.exists() and path.read_bytes() == content:
+                return is_right(path)
+            try:
+                aside.write_bytes(content)
+                if not is_right(aside):
+                    return False
+                aside.replace(path)
+            finally:
+                aside.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        return True
+
+    def file(self, name: str, is_right: Callable[[Path], bool]) -> Path:
+        """Return the path of a small file, fetched unless it is there and right.
+
+        Raises
+        ------
+        ValueError
+            It is missing or wrong at the source.
+        """
+        path = self.folder / name
+        if path.exists() and is_right(path):
+            return path
+        try:
+            content = self._remote.read(name)
+        except FileNotFoundError as error:
+            raise ValueError(f"{self.address(name)}: is missing; copy the shards again") from error
+        if not self.put(name, content, is_right):
+            raise ValueError(
+                f"{self.address(name)}: does not match the manifest; it is damaged at the source, "
+                "or the shards are being replaced"
+            )
+        return path
+
+    def read(self, tar: str, offset: int, size: int, crc32: int) -> bytes | None:
+        """Return a member of a tar, from the copy or else from the source; None: damaged there.
+
+        Raises
+        ------
+        ValueError
+            The tar is missing at the source.
+        """
+        try:
+            descriptor = self._open_files.get(tar, lambda: self._open(tar))
+        except OSError:
+            descriptor = None
+        if descriptor is not None:
+            # A disk that cannot be read is a copy without this member.
+            with contextlib.suppress(OSError):
+                payload = os.pread(descriptor.number, size, offset)
+                if is_intact(payload, size, crc32):
+                    return payload
+        for _ in range(2):  # a wrong answer is asked for once more
+            first_byte, fetched = self._fetch(tar, offset, size)
+            payload = fetched[offset - first_byte : offset - first_byte + size]
+            if is_intact(payload, size, crc32):
+                break
+        else:
+            return None
+        if descriptor is not None and self._writes:
+            self._write(descriptor.number, fetched, first_byte)
+        return payload
+
+    def _open(self, tar: str) -> int:
+        # What a manifest from elsewhere calls a tar must not lead out of the folder.
+        if Path(tar).name != tar:
+            raise ValueError(f"{self._remote.url}: its manifest names a shard {tar!r}, not a file")
+        path = self.folder / tar
+        if self._writes:
+            try:
+                return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            except OSError as error:
+                self._stop_writing(error)
+        return os.open(path, os.O_RDONLY)
+
+    def _write(self, descriptor: int, content: bytes, offset: int) -> None:
+        rest = memoryview(content)
+        try:
+            while rest:
+                written = os.pwrite(descriptor, rest, offset)
+                rest, offset = rest[written:], offset + written
+        except OSError as error:
+            self._stop_writing(error)
+
+    def _stop_writing(self, error: OSError) -> None:
+        if self._writes:
+            logger.warning(
+                "%s: the local copy cannot be written (%s); what is not in it is read from %s "
+                "every time", self.folder, error, self._remote.url,
+            )  # fmt: skip
+        self._writes = False
+
+    def _fetch(self, tar: str, offset: int, size: int) -> tuple[int, bytes]:
+        """Return bytes of a tar that hold a member, and where they begin."""
+        try:
+            fetched = self._remote.read(tar, offset, offset + size)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{self.address(tar)}: shard is missing; copy or prepare it again"
+            ) from error
+        if len(fetched) > size:
+            self._warn_of_ranges()
+            return 0, fetched
+        return offset, fetched
+
+    def _warn_of_ranges(self) -> None:
+        if not self._has_warned_of_ranges:
+            logger.warning("%s: knows no range requests, sends whole shards", self._remote.url)
+        self._has_warned_of_ranges = True
+
+    def _unwritable(self, error: OSError) -> ValueError:
+        return ValueError(
+            f"{self.folder}: cannot hold the local copy of {self._remote.url} ({error}); give "
+            "another folder for it"
+        )
+
+
+def open_remote(
+    url: str, folder: Path | None, retry_pauses_s: Sequence[float]
+) -> tuple[dict, ShardCache]:
+    """Return the manifest of a corpus behind a URL, as it is now, and the local copy.
+
+    Raises
+    ------
+    ValueError
+        There are no shards, they were edited, or no folder is given.
+    ConnectionError
+        The URL could not be read.
+    """
+    if folder is None:
+        raise ValueError(
+            f"{url}: shards are read from a URL through a local copy; give a folder for it "
+            "(data.cache=FOLDER or --cache FOLDER)"
+        )
+    remote = Remote(url, retry_pauses_s)
+    try:
+        text = remote.read(MANIFEST_NAME)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{url}: no {MANIFEST_NAME}; expected the URL of a folder made by `geneloom prepare`"
+        ) from error
+    manifest = parse_manifest(text, remote.address(MANIFEST_NAME))
+    # It names the copy: one that is not that of the content would mix two corpora.
+    if fingerprint(manifest) != manifest["fingerprint"]:
+        raise ValueError(
+            f"{remote.address(MANIFEST_NAME)}: its fingerprint does not follow from its content: "
+            "it was edited; copy the shards again"
+        )
+    copy = ShardCache(remote, folder / manifest["fingerprint"][:_FINGERPRINT_DIGITS])
+    copy.put(MANIFEST_NAME, text)
+    return manifest, copy

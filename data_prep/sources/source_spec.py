@@ -1,0 +1,148 @@
+"""A source as the user names it: where its cells are, and how they are to be read."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from data_prep.matrices.matrix_store import mtx_sample
+
+INDEX = "index"  # as a gene column: the index of var, also where it has a column of ids
+CENSUS = "census"  # in front of a version or URI, where others have a path
+_SUFFIXES = (".h5ad", ".h5mu", ".loom", ".zarr", ".h5", ".parquet", ".arrow", ".dataset")
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How a count matrix is read.
+
+    Attributes
+    ----------
+    counts
+        Where the raw counts are: ``X``, ``raw``, or ``layers/NAME``.
+    gene_column
+        Column of ``var`` with gene ids; ``index``: its index; None: ``ensembl_id`` where it exists,
+        else the index.
+    columns
+        Columns of ``obs`` to carry along, as strings: ``donor``, or ``donor=donor_id`` to call the
+        column ``donor_id`` of this source ``donor``.
+    total_column
+        Column of ``obs`` with totals, for files that hold some genes only; None: sums of the file.
+    strip_versions
+        Cut ``.5`` from ``ENSG00000141510.5``.
+    dataset_column
+        Column of ``obs`` that names the data set; None: the whole source is one.
+    organism
+        ``human``, ``mouse``, ...: the species that the gene ids must be of; None: not checked.
+    obs_filter
+        Query over obs: only cells for which it is true are read. Of a CELLxGENE Census or another
+        SOMA experiment its own, else that of pandas (`data_prep.matrices.choose_cells`).
+    genome
+        Of files with features of several genomes: the one whose features are read.
+    fractional
+        What becomes of fractional counts (`data_prep.sources.count_kinds`): ``round``, ``keep``
+        (they are ranked as they are), or None: refused.
+    force_counts
+        Take integers that do not look like counts: binarised, or rounded to a constant total.
+    """
+
+    counts: str = "X"
+    gene_column: str | None = None
+    columns: tuple[str, ...] = ()
+    total_column: str | None = None
+    strip_versions: bool = False
+    dataset_column: str | None = None
+    organism: str | None = None
+    obs_filter: str | None = None
+    genome: str | None = None
+    fractional: Literal["round", "keep"] | None = None
+    force_counts: bool = False
+
+    @property
+    def column_names(self) -> tuple[str, ...]:
+        """What the carried columns are called in the shards."""
+        return tuple(c.split("=", 1)[0] for c in self.columns)
+
+    @property
+    def column_sources(self) -> dict[str, str]:
+        """Name in the shards -> name in obs."""
+        return {c.split("=", 1)[0]: c.split("=", 1)[-1] for c in self.columns}
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """One source of a corpus: where it is, what it is called, how it is read.
+
+    `name` is its identity: with the row number it decides a cell's place in the shuffle.
+    `dataset` groups sources for the quality filters. `path` is text, because a Census is no file,
+    and ``FOLDER#SPLIT`` is one split of a Hugging Face DatasetDict. `split` is ``train`` or
+    ``heldout`` where the source says it of all its cells.
+    """
+
+    path: str
+    name: str
+    dataset: str
+    options: SourceOptions = field(default_factory=SourceOptions)
+    split: str | None = None
+
+    def signature(self, deep: bool = False) -> str:
+        """Return a hash of what the source is: settings, size and time of its files.
+
+        Of folders, two levels; `deep`: all of it. A zarr group may have a million files, so that is
+        for once a run, and two levels are for each stretch. The path is not in it.
+        """
+        path = split_path(self.path.removeprefix("hf:"))[0]
+        found = [path] if path.exists() else []
+        sample = mtx_sample(path)
+        if sample is not None and path.is_file():  # the tables beside it belong to it
+            found += [
+                p for name in ("barcodes", "features", "genes")
+                for p in path.parent.glob(f"{glob.escape(sample[0] + name + sample[1])}.tsv*")
+            ]  # fmt: skip
+        found += path.rglob("*") if deep else [*path.glob("*"), *path.glob("*/*")]
+        base = path.parent if path.is_file() else path
+        states = sorted((str(p.relative_to(base)) if p != path else ".", p.stat()) for p in found)
+        files = [(name, s.st_size, s.st_mtime_ns) for name, s in states]
+        text = f"[{_settings_text(self)}, {json.dumps(files)}]"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@lru_cache(maxsize=64)
+def _settings_text(spec: SourceSpec) -> str:
+    """Return JSON of all that a spec says but for the path of a file."""
+    settings = asdict(spec) | {"path": ""}
+    if spec.path.startswith((f"{CENSUS}:", "hf:")):
+        settings["path"] = spec.path
+    return json.dumps(settings, sort_keys=True)
+
+
+def split_path(path: str) -> tuple[Path, str | None]:
+    """Return the folder and the split that ``FOLDER#SPLIT`` names; any other path and None."""
+    folder, mark, name = path.rpartition("#")
+    if mark and name and not Path(path).exists() and Path(folder).is_dir():
+        return Path(folder), name
+    return Path(path), None
+
+
+def source_at(path: Path | str, options: SourceOptions) -> SourceSpec:
+    """Return the spec of a single path: its name is the file's, and so is its data set's."""
+    if str(path).startswith("hf:"):
+        name = str(path).removeprefix("hf:").rstrip("/")
+        return SourceSpec(str(path), name, name.partition("#")[0], options)
+    folder, split = split_path(str(path))
+    if split is not None:
+        whole = source_at(folder, options)
+        return replace(whole, path=str(path), name=f"{whole.name}#{split}")
+    sample = mtx_sample(Path(path))
+    if sample is not None:  # GSM1_P1_matrix.mtx.gz: GSM1_P1
+        name = (sample[0].rstrip("_.-") + sample[1]) or Path(path).absolute().parent.name
+        return SourceSpec(str(path), name, name, options)
+    name = str(path) if str(path).startswith(f"{CENSUS}:") else Path(path).absolute().name
+    for suffix in (".zip", *_SUFFIXES):
+        name = name.removesuffix(suffix)
+    return SourceSpec(str(path), name, name, options)

@@ -1,0 +1,175 @@
+"""Regulators with known targets, and for every target a gene that is expressed alike.
+
+A regulator may be a set of genes that are deleted together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from eval.benchmark.matched.matched_genes import MATCHED, matched_features, nearest_pairs
+from eval.benchmark.material.gene_pairs import GenePairs
+from eval.benchmark.material.in_silico import chosen_holders, genes_of
+from eval.benchmark.material.models_and_cells import Bench, TaskCells
+from eval.benchmark.task_file import RegulatorsTask, Size, TargetsTask
+
+FEWEST_REGULATORS = 3
+
+
+@dataclass(frozen=True)
+class Regulator:
+    """A regulator with targets, then the targets' partners in the same order: gene ids.
+
+    `gene` is the regulator's id; of several that are deleted together, their ids with + between.
+    `static` is float64 [genes, 3], columns as in `matched_genes.MATCHED`.
+    """
+
+    gene: str
+    genes: list[str]
+    static: np.ndarray
+
+    @property
+    def is_target(self) -> np.ndarray:
+        """bool [genes]."""
+        return np.arange(len(self.genes)) < len(self.genes) // 2
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A regulator (positions of its genes), its usable targets and what may be their partners.
+
+    All are int positions in the first model's vocabulary.
+    """
+
+    own: tuple[int, ...]
+    positive: np.ndarray
+    negative: np.ndarray
+
+
+class Panel:
+    """Genes of the first model's vocabulary, and the cells in which every model reads them.
+
+    Attributes
+    ----------
+    ids
+        str [genes].
+    static
+        float64 [genes, 3], columns as in `matched_genes.MATCHED`; NaN for genes that are not read.
+    """
+
+    def __init__(self, cells: TaskCells, bench: Bench, most_cells: int | None) -> None:
+        """Take the cells; a regulator is deleted in at most `most_cells` of them."""
+        self._first, self._most, self._seed = bench.models[0], most_cells, bench.seed
+        self._start = self._first.vocabulary.first_gene_token
+        self.ids = np.array(self._first.vocabulary.genes, dtype=str)
+        self._read = np.zeros(len(self.ids), dtype=bool)
+        self._genes = {m.name: genes_of(m, cells.tokens[m.name]) for m in bench.models}
+        read = np.unique(np.concatenate(self._genes[self._first.name])) - self._start
+        self._read[read] = True
+        self._tokens = {
+            m.name: m.reading_vocabulary.tokens_of(self.ids.tolist()) for m in bench.models
+        }
+        self.static = np.full((len(self.ids), len(MATCHED)), np.nan)
+        self.static[read] = matched_features(cells, self._first, read + self._start)
+
+    def place(self, gene: str) -> int | None:
+        """Return the position of a gene; None where no cell has it."""
+        own = int(self._first.reading_vocabulary.tokens_of([gene])[0]) - self._start
+        return own if own >= 0 and self._read[own] else None
+
+    def usable(self, own: tuple[int, ...], min_cells: int) -> np.ndarray:
+        """Return bool [genes]: other genes that, for every model, are in enough cells with `own`.
+
+        Only those cells count in which the genes `own` are deleted, for they hold all of them.
+        """
+        usable = self._read.copy()
+        usable[list(own)] = False
+        for name, tokens in self._tokens.items():
+            genes = self._genes[name]
+            (held,) = chosen_holders(genes, tokens[[list(own)]], self._most, self._seed)
+            usable &= _met([genes[c] for c in held], tokens, min_cells)
+        return usable
+
+    def flags(self, ids: list[str]) -> np.ndarray:
+        """Return bool [genes]: those with these ids."""
+        tokens = self._first.reading_vocabulary.tokens_of(ids) - self._start
+        found = np.zeros(len(self.ids), dtype=bool)
+        found[tokens[tokens >= 0]] = True
+        return found
+
+
+def choose_regulators(
+    task: TargetsTask, size: Size, cells: TaskCells, pairs: GenePairs, bench: Bench
+) -> tuple[list[Regulator], dict[str, int]]:
+    """Return regulators with the most usable targets, and what was left out.
+
+    Usable: known to every vocabulary, and read in the same cells as the regulator, for every model
+    in `min_cells` of those in which it is deleted. Partners are genes that are as usable and that
+    the table does not name as targets of this regulator.
+
+    Raises
+    ------
+    ValueError
+        Fewer than 3 regulators are left.
+    """
+    panel = Panel(cells, bench, size.max_cells_per_gene)
+    sources = np.unique(pairs.source)
+    possible = []
+    for source in sources:
+        own = panel.place(source)
+        if own is None:
+            continue
+        usable = panel.usable((own,), task.min_cells)
+        is_target = panel.flags(pairs.targets_of(source).tolist())
+        is_partner = ~is_target
+        if task.partners == "listed":
+            is_partner &= panel.flags(pairs.others.get(str(source), []))
+        positive, negative = np.flatnonzero(usable & is_target), np.flatnonzero(usable & is_partner)
+        if len(positive) >= task.min_targets:
+            possible.append(Candidate((own,), positive, negative))
+    possible.sort(key=lambda p: -len(p.positive))
+    found = with_partners(possible, panel, task, size.max_perturbed, bench.seed)
+    if len(found) < FEWEST_REGULATORS:
+        raise ValueError(
+            f"{task.name}: {len(found)} regulators have {task.min_targets} targets with partners "
+            f"in these cells; {FEWEST_REGULATORS} are needed. Use more cells, or another "
+            "`min_targets` or `min_cells`"
+        )
+    excluded = {
+        "regulators: too few targets in these cells": len(sources) - len(possible),
+        "regulators: not among those with the most targets": len(possible) - len(found),
+    }
+    return found, {k: v for k, v in excluded.items() if v}
+
+
+def with_partners(
+    possible: Iterable[Candidate],
+    panel: Panel,
+    task: RegulatorsTask,
+    most: int | None,
+    seed: int,
+) -> list[Regulator]:
+    """Return the first regulators, at most so many, whose targets find enough partners."""
+    found: list[Regulator] = []
+    for one in possible:
+        paired = nearest_pairs(panel.static[one.positive], panel.static[one.negative])
+        if len(paired) < task.min_targets:
+            continue
+        paired = np.random.default_rng([seed, *one.own]).permutation(paired)[: task.max_targets]
+        chosen = np.concatenate([one.positive[paired[:, 0]], one.negative[paired[:, 1]]])
+        name = "+".join(panel.ids[list(one.own)])
+        found.append(Regulator(name, panel.ids[chosen].tolist(), panel.static[chosen]))
+        if len(found) == most:  # the next candidate may be dear to look at
+            break
+    return found
+
+
+def _met(cells: list[np.ndarray], tokens: np.ndarray, min_cells: int) -> np.ndarray:
+    """Return bool [genes]: genes that are among so many cells' tokens; -1 is no token."""
+    together = np.zeros(int(tokens.max()) + 1, dtype=int)
+    for cell in cells:
+        together[cell[cell < len(together)]] += 1
+    return (tokens >= 0) & (together[tokens] >= min_cells)

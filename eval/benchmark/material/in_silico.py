@@ -1,0 +1,122 @@
+"""Perturbations in silico as benchmark tasks need them: means over cells, in memory."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+
+from eval.benchmark.material.models_and_cells import Bench, Model
+from eval.benchmark.material.twin_encoders import encoder_of
+from eval.perturb.screen.compare_copies import Engine, EngineSettings
+from eval.perturb.screen.edits import Edit, GeneSets
+
+
+def engine_of(model: Model, twin_seed: int | None, bench: Bench) -> Engine:
+    """Return an engine of a model (`twin_seed` None) or its twin, on weights of its own."""
+    encoder = copy.deepcopy(encoder_of(model, twin_seed))
+    settings = EngineSettings(
+        layer=-1 if encoder.config.num_hidden_layers > 1 else 0,
+        bf16=bench.bf16, device=bench.device,
+    )  # fmt: skip
+    return Engine(encoder, model.vocabulary, settings)
+
+
+def genes_of(model: Model, tokens: list[np.ndarray]) -> list[np.ndarray]:
+    """Return int64 gene tokens of cells, by rank, without special ones."""
+    first = model.vocabulary.first_gene_token
+    return [t[t >= first].astype(np.int64) for t in tokens]
+
+
+def holders(genes: list[np.ndarray], tokens: np.ndarray) -> np.ndarray:
+    """Return int positions of the cells that hold a gene, or all of several."""
+    wanted = np.atleast_1d(tokens)
+    found = [i for i, cell in enumerate(genes) if np.isin(wanted, cell).all()]
+    return np.array(found, dtype=np.int64)
+
+
+def chosen_holders(
+    genes: list[np.ndarray], tokens: np.ndarray, most: int | None, seed: int
+) -> list[np.ndarray]:
+    """Return for each gene the cells it is perturbed in: those that hold it, at most so many.
+
+    `tokens` are int [genes], or [sets, genes] for genes that are perturbed together. Cells come in
+    one order, drawn with `seed`, so that genes share cells as far as they can.
+    """
+    order = np.random.default_rng(seed).permutation(len(genes))
+    place = np.argsort(order)
+    found = []
+    for token in tokens:
+        cells = holders(genes, token)
+        found.append(np.sort(cells[np.argsort(place[cells])][:most]))
+    return found
+
+
+def sets_of(tokens: np.ndarray) -> GeneSets:
+    """Return each gene as a set of its own; of tokens [sets, genes], each row as a set."""
+    members = np.asarray(tokens, dtype=np.int32).reshape(len(tokens), -1)
+    return GeneSets(members, np.ones(members.shape, dtype=bool))
+
+
+def gene_effects(
+    engine: Engine, genes: list[np.ndarray], tokens: np.ndarray, cells: list[np.ndarray]
+) -> np.ndarray:
+    """Return float64 [tokens, num_tokens]: mean shift of every gene's state when one is deleted.
+
+    NaN where the two are in none of the cells together.
+
+    Parameters
+    ----------
+    genes
+        Gene tokens of every cell.
+    tokens
+        int [genes] that are deleted one by one, or [sets, genes], each row together.
+    cells
+        For each of them the cells it is deleted in.
+    """
+    width = engine.vocabulary.num_tokens
+    sums, counts = np.zeros((2, len(tokens), width))
+    for cell in sorted({int(c) for chosen in cells for c in chosen}):
+        rows = np.array([i for i, chosen in enumerate(cells) if cell in chosen])
+        found = engine.perturb(genes[cell], sets_of(tokens[rows]), Edit("delete"), True)
+        for sets, moved, compared, shift in found.genes:
+            for row, other, known, by in zip(rows[sets], moved, compared, shift, strict=True):
+                sums[row, other[known]] += by[known]
+                counts[row, other[known]] += 1
+    return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
+
+
+def cell_effects(
+    engine: Engine,
+    genes: list[np.ndarray],
+    donors: np.ndarray,
+    tokens: np.ndarray,
+    cells: list[np.ndarray],
+    edit: Edit,
+    column: str,
+) -> np.ndarray:
+    """Return float64 [tokens]: what an edit of one gene does to cells, mean over donors' means.
+
+    0 for a gene that could not be edited in any of its cells.
+
+    Parameters
+    ----------
+    genes, donors
+        Gene tokens and donor of every cell.
+    tokens, cells
+        Genes that are edited one by one, and for each of them the cells it is edited in.
+    column
+        ``shift`` or ``toward_<state>``.
+    """
+    _, place = np.unique(donors, return_inverse=True)
+    sums, counts = np.zeros((2, len(tokens), place.max() + 1))
+    for cell in sorted({int(c) for chosen in cells for c in chosen}):
+        rows = np.array([i for i, chosen in enumerate(cells) if cell in chosen])
+        sets = sets_of(tokens[rows])
+        if edit.kind == "overexpress":
+            sets = GeneSets(sets.members, np.zeros(sets.members.shape, dtype=bool))
+        found = engine.perturb(genes[cell], sets, edit)
+        sums[rows[found.sets], place[cell]] += found.values[column]
+        counts[rows[found.sets], place[cell]] += 1
+    by_donor = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
+    return by_donor.sum(axis=1) / np.maximum((counts > 0).sum(axis=1), 1)

@@ -1,0 +1,188 @@
+"""What a model and its random twin make of cells: embeddings, and classifiers trained on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+
+from eval.benchmark.material.models_and_cells import Model
+from eval.benchmark.task_file import Size
+from eval.finetune.classifier import Classifier, FinetuneSettings, Head, Target
+from eval.finetune.training import finetune
+from eval.scores.splits import validation_cells
+from pretrain.cell_states.frozen_states import embed_cells
+from pretrain.export.model_folder import random_twin
+from pretrain.model import architectures
+from pretrain.model.architectures import Encoder
+
+HEAD_NAME = "label"
+Value = TypeVar("Value")
+# Epochs without a better validation loss; with so few epochs in all there is nothing to stop early,
+# and all training cells are used for training.
+_PATIENCE = 2
+
+
+@contextmanager
+def kept_threads() -> Iterator[None]:
+    """Give torch its number of threads back at the end.
+
+    Numba, which scanpy and UMAP use, sets OpenMP's for the whole process when it starts: with
+    OMP_NUM_THREADS=1 torch had two afterwards, and waited for the second on a busy machine.
+    """
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def encoder_of(model: Model, twin_seed: int | None) -> Encoder:
+    """Return the pretrained encoder (`twin_seed` None), or one of random weights."""
+    network = model.network if twin_seed is None else random_twin(model.network, twin_seed)
+    return architectures.encoder_of(network)
+
+
+class OncePerEncoder(Generic[Value]):
+    """Values that are computed once for each encoder; those of a twin until another one is asked.
+
+    A twin belongs to one fold, and is not needed any more in the next.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int | None], Value] = {}
+
+    def get(self, model: Model, twin_seed: int | None, make: Callable[[], Value]) -> Value:
+        """Return what `make` gives for a model (`twin_seed` None) or one of its twins."""
+        key = (model.name, twin_seed)
+        if key not in self._known:
+            self._known = {k: v for k, v in self._known.items() if k[1] in (None, twin_seed)}
+            self._known[key] = make()
+        return self._known[key]
+
+
+class Embeddings:
+    """Mean gene states of cells, each computed once for each encoder."""
+
+    def __init__(
+        self, tokens: dict[str, list[np.ndarray]], layer: int, device: str, bf16: bool
+    ) -> None:
+        """Take model name -> token ids of every cell; `layer` as `embed_cells` has it."""
+        self._tokens, self._layer = tokens, layer
+        self._device, self._bf16 = device, bf16
+        self._known: OncePerEncoder[tuple[np.ndarray, np.ndarray]] = OncePerEncoder()
+
+    @cached_property
+    def last_layer(self) -> Embeddings:
+        """The same cells' states of the last layer, which cell states are made of."""
+        if self._layer == 0:
+            return self
+        return Embeddings(self._tokens, 0, self._device, self._bf16)
+
+    def of(
+        self, model: Model, twin_seed: int | None, cells: np.ndarray, of_fold: np.ndarray
+    ) -> np.ndarray:
+        """Return float32 [cells, width] of chosen cells (int positions).
+
+        The pretrained encoder embeds all cells at once: folds share them, and no number depends on
+        what was asked for first. A twin belongs to one fold and embeds that fold's cells
+        (`of_fold`, sorted).
+        """
+        every = np.arange(len(self._tokens[model.name])) if twin_seed is None else of_fold
+        wanted, states = self._known.get(
+            model,
+            twin_seed,
+            lambda: (every, self.embed(encoder_of(model, twin_seed), model, every)),
+        )
+        place = np.searchsorted(wanted, cells)
+        assert np.array_equal(wanted[np.minimum(place, len(wanted) - 1)], cells), "other cells"
+        return states[place]
+
+    def embed(self, encoder: Encoder, model: Model, cells: np.ndarray) -> np.ndarray:
+        """Return float32 [cells, width] by an encoder of this model's vocabulary; not kept."""
+        tokens = [self._tokens[model.name][i] for i in cells]
+        return embed_cells(
+            tokens, encoder, model.vocabulary,
+            layer=max(self._layer, 1 - encoder.config.num_hidden_layers),
+            device=self._device, bf16=self._bf16,
+        )  # fmt: skip
+
+
+def mean_of_inputs(
+    encoder: Encoder, model: Model, tokens: list[np.ndarray], cells: np.ndarray
+) -> np.ndarray:
+    """Return float32 [cells, width]: the mean input embedding of a cell's genes, no layer above."""
+    table = architectures.input_table(encoder).detach().cpu().numpy()
+    first = model.vocabulary.first_gene_token
+    return np.stack([table[tokens[i][tokens[i] >= first]].mean(axis=0) for i in cells])
+
+
+def settings_of(size: Size, device: str, bf16: bool) -> FinetuneSettings:
+    """Return how a suite's size fine-tunes."""
+    return FinetuneSettings(
+        epochs=size.epochs,
+        steps=size.steps,
+        start=size.start,
+        learning_rate=size.learning_rate,
+        head_learning_rate=size.head_learning_rate,
+        batch_cells=size.batch_cells,
+        freeze_layers=size.freeze_layers,
+        device=device,
+        bf16=bf16,
+        patience=_PATIENCE if size.epochs > _PATIENCE else 0,
+    )
+
+
+def train(
+    encoder: Encoder,
+    model: Model,
+    tokens: list[np.ndarray],
+    labels: np.ndarray,
+    groups: np.ndarray | None,
+    cells: np.ndarray,
+    classes: list[str],
+    settings: FinetuneSettings,
+    seed: int,
+    search_trials: int = 0,
+) -> Classifier:
+    """Return a classifier with the head `HEAD_NAME`, trained on `cells` and on nothing else.
+
+    Cells for early stopping, and those that settings are chosen by, are taken from `cells`.
+
+    Parameters
+    ----------
+    tokens, labels, groups
+        Of all cells; labels int64 [cells], groups str [cells] or None.
+    cells
+        int positions of the training cells.
+    search_trials
+        Trials of the search for settings, starting from `settings`; 0: none.
+    """
+    head = Head(HEAD_NAME, "cells", tuple(classes))
+
+    def examples(chosen: np.ndarray) -> tuple[list[np.ndarray], list[Target]]:
+        return [tokens[i] for i in chosen], [Target(head, labels[chosen].astype(np.int64))]
+
+    if search_trials:
+        from eval.finetune.search import search
+
+        known = groups[cells] if groups is not None else None
+        found, targets = examples(cells)
+        settings = search(
+            encoder, model.vocabulary, found, targets, settings, seed, search_trials, known, None
+        )
+    if not settings.patience:
+        return finetune(encoder, model.vocabulary, *examples(cells), settings, seed)
+    try:
+        fit, held = validation_cells(cells, labels, groups, seed)
+    except ValueError:  # Too few cells of a class to divide.
+        settings = replace(settings, patience=0)
+        return finetune(encoder, model.vocabulary, *examples(cells), settings, seed)
+    return finetune(
+        encoder, model.vocabulary, *examples(fit), settings, seed, validation=examples(held)
+    )

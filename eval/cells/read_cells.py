@@ -1,0 +1,113 @@
+"""Cells of an h5ad as ranked tokens of a model's vocabulary: every cell, in the file's order."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import scipy.sparse
+
+from data_prep.encoding.known_share import KnownCounter, refuse_unknown, warnings_of
+from data_prep.genes.rank_genes import encode_cells
+from data_prep.genes.vocabulary import Vocabulary
+from data_prep.sources.count_source import CountSource
+from data_prep.sources.open_source import open_path
+from data_prep.sources.source_spec import SourceOptions
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CellSet:
+    """Cells of one file, encoded, with their raw counts beside them.
+
+    Attributes
+    ----------
+    tokens
+        One array of token ids per cell, special tokens included; without a gene of the vocabulary
+        it holds special tokens only, or nothing.
+    has_genes
+        bool [cells], False where no gene of the vocabulary is detected.
+    counts
+        CSR float32 [cells, genes of the file], raw.
+    metadata
+        The asked-for columns of obs as strings, index: cell ids.
+    genes
+        Gene ids of the columns of `counts`, as the file has them; '' where it has none.
+    """
+
+    tokens: list[np.ndarray]
+    has_genes: np.ndarray
+    counts: scipy.sparse.csr_matrix
+    metadata: pd.DataFrame
+    genes: list[str]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(t) for t in self.tokens], dtype=np.int64)
+
+    def subset(self, cells: np.ndarray) -> CellSet:
+        """Return chosen cells (int positions), in the given order."""
+        return CellSet(
+            [self.tokens[i] for i in cells],
+            self.has_genes[cells],
+            self.counts[cells],
+            self.metadata.iloc[cells],
+            self.genes,
+        )
+
+
+def encode_file(
+    path: Path,
+    vocabulary: Vocabulary,
+    options: SourceOptions = SourceOptions(),  # noqa: B008  frozen
+    min_overlap: float = 0.5,
+) -> CellSet:
+    """Return all cells of an h5ad, encoded with a vocabulary.
+
+    Raises
+    ------
+    ValueError
+        As `geneloom prepare`: no h5ad, no raw counts, genes that do not match, missing columns, or
+        less than `min_overlap` of the counts are in genes of the vocabulary.
+    """
+    source = open_path(path, options)
+    if not isinstance(source, CountSource):
+        raise ValueError(f"{path}: expected a count matrix, e.g. an .h5ad with raw counts")
+    column_tokens = source.column_tokens(vocabulary, min_overlap)
+    tokens: list[np.ndarray] = []
+    has_genes, counts, ids = [], [], []
+    metadata: dict[str, list[str]] = {c: [] for c in options.column_names}
+    known = KnownCounter(column_tokens)
+    for block in source.blocks():
+        known.add(block.data, block.indices, block.indptr, block.datasets)
+        encoded = encode_cells(
+            block.data, block.indices, block.indptr, block.totals, column_tokens, vocabulary
+        )
+        tokens += np.split(encoded.tokens, encoded.offsets[1:-1])
+        has_genes.append(encoded.detected > 0)
+        shape = (len(block.cell_ids), source.num_genes)
+        counts.append(
+            scipy.sparse.csr_matrix(
+                (block.data.astype(np.float32), block.indices, block.indptr), shape=shape
+            )
+        )
+        ids += block.cell_ids
+        for name, values in block.metadata.items():
+            metadata[name] += values
+    if not ids:
+        raise ValueError(f"{path}: holds no cells")
+    found = known.result(source.gene_ids)
+    refuse_unknown(str(path), found, min_overlap, "A model sees nothing of the rest.")
+    for warning in warnings_of(source.name, found):
+        logger.warning("%s", warning)
+    return CellSet(
+        tokens,
+        np.concatenate(has_genes),
+        scipy.sparse.vstack(counts).tocsr(),
+        pd.DataFrame(metadata, index=pd.Index(ids)),
+        source.gene_ids,
+    )

@@ -1,0 +1,375 @@
+"""Cell classification: fine-tune an encoder, beside the baselines and its random-weights twin."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.files import complete_file, file_sha256, require_new
+from data_prep.genes.vocabulary import Vocabulary
+from data_prep.sources.source_spec import SourceOptions
+from data_prep.version import VERSION
+from eval.cells.read_cells import CellSet, encode_file
+from eval.finetune.classifier import (
+    Classifier,
+    FinetuneSettings,
+    Head,
+    Target,
+    save_classifier,
+)
+from eval.finetune.training import finetune
+from eval.finetune.unfinished import Unfinished
+from eval.owning import owning
+from eval.scores.baselines import (
+    CELL_STATE,
+    CORPUS_SVD,
+    predict_baselines,
+    predict_from_embedding,
+)
+from eval.scores.metrics import mean_and_interval, score_classes
+from eval.scores.splits import limit_per_class, repeated_cells, split_cells
+from pretrain.cell_states.cell_state import CellState, reduced
+from pretrain.cell_states.frozen_states import embed_cells
+from pretrain.counting.corpus_svd import CorpusSvd
+from pretrain.export.model_folder import (
+    folder_cell_state,
+    load_exported,
+    model_digest,
+    random_twin,
+)
+from pretrain.model.architectures import Encoder, Network, encoder_of
+from pretrain.ranks.dist import Ranks
+
+logger = logging.getLogger(__name__)
+
+RESULTS_NAME = "results.json"
+RESULTS_FORMAT = "geneloom-finetune/1"
+FEWEST_CELLS_OF_CLASS = 5
+# Macro-F1 by which fine-tuning may stay below the frozen embedding before it is called failed.
+_LESS = 0.01
+PRETRAINED, RANDOM = "pretrained", "random weights"
+NO_VALUE = ["", "nan", "None", "NA", "unlabelled"]
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Labelled cells, and how they are learnt; `donors` is str [cells] or None.
+
+    `svd` and `state` are the model folder's, where it has them.
+    """
+
+    vocabulary: Vocabulary
+    cells: CellSet
+    target: Target
+    donors: np.ndarray | None
+    settings: FinetuneSettings
+    ranks: Ranks | None
+    unfinished: Unfinished
+    svd: CorpusSvd | None
+    state: CellState | None
+
+    def finetuned(self, encoder: Encoder, train: np.ndarray, seed: int, name: str) -> Classifier:
+        """Return a classifier of training cells; some of them decide when to stop, if asked to.
+
+        `name` tells this training's progress from that of the others.
+        """
+        validation = None
+        if self.settings.patience:
+            donors = None if self.donors is None else self.donors[train]
+            inner, held_out = split_cells(self.target.labels[train], donors, seed)
+            train, validation = train[inner], self._examples(train[held_out])
+        return finetune(
+            encoder, self.vocabulary, *self._examples(train), self.settings, seed, validation,
+            self.unfinished.training(name), self.ranks,
+        )  # fmt: skip
+
+    def predict(
+        self, encoder: Encoder, train: np.ndarray, test: np.ndarray, seed: int, weights: str
+    ) -> dict[str, np.ndarray]:
+        """Return predictions of linear layers on the frozen encoder, and of the fine-tuned one.
+
+        The axes of a random twin's cell state are those of the training cells.
+        """
+        used = np.concatenate([train, test])
+        tokens = self._tokens(used)
+        means = embed_cells(
+            tokens, encoder, self.vocabulary, layer=0, token_budget=self.settings.token_budget,
+            device=self.settings.device, bf16=self.settings.bf16,
+        )  # fmt: skip
+        predictions = {f"frozen embedding, {weights}": self._from_states(means, train, used, seed)}
+        if self.state:
+            state = self.state
+            if weights != PRETRAINED:
+                state = reduced(state.svd, tokens[: len(train)], means[: len(train)])
+            states = state.of_means(tokens, means)
+            predictions[f"{CELL_STATE}, {weights}"] = self._from_states(states, train, used, seed)
+        classifier = self.finetuned(encoder, train, seed, f"seed-{seed}, {weights}")
+        probabilities = classifier.predict_cells(self._tokens(test), self.target.head.name)
+        return predictions | {f"fine-tuned, {weights}": probabilities.argmax(axis=1)}
+
+    def of_corpus_svd(self, train: np.ndarray, test: np.ndarray, seed: int) -> np.ndarray:
+        """Return predictions from the corpus SVD that the model folder holds."""
+        assert self.svd
+        used = np.concatenate([train, test])
+        return self._from_states(self.svd.embed_cells(self._tokens(used)), train, used, seed)
+
+    def _from_states(
+        self, states: np.ndarray, train: np.ndarray, used: np.ndarray, seed: int
+    ) -> np.ndarray:
+        """Predict the cells of `used` behind `train`, which it begins with, from their states."""
+        places = np.arange(len(used))
+        fitted, rest = places[: len(train)], places[len(train) :]
+        return predict_from_embedding(states, self.target.labels[used], fitted, rest, seed)
+
+    def _tokens(self, cells: np.ndarray) -> list[np.ndarray]:
+        return [self.cells.tokens[i] for i in cells]
+
+    def _examples(self, cells: np.ndarray) -> tuple[list[np.ndarray], list[Target]]:
+        return self._tokens(cells), [replace(self.target, labels=self.target.labels[cells])]
+
+
+@owning("finetune")
+def finetune_cells(
+    cells: Path,
+    model_folder: Path,
+    label: str,
+    out: Path,
+    donor: str | None = None,
+    seeds: int = 3,
+    vocabulary_path: Path | None = None,
+    settings: FinetuneSettings = FinetuneSettings(),  # noqa: B008  frozen
+    options: SourceOptions = SourceOptions(),  # noqa: B008  frozen
+    max_train_per_class: int | None = None,
+    max_test_per_class: int | None = None,
+    save_head: Path | None = None,
+    ranks: Ranks | None = None,
+) -> dict:
+    """Write and return the scores of a fine-tuned encoder beside its baselines.
+
+    A killed run that is started again with the same settings goes on: seeds that are done are
+    read, and the training that it was in continues after its last epoch, to the same bits.
+
+    Every seed has its own split, drawn cells, head and random twin; all contenders of a seed see
+    the same cells.
+
+    Parameters
+    ----------
+    save_head
+        Folder for a classifier to be applied to other cells. It is trained once more, on all
+        labelled cells (at most `max_train_per_class`): the scores say how well such a one does.
+    ranks
+        Of `pretrain.ranks.dist.start`: training is divided over them, and the first one writes.
+
+    Raises
+    ------
+    ValueError
+        Missing columns, fewer than two classes, fewer than three seeds, or `out` or `save_head` is
+        not empty.
+    """
+    if seeds < 3:
+        raise ValueError(f"--seeds {seeds}: at least 3, or there is no interval to report")
+    for folder in (out, save_head):
+        if folder is not None:
+            require_new(folder)
+    network, vocabulary = load_exported(model_folder, vocabulary_path)
+    is_first = ranks is None or ranks.is_first
+    limits = (max_train_per_class, max_test_per_class)
+    identity = _what_decides(cells, model_folder, vocabulary, label, donor, settings, options)
+    unfinished = Unfinished(out, identity | {"limits": limits}, writes=is_first)
+    columns = tuple(dict.fromkeys([*options.columns, label, *([donor] if donor else [])]))
+    encoded = encode_file(cells, vocabulary, replace(options, columns=columns))
+    labelled, dropped = _labelled(encoded, label, donor)
+    beside = (
+        CorpusSvd.found_in(model_folder, vocabulary),
+        folder_cell_state(model_folder, vocabulary),
+    )
+    problem = _problem(vocabulary, labelled, label, donor, settings, ranks, unfinished, *beside)
+    labels = problem.target.labels
+    per_seed = [
+        unfinished.seed(seed, partial(_score_seed, problem, network, seed, limits))
+        for seed in range(seeds)
+    ]
+    results = {
+        "format": RESULTS_FORMAT,
+        "geneloom": VERSION,
+        "task": f"{label} of {cells.name}",
+        "label": label,
+        "classes": list(problem.target.head.classes),
+        "cells": len(labels),
+        "dropped": dropped,
+        "split": f"by {donor}" if donor else "stratified by class, cells of a donor on both sides",
+        "model": str(model_folder.name),
+        "vocabulary_sha256": vocabulary.sha256,
+        "settings": asdict(settings),
+        "donor": donor,
+        "max_train_per_class": max_train_per_class,
+        "max_test_per_class": max_test_per_class,
+        "summary": summarise(per_seed),
+        "remarks": _remarks(per_seed),
+        "seeds": per_seed,
+    }
+    for remark in results["remarks"]:
+        logger.warning("%s", remark)
+    if save_head is not None:
+        every = limit_per_class(np.arange(len(labels)), labels, max_train_per_class, 0)
+        classifier = problem.finetuned(encoder_of(network), every, 0, "head")
+        if is_first:
+            kept = ("task", "label", "cells", "split", "model", "summary")
+            save_classifier(classifier, save_head, {k: results[k] for k in kept})
+    if is_first:
+        out.mkdir(parents=True, exist_ok=True)
+        with complete_file(out / RESULTS_NAME) as aside:
+            aside.write_text(json.dumps(results, indent=1) + "\n")
+        unfinished.remove()
+    return results
+
+
+def _what_decides(
+    cells: Path,
+    model: Path,
+    vocabulary: Vocabulary,
+    label: str,
+    donor: str | None,
+    settings: FinetuneSettings,
+    options: SourceOptions,
+) -> dict:
+    return {
+        "cells": file_sha256(cells),
+        "options": repr(options),
+        "model": model_digest(model, vocabulary),
+        "columns": [label, donor],
+        # Where it is computed changes no more than the last bits.
+        "settings": asdict(replace(settings, device="cpu")),
+    }
+
+
+def _problem(
+    vocabulary: Vocabulary,
+    cells: CellSet,
+    label: str,
+    donor: str | None,
+    settings: FinetuneSettings,
+    ranks: Ranks | None,
+    unfinished: Unfinished,
+    svd: CorpusSvd | None,
+    state: CellState | None,
+) -> _Problem:
+    classes = sorted(set(cells.metadata[label]))
+    labels = np.array([classes.index(v) for v in cells.metadata[label]])
+    donors = cells.metadata[donor].to_numpy(dtype=str) if donor else None
+    target = Target(Head(label, "cells", tuple(classes)), labels)
+    return _Problem(vocabulary, cells, target, donors, settings, ranks, unfinished, svd, state)
+
+
+def _score_seed(
+    problem: _Problem,
+    network: Network,
+    seed: int,
+    most_per_class: tuple[int | None, int | None],
+) -> dict:
+    """Return the scores of all contenders on the split of one seed."""
+    labels = problem.target.labels
+    train, test = split_cells(labels, problem.donors, seed)
+    train = limit_per_class(train, labels, most_per_class[0], seed)
+    test = limit_per_class(test, labels, most_per_class[1], seed)
+    started = time.perf_counter()
+    predictions = predict_baselines(problem.cells.counts, labels, train, test, seed)
+    if problem.svd:
+        predictions[CORPUS_SVD] = problem.of_corpus_svd(train, test, seed)
+    for weights, encoder in (
+        (PRETRAINED, encoder_of(network)),
+        (RANDOM, encoder_of(random_twin(network, seed))),
+    ):
+        predictions |= problem.predict(encoder, train, test, seed, weights)
+    classes = list(problem.target.head.classes)
+    scores = {n: score_classes(labels[test], p, classes) for n, p in predictions.items()}
+    logger.info(
+        "seed %d: macro-F1 %s (%.0f s)", seed,
+        ", ".join(f"{s['macro_f1']:.3f} {n}" for n, s in scores.items()),
+        time.perf_counter() - started,
+    )  # fmt: skip
+    return {"seed": seed, "train_cells": len(train), "test_cells": len(test), "scores": scores}
+
+
+def summarise(per_seed: list[dict]) -> dict[str, dict]:
+    """Return contender -> score -> mean and 95 % half-width over seeds; F1 of classes as means."""
+    summary = {}
+    for name in per_seed[0]["scores"]:
+        scores = [s["scores"][name] for s in per_seed]
+        summary[name] = {
+            key: mean_and_interval([s[key] for s in scores])
+            for key in ("macro_f1", "balanced_accuracy", "accuracy")
+        }
+        classes = {c for s in scores for c in s["f1_by_class"]}
+        summary[name]["f1_by_class"] = {
+            c: float(np.mean([s["f1_by_class"].get(c, np.nan) for s in scores]))
+            for c in sorted(classes)
+        }
+    return summary
+
+
+def _remarks(per_seed: list[dict]) -> list[str]:
+    """Return what a reader has to know before the scores.
+
+    A training that did not train, and a model that is not above the corpus SVD.
+    """
+
+    def mean(name: str) -> float:
+        return float(np.mean([s["scores"][name]["macro_f1"] for s in per_seed]))
+
+    remarks = []
+    for weights in (PRETRAINED, RANDOM):
+        tuned, frozen = mean(f"fine-tuned, {weights}"), mean(f"frozen embedding, {weights}")
+        if tuned < frozen - _LESS:
+            remarks.append(
+                f"fine-tuned, {weights}: macro-F1 {tuned:.3f} is below that of its own frozen "
+                f"embedding, {frozen:.3f}. That is a training that failed, and says nothing of the "
+                "weights: more --steps, --start probe, or another --learning-rate"
+            )
+    if CORPUS_SVD in per_seed[0]["scores"]:
+        of_model = [n for n in per_seed[0]["scores"] if n.endswith(f", {PRETRAINED}")]
+        best, svd = max(of_model, key=mean), mean(CORPUS_SVD)
+        if mean(best) <= svd:
+            remarks.append(
+                f"Nothing of the model is above the SVD of its corpus on these cells: macro-F1 "
+                f"{svd:.3f} against {mean(best):.3f} ({best}). A table of gene loadings, which "
+                "takes seconds to make, tells them as well"
+            )
+    return remarks
+
+
+def _labelled(cell_set: CellSet, label: str, donor: str | None) -> tuple[CellSet, dict[str, int]]:
+    """Return the cells that can be classified, and how many were dropped for which reason."""
+    values = cell_set.metadata[label]
+    unlabelled = values.isin(NO_VALUE).to_numpy()
+    no_donor = np.zeros(len(values), dtype=bool)
+    if donor:
+        no_donor = cell_set.metadata[donor].isin(NO_VALUE).to_numpy() & ~unlabelled
+    unlabelled |= no_donor
+    counts = values[~unlabelled].value_counts()
+    rare = ~unlabelled & values.map(counts.to_dict()).fillna(0).lt(FEWEST_CELLS_OF_CLASS).to_numpy()
+    empty = ~cell_set.has_genes & ~unlabelled & ~rare
+    # A cell that is in the file twice would be on both sides of a split.
+    left_out = unlabelled | rare | empty
+    copies = np.zeros(len(values), dtype=bool)
+    copies[~left_out] = repeated_cells(cell_set.counts[np.flatnonzero(~left_out)])
+    keep = np.flatnonzero(~(left_out | copies))
+    if values.iloc[keep].nunique() < 2:
+        raise ValueError(
+            f"column '{label}': fewer than two classes with at least {FEWEST_CELLS_OF_CLASS} "
+            f"cells; it holds {values.value_counts().head(5).to_dict()}"
+        )
+    dropped = {
+        "no label": int((unlabelled & ~no_donor).sum()),
+        "no donor": int(no_donor.sum()),
+        f"class below {FEWEST_CELLS_OF_CLASS} cells": int(rare.sum()),
+        "no gene of the vocabulary": int(empty.sum()),
+        "exactly the counts of another cell": int(copies.sum()),
+    }
+    return cell_set.subset(keep), {k: v for k, v in dropped.items() if v}

@@ -1,0 +1,432 @@
+"""Fine-tuning: one loop for heads of cells, heads of genes, and several of them at once."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from data_prep.genes.vocabulary import Vocabulary
+from data_prep.hashing import stream_key
+from eval.finetune.classifier import (
+    Classifier,
+    FinetuneSettings,
+    Items,
+    Target,
+    gene_items,
+)
+from eval.finetune.probe_start import start_from_probe
+from eval.finetune.progress import Progress, identity_of, load_progress, save_progress
+from pretrain.cell_states.frozen_states import length_batches
+from pretrain.model.architectures import Encoder
+from pretrain.optim import StageZeroClipper, parameter_groups
+from pretrain.ranks import dist
+from pretrain.ranks.dist import Ranks
+
+logger = logging.getLogger(__name__)
+
+_MAX_GRAD_NORM = 1.0
+# Cells of a step are computed together up to this many padded tokens. A CPU needs no more to be
+# busy, and a cell alone has neither padding nor a mask; a GPU takes what fits the token budget.
+_CPU_PASS_TOKENS = 1024
+_MAX_PADDING = 0.25
+_DEEPSPEED_CONFIG = {
+    "train_micro_batch_size_per_gpu": 1,
+    "gradient_accumulation_steps": 1,
+    # Ranks have other numbers of passes in a step: gradients are added up over ranks in step().
+    "managed_gradient_accumulation": False,
+    "gradient_clipping": 0.0,
+    "zero_optimization": {"stage": 0},
+    "zero_allow_untested_optimizer": True,
+    "steps_per_print": 1_000_000_000,
+}
+
+
+def finetune(
+    encoder: Encoder,
+    vocabulary: Vocabulary,
+    tokens: list[np.ndarray],
+    targets: list[Target],
+    settings: FinetuneSettings,
+    seed: int,
+    validation: tuple[list[np.ndarray], list[Target]] | None = None,
+    folder: Path | None = None,
+    ranks: Ranks | None = None,
+) -> Classifier:
+    """Return a trained classifier; `encoder` itself is not changed, nor torch's random state.
+
+    The loss of a step is, for each head, the weighted mean over the labelled items of all its cells
+    (on all ranks), then the mean over heads. Each epoch sees the cells in another order, a function
+    of (seed, epoch); a cell without a labelled item is not computed.
+
+    Parameters
+    ----------
+    tokens
+        Token ids of each training cell, special tokens included.
+    targets
+        One per head.
+    validation
+        Cells and targets (the same heads) that the validation loss is taken of after each epoch.
+    folder
+        Where progress is kept after each epoch: a killed fine-tuning goes on from there and ends
+        with the same bits.
+    ranks
+        Of `pretrain.ranks.dist.start`: each step's cells are divided over ranks. None: this
+        process.
+
+    Raises
+    ------
+    ValueError
+        Labels do not fit cells, vocabulary or heads; nothing is labelled; patience without
+        validation; `folder` holds another fine-tuning.
+    FloatingPointError
+        A gradient is not finite.
+    """
+    heads = tuple(t.head for t in targets)
+    _require_fitting(vocabulary, tokens, targets, "training cells")
+    if validation is not None:
+        _require_fitting(vocabulary, *validation, "validation cells")
+        if tuple(t.head for t in validation[1]) != heads:
+            raise ValueError("validation: its heads are not those of the training, in their order")
+    elif settings.patience:
+        raise ValueError("patience: early stopping needs validation cells")
+    devices = [torch.cuda.current_device()] if settings.device == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        classifier = Classifier(copy.deepcopy(encoder), vocabulary, heads, settings)
+        targets = _learnable(vocabulary, tokens, targets)
+        weights = _class_weights(tokens, targets, settings)
+        examples = _Examples(tokens, targets, weights, settings.device)
+        if not len(examples.active):
+            raise ValueError("fine-tuning: no cell has a labelled item")
+        if settings.start == "probe":
+            _start_heads(classifier, examples, seed)
+        checks = None
+        if validation is not None:
+            learnable = _learnable(vocabulary, *validation)
+            checks = _Examples(validation[0], learnable, weights, settings.device)
+            if settings.patience and not len(checks.active):
+                raise ValueError("patience: no validation cell has a labelled item")
+        key = ""
+        if folder is not None:
+            key = identity_of(encoder, vocabulary, settings, seed, [(tokens, targets), validation])
+        return _Training(classifier, examples, checks, seed, ranks).run(folder, key)
+
+
+class _Examples:
+    """Labelled cells with what their loss needs.
+
+    Attributes
+    ----------
+    active
+        int64 positions of cells with a labelled item.
+    mass
+        float64 [cells, heads], sum of the class weights of a cell's labelled items: what the loss
+        is divided by.
+    """
+
+    def __init__(
+        self,
+        tokens: list[np.ndarray],
+        targets: list[Target],
+        weights: list[np.ndarray],
+        device: str,
+    ) -> None:
+        self.tokens, self._targets = tokens, targets
+        self.lengths = np.array([len(t) for t in tokens], dtype=np.int64)
+        self._weights = [torch.from_numpy(w.astype(np.float32)).to(device) for w in weights]
+        columns = []
+        for target, weight in zip(targets, weights, strict=True):
+            of_label = np.append(weight, 0.0)  # the label -1 finds the 0
+            if target.head.kind == "cells":
+                columns.append(of_label[target.labels])
+            else:
+                of_token = of_label[target.labels]
+                columns.append(np.array([of_token[t].sum() for t in tokens]))
+        self.mass = np.stack(columns, axis=1)
+        self.active = np.flatnonzero(self.mass.sum(axis=1) > 0)
+
+    def scale(self, cells: np.ndarray) -> np.ndarray:
+        """Return float64 [heads]: what the sums of losses over `cells` are multiplied by."""
+        total = self.mass[cells].sum(axis=0)
+        present = total > 0
+        return np.divide(1.0, total * present.sum(), out=np.zeros_like(total), where=present)
+
+    def items(self, cells: np.ndarray) -> list[Items]:
+        """Return the labelled items of cells, of each head."""
+        members = [self.tokens[i] for i in cells]
+        return [self._items(t, cells, members) for t in self._targets]
+
+    def loss(self, model: Classifier, cells: np.ndarray, scale: np.ndarray) -> torch.Tensor:
+        """Return the scaled loss of cells that are computed together."""
+        members = [self.tokens[i] for i in cells]
+        items = self.items(cells)
+        total = torch.zeros((), device=self._weights[0].device)
+        logits = model(members, items)
+        for i, found in enumerate(items):
+            label = torch.from_numpy(found.label).to(total.device)
+            # In float32: bfloat16 has three digits.
+            total = total + float(scale[i]) * functional.cross_entropy(
+                logits[i].float(), label, weight=self._weights[i], reduction="sum"
+            )
+        return total
+
+    @staticmethod
+    def _items(target: Target, cells: np.ndarray, members: list[np.ndarray]) -> Items:
+        if target.head.kind == "genes":
+            return gene_items(members, target.labels)
+        labels = target.labels[cells]
+        labelled = np.flatnonzero(labels >= 0)
+        return Items(labelled, np.zeros_like(labelled), labels[labelled])
+
+
+class _Training:
+    """The loop: epochs of steps, validation, progress on disk."""
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        examples: _Examples,
+        checks: _Examples | None,
+        seed: int,
+        ranks: Ranks | None,
+    ) -> None:
+        self._classifier, self._examples, self._checks = classifier, examples, checks
+        self._settings, self._seed = classifier.settings, seed
+        self._rank, self._world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
+        self._steps_per_epoch = -(-len(examples.active) // self._settings.batch_cells)
+        least = -(-self._settings.steps // self._steps_per_epoch)
+        self._epochs = max(self._settings.epochs, least)
+        self._optimizer = torch.optim.AdamW(
+            _groups(classifier), lr=self._settings.learning_rate, fused=True
+        )
+        StageZeroClipper(self._optimizer, _MAX_GRAD_NORM)
+        self._model, self._deepspeed = classifier, None
+        if self._world_size > 1:
+            import deepspeed
+
+            self._deepspeed, *_ = deepspeed.initialize(
+                model=classifier, optimizer=self._optimizer, config=_DEEPSPEED_CONFIG
+            )
+            self._model = self._deepspeed
+
+    def run(self, folder: Path | None, key: str) -> Classifier:
+        """Train, from the progress in `folder` if there is any, and return the classifier."""
+        progress = Progress()
+        if folder is not None:
+            progress = load_progress(folder, key, self._classifier, self._optimizer) or progress
+        while not self._is_finished(progress):
+            epoch = len(progress.history)
+            entry = {"epoch": epoch + 1, "train_loss": self._train_epoch(epoch)}
+            if self._checks is not None:
+                entry["validation_loss"] = self._validation_loss(self._checks)
+            progress.history.append(entry)
+            logger.debug("epoch %s", entry)
+            if self._settings.patience and entry["validation_loss"] < progress.best_loss:
+                progress.best_epoch, progress.best_loss = epoch, entry["validation_loss"]
+                progress.best = {
+                    n: p.detach().clone()
+                    for n, p in self._classifier.named_parameters()
+                    if p.requires_grad
+                }
+            if folder is not None:
+                if self._rank == 0:
+                    save_progress(folder, key, self._classifier, self._optimizer, progress)
+                if self._deepspeed is not None:
+                    dist.wait_for_all()
+        if progress.best is not None:
+            self._classifier.load_state_dict(progress.best, strict=False)
+        self._classifier.history = progress.history
+        return self._classifier.eval()
+
+    def _is_finished(self, progress: Progress) -> bool:
+        done = len(progress.history)
+        waited = done - 1 - progress.best_epoch
+        impatient = 0 < self._settings.patience <= waited and progress.best is not None
+        return done >= self._epochs or impatient
+
+    def _train_epoch(self, epoch: int) -> float:
+        """Do one epoch; return the mean loss of its steps."""
+        self._classifier.train()
+        rng = np.random.default_rng([self._seed, epoch])
+        order = rng.permutation(self._examples.active)
+        losses = []
+        for start in range(0, len(order), self._settings.batch_cells):
+            step = epoch * self._steps_per_epoch + len(losses)
+            losses.append(self._step(order[start : start + self._settings.batch_cells], step))
+        return self._over_ranks(float(torch.stack(losses).sum())) / len(losses)
+
+    def _step(self, batch: np.ndarray, step: int) -> torch.Tensor:
+        """Do one optimizer step; return this rank's part of its loss."""
+        examples, settings = self._examples, self._settings
+        scale = examples.scale(batch)
+        batch = batch[np.argsort(examples.lengths[batch], kind="stable")]
+        mine = batch[self._rank :: self._world_size]
+        if not len(mine):  # every rank has to take part: a cell that weighs nothing
+            mine, scale = batch[:1], np.zeros_like(scale)
+        # A function of (seed, step, rank), so that nothing has to be saved for dropout.
+        torch.manual_seed(stream_key(self._seed, "dropout", step, self._rank))
+        budget = settings.token_budget
+        if settings.device == "cpu":
+            budget = min(budget, _CPU_PASS_TOKENS)
+        total = torch.zeros((), device=settings.device)
+        for cells in _passes(mine, examples.lengths, budget):
+            loss = examples.loss(self._model, cells, scale)
+            total += loss.detach()
+            if self._deepspeed is None:
+                loss.backward()
+            else:
+                # Undoes DeepSpeed's mean over ranks.
+                self._deepspeed.backward(loss * self._world_size, scale_wrt_gas=False)
+        all_steps = self._epochs * self._steps_per_epoch
+        rate = learning_rate_at(step, all_steps, settings)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate * group["share"]
+        try:
+            if self._deepspeed is None:
+                self._optimizer.step()
+                self._optimizer.zero_grad()
+            else:
+                self._deepspeed.step()
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"fine-tuning, step {step + 1} of {all_steps}: {error}; lower the learning rate "
+                f"({settings.learning_rate:g})"
+            ) from error
+        return total
+
+    def _validation_loss(self, checks: _Examples) -> float:
+        """Return the loss over all validation cells at once; NaN if none has a labelled item."""
+        if not len(checks.active):
+            return float("nan")
+        self._classifier.eval()
+        scale = checks.scale(checks.active)
+        batches = list(length_batches(checks.lengths[checks.active], self._settings.token_budget))
+        total = torch.zeros((), device=self._settings.device)
+        with torch.inference_mode():
+            for batch in batches[self._rank :: self._world_size]:
+                total += checks.loss(self._classifier, checks.active[batch], scale)
+        return self._over_ranks(float(total))
+
+    def _over_ranks(self, value: float) -> float:
+        if self._deepspeed is None:
+            return value
+        (total,) = dist.sum_over_ranks([value], torch.device(self._settings.device))
+        return total
+
+
+def _groups(classifier: Classifier) -> list[dict]:
+    """Return the optimizer's groups; `share`: of the encoder's rate, which heads may exceed."""
+    settings, heads = classifier.settings, set(classifier.outputs.parameters())
+    head_rate = settings.head_learning_rate or settings.learning_rate
+    groups = []
+    for group in parameter_groups(classifier, settings.weight_decay):
+        for of_heads, rate in ((False, settings.learning_rate), (True, head_rate)):
+            members = [p for p in group["params"] if (p in heads) == of_heads]
+            share = rate / settings.learning_rate
+            groups += [group | {"params": members, "share": share}] if members else []
+    return groups
+
+
+def _start_heads(classifier: Classifier, examples: _Examples, seed: int) -> None:
+    """Give every head the weights of a regression on what it reads of the frozen encoder."""
+    settings = classifier.settings
+    states: list[list[np.ndarray]] = [[] for _ in classifier.heads]
+    labels: list[list[np.ndarray]] = [[] for _ in classifier.heads]
+    groups: list[list[np.ndarray]] = [[] for _ in classifier.heads]
+    classifier.eval()
+    lengths = examples.lengths[examples.active]
+    for batch in length_batches(lengths, settings.token_budget):
+        cells = examples.active[batch]
+        items = examples.items(cells)
+        with torch.inference_mode():
+            read = classifier.states([examples.tokens[i] for i in cells], items)
+        for i, (head, item) in enumerate(zip(classifier.heads, items, strict=True)):
+            states[i].append(read[i].float().cpu().numpy())
+            labels[i].append(item.label)
+            if head.kind == "cells":
+                groups[i].append(cells[item.cell])
+            else:
+                placed = zip(cells[item.cell], item.place, strict=True)
+                groups[i].append(np.array([examples.tokens[c][p] for c, p in placed], np.int64))
+    for i, output in enumerate(classifier.outputs):
+        assert isinstance(output, torch.nn.Linear)
+        found, label, group = (np.concatenate(x[i]) for x in (states, labels, groups))
+        strength = start_from_probe(output, found, label, group, settings.class_weights, seed)
+        logger.debug("head %s: from a probe, C = %g", classifier.heads[i].name, strength)
+
+
+def learning_rate_at(step: int, total_steps: int, settings: FinetuneSettings) -> float:
+    """Return the rate of a step (0-based): warm-up to the peak, then linear decay towards 0."""
+    warmup = max(1, int(total_steps * settings.warmup_share))
+    rising = (step + 1) / warmup
+    falling = (total_steps - step) / max(1, total_steps - warmup)
+    return settings.learning_rate * min(1.0, rising, falling)
+
+
+def _passes(cells: np.ndarray, lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
+    """Divide cells, given in ascending order of length, into those computed together."""
+    found, start, real = [], 0, 0
+    for stop in range(len(cells)):
+        padded = lengths[cells[stop]] * (stop + 1 - start)
+        real += lengths[cells[stop]]
+        if stop > start and (padded > token_budget or real < (1 - _MAX_PADDING) * padded):
+            found.append(cells[start:stop])
+            start, real = stop, lengths[cells[stop]]
+    return [*found, cells[start:]]
+
+
+def _learnable(
+    vocabulary: Vocabulary, tokens: list[np.ndarray], targets: list[Target]
+) -> list[Target]:
+    """Return targets without the labels of cells that have no gene, so no state to learn from."""
+    num_special = 2 if vocabulary.has_cls else 0
+    empty = np.array([len(t) <= num_special for t in tokens])
+    return [
+        replace(t, labels=np.where(empty, -1, t.labels)) if t.head.kind == "cells" else t
+        for t in targets
+    ]
+
+
+def _class_weights(
+    tokens: list[np.ndarray], targets: list[Target], settings: FinetuneSettings
+) -> list[np.ndarray]:
+    """Return float64 [classes] of each head: inverse frequency among its items, or ones."""
+    weights = []
+    for target in targets:
+        num_classes = len(target.head.classes)
+        if target.head.kind == "cells":
+            found = target.labels[target.labels >= 0]
+        else:
+            found = np.concatenate([target.labels[t] for t in tokens])
+            found = found[found >= 0]
+        counts = np.bincount(found, minlength=num_classes)
+        # A class that training never sees may still occur in validation.
+        inverse = np.where(counts > 0, len(found) / np.maximum(counts, 1) / num_classes, 1.0)
+        weights.append(inverse if settings.class_weights else np.ones(num_classes))
+    return weights
+
+
+def _require_fitting(
+    vocabulary: Vocabulary, tokens: list[np.ndarray], targets: list[Target], what: str
+) -> None:
+    if not len(tokens):
+        raise ValueError(f"{what}: there are none")
+    for target in targets:
+        wanted = len(tokens) if target.head.kind == "cells" else vocabulary.num_tokens
+        if target.labels.shape != (wanted,):
+            raise ValueError(
+                f"{what}, head {target.head.name}: labels of shape {target.labels.shape}, "
+                f"expected ({wanted},), one per {target.head.kind[:-1]}"
+            )
+        if not -1 <= target.labels.min() <= target.labels.max() < len(target.head.classes):
+            raise ValueError(
+                f"{what}, head {target.head.name}: labels must be -1 (none) or 0 to "
+                f"{len(target.head.classes) - 1}, found {target.labels.min()} to "
+                f"{target.labels.max()}"
+            )

@@ -1,0 +1,361 @@
+"""What a screen is about: the cells, the genes and their sets, the states."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from data_prep.genes.annotation import SYMBOL_COLUMNS
+from data_prep.genes.vocabulary import Vocabulary
+from data_prep.matrices.matrix_store import as_text
+from data_prep.sources.count_source import CountSource
+from data_prep.sources.open_source import open_path
+from data_prep.sources.source_spec import SourceOptions
+from eval.cells.read_cells import CellSet, encode_file
+from eval.perturb.screen.edits import ABSENT, GeneSets, Kind, applicable, places_in
+
+_MOST_SETS = 5_000_000
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class States:
+    """Cells between which a perturbation is to move: values of a column of obs.
+
+    The cells in state `start` are perturbed; all states have a centroid.
+    """
+
+    key: str
+    start: str
+    goal: str
+    alternatives: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"--start, --goal, --alternative: {self.names} name one state twice")
+
+    @property
+    def names(self) -> list[str]:
+        return [self.start, self.goal, *self.alternatives]
+
+
+@dataclass(frozen=True)
+class CellChoice:
+    """Which cells of a file are perturbed.
+
+    Attributes
+    ----------
+    keep
+        Column of obs -> its value; for the cells of states too.
+    donor
+        Column of obs with donors; None: all cells are of one.
+    columns
+        Further columns to carry along into the results.
+    max_cells
+        At most so many, drawn with `seed`; None: all.
+    """
+
+    keep: dict[str, str]
+    states: States | None = None
+    donor: str | None = None
+    columns: tuple[str, ...] = ()
+    max_cells: int | None = None
+    seed: int = 0
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        own = [self.donor] if self.donor else []
+        own += [self.states.key] if self.states else []
+        return tuple(dict.fromkeys([*own, *self.columns, *self.keep]))
+
+
+@dataclass(frozen=True)
+class ScreenCells:
+    """Cells as a screen takes them.
+
+    Attributes
+    ----------
+    genes
+        int64 gene tokens of each perturbed cell by rank, without special ones.
+    table
+        One row each: ``cell``, ``cell_id``, ``donor``, ``state``, the carried columns.
+    state_cells
+        State -> (genes as above, donors) of all its cells.
+    """
+
+    genes: list[np.ndarray]
+    table: pd.DataFrame
+    state_cells: dict[str, tuple[list[np.ndarray], np.ndarray]]
+
+    def digest(self) -> str:
+        """Return a hash of all cells and what is carried with them."""
+        found = hashlib.sha256(self.table.to_csv(index=False).encode())
+        every = [self.genes, *(genes for genes, _ in self.state_cells.values())]
+        for cells in every:
+            found.update(np.array([len(c) for c in cells], dtype=np.int64).tobytes())
+            for cell in cells:
+                found.update(cell.tobytes())
+        for name, (_, donors) in self.state_cells.items():
+            found.update("\0".join([name, *map(str, donors)]).encode())
+        return found.hexdigest()
+
+
+def read_cells(
+    path: Path, vocabulary: Vocabulary, options: SourceOptions, choice: CellChoice
+) -> ScreenCells:
+    """Return the cells to perturb, in the file's order, and those of the states.
+
+    Raises
+    ------
+    ValueError
+        A column or value that the file does not have, a state without cells, or no cell left.
+    """
+    columns = tuple(dict.fromkeys([*options.columns, *choice.carried]))
+    cells = encode_file(path, vocabulary, replace(options, columns=columns))
+    kept = cells.has_genes.copy()
+    for column, value in choice.keep.items():
+        matches = (cells.metadata[column] == value).to_numpy()
+        if not matches.any():
+            raise ValueError(
+                f"--cells {column}={value}: no such cell; {_values(cells, column, kept)}"
+            )
+        kept &= matches
+    state_cells, perturbed = {}, kept
+    if choice.states:
+        of_state = cells.metadata[choice.states.key].to_numpy(dtype=str)
+        for name in choice.states.names:
+            members = np.flatnonzero(kept & (of_state == name))
+            if not len(members):
+                raise ValueError(
+                    f"state {choice.states.key}={name}: has no cells; "
+                    + _values(cells, choice.states.key, kept)
+                )
+            state_cells[name] = (
+                _genes_of(cells, members, vocabulary), _column(cells, choice.donor)[members]
+            )  # fmt: skip
+        perturbed = kept & (of_state == choice.states.start)
+    chosen = np.flatnonzero(perturbed)
+    if not len(chosen):
+        raise ValueError(f"{path}: no cell with a gene of the vocabulary is left to perturb")
+    if choice.max_cells is not None and len(chosen) > choice.max_cells:
+        rng = np.random.default_rng(choice.seed)
+        chosen = np.sort(rng.choice(chosen, choice.max_cells, replace=False))
+    table = pd.DataFrame(
+        {
+            "cell": np.arange(len(chosen), dtype=np.int32),
+            "cell_id": cells.metadata.index[chosen].astype(str),
+            "donor": _column(cells, choice.donor)[chosen],
+            "state": choice.states.start if choice.states else "",
+        }
+    )
+    for column in columns:
+        if column != "donor" or choice.donor != "donor":
+            name = f"obs_{column}" if column in table else column
+            table[name] = cells.metadata[column].to_numpy()[chosen]
+    return ScreenCells(_genes_of(cells, chosen, vocabulary), table, state_cells)
+
+
+def _genes_of(cells: CellSet, chosen: np.ndarray, vocabulary: Vocabulary) -> list[np.ndarray]:
+    inner = slice(1, -1) if vocabulary.has_cls else slice(None)
+    return [cells.tokens[i][inner].astype(np.int64) for i in chosen]
+
+
+def _column(cells: CellSet, name: str | None) -> np.ndarray:
+    if name is None:
+        return np.full(len(cells.tokens), "", dtype=object)
+    return cells.metadata[name].to_numpy(dtype=object)
+
+
+def _values(cells: CellSet, column: str, kept: np.ndarray) -> str:
+    counts = cells.metadata[column][kept].value_counts().head(8)
+    return f"'{column}' holds " + ", ".join(f"{v} ({n} cells)" for v, n in counts.items())
+
+
+@dataclass(frozen=True)
+class GeneNames:
+    """How the genes of a vocabulary are called: in the file, or in the vocabulary itself."""
+
+    vocabulary: Vocabulary
+    name_of: dict[int, str]
+    tokens_of_name: dict[str, set[int]]
+
+    def name(self, token: int) -> str:
+        """Return the gene's symbol in the file; its id if there is none."""
+        return self.name_of.get(token, self.gene_id(token))
+
+    def gene_id(self, token: int) -> str:
+        return self.vocabulary.genes[token - self.vocabulary.first_gene_token]
+
+    def tokens(self, genes: Iterable[str]) -> list[int]:
+        """Return the tokens of genes given as ids or symbols, each once, in the order given.
+
+        Raises
+        ------
+        ValueError
+            A gene that is not in the vocabulary, or a symbol of several genes.
+        """
+        found, unknown = [], []
+        for gene in genes:
+            known = self.vocabulary.token_of.get(gene)
+            tokens = {known} if known is not None else self.tokens_of_name.get(gene, set())
+            if len(tokens) > 1:
+                ids = [self.gene_id(t) for t in sorted(tokens)]
+                raise ValueError(
+                    f"gene {gene}: is the symbol of {', '.join(ids)}; give one of them"
+                )
+            found += tokens
+            unknown += [] if tokens else [gene]
+        if unknown:
+            raise ValueError(
+                f"genes not in the model's vocabulary: {', '.join(unknown[:10])}"
+                f"{' ...' if len(unknown) > 10 else ''} ({len(unknown)} of them); give ids like "
+                f"{self.vocabulary.genes[0]}, or symbols of the file's var"
+            )
+        return list(dict.fromkeys(found))
+
+
+def gene_names(path: Path, vocabulary: Vocabulary, options: SourceOptions) -> GeneNames:
+    """Return the names of a file's genes: of its column of symbols, else of its index."""
+    source = open_path(path, options)
+    assert isinstance(source, CountSource)  # `encode_file` has read it
+    columns = [c for c in SYMBOL_COLUMNS if c in source.store.var_columns()]
+    symbols = as_text(source.store.var(columns[0] if columns else None))
+    name_of: dict[int, str] = {}
+    tokens_of: dict[str, set[int]] = {}
+    for token, symbol in zip(vocabulary.tokens_of(source.gene_ids).tolist(), symbols, strict=True):
+        if token >= 0 and symbol:
+            name_of.setdefault(token, symbol)
+            tokens_of.setdefault(symbol, set()).add(token)
+    return GeneNames(vocabulary, name_of, tokens_of)
+
+
+@dataclass(frozen=True)
+class GeneChoice:
+    """Which genes are perturbed, and which of them together.
+
+    Attributes
+    ----------
+    genes
+        ``all`` (every gene that a cell holds), or ids and symbols.
+    group
+        All of `genes` as one set; in a cell, those that it holds.
+    set_size
+        Every combination of so many of `genes`: 1 one by one, 2 pairs, ... Beside sets of two and
+        more, their genes are perturbed one by one too: a sum of single effects needs them.
+    anchor
+        A gene that is in every set besides.
+    """
+
+    genes: tuple[str, ...] = (ALL,)
+    group: bool = False
+    set_size: int = 1
+    anchor: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.set_size < 1:
+            raise ValueError(f"--set-size {self.set_size}: at least 1")
+        if self.group and (self.set_size > 1 or self.anchor or self.genes == (ALL,)):
+            raise ValueError(
+                "--group: is one set of the genes named by --genes; neither 'all' nor --pairs, "
+                "--set-size or --anchor go with it"
+            )
+
+    def sets(self, names: GeneNames, genes: list[np.ndarray], kind: Kind) -> GeneSets:
+        """Return the sets.
+
+        Raises
+        ------
+        ValueError
+            A gene that is not in the vocabulary, or that no cell holds and nothing inserts; too
+            many sets.
+        """
+        detected = np.zeros(names.vocabulary.num_tokens, dtype=bool)
+        for cell in genes:
+            detected[cell] = True
+        every = self.genes == (ALL,)
+        tokens = np.flatnonzero(detected).tolist() if every else names.tokens(self.genes)
+        anchor = names.tokens([self.anchor]) if self.anchor else []
+        absent = [names.name(t) for t in [*anchor, *tokens] if not detected[t]]
+        if absent and kind != "overexpress":
+            raise ValueError(
+                f"genes that none of the {len(genes):,} cells holds: {', '.join(absent[:10])}"
+                f"{' ...' if len(absent) > 10 else ''} ({len(absent)} of them); there is nothing "
+                f"to {kind}"
+            )
+        tokens = [t for t in tokens if t not in anchor]
+        if self.group:
+            return GeneSets(np.array([tokens]), np.zeros((1, len(tokens)), dtype=bool))
+        found = [(t,) for t in [*anchor, *tokens]]
+        if anchor or self.set_size > 1:
+            _require_few(len(tokens), self.set_size)
+            found += [(*anchor, *c) for c in combinations(tokens, self.set_size)]
+        size = max(map(len, found))
+        members = np.array([s + (ABSENT,) * (size - len(s)) for s in found])
+        # A gene is inserted only where it was named: of all genes, those of the cell itself.
+        required = members != ABSENT
+        if kind == "overexpress":
+            required &= ~np.isin(members, anchor) & every
+        return GeneSets(members, required)
+
+
+def _require_few(num_genes: int, set_size: int) -> None:
+    count = 1
+    for i in range(set_size):
+        count = count * (num_genes - i) // (i + 1)
+    if count == 0:
+        raise ValueError(f"--set-size {set_size}: there are only {num_genes} genes")
+    if count > _MOST_SETS:
+        raise ValueError(
+            f"--set-size {set_size}: {count:,} sets of {num_genes:,} genes are too many (at most "
+            f"{_MOST_SETS:,}); name fewer genes, or a screen's best"
+        )
+
+
+def describe_sets(
+    sets: GeneSets, names: GeneNames, genes: list[np.ndarray], kind: Kind, max_genes: int
+) -> pd.DataFrame:
+    """Return a row for each set: what it is, and in how many cells it applies.
+
+    Columns ``kind``, ``genes``, ``name``, ``cells``, ``mean_rank`` (mean over its genes of their
+    mean place, 0 the highest; NaN for one that no cell holds), ``detection`` (share of the cells
+    that hold all of its genes).
+
+    Raises
+    ------
+    ValueError
+        No set applies in any cell: nothing would be left to compare, or no cell holds a whole set.
+    """
+    num_tokens = names.vocabulary.num_tokens
+    applies, detected = np.zeros((2, len(sets)), dtype=np.int64)
+    ranks, counts = np.zeros(num_tokens + 1), np.zeros(num_tokens + 1)
+    is_none = sets.members == ABSENT
+    for cell in genes:
+        places = places_in(cell, sets.members, num_tokens)
+        applies += applicable(sets, places, kind, len(cell), max_genes)
+        detected += ((places != ABSENT) | is_none).all(axis=1)
+        ranks[cell] += np.arange(len(cell))
+        counts[cell] += 1
+    if not applies.any():
+        raise ValueError(
+            "no perturbation applies: in no cell are there all genes of a set and another gene "
+            "beside them to compare by"
+        )
+    with np.errstate(invalid="ignore"):
+        mean_rank = np.ma.array((ranks / counts)[sets.members], mask=is_none)
+    lists = [[t for t in row if t != ABSENT] for row in sets.members.tolist()]
+    return pd.DataFrame(
+        {
+            "kind": kind,
+            "genes": [[names.gene_id(t) for t in row] for row in lists],
+            "name": ["+".join(names.name(t) for t in row) for row in lists],
+            "cells": applies.astype(np.int32),
+            "mean_rank": mean_rank.mean(axis=1).filled(np.nan).astype(np.float32),
+            "detection": (detected / len(genes)).astype(np.float32),
+        }
+    )

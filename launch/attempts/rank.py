@@ -1,0 +1,184 @@
+"""What every launcher starts for a rank: ``python -m launch.attempts.rank FOLDER MODULE
+ARGUMENTS``.
+
+Runs ``python -m MODULE ARGUMENTS`` with the environment of FOLDER/settings.json. What it says goes
+to FOLDER/rank_00000.log, how it ended to FOLDER/rank_00000.json. Needs the standard library and
+psutil only: with a process for each rank this must cost nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from data_prep.errors import EXIT_USAGE
+from data_prep.files import LAUNCH_FOLDER
+from data_prep.running.launchers import SAVE_LIMIT_S, stop_with_launcher
+from data_prep.running.network import RANKS_HERE, interface_to
+from data_prep.running.owner import lives, machine
+from launch.hosts.node import IN_RANK, ROOT, has_gpu
+
+_RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+_PR_SET_PDEATHSIG = 1
+# The supervisor touches this file in the folder of its attempt, for those on other machines.
+ALIVE, TOUCH_S = "alive", 2.0
+# Looks, not seconds: a file system that does not answer is not a supervisor that is gone.
+_LOOK_S, _LOOKS = 1.0, 12
+
+
+def log_name(rank: int) -> str:
+    """Return the name of the file that holds all a rank says."""
+    return f"rank_{rank:05d}.log"
+
+
+def end_name(rank: int) -> str:
+    """Return the name of the file that says how a rank ended: code, host, time."""
+    return f"rank_{rank:05d}.json"
+
+
+def main() -> int:
+    """Run a rank, and return its exit code (128 + N if signal N ended it)."""
+    folder, module, *arguments = sys.argv[1:]
+    settings = json.loads((Path(folder) / "settings.json").read_text())
+    rank = int(_first(os.environ, _RANK, "0"))
+    environment = rank_environment(os.environ | settings["environment"], settings)
+    if settings["device"] == "gpu" and not has_gpu():
+        print(f"error: --device gpu: {socket.gethostname()} has no /dev/nvidia*", file=sys.stderr)
+        return EXIT_USAGE
+    if problem := _foreign(module):
+        print(f"error: {problem}", file=sys.stderr)
+        return EXIT_USAGE
+    child: subprocess.Popen | None = None
+
+    def pass_on(number: int, _frame: object) -> None:
+        if child is not None:
+            child.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, pass_on)
+    stop_with_launcher()
+    started = time.time()
+    with (Path(folder) / log_name(rank)).open("ab") as log:
+        line = f"# rank {rank} on {socket.gethostname()}, {time.strftime('%Y-%m-%d %H:%M:%S %Z')}\n"
+        log.write(line.encode())
+        log.flush()
+        child = subprocess.Popen(
+            [sys.executable, "-u", "-m", module, *arguments],
+            env=environment, stdout=log, stderr=log, preexec_fn=_stop_with_parent,
+        )  # fmt: skip
+        if supervisor := settings.get("supervisor"):
+            watch = (Path(folder), supervisor, child, log)
+            threading.Thread(target=_stop_with_supervisor, args=watch, daemon=True).start()
+        code = child.wait()
+    end = {"rank": rank, "host": socket.gethostname(), "code": code, "from": started}
+    write_whole(Path(folder) / end_name(rank), end | {"to": time.time()})
+    return code if code >= 0 else 128 - code
+
+
+def rank_environment(given: Mapping[str, str], settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the environment of a rank on this node.
+
+    On CPUs the cores are divided among the ranks here; among several nodes the interface is the
+    one that leads to the first of them.
+    """
+    environment = {**given, IN_RANK: "1"}
+    if settings["device"] == "cpu" or not has_gpu():
+        environment["DS_ACCELERATOR"] = "cpu"
+        cores = len(os.sched_getaffinity(0))
+        here = int(_first(given, RANKS_HERE, "1"))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // here)))
+    if settings["nodes"] > 1 and "MASTER_ADDR" in environment:
+        interface = interface_to(environment["MASTER_ADDR"])
+        if interface is not None:
+            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                environment.setdefault(name, interface)
+    return environment
+
+
+def _foreign(module: str) -> str | None:
+    """Return what is wrong if a rank would not run the module that is installed beside this one."""
+    found = importlib.util.find_spec(module)
+    if found is None or found.origin is None:
+        return f"python -m {module}: there is no such module beside {ROOT / 'launch'}"
+    if not Path(found.origin).resolve().is_relative_to(ROOT):
+        return (
+            f"python -m {module} would run {found.origin}, not the package in {ROOT}; take it off "
+            "PYTHONPATH"
+        )
+    return None
+
+
+def make_private(folder: Path) -> None:
+    """Make ``OUT/launch``, or a folder in it; only its owner can look in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    own = folder if folder.name == LAUNCH_FOLDER else folder.parent
+    for made in {own, folder}:
+        made.chmod(0o700)
+
+
+def write_whole(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON that no reader sees half of, for the owner alone."""
+    aside = path.with_suffix(".partial")
+    aside.touch(mode=0o600)
+    aside.write_text(json.dumps(content))
+    aside.replace(path)
+
+
+def _first(values: Mapping[str, str], names: tuple[str, ...], otherwise: str) -> str:
+    return next((values[n] for n in names if values.get(n)), otherwise)
+
+
+def _stop_with_parent() -> None:
+    # Until the rank looks for itself (`data_prep.running.launchers`).
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _stop_with_supervisor(
+    folder: Path, supervisor: dict[str, Any], child: subprocess.Popen, log: IO[bytes]
+) -> None:
+    """Ask a rank to stop when the command that started the run is gone; end it if it does not."""
+    if supervisor["machine"] == machine():
+        while lives(supervisor):
+            time.sleep(_LOOK_S)
+    else:
+        _wait_for_silence(folder / ALIVE)
+    with contextlib.suppress(OSError):
+        log.write(b"# the command that started this run is gone: asked to save and stop\n")
+        log.flush()
+    child.send_signal(signal.SIGTERM)
+    time.sleep(SAVE_LIMIT_S)
+    child.kill()
+
+
+def _wait_for_silence(path: Path) -> None:
+    """Return when a file was not touched between so many looks at it."""
+    seen, unchanged = 0, 0
+    while unchanged < _LOOKS:
+        time.sleep(_LOOK_S)
+        try:
+            with path.open("rb") as file:  # opened: a network's file system then asks its server
+                now = os.fstat(file.fileno()).st_mtime_ns
+        except FileNotFoundError:
+            now = seen
+        except OSError:
+            continue
+        unchanged = unchanged + 1 if now == seen else 0
+        seen = now
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,404 @@
+"""From a checkpoint to a Hugging Face folder, and back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from data_prep.files import complete_folder, file_sha256, require_new
+from data_prep.genes.vocabulary import Vocabulary, load_vocabulary, open_vocabulary
+from data_prep.shards.reader import ShardSet
+from pretrain.cell_states.cell_state import FILE_NAME as STATE_NAME
+from pretrain.cell_states.cell_state import NUM_CELLS, CellState, fit_cell_state
+from pretrain.checkpoints import checkpoint, zero_state
+from pretrain.config import load_config
+from pretrain.counting.arithmetic_prior import FILE_NAME as PRIOR_NAME
+from pretrain.counting.arithmetic_prior import ArithmeticPrior
+from pretrain.counting.corpus_svd import FILE_NAME as SVD_NAME
+from pretrain.counting.corpus_svd import CorpusSvd
+from pretrain.measure.heldout import arithmetic_sentence, score_rows
+from pretrain.measure.metrics import read_metrics
+from pretrain.model.architectures import (
+    EncoderConfig,
+    Network,
+    attention_implementation,
+    encoder_of,
+    network_class,
+    new_network,
+    read_encoder_config,
+)
+from pretrain.model.counted_start import describe
+from pretrain.model.masked_gene_model import MaskedGeneModel
+from pretrain.settings.architecture import ARCHITECTURE, read_architecture
+
+EXPORT_FORMAT = "geneloom-model/1"
+RECORD_NAME = "geneloom.json"
+_SHOWN = 3
+# The second as older versions of PyTorch wrote it; read as tensors, no code in it is run.
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+# AttributeError: what was pickled is no dictionary of tensors.
+UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError)
+
+
+def export(
+    run: Path,
+    out: Path,
+    step: checkpoint.Which = None,
+    shards: Path | str | None = None,
+    state_cells: int = NUM_CELLS,
+    device: str = "cpu",
+) -> str:
+    """Write a complete checkpoint of a run as a Hugging Face folder; return a sentence.
+
+    The folder holds fp32 weights (safetensors), ``config.json``, ``vocabulary.json``, the same
+    vocabulary as Geneformer's two dictionaries, ``geneloom.json`` (what the model was trained on
+    and how far), the corpus SVD where the run has it, what makes states of cells where the shards
+    can be read, and a model card. It appears complete or not at all.
+
+    Parameters
+    ----------
+    step
+        Of which checkpoint: its step, or ``best``; None: the newest.
+    shards
+        Of the pretraining; by default where the run read them.
+    state_cells
+        Training cells to encode for the cell state (`pretrain.cell_states.cell_state`); 0: no cell
+        state.
+    device
+        That computes them.
+
+    Raises
+    ------
+    ValueError
+        `run` is no run folder or has no such checkpoint, or `out` is not empty; or the run's
+        ``model_config.json`` is not that of the weights.
+    """
+    require_new(out)
+    last = checkpoint.find(run, step)
+    vocabulary = own_vocabulary(run, last)
+    bert = load_checkpoint(run, last)
+    with complete_folder(out, "config.json") as partial:
+        bert.save_pretrained(partial)
+        write_vocabulary(partial, vocabulary)
+        if svd := CorpusSvd.found_in(run, vocabulary):
+            svd.save(partial)
+        state = _write_cell_state(partial, run, bert, vocabulary, shards, state_cells, device)
+        record = export_record(run, last)
+        if record["prior"]:
+            ArithmeticPrior.load(run, vocabulary).save(partial)
+        (partial / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n")
+        (partial / "README.md").write_text(_model_card(record, bert))
+    return f"{out}: step {last.step}, {bert.num_parameters():,} parameters; {state}"
+
+
+def _write_cell_state(
+    folder: Path,
+    run: Path,
+    network: Network,
+    vocabulary: Vocabulary,
+    shards: Path | str | None,
+    cells: int,
+    device: str,
+) -> str:
+    """Write what makes states of cells into a model folder; return a part of a sentence."""
+    if cells == 0:
+        return "no cell state"
+    location = str(shards or load_config(run / "config.yaml").data.shards)
+    try:
+        if "://" in location:
+            raise ValueError(f"{location}: is a URL, a folder is needed")
+        opened = ShardSet(location)
+        if opened.vocabulary.sha256 != vocabulary.sha256:
+            raise ValueError(
+                f"{location}: vocabulary {opened.vocabulary.sha256[:12]}, the run has "
+                f"{vocabulary.sha256[:12]}"
+            )
+        digest = weights_digest(folder)
+        state = fit_cell_state(encoder_of(network), opened, cells, digest, device=device)
+    except (OSError, ValueError) as error:
+        if shards is not None:
+            raise ValueError(f"--shards {shards}: {error}") from error
+        return f"no cell state: {error}; give --shards"
+    finally:
+        torch.nn.Module.to(network, device=torch.device("cpu"))
+    state.save(folder)
+    return f"cell states of {state.width} numbers ({state.origin['cells']} training cells)"
+
+
+def own_vocabulary(run: Path, found: checkpoint.Checkpoint) -> Vocabulary:
+    """Return the vocabulary of a run; ValueError if a checkpoint was trained with another."""
+    vocabulary = load_vocabulary(run / "vocabulary.json")
+    if vocabulary.sha256 != found.record["vocabulary_sha256"]:
+        raise ValueError(
+            f"{run}: vocabulary.json has hash {vocabulary.sha256[:12]}, the checkpoint was trained "
+            f"with {found.record['vocabulary_sha256'][:12]}"
+        )
+    return vocabulary
+
+
+def load_checkpoint(run: Path, found: checkpoint.Checkpoint) -> Network:
+    """Return the model of a run's checkpoint, fp32 weights, in evaluation mode.
+
+    Raises
+    ------
+    ValueError
+        As `own_network`.
+    """
+    bert = own_network(run, found)
+    zero_state.load_weights(MaskedGeneModel(bert), found.reader())
+    return bert.eval()
+
+
+def own_network(run: Path, found: checkpoint.Checkpoint) -> Network:
+    """Return the network of a run's checkpoint with fresh weights.
+
+    Raises
+    ------
+    ValueError
+        The run's ``model_config.json`` does not describe the weights: somebody has changed it.
+    """
+    path, recipe = run / "model_config.json", found.record["recipe"]
+    # Some of them no shape depends on: heads, activation, windows.
+    trained = {k.removeprefix("model."): v for k, v in recipe.items() if k.startswith("model.")}
+    problems = [
+        f"{name} is {value!r}, the checkpoint was trained with {trained[name]!r}"
+        for name, value in read_architecture(path).items()
+        if name in ARCHITECTURE and trained.get(name, value) != value
+    ]
+    bert, reader = new_network(read_encoder_config(path)), found.reader()
+    sizes = {name: p.numel() for name, p in MaskedGeneModel(bert).named_parameters()}
+    stored = {name: reader.numel(name) for name in reader.names}
+    problems += [
+        f"{name} has {sizes.get(name, 0):,} numbers, {stored.get(name, 0):,} are stored"
+        for name in sorted({*sizes, *stored})
+        if sizes.get(name) != stored.get(name)
+    ]
+    if problems:
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise ValueError(
+            f"{path}: does not fit the weights of step {found.step}: "
+            f"{'; '.join(problems[:_SHOWN])}{more}; restore the file as the run wrote it"
+        )
+    return bert
+
+
+def load_exported(folder: Path, vocabulary_path: Path | None = None) -> tuple[Network, Vocabulary]:
+    """Return model and vocabulary of an exported folder, or of a published Geneformer folder.
+
+    Parameters
+    ----------
+    vocabulary_path
+        Needed for folders without ``vocabulary.json``: Geneformer's dictionaries.
+
+    Raises
+    ------
+    ValueError
+        No model, no vocabulary, or the two do not belong together.
+    """
+    config = read_encoder_config(folder / "config.json")
+    vocabulary = folder_vocabulary(folder, vocabulary_path)
+    model = _load_network(folder, config)
+    require_belonging(folder, model.config.vocab_size, vocabulary)
+    if model.config.max_position_embeddings < vocabulary.max_length:
+        raise ValueError(
+            f"{folder}: the model has {model.config.max_position_embeddings} positions, the "
+            f"vocabulary makes sequences of {vocabulary.max_length}"
+        )
+    return model.eval(), vocabulary
+
+
+def model_digest(folder: Path, vocabulary: Vocabulary) -> str:
+    """Return a hash of a model folder's weights and of the vocabulary it is used with."""
+    hashes = [*_weight_hashes(folder), vocabulary.sha256]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def weights_digest(folder: Path) -> str:
+    """Return a hash of a model folder's weights."""
+    return hashlib.sha256("".join(_weight_hashes(folder)).encode()).hexdigest()
+
+
+def folder_cell_state(folder: Path, vocabulary: Vocabulary) -> CellState | None:
+    """Return the cell state of a model folder, or None where it has none.
+
+    Raises
+    ------
+    ValueError
+        It cannot be read, or belongs to other weights.
+    """
+    if not (folder / STATE_NAME).is_file():
+        return None
+    return CellState.load(folder, vocabulary, weights_digest(folder))
+
+
+def _weight_hashes(folder: Path) -> list[str]:
+    beside = (SVD_NAME, PRIOR_NAME, STATE_NAME)
+    found = sorted(p for p in folder.glob("*.safetensors") if p.name not in beside)
+    return [file_sha256(p) for p in found or [weight_file(folder)]]
+
+
+def weight_file(folder: Path) -> Path:
+    """Return a model folder's file of weights; ValueError if there is none."""
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"{folder}: has no weights; expected {' or '.join(WEIGHT_FILES)}")
+
+
+def folder_vocabulary(folder: Path, vocabulary_path: Path | None) -> Vocabulary:
+    """Return the vocabulary of a model folder; arguments and errors as in `load_exported`."""
+    own = folder / "vocabulary.json"
+    if vocabulary_path is None and not own.exists():
+        raise ValueError(
+            f"{folder}: has no vocabulary.json; give --vocab (to pretrain: model.init_vocabulary=) "
+            "Geneformer's dictionaries"
+        )
+    vocabulary = open_vocabulary(vocabulary_path or own)
+    if (folder / RECORD_NAME).exists():
+        record = json.loads((folder / RECORD_NAME).read_text())
+        if record["vocabulary_sha256"] != vocabulary.sha256:
+            raise ValueError(
+                f"{folder}: the model was trained with vocabulary "
+                f"{record['vocabulary_sha256'][:12]}, {vocabulary_path or own} is "
+                f"{vocabulary.sha256[:12]}"
+            )
+    return vocabulary
+
+
+def require_belonging(folder: Path, num_tokens: int, vocabulary: Vocabulary) -> None:
+    """Raise ValueError if a folder's model of `num_tokens` tokens has another vocabulary."""
+    if num_tokens != vocabulary.num_tokens:
+        raise ValueError(
+            f"{folder}: the model has {num_tokens:,} tokens, the vocabulary "
+            f"{vocabulary.num_tokens:,}; they belong to different versions"
+        )
+
+
+def _load_network(folder: Path, config: EncoderConfig) -> Network:
+    try:
+        loaded: Any = network_class(config).from_pretrained(
+            folder,
+            local_files_only=True,
+            attn_implementation=attention_implementation(config),
+            output_loading_info=True,
+        )
+    except (OSError, *UNREADABLE) as error:
+        raise ValueError(f"{folder}: the weights cannot be read ({error})") from error
+    model, loading = loaded
+    prefix = f"{model.base_model_prefix}."
+    missing = sorted(k for k in loading["missing_keys"] if k.startswith(prefix))
+    if missing:
+        raise ValueError(
+            f"{folder}: the weights lack {len(missing)} encoder tensors, which would be random, "
+            f"e.g. {missing[:2]}"
+        )
+    return model
+
+
+def random_twin(model: Network, seed: int) -> Network:
+    """Return the same architecture with freshly initialised weights: what pretraining must beat."""
+    torch.manual_seed(seed)
+    return new_network(model.config).eval()
+
+
+def token_dictionary(vocabulary: Vocabulary) -> dict[str, int]:
+    """Return name -> token of special tokens and genes: Geneformer's token dictionary."""
+    return vocabulary.special_tokens | {
+        g: i + vocabulary.first_gene_token for i, g in enumerate(vocabulary.genes)
+    }
+
+
+def write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
+    """Write a vocabulary as ours, and as Geneformer's two dictionaries."""
+    vocabulary.save(folder / "vocabulary.json")
+    medians = dict(zip(vocabulary.genes, vocabulary.medians.tolist(), strict=True))
+    (folder / "token_dictionary.json").write_text(json.dumps(token_dictionary(vocabulary)))
+    (folder / "gene_median_dictionary.json").write_text(json.dumps(medians))
+
+
+# Of env.json: a model folder is published, the command and the machine are nobody's business.
+_PUBLISHED = ("commit", "dirty", "python", "versions", "gpus")
+
+
+def export_record(run: Path, last: checkpoint.Checkpoint) -> dict[str, Any]:
+    """Return what ``geneloom.json`` says: what a model was trained on, and how far."""
+    manifest = json.loads((run / "shards_manifest.json").read_text())
+    environment = json.loads((run / "env.json").read_text())
+    heldout = [m for m in read_metrics(run) if m["kind"] == "heldout" and m["step"] <= last.step]
+    return {
+        "format": EXPORT_FORMAT,
+        "step": last.step,
+        **{k: last.record[k] for k in ("vocabulary_sha256", "shards_fingerprint", "recipe")},
+        # Absent in checkpoints of runs that could only start from random weights.
+        "init": _without_path(last.record.get("init")),
+        "prior": last.record.get("prior"),
+        "heldout": heldout[-1] if heldout else None,
+        "environment": {k: environment[k] for k in _PUBLISHED if k in environment},
+        "sources": [{k: s[k] for k in ("name", "cells_kept")} for s in manifest["sources"]],
+        "train_cells": sum(b["cells"] for b in manifest["buckets"] if b["split"] == "train"),
+    }
+
+
+def _without_path(init: dict | None) -> dict | None:
+    """Return what the first weights were; of a folder its name alone."""
+    return {**init, "folder": Path(init["folder"]).name} if init and "folder" in init else init
+
+
+def _start_sentence(init: dict) -> str:
+    if "counted" in init:
+        return f"Its {describe(init)}."
+    kept, new = init["genes"]["kept"]["count"], init["genes"]["new"]["count"]
+    return (
+        f"It started from the weights of `{Path(init['folder']).name}` (SHA-256 "
+        f"`{init['weights_sha256'][:12]}`): {kept:,} of {kept + new:,} genes had weights there, "
+        f"{new:,} were new."
+    )
+
+
+def _model_card(record: dict, bert: Network) -> str:
+    cells = record["train_cells"]
+    names = ", ".join(s["name"] for s in record["sources"])
+    lines = [
+        "---", "library_name: transformers", "tags: [single-cell, masked-lm]", "---", "",
+        "# Masked encoder of single cells", "",
+        f"A {type(bert).__name__}: "
+        f"{bert.config.num_hidden_layers} layers of width {bert.config.hidden_size}, "
+        f"{bert.num_parameters():,} parameters, {bert.config.vocab_size:,} tokens, at most "
+        f"{bert.config.max_position_embeddings:,} of them in a cell. Pretrained with Geneloom for "
+        f"{record['step']:,} steps on {cells:,} cells ({names}).", "",
+    ]  # fmt: skip
+    if record["init"]:
+        lines += [_start_sentence(record["init"]), ""]
+    heldout = record["heldout"]
+    if heldout:
+        lines += [
+            f"Held-out cells (n = {heldout['cells']}), 15 % of the genes hidden:", "",
+            "| | cross-entropy (nats) | beyond arithmetic | top-1 | top-10 |",
+            "|---|---|---|---|---|",
+            *(f"| {' | '.join(row)} |" for row in score_rows(heldout)), "",
+            arithmetic_sentence(heldout),
+        ]  # fmt: skip
+    if record["prior"]:
+        lines += [
+            "", "The head's logits stand beside what counting tells of a hidden gene, in "
+            f"`{PRIOR_NAME}`: the losses above are those of both together. Embeddings do not "
+            "depend on it; for predictions of hidden genes add it:", "",
+            "```python", "from pretrain.counting.arithmetic_prior import ArithmeticPrior, Hidden",
+            "prior = ArithmeticPrior.load(folder, vocabulary)",
+            "hidden = Hidden(input_ids, attention_mask, masked_places, labels)",
+            "logits = prior.added_to(logits, hidden)", "```",
+        ]  # fmt: skip
+    lines += [
+        "", "Input: ranked gene tokens. `vocabulary.json` holds genes, medians, special tokens and "
+        f"encoding (hash `{record['vocabulary_sha256'][:12]}`); `geneloom embed` uses it. Settings "
+        "and environment of the run: `geneloom.json`.", "",
+        "```python", "from transformers import AutoModelForMaskedLM",
+        'model = AutoModelForMaskedLM.from_pretrained("this folder")', "```", "",
+    ]  # fmt: skip
+    return "\n".join(lines)

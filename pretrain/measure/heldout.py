@@ -1,0 +1,492 @@
+"""Held-out loss at fixed masks, beside what can be guessed by counting alone."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_prep.shards.reader import ShardSet
+from pretrain.batches.forward_arguments import device_arguments
+from pretrain.batches.pinned_memory import Staging
+from pretrain.batches.step_batch import MicroBatch, RankStep
+from pretrain.batches.step_dataset import StepDataset, steps_in_background
+from pretrain.config import ObjectiveConfig, RunConfig
+from pretrain.counting.arithmetic import (
+    Arithmetic,
+    MaskedRows,
+    arithmetic_tables,
+    describe,
+    of_all_cells,
+)
+from pretrain.counting.baselines import (
+    ARITHMETIC,
+    BASELINE_NAMES,
+    Baselines,
+    RankBaselines,
+)
+from pretrain.measure.heldout_sums import (
+    CELL_LOSS,
+    CURVES,
+    SCORES,
+    CellDatasets,
+    HeldoutSums,
+)
+from pretrain.measure.metrics import RunLog
+from pretrain.objective.cell_objective import CellTargets
+from pretrain.objective.masking import EVALUATION_MASKING, NO_LABEL
+from pretrain.ranks import dist
+from pretrain.ranks.dist import Ranks
+from pretrain.run_folder.run_record import is_run_folder
+
+logger = logging.getLogger(__name__)
+
+EVALUATION_SEED = 0
+# Not the run's budget: it would change which cells the first N of the plan are.
+EVALUATION_TOKENS = 16_384
+BEYOND = f"beyond_{ARITHMETIC}"
+UNIGRAM = "unigram"
+# A held-out loss this far above the lowest one is no noise: cells and masks are always the same.
+_TOLERANCE = 0.02
+
+
+class HeldoutEvaluation:
+    """The same held-out cells and masks each time; the baselines are computed once.
+
+    Every rank evaluates its share of every batch. `packs`: the model gets the cells end to end.
+    """
+
+    def __init__(
+        self, shards: ShardSet, config: RunConfig, ranks: Ranks, packs: bool = False
+    ) -> None:
+        self._ranks = ranks
+        quarantine = config.data.on_damage == "quarantine"
+        self._dataset = StepDataset(
+            shards,
+            "heldout",
+            EVALUATION_SEED,
+            max(EVALUATION_TOKENS, shards.bucket_lengths("heldout")[-1]),
+            config.batch.tokens_per_micro_batch,
+            EVALUATION_MASKING,
+            ranks.rank,
+            ranks.world_size,
+            staging=Staging(ranks.device) if ranks.device.type == "cuda" else None,
+            quarantine=quarantine,
+            packs=packs,
+            # Genes are asked whatever trains: losses of all runs compare.
+            objective=ObjectiveConfig(cell_weight=config.objective.cell_weight),
+        )
+        plan, cells, steps = self._dataset.plan, 0, 0
+        while cells < min(config.evaluation.max_cells, plan.num_cells):
+            cells += plan.step(steps).num_cells
+            steps += 1
+        self._num_steps, self.num_cells = steps, cells
+        self._lengths = shards.bucket_lengths("heldout")
+        self.expect_below_baseline_by = config.evaluation.expect_below_baseline_by
+        self.asks_genes = config.objective.gene_weight > 0
+        self.prior = config.objective.prior
+        self._datasets = CellDatasets(shards)
+        self.without_arithmetic = ""
+        self.baselines = self._score_baselines(self._count(shards, config, quarantine))
+        if next(iter(self.baselines.values()))["genes"] == 0:
+            raise ValueError(f"{shards.name}: no held-out cell can be read; copy the shards again")
+
+    def _count(self, shards: ShardSet, config: RunConfig, quarantine: bool) -> Baselines:
+        """Return the baselines; say which one the vocabulary does not allow."""
+        cells, out = config.evaluation.baseline_cells, config.run.out
+        by_rank = RankBaselines(shards, cells, set() if quarantine else None)
+        if not shards.vocabulary.has_medians:
+            self.without_arithmetic = (
+                "the vocabulary has no medians (all are the same number): there is no arithmetic "
+                "baseline, and what a model learns beyond counting is not known"
+            )
+            logger.warning("%s: %s", shards.name, self.without_arithmetic)
+            return Baselines(by_rank, None)
+        # A new run's folder has to stay empty until nothing can be refused any more.
+        fallback = out if is_run_folder(out) else None
+        # Those of the prior, which then finds them: the corpus is read once for both.
+        is_by_fold = config.objective.prior != "none"
+        tables = dist.first_rank_first(
+            self._ranks,
+            lambda: arithmetic_tables(shards, cells, quarantine, fallback, is_by_fold),
+        )
+        if is_by_fold:
+            tables = of_all_cells(tables)
+        logger.info("%s", describe(tables))
+        return Baselines(by_rank, Arithmetic(tables, shards.vocabulary))
+
+    def _steps(self) -> Iterator[tuple[int, RankStep]]:
+        """Yield (number of the bucket, what this rank evaluates in a step), made ahead of a GPU."""
+        threads = 1 if self._ranks.device.type == "cuda" else 0
+        for data in steps_in_background(self._dataset, 0, self._num_steps, threads):
+            yield self._lengths.index(data.length), data
+
+    def _batches(self) -> Iterator[tuple[int, MicroBatch]]:
+        """Yield (number of the bucket, micro-batch of this rank)."""
+        for bucket, data in self._steps():
+            for micro in data.micro_batches:
+                yield bucket, micro
+
+    def _no_sums(self) -> HeldoutSums:
+        return HeldoutSums(len(self._lengths), len(self._datasets.names))
+
+    def _score_baselines(self, baselines: Baselines) -> dict[str, dict[str, Any]]:
+        sums = {name: self._no_sums() for name in baselines.names}
+        for bucket, micro in self._batches():
+            hidden = _Hidden.of(micro, self._datasets)
+            scores = baselines.scores(_masked_rows(micro, hidden.labels), hidden.ranks)
+            for name, total in sums.items():
+                total.add(bucket, hidden.ranks, hidden.datasets, *scores[name])
+            if micro.targets:
+                # The others know the rank of each hidden gene, which a cell's mean does not.
+                sums[UNIGRAM].add_cells(hidden.means_of_cells(micro.targets, scores[UNIGRAM][0]))
+        return {name: self._result(total) for name, total in sums.items()}
+
+    def run(
+        self, model: torch.nn.Module, on_batch: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
+        """Return the scores of a model; its mode is restored. `on_batch`: called after each.
+
+        ``loss`` (nats), ``accuracy`` (top-1) and ``top10`` are means over all hidden genes of all
+        ranks; each also with ``_by_rank_decile`` (a list, None where no gene is hidden),
+        ``_by_bucket`` (by padded length, as text) and ``_by_dataset`` (by name); so has ``genes``,
+        how many are hidden. With a cell objective also ``cell_loss``, nats, the mean over cells.
+        """
+        was_training = model.training
+        model.eval()
+        sums, last = self._no_sums(), None
+        with torch.no_grad():
+            for bucket, data in self._steps():
+                passes = zip(
+                    data.micro_batches, device_arguments(data, self._ranks.device), strict=True
+                )
+                for micro, arguments in passes:
+                    scored = _OnItsWay(model(*arguments))
+                    # While the device computes this one, the host adds up the one before.
+                    if last:
+                        self._add(sums, *last)
+                    last = bucket, micro, scored
+                    on_batch()
+            if last:
+                self._add(sums, *last)
+        model.train(was_training)
+        return self._result(sums)
+
+    def _add(self, sums: HeldoutSums, bucket: int, micro: MicroBatch, scored: _OnItsWay) -> None:
+        losses, places, *of_cells = scored.numbers()
+        hidden = _Hidden.of(micro, self._datasets)
+        scores = (part[hidden.is_real] for part in (losses, places))
+        sums.add(bucket, hidden.ranks, hidden.datasets, *scores)
+        if micro.targets:
+            sums.add_cells(of_cells[0][micro.targets.scored_rows.numpy()])
+
+    def _result(self, sums: HeldoutSums) -> dict[str, Any]:
+        """Return the means over all ranks of the sums of this one."""
+        sums.replace(dist.sum_over_ranks(sums.flat(), self._ranks.device))
+        return sums.means([str(length) for length in self._lengths], self._datasets.names)
+
+
+@dataclass(frozen=True)
+class _Hidden:
+    """The hidden genes of a micro-batch: labels, relative ranks, numbers of data sets, all [H].
+
+    `is_real` bool [M]: which places of the micro-batch they are at.
+    """
+
+    is_real: np.ndarray
+    labels: np.ndarray
+    ranks: np.ndarray
+    datasets: np.ndarray
+
+    @staticmethod
+    def of(micro: MicroBatch, datasets: CellDatasets) -> _Hidden:
+        is_real = micro.labels.numpy() != NO_LABEL
+        rows = micro.masked_places.numpy()[is_real] // micro.input_ids.shape[1]
+        labels, ranks = micro.labels.numpy()[is_real], micro.relative_ranks.numpy()[is_real]
+        return _Hidden(is_real, labels, ranks, datasets.of(micro.cells[rows]))
+
+    def means_of_cells(self, targets: CellTargets, losses: np.ndarray) -> np.ndarray:
+        """Return the mean loss of each cell that is scored, of the losses [H] of its genes."""
+        is_asked = targets.genes_H.numpy()[self.is_real] != NO_LABEL
+        rows = targets.rows_H.numpy()[self.is_real][is_asked]
+        _, cells, counts = np.unique(rows, return_inverse=True, return_counts=True)
+        return np.bincount(cells, losses[is_asked]) / counts
+
+
+def _masked_rows(micro: MicroBatch, labels: np.ndarray) -> MaskedRows:
+    inputs, real = micro.input_ids.numpy(), micro.attention_mask
+    lengths = np.full(len(inputs), inputs.shape[1]) if real is None else real.numpy().sum(axis=1)
+    return MaskedRows(inputs, lengths.astype(np.int64), labels)
+
+
+class _OnItsWay:
+    """Tensors that are copied from a device as soon as they are computed."""
+
+    def __init__(self, tensors: tuple[torch.Tensor, ...]) -> None:
+        self._tensors, self._event = list(tensors), None
+        if tensors[0].is_cuda:
+            self._tensors = [
+                torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+                for x in tensors
+            ]
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def numbers(self) -> list[np.ndarray]:
+        """Return them when they are there."""
+        if self._event:
+            self._event.synchronize()
+        return [x.numpy() for x in self._tensors]
+
+
+class NothingHeldOut:
+    """Stands for the evaluation where no cell is held out."""
+
+    def run(self, *_: object) -> dict[str, Any]:
+        return {}
+
+
+Heldout = HeldoutEvaluation | NothingHeldOut
+
+
+def heldout_evaluation(
+    shards: ShardSet, config: RunConfig, ranks: Ranks, packs: bool = False
+) -> Heldout:
+    """Return the evaluation of held-out cells; where there are none that is said, once."""
+    if shards.extents("heldout"):
+        return HeldoutEvaluation(shards, config, ranks, packs)
+    if ranks.is_first:
+        logger.warning(
+            "%s: no cell is held out (prepared with --heldout 0): nothing is evaluated, and no "
+            "score says what is learnt", shards.name,
+        )  # fmt: skip
+    return NothingHeldOut()
+
+
+def heldout_record(
+    result: dict[str, Any], evaluation: HeldoutEvaluation, remark: str | None = None
+) -> dict[str, Any]:
+    """Return what is kept of an evaluation: the model's scores, each baseline's beside them.
+
+    ``masked_accuracy`` is top-1. A baseline's scores are ``baseline_NAME`` (loss),
+    ``baseline_NAME_accuracy``, ``baseline_NAME_top10``; of its curves only the losses are kept.
+    ``beyond_arithmetic``, with the same curves: loss of that baseline - loss of the model.
+    ``cell_loss`` and ``baseline_unigram_cell_loss`` where there is a cell objective.
+    """
+    curves = [f"{score}_by_{what}" for score in SCORES for what in CURVES]
+    record = {"loss": result["loss"], "masked_accuracy": result["accuracy"]}
+    record |= {name: result[name] for name in ("top10", *curves)}
+    if CELL_LOSS in result:
+        record[CELL_LOSS] = result[CELL_LOSS]
+        record[f"baseline_{UNIGRAM}_{CELL_LOSS}"] = evaluation.baselines[UNIGRAM][CELL_LOSS]
+    for name, baseline in evaluation.baselines.items():
+        record[f"baseline_{name}"] = baseline["loss"]
+        for part in ("accuracy", "top10", *(f"loss_by_{what}" for what in CURVES)):
+            record[f"baseline_{name}_{part}"] = baseline[part]
+    record |= _beyond_arithmetic(result, evaluation.baselines.get(ARITHMETIC))
+    record |= {name: result[name] for name in ("genes", "genes_by_bucket", "genes_by_dataset")}
+    record["cells"] = evaluation.num_cells
+    if evaluation.without_arithmetic:
+        record["without_arithmetic"] = evaluation.without_arithmetic
+    if evaluation.prior != "none":
+        record["prior"] = evaluation.prior
+    return record | ({"remark": remark} if remark else {})
+
+
+def _beyond_arithmetic(result: dict[str, Any], arithmetic: dict[str, Any] | None) -> dict[str, Any]:
+    """Return by how many nats a model's loss is below the arithmetic line, with the curves."""
+    if arithmetic is None:
+        return {}
+
+    def below(line: float | None, loss: float | None) -> float | None:
+        return None if line is None or loss is None else line - loss
+
+    deciles = zip(arithmetic["loss_by_rank_decile"], result["loss_by_rank_decile"], strict=True)
+    beyond: dict[str, Any] = {
+        BEYOND: below(arithmetic["loss"], result["loss"]),
+        f"{BEYOND}_by_rank_decile": [below(*pair) for pair in deciles],
+    }
+    for what in ("bucket", "dataset"):
+        lines = arithmetic[f"loss_by_{what}"]
+        losses = result[f"loss_by_{what}"]
+        beyond[f"{BEYOND}_by_{what}"] = {k: below(lines[k], losses[k]) for k in lines}
+    return beyond
+
+
+def score_rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return (name, loss, nats beyond arithmetic, top-1, top-10) of the model and each baseline.
+
+    "-": not recorded, as top-10 in older runs, or lost. A baseline that the record does not have
+    has no row.
+    """
+    line = record.get(f"baseline_{ARITHMETIC}")
+    keys = [("this model", "loss", "masked_accuracy", "top10")]
+    for name in BASELINE_NAMES:
+        key = f"baseline_{name}"
+        if key in record:
+            keys.append((name.replace("_", " "), key, f"{key}_accuracy", f"{key}_top10"))
+    rows = []
+    for name, loss_key, *shares in keys:
+        loss = record.get(loss_key)
+        beyond = None if line is None or loss is None else line - loss
+        shown = (format_score(record.get(k), ".2%") for k in shares)
+        rows.append((name, format_score(loss, ".4f"), format_score(beyond, "+.4f"), *shown))
+    return rows
+
+
+def arithmetic_sentence(record: dict[str, Any]) -> str:
+    """Return what a record says of a model beside counting, for its card and its page."""
+    if "without_arithmetic" in record:
+        return f"Beside counting: {record['without_arithmetic']}."
+    beyond = record.get(BEYOND)
+    if beyond is None:
+        return "How far the model is from counting was not recorded."
+    if beyond <= 0:
+        return (
+            f"The loss is {-beyond:.4f} nats above what counting tells (arithmetic: the medians of "
+            "the visible neighbours): no biology can be seen in it."
+        )
+    began = ""
+    if "prior" in record:
+        began = " Its head adds to arithmetic (objective.prior): at its first step it stood there."
+    return (
+        f"The loss is {beyond:.4f} nats below what counting tells (arithmetic: the medians of the "
+        f"visible neighbours): so much the model has learned beyond it.{began}"
+    )
+
+
+def format_score(value: float | None, how: str) -> str:
+    """Return a number as text; "-" for one that is not known."""
+    return "-" if value is None else format(value, how)
+
+
+def heldout_line(
+    step: int, steps: int, result: dict[str, Any], evaluation: HeldoutEvaluation
+) -> str:
+    """Return one line for people: loss, top-1 and top-10, the baselines' in the same order."""
+    beside = "  ".join(
+        f"{name} {b['loss']:.4f} / {b['accuracy']:.2%} / {b['top10']:.2%}"
+        for name, b in evaluation.baselines.items()
+    )
+    line = evaluation.baselines.get(ARITHMETIC)
+    beyond = f"beyond arithmetic {line['loss'] - result['loss']:+.4f}  " if line else ""
+    if CELL_LOSS in result:
+        guess = evaluation.baselines[UNIGRAM][CELL_LOSS]
+        beyond += f"cell loss {result[CELL_LOSS]:.4f} ({UNIGRAM} {guess:.4f})  "
+    return (
+        f"step {step}/{steps}  held-out loss {result['loss']:.4f}  {beyond}"
+        f"top-1 {result['accuracy']:.2%}  top-10 {result['top10']:.2%}  "
+        f"({evaluation.num_cells} cells; baselines: {beside})"
+    )
+
+
+def heldout_history(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    """Return (step, loss) of the evaluations among a run's records; a lost number is infinite."""
+    heldout = (m for m in records if m["kind"] == "heldout")
+    return [(m["step"], math.inf if m["loss"] is None else m["loss"]) for m in heldout]
+
+
+def log_heldout(
+    log: RunLog,
+    history: list[tuple[int, float]],
+    step: int,
+    steps: int,
+    result: dict[str, Any],
+    evaluation: Heldout,
+) -> None:
+    """Say and record an evaluation, with a remark if the curve calls for one.
+
+    Parameters
+    ----------
+    history
+        (step, loss) of the evaluations before; this one is appended.
+    """
+    if isinstance(evaluation, NothingHeldOut):
+        return
+    history.append((step, result["loss"]))
+    bars = {name: b["loss"] for name, b in evaluation.baselines.items()}
+    # Where nothing is asked of single genes in training, their loss says nothing of the run.
+    remark = None
+    if evaluation.asks_genes:
+        remark = curve_remark(history, bars, steps, evaluation.expect_below_baseline_by)
+    log.write("heldout", step, heldout_record(result, evaluation, remark[1] if remark else None))
+    logger.info("%s", heldout_line(step, steps, result, evaluation))
+    if remark:
+        logger.log(*remark)
+
+
+def curve_remark(
+    history: list[tuple[int, float]],
+    baselines: dict[str, float],
+    total_steps: int,
+    expected_by: float,
+) -> tuple[int, str] | None:
+    """Return (level of logging, text) if the last evaluation begins something; else None.
+
+    What goes on is not repeated, so the remark is a function of the curve alone and a resumed run
+    makes the same ones.
+
+    Parameters
+    ----------
+    history
+        (step, held-out loss) of all evaluations, in order; at least one.
+    baselines
+        Held-out losses to be beaten.
+    expected_by
+        Share of `total_steps` after which a loss that was never below them is warned about.
+    """
+    step = history[-1][0]
+    losses = [loss if math.isfinite(loss) else math.inf for _, loss in history]
+    bar, best, known, unknown = _bar(baselines)
+    is_below = [loss < bar for loss in losses]
+    if is_below[-1] and not any(is_below[:-1]):
+        return logging.INFO, (
+            f"step {step}: held-out loss {losses[-1]:.4f} is below {best} for the first time, by "
+            f"{bar - losses[-1]:.4f}; {known}"
+        )
+    warnings = []
+    is_due = [at >= expected_by * total_steps for at, _ in history]
+    if not any(is_below) and is_due[-1] and not any(is_due[:-1]):
+        warnings.append(
+            f"after {step / total_steps:.0%} of the steps the held-out loss {losses[-1]:.4f} has "
+            f"not been below {best}: {unknown}. Look at "
+            "optim.learning_rate, optim.warmup_steps and the number of training cells"
+        )
+    if not is_below[-1] and any(is_below[-2:]):
+        warnings.append(f"the held-out loss has risen to {losses[-1]:.4f}, above {best} again")
+    if _is_diverging(losses) and not _is_diverging(losses[:-1]):
+        lowest = min(range(len(losses)), key=losses.__getitem__)
+        warnings.append(
+            f"the held-out loss {losses[-1]:.4f} is {losses[-1] / losses[lowest] - 1:.1%} above "
+            f"its lowest ({losses[lowest]:.4f} in step {history[lowest][0]}): the run diverges or "
+            "overfits"
+        )
+    return (logging.WARNING, f"step {step}: " + "; ".join(warnings)) if warnings else None
+
+
+def _bar(baselines: dict[str, float]) -> tuple[float, str, str, str]:
+    """Return the loss to be below, its name, what a loss below it says, and what one above."""
+    if ARITHMETIC in baselines:
+        bar = baselines[ARITHMETIC]
+        return (
+            bar,
+            f"counting ({ARITHMETIC}, {bar:.4f})",
+            "from here on the model knows more than medians and frequencies tell",
+            "the model has learned less than counting tells, without learning",
+        )
+    name, bar = min(baselines.items(), key=lambda item: item[1])
+    return (
+        bar,
+        f"the best baseline ({name}, {bar:.4f})",
+        "from here on the model uses more than a gene's own rank",
+        "the model knows no more than each gene's rank",
+    )
+
+
+def _is_diverging(losses: list[float]) -> bool:
+    return len(losses) > 0 and losses[-1] > min(losses) * (1 + _TOLERANCE)

@@ -1,0 +1,124 @@
+"""Sums of scores over hidden genes of held-out cells: by decile of rank, bucket and data set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from data_prep.shards.reader import ShardSet
+
+TOP_GUESSES = 10
+RANK_DECILES = 10
+SCORES = ("loss", "accuracy", "top10")
+CELL_LOSS = "cell_loss"
+CURVES = ("rank_decile", "bucket", "dataset")
+# A line for each of the data sets with the most hidden genes, and one for all others together.
+MOST_DATASETS = 50
+OTHER_DATASETS = "all other data sets"
+
+
+class CellDatasets:
+    """Which data set each held-out cell belongs to; its blocks are read when first asked for."""
+
+    def __init__(self, shards: ShardSet) -> None:
+        self._shards = shards
+        # Format 1 of the shards lists sources only.
+        listed = shards.manifest.get("datasets") or shards.manifest["sources"]
+        self.names = [*dict.fromkeys(str(d["name"]) for d in listed), OTHER_DATASETS]
+        self._number_of = {name: i for i, name in enumerate(self.names)}
+        self._first_cells = np.asarray(shards.index["first_cell"])
+        self._blocks: dict[int, np.ndarray] = {}
+
+    def of(self, cells: np.ndarray) -> np.ndarray:
+        """Return int64 [cells], numbers of their data sets in `names`."""
+        numbers = np.searchsorted(self._first_cells, cells, side="right") - 1
+        found = np.empty(len(cells), np.int64)
+        for number in np.unique(numbers).tolist():
+            if number not in self._blocks:
+                column = self._shards.read_block(number).batch.column("dataset").to_pylist()
+                other = len(self.names) - 1
+                block = [self._number_of.get(name, other) for name in column]
+                self._blocks[number] = np.array(block, np.int32)
+            mine = numbers == number
+            found[mine] = self._blocks[number][cells[mine] - self._first_cells[number]]
+        return found
+
+
+class HeldoutSums:
+    """Sums over hidden genes: how many, and their scores.
+
+    ``cells`` float64 [buckets, deciles, 1 + scores], ``datasets`` float64 [data sets, 1 + scores];
+    ``cell_loss`` float64 [2], of the cell objective: how many cells, and their losses.
+    """
+
+    def __init__(self, num_buckets: int, num_datasets: int) -> None:
+        self.cells = np.zeros((num_buckets, RANK_DECILES, 1 + len(SCORES)))
+        self.datasets = np.zeros((num_datasets, 1 + len(SCORES)))
+        self.cell_loss = np.zeros(2)
+
+    def add(
+        self,
+        bucket: int,
+        ranks: np.ndarray,
+        datasets: np.ndarray,
+        losses: np.ndarray,
+        places: np.ndarray,
+    ) -> None:
+        """Add hidden genes of one bucket: relative ranks, numbers of data sets, scores, all [H]."""
+        decile = np.minimum((ranks * RANK_DECILES).astype(np.int64), RANK_DECILES - 1)
+        columns = (np.ones(len(losses)), losses, places == 0, places < TOP_GUESSES)
+        for number, column in enumerate(columns):
+            self.cells[bucket, :, number] += np.bincount(decile, column, RANK_DECILES)
+            self.datasets[:, number] += np.bincount(datasets, column, len(self.datasets))
+
+    def add_cells(self, losses: np.ndarray) -> None:
+        """Add the losses of cells."""
+        self.cell_loss += len(losses), losses.sum()
+
+    def flat(self) -> list[float]:
+        """Return all sums as one list."""
+        parts = [self.cells.ravel(), self.datasets.ravel(), self.cell_loss]
+        return np.concatenate(parts).tolist()
+
+    def replace(self, flat: list[float]) -> None:
+        """Take other sums, in the order of `flat`: those over all ranks."""
+        values = np.array(flat)
+        self.cells[:] = values[: self.cells.size].reshape(self.cells.shape)
+        self.datasets[:] = values[self.cells.size : -2].reshape(self.datasets.shape)
+        self.cell_loss[:] = values[-2:]
+
+    def means(self, buckets: list[str], datasets: list[str]) -> dict[str, Any]:
+        """Return the number of hidden genes and their mean scores, overall and as curves; the mean
+        loss of cells, if any have one."""
+        overall = _scores(self.cells.sum(axis=(0, 1)))
+        by_decile = [_scores(row) for row in self.cells.sum(axis=0)]
+        rows = zip(buckets, self.cells.sum(axis=1), strict=True)
+        by_bucket = {length: _scores(row) for length, row in rows if row[0]}
+        by_dataset = {k: _scores(row) for k, row in self.by_dataset(datasets).items()}
+        result: dict[str, Any] = dict(overall)
+        if self.cell_loss[0]:
+            result[CELL_LOSS] = float(self.cell_loss[1] / self.cell_loss[0])
+        for name in overall:
+            result[f"{name}_by_rank_decile"] = [scores[name] for scores in by_decile]
+            result[f"{name}_by_bucket"] = {k: scores[name] for k, scores in by_bucket.items()}
+            result[f"{name}_by_dataset"] = {k: scores[name] for k, scores in by_dataset.items()}
+        return result
+
+    def by_dataset(self, names: list[str]) -> dict[str, np.ndarray]:
+        """Return the rows of the data sets with the most hidden genes, and the rest in one."""
+        found = dict(zip(names, self.datasets, strict=True))
+        other = found.pop(OTHER_DATASETS).copy()
+        ordered = sorted(found, key=lambda name: -found[name][0])
+        kept = {name for name in ordered[:MOST_DATASETS] if found[name][0]}
+        for name in ordered[MOST_DATASETS:]:
+            other += found[name]
+        rows = {name: row for name, row in found.items() if name in kept}
+        return rows | ({OTHER_DATASETS: other} if other[0] else {})
+
+
+def _scores(sums: np.ndarray) -> dict[str, Any]:
+    """Return the number of hidden genes and the mean scores of a row of sums; None without any."""
+    count = int(sums[0])
+    means = [float(value) / count if count else None for value in sums[1:]]
+    return {"genes": count, **dict(zip(SCORES, means, strict=True))}

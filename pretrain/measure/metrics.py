@@ -1,0 +1,309 @@
+"""What a run says: console line, ``metrics.jsonl``, TensorBoard."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.running.owner import Owner
+from pretrain.config import ObjectiveConfig, RunConfig
+from pretrain.counting.baselines import ARITHMETIC, BASELINE_NAMES
+from pretrain.plan.flops import Work, known_gpu
+
+logger = logging.getLogger(__name__)
+
+METRICS_NAME = "metrics.jsonl"
+# TensorBoard's tab "Custom scalars": what belongs together in one plot.
+LAYOUT = {
+    "does it learn?": {
+        "loss, training and held out": ["Multiline", ["train/loss", "heldout/loss"]],
+        "loss of cells, training and held out": [
+            "Multiline",
+            ["train/cell_loss", "heldout/cell_loss", "heldout/baseline_unigram_cell_loss"],
+        ],
+        "held-out loss beside the baselines": [
+            "Multiline",
+            ["heldout/loss", *(f"heldout/baseline_{name}" for name in BASELINE_NAMES)],
+        ],
+        "held-out loss below the arithmetic baseline, nats": [
+            "Multiline",
+            [f"heldout/beyond_{ARITHMETIC}"],
+        ],
+        "held-out top-10 beside the baselines": [
+            "Multiline",
+            ["heldout/top10", *(f"heldout/baseline_{name}_top10" for name in BASELINE_NAMES)],
+        ],
+    },
+    "is it stable?": {
+        "gradient norm": ["Multiline", ["train/grad_norm"]],
+        "learning rate": ["Multiline", ["train/learning_rate", "train/muon_learning_rate"]],
+    },
+    "is it fast?": {
+        "real tokens a second": ["Multiline", ["train/tokens_per_s", "train/tokens_per_s_wall"]],
+        "padding and waiting": ["Multiline", ["train/padding", "train/data_wait"]],
+        "a step waits for a checkpoint, s": ["Multiline", ["checkpoint/blocked_s"]],
+    },
+}
+# The first steps of a process allocate and compile; they are left out of the rates.
+_WARMUP_STEPS = 2
+
+
+@dataclass
+class Window:
+    """Sums over the steps since the last line; all over all ranks, except the times."""
+
+    loss: float = 0.0
+    hits: float = 0.0
+    cell_loss: float = 0.0
+    masked: float = 0.0
+    scored_cells: float = 0.0
+    tokens: float = 0.0
+    padded_tokens: float = 0.0
+    cells: float = 0.0
+    data_wait_s: float = 0.0
+    timed_tokens: float = 0.0
+    timed_padded_tokens: float = 0.0
+    timed_cells: float = 0.0
+    timed_flops: float = 0.0
+    timed_s: float = 0.0
+    timed_steps: int = 0
+    steps: int = 0
+
+
+@dataclass
+class Meter:
+    """Collects steps and turns a window of them into rates.
+
+    The first steps of a process allocate and compile: they are in ``tokens_per_s_wall`` only, which
+    counts from when the meter was made, with all that happens between steps.
+
+    Attributes
+    ----------
+    work
+        What a token costs, and what the device could do.
+    started
+        When it was made, before the first pass, by `time.perf_counter`.
+    """
+
+    world_size: int
+    total_steps: int
+    work: Work
+    window: Window = field(default_factory=Window)
+    started: float = field(default_factory=time.perf_counter)
+    _seen: int = 0
+    _all_tokens: int = 0
+
+    def add(
+        self,
+        counts: dict[str, int],
+        length: int,
+        loss: float,
+        hits: float,
+        cell_loss: float,
+        wait_s: float,
+        step_s: float,
+    ) -> None:
+        """Add one step of cells padded to `length`.
+
+        `counts` are sums over ranks of masked, tokens, padded_tokens, cells, and with a cell
+        objective of scored (cells that have a loss, `cell_loss` in sum).
+        """
+        w = self.window
+        self._all_tokens += counts["tokens"]
+        w.loss, w.hits = w.loss + loss, w.hits + hits
+        w.masked += counts["masked"]
+        if self._objective.cell_weight:
+            w.cell_loss += cell_loss
+            w.scored_cells += counts["scored"]
+        w.tokens += counts["tokens"]
+        w.padded_tokens += counts["padded_tokens"]
+        w.cells += counts["cells"]
+        w.steps += 1
+        self._seen += 1
+        if self._seen > _WARMUP_STEPS:
+            w.timed_tokens += counts["tokens"]
+            w.timed_padded_tokens += counts["padded_tokens"]
+            w.timed_cells += counts["cells"]
+            w.timed_flops += counts["padded_tokens"] * self.work.flops_per_token(length)
+            w.timed_s += step_s
+            w.data_wait_s += wait_s
+            w.timed_steps += 1
+
+    @property
+    def _objective(self) -> ObjectiveConfig:
+        return self.work.config.objective
+
+    @property
+    def has_steps(self) -> bool:
+        """Does the window hold any step? Those that were skipped are not added."""
+        return self.window.steps > 0
+
+    def close_window(self, step: int) -> dict[str, float]:
+        """Return the figures of the window and start a new one."""
+        w, self.window = self.window, Window()
+        # A window of warm-up steps alone has no rates.
+        seconds, timed_steps = (w.timed_s, w.timed_steps) if w.timed_steps else (math.nan, 1)
+        flops_per_s = w.timed_flops / seconds / self.world_size
+        known = {"mfu": flops_per_s / self.work.peak_flops} if self.work.peak_flops else {}
+        of_cells = {}
+        if self._objective.cell_weight:
+            of_cells["cell_loss"] = w.cell_loss / w.scored_cells
+        # Nothing was asked of single genes: there is no loss, which is not a loss of 0.
+        masked = w.masked if self._objective.gene_weight else math.nan
+        return {
+            "loss": w.loss / masked,
+            "masked_accuracy": w.hits / masked,
+            **of_cells,
+            "cells_per_s": w.timed_cells / seconds,
+            "tokens_per_s": w.timed_tokens / seconds,
+            "tokens_per_s_per_rank": w.timed_tokens / seconds / self.world_size,
+            "padded_tokens_per_s": w.timed_padded_tokens / seconds,
+            "tokens_per_s_wall": self._all_tokens / (time.perf_counter() - self.started),
+            "tokens_per_cell": w.tokens / max(w.cells, 1),
+            "flops_per_s_per_rank": flops_per_s,
+            **known,
+            "padding": 1 - w.tokens / w.padded_tokens,
+            "data_wait": w.data_wait_s / seconds,
+            "memory_gib": peak_memory_gib(),
+            "eta_s": seconds / timed_steps * (self.total_steps - step),
+        }
+
+
+def meter_of(config: RunConfig, num_tokens: int, world_size: int, steps: int) -> Meter:
+    """Return a meter for this device and a vocabulary of so many tokens; say how it counts."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_initialized() else ""
+    work = Work(config, num_tokens, known_gpu(name))
+    logger.info("%s", work.formula())
+    return Meter(world_size, steps, work)
+
+
+def peak_memory_gib() -> float:
+    """Return the peak memory of this process: on the GPU if there is one, else resident."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class RunLog:
+    """Writes metrics of rank 0; a resumed run continues the files after its step."""
+
+    def __init__(self, run: Path, resumed_step: int, owner: Owner | None = None) -> None:
+        # Imported here: tensorboard takes a second, and only rank 0 of a run needs it.
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._path, self._owner = run / METRICS_NAME, owner
+        self._require_own()
+        with _named(self._path):
+            kept = read_metrics(run, resumed_step)
+            # Aside: whoever is killed here has lost nothing.
+            aside = self._path.with_suffix(".partial")
+            aside.write_text("".join(json.dumps(m) + "\n" for m in kept))
+            aside.replace(self._path)
+        with _named(run / "tensorboard"):
+            self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
+            self._tensorboard.add_custom_scalars(LAYOUT)
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Append one record to metrics.jsonl and TensorBoard; kinds: train, heldout, checkpoint,
+        skipped.
+
+        A list or dict of numbers is one scalar per element there: ``heldout/loss_by_bucket/0512``,
+        ``heldout/loss_by_rank_decile/1``.
+        """
+        self._require_own()
+        finite = _finite(values)
+        record = {"kind": kind, "step": step, "time": time.time(), **finite}
+        with _named(self._path), self._path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        with _named(self._path.with_name("tensorboard")):
+            for name, value in _scalars(kind, finite):
+                self._tensorboard.add_scalar(name, value, step)
+
+    def _require_own(self) -> None:
+        if self._owner is not None:
+            self._owner.require()
+
+    def close(self) -> None:
+        self._tensorboard.close()
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Say of which file an error is, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{path}: cannot be written ({error.strerror or error}); make room, or see to the file "
+            "system, and go on with --resume"
+        ) from error
+
+
+def _finite(value: Any) -> Any:
+    """Return a value of JSON with None for every number that JSON does not have."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scalars(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Yield (name, number) of all numbers in a value of JSON; places of a list count from 1."""
+    if isinstance(value, int | float):
+        yield name, value
+    elif isinstance(value, list):
+        for place, part in enumerate(value, 1):
+            yield from _scalars(f"{name}/{place}", part)
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            # Lengths of buckets in the order of numbers.
+            yield from _scalars(f"{name}/{key.zfill(4) if key.isdigit() else key}", part)
+
+
+def read_metrics(run: Path, last_step: int | None = None) -> list[dict[str, Any]]:
+    """Return the records of a run up to a step, as written; a torn last line is left out.
+
+    The steps of each kind are in order; a checkpoint's record comes when it is finished.
+    """
+    path = run / METRICS_NAME
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            logger.warning("%s: a torn line is skipped", path)
+    return [m for m in records if last_step is None or m["step"] <= last_step]
+
+
+def console_line(step: int, total: int, values: dict[str, float]) -> str:
+    """Return one line for people."""
+    known = math.isfinite(values["eta_s"])
+    flops = f"{values['flops_per_s_per_rank'] / 1e12:.3g} TFLOP/s"
+    used = f"MFU {values['mfu']:.1%}" if "mfu" in values else flops
+    eta = str(timedelta(seconds=int(values["eta_s"]))) if known else "-"
+    muon = f"muon {values['muon_learning_rate']:.2e}  " if "muon_learning_rate" in values else ""
+    shown = []
+    if math.isfinite(values["masked_accuracy"]):
+        shown.append(f"loss {values['loss']:.4f}  acc {values['masked_accuracy']:.2%}")
+    if "cell_loss" in values:
+        shown.append(f"cell loss {values['cell_loss']:.4f}")
+    return (
+        f"step {step}/{total}  {'  '.join(shown)}  "
+        f"gnorm {values['grad_norm']:.2f}  lr {values['learning_rate']:.2e}  {muon}"
+        f"{values['cells_per_s']:.1f} cells/s of {values['tokens_per_cell']:,.0f}  "
+        f"{values['tokens_per_s_per_rank']:,.0f} tok/s/rank  {used}  "
+        f"pad {values['padding']:.1%}  wait {values['data_wait']:.1%}  "
+        f"mem {values['memory_gib']:.2f} GiB  eta {eta}"
+    )

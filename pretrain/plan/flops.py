@@ -1,0 +1,155 @@
+"""How many floating point operations training needs, and what GPUs can do in a second.
+
+Arithmetic only, no torch. Symbols: d width, i intermediate width, L padded length of a cell, V
+vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pretrain.config import RunConfig
+from pretrain.settings.architecture import MODERNBERT, layer_types
+from pretrain.settings.model_settings import ModelConfig
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU of the makers' data sheets: dense bfloat16 and TF32 FLOP/s, memory in GiB, and what it
+    delivers in bytes a second."""
+
+    name: str
+    bf16_flops: float
+    fp32_flops: float
+    memory_gib: float
+    bytes_per_s: float
+
+    def flops(self, precision: str) -> float:
+        return self.bf16_flops if precision == "bf16" else self.fp32_flops
+
+
+# Of float32 logits that a GPU holds at once (`pretrain.model.head_scores`).
+CHUNK_BYTES = 2**28
+
+GPUS = {
+    g.name: g
+    for g in (
+        Gpu("a100", 312e12, 156e12, 79.2, 2.04e12),
+        Gpu("a100-40", 312e12, 156e12, 39.4, 1.56e12),
+        Gpu("l40s", 362e12, 183e12, 44.5, 0.86e12),
+        Gpu("h100", 989e12, 495e12, 79.6, 3.35e12),
+        Gpu("h200", 989e12, 495e12, 139.8, 4.8e12),
+        Gpu("b200", 2250e12, 1125e12, 178.0, 8.0e12),
+        # No GPU: a core of the machine of docs/benchmarks.md; what its runs reach, not a peak.
+        Gpu("cpu", 170e9, 92e9, 16.0, 10e9),
+    )
+}
+
+
+def layer_matrices(model: ModelConfig) -> tuple[int, int]:
+    """Return weights of a layer that all places pass, and those that places that ask pass.
+
+    In the last layer few ask. ModernBERT projects queries with keys and values, and has a gate.
+    """
+    d, i = model.hidden_size, model.intermediate_size
+    if model.architecture == MODERNBERT:
+        return 3 * d * d, d * d + 3 * d * i
+    return 2 * d * d, 2 * d * d + 2 * d * i
+
+
+def places_seen(model: ModelConfig, asked: float) -> tuple[float, float]:
+    """Return (a, b): in all layers together a token is compared with a L + b places.
+
+    In the last layer the share `asked` of them asks, and sees the whole cell; where all ask it is
+    a layer like the others. A local layer of a long cell is computed in blocks of two windows that
+    see three (`pretrain.model.window_attention`).
+    """
+    if model.architecture != MODERNBERT:
+        return model.num_layers - 1 + asked, 0.0
+    assert model.local_window and model.global_every
+    kinds = layer_types(model.num_layers, model.global_every)
+    if asked == 1:
+        asked = 0.0
+    else:
+        kinds.pop()
+    whole = sum(kind == "full_attention" for kind in kinds)
+    return whole + asked, 3.0 * model.local_window * (len(kinds) - whole)
+
+
+def asked_shares(config: RunConfig) -> tuple[float, float]:
+    """Return the shares of places that ask in the last layer, and that reach the head of genes.
+
+    The cell objective asks for the states of all places, and for the head once in a cell.
+    """
+    hidden, objective = config.masking.probability, config.objective
+    return 1.0 if objective.cell_weight else hidden, hidden if objective.gene_weight else 0.0
+
+
+def flops_per_token(config: RunConfig, num_tokens: int, length: float) -> float:
+    """Return floating point operations, forward and backward, of a token in a cell of this length.
+
+    6 for each weight of the layers' matrices, 12 d for each place seen in a layer, and the head.
+    The head and the last layer but for its keys and values (in a ModernBERT, its queries too) are
+    computed at hidden genes only; with a cell objective the layer at all places, and the head once
+    more for each cell.
+    """
+    model, (asked, of_genes) = config.model, asked_shares(config)
+    d = model.hidden_size
+    keys, others = layer_matrices(model)
+    matrices = model.num_layers * keys + (model.num_layers - 1 + asked) * others
+    whole, local = places_seen(model, asked)
+    attention = 12 * d * (whole * length + local)
+    rows = of_genes + (1 / length if config.objective.cell_weight else 0)
+    head = 6 * rows * (d * num_tokens + d * d)
+    recomputed = (2 * matrices + attention / 3) if model.activation_checkpointing else 0
+    return 6 * matrices + attention + head + recomputed
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating point operations of training, and the most that the device does in a second.
+
+    `peak_flops` is None where no maker publishes it (a CPU, an unknown GPU): there is no MFU then.
+    """
+
+    config: RunConfig
+    num_tokens: int
+    gpu: Gpu | None
+
+    def flops_per_token(self, length: int) -> float:
+        """Return operations of a padded token, forward and backward, in cells of this length."""
+        return flops_per_token(self.config, self.num_tokens, length)
+
+    @property
+    def peak_flops(self) -> float | None:
+        return self.gpu.flops(self.config.run.precision) if self.gpu else None
+
+    def formula(self) -> str:
+        """Return in words how FLOP/s and MFU are counted."""
+        model, (asked, of_genes) = self.config.model, asked_shares(self.config)
+        d, layers = model.hidden_size, model.num_layers
+        keys, others = layer_matrices(model)
+        matrices = f"6 x ({layers} x {keys} + {layers - 1 + asked:g} x {others})"
+        whole, local = places_seen(model, asked)
+        attention = f"12 x {whole:g} x {d} x L"
+        if local:
+            attention = f"12 x {d} x ({whole:g} x L + {local:g})"
+        rows = f"({of_genes:g} + 1 / L)" if self.config.objective.cell_weight else f"{of_genes:g}"
+        head = f"6 x {rows} x {d * (self.num_tokens + d)}"
+        peak = "no MFU: the peak of this device is not published"
+        if self.peak_flops:
+            assert self.gpu
+            peak = (
+                f"MFU = FLOP/s of a rank / {self.peak_flops / 1e12:g} TFLOP/s ({self.gpu.name}, "
+                f"{self.config.run.precision}, dense)"
+            )
+        return (
+            f"FLOPs of a padded token in a cell of L = {matrices} (weights) + {attention} "
+            f"(attention) + {head} (head), only what is computed; {peak}"
+        )
+
+
+def known_gpu(name: str) -> Gpu | None:
+    """Return what is published of a GPU, by the name that CUDA gives it; None if unknown."""
+    words = name.lower().replace("-", " ").split()
+    return next((g for n, g in GPUS.items() if n in words), None)
