@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from launch.hosts.node import LAUNCH_ID
+from data_prep.running.owner import LAUNCH_ID
 from tests.hosts import Host, hosts, why_no_hosts
 from tests.ranks import free_port
 
@@ -105,7 +105,7 @@ def idle(limit_s: float) -> float:
     """Return CPU seconds a second of one of two idle ranks; `limit_s` 0: nobody watches."""
     code = (
         "import time, sys\n"
-        "from pretrain import dist\n"
+        "from pretrain.ranks import dist\n"
         "from pretrain.ranks.watch import Watch\n"
         "ranks = dist.start(60, 1)\n"
         f"with Watch(ranks, {limit_s}, 480) as watch:\n"

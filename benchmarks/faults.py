@@ -1,0 +1,122 @@
+"""How soon a fault is noticed, and how soon the run trains again, on two loaded cores.
+
+    python -m benchmarks.faults SHARDS [--json OUT.json] [--idle]
+
+Three hosts (network namespaces, `tests.hosts`: needs root): one starts the run, two train with the
+default signs of life. A fault is caused on the second of them; the launcher's own record says when
+it ended the attempt, ``metrics.jsonl`` when the first training step of the next one was done. One
+process for each core computes beside it all the time, at the same priority.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.launch import config_of, records, start, wait_for_step
+from launch.attempts.rank_logs import read_events
+from tests.hosts import Host, hosts, why_no_hosts
+
+_REPEATS = 3
+_LIMIT_S = 300
+
+
+def _kill_rank(host: Host) -> None:
+    host.run(["kill", "-KILL", str(host.processes("-m pretrain ")[0])])
+
+
+def _stop_rank(host: Host) -> None:
+    host.run(["kill", "-STOP", str(host.processes("-m pretrain ")[0])])
+
+
+# What happens, to a host, and how it is made good again.
+FAULTS: dict[str, tuple[Callable[[Host], None], bool]] = {
+    "a rank is killed": (_kill_rank, False),
+    "a rank stands still": (_stop_rank, False),
+    "a host loses its cable": (Host.unplug, True),
+}
+
+
+@contextlib.contextmanager
+def loaded(cores: int) -> Iterator[None]:
+    """Keep so many cores busy inside a ``with`` block."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores)]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+def disturbed(three: list[Host], shards: Path, folder: Path, fault: str) -> dict[str, float]:
+    """Return seconds from a fault until it was noticed, and until the next training step."""
+    disturb, is_unplugged = FAULTS[fault]
+    out, log, hostfile = folder / "run", folder / "log", folder / "hostfile"
+    hostfile.write_text("ds2 slots=1\nds3 slots=1\n")
+    # A checkpoint every five steps: what is trained again does not belong to what is measured.
+    words = config_of(shards, out, checkpoint__every_steps="5")
+    process = start(three[0], hostfile, words, log)
+    try:
+        wait_for_step(out, 12, process, log)
+        disturb(three[2])
+        at = time.time()
+        while len(read_events(out / "launch")) < 2 or not _trains_again(out):
+            if process.poll() is not None or time.time() > at + _LIMIT_S:
+                raise RuntimeError(f"{fault}: the run does not go on:\n{log.read_text()}")
+            time.sleep(0.05)
+    finally:
+        process.terminate()
+        process.wait(_LIMIT_S)
+        if is_unplugged:
+            three[2].plug_in(three[0])
+    (ended,) = [e for e in read_events(out / "launch") if e["event"] == "ended"][:1]
+    again = [r["time"] for r in records(out) if r["time"] > ended["time"]]
+    return {"noticed_s": ended["time"] - at, "trains_again_s": again[0] - at}
+
+
+def _trains_again(out: Path) -> bool:
+    ended = [e["time"] for e in read_events(out / "launch") if e["event"] == "ended"]
+    return bool(ended) and any(r["time"] > ended[0] for r in records(out))
+
+
+def main() -> None:
+    """Measure, print, and write JSON where asked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("shards", type=Path)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--idle", action="store_true", help="without the load")
+    given = parser.parse_args()
+    if (why := why_no_hosts()) is not None:
+        raise SystemExit(f"three hosts: {why}")
+    cores = 0 if given.idle else len(os.sched_getaffinity(0))
+    found: dict[str, Any] = {"load_before": os.getloadavg()[0], "busy_processes": cores}
+    with tempfile.TemporaryDirectory() as name, hosts(3, Path(name) / "hosts") as three:
+        for fault in FAULTS:
+            runs = []
+            for number in range(_REPEATS):
+                folder = Path(name) / f"{fault.replace(' ', '_')}_{number}"
+                folder.mkdir()
+                with loaded(cores):
+                    runs.append(disturbed(three, given.shards.absolute(), folder, fault))
+                print(fault, json.dumps(runs[-1]), flush=True)
+            found[fault] = {k: statistics.median(r[k] for r in runs) for k in runs[0]}
+            found[f"{fault}: runs"] = runs
+    found["load_after"] = os.getloadavg()[0]
+    print(json.dumps(found, indent=1))
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
