@@ -1,4 +1,8 @@
-"""What gene ids tell: species, version suffixes, mitochondrial genes, and the annotation table."""
+"""Functions that derive species, biotypes and mitochondrial genes from gene ids and annotations.
+
+`species_of` needs gene ids only. `mitochondrial_columns` knows the human mitochondrial genes and
+adds those of an annotation table, which `read_annotation` reads.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +26,8 @@ ORGANISMS = {
     "mus_musculus": "mouse", "rattus norvegicus": "rat", "danio rerio": "zebrafish",
     "macaca mulatta": "macaque",
 }  # fmt: skip
-_SOME_NUMBER = "0" * 11  # as long as that of an Ensembl id
-# The 37 genes of the human mitochondrial chromosome (GENCODE 49), without ENSG00000 in front.
+_SOME_NUMBER = "0" * 11  # as many digits as an Ensembl id has
+# The 37 genes of the human mitochondrial chromosome (GENCODE 49), without the prefix ENSG00000.
 _HUMAN_NUMBERS = """
 198695 198712 198727 198763 198786 198804 198840 198886 198888 198899 198938 209082 210049 210077
 210082 210100 210107 210112 210117 210127 210135 210140 210144 210151 210154 210156 210164 210174
@@ -42,22 +46,23 @@ BIOTYPES = ("protein_coding", "miRNA")
 
 @dataclass(frozen=True)
 class Annotation:
-    """Genes of a table: those of the chosen biotypes, and the mitochondrial ones."""
+    """Gene ids from an annotation table: genes of the chosen biotypes, and mitochondrial genes."""
 
     chosen: frozenset[str]
     mitochondrial: frozenset[str]
 
 
 def read_annotation(path: Path, biotypes: tuple[str, ...] = BIOTYPES) -> Annotation:
-    """Return the annotation of a csv, tsv (also .gz) or parquet table.
+    """Return the annotation that a csv, tsv (also .gz) or parquet table holds.
 
-    Needed columns: a gene id (``ensembl_id``, ``gene_id``) and a biotype (``gene_type``,
-    ``biotype``); used if there: a chromosome, or a gene name beginning with ``MT-``.
+    The table must have a column of gene ids (``ensembl_id``, ``gene_id``) and one of biotypes
+    (``gene_type``, ``biotype``). Where it also has chromosomes or gene names, they tell which genes
+    are mitochondrial: the chromosome is, or the name begins with ``MT-``.
 
     Raises
     ------
     ValueError
-        No such file, a column is missing, or no gene has one of the biotypes.
+        The file does not exist, a column is missing, or no gene has one of the biotypes.
     """
     try:
         if path.suffix == ".parquet":
@@ -100,7 +105,11 @@ def _column(path: Path, table: pd.DataFrame, names: tuple[str, ...], what: str) 
 def mitochondrial_columns(
     ids: list[str], symbols: list[str] | None, annotation: Annotation | None
 ) -> np.ndarray:
-    """Return bool [genes]: on the mitochondrial chromosome, by id, by table, or named ``MT-``."""
+    """Return bool [genes], True for mitochondrial genes.
+
+    A gene is mitochondrial if its id is a human mitochondrial gene's, if the annotation table says
+    so, or if its name (its id where no symbols are given) begins with ``MT-``.
+    """
     known = _HUMAN_MITOCHONDRIAL | (annotation.mitochondrial if annotation else frozenset())
     names = symbols or ids
     return np.array(
@@ -109,8 +118,12 @@ def mitochondrial_columns(
 
 
 def species_of(ids: list[str] | tuple[str, ...]) -> str | None:
-    """Return the species of most Ensembl ids, its bare prefix if unknown; None without any."""
-    # Of most ids all but the number is the same: the pattern is tried for each beginning only.
+    """Return the species that most Ensembl ids belong to.
+
+    Where the prefix is not in `SPECIES`, the prefix itself is returned (``ENSXYZG``); None if no id
+    is an Ensembl id.
+    """
+    # Most ids differ in their number only, so the pattern is tried once for each prefix.
     heads = Counter(i[:-11] for i in map(plain_id, ids) if i[-11:].isdecimal())
     prefixes: Counter[str] = Counter()
     for head, number in heads.items():

@@ -1,16 +1,18 @@
-"""What a gene of a file is called, and which gene of a vocabulary that is.
+"""Lookup of the genes of a file in a vocabulary, by Ensembl id, previous id or symbol.
 
-Each name is looked up on its own, so that a file may mix them, in this order:
+`GeneLookup.find_all` looks up each name on its own, so that a file may mix kinds of names. The
+lookups are tried in this order:
 
-1. as a gene of the vocabulary (*id*);
-2. in the table of other ids (*previous id*);
-3. the same without the version of an Ensembl id, and without a genome in front (*id without
-   version or genome*);
-4. as a current symbol (*symbol*);
-5. as a symbol that a gene had before, or another name of the mapping (*previous symbol*).
+1. the name is a gene of the vocabulary (*id*);
+2. the name is an Ensembl id in the table of other ids (*previous id*);
+3. the same two lookups without the version of an Ensembl id and without the genome in front of it
+   (*id without version or genome*);
+4. the name is a current gene symbol (*symbol*);
+5. the name is a symbol that a gene had before, or another name of the mapping (*previous symbol*).
 
-What is not found as it is written is looked up once more in upper case, as Geneformer's tokenizer
-for V2 does. Where upper case would make two different genes of a table one, neither is taken.
+A name that is not found as it is written is looked up once more in upper case, as Geneformer's
+tokenizer for V2 does. Where two different genes of a table have the same name in upper case,
+neither is taken.
 """
 
 from __future__ import annotations
@@ -25,11 +27,11 @@ import numpy as np
 
 ENSEMBL = re.compile(r"^ENS([A-Z]*)G\d{11}$")
 ENSEMBL_VERSIONED = re.compile(r"^ENS[A-Z]*G\d{11}\.\d+(?:_PAR_Y)?$")
-# Cell Ranger puts the genome in front of ids where a reference has two: GRCh38_ENSG...,
-# mm10___Xkr4.
+# Cell Ranger puts the genome in front of a gene id where its reference has two genomes:
+# GRCh38_ENSG..., mm10___Xkr4.
 _GENOME_STARTS = ("GRCh", "GRCm", "hg", "mm", "Rnor", "mRatBN", "GRCz", "Mmul", "Sscrofa")
 _GENOME = re.compile(rf"^((?:{'|'.join(_GENOME_STARTS)})_?\d[A-Za-z0-9.]*?)_+(?=.)")
-# What pandas and R write where there is no name.
+# Words that pandas and R write for a missing name.
 _NO_NAME = frozenset({"nan", "none", "na", "n/a", "<na>", "null", "-"})
 _LONGEST_NO_NAME = max(map(len, _NO_NAME))
 ID, PREVIOUS_ID = "id", "previous id"
@@ -41,14 +43,14 @@ _NAMED = 10
 
 
 def strip_version(gene_id: str) -> str:
-    """Return an Ensembl id without its version (and ``_PAR_Y``); anything else unchanged."""
-    if "." not in gene_id:  # most have none, and a pattern costs more to try
+    """Return an Ensembl id without its version (and ``_PAR_Y``); other names are unchanged."""
+    if "." not in gene_id:  # most ids have no version, and this test is cheaper than the pattern
         return gene_id
     return gene_id.split(".", 1)[0] if ENSEMBL_VERSIONED.match(gene_id) else gene_id
 
 
 def genome_of(gene_id: str) -> str:
-    """Return the genome in front of a gene id: ``GRCh38`` of ``GRCh38_ENSG...``; '' without one."""
+    """Return the genome in front of a gene id, ``GRCh38`` for ``GRCh38_ENSG...``; '' if none."""
     found = _GENOME.match(gene_id) if gene_id.startswith(_GENOME_STARTS) else None
     return found[1] if found else ""
 
@@ -59,40 +61,40 @@ def without_genome(gene_id: str) -> str:
 
 
 def plain_id(gene_id: str) -> str:
-    """Return a gene id without version and genome."""
+    """Return a gene id without its version and without the genome in front of it."""
     if "." not in gene_id and not gene_id.startswith(_GENOME_STARTS):
         return gene_id
     return strip_version(without_genome(gene_id))
 
 
 def _is_ensembl(name: str) -> bool:
-    """Return whether a name is an Ensembl id, or one that was made up where there is none."""
+    """Return whether a name is an Ensembl id, or looks like one (``ENSGunknown_TP53``)."""
     plain = plain_id(name)
     made_up = plain.startswith("ENSG") and not plain[4:5].isdecimal()
     return made_up or bool(ENSEMBL.match(plain))
 
 
 def present(gene_id: str) -> str:
-    """Return a name, or '' for the words that stand where there is none."""
+    """Return the name without outer blanks, or '' if it is a word for a missing name (``nan``)."""
     name = gene_id.strip()
     return "" if len(name) <= _LONGEST_NO_NAME and name.lower() in _NO_NAME else name
 
 
 @dataclass(frozen=True)
 class FoundGenes:
-    """Genes of a file under a vocabulary.
+    """The result of looking up the genes of a file in a vocabulary.
 
     Attributes
     ----------
     tokens
-        int32 [names], -1 where not found.
+        int32 [names], the token of each name, -1 where a name was not found.
     found_as
-        One of `FOUND_AS` -> how many.
+        Number of names for each lookup of `FOUND_AS`; lookups without names are left out.
     upper_cased
-        Of them those that were found in upper case only.
+        Number of names that were found in upper case only.
     case_collisions
-        Names that differ in nothing but case from another name in the file that is the same gene,
-        or from a name in the vocabulary's tables that is another gene.
+        Names that differ only by case from another name of the same gene in the file, and names
+        that were not found because two genes of the vocabulary's tables share them in upper case.
     """
 
     tokens: np.ndarray
@@ -102,16 +104,16 @@ class FoundGenes:
 
 
 class GeneLookup:
-    """Finds genes by any of their names.
+    """Finds the token of a gene by any of the gene's names.
 
     Parameters
     ----------
     tokens
-        Gene id -> token.
+        Token of each gene id.
     aliases
-        Other ids and names -> gene id.
+        Gene id of each other id or name.
     names
-        Current symbols -> gene id.
+        Gene id of each current symbol.
     """
 
     def __init__(
@@ -126,7 +128,11 @@ class GeneLookup:
 
     @cached_property
     def _upper(self) -> tuple[dict[str, str], frozenset[str]]:
-        """(name in upper case -> the name as a table writes it, names of two genes)."""
+        """Two tables of upper-case names.
+
+        The first maps a name in upper case to the name as a table writes it; the second holds the
+        upper-case names that two different genes share.
+        """
         written: dict[str, str] = {}
         several: set[str] = set()
         for table in (self._tokens, self._aliases, self._names):
@@ -142,7 +148,7 @@ class GeneLookup:
         return self._tokens.get(name, self._tokens.get(gene, -1))
 
     def _exact(self, name: str) -> str | None:
-        """Return as what a name is found, if it is."""
+        """Return the lookup of `FOUND_AS` that finds a name as it is written, None if none does."""
         if name in self._tokens:
             return ID
         if name in self._aliases:
@@ -152,7 +158,7 @@ class GeneLookup:
         return SYMBOL if name in self._names else None
 
     def find(self, name: str) -> tuple[int, str, bool]:
-        """Return (token or -1, as what it was found, only in upper case?)."""
+        """Return (token or -1, the lookup of `FOUND_AS`, whether upper case was needed)."""
         how = self._exact(name)
         if how is not None:
             return self._token(name), how, False
@@ -161,7 +167,7 @@ class GeneLookup:
         plain = plain_id(name)
         if plain != name and (how := self._exact(plain)) is not None:
             return self._token(plain), CUT_ID if how in (ID, PREVIOUS_ID) else how, False
-        if ENSEMBL.match(plain):  # an id of another annotation has no other spelling
+        if ENSEMBL.match(plain):  # an unknown Ensembl id cannot be found in upper case either
             return -1, NOT_FOUND, False
         written = self._upper[0].get(plain.upper())
         how = self._exact(written) if written is not None else None
@@ -170,17 +176,23 @@ class GeneLookup:
         return self._token(written), how, True
 
     def _known(self, name: str) -> tuple[int, str, bool]:
-        # The files of a corpus have the same names: what is not found is looked for once.
+        # The files of a corpus share their names, so each name is searched for once only.
         known = self._memory.get(name)
         if known is None:
             known = self._memory[name] = self.find(name)
         return known
 
     def find_all(self, names: list[str], others: Iterable[list[str]] = ()) -> FoundGenes:
-        """Return the genes of a file; `others`: further names of the same genes.
+        """Return the genes of a file.
 
-        They are tried for names that are there, are not found, and are no Ensembl ids, also not of
-        those that somebody made up in their manner (``ENSGunknown_TP53``).
+        Parameters
+        ----------
+        names
+            First name of each gene, '' where the file has none.
+        others
+            Lists of further names of the same genes. They are tried where the first name is not
+            empty, was not found, is no Ensembl id and does not look like one
+            (``ENSGunknown_TP53``).
         """
         found = [
             (token, ID, False) if (token := self._tokens.get(name, -1)) >= 0 else self._known(name)
@@ -206,7 +218,7 @@ class GeneLookup:
             for i in np.flatnonzero(tokens < 0).tolist()
             if (name := names[i]) and name.upper() in self._upper[1]
         ]
-        # Only genes with several names.
+        # Only genes that stand in the file under several names can collide.
         _, number, times = np.unique(tokens, return_inverse=True, return_counts=True)
         by_token: dict[int, list[str]] = {}
         for i in np.flatnonzero((times[number] > 1) & (tokens >= 0)).tolist():
@@ -222,6 +234,6 @@ class GeneLookup:
 
 
 def name_some(names: list[str]) -> str:
-    """Return some of many names as text."""
+    """Return the first ten names as text, with the number of those that are left out."""
     rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + rest

@@ -1,9 +1,15 @@
-"""Rank value encoding: one cell's counts -> gene tokens, highest normalised expression first.
+"""Rank value encoding: turns a cell's counts into gene tokens, highest normalised value first.
 
-value = counts * (1 / total) * 10,000 * (1 / median), sorted downwards; equal values by ascending
-token id. The order of these float64 operations is the published tokenizer's: scipy divides a
-sparse matrix by multiplying with the reciprocal, and where two genes nearly tie the last bit
-decides. The published code leaves exact ties to an unstable sort; the rule above replaces that.
+The value of a gene is counts * (1 / total) * 10,000 * (1 / median). Genes are sorted by falling
+value, and genes of equal value by rising token id. The order of these float64 operations is the
+published tokenizer's: scipy divides a sparse matrix by multiplying with the reciprocal, and where
+two genes nearly tie, the last bit decides. The published code leaves exact ties to an unstable
+sort; the rule above replaces that.
+
+`encode_cells` is the entry. For each cell its kernel `_encode` makes one 64-bit sort key per gene
+(`_make_keys`) and sorts the keys (`_sort_keys`). Where this is not possible (a gene stands in
+several columns, values are too close, or the vocabulary is too large), it sums the counts by token
+(`_add_up`) and sorts the full values (`_sort_descending`).
 """
 
 from __future__ import annotations
@@ -15,16 +21,16 @@ import numpy as np
 
 from data_prep.genes.vocabulary import CLS, EOS, TARGET_SUM, Vocabulary
 
-# Of `_sort_keys`: a key is a value's bits, inverted, with the token in place of the last 16.
+# A sort key of `_sort_keys` is the inverted bits of a value, with the token as its last 16 bits.
 _TOKEN_MASK = np.uint64(0xFFFF)
 _BIN_SHIFT, _NUM_BINS = np.uint64(43), 16384
-# Signed indices may be negative in Python, which costs a comparison at each access.
+# Unsigned indices: signed ones may be negative in Python, which costs a comparison per access.
 _INDEX, _ZERO, _ONE, _COUNT_ONE = np.uintp, np.uintp(0), np.uintp(1), np.uint32(1)
-# Insertion among so many is about as slow as the general sort.
+# With this many keys in one bin, insertion sort is about as slow as the general sort.
 _FULLEST_BIN = 64
 _RADIX_BITS = 11
 _RADIX_SIZE = 1 << _RADIX_BITS
-# Position of the only set bit of a word: multiply by a de Bruijn sequence, look the top bits up.
+# To find the only set bit of a word: multiply by a de Bruijn sequence and look up the top six bits.
 _DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
 _BIT_INDEX = np.empty(64, np.int64)
 _BIT_INDEX[[(int(_DE_BRUIJN) << i & 0xFFFFFFFFFFFFFFFF) >> 58 for i in range(64)]] = np.arange(64)
@@ -37,11 +43,11 @@ class EncodedCells:
     Attributes
     ----------
     tokens
-        uint16 (uint32 above 65,536 tokens), all cells one after the other.
+        uint16 (uint32 above 65,536 tokens), the tokens of all cells one after the other.
     offsets
-        int64 [cells + 1] into `tokens`.
+        int64 [cells + 1], where each cell begins in `tokens`.
     detected
-        int32 [cells], genes of the vocabulary with a non-zero count, before truncation.
+        int32 [cells], number of vocabulary genes with a non-zero count, before truncation.
     """
 
     tokens: np.ndarray
@@ -66,22 +72,23 @@ def encode_cells(
     column_tokens: np.ndarray,
     vocabulary: Vocabulary,
 ) -> EncodedCells:
-    """Return the ranked tokens of a CSR block.
+    """Return the ranked tokens of the cells of a CSR block.
 
     Parameters
     ----------
     data, indices, indptr
-        CSR arrays of raw counts, cells x genes of the source; any numeric dtype. Entries >= 0 and
-        finite are not checked here (see `data_prep.sources.count_sums`). Explicit zeros are
-        ignored.
+        CSR arrays of raw counts, cells x genes of the source; any numeric dtype. The entries must
+        be finite and >= 0, which is not checked here (see `data_prep.sources.count_sums`).
+        Explicit zeros are ignored.
     totals
-        float64 [cells], all counts of each cell, genes outside the vocabulary included.
+        float64 [cells], sum of all counts of each cell, including genes outside the vocabulary.
     column_tokens
         int32 [source genes], token of each column or -1. Columns with the same token are summed.
     vocabulary
-        Gives medians, special tokens and the maximum length.
+        Gives the medians, the special tokens and the maximum length.
     """
-    # Columns whose token stood before: -2 - token. A cell that has counts there is summed by token.
+    # A column whose token an earlier column has already is coded as -2 - token. A cell with counts
+    # in such a column takes the general way, which sums by token.
     first_of = np.full(vocabulary.num_tokens, -1)
     known = np.flatnonzero(column_tokens >= 0)[::-1]
     first_of[column_tokens[known]] = known
@@ -97,7 +104,7 @@ def encode_cells(
     tokens = np.empty(most, token_dtype(vocabulary.num_tokens))
     offsets, detected = np.zeros(num_cells + 1, np.int64), np.empty(num_cells, np.int32)
     _encode(
-        # Few combinations of types: each is compiled once.
+        # numba compiles for each combination of dtypes, so only a few are let through.
         data if data.dtype in (np.float32, np.int32) else data.astype(np.float64, copy=False),
         indices.astype(np.int32, copy=False).view(np.uint32),
         indptr.astype(np.int64, copy=False),
@@ -117,11 +124,12 @@ def encode_cells(
 
 @numba.njit(cache=True, nogil=True)
 def _sort_descending(values, tokens, work_values, work_tokens, size, histogram):
-    """Sort `size` pairs by falling value, in place; stable, so tokens that come in rise on ties.
+    """Sort `size` pairs of value and token by falling value, in place.
 
-    Two radix passes over a 22-bit image of the value (exponent and 17 bits of the mantissa, counted
-    from the cell's largest value down, so 32 octaves), then insertion on the full float64, which
-    finds the pairs almost in order.
+    The sort is stable: tokens that come in rising order stay so among equal values. Two radix
+    passes use 22 bits of the value (exponent and 17 bits of the mantissa, counted from the cell's
+    largest value down, so 32 octaves). An insertion sort on the full float64 follows; it finds the
+    pairs almost in order.
     """
     bits, work_bits = values.view(np.int64), work_values.view(np.int64)
     top = np.int64(0)
@@ -159,12 +167,13 @@ def _sort_descending(values, tokens, work_values, work_tokens, size, histogram):
 
 @numba.njit(cache=True, nogil=True)
 def _sort_keys(keys, work, size, smallest, slots, bins):
-    """Put the `slots` smallest of `size` keys in order into `work`; return how many, or -1.
+    """Write the `slots` smallest of `size` keys into `work`, sorted; return how many, or -1.
 
-    One counting pass over exponent and 9 bits of the mantissa, from the smallest key (the largest
-    value) up: 512 bins an octave, 32 octaves. Bins behind the last slot are left out. What shares a
-    bin is put in order by insertion; where too many share one, nothing is done and -1 returned. -1
-    also if two values cannot be told apart by what the keys hold of them.
+    A counting sort puts the keys into bins by the exponent and 9 bits of the mantissa, from the
+    smallest key (the largest value) up: 512 bins per octave, 32 octaves. Bins behind the last slot
+    are left out. Keys of one bin are sorted by insertion. The function gives up and returns -1
+    where too many keys share a bin, or where two values differ only in bits that the keys do not
+    hold.
     """
     base, last, farthest = smallest >> _BIN_SHIFT, _ZERO, _INDEX(_NUM_BINS - 1)
     fullest = np.uint32(0)
@@ -190,7 +199,8 @@ def _sort_keys(keys, work, size, smallest, slots, bins):
             work[_INDEX(bins[b])] = key
             bins[b] += _COUNT_ONE
     bins[: last + _ONE] = 0
-    # One pass without a branch leaves few pairs for the insertion, whose branches are mispredicted.
+    # The insertion sort suffers from mispredicted branches. This pass without branches leaves few
+    # pairs for it.
     carried = work[_ZERO]
     for i in range(_ONE, kept):
         key = work[i]
@@ -213,7 +223,7 @@ def _sort_keys(keys, work, size, smallest, slots, bins):
 
 @numba.njit(cache=True, nogil=True)
 def _place_first(keys, work, size, base, slots, bins, last):
-    """Put the keys of the bins up to that of the last slot into `work`; return how many."""
+    """Copy the keys of the bins up to the last slot's bin into `work`; return how many."""
     cut, farthest = last, _INDEX(_NUM_BINS - 1)
     kept = size
     for b in range(last):
@@ -231,7 +241,10 @@ def _place_first(keys, work, size, base, slots, bins, last):
 
 @numba.njit(cache=True, nogil=True)
 def _make_keys(data, indices, first, stop, scale, column_tokens, column_factors, values, keys):
-    """Fill `keys` with a cell's genes; return (size, smallest key, does each gene stand once)."""
+    """Fill `keys` with the sort keys of a cell's genes.
+
+    Returns (number of keys, smallest key, whether each gene stands in one column only).
+    """
     bits = values.view(np.uint64)
     size, smallest, is_once = _ZERO, ~np.uint64(0), True
     for k in range(first + _ONE, stop):
@@ -243,7 +256,7 @@ def _make_keys(data, indices, first, stop, scale, column_tokens, column_factors,
         values[size] = count * scale * TARGET_SUM * column_factors[column]
         key = (~bits[size] & ~_TOKEN_MASK) | np.uint64(token & 0xFFFF)
         keys[size] = key
-        is_gene = (token >= 0) & (count > 0.0)  # else the place is written again
+        is_gene = (token >= 0) & (count > 0.0)  # else the next gene overwrites this place
         smallest = min(smallest, key) if is_gene else smallest
         size += _INDEX(is_gene)
     return size, smallest, is_once
@@ -254,9 +267,10 @@ def _add_up(
     data, indices, first, stop, scale, column_tokens, column_factors, counts, factors, present,
     values, ranked,
 ):  # fmt: skip
-    """Sum what shares a token; return how many genes `values` and `ranked` then hold.
+    """Sum a cell's counts by token; return how many genes `values` and `ranked` then hold.
 
-    Ascending tokens, which is the tie rule. `counts` and `present` are empty before and after.
+    The tokens come out in rising order, which is the tie rule. `counts` and `present` are all zero
+    before the call and after it.
     """
     for k in range(first, stop):
         column = _INDEX(indices[k])
@@ -287,7 +301,7 @@ def _encode(
     data, indices, indptr, totals, column_tokens, column_factors, num_tokens, gene_slots,
     cls_token, eos_token, out, offsets, detected,
 ):  # fmt: skip
-    """Fill `out`, `offsets` and `detected`; see `encode_cells`."""
+    """Fill `out`, `offsets` and `detected` for all cells of a block; see `encode_cells`."""
     counts, factors = np.zeros(num_tokens), np.zeros(num_tokens)
     present = np.zeros((num_tokens + 63) // 64, np.uint64)
     longest = num_tokens
@@ -313,7 +327,7 @@ def _encode(
                 kept = _sort_keys(keys, work_keys, number, smallest, gene_slots, bins)
         is_plain = kept >= 0
         if not is_plain:
-            # The general way, whose time does not depend on the values.
+            # The general way: slower for most cells, but its time does not depend on the values.
             size = _add_up(
                 data, indices, first, stop, scale, column_tokens, column_factors, counts, factors,
                 present, values, ranked,

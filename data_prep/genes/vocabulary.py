@@ -1,7 +1,9 @@
-"""Gene vocabulary: gene id <-> token id, medians, special tokens and the encoding options.
+"""The gene vocabulary: gene ids and their tokens, medians, special tokens, encoding options.
 
-One content hash covers all of it. It travels shards -> checkpoint -> export -> evaluation, so that
-tokens made with one vocabulary never meet a model trained with another.
+`open_vocabulary` reads a vocabulary of this project (`load_vocabulary`) or makes one from
+Geneformer's dictionaries (`from_dictionaries`). One content hash covers the whole vocabulary. It is
+passed on from shards to checkpoint, export and evaluation, so that tokens made with one vocabulary
+never meet a model trained with another.
 """
 
 from __future__ import annotations
@@ -27,29 +29,29 @@ PAD, MASK, CLS, EOS = "<pad>", "<mask>", "<cls>", "<eos>"
 # Geneformer: 2,048 tokens without special tokens (V1), 4,096 with <cls> and <eos> (V2).
 MAX_LENGTH_PLAIN, MAX_LENGTH_SPECIAL = 2048, 4096
 TARGET_SUM = 10_000.0
-# How equal values are ordered; part of the identity because it decides token sequences.
+# How equal values are ordered. The rule is part of the hash because it decides token sequences.
 TIE_RULE = "token-id-ascending"
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Genes with tokens and medians, special tokens, and how a cell becomes a sequence.
+    """Genes with their tokens and medians, special tokens, and the options of the encoding.
 
     Attributes
     ----------
     genes
         Gene ids in token order; the token of ``genes[i]`` is ``first_gene_token + i``.
     medians
-        float64 [num_genes], non-zero median of counts / total x 10,000; all > 0.
+        float64 [num_genes], median of the non-zero values of counts / total x 10,000; all > 0.
     special_tokens
-        ``<pad>`` and ``<mask>``, and both or none of ``<cls>`` and ``<eos>``.
+        Tokens of ``<pad>`` and ``<mask>``, and of both or none of ``<cls>`` and ``<eos>``.
     max_length
-        Longest sequence, special tokens included.
+        Length of the longest sequence, special tokens included.
     aliases
-        Other ids (retired Ensembl ids, symbols) -> gene id of this vocabulary.
+        Gene id of this vocabulary for each other id (retired Ensembl ids, symbols).
     names
-        Current symbols -> gene id, to find genes in files (`data_prep.genes.gene_names`). Not in
-        the hash: nothing that a model has learnt depends on them.
+        Gene id for each current symbol, to find genes in files (`data_prep.genes.gene_names`). The
+        symbols are not in the hash, because nothing that a model has learnt depends on them.
     """
 
     genes: tuple[str, ...]
@@ -83,7 +85,7 @@ class Vocabulary:
 
     @property
     def num_tokens(self) -> int:
-        """Size of the embedding table: special tokens and genes."""
+        """Number of special tokens and genes, the size of the embedding table."""
         return len(self.special_tokens) + len(self.genes)
 
     @property
@@ -100,27 +102,27 @@ class Vocabulary:
 
     @property
     def has_medians(self) -> bool:
-        """False if all medians are one number: given for tokens whose medians are not known."""
+        """Whether the medians are known; if not, all of them are the same placeholder number."""
         return bool((self.medians != self.medians[0]).any())
 
     @cached_property
     def token_of(self) -> dict[str, int]:
-        """Gene id or alias -> token id."""
+        """Token id of each gene id and each alias."""
         tokens = {g: i for i, g in enumerate(self.genes, self.first_gene_token)}
         return {a: tokens[g] for a, g in self.aliases.items()} | tokens
 
     @cached_property
     def median_of_token(self) -> np.ndarray:
-        """float64 [num_tokens]; NaN at special tokens."""
+        """Median of each token, float64 [num_tokens]; NaN for special tokens."""
         return np.concatenate([np.full(self.first_gene_token, np.nan), self.medians])
 
     def tokens_of(self, gene_ids: list[str]) -> np.ndarray:
-        """Return int32 tokens of gene ids or other names, -1 where one is unknown."""
+        """Return int32 [names], the tokens of gene ids or other names, -1 for unknown names."""
         return self.lookup.find_all(gene_ids).tokens
 
     @cached_property
     def lookup(self) -> GeneLookup:
-        """What finds genes by id, previous id or symbol."""
+        """The lookup that finds genes by id, previous id or symbol."""
         tokens = {g: i for i, g in enumerate(self.genes, self.first_gene_token)}
         return GeneLookup(tokens, self.aliases, self.names)
 
@@ -146,15 +148,16 @@ class Vocabulary:
 
     @cached_property
     def sha256(self) -> str:
-        """Content hash over genes, medians, special tokens, aliases and encoding options."""
+        """Content hash of genes, medians, special tokens, aliases and encoding options."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     @cached_property
     def file_text(self) -> str:
-        """The content of a file: what the hash is taken of, and the symbols."""
+        """The content of ``vocabulary.json``: the hashed text together with the symbols."""
         if not self.names:
             return self.to_json() + "\n"
-        # Keys are sorted, and "names" comes before "special_tokens": no need to write all anew.
+        # Keys are sorted and "names" comes before "special_tokens", so the hashed text is kept and
+        # the names are inserted.
         head, mark, tail = self.to_json().rpartition(',"special_tokens":')
         names = json.dumps(self.names, sort_keys=True, separators=(",", ":"))
         return f'{head},"names":{names}{mark}{tail}\n'
@@ -169,7 +172,7 @@ def load_vocabulary(path: Path) -> Vocabulary:
     Raises
     ------
     ValueError
-        The file is missing, is no JSON, or is of another format.
+        The file is missing, is not JSON, or has another format.
     """
     content = _read_json(path)
     if not isinstance(content, dict) or content.get("format") != VOCABULARY_FORMAT:
@@ -196,7 +199,7 @@ def open_vocabulary(
     gene_mapping: Path | Sequence[Path] | None = None,
     max_length: int | None = None,
 ) -> Vocabulary:
-    """Return a vocabulary from this project's JSON, or from Geneformer's published dictionaries.
+    """Return a vocabulary from this project's JSON or from Geneformer's published dictionaries.
 
     Parameters
     ----------
@@ -204,12 +207,13 @@ def open_vocabulary(
         A ``vocabulary.json``, a folder that holds one, a Geneformer token dictionary (pickle or
         JSON), or a folder with Geneformer's dictionaries under their published names.
     medians
-        Geneformer's median dictionary; found beside the token dictionary when `path` is a folder.
+        Geneformer's median dictionary. When `path` is a folder, it is found there.
     gene_mapping
-        Dictionaries of other ids or symbols -> gene id, in addition to the Ensembl mapping and the
-        table of names that a folder has; of two entries for a name the last one counts.
+        Dictionaries that map other ids or symbols to gene ids, in addition to the Ensembl mapping
+        and the table of names that a folder has. The last entry for a name counts.
     max_length
-        Longest sequence; None: 4,096 with ``<cls>``/``<eos>`` (V2), 2,048 without (V1).
+        Length of the longest sequence; None: 4,096 with ``<cls>``/``<eos>`` (V2), 2,048 without
+        (V1).
     """
     given = [gene_mapping] if isinstance(gene_mapping, Path) else list(gene_mapping or ())
     own_mapping = names = None
@@ -245,7 +249,7 @@ def open_vocabulary(
 
 
 def merged_mappings(paths: Path | Sequence[Path] | None) -> dict[str, str]:
-    """Return the entries of all dictionaries, those of the last one where they differ."""
+    """Return the entries of all dictionaries; where they differ, those of the last one."""
     merged: dict[str, str] = {}
     for path in [paths] if isinstance(paths, Path) else paths or ():
         entries = {str(name): str(gene) for name, gene in read_dictionary(path).items()}
@@ -270,12 +274,12 @@ def from_dictionaries(
     gene_mapping: dict[str, str] | None = None,
     max_length: int | None = None,
 ) -> Vocabulary:
-    """Return the vocabulary that Geneformer's dictionaries describe, token ids unchanged.
+    """Return the vocabulary that Geneformer's dictionaries describe, with unchanged token ids.
 
     Raises
     ------
     ValueError
-        Token ids are not contiguous, a gene has no positive median, special tokens are missing.
+        Token ids are not contiguous, a gene has no positive median, or special tokens are missing.
     """
     try:
         numbers = {str(k): int(v) for k, v in tokens.items()}
@@ -305,7 +309,7 @@ def from_dictionaries(
 
 
 def read_dictionary(path: Path) -> dict:
-    """Return a dictionary from JSON or from a pickle that may hold plain values only."""
+    """Return the dictionary in a JSON file, or in a pickle that holds plain values only."""
     content = _read_json(path) if path.suffix == ".json" else _read_plain_pickle(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dictionary")
@@ -322,7 +326,7 @@ def _read_json(path: Path) -> object:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Unpickles containers, text, numbers and numpy scalars; refuses every other global."""
+    """Unpickles containers, text, numbers and numpy scalars; refuses every other class."""
 
     _ALLOWED = {
         ("numpy.core.multiarray", "scalar"),
@@ -353,7 +357,10 @@ def _read_plain_pickle(path: Path) -> object:
 
 
 def _find(folder: Path, pattern: str, required: bool = True) -> Path | None:
-    """Return the one file of a pattern, JSON before pickle; None if absent and not required."""
+    """Return the only file that matches a pattern, JSON before pickle.
+
+    None if no file matches and none is required.
+    """
     for suffix in (".json", ".pkl", ".pickle"):
         found = sorted(folder.glob(pattern + suffix))
         if len(found) > 1:
