@@ -1,6 +1,8 @@
-"""What a user names on the command line -> the list of sources: globs, folders, YAML corpus lists.
+"""Makes the list of sources from paths, globs, folders and YAML corpus lists of the command line.
 
-A corpus list is a YAML file::
+`expand_corpus` is the entry: `expand_path` turns one path or glob into paths of sources,
+`sources_at` makes one `SourceSpec` of each (one per split of a Hugging Face DatasetDict), and
+sources of the same name get names that tell them apart. A corpus list is a YAML file::
 
     defaults: {counts: raw, columns: {donor: donor_id, cell_type: cell_type}, organism: human}
     sources:
@@ -35,7 +37,7 @@ from data_prep.sources.source_spec import (
 )
 from data_prep.sources.token_corpus import split_names
 
-# Names of splits of a DatasetDict.
+# Names of the splits of a DatasetDict that count as training set and as held-out set.
 _SIDES = {
     "train": ("train", "training"),
     "heldout": ("test", "validation", "valid", "val", "dev", "eval", "heldout", "held_out"),
@@ -44,7 +46,10 @@ _SUFFIXES = {".h5ad", ".h5mu", ".loom", ".zarr", ".h5", ".parquet", ".arrow"}
 
 
 class _Settings(BaseModel):
-    """How sources are read; what is left out comes from `defaults`, then from the command line."""
+    """Settings of an entry of a corpus list: how its cells are read.
+
+    A setting that is left out is taken from `defaults`, then from the command line.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -52,7 +57,7 @@ class _Settings(BaseModel):
     counts: str | None = None
     # Column of var with gene ids.
     gene_column: str | None = None
-    # Columns of obs to carry along: a list, or name in the shards -> column.
+    # Columns of obs to carry along: a list, or a mapping from name in the shards to column.
     columns: dict[str, str] | list[str] | None = None
     # Column of obs with total counts.
     total_column: str | None = None
@@ -62,13 +67,13 @@ class _Settings(BaseModel):
     dataset_column: str | None = None
     # Species that the gene ids must be of.
     organism: str | None = None
-    # Query over obs of a Census.
+    # Query over obs: only cells for which it is true are read.
     obs_filter: str | None = None
-    # Of files with features of several genomes: the one that is read.
+    # The genome whose features are read, for files with features of several genomes.
     genome: str | None = None
     # Take fractional counts: round, or keep (ranked as they are).
     fractional: Literal["round", "keep"] | None = None
-    # Take integers that do not look like counts: binarised, rounded CPM.
+    # Take integers that do not look like counts, such as binarised values or rounded CPM.
     force_counts: bool | None = None
 
     @field_validator("organism")
@@ -77,7 +82,7 @@ class _Settings(BaseModel):
         return organism_name(name) if name is not None else None
 
     def over(self, options: SourceOptions) -> SourceOptions:
-        """Return `options` with what is set here."""
+        """Return `options` with the settings of this entry in place of theirs."""
         given = {k: v for k, v in dict(self).items() if v is not None and hasattr(options, k)}
         if isinstance(self.columns, dict):
             given["columns"] = tuple(f"{name}={column}" for name, column in self.columns.items())
@@ -91,21 +96,21 @@ class _Settings(BaseModel):
 class _Entry(_Settings):
     # File, folder or glob, relative to the list; or census:VERSION.
     path: str
-    # Groups files for the quality filters; without it each file is its own.
+    # Name that groups files for the quality filters; without it each file is its own data set.
     dataset: str | None = None
 
 
 class _CorpusList(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    # For entries that do not say otherwise.
+    # Settings of entries that do not give their own.
     defaults: _Settings = _Settings()
-    # What the corpus is made of.
+    # The sources that the corpus is made of.
     sources: list[_Entry] = Field(min_length=1)
 
 
 def organism_name(name: str) -> str:
-    """Return the short name of an organism: ``Homo sapiens`` -> ``human``."""
+    """Return the short name of an organism, for example ``human`` for ``Homo sapiens``."""
     short = ORGANISMS.get(name.strip().lower(), name.strip().lower())
     if short not in SPECIES.values():
         raise ValueError(f"organism {name!r}: unknown; known are {sorted(SPECIES.values())}")
@@ -120,12 +125,13 @@ def expand_corpus(arguments: list[str], options: SourceOptions) -> list[SourceSp
     arguments
         Paths, globs, folders of files, ``census:...``, or YAML corpus lists.
     options
-        For everything that a corpus list does not say otherwise.
+        Settings for all sources, as far as a corpus list does not give its own.
 
     Raises
     ------
     ValueError
-        Nothing matches, a list is wrong (all its problems at once), or two sources share a name.
+        A path matches nothing, a corpus list is wrong (the message names all its problems), or a
+        source is given more than once.
     """
     specs: list[SourceSpec] = []
     for argument in arguments:
@@ -137,16 +143,16 @@ def expand_corpus(arguments: list[str], options: SourceOptions) -> list[SourceSp
 
 
 def sources_at(path: str, options: SourceOptions) -> list[SourceSpec]:
-    """Return the source at a path, or each split of a Hugging Face DatasetDict.
+    """Return the source at a path, or one source for each split of a Hugging Face DatasetDict.
 
     Raises
     ------
     ValueError
-        A split is neither for training nor for holding out.
+        The name of a split says neither training set nor held-out set.
     """
     if path.startswith(PREFIX):
         names = hub_splits(path)
-        if names == ["train"]:  # as the Hub calls what has no splits
+        if names == ["train"]:  # the Hub's name for a dataset without splits
             return [source_at(f"{path}#train", options)]
     else:
         names = [] if split_path(path)[1] else split_names(Path(path))
@@ -167,7 +173,10 @@ def sources_at(path: str, options: SourceOptions) -> list[SourceSpec]:
 
 
 def expand_path(pattern: str) -> list[str]:
-    """Return the sources behind one path: itself, the matches of a glob, the files of a folder."""
+    """Return the paths of sources behind one argument.
+
+    They are the path itself, the matches of a glob, or the files of a folder, sorted.
+    """
     if pattern.startswith((f"{CENSUS}:", PREFIX)):
         return [pattern]
     path = Path(pattern)
@@ -182,7 +191,7 @@ def expand_path(pattern: str) -> list[str]:
         inside = sorted(p for p in path.iterdir() if not p.name.startswith("."))
         matrices = [p for p in inside if p.suffix in _SUFFIXES - {".parquet", ".arrow"}]
         matrices += [p for p in inside if p.name.endswith(".zarr.zip")]
-        # Several samples in one folder, as on GEO: GSM1_P1_matrix.mtx.gz.
+        # GEO keeps several 10x samples in one folder: GSM1_P1_matrix.mtx.gz.
         matrices += [p for p in inside if any(mtx_sample(p) or ())]
         matrices += [
             p for p in inside if list(p.glob("matrix.mtx*")) or (p / "state.json").exists()
@@ -224,10 +233,10 @@ def _read_list(path: Path, options: SourceOptions) -> list[SourceSpec]:
 
 
 def _with_distinct_names(specs: list[SourceSpec]) -> list[SourceSpec]:
-    """Return sources with names that tell them apart.
+    """Return the sources with distinct names.
 
-    Files of one name get as many folders in front as tell them apart (Cell Ranger calls every
-    matrix the same); a Census gets its organism and filter behind.
+    Files of the same name get as many folder names in front as tell them apart, because Cell Ranger
+    gives every matrix the same name. A Census gets its organism and its filter appended.
     """
     double = [s for s, n in Counter(_identity(s) for s in specs).items() if n > 1]
     if double:
@@ -252,17 +261,17 @@ def _identity(spec: SourceSpec) -> tuple[str, str | None, str | None]:
 
 
 def _name(spec: SourceSpec, depth: int) -> str:
-    """Return the name of a source with `depth` folders in front, or a Census' query behind."""
+    """Return a source's name with `depth` folders in front, or with a Census' query appended."""
     if spec.path.startswith(f"{CENSUS}:"):
         query = (spec.options.organism, spec.options.obs_filter)
         return " ".join([spec.name, *(q for q in query if q)])
     path = Path(spec.path).absolute()
     folders = path.parent.parts[1:]
-    if depth > len(folders):  # s.h5ad and s.loom: only the suffix tells them apart
+    if depth > len(folders):  # s.h5ad and s.loom in one folder differ by their suffix only
         return f"{folders[-1]}/{path.name}"
     return "/".join([*folders[len(folders) - depth :], spec.name])
 
 
 def carried_columns(specs: list[SourceSpec]) -> tuple[str, ...]:
-    """Return the columns of the shards: all that any source carries."""
+    """Return the metadata columns of the shards: every column that any source carries, sorted."""
     return tuple(sorted({c for s in specs for c in s.options.column_names}))

@@ -1,8 +1,9 @@
-"""What the values of a matrix are: counts, fractional counts, or something made of counts.
+"""Checks whether the values of a count matrix are raw counts, and names what they are otherwise.
 
-Rank value encoding needs counts up to a factor for each cell: it divides by a cell's total and by
-medians of counts. Estimated and corrected counts are counts that are no integers; logarithms,
-scores and matrices whose cells were brought to one total are not counts any more.
+Rank value encoding needs counts up to one factor per cell, because it divides by a cell's total and
+by medians of counts. Estimated or corrected counts are fractional and can be accepted. Logarithms,
+scores and matrices normalised to one total per cell are refused. `check_integers` looks at blocks
+of integers, `fractional_values` at all others.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Largest distance from an integer that is still taken for rounding noise.
+# The largest distance from an integer that still counts as rounding noise.
 _INTEGER_TOLERANCE = 1e-6
-# A value this near to an integer is one of a read that fell on one gene only.
+# An estimated count this near to an integer comes from reads that fell on one gene only.
 _NEAR = 0.01
 _SAME_TOTAL = 0.01
-# Fewer cells, or fewer values, look alike by chance.
+# With fewer cells or fewer values, all may look alike by chance.
 _FEWEST_CELLS, _FEWEST_VALUES = 10, 1000
-# log2 of a million and one: no logarithm of a normalised count is larger.
+# log2 of a million and one is 19.93: no logarithm of a normalised count is larger.
 _LARGEST_LOGARITHM = 20.0
 _LOOKED_AT = 64  # cells
 _MOSTLY = 0.9
@@ -26,7 +27,7 @@ _MOSTLY = 0.9
 
 @dataclass(frozen=True)
 class Place:
-    """Where values stand, for messages: file, --counts, and what else --counts may be there."""
+    """The place of values, for messages: the file, its --counts, and other choices of --counts."""
 
     path: str
     counts: str
@@ -41,17 +42,18 @@ class Place:
 
 
 def fractional_values(place: Place, data: np.ndarray, indptr: np.ndarray, allowed: bool) -> int:
-    """Return how many values of a CSR block are no integers; refuse what are no counts.
+    """Return how many values of a CSR block are fractional, after checking that they are counts.
 
     Parameters
     ----------
     allowed
-        Fractional counts are taken; logarithms, scores and normalised values never are.
+        Whether fractional counts are accepted. Logarithms, scores and normalised values never are.
 
     Raises
     ------
     ValueError
-        Values are not finite, negative, not counts, or fractional counts that are not allowed.
+        Values are not finite, are negative, are above 2**53, are no counts, or are fractional
+        counts that are not allowed.
     """
     if not np.isfinite(data).all():
         raise ValueError(
@@ -95,7 +97,10 @@ def fractional_values(place: Place, data: np.ndarray, indptr: np.ndarray, allowe
 
 
 def _made_of_counts(data: np.ndarray, indptr: np.ndarray) -> str | None:
-    """Return what fractional values are if they are no counts; data not negative."""
+    """Return what kind of values fractional data are, None if they may be counts.
+
+    The data must not be negative.
+    """
     totals = _totals(data, indptr)
     if _are_equal(totals):
         return (
@@ -116,7 +121,7 @@ def _made_of_counts(data: np.ndarray, indptr: np.ndarray) -> str | None:
 
 
 def _totals(data: np.ndarray, indptr: np.ndarray) -> np.ndarray:
-    """Return the totals of cells that have values."""
+    """Return float64, the sum of values of each cell, without the cells whose sum is zero."""
     sums = np.r_[0.0, np.cumsum(data, dtype=np.float64)]
     totals = sums[indptr[1:]] - sums[indptr[:-1]]
     return totals[totals > 0]
@@ -127,7 +132,10 @@ def _are_equal(totals: np.ndarray) -> bool:
 
 
 def _are_scaled_integers(data: np.ndarray, indptr: np.ndarray) -> bool:
-    """Return whether most cells hold multiples of their smallest value, which is no integer."""
+    """Return whether the values of most cells are multiples of the cell's smallest value.
+
+    A cell whose smallest value is an integer does not count as such.
+    """
     scaled = looked_at = 0
     for first, stop in zip(indptr[:_LOOKED_AT], indptr[1:], strict=False):
         values = data[first:stop]
@@ -137,7 +145,7 @@ def _are_scaled_integers(data: np.ndarray, indptr: np.ndarray) -> bool:
         looked_at += 1
         smallest = values.min()
         multiples = values / smallest
-        # Where everything is far above the smallest, any number is near a multiple of it.
+        # A value far above the smallest one is always near some multiple of it, so it tells little.
         low = multiples[multiples < 20]
         distance = np.abs(low - np.rint(low))
         is_whole = abs(smallest - round(smallest)) <= _INTEGER_TOLERANCE
@@ -146,24 +154,25 @@ def _are_scaled_integers(data: np.ndarray, indptr: np.ndarray) -> bool:
 
 
 def check_integers(place: Place, data: np.ndarray, indptr: np.ndarray, totals: np.ndarray) -> None:
-    """Refuse integers that are no counts: all equal, or rounded after cells got one total.
+    """Raise ValueError for a block of integers that are no raw counts.
 
     Parameters
     ----------
     totals
-        float64 [cells].
+        float64 [cells], sum of the values of each cell.
 
     Raises
     ------
     ValueError
-        They are no counts.
+        All values are the same (a binarised matrix), or all cells have the same total (rounded
+        after normalisation, or downsampled).
     """
     filled = totals > 0
     if filled.sum() < _FEWEST_CELLS or len(data) < _FEWEST_VALUES:
         return
     first = data[: indptr[min(_LOOKED_AT, len(totals))]]
     first = first[first > 0]
-    # All values are looked at only where the first ones say so.
+    # All values are compared only where the first cells look binarised.
     if len(first) and first.min() == first.max() == data.max() and data[data > 0].min() == first[0]:
         raise ValueError(
             f"{place.path}: all values in '{place.counts}' that are not zero are {first[0]:g}: a "

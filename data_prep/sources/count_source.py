@@ -1,8 +1,9 @@
-"""Sources of cells: what a user names, opened, checked and read in blocks of bounded size.
+"""Reads a count matrix of any format as a source of cells, in checked blocks of bounded size.
 
-A source is a count matrix (one of `data_prep.matrices`) or a corpus of token ids
-(`data_prep.sources.token_corpus`). What is wrong with one is said once, with the file, the share
-concerned and what to do.
+`CountSource` wraps a matrix that `data_prep.matrices` opened. It finds the genes and the cells to
+read, `column_tokens` maps its genes to a vocabulary, and `blocks` yields the cells with their
+totals and metadata. A wrong file raises a ValueError that names the file, the share of values
+concerned and what to do. The other kind of source is `data_prep.sources.token_corpus`.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ from data_prep.sources.obs_columns import (
 from data_prep.sources.source_spec import INDEX, SourceSpec
 
 _READ_CELLS = 4096
-_READ_VALUES = 1 << 24  # 12 to 16 bytes each while a block is in use
-_FEWEST_KNOWN = 0.01  # of genes, however little of the counts is asked for
-# What readers of formats raise where bytes are wrong, sizes above memory included.
+_READ_VALUES = 1 << 24  # values per block; each takes 12 to 16 bytes while a block is in use
+_FEWEST_KNOWN = 0.01  # share of genes that is enough, however large --min-overlap is
+# Errors that the readers of formats raise for damaged files, also for sizes above memory.
 DAMAGE = (
     OSError, KeyError, RuntimeError, IndexError, ValueError, TypeError, AttributeError, MemoryError,
     OverflowError,
@@ -53,12 +54,23 @@ DAMAGE = (
 class CountBlock:
     """Consecutive cells of one count matrix.
 
-    `data`, `indices`, `indptr` are CSR arrays (cells x genes of the source), raw counts, explicit
-    zeros possible; `metadata` maps a carried column to one string per cell; `passes` is False where
-    the source itself marks a cell as filtered out (``filter_pass`` other than 1); `totals` float64
-    [cells], all counts of a cell; `mitochondrial` float64 [cells], share of the counts in
-    mitochondrial genes, NaN where the source has none of these genes; `fractional`, how many
-    values were no integers.
+    Attributes
+    ----------
+    data, indices, indptr
+        CSR arrays of raw counts, cells x genes of the source; explicit zeros are possible.
+    cell_ids, datasets
+        Id of each cell, and name of the data set that it belongs to.
+    metadata
+        One string per cell for each carried column.
+    passes
+        bool [cells], False where the source itself marks a cell as filtered out (``filter_pass``).
+    totals
+        float64 [cells], sum of all counts of a cell.
+    mitochondrial
+        float64 [cells], share of the counts in mitochondrial genes; NaN where the source has none
+        of these genes.
+    fractional
+        Number of values in the file that were no integers.
     """
 
     data: np.ndarray
@@ -74,7 +86,7 @@ class CountBlock:
 
 
 class CountSource:
-    """A count matrix, opened for reading any range of cells."""
+    """An opened count matrix, of which any range of cells can be read."""
 
     kind = "counts"
 
@@ -88,7 +100,7 @@ class CountSource:
                 f"{self.path}: is empty: {store.num_cells} cells, {store.num_genes} genes"
             )
         choice, self._genes = self._find_genes(store)
-        # Features that are no genes of this source: kind -> how many.
+        # Number of features of each kind that are left out because they are no genes.
         self.left_out = choice.left_out
         self.store: Store = store
         if choice.features is not None:
@@ -106,9 +118,10 @@ class CountSource:
         self._has_filter = FILTER_COLUMN in obs
 
     def _find_genes(self, store: Store) -> tuple[Choice, GeneTable]:
-        """Return what is read of a matrix, and the names of its genes.
+        """Return the features and cells to read of a matrix, and the names of its genes.
 
-        A process opens a source twice, to look at it and to read it; names are read once.
+        A process opens a source twice, first to check it and then to read it. The names are read
+        once only and kept in `gene_table.TABLES`.
         """
         options = self.options
         state = gene_table.state_of(
@@ -130,11 +143,11 @@ class CountSource:
 
     @property
     def gene_ids(self) -> list[str]:
-        """Gene ids, one per matrix column; '' where the source has none."""
+        """Gene id of each matrix column; '' where the source has none."""
         return self._genes.ids
 
     def _read_symbols(self, store: Store) -> Names | None:
-        """Return the symbols of the genes, where the source has them beside ids."""
+        """Return the symbols of the genes, None if the source has no symbols beside the ids."""
         with self._damage_named("genes"):
             columns = [c for c in SYMBOL_COLUMNS if c in store.var_columns()]
             if columns:
@@ -144,7 +157,7 @@ class CountSource:
             return None
 
     def find_genes(self, vocabulary: Vocabulary) -> FoundGenes:
-        """Return which genes of a vocabulary the source's are, and by which name."""
+        """Return the result of looking up the source's genes in a vocabulary."""
         return self._genes.find(vocabulary)
 
     def _read_ids(self, store: Store) -> Names:
@@ -161,31 +174,32 @@ class CountSource:
 
     @property
     def mitochondrial(self) -> np.ndarray:
-        """bool [genes], mitochondrial genes by id, table, or symbol."""
+        """bool [genes], True for mitochondrial genes by id, annotation table or symbol."""
         return self._genes.mitochondrial(self._annotation)
 
     def check_ids(self) -> None:
-        """Raise ValueError for ids of another organism than stated."""
+        """Raise ValueError if the gene ids are of another organism than the options state."""
         found, stated = self._genes.species, self.options.organism
         if found and stated and found != stated:
             said = f"gene ids are of {found}, but the organism is given as {stated}"
             raise ValueError(f"{self.path}: {said}")
 
     def column_tokens(self, vocabulary: Vocabulary, min_overlap: float) -> np.ndarray:
-        """Return int32 [genes] tokens, -1 where unknown; refuse ids that do not fit the vocabulary.
+        """Return int32 [genes], the token of each gene, -1 for genes outside the vocabulary.
 
         Raises
         ------
         ValueError
-            Hardly any of the source's genes are in the vocabulary, or ids are of another organism
-            than stated.
+            Hardly any gene of the source is in the vocabulary, or the ids are of another organism
+            than the options state.
         """
         self.check_ids()
         ids = self.gene_ids
         species = self._genes.species
         tokens = self.find_genes(vocabulary).tokens
         known = int((tokens >= 0).sum())
-        # Before any cell is read: ids of another kind. What share of counts is known comes later.
+        # This finds ids of another kind before any cell is read. Later, `min_overlap` is compared
+        # with the share of counts that are in known genes.
         if known < max(1, min(min_overlap, _FEWEST_KNOWN) * len(ids)):
             raise ValueError(
                 f"{self.path}: {known} of {len(ids)} gene ids ({known / max(1, len(ids)):.1%}) are "
@@ -196,7 +210,7 @@ class CountSource:
         return tokens
 
     def _gene_advice(self, ids: list[str], species: str | None, expected: str | None) -> str:
-        """Return what to try when ids do not match."""
+        """Return advice for a user whose gene ids do not match the vocabulary."""
         candidates = []
         for column in self.store.var_columns():
             with self._damage_named("genes"):
@@ -215,7 +229,7 @@ class CountSource:
         return "Another annotation, or a small panel? Lower --min-overlap only if this is meant."
 
     def gene_report(self, vocabulary: Vocabulary) -> GeneReport:
-        """Return how the source's genes meet a vocabulary."""
+        """Return how many of the source's genes a vocabulary knows, and by which names."""
         return replace(self._genes.report(vocabulary), left_out=self.left_out)
 
     def group_sizes(self, column: str) -> Counter[str]:
@@ -236,11 +250,11 @@ class CountSource:
 
     @property
     def num_filtered_out(self) -> int | None:
-        """Cells that the filter over obs leaves out; None where the format does not tell."""
+        """Number of cells that the filter over obs leaves out; None if the format cannot tell."""
         return getattr(self.store, "num_filtered_out", 0)
 
     def warnings(self) -> list[str]:
-        """Return what a user should know before any cell is read."""
+        """Return warnings for the user that are known before any cell is read."""
         return [*self._of_other_genomes(), *self._not_primary()]
 
     def _of_other_genomes(self) -> list[str]:
@@ -279,7 +293,8 @@ class CountSource:
         Raises
         ------
         ValueError
-            No raw counts, damaged bytes, a total that is none.
+            The values are no raw counts, the file is damaged, or a given total is below the sum
+            of counts or no number.
         """
         stop = self.num_cells if stop is None else stop
         while start < stop:
@@ -332,7 +347,7 @@ class CountSource:
     def _checked(
         self, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray
     ) -> tuple[np.ndarray, int, CountScan]:
-        """Return the values as they are used, how many are no integers, and sums of the cells."""
+        """Return the values to be used, how many of them were fractional, and sums over cells."""
         place = Place(self.path, self.options.counts, self.store.counts_choices)
         scan = scan_counts(data, indices, indptr, self.mitochondrial)
         if not scan.is_suspicious:

@@ -1,7 +1,8 @@
-"""Hugging Face datasets by their name: ``hf:OWNER/NAME``, ``hf:FOLDER``, each with ``#SPLIT``.
+"""Copies Hugging Face datasets, named ``hf:OWNER/NAME#SPLIT`` or ``hf:FOLDER#SPLIT``, to parquet.
 
-They are read through the package `datasets` as a stream, so that nothing but what is asked for is
-kept, and copied once to the working folder; there they are a parquet file like any other.
+`hub_splits` lists the splits of a dataset. `stage_dataset` reads one split as a stream through the
+package `datasets` and copies the wanted columns once to a parquet file in the working folder, which
+is then read like any other parquet file.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def _datasets(path: str) -> Any:
 
 
 def hub_splits(path: str) -> list[str]:
-    """Return the names of the splits of a dataset; [] where the path names one already."""
+    """Return the names of the splits of a dataset; [] if the path already names a split."""
     location, mark, _ = path.removeprefix(PREFIX).partition("#")
     if mark:
         return []
@@ -44,19 +45,22 @@ def hub_splits(path: str) -> list[str]:
 
 
 def stage_dataset(path: str, columns: list[str], folder: Path) -> Path:
-    """Return a parquet file with the cells of one split, copied if an earlier call has not done so.
+    """Return the path of a parquet file with the cells of one split.
+
+    The split is copied unless an earlier call has copied it.
 
     Parameters
     ----------
     columns
-        To keep beside ``input_ids`` and ``length``; a missing ``length`` is counted.
+        Columns to keep beside ``input_ids`` and ``length``. If the dataset has no ``length``, it is
+        counted.
     folder
-        For the copy.
+        Folder for the copy.
 
     Raises
     ------
     ValueError
-        There is no such dataset, split or column, or the network fails.
+        The dataset, the split or a column does not exist, or the network fails.
     """
     name = "cells.parquet"
     staged_folder(folder, lambda aside: {"cells": _copy(path, columns, aside / name)})
@@ -86,12 +90,12 @@ def _copy(path: str, columns: list[str], out: Path) -> int:
 
 
 def _tables(path: str, columns: list[str]) -> Iterator[pa.Table]:
-    """Yield the wanted columns in batches, with the names of classes in the schema."""
+    """Yield the wanted columns in batches; the schema holds the names of class labels."""
     location, _, split = path.removeprefix(PREFIX).partition("#")
     if not split:
         raise ValueError(f"{path}: name a split: {path}#{(hub_splits(path) or ['train'])[0]}")
     datasets = _datasets(path)
-    # Tokens for the hub are where `datasets` looks for them; none passes through here.
+    # `datasets` looks for access tokens of the Hub itself; this code never sees them.
     offline = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     os.environ.update({k: v for k, v in offline.items() if k not in os.environ})
     try:

@@ -1,17 +1,20 @@
-"""What columns of obs mean: does a cell pass, what is its total, does it stand elsewhere too?"""
+"""Interprets columns of obs: ``filter_pass``, total counts per cell, and ``is_primary_data``."""
 
 from __future__ import annotations
 
 import numpy as np
 
 FILTER_COLUMN = "filter_pass"
-PRIMARY = "is_primary_data"  # of CELLxGENE
+PRIMARY = "is_primary_data"  # a column of CELLxGENE; False for cells of another data set's copy
 _PASS = frozenset({"1", "1.0", "true", "t", "yes", "y", "pass", "passed"})
 _FAIL = frozenset({"0", "0.0", "false", "f", "no", "n", "fail", "failed", ""})
 
 
 def passes(path: str, values: list[str]) -> np.ndarray:
-    """Return bool [cells], what ``filter_pass`` says; words that are not known are refused."""
+    """Return bool [cells], whether each value of ``filter_pass`` means that the cell passes.
+
+    An unknown word raises a ValueError.
+    """
     words = {v: v.strip().lower() for v in set(values)}
     unknown = sorted(v for v, word in words.items() if word not in _PASS | _FAIL)
     if unknown:
@@ -25,19 +28,19 @@ def passes(path: str, values: list[str]) -> np.ndarray:
 def checked_totals(
     path: str, column: str, values: list[str], sums: np.ndarray, ids: list[str]
 ) -> np.ndarray:
-    """Return float64 [cells], totals of a column.
+    """Return float64 [cells], the total counts that a column of obs gives, after checking them.
 
     Parameters
     ----------
     sums
-        float64 [cells], counts in the file; a total is not smaller.
+        float64 [cells], sum of the counts in the file. A total must not be smaller.
     ids
-        Of the cells, for messages.
+        Ids of the cells, for messages.
 
     Raises
     ------
     ValueError
-        A total is text, infinite, negative, missing or below the counts.
+        A total is text, infinite, negative, missing or below the sum of counts.
     """
     try:
         totals = np.array([float(v) if v else np.nan for v in values])
@@ -60,5 +63,5 @@ def checked_totals(
 
 
 def count_secondary(values: list[str]) -> int:
-    """Return how many values of ``is_primary_data`` say no."""
+    """Return how many values of ``is_primary_data`` are false."""
     return sum(v.lower() in ("false", "0", "0.0") for v in values)

@@ -1,4 +1,8 @@
-"""Open any source by its kind; the formats are imported when one of theirs is opened."""
+"""Opens a source of any format, recognised by its suffix and content.
+
+`open_source` returns a `CountSource` or a `TokenSource`. The module of a format is imported only
+when a file of that format is opened.
+"""
 
 from __future__ import annotations
 
@@ -36,20 +40,20 @@ ACCEPTED = (
 def open_source(
     spec: SourceSpec, staging: Path | None = None, annotation: Annotation | None = None
 ) -> Source:
-    """Return the opened source of a spec; its kind is told by suffix and content.
+    """Return the opened source of a spec; suffix and content tell its format.
 
     Parameters
     ----------
     staging
-        Folder for row-wise copies of matrices stored by gene; None: a temporary one, removed when
-        the process ends.
+        Folder for row-wise copies of matrices that are stored by gene; None: a temporary folder
+        that is removed when the process ends.
     annotation
-        Names mitochondrial genes beyond the human ones.
+        Annotation table that names mitochondrial genes beyond the human ones.
 
     Raises
     ------
     ValueError
-        The path does not exist, is of no known kind, is damaged, or lacks what the spec asks for.
+        The path does not exist, has no known format, is damaged, or lacks what the spec asks for.
     """
     if spec.path.startswith(PREFIX):
         folder = (staging or _temporary_folder()) / row_copy_name(spec)
@@ -76,7 +80,7 @@ def open_source(
 
 
 def open_path(path: Path | str, options: SourceOptions) -> Source:
-    """Return the opened source at a path."""
+    """Return the opened source at a path, as `open_source` does for a spec."""
     return open_source(source_at(path, options))
 
 
@@ -122,7 +126,7 @@ def _open_matrix(spec: SourceSpec, path: Path, staging: Path | None) -> Store:
 
         if is_tenx(path):
             _require_plain(spec)
-            # A file of Cell Ranger 2 has a group for each genome, and names it nowhere else.
+            # A file of Cell Ranger 2 has one group per genome and names the genome nowhere else.
             return TenxStore(path, spec.options.genome)
         if h5py.is_hdf5(path):
             refuse_molecules(path)

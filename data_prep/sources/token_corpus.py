@@ -1,4 +1,9 @@
-"""Corpora of ranked token ids, as Genecorpus-30M: parquet, Arrow, Hugging Face folders."""
+"""Reads corpora of ranked token ids such as Genecorpus-30M: parquet, Arrow, Hugging Face folders.
+
+`split_names` lists the splits of a folder. `TokenSource` opens the files of one split; its
+`stretches` are ranges that can be read on their own, `blocks` yields the cells of a range, and
+`checked_tokens` checks the tokens of a block against the vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +25,10 @@ from data_prep.genes.rank_genes import token_dtype
 from data_prep.genes.vocabulary import Vocabulary
 from data_prep.sources.source_spec import SourceSpec, split_path
 
-# More cells than this never share their first and their last gene by chance.
+# More cells than this do not all share their first and their last gene by chance.
 _FRAME_CELLS = 20
 _READ_CELLS = 4096
-# As `datasets` and the Hub name files: train-00000-of-00002.parquet, test.arrow.
+# File names of `datasets` and the Hub, such as train-00000-of-00002.parquet or test.arrow.
 _SPLIT_FILE = re.compile(
     r"(train|training|test|validation|valid|val|dev|eval)(?:[-_.].*)?\.(?:arrow|parquet)$"
 )
@@ -32,9 +37,11 @@ _ARROW_FILE_MAGIC = b"ARROW1"
 
 @dataclass(frozen=True)
 class TokenBlock:
-    """Cells of a tokenised corpus in a row.
+    """Consecutive cells of a tokenised corpus.
 
-    `tokens` flat, of the files' integer type; `offsets` int64 [cells + 1].
+    `tokens` holds the tokens of all cells one after the other, in the integer type of the file;
+    `offsets`, int64 [cells + 1], says where each cell begins. `metadata` has one string per cell
+    for each carried column.
     """
 
     tokens: np.ndarray
@@ -46,7 +53,7 @@ class TokenBlock:
 
 @dataclass(frozen=True)
 class _Unit:
-    """The smallest range that can be read alone: an Arrow batch, or a parquet row group."""
+    """The smallest range of rows that can be read alone: an Arrow batch or a parquet row group."""
 
     file: int
     number: int
@@ -55,7 +62,7 @@ class _Unit:
 
 
 class TokenSource:
-    """Files with the columns ``input_ids`` (lists of integers) and ``length``."""
+    """An opened corpus: files with the columns ``input_ids`` (lists of integers) and ``length``."""
 
     kind = "tokens"
 
@@ -66,7 +73,7 @@ class TokenSource:
         self._parquets: dict[int, pq.ParquetFile] = {}
         self._mappings: list[mmap.mmap] = []
         self._units: list[_Unit] = []
-        # Column -> names of its numbers, where Hugging Face's datasets wrote them down.
+        # Names of the class labels of each column, where Hugging Face's datasets stored them.
         self._labels: dict[str, list[str]] = {}
         self.num_cells = 0
         for number, file in enumerate(self._files):
@@ -80,11 +87,11 @@ class TokenSource:
             raise ValueError(f"{self.path}: holds no cells")
 
     def _open(self, number: int) -> tuple[pa.Schema, list[int]]:
-        """Open a file; return its schema and the cells of each unit."""
+        """Open a file and return its schema and the number of cells in each unit."""
         file = self._files[number]
         try:
             if file.suffix == ".parquet":
-                # Without pre-buffering a row group of any size is read page by page.
+                # Without pre-buffering, even a large row group is read page by page.
                 opened = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
                 self._parquets[number] = opened
                 groups = range(opened.metadata.num_row_groups)
@@ -118,7 +125,7 @@ class TokenSource:
             raise ValueError(f"{file}: 'length' must be an integer column")
 
     def _columns(self) -> list[str]:
-        """Return the columns that are read beside the tokens, each once."""
+        """Return the names of the columns that are read beside the tokens, each name once."""
         dataset = self.options.dataset_column
         return list(
             dict.fromkeys([*self.options.column_sources.values(), *([dataset] if dataset else [])])
@@ -146,7 +153,7 @@ class TokenSource:
         return [s for s in stretches if s[1] > s[0]]
 
     def _texts(self, batch: pa.RecordBatch, column: str) -> list[str]:
-        """Return a column as text; numbers of classes by the names of the classes."""
+        """Return a column as text; numbers of class labels become the labels' names."""
         values, names = batch.column(column).to_pylist(), self._labels.get(column)
         if names is None:
             return ["" if v is None else str(v) for v in values]
@@ -161,7 +168,7 @@ class TokenSource:
     def _batches(
         self, start: int, stop: int, columns: list[str]
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """Yield (first row, batch) of the units from `start` to `stop`, both at unit boundaries."""
+        """Yield (first row, batch) for the rows start..stop-1; both ends are at unit boundaries."""
         for unit in self._units:
             if unit.start < start or unit.stop > stop or unit.start == unit.stop:
                 continue
@@ -184,7 +191,7 @@ class TokenSource:
                 ) from error
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[TokenBlock]:
-        """Yield the cells of a stretch in blocks of bounded size."""
+        """Yield the cells start..stop-1, a stretch of `stretches`, in blocks of bounded size."""
         stop = self.num_cells if stop is None else stop
         columns = ["input_ids", "length", *self._columns()]
         dataset = self.options.dataset_column
@@ -211,16 +218,17 @@ class TokenSource:
                 datasets = self._texts(batch, dataset)
             yield TokenBlock(tokens, offsets - offsets[0], ids, datasets, metadata)
         for mapping in self._mappings:
-            # The pages that were read would count as this process's memory for ever.
+            # Otherwise the pages that were read would count as this process's memory for ever.
             mapping.madvise(mmap.MADV_DONTNEED)
 
     def checked_tokens(self, block: TokenBlock, vocabulary: Vocabulary) -> np.ndarray:
-        """Return the block's tokens in the vocabulary's type.
+        """Return the block's tokens in the vocabulary's dtype, after checking them.
 
         Raises
         ------
         ValueError
-            They are not genes of the vocabulary, too long, or framed by other special tokens.
+            A token is not in the vocabulary, a cell is longer than the vocabulary's maximum, or
+            the special tokens are not those of the vocabulary.
         """
         offsets, lengths = block.offsets, np.diff(block.offsets)
         tokens = np.empty(len(block.tokens), dtype=token_dtype(vocabulary.num_tokens))
@@ -263,7 +271,10 @@ class TokenSource:
 
 @numba.njit(cache=True, nogil=True)
 def _narrow(tokens, first_gene, out):
-    """Copy to a narrower type; return (smallest, largest, number below the first gene)."""
+    """Copy `tokens` to `out`, which has a narrower dtype.
+
+    Returns (smallest token, largest token, number of tokens below the first gene token).
+    """
     low, high, special = tokens[0], tokens[0], 0
     for i in range(len(tokens)):
         token = tokens[i]
@@ -274,7 +285,7 @@ def _narrow(tokens, first_gene, out):
 
 
 def _class_labels(schema: pa.Schema) -> dict[str, list[str]]:
-    """Return the names of classes that Hugging Face's datasets keeps in a schema, by column."""
+    """Return the names of class labels by column, as Hugging Face's datasets stores them."""
     try:
         info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = info.get("info", {}).get("features", {})
@@ -284,14 +295,15 @@ def _class_labels(schema: pa.Schema) -> dict[str, list[str]]:
             if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
         }
     except (ValueError, KeyError, TypeError, AttributeError):
-        return {}  # another program's metadata under this name
+        return {}  # another program stored other metadata under this key
     return {name: names for name, names in found.items() if name in schema.names}
 
 
 def split_names(path: Path) -> list[str]:
-    """Return the splits of a Hugging Face DatasetDict, as saved or as files; [] for anything else.
+    """Return the names of the splits of a Hugging Face DatasetDict; [] for anything else.
 
-    Files tell it by their names, ``test-00000-of-00001.parquet``, if there are two splits or more.
+    A saved DatasetDict lists its splits. Otherwise the names of the files tell the splits
+    (``test-00000-of-00001.parquet``), if there are two splits or more.
     """
     record = path / "dataset_dict.json"
     if record.is_file():
@@ -329,7 +341,7 @@ def _list_files(path: Path, split: str | None = None) -> list[Path]:
 def _files_of(path: Path) -> list[Path]:
     state = path / "state.json"
     if state.exists():
-        # The folder may also hold cache-*.arrow, results of a user's map() and filter().
+        # The folder may also hold cache-*.arrow, which are results of a user's map() and filter().
         try:
             names = [f["filename"] for f in json.loads(state.read_text())["_data_files"]]
         except (ValueError, KeyError, TypeError) as error:
