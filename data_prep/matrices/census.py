@@ -1,6 +1,6 @@
-"""CELLxGENE Census releases, and other SOMA experiments, on disk or at a URI.
+"""Reads CELLxGENE Census releases and other SOMA experiments, on disk or at a URI.
 
-The cells are those that a filter over obs lets through, in order of their soma_joinid.
+`CensusStore` holds the cells that pass a filter over obs, in order of their soma_joinid.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from data_prep.matrices.matrix_store import Rows
 _PREFIX = "census:"
 _ORGANISMS = {"human": "homo_sapiens", "mouse": "mus_musculus"}
 _CELL_IDS = ("observation_joinid", "obs_id", "_index", "index")
-_LAYER, _NUM_STORED = "raw", "nnz"  # the Census' names for raw counts, and for how many a cell has
-# Taken for a cell's genes where obs does not say; more than most 10x cells have.
+_LAYER, _NUM_STORED = "raw", "nnz"  # the Census' layer of raw counts; genes per cell in obs
+# Assumed number of genes of a cell where obs does not state it; more than most 10x cells have.
 _GENES_OF_CELL = 4000
-# For each column of a table that is read; the default is 1 GiB.
+# Size of SOMA's buffer for each column of a table that is read; the default is 1 GiB.
 _BUFFER_BYTES = 1 << 27
 
 
 class CensusStore:
-    """Measurement ``RNA`` of a SOMA experiment.
+    """The measurement ``RNA`` of a SOMA experiment, as a count matrix (`matrix_store.Store`).
 
     Parameters
     ----------
     path
-        ``census:VERSION`` (``census:stable``, ``census:2025-01-30``), or a Census or a single
-        experiment elsewhere: ``census:URI``, or a local folder.
+        ``census:VERSION`` (``census:stable``, ``census:2025-01-30``) for a published release, or
+        ``census:URI`` or a local folder for another Census or a single experiment.
     counts
         ``X`` or ``raw`` (both the layer ``raw``) or ``layers/NAME``.
     organism
-        ``human`` (also if None) or ``mouse``; of a Census, which has an experiment for each.
+        ``human`` or ``mouse``: the experiment of a Census to read; None: ``human``.
     obs_filter
-        A SOMA value filter, e.g. ``tissue == 'blood' and is_primary_data == True``.
+        SOMA value filter, e.g. ``tissue == 'blood' and is_primary_data == True``.
     """
 
     def __init__(
         self, path: str, counts: str, organism: str | None, obs_filter: str | None
     ) -> None:
         self.path, self._name = Path(path), path
-        self._opened = _open(path)  # its parts are closed when it is freed
+        self._opened = _open(path)  # kept open: its parts are closed when it is freed
         with _soma_errors():
             experiment = self._experiment(self._opened, organism)
             self._obs = experiment.obs
@@ -56,12 +56,12 @@ class CensusStore:
             self._var = _read(experiment.ms["RNA"].var)
             self._gene_joinids = self._var["soma_joinid"].to_numpy()
         self._read_joinids(obs_filter)
-        # What was left out is not told: that would read all of obs.
+        # The number of cells left out is unknown: counting them would read all of obs.
         self.num_filtered_out = None if obs_filter else 0
         self.num_cells, self.num_genes = len(self._joinids), len(self._gene_joinids)
 
     def _experiment(self, opened: Any, organism: str | None) -> Any:
-        """Return the experiment itself, or the organism's one of a Census."""
+        """Return the opened experiment, or of an opened Census the organism's experiment."""
         if opened.soma_type == "SOMAExperiment":
             return opened
         if opened.soma_type != "SOMACollection" or "census_data" not in opened:
@@ -91,7 +91,10 @@ class CensusStore:
         self._states_stored = layer == _LAYER and _NUM_STORED in self.obs_columns()
 
     def _read_joinids(self, obs_filter: str | None) -> None:
-        """Find the cells: 8 bytes each, and 4 for the number of their stored values."""
+        """Read the joinids of the cells that pass the filter, and their numbers of stored values.
+
+        This takes 8 bytes of memory per cell, and 4 more where obs states the number of values.
+        """
         columns = ["soma_joinid", *([_NUM_STORED] if self._states_stored else [])]
         try:
             with _soma_errors():
@@ -158,7 +161,7 @@ class CensusStore:
 
 
 def _open(path: str) -> Any:
-    """Return what is at the path: a SOMA collection or experiment."""
+    """Return the opened SOMA collection or experiment at a path."""
     location = path.removeprefix(_PREFIX)
     config: dict[str, Any] = {"soma.init_buffer_bytes": _BUFFER_BYTES}
     try:
@@ -173,12 +176,15 @@ def _open(path: str) -> Any:
             return tiledbsoma.open(location, context=tiledbsoma.SOMATileDBContext(config))
         try:
             return cellxgene_census.open_soma(census_version=location, tiledb_config=config)
-        except (ValueError, OSError) as error:  # unknown version, no network
+        except (ValueError, OSError) as error:  # the version is unknown, or the network fails
             raise ValueError(f"{path}: the Census cannot be opened ({error})") from error
 
 
 def _coordinate(joinids: np.ndarray) -> slice | np.ndarray:
-    """Return what asks SOMA for ascending joinids: a slice, ends included, if none is left out."""
+    """Return the coordinate that asks SOMA for ascending joinids.
+
+    It is a slice, both ends included, if the joinids have no gaps, and the array itself otherwise.
+    """
     if len(joinids) and joinids[-1] - joinids[0] + 1 == len(joinids):
         return slice(int(joinids[0]), int(joinids[-1]))
     return joinids
@@ -190,7 +196,7 @@ def _read(
     coordinate: slice | np.ndarray = slice(None),
     obs_filter: str | None = None,
 ) -> pa.Table:
-    """Return rows of a SOMA data frame in order of soma_joinid; None: all columns."""
+    """Return rows of a SOMA data frame in order of soma_joinid; columns None: all columns."""
     names = None if columns is None else list(dict.fromkeys(columns))
     reads = frame.read((coordinate,), names, value_filter=obs_filter, result_order="row-major")
     return reads.concat()
@@ -202,7 +208,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _values(column: pa.ChunkedArray) -> np.ndarray:
-    """Return a column; integers stay integers where others are missing."""
+    """Return the values of a column; integers stay integers even if some values are missing."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     return column.to_pandas(integer_object_nulls=True).to_numpy()
@@ -210,7 +216,7 @@ def _values(column: pa.ChunkedArray) -> np.ndarray:
 
 @contextlib.contextmanager
 def _soma_errors() -> Iterator[None]:
-    """Raise as OSError what SOMA reports; TileDB's own errors are RuntimeErrors."""
+    """Raise errors of SOMA and TileDB as OSError; those of TileDB are RuntimeErrors."""
     import tiledbsoma
 
     try:

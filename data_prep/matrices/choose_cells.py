@@ -1,7 +1,8 @@
-"""Which cells of a file are read: a query over obs, as a Census has it, for files that have none.
+"""Chooses the cells of a file to read by a query over obs, for formats without queries.
 
-The query is that of pandas (``is_primary_data == True and disease == 'normal'``, ``tissue in ['a',
-'b']``), evaluated on stretches of the columns that it names.
+The query has the syntax of pandas (``is_primary_data == True and disease == 'normal'``, ``tissue in
+['a', 'b']``). `choose_cells` evaluates it on stretches of the columns that it names, and returns
+the matrix restricted to the chosen cells, a `ChosenCells`.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ import pandas as pd
 from data_prep.matrices.matrix_store import Rows, Store
 
 _STRETCH_CELLS = 1 << 18
-# Rows between two chosen ones that are read and dropped rather than skipped.
+# A gap of up to so many rows between two chosen cells is read and dropped rather than skipped.
 _SMALL_GAP = 64
 _METHODS = frozenset({"str", "contains", "startswith", "endswith", "isin", "isna", "notna"})
 _BOOLEANS = {"True": True, "False": False, "true": True, "false": False}
 
 
 def choose_cells(path: str, store: Store, query: str) -> Store:
-    """Return the cells of a matrix for which a query over obs is true.
+    """Return a matrix of the cells for which a query over obs is true.
 
     Raises
     ------
     ValueError
-        The query names no column, is not understood, or is true for no cell.
+        The query names no column, cannot be evaluated, or is true for no cell.
     """
     _refuse_code(path, query)
     columns = [c for c in store.obs_columns() if _names(query, c)]
@@ -41,14 +42,14 @@ def choose_cells(path: str, store: Store, query: str) -> Store:
         stop = min(start + _STRETCH_CELLS, store.num_cells)
         table = pd.DataFrame({c: _column(store.obs(c, start, stop)) for c in columns})
         try:
-            # No names but the columns: a query comes from a corpus list that others wrote.
+            # Only columns can be named in a query, because others may have written the corpus list.
             found = table.eval(query, engine="python", local_dict={}, global_dict={})
-        except Exception as error:  # noqa: BLE001  whatever a wrong query leads to in pandas
+        except Exception as error:  # noqa: BLE001  a wrong query may raise anything in pandas
             raise ValueError(
                 f"{path}: the filter {query!r} is not understood ({error}); write it like: "
                 f"cell_type == 'B cell'; the columns are {store.obs_columns()}"
             ) from error
-        # Methods for texts leave a missing value where there was one.
+        # String methods of pandas return a missing value for a missing value.
         said = pd.Series(found)
         if said.dtype in (object, "boolean") and {*said.dropna().unique()} <= {True, False}:
             said = said.astype("boolean").fillna(False).astype(bool)
@@ -66,7 +67,7 @@ def choose_cells(path: str, store: Store, query: str) -> Store:
 
 
 def _refuse_code(path: str, query: str) -> None:
-    """Raise ValueError for a query that does more than compare columns."""
+    """Raise ValueError for a query that does more than compare columns and combine the results."""
     try:
         tree = ast.parse(re.sub(r"`[^`]*`", "column", query), mode="eval")
     except (SyntaxError, ValueError) as error:
@@ -85,14 +86,14 @@ def _refuse_code(path: str, query: str) -> None:
 
 
 def _names(query: str, column: str) -> bool:
-    """Return whether a query names a column, outside of its texts."""
+    """Return whether a query names a column; names inside quoted strings do not count."""
     plain = re.sub(r"'[^']*'|\"[^\"]*\"", "''", query)
     word = rf"(?<![\w.]){re.escape(column)}(?!\w)"
     return bool(re.search(word, plain) or f"`{column}`" in plain)
 
 
 def _column(values: np.ndarray) -> pd.Series:
-    """Return a column; texts True and False as what they say."""
+    """Return a column as a Series; the strings True and False become booleans."""
     series = pd.Series(values)
     if series.dtype != object:
         return series
@@ -105,12 +106,12 @@ def _column(values: np.ndarray) -> pd.Series:
 
 
 class ChosenCells:
-    """Some cells of a matrix as a matrix of their own.
+    """A matrix that consists of some cells of another matrix.
 
     Parameters
     ----------
     cells
-        int64, ascending places in `store`.
+        int64, row numbers of the chosen cells in `store`, ascending.
     """
 
     def __init__(self, store: Store, cells: np.ndarray) -> None:
@@ -120,17 +121,17 @@ class ChosenCells:
         self.counts_choices = store.counts_choices
         before: int | None = getattr(store, "num_filtered_out", 0)
         left_out = store.num_cells - len(cells)
-        # A format that does not tell how many it left out does not tell of more either.
+        # If the format does not know how many cells it left out, the sum is not known either.
         self.num_filtered_out = None if before is None else before + left_out
         self.other_modalities: dict[str, int] = getattr(store, "other_modalities", {})
 
     def _runs(self, start: int, stop: int) -> list[np.ndarray]:
-        """Return the chosen places in pieces that are worth reading as one range."""
+        """Return the row numbers of the chosen cells, split into runs to be read as one range."""
         cells = self._cells[start:stop]
         return np.split(cells, np.flatnonzero(np.diff(cells) > _SMALL_GAP) + 1)
 
     def rows(self, start: int, stop: int) -> Rows:
-        import scipy.sparse  # takes longer to import than a small file to read
+        import scipy.sparse  # imported late: the import takes longer than reading a small file
 
         parts = []
         for run in self._runs(start, stop):

@@ -1,4 +1,8 @@
-"""Compression that a file needs and this installation may lack: named, never taken for damage."""
+"""Finds compression filters that a file needs and this installation lacks.
+
+Such a file gets an error that names the filter and the package to install, and is not called
+damaged. `require_filters` checks HDF5 files, `missing_codec` interprets errors of zarr.
+"""
 
 from __future__ import annotations
 
@@ -8,29 +12,29 @@ from typing import Any
 
 import h5py
 
-# Registered numbers: https://github.com/HDFGroup/hdf5_plugins, and those of hdf5plugin.
+# Registered filter numbers: https://github.com/HDFGroup/hdf5_plugins, and those of hdf5plugin.
 _FILTERS = {
     307: "bzip2", 32000: "lzf", 32001: "blosc", 32004: "lz4", 32008: "bitshuffle", 32013: "zfp",
     32015: "zstd", 32017: "sz", 32018: "fcidecomp", 32024: "sz3", 32026: "blosc2", 32028: "sperr",
 }  # fmt: skip
-# Files as they are that need nothing beyond HDF5's own filters and those already there.
+# Files, in their present state, whose filters are all available.
 _FINE: set[tuple[str, int, int, int, int]] = set()
 _MOST_FINE = 10_000
-# Parts of files that hold cells; what lies elsewhere is never read.
+# Groups and datasets that may be read; other parts of a file are not checked.
 _READ = ("X", "raw", "layers", "obs", "var", "mod", "matrix", "row_attrs", "col_attrs")
 
 
 def require_filters(path: object, root: h5py.File) -> None:
-    """Make the filters of an HDF5 file available, from hdf5plugin where HDF5 has them not.
+    """Make the filters of an HDF5 file available; those that HDF5 lacks come from hdf5plugin.
 
     Raises
     ------
     ValueError
-        A part that may be read needs a filter that is not there.
+        A part of the file that may be read needs a filter that is not installed.
     """
     state = Path(str(path)).stat()
     key = (str(path), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
-    if key in _FINE:  # a process opens a file twice, and looking at all its parts takes a while
+    if key in _FINE:  # a process opens a file twice, and checking all its parts takes a while
         return
     missing = _missing(root)
     if not missing:
@@ -57,7 +61,7 @@ def _import_plugins() -> bool:
 
 
 def _missing(root: h5py.File) -> dict[str, str]:
-    """Return dataset -> filter that is not available."""
+    """Return the name of the missing filter for each dataset of a file that needs one."""
     found: dict[str, str] = {}
 
     def look(name: str, item: Any) -> None:
@@ -79,12 +83,12 @@ def _missing(root: h5py.File) -> dict[str, str]:
 
 
 def is_available(code: int) -> bool:
-    """Return whether HDF5 has a filter at hand."""
+    """Return whether HDF5 can use the filter with this number."""
     return bool(h5py.h5z.filter_avail(code))
 
 
 def missing_codec(error: BaseException) -> str | None:
-    """Return what to say where an error means that zarr lacks a codec; None for other errors."""
+    """Return the message for an error that means that zarr lacks a codec; None otherwise."""
     text = str(error)
     unknown = "codec" in text.lower() and ("not available" in text or "nknown" in text)
     if type(error).__name__ == "UnknownCodecError" or unknown:

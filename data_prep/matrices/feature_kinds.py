@@ -1,6 +1,8 @@
-"""Which features of a count matrix are genes: antibodies, guides, peaks and other genomes are not.
+"""Chooses the features of a count matrix that are genes, for matrices of all formats.
 
-Every format says it in its own column or not at all; here it is told once, for all of them.
+Antibodies, guide RNAs, peaks and genes of other genomes are left out. `genes_of` restricts a matrix
+to its genes, `of_one_genome` to the genes of the genome that the user chose, and `cells_of_genome`
+finds the cells of that genome.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ import numpy as np
 from data_prep.matrices.gene_table import Names
 from data_prep.matrices.matrix_store import Rows, Store, as_text
 
-# Columns of var that may say what a feature is. The last one holds biotypes in other files.
+# Columns of var that may hold the kind of a feature. In some files the last one holds biotypes.
 KIND_COLUMNS = ("feature_types", "feature_type", "modality", "gene_type")
-# Compared without case and punctuation: 10x' own words, and those of multimodal benchmarks.
+# The words of 10x and of multimodal benchmarks, compared without case and punctuation.
 _GENE_KINDS = frozenset({
     "geneexpression", "gex", "gene", "genes", "rna", "mrna", "scrna", "snrna", "transcriptome",
     "transcript", "expression", "wta",
@@ -28,7 +30,7 @@ _OTHER_KINDS = frozenset({
     "peak", "peaks", "atac", "chromatinaccessibility", "vdj", "vdjt", "vdjb", "spikein", "spikeins",
 })  # fmt: skip
 _UNNAMED = "no kind given"
-_READ_CELLS, _READ_VALUES = 4096, 1 << 24  # at a time
+_READ_CELLS, _READ_VALUES = 4096, 1 << 24  # the most that is read at a time
 
 
 def _plain(kind: str) -> str:
@@ -36,15 +38,15 @@ def _plain(kind: str) -> str:
 
 
 def is_gene_kind(kind: str) -> bool:
-    """Return whether a word for a kind of features, or a modality's name, means gene expression."""
+    """Return whether a kind of features, or the name of a modality, means gene expression."""
     return _plain(kind) in _GENE_KINDS
 
 
 def genes_among(kinds: list[str]) -> np.ndarray | None:
-    """Return bool [features], which are genes; None where the values are no kinds of features.
+    """Return bool [features], True for genes; None if the values are no kinds of features.
 
-    Biotypes (protein_coding, ...) are none. A word that is not known is no gene where others are
-    said to be genes, and is a gene where none is.
+    Biotypes (protein_coding, ...) are no kinds of features. Features of an unknown kind are genes
+    only if no feature of the matrix is called a gene.
     """
     plain = {kind: _plain(kind) for kind in set(kinds)}
     known = {p for p in plain.values() if p in _GENE_KINDS or p in _OTHER_KINDS}
@@ -59,7 +61,7 @@ def genes_among(kinds: list[str]) -> np.ndarray | None:
 
 
 def genes_of(path: str, store: Store) -> tuple[Store, dict[str, int]]:
-    """Return the genes of a matrix as a matrix, and what was left out: kind -> features.
+    """Return the matrix of a matrix's genes, and the number of other features by kind.
 
     Raises
     ------
@@ -67,7 +69,7 @@ def genes_of(path: str, store: Store) -> tuple[Store, dict[str, int]]:
         No feature is a gene.
     """
     columns = store.var_columns()
-    # MuData: each modality is a matrix of its own, and only one of them is opened.
+    # In a MuData each modality is a matrix of its own, and only one of them is opened.
     modalities: dict[str, int] = getattr(store, "other_modalities", {})
     for column in KIND_COLUMNS:
         if column not in columns:
@@ -90,14 +92,14 @@ def genes_of(path: str, store: Store) -> tuple[Store, dict[str, int]]:
 def of_one_genome(
     path: str, store: Store, ids: Names, wanted: str | None
 ) -> tuple[Store, dict[str, int]]:
-    """Return the features of one genome as a matrix, and what was left out: genome -> features.
+    """Return the matrix of one genome's features, and the number of other features by genome.
 
-    Genomes are told by column ``genome`` of var, or by what stands in front of the ids.
+    The genome of a feature is its value in column ``genome`` of var, or the prefix of its id.
 
     Raises
     ------
     ValueError
-        There are several and none is chosen, or the chosen one is not there.
+        There are several genomes and none is chosen, or the chosen genome is not there.
     """
     genomes: list[str] = []
     if "genome" in store.var_columns():
@@ -124,20 +126,21 @@ def of_one_genome(
 
 
 def cells_of_genome(path: str, store: Store, chosen: Store) -> np.ndarray | None:
-    """Return int64, the cells with at least half of their counts in the genome that was chosen.
+    """Return int64, the rows of the cells with at least half of their counts in the chosen genome.
 
-    The others are cells of another species (or two cells in one droplet): what they hold of this
-    genome are stray molecules. Cells without any count stay, to be counted with the empty ones.
+    None means all cells. The other cells are of another species (or two cells in one droplet), and
+    their counts in this genome are stray molecules. Cells without any count are kept; they are
+    counted with the empty cells later.
 
     Parameters
     ----------
     store, chosen
-        The genes of all genomes, and those of the chosen one; of the same cells.
+        Matrices of the same cells: the genes of all genomes, and those of the chosen genome.
 
     Raises
     ------
     ValueError
-        There is no such cell.
+        No cell has half of its counts in the chosen genome.
     """
     is_own: list[np.ndarray] = []
     start = 0
@@ -155,25 +158,27 @@ def cells_of_genome(path: str, store: Store, chosen: Store) -> np.ndarray | None
 
 
 def _sums(rows: Rows) -> np.ndarray:
-    """Return float64 [cells], the totals of compressed sparse rows."""
+    """Return float64 [cells], the sum of values in each row of a CSR matrix."""
     data, _, indptr = rows
     before = np.r_[0.0, np.cumsum(data, dtype=np.float64)]
     return before[indptr[1:]] - before[indptr[:-1]]
 
 
 class ChosenFeatures:
-    """Some features of a matrix as a matrix of their own; counts of the others are in no total.
+    """A matrix that consists of some features of another matrix.
+
+    Counts of the other features are not part of a cell's total.
 
     Parameters
     ----------
     kept
-        bool [features of `store`].
+        bool [features of `store`], True for the features to keep.
     """
 
     def __init__(self, store: Store, kept: np.ndarray) -> None:
         self._store = store
         self._kept = np.flatnonzero(kept)
-        # bool [features of the matrix that others were chosen from, in the end].
+        # bool [features of the file's matrix], also if `store` itself is a choice of features.
         self.chosen = kept.copy()
         if isinstance(store, ChosenFeatures):
             self.chosen = store.chosen.copy()

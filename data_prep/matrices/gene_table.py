@@ -1,8 +1,9 @@
-"""What follows from the names of genes alone, worked out once for each different table of genes.
+"""Caches what follows from the names of genes, for the different tables of genes in a corpus.
 
-A corpus has thousands of files and a handful of tables. Which species, genomes and mitochondrial
-genes there are, and which tokens of a vocabulary the genes have, takes far longer to find out than
-reading a small file; so it is kept for the tables that were seen last.
+A corpus has thousands of files but a handful of gene tables. Finding species, genomes,
+mitochondrial genes and tokens of a table takes far longer than reading a small file, so the results
+are kept for the tables that were seen last. `names_of` and `gene_table` return the same object for
+equal columns; `TABLES` remembers the table of each file.
 """
 
 from __future__ import annotations
@@ -29,28 +30,28 @@ from data_prep.matrices.matrix_store import mtx_sample
 
 _KEPT = 8
 _SOURCES = 10_000
-_NAMED = 20  # names in a record
+_NAMED = 20  # the most names of genes in a report
 
 
 class Names:
-    """A column of names as a file has them, and what they are without decoration."""
+    """A column of gene names as a file has them, with cleaned forms that are computed once."""
 
     def __init__(self, texts: tuple[str, ...]) -> None:
         self.texts = list(texts)
 
     @cached_property
     def present(self) -> list[str]:
-        """The names, '' where one is missing."""
+        """The names; '' where a name is missing."""
         return [present(name) for name in self.texts]
 
     @cached_property
     def without_version(self) -> list[str]:
-        """As `present`, Ensembl ids without a version."""
+        """The names as in `present`, Ensembl ids without their version."""
         return [strip_version(name) for name in self.present]
 
     @cached_property
     def genomes(self) -> list[str]:
-        """The genome in front of each name; '' without one."""
+        """The genome in front of each name; '' if there is none."""
         return [genome_of(name) for name in self.texts]
 
 
@@ -60,16 +61,17 @@ def _names(texts: tuple[str, ...]) -> Names:
 
 
 def names_of(texts: list[str]) -> Names:
-    """Return the names of a column: one and the same object for equal columns seen lately."""
+    """Return the `Names` of a column; columns equal to one seen lately share one object."""
     return _names(tuple(texts))
 
 
 @dataclass(frozen=True)
 class GeneReport:
-    """What became of a source's genes under a vocabulary.
+    """How many of a source's genes a vocabulary knows, and by which names they were found.
 
-    `left_out`: kind of features that are no genes (antibodies, another genome) -> how many;
-    `found_as`, `upper_cased`, `case_collisions`: see `data_prep.genes.gene_names.FoundGenes`.
+    `left_out` is the number of features that are no genes, by kind (antibodies, another genome).
+    For `found_as`, `upper_cased` and `case_collisions` see
+    `data_prep.genes.gene_names.FoundGenes`.
     """
 
     genes: int
@@ -85,14 +87,14 @@ class GeneReport:
 
 
 class GeneTable:
-    """Ids of genes and, where a source has them, symbols beside them.
+    """Gene ids of a source, and gene symbols where the source has them.
 
     Attributes
     ----------
     ids
-        One per matrix column; '' where the source has none.
+        Gene id of each matrix column; '' where the source has none.
     symbols
-        As the file has them.
+        Gene symbols as the file has them; None if it has none.
     """
 
     def __init__(self, ids: Names, symbols: Names | None, strip_versions: bool) -> None:
@@ -107,7 +109,7 @@ class GeneTable:
         return species_of(self.ids)
 
     def mitochondrial(self, annotation: Annotation | None) -> np.ndarray:
-        """Return bool [genes], mitochondrial genes by id, table, or symbol."""
+        """Return bool [genes], True for mitochondrial genes by id, annotation or symbol."""
         if self._mitochondrial is None or self._mitochondrial[0] != annotation:
             ids = [plain_id(i) for i in self.ids]
             texts = self.symbols.texts if self.symbols else None
@@ -115,14 +117,14 @@ class GeneTable:
         return self._mitochondrial[1]
 
     def find(self, vocabulary: Vocabulary) -> FoundGenes:
-        """Return which genes of a vocabulary these are, and by which name."""
+        """Return the result of looking up the genes in a vocabulary."""
         if self._found is None or self._found[0] is not vocabulary:
             symbols = [self.symbols.present] if self.symbols else []
             self._found = vocabulary, vocabulary.lookup.find_all(self.ids, symbols)
         return self._found[1]
 
     def report(self, vocabulary: Vocabulary) -> GeneReport:
-        """Return how the genes meet a vocabulary."""
+        """Return how many of the genes a vocabulary knows, and by which names."""
         if self._report is None or self._report[0] is not vocabulary:
             found = self.find(vocabulary)
             report = GeneReport(
@@ -143,18 +145,19 @@ class GeneTable:
 
 @lru_cache(maxsize=_KEPT)
 def gene_table(ids: Names, symbols: Names | None, strip_versions: bool) -> GeneTable:
-    """Return the table of two columns: one and the same object for equal ones seen lately."""
+    """Return the gene table of two columns; columns equal to those seen lately share one object."""
     return GeneTable(ids, symbols, strip_versions)
 
 
-# A file as it is now, and how it is read.
+# The present state of a file, and the options it is read with.
 State = tuple[Hashable, ...]
 
 
 def state_of(path: str, *options: Hashable) -> State | None:
-    """Return what tells a file and a way of reading it from all others; None for folders.
+    """Return a key for a file in its present state and the options it is read with.
 
-    A folder's parts may change without a trace on the folder, and so may the tables beside an mtx.
+    None for folders and mtx files: the contents of a folder, and the tables beside an mtx file, may
+    change without a trace on the path itself.
     """
     file = Path(path)
     if not file.is_file() or mtx_sample(file) is not None:
@@ -166,16 +169,16 @@ def state_of(path: str, *options: Hashable) -> State | None:
 
 @dataclass(frozen=True)
 class Choice:
-    """What is read of a matrix.
+    """The features and cells of a matrix that are read.
 
     Attributes
     ----------
     features
-        bool [features], which are genes of this source; None: all.
+        bool [features], True for the genes of this source; None: all features.
     cells
-        int64, places of the cells of the chosen genome; None: all.
+        int64, row numbers of the cells of the chosen genome; None: all cells.
     left_out
-        Kind of features that are not read -> how many.
+        Number of features that are not read, by kind.
     """
 
     features: np.ndarray | None
@@ -184,13 +187,13 @@ class Choice:
 
 
 class _Tables:
-    """What is read of a source, and its table of genes as long as that itself is kept."""
+    """The choice of features and cells of each file, and its gene table while that is cached."""
 
     def __init__(self) -> None:
         self._known: dict[State, tuple[Choice, weakref.ref[GeneTable]]] = {}
 
     def get(self, state: State | None) -> tuple[Choice, GeneTable] | None:
-        """Return what `put` was given, or None."""
+        """Return the choice and the table that `put` stored, None if there are none any more."""
         if state not in self._known:
             return None
         choice, reference = self._known[state]
@@ -198,7 +201,7 @@ class _Tables:
         return None if table is None else (choice, table)
 
     def put(self, state: State | None, choice: Choice, table: GeneTable) -> None:
-        """Remember a source; `state`: see `state_of`, of None nothing is remembered."""
+        """Remember the choice and the table of a source; if `state_of` is None, do nothing."""
         if len(self._known) >= _SOURCES:
             self._known.clear()
         if state is not None:

@@ -1,7 +1,8 @@
-"""AnnData on disk: h5ad and zarr, CSR, CSC or dense, X, raw or any layer, read in ranges of cells.
+"""Reads AnnData and MuData files, h5ad or zarr, in ranges of cells.
 
-anndata's own readers load obs and the index pointer whole; here both are read in slices, so that a
-file of any number of cells costs the same memory.
+The counts may be X, raw or a layer, stored as CSR, CSC or dense. The readers of anndata load obs
+and the index pointer whole. `AnnDataStore` reads both in slices, so that the memory does not grow
+with the number of cells.
 """
 
 from __future__ import annotations
@@ -21,22 +22,24 @@ _STAGE_VALUES = 1 << 24
 
 
 class AnnDataStore:
-    """An ``.h5ad`` file or an AnnData ``.zarr`` folder (or zip); of a MuData, its genes.
+    """The count matrix of an ``.h5ad`` file or an AnnData ``.zarr`` folder or zip file.
+
+    Of a MuData it is the matrix of the modality with gene expression.
 
     Parameters
     ----------
     path
         The file or folder.
     counts
-        ``X``, ``raw``, or ``layers/NAME``.
+        Where the counts are: ``X``, ``raw``, or ``layers/NAME``.
     staging
-        Folder for a row-wise copy of a column-wise (CSC) matrix; used only for these.
+        Folder for a row-wise copy; used only if the matrix is stored column-wise (CSC).
     """
 
     def __init__(self, path: Path, counts: str, staging: Path) -> None:
         self.path = path
         self._root = self._open(path)
-        # Of a MuData: modalities that are no gene expression -> their features.
+        # Of a MuData: number of features of each modality that is no gene expression.
         self.other_modalities: dict[str, int] = {}
         if "mod" in self._root and hasattr(self._root["mod"], "keys"):
             self._choose_modality(self._root["mod"])
@@ -90,7 +93,7 @@ class AnnDataStore:
         return root
 
     def _choose_modality(self, modalities: Any) -> None:
-        """Go on with the modality that holds gene expression, by its name or by its features."""
+        """Make the modality that holds gene expression the root, by its name or its features."""
         sizes = {n: int(_index_of(modalities[n]["var"]).shape[0]) for n in modalities}
         named = [n for n in sizes if is_gene_kind(n)]
         if not named:
@@ -137,7 +140,10 @@ class AnnDataStore:
             self._staged = stage_rows(self._columns, self.num_cells, staging)
 
     def _check_lengths(self, kind: str) -> None:
-        """Refuse arrays that do not fit each other: beyond an array's end there is no error."""
+        """Raise ValueError if lengths of arrays do not fit each other, or chunks are missing.
+
+        Reading a slice beyond the end of an array raises no error, so this is checked first.
+        """
         obs_index = _index_array(self._obs, self._obs_index)
         var_index = _index_array(self._var, self._var_index)
         lengths = [
@@ -155,7 +161,7 @@ class AnnDataStore:
         ]
         if wrong:
             raise ValueError(f"{self.path}: is damaged: {'; '.join(wrong)}")
-        # zarr reads a chunk that is missing as zeros. Counts and gene numbers have no empty chunks.
+        # zarr reads a missing chunk as zeros. Stored counts and gene numbers have no empty chunks.
         arrays = {"index of obs": obs_index, "index of var": var_index}
         if self._sparse:
             arrays |= {"data": self._data, "indices": self._indices}
@@ -167,7 +173,7 @@ class AnnDataStore:
                 )
 
     def _columns(self):
-        """Yield (cells, genes, values) of a column-wise matrix, bounded in size."""
+        """Yield the entries of a column-wise matrix in batches, as (cells, genes, values)."""
         indptr = self._indptr[:]
         if np.any(np.diff(indptr) < 0) or int(indptr[-1]) > self._data.shape[0]:
             raise OSError("index pointer is damaged")
@@ -217,7 +223,7 @@ class AnnDataStore:
 
 
 def _index_of(frame: Any) -> Any:
-    """Return the array that holds the index of a data frame, codes for a categorical one."""
+    """Return the array that holds the index of a data frame, the codes if it is categorical."""
     return _index_array(frame, _index_name(frame))
 
 
@@ -243,12 +249,17 @@ def _column_names(frame: Any) -> list[str]:
 def read_column(
     frame: Any, name: str, start: int, stop: int, known: dict[tuple[int, str], np.ndarray]
 ) -> np.ndarray:
-    """Return rows start..stop-1 of a column of an AnnData data frame, missing ones as None or NaN.
+    """Return rows start..stop-1 of a column of an AnnData data frame.
 
-    `known` keeps the categories of columns: there may be as many as cells.
+    Missing values are None or NaN. Readable encodings are array, string-array, categorical (also of
+    anndata 0.7), nullable integer, boolean and string
+    (https://anndata.readthedocs.io/en/stable/fileformat-prose.html).
 
-    Encodings: array, string-array, categorical (also of anndata 0.7), nullable integer, boolean and
-    string (https://anndata.readthedocs.io/en/stable/fileformat-prose.html).
+    Parameters
+    ----------
+    known
+        Cache of the categories of columns, which is filled here: a column may have as many
+        categories as there are cells.
     """
     element = frame[name]
     if not hasattr(element, "keys"):
@@ -256,7 +267,7 @@ def read_column(
         kept = element.attrs.get("categories")
         if kept is None:
             return values
-        # anndata 0.7: a reference (HDF5), a path (zarr), or the categories themselves.
+        # anndata 0.7 stores a reference (HDF5), a path (zarr), or the categories themselves.
         if isinstance(kept, h5py.Reference):
             kept = frame.file[kept]
         elif isinstance(kept, str):
@@ -281,7 +292,7 @@ def read_column(
 def _categories(
     frame: Any, name: str, stored: Any, known: dict[tuple[int, str], np.ndarray]
 ) -> np.ndarray:
-    """Return the categories of a column, with None at the end: where code -1 points."""
+    """Return the categories of a column, followed by None, which code -1 (missing) points to."""
     key = (id(frame), name)
     if key not in known:
         known[key] = np.append(decoded(np.asarray(stored[:])).astype(object), np.array([None]))

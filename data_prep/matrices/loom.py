@@ -1,4 +1,4 @@
-"""Loom files (v2, v3): HDF5 with a dense genes x cells matrix, and attributes of rows and columns.
+"""Reads loom files (v2, v3): HDF5 with a dense genes x cells matrix and row and column attributes.
 
 The layout is described at https://linnarssonlab.org/loompy/format.
 """
@@ -19,7 +19,7 @@ _GENE_IDS = ("ensembl_id", "Accession", "gene_ids", "var_names", "Gene", "gene_n
 
 
 class LoomStore:
-    """A ``.loom`` file; `counts` is ``X`` (its ``/matrix``) or ``layers/NAME``."""
+    """The count matrix of a ``.loom`` file; `counts` is ``X`` (``/matrix``) or ``layers/NAME``."""
 
     def __init__(self, path: Path, counts: str) -> None:
         self.path = path
@@ -52,7 +52,7 @@ class LoomStore:
 
     def rows(self, start: int, stop: int) -> Rows:
         dense = self._matrix[:, start:stop].T
-        cells, genes = np.nonzero(dense)  # in order of cells, then genes
+        cells, genes = np.nonzero(dense)  # ordered by cell, then by gene
         indptr = np.r_[0, np.cumsum(np.bincount(cells, minlength=stop - start))]
         return dense[cells, genes], genes.astype(np.int32), indptr
 
@@ -78,5 +78,5 @@ class LoomStore:
 
 
 def _columns(attributes: Any, length: int) -> dict[str, Any]:
-    """Return the attributes that hold one value a row; 2-D ones, such as embeddings, do not."""
+    """Return the attributes that hold one value per row; 2-D attributes (embeddings) do not."""
     return {name: values for name, values in attributes.items() if values.shape == (length,)}

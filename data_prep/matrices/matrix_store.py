@@ -1,4 +1,4 @@
-"""What every format of count matrices offers: rows, cell ids, columns of obs and var."""
+"""The interface of count matrices of all formats, `Store`, and conversion of values to text."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 
-# As long as tables of genes are, and not much of memory.
+# Numbers of names and of bytes that are typical for a gene table: such texts are cached.
 _FEWEST, _MOST, _MOST_BYTES = 1000, 100_000, 4 << 20
-# Compressed sparse rows of consecutive cells: data, indices (gene numbers), indptr from 0.
+# CSR arrays of consecutive cells: data, indices (gene numbers), and indptr, which begins with 0.
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Store(Protocol):
-    """A count matrix, cells x genes, read in ranges of cells.
+    """A count matrix, cells x genes, that is read in ranges of cells.
 
-    `rows` reads bytes proportional to the range; nothing here holds the whole matrix. Methods raise
-    OSError for damaged files and ValueError for what the user must change.
+    `rows` reads a number of bytes proportional to the range; no method loads the whole matrix. The
+    methods raise OSError for damaged files and ValueError for mistakes that the user must correct.
     """
 
     path: Path
     num_cells: int
     num_genes: int
-    # What --counts may be in this file, for messages.
+    # Values that --counts may have for this file, for messages.
     counts_choices: list[str]
 
     def rows(self, start: int, stop: int) -> Rows:
@@ -34,7 +34,7 @@ class Store(Protocol):
         ...
 
     def num_stored(self, start: int, stop: int) -> int:
-        """Return how many values `rows` would give: what reading them costs in memory."""
+        """Return how many values `rows` would return, to estimate the memory it needs."""
         ...
 
     def cell_ids(self, start: int, stop: int) -> list[str]: ...
@@ -42,13 +42,13 @@ class Store(Protocol):
     def obs_columns(self) -> list[str]: ...
 
     def obs(self, column: str, start: int, stop: int) -> np.ndarray:
-        """Return values of a column; missing ones are None, NaN or NA."""
+        """Return the values of a column of obs; missing values are None, NaN or NA."""
         ...
 
     def var_columns(self) -> list[str]: ...
 
     def var(self, column: str | None) -> np.ndarray:
-        """Return a column of var for all genes; None: the index."""
+        """Return a column of var for all genes; `column` None means the index."""
         ...
 
 
@@ -56,20 +56,20 @@ _MTX = re.compile(r"^(.*?)matrix(.*)\.mtx(?:\.gz)?$")
 
 
 def mtx_sample(path: Path) -> tuple[str, str] | None:
-    """Return what stands before and behind ``matrix`` in the name of an mtx file; None for others.
+    """Return the parts of an mtx file's name before and after ``matrix``; None for other files.
 
-    ``GSM1_P1_matrix.mtx.gz`` lies beside ``GSM1_P1_barcodes.tsv.gz``, ``matrix_P1.mtx`` beside
-    ``barcodes_P1.tsv``.
+    They are the same for the tables of the sample: ``GSM1_P1_matrix.mtx.gz`` lies beside
+    ``GSM1_P1_barcodes.tsv.gz``, ``matrix_P1.mtx`` beside ``barcodes_P1.tsv``.
     """
     found = _MTX.match(path.name)
     return (found[1], found[2]) if found else None
 
 
 def as_text(values: np.ndarray) -> list[str]:
-    """Return values as strings; '' where one is missing."""
+    """Return values as strings; '' for missing values."""
     if values.dtype == object:
         texts = values.tolist()
-        if {*map(type, texts)} == {str}:  # as nearly always: nothing is missing
+        if {*map(type, texts)} == {str}:  # the usual case: no value is missing
             return texts
     series = pd.Series(values)
     missing = series.isna().to_numpy()
@@ -84,11 +84,11 @@ def decoded(values: np.ndarray) -> np.ndarray:
         return values
     items = values.tolist() if values.ndim == 1 else []
     if {*map(type, items)} == {bytes}:
-        # All at once: one by one takes longer than reading a small file.
+        # All strings are decoded at once: one by one takes longer than reading a small file.
         joined = b"\0".join(items)
         is_table = _FEWEST <= len(items) <= _MOST and len(joined) <= _MOST_BYTES
         texts = _lately_decoded(joined) if is_table else _decode(joined)
-        if len(texts) == len(items):  # no zero byte inside
+        if len(texts) == len(items):  # otherwise a string has a zero byte inside
             return texts
     if values.dtype.kind == "S":
         return np.char.decode(values, "utf-8").astype(object)
@@ -101,7 +101,7 @@ def _decode(joined: bytes) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _lately_decoded(joined: bytes) -> np.ndarray:
-    """Return texts; those of a table of genes are the same in one file after the other."""
+    """Return decoded texts, cached because file after file has the same gene table."""
     texts = _decode(joined)
     texts.flags.writeable = False
     return texts

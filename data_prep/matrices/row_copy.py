@@ -1,7 +1,8 @@
-"""A row-wise copy on disk of matrices that are stored by gene, or as a list of entries.
+"""Copies matrices that are stored by gene, or as a list of entries, to row-wise files on disk.
 
-Two passes over the entries: the first counts the values of each cell, the second puts each value
-into its place in memory-mapped arrays. Memory: 8 bytes a cell, and one batch of entries.
+`stage_rows` makes two passes over the entries. The first pass counts the values of each cell, the
+second writes each value to its place in memory-mapped arrays. This takes 8 bytes of memory per
+cell, and one batch of entries.
 """
 
 from __future__ import annotations
@@ -21,18 +22,19 @@ from data_prep.files import file_sha256
 from data_prep.matrices.matrix_store import Rows
 
 ROWS_DONE = "done.json"
-# cells, genes, values of a batch of entries; each cell's genes in any order
+# Batches of entries as (cells, genes, values); the genes of a cell may come in any order.
 Entries = Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 class StagedRows:
-    """Compressed sparse rows in memory-mapped files: int64 indptr, int32 indices, data."""
+    """CSR arrays in memory-mapped files: int64 indptr, int32 indices, and data."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def _array(self, name: str) -> np.ndarray:
-        # Mapped anew for each range: pages of an open mapping would count as memory for ever.
+        # The file is mapped anew for each range, because the pages of an open mapping would count
+        # as memory of this process for ever.
         return np.load(self._folder / f"{name}.npy", mmap_mode="r")
 
     def rows(self, start: int, stop: int) -> Rows:
@@ -47,26 +49,30 @@ class StagedRows:
 
 
 def stage_rows(entries: Callable[[], Entries], num_cells: int, folder: Path) -> StagedRows:
-    """Return the rows of a matrix, copied to `folder` if an earlier call has not done so.
+    """Return a row-wise copy of a matrix in `folder`, writing it unless an earlier call has.
 
-    Several processes may call this at once for the same folder: each writes aside, one renames.
+    Several processes may call this at once for the same folder: each writes into a temporary folder
+    of its own, and one of them renames it to `folder`.
 
     Parameters
     ----------
     entries
-        Called twice; yields (cells, genes, values), arrays of equal length, no entry twice.
+        Function that yields batches (cells, genes, values), arrays of equal length, with each entry
+        once. It is called twice.
     """
     staged_folder(folder, lambda aside: _write(entries, num_cells, aside))
     return StagedRows(folder)
 
 
 def staged_folder(folder: Path, write: Callable[[Path], dict[str, int]]) -> None:
-    """Fill a folder by `write`, if an earlier call has not done so; it is complete or absent.
+    """Fill a folder by calling `write`, unless an earlier call has filled it.
+
+    At every moment the folder is either complete or absent.
 
     Parameters
     ----------
     write
-        Writes files into the folder it is given, and returns sizes for the record.
+        Function that writes files into the folder it is given and returns sizes for the record.
     """
     if (folder / ROWS_DONE).exists():
         return
@@ -89,7 +95,7 @@ def staged_folder(folder: Path, write: Callable[[Path], dict[str, int]]) -> None
 
 
 def is_whole(folder: Path) -> bool:
-    """Return whether all files of a staged folder are those that were written; reads every byte."""
+    """Return whether all files of a staged folder have their recorded sha256; reads every byte."""
     try:
         hashes = json.loads((folder / ROWS_DONE).read_text())["sha256"]
         return bool(hashes) and all(file_sha256(folder / n) == h for n, h in hashes.items())
@@ -123,7 +129,7 @@ def _write(entries: Callable[[], Entries], num_cells: int, folder: Path) -> dict
 
 @numba.njit(cache=True, nogil=True)
 def _scatter(cells, genes, values, place, indices, data):
-    """Put each entry at its cell's next free place."""
+    """Write each entry to the next free place of its cell."""
     for i in range(len(cells)):
         at = place[cells[i]]
         indices[at] = genes[i]

@@ -1,6 +1,6 @@
-"""What Cell Ranger writes: ``.h5`` matrices (v2 and later), and folders with ``matrix.mtx``.
+"""Reads the matrices of Cell Ranger: ``.h5`` files (v2 and later) and folders with ``matrix.mtx``.
 
-Features of all kinds are read; `data_prep.matrices.feature_kinds` tells which are genes.
+Features of all kinds are read here; `data_prep.matrices.feature_kinds` chooses the genes later.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from data_prep.matrices.compression import require_filters
 from data_prep.matrices.matrix_store import Rows, decoded, mtx_sample
 from data_prep.matrices.row_copy import Entries, stage_rows
 
-_BATCH_BYTES = 1 << 24  # of text, in a batch of entries
+_BATCH_BYTES = 1 << 24  # bytes of text in a batch of entries
 _BANNERS = [f"%%matrixmarket matrix coordinate {kind} general" for kind in ("integer", "real")]
 
 
 class _Features:
-    """var of a matrix without obs."""
+    """Base class of matrices that have columns of var and no columns of obs."""
 
     counts_choices = ["X"]
 
@@ -56,7 +56,7 @@ def is_tenx(path: Path) -> bool:
 
 
 def refuse_molecules(path: Path) -> None:
-    """Raise ValueError for Cell Ranger's list of molecules, which is no matrix."""
+    """Raise ValueError for Cell Ranger's molecule info file, which holds no matrix."""
     with h5py.File(path, "r") as file:
         is_list = "matrix" not in file and {"umi", "barcode_idx"} <= {*file}
         is_list |= "matrix" not in file and {"umi", "barcode"} <= {*file}
@@ -68,13 +68,13 @@ def refuse_molecules(path: Path) -> None:
 
 
 def _matrix_groups(root: Any) -> list[str]:
-    """Return the groups that hold a matrix: ``matrix``, or one for each genome (v2)."""
+    """Return the groups that hold a matrix: ``matrix``, or one group per genome (v2)."""
     groups = [name for name, item in root.items() if hasattr(item, "keys")]
     return [name for name in groups if "barcodes" in root[name] and "indptr" in root[name]]
 
 
 class TenxStore(_Features):
-    """A Cell Ranger ``.h5`` file: features x cells, stored by cell."""
+    """The matrix of a Cell Ranger ``.h5`` file, features x cells, stored by cell."""
 
     def __init__(self, path: Path, genome: str | None = None) -> None:
         root: Any = h5py.File(path, "r")
@@ -121,11 +121,12 @@ class TenxStore(_Features):
 
 
 class MtxStore(_Features):
-    """A folder with ``matrix.mtx``, ``features.tsv`` or ``genes.tsv``, and ``barcodes.tsv``.
+    """The matrix of a 10x folder, copied row by row.
 
-    Each may end in ``.gz``. Or one such matrix by its own name, with the tables beside it that are
-    called like it (`store.mtx_sample`). The matrix, a list of entries, is copied to `staging`, by
-    cell.
+    The folder holds ``matrix.mtx``, ``features.tsv`` or ``genes.tsv``, and ``barcodes.tsv``; each
+    file may end in ``.gz``. `path` may also be an mtx file whose tables lie beside it and have
+    the same prefix and suffix (`matrix_store.mtx_sample`). The matrix is a list of entries; it is
+    copied to `staging`, by cell.
     """
 
     def __init__(self, path: Path, staging: Path) -> None:
@@ -154,7 +155,7 @@ class MtxStore(_Features):
             self._header_lines = 2
             while (line := lines.readline()).startswith("%"):
                 self._header_lines += 1
-            # One character separates the numbers; which one, the first entry tells.
+            # One character separates the numbers, and the first entry tells which one.
             self._delimiter = "\t" if "\t" in lines.readline() else " "
         size = line.split()
         if len(size) != 3 or not all(n.isdigit() for n in size):
@@ -168,7 +169,7 @@ class MtxStore(_Features):
             )
 
     def _entries(self) -> Entries:
-        """Yield (cells, features, values) in batches."""
+        """Yield the entries in batches, as (cells, features, values) with numbers from 0."""
         types = {"feature": pa.int32(), "cell": pa.int32(), "value": self._value_type}
         num_entries = 0
         with _named(self._matrix), pa.input_stream(str(self._matrix)) as stream:
@@ -211,7 +212,7 @@ class MtxStore(_Features):
 
 
 def _one_of(folder: Path, *names: str) -> Path:
-    """Return the first of the files, gzipped or plain, that the folder has."""
+    """Return the first of the named files, gzipped or plain, that exists in the folder."""
     for name in names:
         for path in (folder / f"{name}.gz", folder / name):
             if path.exists():
@@ -220,7 +221,7 @@ def _one_of(folder: Path, *names: str) -> Path:
 
 
 def _read_tsv(path: Path) -> list[pa.ChunkedArray]:
-    """Return the columns of a table without a header, the first three as text."""
+    """Return the columns of a tsv table without a header line, the first three as text."""
     with _named(path), pa.input_stream(str(path)) as stream:
         table = pyarrow.csv.read_csv(
             stream,
@@ -233,7 +234,7 @@ def _read_tsv(path: Path) -> list[pa.ChunkedArray]:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Name the file in what goes wrong while it is read."""
+    """Raise errors that occur while a file is read as ValueErrors that name the file."""
     try:
         yield
     except (ValueError, OSError) as error:
