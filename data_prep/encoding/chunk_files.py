@@ -1,4 +1,4 @@
-"""Chunk files between the passes: their columns, and how one is opened."""
+"""The chunk files that pass 1 writes and the later passes read: their columns, and opening them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SMALL_BYTES = 64 << 10
 
 
 class Column:
-    """Columns of the chunk files only; no user's column is called so."""
+    """Names of columns that only chunk files have; a user's column cannot have these names."""
 
     KEY, SPLIT, ROW, REASON = "__key", "__split", "__row", "__reason"
     TOTAL, MITO, DETECTED, CONTENT = "__total", "__mito", "__detected", "__content"
@@ -25,7 +25,7 @@ INTERNAL = tuple(v for n, v in vars(Column).items() if n.isupper())
 
 @dataclass(frozen=True)
 class Chunk:
-    """A chunk file of pass 1; `first` is the number of cells in the files before it."""
+    """A chunk file of pass 1; `first` is the number of cells in the chunk files before it."""
 
     name: str
     source: int
@@ -34,12 +34,12 @@ class Chunk:
 
 
 def tokens_path(chunk: Path) -> Path:
-    """Return the file with the tokens of a chunk."""
+    """Return the path of the file that holds the tokens of a chunk."""
     return chunk.with_suffix(".tokens")
 
 
 def open_chunk(path: Path) -> pa.RecordBatch:
-    """Return the cells of a chunk file, memory-mapped: only columns that are used are read."""
+    """Return the cells of a chunk file, memory-mapped so that only the columns used are read."""
     try:
         state = path.stat()
         if state.st_size <= _SMALL_BYTES:
@@ -54,5 +54,5 @@ def open_chunk(path: Path) -> pa.RecordBatch:
 
 @lru_cache(maxsize=1024)
 def _small_chunk(path: Path, time_ns: int, size: int) -> pa.RecordBatch:  # noqa: ARG001
-    """Return a chunk of a small source, held in memory: every pass opens all of them again."""
+    """Return the cells of a small chunk file, cached in memory, since every pass opens it again."""
     return pa.ipc.open_file(pa.py_buffer(path.read_bytes())).get_batch(0)

@@ -1,9 +1,10 @@
-"""Cells that stand more than once, so that none is held out here and trained on there.
+"""Finds copies of a cell and puts them into one split, so that no held-out cell is trained on.
 
 Two cells are the same if their ranked tokens are: equal counts give equal tokens, also in another
-file, in another order of genes, or as a tokenised corpus. Where cells are held out one by one, all
-copies go to the side of the first one (by source, then row). Where whole groups or given splits are
-held out nothing is moved: what stands on both sides is counted and named.
+file, with another order of genes, or in a tokenised corpus. Where cells are held out one by one,
+`settle_same_cells` puts all copies of a cell into the split of the first one (by source, then row).
+Where whole groups or given splits are held out, no cell is moved; cells that stand in both splits
+are counted, and the groups or sources that hold them are named.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from data_prep.encoding.chunk_files import Chunk, Column, open_chunk
 from data_prep.encoding.filters import MOVED, is_kept
 from data_prep.sources.source_spec import SourceSpec
 
-_SORT_BYTES = 48  # of a cell while copies are looked for
-# Each part reads all chunks: less memory than this would cost time without end.
+_SORT_BYTES = 48  # memory per cell while copies are searched for
+# Each part reads all chunks, so with less memory than this there would be far too many parts.
 _LEAST_BYTES = 2048
 _NAMED = 100
 _LANES = 4
@@ -29,19 +30,19 @@ _LANES = 4
 
 @dataclass
 class SameCells:
-    """What was found about cells that stand more than once among the kept ones.
+    """Numbers of copies among the kept cells.
 
     Attributes
     ----------
     cells
-        Kept cells that equal an earlier one.
+        Number of kept cells that equal an earlier cell.
     moved
-        Of all copies those that went to the side of the first one.
+        Number of cells that were moved to the other split so that all copies stand in one.
     divided
-        Cells on the other side of the split than the first of their copies, after that.
+        Number of copies that stand in another split than the first cell, after moving.
     pairs
-        (name of where the first stands, name of where the copy stands) -> (copies, divided ones).
-        Names are groups of --heldout-by, else sources.
+        For each pair (group of the first cell, group of the copy): (number of copies, number of
+        divided copies). The groups are those of --heldout-by; with ``cell`` they are the sources.
     """
 
     cells: int = 0
@@ -50,7 +51,7 @@ class SameCells:
     pairs: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
 
     def to_json(self) -> dict:
-        """Return values for the manifest: the pairs with most cells, and how many there are."""
+        """Return the numbers for the manifest, with the pairs that have the most cells."""
         ordered = sorted(self.pairs.items(), key=lambda item: (-item[1][0], item[0]))
         return {
             "cells": self.cells,
@@ -72,22 +73,22 @@ def settle_same_cells(
     heldout_by: str,
     memory_gib: float,
 ) -> SameCells:
-    """Mark in `codes` what is moved (`filters.MOVED`), and return what was found.
+    """Mark cells that move to the other split in `codes`, and return the numbers of copies.
 
     Parameters
     ----------
     codes
-        uint8 [cells of all chunks], reasons; changed where a cell changes sides.
+        uint8 [cells of all chunks], reason codes; set to `filters.MOVED` for cells that move.
     sources
-        Of the chunks, in the order of their numbers.
+        Sources of the chunks, in the order of their numbers.
     heldout_by
-        Only with ``cell`` anything is moved, and only cells of sources without a given split.
+        Cells move only if this is ``cell``, and only cells of sources without a given split.
     """
     found = SameCells()
     pairs: Counter[tuple[str, str]] = Counter()
     divided: Counter[tuple[str, str]] = Counter()
     may_move = np.array([s.split is None and heldout_by == "cell" for s in sources], dtype=bool)
-    # The range of hashes is cut into parts that fit into memory.
+    # The hashes are divided into parts that fit into memory.
     parts = 1 + int(len(codes) * _SORT_BYTES / max(memory_gib * 2**30, _LEAST_BYTES))
     for part in range(parts):
         copies = _copies(work, chunks, codes, part, parts)
@@ -95,7 +96,7 @@ def settle_same_cells(
             continue
         fixed = ~may_move[copies.source]
         first = copies.first
-        # The side of a run: that of its first cell that cannot be moved, else of its first cell.
+        # All copies go to the split of the first copy that cannot be moved, else of the first one.
         leader = first.copy()
         fixed_at = np.flatnonzero(fixed)[::-1]
         leader[first[fixed_at]] = fixed_at
@@ -121,9 +122,10 @@ def settle_same_cells(
 
 @dataclass(frozen=True)
 class _Copies:
-    """Cells that stand more than once, run after run, each by age; int64 or uint8 [cells].
+    """Cells that have copies; equal cells form a run, sorted by source and row.
 
-    `place` in the codes; `first`: where the first of a cell's run is among these.
+    All arrays are int64 or uint8 [cells]. `place` is the position of a cell in the codes, `first`
+    the position of the first cell of its run in these arrays.
     """
 
     place: np.ndarray
@@ -145,7 +147,7 @@ def _copies(work: Path, chunks: list[Chunk], codes: np.ndarray, part: int, parts
     order = np.argsort(same, kind="stable")
     same, place = same[order], place[order]
     equal = same[1:] == same[:-1]
-    # A part of the hashes may hold no cell.
+    # The cut is needed where a part of the hashes holds no cell.
     repeated = (np.r_[equal, False] | np.r_[False, equal])[: len(same)]
     same, place = same[repeated], place[repeated]
     first_of_chunk = np.array([c.first for c in chunks], dtype=np.int64)
@@ -167,7 +169,7 @@ def _copies(work: Path, chunks: list[Chunk], codes: np.ndarray, part: int, parts
 def _labels(
     work: Path, chunks: list[Chunk], copies: _Copies, sources: Sequence[SourceSpec], heldout_by: str
 ) -> np.ndarray:
-    """Return object [cells], the group that each cell belongs to."""
+    """Return object [cells], the name of each cell's group, or of its source without groups."""
     labels = np.empty(len(copies.place), dtype=object)
     if heldout_by == "cell":
         names = np.array([s.name for s in sources], dtype=object)
@@ -182,7 +184,10 @@ def _labels(
 
 @numba.njit(cache=True, nogil=True)
 def hash_sequences(tokens, offsets):
-    """Return uint64 [cells], a hash of each sequence: four chains, which a processor overlaps."""
+    """Return uint64 [cells], a hash of each sequence of tokens.
+
+    Four independent chains are used, because a processor can work on them at the same time.
+    """
     factor = np.uint64(0x100000001B3)
     hashes = np.zeros(len(offsets) - 1, np.uint64)
     state = np.empty(_LANES, np.uint64)

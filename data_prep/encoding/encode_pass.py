@@ -1,10 +1,11 @@
-"""Pass 1: a stretch of one source -> chunk files of encoded cells, sorted by shuffle key.
+"""Pass 1: encodes a stretch of one source into chunk files of cells, sorted by shuffle key.
 
-Each cell gets a 64-bit shuffle key, a function of seed, name of the source and row alone. A chunk
-is two files with its cells in the order (split, key): an Arrow file with ids, metadata and what the
-filters need, and the tokens alone, flat. Pass 2 takes key ranges out of all chunks. A chunk's name
-carries a hash of all that decides its content, so that what a killed run left behind is used again
-exactly when it is still right.
+Each cell gets a 64-bit shuffle key, which depends only on the seed, the source's name and the row.
+`encode_stretch` reads the blocks of a stretch, encodes the cells and writes chunks. A chunk is two
+files with its cells in the order (split, key): an Arrow file with ids, metadata and the values that
+the filters need, and a file with the tokens only. Pass 2 takes ranges of keys out of all chunks.
+The name of a chunk contains a hash of everything that decides its content, so that
+`finished_record` reuses the work of a killed run exactly when it is still valid.
 """
 
 from __future__ import annotations
@@ -42,15 +43,16 @@ from data_prep.sources.open_source import Source, open_source
 from data_prep.sources.source_spec import SourceSpec
 from data_prep.sources.token_corpus import TokenBlock, TokenSource
 
-_VERSION = 2  # of the chunk files; another number makes older ones useless
+_VERSION = 2  # format version of the chunk files; older files are not reused after a change
 
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """What decides the content of chunk files, beside source and vocabulary.
+    """Settings that decide the content of chunk files, together with source and vocabulary.
 
-    `heldout_groups` are the values of column `heldout_by` that are held out. `chunk_cells` bounds
-    a file; it changes nothing in the shards. `with_content`: hash every cell, to find duplicates.
+    `heldout_groups` are the values of column `heldout_by` that are held out. `chunk_cells` limits
+    the size of a chunk file and changes nothing in the shards. With `with_content` the counts of
+    every cell are hashed, to find duplicates.
     """
 
     seed: int
@@ -68,7 +70,7 @@ class EncodeSettings:
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """A stretch of one source to encode; small enough to be sent to any process."""
+    """The work of encoding one stretch of a source; small enough to be sent to any process."""
 
     work: Path
     spec: SourceSpec
@@ -83,7 +85,7 @@ class EncodeJob:
 
     @cached_property
     def digest(self) -> str:
-        """Hash of all that decides the chunk files."""
+        """Hash of everything that decides the content of the chunk files."""
         parts = [_VERSION, self.signature, self.start, self.stop, self.vocabulary_sha256]
         parts += [asdict(self.settings)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
@@ -95,11 +97,20 @@ class EncodeJob:
 
 @dataclass(frozen=True)
 class EncodeRecord:
-    """What an `EncodeJob` left: name, cells and bytes of its chunks, and sums for the report.
+    """The result of an `EncodeJob`.
 
-    `sha256`: of both files of each chunk.
-
-    `fractional`: stored values that are no integers, and all stored values.
+    Attributes
+    ----------
+    chunks
+        Name, number of cells and bytes of each chunk.
+    sha256
+        Hashes of both files of each chunk, joined.
+    known
+        Counts in known and unknown genes.
+    moments
+        Moments of the total counts and mitochondrial shares of each data set.
+    fractional
+        Number of stored values that are no integers, and of all stored values.
     """
 
     chunks: list[tuple[str, int, int]]
@@ -113,7 +124,7 @@ class EncodeRecord:
             name: {"totals": vars(m.totals), "mitochondrial": vars(m.mitochondrial)}
             for name, m in self.moments.items()
         }
-        # Without `asdict`, which copies every number.
+        # `vars` instead of `asdict`, which would copy every number.
         return json.dumps(vars(self) | {"known": vars(self.known), "moments": moments})
 
     @staticmethod
@@ -133,15 +144,16 @@ class EncodeRecord:
 
 
 def finished_record(job: EncodeJob) -> EncodeRecord | None:
-    """Return the record of a job that an earlier run has finished, if its chunks are whole.
+    """Return the record of a job that an earlier run has finished, None if there is no valid one.
 
-    Every byte is read: what lay on a disk between two runs is trusted by its hash only.
+    The record is valid if all chunk files have the recorded sizes and hashes. Every byte is read,
+    because files that lay on a disk between two runs may have been damaged.
     """
     if not job.record_path.exists():
         return None
     try:
         record = EncodeRecord.from_json(job.record_path.read_text())
-    except (ValueError, KeyError, TypeError):  # the record itself was damaged
+    except (ValueError, KeyError, TypeError):  # the record itself is damaged
         return None
     for (name, _, size), sha256 in zip(record.chunks, record.sha256, strict=True):
         path = job.work / name
@@ -155,18 +167,18 @@ def _chunk_sha256(chunk: Path) -> str:
 
 
 def _size(chunk: Path) -> int:
-    """Return the bytes of both files of a chunk; -1 if one is missing."""
+    """Return the number of bytes in both files of a chunk; -1 if one is missing."""
     paths = (chunk, tokens_path(chunk))
     return sum(p.stat().st_size for p in paths) if all(p.exists() for p in paths) else -1
 
 
 def encode_stretch(job: EncodeJob) -> EncodeRecord:
-    """Read, check, encode and write one stretch.
+    """Read, check and encode one stretch, write its chunk files, and return their record.
 
     Raises
     ------
     ValueError
-        Wrong or damaged input, or a source that is not what it was when the run started.
+        The input is wrong or damaged, or the source was changed after the run started.
     """
     if job.spec.signature() != job.quick_signature:
         raise ValueError(_changed(job.spec))
@@ -223,7 +235,7 @@ def _changed(spec: SourceSpec) -> str:
 @lru_cache(maxsize=8)
 def _opened(
     spec: SourceSpec,
-    signature: str,  # noqa: ARG001  another file under the same name is another source
+    signature: str,  # noqa: ARG001  part of the cache key: a changed file is another source
     work: Path,
     vocabulary_path: Path,
     vocabulary_sha256: str,
@@ -231,7 +243,10 @@ def _opened(
     annotation_sha256: str | None,
     min_overlap: float,
 ) -> tuple[Source, Vocabulary, np.ndarray]:
-    """Return what a process needs for the stretches of one source; the last few are kept open."""
+    """Return the opened source, the vocabulary, and the token of each column of the source.
+
+    The last eight sources are kept open for further stretches.
+    """
     vocabulary = _vocabulary(vocabulary_path, vocabulary_sha256)
     source = open_source(spec, work, _annotation(annotation, annotation_sha256))
     tokens = np.zeros(0, dtype=np.int32)
@@ -240,12 +255,12 @@ def _opened(
     return source, vocabulary, tokens
 
 
-# One for each process: what was opened before the work began need not be read from its folder.
+# One vocabulary for each process: if it was opened before the work began, its file is not read.
 _KEPT_VOCABULARY: dict[str, Vocabulary] = {}
 
 
 def keep_vocabulary(sha256: str, vocabulary: Vocabulary) -> None:
-    """Keep the vocabulary whose file has a hash; the one before it is given up."""
+    """Keep a vocabulary in this process under the hash of its file, in place of the last one."""
     _KEPT_VOCABULARY.clear()
     _KEPT_VOCABULARY[sha256] = vocabulary
 
@@ -301,7 +316,7 @@ def _cells(
     reasons: np.ndarray,
     job: EncodeJob,
 ) -> Cells:
-    """Return a block as `Cells` with the internal columns; rejected cells keep no tokens."""
+    """Return a block as `Cells` with the internal columns; rejected cells have no tokens."""
     settings = job.settings
     rows = np.arange(row, row + len(reasons))
     columns = {
@@ -338,7 +353,7 @@ def _split(
     given: str | None,
     settings: EncodeSettings,
 ) -> np.ndarray:
-    """Return uint8 [cells]: 1 where a cell is held out."""
+    """Return uint8 [cells], 1 for held-out cells and 0 for training cells."""
     if given is not None:
         return np.full(len(rows), SPLITS.index(given), dtype=np.uint8)
     if settings.heldout_by == "cell":
@@ -361,10 +376,10 @@ def _moments(cells: Cells) -> dict[str, DatasetMoments]:
 
 
 def _write_chunk(path: Path, parts: list[Cells]) -> int:
-    """Write the cells, sorted by split and key; return the bytes.
+    """Write the cells of a chunk, sorted by split and key; return the number of bytes.
 
-    Not forced to disk: after a power failure a file is shorter than its record says, and is made
-    anew.
+    The files are not forced to disk. If a power failure leaves a file shorter than its record says,
+    the chunk is made again.
     """
     keys, splits = (
         np.concatenate([p.columns.column(name).to_numpy() for p in parts])
@@ -380,7 +395,7 @@ def _write_chunk(path: Path, parts: list[Cells]) -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file that is complete or absent, also after a power failure."""
+    """Write a small file such that it is complete or absent, even after a power failure."""
     aside = path.with_suffix(path.suffix + f".{os.getpid()}")
     with aside.open("w") as file:
         file.write(text)
@@ -389,7 +404,7 @@ def write_text(path: Path, text: str) -> None:
     aside.rename(path)
 
 
-_ROUNDING_NOISE = 1e-6  # of a count
+_ROUNDING_NOISE = 1e-6  # largest distance of a count from an integer by rounding
 
 
 @numba.njit(cache=True, nogil=True)
@@ -401,10 +416,13 @@ def _mix(x):
 
 @numba.njit(cache=True, nogil=True)
 def _hash_counts(data, indices, indptr, column_tokens):
-    """Sum of a hash over (token, count): the order of genes in the file does not matter."""
+    """Return uint64 [cells], the sum of the hashes of a cell's (token, count) pairs.
+
+    Because it is a sum, the order of the genes in the file does not matter.
+    """
     num_cells = len(indptr) - 1
     one = np.empty(1)
-    bits = one.view(np.uint64)  # fractional counts are told apart too
+    bits = one.view(np.uint64)  # the float's bits distinguish fractional counts too
     hashes, sums = np.zeros(num_cells, np.uint64), np.zeros(column_tokens.max() + 1)
     for cell in range(num_cells):
         for k in range(indptr[cell], indptr[cell + 1]):
@@ -416,7 +434,7 @@ def _hash_counts(data, indices, indptr, column_tokens):
             token = column_tokens[indices[k]]
             if token >= 0 and sums[token] > 0.0:
                 whole = np.rint(sums[token])
-                # 2.9999998 is 3, rounding noise of a float32.
+                # 2.9999998 is taken as 3: the difference is rounding noise of a float32.
                 one[0] = whole if abs(sums[token] - whole) <= _ROUNDING_NOISE else sums[token]
                 total += _mix(_mix(np.uint64(token)) ^ bits[0])
                 sums[token] = 0.0

@@ -1,4 +1,4 @@
-"""Encoded cells in memory: ranked tokens as one flat array, everything else as an Arrow table."""
+"""Encoded cells in memory: ranked tokens in one flat array, all other columns in an Arrow table."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import pyarrow as pa
 
 @dataclass(frozen=True)
 class Cells:
-    """A number of cells.
+    """Encoded cells with their metadata.
 
     Attributes
     ----------
     tokens
-        uint16 or uint32, all cells one after the other.
+        uint16 or uint32, the tokens of all cells one after the other.
     offsets
-        int64 [cells + 1] into `tokens`.
+        int64 [cells + 1], where each cell begins in `tokens`.
     columns
-        Arrow table with one row per cell: ids, data sets, metadata, and what passes need.
+        Arrow table with one row per cell: ids, data sets, metadata, and internal columns that the
+        later passes need.
     """
 
     tokens: np.ndarray
@@ -35,7 +36,7 @@ class Cells:
         return np.diff(self.offsets)
 
     def take(self, rows: np.ndarray) -> Cells:
-        """Return chosen cells (int64 positions), copied, in the given order."""
+        """Return a copy of the cells at int64 positions `rows`, in the given order."""
         tokens, offsets = gather_rows(self.tokens, self.offsets, rows)
         return Cells(tokens, offsets, self.columns.take(pa.array(rows)))
 
@@ -49,7 +50,7 @@ class Cells:
         )
 
     def to_batch(self) -> pa.RecordBatch:
-        """Return one record batch: ``input_ids`` and the columns."""
+        """Return one Arrow record batch with ``input_ids`` and all columns."""
         lists = pa.ListArray.from_arrays(
             pa.array(self.offsets.astype(np.int32)), pa.array(self.tokens)
         )
@@ -60,7 +61,7 @@ class Cells:
 
     @staticmethod
     def concat(parts: list[Cells]) -> Cells:
-        """Return all cells of `parts`, at least one, in order."""
+        """Return all cells of one or more `parts`, in order."""
         if len(parts) == 1:
             return parts[0]
         offsets = np.zeros(sum(len(p) for p in parts) + 1, dtype=np.int64)
@@ -70,7 +71,7 @@ class Cells:
 
     @staticmethod
     def in_order(parts: list[Cells], order: np.ndarray) -> Cells:
-        """Return ``concat(parts).take(order)``, every token copied once only."""
+        """Return ``concat(parts).take(order)``, copying every token only once."""
         lengths = np.concatenate([p.lengths for p in parts])
         offsets, starts = place_rows(lengths, order)
         tokens = np.empty(int(offsets[-1]), dtype=parts[0].tokens.dtype)
@@ -86,7 +87,11 @@ class Cells:
 
 
 def place_rows(lengths: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (offsets [cells + 1] of cells put in order, int64 [cells] where each cell begins)."""
+    """Return the places of cells in a flat array of tokens after reordering.
+
+    The first array, int64 [cells + 1], holds the offsets of the reordered cells; the second, int64
+    [cells], holds where each cell, in its old order, begins.
+    """
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths[order], out=offsets[1:])
     starts = np.empty(len(lengths), dtype=np.int64)
@@ -97,7 +102,7 @@ def place_rows(lengths: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.n
 def gather_rows(
     tokens: np.ndarray, offsets: np.ndarray, rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (tokens, offsets) of chosen rows; Arrow's own take goes value by value."""
+    """Return (tokens, offsets) of the chosen rows; Arrow's take is slower, it copies by value."""
     new_offsets = np.zeros(len(rows) + 1, dtype=np.int64)
     np.cumsum(offsets[rows + 1] - offsets[rows], out=new_offsets[1:])
     out = np.empty(int(new_offsets[-1]), dtype=tokens.dtype)
@@ -107,7 +112,7 @@ def gather_rows(
 
 @numba.njit(cache=True, nogil=True)
 def scatter_rows(tokens, offsets, rows, starts, out):
-    """Copy row ``rows[i]`` to ``out[starts[i]:]``, for each i."""
+    """Copy the tokens of row ``rows[i]`` to ``out[starts[i]:]``, for each i."""
     for i in range(len(rows)):
         low, to = np.uintp(offsets[rows[i]]), np.uintp(starts[i])
         for j in range(np.uintp(offsets[rows[i] + 1]) - low):

@@ -1,8 +1,10 @@
-"""Which cells stay. Every cell has one reason code; 0 is kept.
+"""Filters cells by quality. Every cell gets one reason code; code 0 means that the cell is kept.
 
-The paper's filters (Geneformer, Nature 2023, Methods): total counts and mitochondrial share within
-three standard deviations of the mean of the cell's data set, and at least seven detected genes of
-the vocabulary, so that 15 % masking hides at least one.
+The filters are those of the paper (Geneformer, Nature 2023, Methods): total counts and
+mitochondrial share within three standard deviations of the mean of the cell's data set, and at
+least seven detected genes of the vocabulary, so that 15 % masking hides at least one gene.
+`first_reasons` judges a cell by its own values, `moments_by_dataset` and `merge_moments` collect
+the means and deviations of whole data sets, and `quality_reasons` applies them.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 KEPT, NOT_PASSED, EMPTY, FEW_GENES, COUNTS, MITOCHONDRIAL, DUPLICATE = range(7)
-# Kept, on the other side of the split than the chunk file says (`data_prep.encoding.duplicates`).
+# Kept, but in the other split than the chunk file says (`data_prep.encoding.duplicates`).
 MOVED = 255
 REASONS = (
     "kept",
@@ -26,22 +28,22 @@ REASONS = (
 )
 
 
-_UNIT = 2**20  # values are summed as multiples of 1 / _UNIT
+_UNIT = 2**20  # values are rounded to multiples of 1 / _UNIT before they are summed
 
 
 def is_kept(codes: np.ndarray) -> np.ndarray:
-    """Return bool, which reason codes mean that a cell stays."""
+    """Return bool [cells], True where the reason code means that the cell is kept."""
     return (codes == KEPT) | (codes == MOVED)
 
 
 def final_split(split: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Return uint8, the side on which cells end up: moved ones on the other."""
+    """Return uint8 [cells], the final split of each cell: moved cells change their split."""
     return np.asarray(split) ^ (codes == MOVED)
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Number, sum and sum of squares of values, as integers: merged exactly, in any order."""
+    """Number, sum and sum of squares of values, as integers, so that merging is exact."""
 
     number: int = 0
     total: int = 0
@@ -49,19 +51,22 @@ class Moments:
 
     @staticmethod
     def of(values: np.ndarray) -> Moments:
-        """Return the moments of the finite ones of `values`, rounded to multiples of 2**-20."""
+        """Return the moments of the finite `values`, rounded to multiples of 2**-20."""
         units = np.rint(values[np.isfinite(values)] * _UNIT).astype(object)
-        units = [int(u) for u in units]  # squares need more than 64 bits
+        units = [int(u) for u in units]  # Python integers, since squares need more than 64 bits
         return Moments(len(units), sum(units), sum(u * u for u in units))
 
     def merge(self, other: Moments) -> Moments:
-        """Return the moments of both sets together."""
+        """Return the moments of both sets of values together."""
         return Moments(
             self.number + other.number, self.total + other.total, self.squares + other.squares
         )
 
     def interval(self, deviations: float) -> tuple[float, float]:
-        """Return mean -+ so many (population) standard deviations; all numbers without a value."""
+        """Return the interval of the mean -+ `deviations` (population) standard deviations.
+
+        Without values, or with 0 deviations, it is (-inf, inf).
+        """
         if not self.number or not deviations:
             return -np.inf, np.inf
         mean = self.total / self.number / _UNIT
@@ -72,7 +77,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class DatasetMoments:
-    """Total counts and mitochondrial share over the cells of one data set that have counts."""
+    """Moments of total counts and mitochondrial share over a data set's cells with counts."""
 
     totals: Moments = Moments()
     mitochondrial: Moments = Moments()
@@ -86,7 +91,7 @@ class DatasetMoments:
 def first_reasons(
     detected: np.ndarray, passes: np.ndarray, empty: np.ndarray, min_genes: int
 ) -> np.ndarray:
-    """Return uint8 [cells], what a cell's own values say; the first reason counts."""
+    """Return uint8 [cells], reason codes from a cell's own values; the first reason counts."""
     return np.select(
         [~passes, empty, detected < min_genes], [NOT_PASSED, EMPTY, FEW_GENES], default=KEPT
     ).astype(np.uint8)
@@ -95,9 +100,9 @@ def first_reasons(
 def moments_by_dataset(
     datasets: np.ndarray, totals: np.ndarray, mitochondrial: np.ndarray, reasons: np.ndarray
 ) -> dict[str, DatasetMoments]:
-    """Return the moments of each data set, over cells that the source passes and that have counts.
+    """Return the moments of each data set over cells with counts that the source lets pass.
 
-    All arrays [cells]; `datasets` holds names.
+    All arrays have the shape [cells]; `datasets` holds the names of the data sets.
     """
     counted = np.flatnonzero((reasons != NOT_PASSED) & (reasons != EMPTY))
     result = {name: DatasetMoments() for name in rows_by_value(datasets)}
@@ -108,7 +113,10 @@ def moments_by_dataset(
 
 
 def rows_by_value(values: np.ndarray) -> dict[str, np.ndarray]:
-    """Return for each value the ascending places where it stands; time does not grow with them."""
+    """Return the ascending positions of each distinct value.
+
+    The values are sorted once, so the time hardly depends on the number of distinct values.
+    """
     if not len(values):
         return {}
     names, number = np.unique(values.astype(str), return_inverse=True)
@@ -118,7 +126,7 @@ def rows_by_value(values: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def merge_moments(parts: Iterable[dict[str, DatasetMoments]]) -> dict[str, DatasetMoments]:
-    """Return the moments of all parts together, merged in the given order."""
+    """Return the moments of each data set over all parts, merged in the given order."""
     merged: dict[str, DatasetMoments] = {}
     for part in parts:
         for name, moments in part.items():
@@ -134,10 +142,10 @@ def quality_reasons(
     max_sd_counts: float,
     max_sd_mito: float,
 ) -> np.ndarray:
-    """Return `reasons` of cells of one data set, with kept cells outside the intervals rejected.
+    """Return the reason codes of one data set's cells after the filters by standard deviations.
 
-    A limit of 0 switches a filter off. Cells without a value (token corpora, no mitochondrial
-    genes) pass.
+    Kept cells outside the intervals are rejected. A limit of 0 switches a filter off. Cells without
+    a value (token corpora, no mitochondrial genes) pass.
     """
     reasons = reasons.copy()
     for code, values, part, limit in (
@@ -145,7 +153,7 @@ def quality_reasons(
         (MITOCHONDRIAL, mitochondrial, moments.mitochondrial, max_sd_mito),
     ):
         low, high = part.interval(limit)
-        rounded = np.rint(values * _UNIT) / _UNIT  # as in the moments
+        rounded = np.rint(values * _UNIT) / _UNIT  # rounded as in `Moments.of`
         outside = (rounded < low) | (rounded > high)
         reasons[outside & (reasons == KEPT)] = code
     return reasons

@@ -1,7 +1,9 @@
-"""How much of what was counted the vocabulary knows: the share of counts, not of genes.
+"""Computes the share of counts that are in genes of the vocabulary, by data set.
 
-A file whose gene ids are half unknown may still have most of its counts in known genes, or the
-other way round; what a model sees of a cell is the share of its counts.
+The share of genes tells less: a file with many unknown gene ids may still have most of its counts
+in known genes, or the other way round, and the model sees the counts. `KnownCounter` sums up the
+blocks of a stretch, `KnownCounts.merge` joins the stretches of a source, and `refuse_unknown` and
+`warnings_of` judge the result.
 """
 
 from __future__ import annotations
@@ -16,27 +18,27 @@ from data_prep.encoding.filters import rows_by_value
 
 WARN_BELOW = 0.9
 _NAMED = 10
-# Kept of each stretch: among the costliest of a source are those of its stretches.
+# Number of unknown genes kept for each stretch, the costliest ones (with the most counts).
 _KEPT = 200
 
 
 @dataclass(frozen=True)
 class KnownCounts:
-    """Counts of cells by data set, and in which unknown genes they are.
+    """Sums of counts by data set, and the unknown genes with the most counts.
 
     Attributes
     ----------
     datasets
-        Data set -> (counts in genes of the vocabulary, all counts).
+        For each data set: (counts in genes of the vocabulary, all counts).
     unknown
-        Gene id, as the source has it -> its counts; the costliest ones.
+        Counts of each of the costliest unknown genes, by gene id as the source has it.
     """
 
     datasets: dict[str, tuple[float, float]] = field(default_factory=dict)
     unknown: dict[str, float] = field(default_factory=dict)
 
     def merge(self, other: KnownCounts) -> KnownCounts:
-        """Return the counts of both."""
+        """Return the sums of both."""
         datasets = dict(self.datasets)
         for name, (known, total) in other.datasets.items():
             before = datasets.get(name, (0.0, 0.0))
@@ -48,29 +50,29 @@ class KnownCounts:
 
     @property
     def share(self) -> float | None:
-        """Share of all counts that are in genes of the vocabulary; None without counts."""
+        """Share of all counts that is in genes of the vocabulary; None if there are no counts."""
         known, total = (sum(pair[i] for pair in self.datasets.values()) for i in (0, 1))
         return known / total if total else None
 
     @property
     def shares(self) -> dict[str, float]:
-        """Data set -> share of its counts that are in genes of the vocabulary."""
+        """For each data set, the share of its counts that is in genes of the vocabulary."""
         return {n: known / total for n, (known, total) in self.datasets.items() if total}
 
     def costliest(self) -> list[tuple[str, float]]:
-        """Return the unknown genes with most counts, with their share of all counts."""
+        """Return the unknown genes with the most counts, and the share of all counts in each."""
         total = sum(total for _, total in self.datasets.values())
         first = sorted(self.unknown.items(), key=lambda pair: (-pair[1], pair[0]))[:_NAMED]
         return [(gene, counts / total) for gene, counts in first if total]
 
 
 class KnownCounter:
-    """Adds up the counts of blocks of one source.
+    """Sums up the counts in known and unknown genes over blocks of one source.
 
     Parameters
     ----------
     column_tokens
-        int32 [genes of the source], -1 where unknown.
+        int32 [genes of the source], token of each gene, -1 for unknown genes.
     """
 
     def __init__(self, column_tokens: np.ndarray) -> None:
@@ -81,9 +83,9 @@ class KnownCounter:
     def add(
         self, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, datasets: list[str]
     ) -> None:
-        """Add the cells of a CSR block; `datasets`: the data set of each."""
+        """Add the cells of a CSR block; `datasets` holds the data set of each cell."""
         known, total = _sum(data, indices.view(np.uint32), indptr, self._tokens, self._unknown)
-        # Most files are one data set.
+        # The first case is a shortcut: most files are one data set.
         rows = (
             {datasets[0]: slice(None)}
             if datasets.count(datasets[0]) == len(datasets)
@@ -96,8 +98,8 @@ class KnownCounter:
             )  # fmt: skip
 
     def result(self, names: list[str]) -> KnownCounts:
-        """Return the sums; `names` of the source's genes."""
-        # Stable, so that equal counts are cut in the order of the genes.
+        """Return the sums of all blocks; `names` are the ids of the source's genes."""
+        # A stable sort, so that genes of equal counts are cut off in their order in the source.
         counted = np.flatnonzero(self._unknown)
         order = counted[np.argsort(-self._unknown[counted], kind="stable")[:_KEPT]]
         unknown: dict[str, float] = {}
@@ -109,7 +111,10 @@ class KnownCounter:
 
 @numba.njit(cache=True, nogil=True)
 def _sum(data, indices, indptr, column_tokens, unknown):
-    """Return counts of each cell in known genes and in all; add those of unknown genes."""
+    """Return float64 [cells] twice, counts in known genes and in all genes.
+
+    The counts of each unknown gene are added to `unknown`.
+    """
     num_cells = len(indptr) - 1
     known, total = np.zeros(num_cells), np.zeros(num_cells)
     for cell in range(num_cells):
@@ -131,7 +136,7 @@ def _costs(counts: KnownCounts) -> str:
 
 
 def refuse_unknown(path: str, counts: KnownCounts, min_overlap: float, advice: str) -> None:
-    """Raise ValueError if less than `min_overlap` of a data set's counts are known."""
+    """Raise ValueError if less than `min_overlap` of a data set's counts are in known genes."""
     for dataset, share in sorted(counts.shares.items(), key=lambda pair: (pair[1], pair[0])):
         if share < min_overlap:
             raise ValueError(
@@ -142,7 +147,7 @@ def refuse_unknown(path: str, counts: KnownCounts, min_overlap: float, advice: s
 
 
 def warnings_of(path: str, counts: KnownCounts) -> Iterable[str]:
-    """Yield a sentence for each data set of which little is known."""
+    """Yield a warning for each data set with less than 90% of its counts in known genes."""
     for dataset, share in counts.shares.items():
         if share < WARN_BELOW:
             yield (
