@@ -1,4 +1,4 @@
-"""Length buckets: as few padded lengths as keep the padding small."""
+"""Chooses length buckets: as few padded lengths as possible that keep the padding small."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ def choose_buckets(
 ) -> list[int]:
     """Return ascending padded lengths that cover all cells with at most `max_padding` padding.
 
-    The coarsest grid that can reach the limit is taken, and on it the fewest boundaries, placed by
-    dynamic programming. Padding is padded minus real tokens, over padded tokens.
+    The function takes the coarsest grid that can reach the limit, and on this grid the fewest
+    boundaries, which dynamic programming places. Padding is the share of padding tokens among all
+    tokens after padding.
 
     Parameters
     ----------
     histogram
-        int64 [longest + 1], cells of each length; none of length 0, at least one cell.
+        int64 [longest + 1], number of cells of each length; no cell of length 0, at least one cell.
     max_length
-        No bucket is longer: the model has no more positions.
+        Length of the longest possible bucket: the model has no more positions.
     max_padding
-        Share between 0 and 1. If even multiples of 8 pad more, all of these are used.
+        Share between 0 and 1. If even multiples of 8 need more padding, all of these are used.
     """
     lengths = np.flatnonzero(histogram)
     real = int((lengths * histogram[lengths]).sum())
     for granularity in GRANULARITIES:
-        # cells[i]: cells whose padded length on this grid is (i + 1) * granularity
+        # cells[i] is the number of cells whose padded length on this grid is (i + 1) * granularity.
         cells = np.bincount(-(-lengths // granularity) - 1, weights=histogram[lengths])
         occupied = np.flatnonzero(cells)
         ends = np.minimum((occupied + 1) * granularity, max_length)
@@ -45,7 +46,8 @@ def _fewest_ends(cells: np.ndarray, ends: np.ndarray, allowed: int) -> list[int]
     """Return the fewest of `ends` (the last included) whose padded token sum is <= `allowed`."""
     n = len(cells)
     prefix = np.r_[0, np.cumsum(cells)]
-    # cost[k][j]: fewest padded tokens of the first j groups in k buckets, the last ending at j
+    # After round k, best[j] is the lowest number of padded tokens of the first j groups in k
+    # buckets, of which the last ends at group j.
     best = np.full(n + 1, np.inf)
     best[0] = 0
     choices: list[np.ndarray] = []
@@ -65,5 +67,5 @@ def _fewest_ends(cells: np.ndarray, ends: np.ndarray, allowed: int) -> list[int]
 
 
 def bucket_of(lengths: np.ndarray, buckets: list[int]) -> np.ndarray:
-    """Return for each length the index of the first bucket that holds it."""
+    """Return the index of the shortest bucket that holds each length."""
     return np.searchsorted(np.asarray(buckets), lengths, side="left")

@@ -1,4 +1,4 @@
-"""Shards -> the tokens as Hugging Face's datasets and Geneformer's own pretrainer read them."""
+"""Converts shards to files that Hugging Face's datasets and Geneformer's pretrainer can read."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from data_prep.files import complete_file, complete_folder, require_new, require
 from data_prep.shards.format import SPLITS
 from data_prep.shards.reader import ShardSet
 
-# As Geneformer's pretrainer wants it: a pickled list, one number for each row.
+# Geneformer's pretrainer expects a pickled list with the length of each row.
 LENGTHS_NAME = "lengths.pkl"
-# `datasets`' name of the other side.
+# The names of the splits in `datasets`.
 _NAMES = {"train": "train", "heldout": "test"}
 
 
 def convert(shards: ShardSet, out: Path, split: str) -> int:
-    """Write the cells of a split, or of all as a DatasetDict; return how many.
+    """Write the cells of one split, or of all splits as a DatasetDict; return how many cells.
 
     Parameters
     ----------
     out
-        ``NAME.parquet`` for one file; anything else becomes a folder for ``load_from_disk``, with
+        ``NAME.parquet`` for one file; any other name becomes a folder for ``load_from_disk``, with
         the lengths of its cells in ``lengths.pkl`` beside the Arrow file.
     split
         ``train``, ``heldout`` or ``all``.
@@ -69,7 +69,7 @@ def _schema(shards: ShardSet) -> pa.Schema:
     text = {"dtype": "string", "_type": "Value"}
     number = {"dtype": "int64", "_type": "Value"}
     features: dict[str, Any] = {
-        # The older spelling, which every version of `datasets` reads.
+        # The older name of the type `List`, which every version of `datasets` reads.
         "input_ids": {"feature": number, "_type": "Sequence"},
         "length": number,
     } | dict.fromkeys(columns, text)
@@ -92,7 +92,7 @@ def _tables(shards: ShardSet, split: str) -> Iterator[pa.Table]:
 
 
 def _write_folder(shards: ShardSet, split: str, folder: Path) -> int:
-    """Write what ``Dataset.save_to_disk`` writes, and the lengths."""
+    """Write the files of ``Dataset.save_to_disk`` and the lengths; return the number of cells."""
     schema, name = _schema(shards), "data-00000-of-00001.arrow"
     lengths: list[int] = []
     with pa.ipc.new_stream(str(folder / name), schema) as writer:

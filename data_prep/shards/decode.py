@@ -1,4 +1,4 @@
-"""The decoder of a block of cells, for webdataset."""
+"""The decoder with which webdataset reads the blocks of shards."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import pyarrow.ipc
 
 
 def decode(key: str, data: bytes) -> list[dict[str, Any]] | None:
-    """Return the cells of a block; the decoder that webdataset's ``.decode()`` takes.
+    """Return the cells of a block, given the name and content of its tar member.
 
-    Each cell is a dictionary of ``input_ids`` (an array of integers), ``cell_id``, ``dataset`` and
-    the carried columns. None for other members of a tar, which other decoders may know.
+    This is a decoder for webdataset's ``.decode()``. Each cell is a dictionary of ``input_ids`` (an
+    array of integers), ``cell_id``, ``dataset`` and the carried columns. For other members of a tar
+    the function returns None, so that other decoders are tried.
     """
     if key.rpartition(".")[2] != "arrow":
         return None

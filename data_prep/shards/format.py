@@ -1,18 +1,18 @@
-"""The on-disk format: webdataset tars of Arrow blocks, an index, a manifest.
+"""Defines the on-disk format of shards: webdataset tars of Arrow blocks, an index, a manifest.
 
 A folder of shards holds
 
 - ``{split}-L{length}-{number}.tar``: each member ``{split}-L{length}-{block}.arrow`` is an Arrow
   IPC stream with one record batch of cells of one length bucket: ``input_ids`` (list<uint16>),
-  ``cell_id``, ``dataset`` and the metadata columns asked for. The tars are ordinary webdataset
-  shards. All blocks of a bucket but its last hold the same number of cells.
-- ``index.parquet``: one row per member: where it is, which cells it holds, its crc32.
-- ``vocabulary.json``: the vocabulary the tokens were made with.
-- ``statistics.json``: cells of each length, cells with each token.
-- ``manifest.json``: what was read, kept and rejected, buckets, shards with SHA-256, and a
-  fingerprint over all that decides the cells and their order.
+  ``cell_id``, ``dataset`` and the metadata columns that the user asked for. The tars are ordinary
+  webdataset shards. All blocks of a bucket except the last hold the same number of cells.
+- ``index.parquet``: one row per tar member, with its place, its cells and its crc32.
+- ``vocabulary.json``: the vocabulary that the tokens were made with.
+- ``statistics.json``: the number of cells of each length, and of cells with each token.
+- ``manifest.json``: what was read, kept and rejected, the buckets, the shards with SHA-256, and a
+  fingerprint of everything that decides the cells and their order.
 
-Cells have one number each, 0..N-1, in the order split, bucket, block, place in the block.
+Every cell has a number, 0..N-1, in the order of split, bucket, block and place in the block.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     pass
 
 SHARD_FORMAT = "geneloom-shards/2"
-# /1 had metadata columns as plain strings and no statistics.json.
+# Format 1 had metadata columns as plain strings and no statistics.json.
 READABLE_FORMATS = ("geneloom-shards/1", SHARD_FORMAT)
 MANIFEST_NAME, INDEX_NAME, VOCABULARY_NAME = "manifest.json", "index.parquet", "vocabulary.json"
 STATISTICS_NAME = "statistics.json"
@@ -57,12 +57,12 @@ def tar_stem(split: str, bucket_length: int) -> str:
 
 
 def member_name(stem: str, block: int) -> str:
-    # webdataset groups members by the name up to the first dot: unique over all shards.
+    # webdataset groups members by the name up to the first dot, so it is unique over all shards.
     return f"{stem}-{block:08d}.arrow"
 
 
 def fingerprint(manifest: dict) -> str:
-    """Return the hash of what decides cells and order: vocabulary, shards, index, format."""
+    """Return the hash of vocabulary, shards, index and format, which decide cells and order."""
     decisive = {k: manifest[k] for k in ("format", "vocabulary_sha256", "shards", "index_sha256")}
     text = json.dumps(decisive, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
@@ -70,10 +70,11 @@ def fingerprint(manifest: dict) -> str:
 
 @dataclass(frozen=True)
 class BucketExtent:
-    """Where the cells of one length bucket are: a range of cell numbers, in blocks, in tars.
+    """The range of cell numbers of one length bucket, and its division into blocks and tars.
 
-    `block_cells` is the size of all its blocks but the last; `run_cells`, a multiple of it, the
-    size of all its tars but the last: cells that lie in a row in one file.
+    `block_cells` is the number of cells in each block except the last. `run_cells`, a multiple of
+    it, is the number of cells in each tar except the last; it equals `block_cells` where there is
+    only one tar or the tars have different sizes.
     """
 
     length: int
@@ -88,13 +89,13 @@ class BucketExtent:
         return -(-self.num_cells // self.block_cells)
 
     def locate(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return (block number, place in the block) of cell numbers of this bucket."""
+        """Return (block number, place in the block) for cell numbers of this bucket."""
         blocks, places = np.divmod(cells - self.first_cell, self.block_cells)
         return self.first_block + blocks, places
 
 
 def parse_manifest(text: bytes, path: str | Path) -> dict:
-    """Return the manifest of shards; ValueError, which names `path`, if it is none."""
+    """Return the manifest in `text`; raise ValueError, naming `path`, if it is no manifest."""
     try:
         manifest = json.loads(text)
     except ValueError as error:
@@ -113,9 +114,10 @@ def parse_manifest(text: bytes, path: str | Path) -> dict:
 
 
 def lay_out(manifest: dict) -> tuple[list[tuple[str, BucketExtent]], np.ndarray]:
-    """Return (split, extent) of all buckets in the order of cells, and the first block of each tar.
+    """Return the extents of all buckets and the first block of each tar, from the manifest alone.
 
-    Computed from the manifest: all blocks of a bucket are full but the last.
+    The extents are pairs (split, extent) in the order of cell numbers. All blocks of a bucket
+    except the last are full, so nothing else has to be read.
     """
     block_cells = manifest["settings"]["block_cells"]
     tars: dict[tuple[str, int], list[int]] = {}

@@ -1,15 +1,15 @@
-"""The order of cells in training: arithmetic, nothing stored.
+"""Computes the order of cells in training; nothing is stored.
 
-(seed, epoch, step) -> length bucket and cell numbers of the global batch. Within an epoch the steps
-("turns") of a bucket are spread evenly with jitter, so that at any time the buckets are drawn in
-proportion to what is left of them.
+`EpochPlan` maps (seed, epoch, step) to the length bucket and the cell numbers of the global batch.
+Within an epoch the steps of a bucket, called its *turns*, are spread evenly with jitter, so that at
+any time the buckets are drawn in proportion to the number of their remaining turns.
 
-The cells of a bucket were shuffled over the whole corpus when they were prepared. Every epoch
-permutes its full tars (its full blocks, where there is one tar only, or tars of different sizes),
-starts at another cell, and permutes the cells of each block. The sequence that results is cut into
-*lanes* of equal length; a batch takes the next cells of every lane, side by side. A rank computes a
-range of the batch, hence always the same lanes: it reads its own part of the tars, each block once
-and in the order in which it lies, however many ranks there are.
+`geneloom prepare` has shuffled the cells of a bucket over the whole corpus. Every epoch permutes
+the bucket's full tars (its full blocks, if there is only one tar or the tars have different sizes),
+starts at another cell, and permutes the cells of each block. The resulting sequence is cut into
+*lanes* of equal length, and a batch takes the next cells of every lane, side by side. A rank
+computes a fixed range of the batch and therefore always the same lanes: whatever the world size, it
+reads its own part of the tars, each block once, in the order of the file.
 """
 
 from __future__ import annotations
@@ -22,20 +22,22 @@ from data_prep.hashing import keyed_hash, permute, stream_key, stream_keys, unit
 from data_prep.shards.format import BucketExtent
 from data_prep.shards.reader import ShardSet
 
-# A lane that two nodes share is read by both: with N nodes at most N - 1 of 320 lanes, 1.197 times
-# the corpus at 64 nodes. More lanes mean more blocks open at a time on a single node.
+# A lane that two nodes share is read by both. With N nodes these are at most N - 1 of 320 lanes, so
+# 64 nodes read 1.197 times the corpus. More lanes mean more open blocks on a single node.
 MAX_LANES = 320
-# Where one lane ends and the next begins, a block is read twice: lanes have at least eight blocks.
+# A block in which one lane ends and the next begins is read twice, so a lane has at least eight
+# blocks.
 _MIN_BLOCKS_PER_LANE = 8
-# But in a small bucket as many lanes as this, or the cells of a block would meet in every epoch.
+# A small bucket has at least this many lanes; with fewer, the cells of a block would be in the same
+# batch in every epoch.
 _MIN_LANES = 16
 
 
 @dataclass(frozen=True)
 class Step:
-    """One global batch: its bucket, which turn of the bucket it is, and how many cells it has.
+    """One global batch: its bucket, the number of the turn, the padded length, and its cells.
 
-    The last turn of a bucket in an epoch has what is left, which may be few.
+    The last turn of a bucket in an epoch has the remaining cells, which may be few.
     """
 
     epoch: int
@@ -47,7 +49,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Bucket:
-    """A length bucket as the order sees it."""
+    """A length bucket, and how its cells are divided into turns and lanes."""
 
     extent: BucketExtent
     cells_per_step: int
@@ -62,9 +64,10 @@ class Bucket:
         return min(self.cells_per_step, MAX_LANES, by_blocks)
 
     def open_blocks(self, ranks: int) -> int:
-        """Return how many blocks one of `ranks` readers keeps: one for each of its lanes, and some.
+        """Return how many blocks one of `ranks` readers keeps open.
 
-        A quarter more: steps that are made ahead have moved on to a lane's next block.
+        It needs one block for each of its lanes, and about a quarter more, because the batches
+        that are prepared ahead have moved on to the next block of a lane.
         """
         lanes = -(-self.num_lanes // ranks) + 1
         return min(self.extent.num_blocks, lanes + lanes // 4 + 4)
@@ -74,10 +77,10 @@ class Bucket:
         return ((column + 1) * self.num_lanes - 1) // self.cells_per_step
 
     def columns(self, turn: int, slots: np.ndarray) -> np.ndarray:
-        """Return the column that each slot of a turn's batch stands in.
+        """Return the column of the batch that each slot of a turn belongs to.
 
-        All columns are `num_steps` - 1 turns long; those that have a cell in the last turn too are
-        spread evenly, so that ranks keep to their lanes.
+        All columns have a cell in the first `num_steps` - 1 turns. The columns that also have a
+        cell in the last turn are spread evenly, so that each rank stays in its lanes.
         """
         if turn < self.num_steps - 1:
             return slots
@@ -88,12 +91,12 @@ class Bucket:
         return self.extent.num_cells - (self.num_steps - 1) * self.cells_per_step
 
     def lane_bounds(self, lane: np.ndarray) -> np.ndarray:
-        """Return where lanes begin in the sequence of the bucket's cells (lane = V: its end)."""
+        """Return where lanes begin in the bucket's sequence; for `num_lanes`, where it ends."""
         column = lane * self.cells_per_step // self.num_lanes
         return column * (self.num_steps - 1) + self._longer_before(column)
 
     def places(self, turn: int, slots: np.ndarray) -> np.ndarray:
-        """Return the places in the sequence of the bucket's cells that a turn's slots hold."""
+        """Return the places in the bucket's sequence of cells that the slots of a turn take."""
         columns = self.columns(turn, slots)
         lane = self.lane(columns)
         first = lane * self.cells_per_step // self.num_lanes
@@ -108,25 +111,25 @@ class Bucket:
 
 
 class EpochPlan:
-    """Which cells are in which step, computed, never stored.
+    """Computes which cells are in which training step.
 
     Parameters
     ----------
     shards
-        Gives the extents of the buckets.
+        Shards, whose buckets are used.
     split
         ``train`` or ``heldout``.
     seed
-        Of the order.
+        Seed of the order.
     tokens_per_step
         Padded tokens of a global batch; a bucket of length L gives ``tokens_per_step // L`` cells.
     subset
-        So many genes of a cell are shown at most, and count: L is not more. None: all.
+        Largest number of genes of a cell that the model sees; L is not larger. None: all genes.
 
     Raises
     ------
     ValueError
-        The budget does not hold one cell of the longest bucket.
+        `tokens_per_step` is less than one cell of the longest bucket.
     """
 
     def __init__(
@@ -168,13 +171,13 @@ class EpochPlan:
         )
 
     def cells(self, step: Step, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return int64 cell numbers of slots [start, stop) of a global batch; default: all."""
+        """Return int64 cell numbers of the slots start..stop-1 of a global batch; default: all."""
         slots = np.arange(start, step.num_cells if stop is None else stop)
         places = self.buckets[step.bucket].places(step.turn, slots)
         return self.cells_at(step.epoch, step.bucket, places)
 
     def cells_at(self, epoch: int, bucket: int, places: np.ndarray) -> np.ndarray:
-        """Return the cell numbers at places of a bucket's sequence in an epoch."""
+        """Return the cell numbers at the given places of a bucket's sequence in an epoch."""
         extent = self.buckets[bucket].extent
         key = self._bucket_key(epoch, bucket)
         slots, inside = np.divmod(self.rotated(epoch, bucket, places), extent.run_cells)
@@ -191,9 +194,10 @@ class EpochPlan:
         return extent.first_cell + starts + offsets
 
     def rotated(self, epoch: int, bucket: int, places: np.ndarray) -> np.ndarray:
-        """Return places of a bucket's sequence as places in its row of permuted tars.
+        """Return the places in the row of permuted tars that belong to places of the sequence.
 
-        The last tar may be short and keeps its slot; the rotation moves it through the epoch.
+        The last tar may be short, so it is not permuted and always stands last in the row. The
+        rotation by a random number of cells moves it to another time in each epoch.
         """
         num_cells = self.buckets[bucket].extent.num_cells
         return (places + self._bucket_key(epoch, bucket) % num_cells) % num_cells
@@ -202,11 +206,12 @@ class EpochPlan:
         return stream_key(self._key, "cells", epoch, bucket)
 
     def _bucket_turn(self, epoch: int, step: int) -> tuple[int, int]:
-        """Return (bucket, how many turns of it came before) of a step within its epoch.
+        """Return the bucket and the number of its turn at a step of an epoch.
 
-        Turn j of a bucket with S turns has the time (j + u) / S, u from a hash; the steps of the
-        epoch are all turns by time. Before a time t a bucket has t S turns, give or take one: so
-        the wanted turn lies in a window of a few turns per bucket, which is sorted.
+        Turn j of a bucket with S turns has the time (j + u) / S, where u in [0, 1) is from a hash.
+        The steps of the epoch are the turns of all buckets, sorted by time. Before a time t a
+        bucket has t S turns, plus or minus one, so it is enough to sort a window of a few turns per
+        bucket.
         """
         margin = len(self.buckets) + 1
         before = self._turns_before(epoch, (step - margin) / self.steps_per_epoch)
@@ -218,10 +223,10 @@ class EpochPlan:
         return int(owner[at]), int(turns[at])
 
     def _turns_before(self, epoch: int, time: float) -> np.ndarray:
-        """Return int64 [buckets], the number of turns of each bucket with a smaller time."""
+        """Return int64 [buckets], the number of turns of each bucket before a time."""
         if not 0 < time < 1:
             return np.zeros_like(self._steps) if time <= 0 else self._steps
-        # Rounding can put a turn of the neighbouring stratum on either side: compare times only.
+        # Rounding can put a turn on the wrong side of the limit, so only times are compared.
         turn = np.minimum((time * self._steps).astype(np.int64), self._steps - 1)
         return turn + (self._times(epoch, np.arange(len(self._steps)), turn) < time)
 

@@ -1,4 +1,8 @@
-"""Reading shards: any block without what comes before it, from a folder or a URL."""
+"""Reads any block of shards, from a folder or a URL, without reading the blocks before it.
+
+`ShardSet` opens a folder of shards. Its `extents` say which cells each bucket has, `read_block`
+returns one block by its number, and `iter_blocks` yields all blocks of a split.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +35,18 @@ if TYPE_CHECKING:
     from data_prep.shards.remote import ShardCache
 
 _PLACE = ("offset", "bytes", "crc32")
-# 32 seconds in all, and at most 20 s of silence before each: less than the 600 s that ranks wait
-# in a collective.
+# The pauses take 32 seconds in all, and before each the server may be silent for at most 20 s: this
+# is less than the 600 s that ranks wait in a collective operation.
 RETRY_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 
 @dataclass(frozen=True)
 class Block:
-    """Decoded cells of one tar member: `tokens` flat, `offsets` int64 [cells + 1]."""
+    """Decoded cells of one tar member.
+
+    `tokens` holds the tokens of all cells one after the other; `offsets`, int64 [cells + 1], says
+    where each cell begins; `batch` has all columns.
+    """
 
     tokens: np.ndarray
     offsets: np.ndarray
@@ -46,9 +54,9 @@ class Block:
 
 
 class DamagedBlock(ValueError):
-    """The bytes of a block are not those that were written.
+    """Raised if the bytes of a block are not those that were written.
 
-    `number` is that of the block, `shard` the name of the tar it is in.
+    `number` is the number of the block, `shard` the name of its tar.
     """
 
     def __init__(self, message: str, number: int, shard: str) -> None:
@@ -60,24 +68,26 @@ class DamagedBlock(ValueError):
 
 
 class ShardSet:
-    """Shards, opened for reading any block without reading what comes before.
+    """Opened shards, of which any block can be read on its own.
 
-    Threads may share it. A forked or pickled one opens its own connections.
+    Threads may share the object. After a fork or after unpickling it opens its own connections.
 
     Parameters
     ----------
     location
-        Output folder of ``geneloom prepare``, or its URL: whatever has ``://`` and fsspec opens.
+        Output folder of ``geneloom prepare``, or its URL, which contains ``://`` and is opened by
+        fsspec.
     cache
-        Folder for the local copy of what is read from a URL, one folder in it for each corpus.
+        Folder for local copies of what is read from URLs; each corpus gets a folder in it.
     retry_pauses_s
-        For a URL: seconds to wait after each failure that may pass; one failure more is an error.
+        For a URL: seconds to wait after each temporary failure. After the last pause, another
+        failure raises an error.
 
     Raises
     ------
     ValueError
-        No manifest, another format, or an index or vocabulary that does not belong to it; a URL
-        without a cache.
+        There is no manifest, it has another format, its index or vocabulary do not belong to it, or
+        a URL is given without a cache.
     ConnectionError
         The URL could not be read.
     """
@@ -91,7 +101,8 @@ class ShardSet:
         self.location = location
         self._cache: ShardCache | None = None
         if "://" in str(location):
-            # Imported where there is a URL: the network libraries take a third of a second.
+            # Imported only if there is a URL: importing network libraries takes a third of a
+            # second.
             from data_prep.shards.remote import open_remote
 
             self.manifest, self._cache = open_remote(str(location), cache, retry_pauses_s)
@@ -108,7 +119,8 @@ class ShardSet:
             ) from error
         self.vocabulary: Vocabulary = self._load_vocabulary()
         self.index = IndexColumns(self._find_index())
-        # What every block needs is read before there are threads or forks: then all share it.
+        # The columns that every block needs are read now, before threads or forks exist, so that
+        # all of them share the columns.
         for name in _PLACE:
             self.index[name]
 
@@ -136,7 +148,10 @@ class ShardSet:
         return path
 
     def find_statistics(self) -> Path:
-        """Return the path of ``statistics.json``, which may be missing or, in a folder, wrong."""
+        """Return the path of ``statistics.json``.
+
+        The file may be missing. In a local folder its content is not checked.
+        """
         wanted = self.manifest.get("statistics_sha256")
         if self._cache and wanted:
             return self._cache.file(STATISTICS_NAME, lambda path: file_sha256(path) == wanted)
@@ -144,7 +159,7 @@ class ShardSet:
 
     @property
     def name(self) -> str:
-        """Name of the folder, the last part of a URL."""
+        """Name of the folder, or the last part of the URL."""
         if self._cache:
             return str(self.location).rstrip("/").rsplit("/", 1)[-1]
         return self.folder.resolve().name
@@ -158,7 +173,7 @@ class ShardSet:
         return sum(e.num_cells for _, e in self._extents)
 
     def extents(self, split: str) -> list[BucketExtent]:
-        """Return where the buckets of a split are, by ascending length; from the manifest alone."""
+        """Return the extents of a split's buckets, by ascending length, from the manifest alone."""
         return sorted((e for owner, e in self._extents if owner == split), key=lambda e: e.length)
 
     def bucket_lengths(self, split: str) -> list[int]:
@@ -166,20 +181,20 @@ class ShardSet:
         return [e.length for e in self.extents(split)]
 
     def block_numbers(self, split: str, bucket_length: int) -> np.ndarray:
-        """Return the index rows of one bucket, in order."""
+        """Return the numbers of the blocks of one bucket, in order; they are rows of the index."""
         for extent in self.extents(split):
             if extent.length == bucket_length:
                 return np.arange(extent.first_block, extent.first_block + extent.num_blocks)
         return np.arange(0)
 
     def read_block(self, number: int) -> Block:
-        """Return the decoded cells of one index row.
+        """Return the decoded cells of one block; its number is a row of the index.
 
         Raises
         ------
         DamagedBlock
             The bytes do not have the recorded checksum, or there are too few; the message names
-            shard and member. With a URL: those at the source.
+            shard and member. For a URL, the damage is at the source.
         ValueError
             The shard is missing.
         ConnectionError

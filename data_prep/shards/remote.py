@@ -1,9 +1,10 @@
-"""Shards behind a URL: read in parts, with a copy of what was read on a local disk.
+"""Reads shards behind a URL in parts, and keeps a copy of what was read on a local disk.
 
-The copy of a tar is a sparse file in which every member has the place that it has in the tar.
-Nothing records which members are there: one with the right checksum is, any other is fetched. So a
-killed process leaves nothing wrong, a torn write or a flipped bit heals, and the processes of a
-machine share one copy without a lock.
+`open_remote` returns the manifest and a `ShardCache`, which fetches members of tars through
+`Remote`. The copy of a tar is a sparse file in which every member has the same offset as in the
+tar. There is no record of the members in the copy: a member whose checksum is right is used, and
+any other is fetched. Thus a killed process does no harm, a torn write or a flipped bit is repaired,
+and the processes of a machine share one copy without a lock.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from fsspec import AbstractFileSystem
 from data_prep.shards.format import MANIFEST_NAME, fingerprint, parse_manifest
 from data_prep.shards.tar_members import OpenFiles, is_intact
 
-# A server that sends nothing for this long is taken for dead; a whole file may take any time.
+# A server that sends nothing for so long counts as dead; a whole file may take any time.
 _SILENCE_S = 20
 _RANGE_BEHIND_END = 416
-# Too slow, too many requests: like 5xx, it may be better in a moment.
+# HTTP status codes "request timeout" and "too many requests" are temporary, as 5xx are.
 _BUSY = (408, 429)
-# A prefix of the fingerprint names the copy of a corpus: 128 bits are as good as unique.
+# The copy of a corpus is named by a prefix of the fingerprint; 128 bits are practically unique.
 _FINGERPRINT_DIGITS = 32
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
@@ -37,14 +38,17 @@ logger = logging.getLogger(__name__)
 
 
 class Remote:
-    """The files below a URL. Threads may share it; a process opens its own connections.
+    """Reads the files below a URL, with retries.
+
+    Threads may share the object; each process opens its own connections.
 
     Parameters
     ----------
     url
-        Anything that fsspec opens. Credentials and the like come from fsspec's own configuration.
+        Any URL that fsspec opens. Credentials come from fsspec's own configuration.
     retry_pauses_s
-        Seconds to wait after each failure that may pass; one failure more is an error.
+        Seconds to wait after each temporary failure. After the last pause, another failure raises
+        an error.
     """
 
     def __init__(self, url: str, retry_pauses_s: Sequence[float]) -> None:
@@ -52,22 +56,24 @@ class Remote:
         self._retry_pauses_s = tuple(retry_pauses_s)
 
     def address(self, name: str) -> str:
-        """Return the URL of a file."""
+        """Return the URL of a file below the URL."""
         return f"{self.url}/{name}"
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
-        """Return a file, or its bytes from `start` to before `stop`.
+        """Return the content of a file, or its bytes start..stop-1.
 
-        It is less where the file ends before, and all of it from a server that knows no ranges.
+        Fewer bytes are returned if the file ends before `stop`, and the whole file if the server
+        does not support range requests.
 
         Raises
         ------
         FileNotFoundError
-            There is no such file.
+            The file does not exist.
         ValueError
-            It cannot be read, now or later: no such protocol, no permission.
+            The file cannot be read, and trying again would not help: unknown protocol, no
+            permission.
         ConnectionError
-            It could not be read, nor after the pauses.
+            The file could not be read, even after all pauses.
         """
         failures = 0
         while True:
@@ -92,10 +98,11 @@ class Remote:
 
 @cache
 def _open_in(process: int, url: str) -> tuple[AbstractFileSystem, str]:  # noqa: ARG001
-    """Return the file system of a URL, and the URL's root in it; for each process its own.
+    """Return the file system of a URL, and the URL's root in it, cached for each process.
 
-    An event loop does not survive a fork. What the parent opened stays here for ever: closed by a
-    child, its connections would be taken off the epoll set that the child shares with the parent.
+    Each process needs its own, because an event loop does not survive a fork. A child keeps the
+    parent's file system in this cache for ever: if the child closed its connections, they would be
+    removed from the epoll set that the child shares with the parent.
     """
     options = {"get_client": _http_client} if url.startswith(("http://", "https://")) else {}
     return fsspec.core.url_to_fs(url, **options)
@@ -103,28 +110,33 @@ def _open_in(process: int, url: str) -> tuple[AbstractFileSystem, str]:  # noqa:
 
 async def _http_client(**settings) -> aiohttp.ClientSession:
     timeout = aiohttp.ClientTimeout(sock_connect=_SILENCE_S, sock_read=_SILENCE_S)
-    # A part of a compressed file cannot be unpacked. Proxies are those of the environment.
+    # No compression, since a part of a compressed file cannot be unpacked. The proxies are taken
+    # from the environment.
     headers = {"Accept-Encoding": "identity"} | settings.pop("headers", {})
     defaults = {"timeout": timeout, "trust_env": True, "headers": headers}
     return aiohttp.ClientSession(**defaults | settings)
 
 
 def _may_pass(error: Exception) -> bool:
-    """Is trying again worth it? Every file system has errors of its own: all that are not known."""
+    """Return whether trying again may help.
+
+    Every file system has its own errors, so it is True for all errors that are not known to be
+    permanent.
+    """
     if isinstance(error, aiohttp.ClientResponseError):
         return error.status >= 500 or error.status in _BUSY
     return not isinstance(error, (*_LASTING, aiohttp.InvalidURL, ValueError, ImportError))
 
 
 class ShardCache:
-    """The local copy of one corpus.
+    """The local copy of one corpus, filled from a remote folder as its parts are read.
 
     Parameters
     ----------
     remote
-        Where the shards are.
+        The remote folder of the shards.
     folder
-        Of this corpus alone. It is made if it is not there.
+        Folder for this corpus alone. It is created if it does not exist.
     """
 
     def __init__(self, remote: Remote, folder: Path) -> None:
@@ -139,13 +151,16 @@ class ShardCache:
             raise self._unwritable(error) from error
 
     def address(self, name: str) -> str:
-        """Return the URL of a file."""
+        """Return the URL of a file of the corpus."""
         return self._remote.address(name)
 
     def put(
         self, name: str, content: bytes, is_right: Callable[[Path], bool] = lambda path: True
     ) -> bool:
-        """Store a small file, whole or, if it is not right, not at all; return whether it is."""
+        """Store a small file if `is_right` accepts it, and return whether it does.
+
+        The stored file is always complete.
+        """
         path = self.folder / name
         aside = self.folder / f".{name}.{uuid.uuid4().hex}.partial"
         try:
@@ -163,12 +178,12 @@ class ShardCache:
         return True
 
     def file(self, name: str, is_right: Callable[[Path], bool]) -> Path:
-        """Return the path of a small file, fetched unless it is there and right.
+        """Return the path of a small file, which is fetched unless a correct copy exists.
 
         Raises
         ------
         ValueError
-            It is missing or wrong at the source.
+            The file is missing or wrong at the source.
         """
         path = self.folder / name
         if path.exists() and is_right(path):
@@ -185,7 +200,9 @@ class ShardCache:
         return path
 
     def read(self, tar: str, offset: int, size: int, crc32: int) -> bytes | None:
-        """Return a member of a tar, from the copy or else from the source; None: damaged there.
+        """Return the bytes of a tar member, from the copy or else from the source.
+
+        None means that the member is damaged at the source.
 
         Raises
         ------
@@ -197,12 +214,12 @@ class ShardCache:
         except OSError:
             descriptor = None
         if descriptor is not None:
-            # A disk that cannot be read is a copy without this member.
+            # If the disk cannot be read, the member is fetched as if the copy did not have it.
             with contextlib.suppress(OSError):
                 payload = os.pread(descriptor.number, size, offset)
                 if is_intact(payload, size, crc32):
                     return payload
-        for _ in range(2):  # a wrong answer is asked for once more
+        for _ in range(2):  # after wrong bytes the source is asked once more
             first_byte, fetched = self._fetch(tar, offset, size)
             payload = fetched[offset - first_byte : offset - first_byte + size]
             if is_intact(payload, size, crc32):
@@ -214,7 +231,8 @@ class ShardCache:
         return payload
 
     def _open(self, tar: str) -> int:
-        # What a manifest from elsewhere calls a tar must not lead out of the folder.
+        # The manifest comes from elsewhere: the name of a tar in it must not lead out of the
+        # folder.
         if Path(tar).name != tar:
             raise ValueError(f"{self._remote.url}: its manifest names a shard {tar!r}, not a file")
         path = self.folder / tar
@@ -243,7 +261,10 @@ class ShardCache:
         self._writes = False
 
     def _fetch(self, tar: str, offset: int, size: int) -> tuple[int, bytes]:
-        """Return bytes of a tar that hold a member, and where they begin."""
+        """Return (offset, bytes) of a part of a tar that contains a member.
+
+        The part is the whole tar if the server does not support range requests.
+        """
         try:
             fetched = self._remote.read(tar, offset, offset + size)
         except FileNotFoundError as error:
@@ -270,12 +291,12 @@ class ShardCache:
 def open_remote(
     url: str, folder: Path | None, retry_pauses_s: Sequence[float]
 ) -> tuple[dict, ShardCache]:
-    """Return the manifest of a corpus behind a URL, as it is now, and the local copy.
+    """Return the present manifest of a corpus behind a URL, and the corpus's local copy.
 
     Raises
     ------
     ValueError
-        There are no shards, they were edited, or no folder is given.
+        There are no shards, the manifest was edited, or no folder is given.
     ConnectionError
         The URL could not be read.
     """
@@ -292,7 +313,8 @@ def open_remote(
             f"{url}: no {MANIFEST_NAME}; expected the URL of a folder made by `geneloom prepare`"
         ) from error
     manifest = parse_manifest(text, remote.address(MANIFEST_NAME))
-    # It names the copy: one that is not that of the content would mix two corpora.
+    # The fingerprint names the copy. A fingerprint that does not belong to the content would mix
+    # the copies of two corpora.
     if fingerprint(manifest) != manifest["fingerprint"]:
         raise ValueError(
             f"{remote.address(MANIFEST_NAME)}: its fingerprint does not follow from its content: "

@@ -1,4 +1,4 @@
-"""How a member of a tar is found and read: columns of the index, open files, checksums."""
+"""Tools to find and read members of tars: columns of the index, open files, checksums."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _MAX_OPEN_FILES = 64
 
 
 def is_intact(payload: bytes, size: int, crc32: int) -> bool:
-    """Return whether bytes are those of a member, by length and checksum."""
+    """Return whether the bytes of a member have the recorded length and checksum."""
     return len(payload) == size and zlib.crc32(payload) == crc32
 
 
 class _Descriptor:
-    """An open file, closed when nobody holds it any more."""
+    """An open file descriptor, which is closed when no reference to this object is left."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -31,10 +31,11 @@ class _Descriptor:
 
 
 class OpenFiles:
-    """The files read last stay open, 64 at most; for any number of threads.
+    """A cache of at most 64 open files, those that were read last, for any number of threads.
 
-    A file that falls out is closed by the last thread that reads it: hold what `get` returns until
-    the read is done. There is no lock, which a fork could copy while it is held.
+    A file that leaves the cache is closed when the last thread has read it, so a thread must hold
+    the result of `get` until its read is done. There is no lock, because a fork could copy a lock
+    while it is held.
     """
 
     def __init__(self) -> None:
@@ -44,10 +45,10 @@ class OpenFiles:
         return OpenFiles, ()
 
     def get(self, name: str, opener: Callable[[], int]) -> _Descriptor:
-        """Return an open file; `opener` returns its descriptor if it is not open."""
-        # A plain dict keeps the order of insertion, and each of these operations is one piece for
-        # the interpreter: two threads at worst open a file twice. (OrderedDict's own are not: a
-        # closing descriptor lets another thread in halfway.)
+        """Return an open file; if it is not open, `opener` opens it and returns its descriptor."""
+        # A plain dict keeps the order of insertion, and each of these operations is atomic in the
+        # interpreter: in the worst case two threads both open a file. (The operations of
+        # OrderedDict are not atomic: while a descriptor closes, another thread may run.)
         file = self._files.pop(name, None)
         if file is None:
             file = _Descriptor(opener())
@@ -58,9 +59,10 @@ class OpenFiles:
 
 
 class IndexColumns(Mapping[str, np.ndarray]):
-    """The columns of ``index.parquet``, each read when it is first asked for.
+    """The columns of ``index.parquet``, each of which is read when it is first used.
 
-    A billion cells are 3.9 million rows: 16 bytes of each find a block, all columns have 45.
+    The index of a billion cells has 3.9 million rows. Finding a block needs 16 bytes of a row,
+    while all columns have 45 bytes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -87,15 +89,15 @@ class IndexColumns(Mapping[str, np.ndarray]):
         with pq.ParquetFile(self._path) as file:
             column = np.empty(file.metadata.num_rows, dtype)
             start = 0
-            # Batch by batch: the column as a whole would be in memory twice. `to_numpy` would load
-            # pandas, 40 MB.
+            # The column is read in batches, since as a whole it would be in memory twice. Arrow's
+            # `to_numpy` would import pandas, which takes 40 MB.
             for batch in file.iter_batches(columns=[name], use_threads=False):
                 values, count = batch.column(0), batch.num_rows
                 column[start : start + count] = np.frombuffer(
                     values.buffers()[1], dtype, count, values.offset * column.itemsize
                 )
                 start += count
-        # Arrow would keep what it needed for pages: 20 MB for every column.
+        # Otherwise Arrow would keep the memory for pages, 20 MB for every column.
         pa.default_memory_pool().release_unused()
         column.flags.writeable = False
         return column

@@ -1,4 +1,8 @@
-"""Writing shards: the tars of a split and bucket, their index, and what is summed up of them."""
+"""Writes shards: the tars of a split and bucket, their index, and sums for the manifest.
+
+`TarWriter` writes one tar. `write_index` and `summarise_buckets` take the manifest entries and the
+members of all tars.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +25,14 @@ _TAR_BLOCK = 512
 
 
 class TarWriter:
-    """Writes the blocks of one tar, the same bytes every time.
+    """Writes the blocks of one tar; equal blocks always give the same bytes.
 
     Parameters
     ----------
     number
-        Of the tar within its split and bucket.
+        Number of the tar within its split and bucket.
     first_block
-        Number of the first block within split and bucket.
+        Number of the tar's first block within its split and bucket.
     """
 
     def __init__(
@@ -69,7 +73,7 @@ class TarWriter:
         self._size += len(data)
 
     def close(self) -> dict:
-        """Finish the tar; return its entry of the manifest. It is not yet forced to disk."""
+        """Finish the tar and return its entry for the manifest; the file is not synced to disk."""
         self._put(b"\0" * (2 * _TAR_BLOCK))
         self._file.close()
         return {
@@ -84,7 +88,7 @@ class TarWriter:
 
 
 def write_index(path: Path, shards: list[dict], members: list[list[dict]]) -> None:
-    """Write ``index.parquet``: `members` of each of `shards`, in the order that numbers cells."""
+    """Write ``index.parquet``: the `members` of each of `shards`, in the order of cell numbers."""
     rows: dict[str, list] = {name: [] for name in INDEX_SCHEMA.names}
     first_cell = 0
     for number, (shard, inside) in enumerate(zip(shards, members, strict=True)):
@@ -102,7 +106,7 @@ def write_index(path: Path, shards: list[dict], members: list[list[dict]]) -> No
 
 
 def summarise_buckets(shards: list[dict], members: list[list[dict]]) -> list[dict]:
-    """Return one entry per split and bucket: cells, tokens, bytes, blocks, tars."""
+    """Return one manifest entry per split and bucket: cells, tokens, bytes, blocks, shards."""
     buckets: dict[tuple[str, int], dict] = {}
     for shard, inside in zip(shards, members, strict=True):
         key = (shard["split"], shard["bucket_length"])
