@@ -1,10 +1,11 @@
-"""Between the passes: which cells stay, which buckets there are, which cells go into which tar.
+"""Decides, between the passes, which cells are kept and into which tar each cell goes.
 
-Only small columns of the chunk files are read, one file at a time. The result is one byte per cell
-(a reason code, in a memory-mapped file) and a plan of exact ranks: tar number p of a bucket holds
-the cells of ranks p*C..(p+1)*C-1 in the order of the shuffle key, with C a multiple of the block
-size. Where a rank lies is found from counts of cells per key range, so that no list of all cells is
-ever needed.
+Only small columns of the chunk files are read, one file at a time. `decide_reasons` writes one byte
+per cell, its reason code, to a memory-mapped file; `report_datasets` and `length_histogram` count
+the cells. `plan_writing` chooses the length buckets and assigns cells to tars by rank: tar number p
+of a bucket holds the cells of ranks p*C..(p+1)*C-1 in the order of the shuffle key, with C a
+multiple of the block size. The ranks are found from the number of cells per range of keys, so that
+no list of all cells is ever needed.
 """
 
 from __future__ import annotations
@@ -39,17 +40,17 @@ from data_prep.sources.source_spec import SourceSpec
 
 _MOST_BINS_BITS = 16
 _CELLS_PER_BIN = 64
-_CELL_BYTES = 64  # ids, offsets and metadata of a cell in memory and on disk, roughly
+_CELL_BYTES = 64  # rough size of a cell's ids, offsets and metadata, in memory and on disk
 _TASKS, _TASK_BYTES = 16, 128 << 20
-_SORT_BYTES = 24  # per cell while duplicates are looked for
+_SORT_BYTES = 24  # memory per cell while duplicates are searched for
 
 
 @dataclass(frozen=True)
 class Window:
-    """The share of one bucket in one tar: `take` cells after `skip` cells of key bin `first_bin`.
+    """The cells of one bucket that one tar holds.
 
-    Cells of the bucket with key bins first_bin..last_bin, in key order; the first `skip` of them
-    belong to an earlier tar.
+    Of the bucket's cells in the key bins first_bin..last_bin, in key order, the first `skip` belong
+    to an earlier tar, and the next `take` belong to this one.
     """
 
     bucket: int
@@ -62,13 +63,13 @@ class Window:
 
 @dataclass(frozen=True)
 class WritePlan:
-    """What pass 2 does, the same for any number of processes and any memory."""
+    """The plan of pass 2; it does not depend on the number of processes and on the memory."""
 
     chunks: list[Chunk]
     decisions: str
     buckets: list[int]
     bin_bits: int
-    # Per split, per tar number: the windows of the buckets.
+    # The windows of the buckets, for each split and each tar number.
     windows: list[list[list[Window]]]
     bytes_per_task: list[int]
     block_cells: int
@@ -83,7 +84,7 @@ class WritePlan:
 
 @dataclass
 class DatasetReport:
-    """What became of one data set's cells in one source."""
+    """Numbers of one data set's cells in one source: read, kept, truncated and rejected."""
 
     source: str
     dataset: str
@@ -106,20 +107,21 @@ def decide_reasons(
     heldout_by: str,
     same_side: bool,
 ) -> tuple[str, SameCells]:
-    """Write the reason code of every cell, in the order of the chunk files; return the file's name.
+    """Write the reason codes of all cells to a file; return its name and the numbers of copies.
 
-    Also what was found about cells that stand more than once.
+    The file holds one byte per cell, in the order of the chunk files.
 
     Parameters
     ----------
     moments
-        Per data set, for the quality filters.
+        Moments of each data set, for the quality filters.
     dedup
-        Reject every cell whose genes and counts (or tokens) equal those of an earlier cell.
+        Whether to reject every cell whose genes and counts (or tokens) equal those of an earlier
+        cell.
     sources, heldout_by
         See `data_prep.encoding.duplicates.settle_same_cells`.
     same_side
-        False for shards that were made before copies went to one side.
+        Whether all copies of a cell go into one split; False only for shards of older versions.
     """
     aside = work / "decisions.new"
     codes = np.lib.format.open_memmap(
@@ -145,7 +147,8 @@ def decide_reasons(
     if same_side:
         same = settle_same_cells(work, chunks, codes, sources, heldout_by, memory_gib)
     codes.flush()
-    # Named by content: a plan that refers to it is right exactly when the decisions are.
+    # The name contains a hash of the content, so a plan that refers to it is valid exactly if the
+    # decisions are the same.
     name = f"decisions-{file_sha256(aside)[:24]}.npy"
     aside.rename(work / name)
     return name, same
@@ -159,10 +162,10 @@ def _open_all(work: Path, chunks: list[Chunk]) -> Iterator[tuple[Chunk, pa.Recor
 def _reject_duplicates(
     work: Path, chunks: list[Chunk], codes: np.ndarray, memory_gib: float
 ) -> None:
-    """Mark kept cells whose content hash an earlier kept cell has, earlier by source and row.
+    """Mark kept cells as duplicates if an earlier kept cell (by source, row) has the same content.
 
-    The range of hashes is cut into parts that fit into memory. A 64-bit hash: among 30 million
-    different cells the chance that any two share one is 2e-5.
+    Contents are compared by 64-bit hashes: among 30 million different cells the probability that
+    any two have the same hash is 2e-5. The hashes are divided into parts that fit into memory.
     """
     parts = 1 + int(len(codes) * _SORT_BYTES / (memory_gib * 2**30))
     for part in range(parts):
@@ -187,10 +190,16 @@ def _reject_duplicates(
 def report_datasets(
     work: Path, chunks: list[Chunk], decisions: str, names: list[str], max_genes: int, specials: int
 ) -> list[DatasetReport]:
-    """Return what became of every cell read, by source and data set, in the order of the sources.
+    """Return the numbers of cells by source and data set, in the order of the sources.
 
-    `names` are those of the sources; a cell with more than `max_genes` detected genes is truncated;
-    `specials` tokens are added to each.
+    Parameters
+    ----------
+    names
+        Names of the sources.
+    max_genes
+        A cell with more detected genes is truncated.
+    specials
+        Number of special tokens in each cell.
     """
     codes = np.load(work / decisions, mmap_mode="r")
     reports: dict[tuple[int, str], DatasetReport] = {}
@@ -217,7 +226,7 @@ def report_datasets(
 def length_histogram(
     work: Path, chunks: list[Chunk], decisions: str, max_length: int
 ) -> np.ndarray:
-    """Return int64 [splits, max_length + 1], kept cells of each length."""
+    """Return int64 [splits, max_length + 1], the number of kept cells of each length."""
     codes = np.load(work / decisions, mmap_mode="r")
     histogram = np.zeros((len(SPLITS), max_length + 1), dtype=np.int64)
     for chunk, batch in _open_all(work, chunks):
@@ -243,8 +252,8 @@ def plan_writing(
 ) -> WritePlan:
     """Return the plan of pass 2.
 
-    The number of tars of each bucket follows from the bytes of the split: tars are `shard_mib` on
-    average, but there are enough numbers for 16 processes as soon as each has some work.
+    The number of tars of each bucket follows from the bytes of the split. A tar has `shard_mib` MiB
+    on average; but if there is enough work for 16 processes, there are at least 16 tar numbers.
     """
     buckets = choose_buckets(histogram.sum(axis=0), max_length)
     cells = int(histogram.sum())
@@ -268,7 +277,7 @@ def plan_writing(
 
 
 def key_bins(keys: np.ndarray, bin_bits: int) -> np.ndarray:
-    """Return int64 top bits of shuffle keys."""
+    """Return int64 [keys], the key bins: the first `bin_bits` bits of the shuffle keys."""
     if bin_bits == 0:
         return np.zeros(len(keys), dtype=np.int64)
     return (keys >> np.uint64(64 - bin_bits)).astype(np.int64)
@@ -277,7 +286,7 @@ def key_bins(keys: np.ndarray, bin_bits: int) -> np.ndarray:
 def _cells_per_bin(
     work: Path, chunks: list[Chunk], decisions: str, buckets: list[int], bin_bits: int
 ) -> np.ndarray:
-    """Return int64 [splits, buckets, key bins], kept cells."""
+    """Return int64 [splits, buckets, key bins], the number of kept cells."""
     codes = np.load(work / decisions, mmap_mode="r")
     shape = (len(SPLITS), len(buckets), 1 << bin_bits)
     counts = np.zeros(int(np.prod(shape)), dtype=np.int64)
@@ -293,7 +302,10 @@ def _cells_per_bin(
 
 
 def _windows(counts: np.ndarray, tasks: int, block_cells: int) -> list[list[Window]]:
-    """Return for each tar number the windows of the buckets; `counts` int64 [buckets, bins]."""
+    """Return the windows of the buckets for each tar number.
+
+    `counts` is int64 [buckets, key bins], the number of kept cells.
+    """
     result: list[list[Window]] = [[] for _ in range(tasks)]
     for bucket, per_bin in enumerate(counts):
         before = np.r_[0, np.cumsum(per_bin)]

@@ -1,4 +1,4 @@
-"""The record of a finished run: manifest, index and statistics beside the tars."""
+"""Writes the record of a finished run: manifest, index, statistics and vocabulary of the tars."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from data_prep.version import VERSION
 
 @dataclass(frozen=True)
 class Decisions:
-    """What becomes of the cells of all chunk files."""
+    """The decisions about the cells of all chunk files, and the numbers they are based on."""
 
     chunks: list[Chunk]
     codes: str
@@ -42,7 +42,7 @@ class Decisions:
     reports: list[lay_out_tars.DatasetReport]
     known: list[KnownCounts]
     same: SameCells
-    # Of each source: share of the stored values that are no integers; None for tokens.
+    # Share of the stored values that are no integers, for each source; None for token corpora.
     fractional_values: list[float | None]
 
 
@@ -54,7 +54,7 @@ def write_manifest(
     survey: Survey,
     options: PrepareOptions,
 ) -> dict:
-    """Write vocabulary, index, statistics and manifest beside the tars; return the manifest."""
+    """Write vocabulary, index, statistics and manifest next to the tars; return the manifest."""
     survey.vocabulary.save(work / VOCABULARY_NAME)
     pairs = [p for r in records for p in zip(r.shards, r.members, strict=True)]
     pairs.sort(key=lambda p: (SPLITS.index(p[0]["split"]), p[0]["bucket_length"], p[0]["name"]))
@@ -64,7 +64,7 @@ def write_manifest(
     statistics = {"cells_by_length": histogram.tolist(), "cells_by_token": per_token}
     encode_pass.write_text(work / STATISTICS_NAME, json.dumps(statistics) + "\n")
     settings = asdict(replace(options, annotation=None))
-    # How the work was cut never shows in its result: out of the record. So are paths.
+    # The manifest does not record paths, nor the memory limit, which does not change the result.
     settings.pop("memory_gib")
     settings.pop("annotation")
     settings["annotation_sha256"] = file_sha256(options.annotation) if options.annotation else None
@@ -86,7 +86,7 @@ def write_manifest(
         "warnings": warnings_of(survey, decisions),
     }
     manifest["fingerprint"] = fingerprint(manifest)
-    # Of what is written: tuples are lists there, and keys text.
+    # The hash is taken of the manifest as JSON reads it back: tuples become lists, keys text.
     manifest = json.loads(json.dumps(manifest))
     manifest["record_sha256"] = record_sha256(manifest)
     text = json.dumps(manifest, indent=1, sort_keys=True)
@@ -95,13 +95,13 @@ def write_manifest(
 
 
 def record_sha256(manifest: dict) -> str:
-    """Return the hash of all that a manifest says, but for this hash."""
+    """Return the hash of the whole manifest except the entry for this hash."""
     rest = {k: v for k, v in manifest.items() if k != "record_sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def source_reports(survey: Survey, decisions: Decisions) -> list[dict]:
-    """Return one entry per source: what it is, how it was read, what became of its cells."""
+    """Return one entry per source: its kind, the options it was read with, numbers of cells."""
     entries = []
     for source, known, fractional in zip(
         survey.sources, decisions.known, decisions.fractional_values, strict=True
@@ -135,7 +135,7 @@ def source_reports(survey: Survey, decisions: Decisions) -> list[dict]:
 
 
 def dataset_reports(decisions: Decisions, options: PrepareOptions) -> list[dict]:
-    """Return one entry per data set: cells, rejections, and the limits of the quality filters."""
+    """Return one entry per data set: numbers of cells, rejections, limits of quality filters."""
     entries: dict[str, dict] = {}
     for report in decisions.reports:
         entry = entries.setdefault(
@@ -155,7 +155,7 @@ def dataset_reports(decisions: Decisions, options: PrepareOptions) -> list[dict]
 
 
 def warnings_of(survey: Survey, decisions: Decisions) -> list[str]:
-    """Return what a user should know before training on the cells, in sentences."""
+    """Return warnings, in sentences, that a user should read before training on the cells."""
     said: list[str] = []
     for source, known in zip(survey.sources, decisions.known, strict=True):
         said += source.warnings

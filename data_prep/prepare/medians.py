@@ -1,14 +1,17 @@
-"""Non-zero medians per gene: the numbers that make a gene's expression comparable across genes.
+"""Computes the non-zero median of each gene, which makes values comparable between genes.
 
-The median of a gene is taken over the cells that express it, of counts / total x 10,000
-(Geneformer, Nature 2023, Methods). One pass counts values in bins of equal ratio, 64 to the octave:
-counts of integers, so that results of processes and of earlier runs add up exactly, in any order.
-The bin that holds a gene's median is then known; a second pass keeps only the values in these bins
-and takes the median exactly. Where these values do not fit into memory, or where only earlier
-results are merged, the median is interpolated in its bin: it is off by less than 1/64.
+The median of a gene is taken of counts / total x 10,000 over the cells that express the gene
+(Geneformer, Nature 2023, Methods). `gene_medians` makes two passes over the cells. The first pass
+counts values in logarithmic bins, 64 per octave; the counts are integers, so the results of
+processes and of earlier runs add up exactly, in any order. Then the bin that holds a gene's median
+is known, and the second pass keeps only the values in these bins and takes the exact median. Where
+these values do not fit into memory, or where only earlier results are merged, the median is
+interpolated in its bin, with a relative error below 1/64. `build_vocabulary` makes a vocabulary of
+the medians.
 
-(Quantile sketches of a library, KLL for one, draw random numbers: two runs over the same cells give
-two vocabularies with two hashes. The vocabulary is the identity of all that is made with it.)
+Quantile sketches of a library, such as KLL, draw random numbers, so two runs over the same cells
+would give two vocabularies with different hashes. They are not used, because everything that is
+made with a vocabulary is identified by its hash.
 """
 
 from __future__ import annotations
@@ -48,28 +51,29 @@ from data_prep.sources.open_source import open_source
 from data_prep.sources.source_spec import SourceSpec
 
 _CHUNK_CELLS = 16_384
-# A bin is the exponent and the first 6 bits of the mantissa: 64 bins an octave, a ratio of at most
-# 1 + 1/64. Values from 2**-10 (one count among ten million) to 10,000 are told apart.
+# The bin of a value is its exponent and the first 6 bits of its mantissa: 64 bins per octave, and
+# values of a bin differ by a ratio of at most 1 + 1/64. The bins cover values from 2**-10 (one
+# count among ten million) to 10,000.
 _MANTISSA_BITS = 6
 _SHIFT = 52 - _MANTISSA_BITS
 _FIRST_BIN = int(np.float64(2.0**-10).view(np.int64)) >> _SHIFT
 NUM_BINS = 25 << _MANTISSA_BITS
 RELATIVE_ERROR = 2.0**-_MANTISSA_BITS
-_VALUE_BYTES = 36  # while the values of the median bins are sorted
+_VALUE_BYTES = 36  # memory per value while the values of the median bins are sorted
 
 
 @dataclass(frozen=True)
 class MedianSketch:
-    """How many cells have which value of which gene.
+    """Histogram of the values of each gene over cells.
 
     Attributes
     ----------
     genes
         Gene ids, ascending.
     counts
-        int64 [genes, NUM_BINS], cells whose value of the gene falls into the bin.
+        int64 [genes, NUM_BINS], number of cells whose value of the gene is in the bin.
     aliases
-        Retired ids or symbols -> the gene that they were counted as.
+        For each retired id or symbol, the gene that it was counted as.
     """
 
     genes: tuple[str, ...]
@@ -78,11 +82,11 @@ class MedianSketch:
 
     @property
     def detected(self) -> np.ndarray:
-        """int64 [genes], cells that express the gene."""
+        """int64 [genes], the number of cells that express each gene."""
         return self.counts.sum(axis=1)
 
     def medians(self) -> np.ndarray:
-        """Return float64 [genes], interpolated in the median's bin; NaN where no cell has one."""
+        """Return float64 [genes], medians interpolated in their bins; NaN for genes in no cell."""
         before = np.cumsum(self.counts, axis=1)
         number, rows = before[:, -1], np.arange(len(self.genes))
         middle = []
@@ -97,7 +101,7 @@ class MedianSketch:
         return (middle[0] + middle[1]) / 2
 
     def merge(self, other: MedianSketch) -> MedianSketch:
-        """Return the sketch of the cells of both."""
+        """Return the sketch of all cells of both sketches."""
         genes = sorted({*self.genes, *other.genes})
         place = {g: i for i, g in enumerate(genes)}
         counts = np.zeros((len(genes), NUM_BINS), dtype=np.int64)
@@ -106,7 +110,7 @@ class MedianSketch:
         return MedianSketch(tuple(genes), counts, self.aliases | other.aliases)
 
     def save(self, path: Path) -> None:
-        """Write one row per gene and occupied bin (parquet)."""
+        """Write the sketch as parquet, with one row per gene and occupied bin."""
         rows, bins = np.nonzero(self.counts)
         table = pa.table(
             {
@@ -120,7 +124,7 @@ class MedianSketch:
 
     @staticmethod
     def load(path: Path) -> MedianSketch:
-        """Return a saved sketch."""
+        """Return the sketch that `save` wrote; raise ValueError for other files."""
         try:
             table = pq.read_table(path, columns=["gene", "bin", "cells"])
             aliases = json.loads((table.schema.metadata or {}).get(b"aliases", b"{}"))
@@ -137,14 +141,14 @@ class MedianSketch:
 
 @dataclass(frozen=True)
 class GeneMedians:
-    """Medians of all genes seen; `relative_error` bounds how far they are from the exact ones."""
+    """Medians of all genes; `relative_error` is the largest relative error, 0 if they are exact."""
 
     sketch: MedianSketch
     medians: np.ndarray
     relative_error: float
 
     def save_table(self, path: Path) -> None:
-        """Write gene, cells that express it, and median, as text."""
+        """Write a tsv table with each gene, the number of cells that express it, and the median."""
         rows = zip(self.sketch.genes, self.sketch.detected, self.medians, strict=True)
         lines = [f"{gene}\t{cells}\t{float(median)!r}\n" for gene, cells, median in rows]
         path.write_text("gene\tcells\tmedian\n" + "".join(lines))
@@ -152,7 +156,7 @@ class GeneMedians:
     def vocabulary(self, min_cells: int, max_length: int | None, with_cls: bool) -> Vocabulary:
         """Return the vocabulary of the genes that at least `min_cells` cells express.
 
-        Tokens follow the gene ids in ascending order, so they do not depend on that of the sources.
+        Tokens are numbered in the order of gene ids, so they do not depend on the order of sources.
         """
         special = {PAD: 0, MASK: 1} | ({CLS: 2, EOS: 3} if with_cls else {})
         chosen = np.flatnonzero(self.sketch.detected >= min_cells)
@@ -171,7 +175,7 @@ class GeneMedians:
 
 @dataclass(frozen=True)
 class _Job:
-    """A stretch of a source; `genes` names the file with the gene numbering."""
+    """A stretch of a source to count; `genes` is the path of the file that numbers the genes."""
 
     spec: SourceSpec
     work: Path
@@ -189,7 +193,10 @@ def build_vocabulary(
     workers: Workers,
     progress: Progress,
 ) -> Vocabulary:
-    """Return the vocabulary of the genes in count matrices, kept in `work` for another start."""
+    """Return the vocabulary of the genes in count matrices.
+
+    It is stored in `work`, so that a restarted run does not compute it again.
+    """
     table = file_sha256(annotation) if annotation else None
     settings = [min_cells, max_length, table, [s.signature() for s in specs]]
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]
@@ -218,11 +225,11 @@ def gene_medians(
     work
         Folder for temporary files.
     annotation
-        Table of genes; only protein-coding and miRNA genes of it are counted.
+        Annotation table; only its protein-coding and miRNA genes are counted.
     gene_mapping
-        Dictionary of retired ids or symbols -> gene id.
+        Dictionaries that map retired ids or symbols to gene ids.
     memory_gib
-        For the values of the second pass; if they do not fit, medians are interpolated.
+        Memory for the values of the second pass; if they need more, medians are interpolated.
 
     Raises
     ------
@@ -256,7 +263,7 @@ def gene_medians(
     counts = np.zeros((len(names), NUM_BINS), dtype=np.int64)
     shown = counter(progress, "counting genes", sizes)
     with contextlib.closing(workers.each(_count_stretch, jobs)) as ended:
-        for number, (places, added) in ended:  # added at once: all together would fill the memory
+        for number, (places, added) in ended:  # added one by one: all of them would fill the memory
             counts.reshape(-1)[places] += added
             shown(number)
     sketch = MedianSketch(tuple(names), counts, {a: g for a, g in aliases.items() if g in genes})
@@ -272,7 +279,10 @@ def gene_medians(
 
 
 def _gene_of(gene_id: str, aliases: dict[str, str]) -> str:
-    """Return the gene that an id is counted as: without version and genome, and as mapped."""
+    """Return the gene that an id is counted as.
+
+    It is the mapped gene if `aliases` has the id, else the id without version and genome.
+    """
     plain = plain_id(gene_id)
     for name in (gene_id, plain, plain.upper()):
         if name in aliases:
@@ -281,12 +291,12 @@ def _gene_of(gene_id: str, aliases: dict[str, str]) -> str:
 
 
 def bin_edge(bins: np.ndarray) -> np.ndarray:
-    """Return the smallest value of each bin."""
+    """Return float64, the smallest value of each bin."""
     return ((np.asarray(bins, dtype=np.int64) + _FIRST_BIN) << _SHIFT).view(np.float64)
 
 
 def _middle_bins(counts: np.ndarray) -> np.ndarray:
-    """Return int64 [genes, 2], the bins of the lower and the upper middle value."""
+    """Return int64 [genes, 2], the bins of the lower and the upper middle value of each gene."""
     before = np.cumsum(counts, axis=1)
     number = before[:, -1:]
     lower, upper = (number - 1) // 2, number // 2
@@ -297,7 +307,7 @@ def _middle_bins(counts: np.ndarray) -> np.ndarray:
 def _exact_medians(
     counts: np.ndarray, wanted: np.ndarray, genes: np.ndarray, values: np.ndarray
 ) -> np.ndarray:
-    """Return medians from the values of the bins in which they lie."""
+    """Return float64 [genes], exact medians from the values in the bins of the middle values."""
     order = np.lexsort((values, genes))
     genes, values = genes[order], values[order]
     first = np.searchsorted(genes, np.arange(len(counts)))
@@ -306,17 +316,20 @@ def _exact_medians(
     medians = np.full(len(counts), np.nan)
     seen = number > 0
     rows = np.arange(len(counts))
-    # Kept values of a gene begin at its lower middle bin: ranks count from there.
+    # The kept values of a gene begin with its lower middle bin, so ranks are counted from there.
     skipped = before[rows, wanted[:, 0]]
     low = first + (number - 1) // 2 - skipped
-    # Between the two middle bins there may be none: the upper value then follows at once.
+    # Bins between the two middle bins are empty, so the upper value follows the lower one directly.
     high = first + number // 2 - skipped
     medians[seen] = (values[low[seen]] + values[high[seen]]) / 2
     return medians
 
 
 def _blocks(job: _Job):
-    """Yield (block, int32 [genes of the source] gene numbers) of a stretch."""
+    """Yield (block, gene numbers, number of genes) for the blocks of a stretch.
+
+    The gene numbers are int32 [genes of the source], -1 for genes that are not counted.
+    """
     source = open_source(job.spec, job.work)
     assert isinstance(source, CountSource)
     numbers, aliases = json.loads(job.genes.read_text())
@@ -328,12 +341,12 @@ def _blocks(job: _Job):
 
 
 def _scales(block: CountBlock) -> np.ndarray:
-    """Return float64 [cells], totals; NaN for cells that do not count."""
+    """Return float64 [cells], total counts; NaN for cells that are left out of the medians."""
     return np.where(block.passes & (block.totals > 0), block.totals, np.nan)
 
 
 def _count_stretch(job: _Job) -> tuple[np.ndarray, np.ndarray]:
-    """Return (flat places in [genes, bins], cells) that a stretch adds."""
+    """Return (flat indices into [genes, bins], numbers of cells) that a stretch adds."""
     counts = np.zeros(0, dtype=np.uint32)
     for block, columns, num_genes in _blocks(job):
         if not counts.size:
@@ -344,7 +357,7 @@ def _count_stretch(job: _Job) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _collect_stretch(wanted_path: Path, job: _Job) -> tuple[np.ndarray, np.ndarray]:
-    """Return (gene numbers, values) of a stretch that fall into the wanted bins."""
+    """Return (gene numbers, values) of a stretch for the values in the wanted bins."""
     wanted = np.load(wanted_path)
     parts = [
         _collect(b.data, b.indices, b.indptr, _scales(b), columns, num_genes, wanted)
@@ -355,7 +368,10 @@ def _collect_stretch(wanted_path: Path, job: _Job) -> tuple[np.ndarray, np.ndarr
 
 @numba.njit(cache=True, nogil=True)
 def _cell_values(data, indices, indptr, totals, cell, columns, sums, touched, values, bins):
-    """Fill genes, values and bins of one cell; return their number, 0 if it does not count."""
+    """Fill `touched` (genes), `values` and `bins` of one cell; return the number of its genes.
+
+    The number is 0 for a cell that is left out of the medians.
+    """
     size = 0
     if np.isnan(totals[cell]):
         return size

@@ -1,15 +1,20 @@
-"""From sources to shards, in two passes of bounded memory, on any number of processes.
+"""Turns sources into shards, in two passes of bounded memory, on any number of processes.
 
-1. Every stretch of every source is read, checked, encoded and written to chunk files
+`prepare` is the entry. It locks the output folder (`workspace`), opens every source once and makes
+a list of the work (`work_list`), and then runs these steps:
+
+1. `encode_all`: every stretch of every source is read, checked, encoded and written to chunk files
    (`data_prep.encoding.encode_pass`), in any order, by whichever process is free.
-2. One process looks at small columns of the chunk files and decides which cells stay and which
-   cell goes into which tar (`data_prep.prepare.lay_out_tars`).
-3. Every tar is written from the chunk files (`data_prep.prepare.write_pass`), again by whoever is
-   free.
+2. `decide_all`, `plan_shards`: one process reads small columns of the chunk files and decides which
+   cells are kept and into which tar each cell goes (`data_prep.prepare.lay_out_tars`).
+3. `write_jobs`: every tar is written from the chunk files (`data_prep.prepare.write_pass`), again
+   by whichever process is free.
+4. `data_prep.prepare.manifest` writes the record of the run; all files are moved to their place.
 
-All cells are in one global random order. What is written depends on the sources and the settings;
-not on processes, memory or the order in which work was done. Each finished piece of work is on disk
-under a name that says what it is, so a killed run continues.
+All cells are in one global random order. The shards depend on the sources and the settings, but not
+on the number of processes, the memory, or the order in which work was done. The result of each
+finished job is on disk under a name that contains a hash of what it was made of, so a killed run
+continues.
 """
 
 from __future__ import annotations
@@ -65,7 +70,7 @@ from data_prep.sources.source_spec import SourceSpec
 
 logger = logging.getLogger(__name__)
 
-# Libraries, the tables of a vocabulary and a block of cells: 0.46 to 0.50 measured.
+# Memory of libraries, the tables of a vocabulary and a block of cells: 0.46 to 0.50 GiB measured.
 PROGRAM_GIB = 0.5
 
 
@@ -84,22 +89,23 @@ def prepare(
     specs
         Count matrices and tokenised corpora (see `data_prep.sources.corpus_list.expand_corpus`).
     out
-        New or empty folder, or one that an unfinished run left: its work is taken up. A manifest
-        appears in it last.
+        New or empty folder, or the folder of an unfinished run, whose work is continued. The
+        manifest is the last file that is written.
     vocabulary
-        None: built from the count matrices.
+        The vocabulary to encode with; None: one is built from the count matrices.
     workers
-        From `data_prep.running.workers.open_workers`; the default works alone.
+        Workers of `data_prep.running.workers.open_workers`; by default this process works alone.
     progress
-        Called with what is being done, how much of it is done, and how much there is.
+        Function that is called with the name of the present step, the amount of work done, and the
+        total amount.
 
     Raises
     ------
     ValueError
-        Wrong input, said with file and remedy. Before work on cells began nothing is left behind;
-        after that the work is kept, and the same command continues it.
+        The input is wrong; the message names the file and a remedy. If no cell has been encoded,
+        no work is left in the folder; otherwise the work is kept, and the same command continues.
     OSError
-        A full disk, a killed worker, a damaged file of the work.
+        The disk is full, a worker was killed, or a file of the work is damaged.
     """
     columns = carried_columns(specs)
     check_options(options, columns)
@@ -111,7 +117,7 @@ def prepare(
         )  # fmt: skip
     request = _request(specs, vocabulary, options)
     if complete_already(out, MANIFEST_NAME, request):
-        # A run that was killed in its last moments: nothing is left to do but to tidy up.
+        # An earlier run was killed when all but its clean-up was done; that has been done now.
         return json.loads((out / MANIFEST_NAME).read_text())
     with locked_workspace(out, MANIFEST_NAME, request) as work:
         survey = survey_sources(specs, work, vocabulary, options, workers, progress)
@@ -135,7 +141,7 @@ def _encode_and_write(
 def _request(
     specs: list[SourceSpec], vocabulary: Vocabulary | None, options: PrepareOptions
 ) -> str:
-    """Return a hash of what a run was asked for, as far as it decides the result."""
+    """Return a hash of the arguments of a run, as far as they decide the result."""
     settings = asdict(replace(options, annotation=None, memory_gib=0.0))
     table = file_sha256(options.annotation) if options.annotation else None
     made_of = vocabulary.file_text if vocabulary else None
@@ -165,9 +171,13 @@ def encode_all(
     progress: Progress,
     finished: list[EncodeRecord | None] | None = None,
 ) -> list[EncodeRecord]:
-    """Run pass 1 for all jobs that are not finished; return the records of all.
+    """Run pass 1 for all unfinished jobs; return the records of all jobs.
 
-    `finished`: records of jobs that an earlier run has finished; None: they are looked for.
+    Parameters
+    ----------
+    finished
+        For each job, the record that an earlier run left, or None; if the whole argument is None,
+        the records are searched for.
     """
     records = finished or [encode_pass.finished_record(j) for j in jobs]
     open_jobs = [n for n, r in enumerate(records) if r is None]
@@ -187,19 +197,20 @@ def encode_all(
 
 
 class KnownSoFar:
-    """Refuses a source of which too little is known as soon as all of it was read."""
+    """Refuses a source with too many counts in unknown genes, as soon as all of it was read."""
 
     def __init__(self, jobs: list[EncodeJob]) -> None:
         self._left = Counter(job.spec for job in jobs)
         self._counts: dict[SourceSpec, KnownCounts] = {}
 
     def add(self, job: EncodeJob, record: EncodeRecord) -> None:
-        """Add a stretch.
+        """Add the counts of an encoded stretch.
 
         Raises
         ------
         ValueError
-            It was the last of its source, and the vocabulary knows too little of a data set.
+            The stretch was the last one of its source, and too few of a data set's counts are in
+            genes of the vocabulary.
         """
         spec = job.spec
         self._counts[spec] = self._counts.get(spec, KnownCounts()).merge(record.known)
@@ -217,7 +228,7 @@ def decide_all(
     options: PrepareOptions,
     progress: Progress,
 ) -> Decisions:
-    """Apply the filters that need the whole corpus; return what became of the cells."""
+    """Apply the filters that need the whole corpus, and return the decisions about all cells."""
     progress("filtering", 0, 1)
     number_of = {s.spec: n for n, s in enumerate(survey.sources)}
     chunks: list[Chunk] = []
@@ -257,7 +268,7 @@ def plan_shards(
     length = survey.vocabulary.max_length
     histogram = lay_out_tars.length_histogram(work, decisions.chunks, decisions.codes, length)
     for split, cells in zip(SPLITS, histogram.sum(axis=1).tolist(), strict=True):
-        # Nothing held out is what --heldout 0 asks for.
+        # With --heldout 0 the held-out split is meant to be empty.
         if cells == 0 and (split == "train" or options.heldout_share > 0):
             raise ValueError(
                 f"no cell is left for the {split} split ({survey.num_cells} read, "
@@ -300,7 +311,7 @@ def _write_all(
 def write_jobs(
     jobs: list[write_pass.WriteJob], workers: Workers, progress: Progress
 ) -> list[write_pass.WriteRecord]:
-    """Run pass 2 for all jobs that are not finished; return the records of all."""
+    """Run pass 2 for all unfinished jobs; return the records of all jobs."""
     records = [write_pass.finished_writing(j) for j in jobs]
     open_jobs = [n for n, r in enumerate(records) if r is None]
     shown = counter(progress, "writing", [1] * len(open_jobs), len(jobs) - len(open_jobs))

@@ -1,4 +1,8 @@
-"""Is a shard folder what its manifest says? If not: rebuild what is damaged from its sources."""
+"""Checks a shard folder against its manifest, and rebuilds damaged tars from the sources.
+
+`verify` returns a list of problems; `repair` takes it, encodes the sources again and replaces the
+damaged tars.
+"""
 
 from __future__ import annotations
 
@@ -41,20 +45,20 @@ _WORK = ".repair"
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong; `shard` is the tar to rebuild, '' where there is none."""
+    """One problem of a shard folder; `shard` is the tar to rebuild, '' if it is not in a tar."""
 
     shard: str
     message: str
 
 
 def verify(folder: Path, workers: Workers, progress: Progress) -> list[Problem]:
-    """Check every checksum, count and bucket bound of a shard folder; return what is wrong.
+    """Check all checksums, counts and bucket bounds of a shard folder; return the problems.
 
     Raises
     ------
     ValueError
-        The manifest, the index or the vocabulary is missing or damaged: without them nothing can be
-        checked.
+        The manifest, the index or the vocabulary is missing or damaged; without these files nothing
+        can be checked.
     """
     shards = ShardSet(folder)
     names = [s["name"] for s in shards.manifest["shards"]]
@@ -71,7 +75,7 @@ def verify(folder: Path, workers: Workers, progress: Progress) -> list[Problem]:
 
 
 def _verify_records(shards: ShardSet) -> list[Problem]:
-    """Check what the manifest says of itself and of the index."""
+    """Return the problems of the manifest itself, and of manifest and index together."""
     folder, manifest = shards.folder, shards.manifest
     problems = []
     if fingerprint(manifest) != manifest["fingerprint"]:
@@ -105,13 +109,13 @@ def _verify_records(shards: ShardSet) -> list[Problem]:
 
 
 @lru_cache(maxsize=1)
-def _opened(folder: Path, manifest_sha256: str) -> ShardSet:  # noqa: ARG001  binds all of it
-    """Return the shard folder, whose index and vocabulary a process reads once for all tars."""
+def _opened(folder: Path, manifest_sha256: str) -> ShardSet:  # noqa: ARG001  part of the cache key
+    """Return the opened shards; a process reads their index and vocabulary once for all tars."""
     return ShardSet(folder)
 
 
 def _verify_tar(folder: Path, manifest_sha256: str, number: int) -> list[Problem]:
-    """Check one tar: the bytes as a whole, then member by member."""
+    """Return the first problem of one tar, after checking its members and the hash of its bytes."""
     shards = _opened(folder, manifest_sha256)
     entry = shards.manifest["shards"][number]
     path = folder / entry["name"]
@@ -151,7 +155,7 @@ def _verify_tar(folder: Path, manifest_sha256: str, number: int) -> list[Problem
 def _member_problem(
     header: bytes, payload: bytes, shards: ShardSet, row: int, shortest: int
 ) -> str | None:
-    """Return what is wrong with a member, in words that follow its place."""
+    """Return a member's problem as text that continues "member at byte N"; None if none."""
     index = shards.index
     try:
         info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
@@ -185,7 +189,7 @@ def _member_problem(
 
 
 def _special_problem(tokens: np.ndarray, offsets: np.ndarray, vocabulary: Vocabulary) -> str | None:
-    """Return what is wrong with special tokens: they stand at the ends, or nowhere."""
+    """Return the problem of a block's special tokens, which may only frame a cell; None if none."""
     special = tokens < vocabulary.first_gene_token
     if vocabulary.has_cls:
         first, last = offsets[:-1], offsets[1:] - 1
@@ -210,15 +214,16 @@ def repair(
     workers: Workers,
     progress: Progress,
 ) -> list[Problem]:
-    """Rebuild the damaged tars from the sources; return the problems that are left.
+    """Rebuild the damaged tars from the sources; return the problems that remain.
 
-    The sources are read and encoded again with the settings of the manifest; only the damaged tars
-    are written. A rebuilt tar is taken only if its bytes are the recorded ones.
+    The sources are read and encoded again with the settings in the manifest, and only the damaged
+    tars are written. A rebuilt tar replaces the damaged one only if it has the recorded hash.
 
     Raises
     ------
     ValueError
-        The sources are not those that the manifest names.
+        The sources or the annotation table are not those that the manifest names, or the shards
+        have an older format.
     """
     damaged = {p.shard for p in problems if p.shard}
     shards = ShardSet(folder)
@@ -247,12 +252,13 @@ def repair(
     decisions = decide_all(work, jobs, records, survey, options, progress)
     plan, _ = plan_shards(work, decisions, survey, options)
     plan_name = write_pass.save_plan(work, plan)
-    # A tar's name ends in its number; one job writes that number of all buckets of a split.
+    # The name of a tar ends with its number. One job writes the tars of this number for all buckets
+    # of a split.
     numbers = {(SPLITS.index(n.split("-")[0]), int(Path(n).stem.split("-")[-1])) for n in damaged}
     to_write = [
         write_pass.WriteJob(work, plan_name, split, number, memory_gib)
         for split, number in sorted(numbers)
-        if number < len(plan.windows[split])  # fewer cells than then, fewer tars
+        if number < len(plan.windows[split])  # fewer cells may need fewer tars
     ]
     write_jobs(to_write, workers, progress)
     rebuilt = {path.name: path for job in to_write for path in job.folder.glob("*.tar")}
@@ -271,7 +277,7 @@ def repair(
 
 
 def _recorded_specs(manifest: dict, given: list[SourceSpec]) -> list[SourceSpec]:
-    """Return the given sources as the manifest records them: order, data set, options."""
+    """Return the given sources with the order, data sets, splits and options of the manifest."""
     by_name = {s.name: s for s in given}
     missing = [s["name"] for s in manifest["sources"] if s["name"] not in by_name]
     if missing:

@@ -1,8 +1,9 @@
-"""The folder of a run of ``prepare``: one run at a time, work that survives a kill, nothing half.
+"""Manages the output folder of ``prepare``: one run at a time, and work that survives a kill.
 
-Inside the output folder, ``.partial`` holds the work until it is complete; then the results move
-up, the manifest last. A folder without a manifest is no shard folder. ``.request`` says what was
-asked for, until the run has tidied up.
+`locked_workspace` gives one run the folder ``.partial`` inside the output folder for its work. When
+the work is complete, `move_up` moves the results to the output folder, the manifest last; a folder
+without a manifest does not count as shards. The file ``.request`` holds a hash of the run's
+arguments until the run has cleaned up. `check_disk` and `full_disk_named` look after free space.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _SPARE_BYTES = 64 << 20
 
 
 def require_free(out: Path, manifest_name: str) -> None:
-    """Raise ValueError unless `out` is absent, empty, or holds what an unfinished run left."""
+    """Raise ValueError unless `out` is absent, empty, or the folder of an unfinished run."""
     if not out.exists():
         return
     if not out.is_dir():
@@ -39,15 +40,15 @@ def require_free(out: Path, manifest_name: str) -> None:
 
 
 def _moving(out: Path, manifest_name: str) -> Path | None:
-    """Return the folder out of which a killed run was moving its results, if there is one."""
+    """Return the folder whose results a killed run was moving to `out`, None if there is none."""
     return next((p.parent for p in (out / PARTIAL).glob(f"*/{manifest_name}")), None)
 
 
 def complete_already(out: Path, manifest_name: str, request: str) -> bool:
-    """Return whether a run with this request ended here but for its last clean-up, and do that.
+    """Return whether a run with this request is complete except for its clean-up, and clean up.
 
-    A run that is killed after its manifest is in place leaves its request; `.partial` may be there
-    too, or half of it.
+    A run that is killed after its manifest is in place leaves its request file, and possibly all or
+    a part of ``.partial``.
     """
     asked = out / _REQUEST
     if not (out / manifest_name).exists() or not asked.exists() or request not in asked.read_text():
@@ -57,18 +58,18 @@ def complete_already(out: Path, manifest_name: str, request: str) -> bool:
             shutil.rmtree(out / PARTIAL, ignore_errors=True)
             asked.unlink(missing_ok=True)
     except FolderInUse:
-        return False  # it lives: the way that is taken next says so
+        return False  # that run is still alive; `locked_workspace` raises the error for it
     return True
 
 
 @contextlib.contextmanager
 def full_disk_named(work: Path, needed_bytes: int) -> Iterator[None]:
-    """Say how much room is needed where writing fails for want of it."""
+    """Add a note about the needed disk space to errors that a full disk causes."""
     try:
         yield
     except OSError as error:
         free = shutil.disk_usage(work).free
-        # numpy and Arrow do not always hand on the number of the error.
+        # numpy and Arrow do not always pass on the error number.
         if error.errno in (errno.ENOSPC, errno.EDQUOT) or free < _SPARE_BYTES:
             missing = max(0, needed_bytes - used_bytes(work))
             error.add_note(
@@ -81,28 +82,28 @@ def full_disk_named(work: Path, needed_bytes: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked_workspace(out: Path, manifest_name: str, request: str = "") -> Iterator[Path]:
-    """Give the folder to work in, inside `out`, to one run at a time.
+    """Yield the working folder inside `out`, which only one run at a time can have.
 
-    After an error the work stays for the next run, unless there is none yet: then all folders that
-    were made for it are removed.
+    After an error the finished work is kept for the next run. If no work is finished, the working
+    folder is removed.
 
     Raises
     ------
     ValueError
-        `out` is in use by another run, or holds other things.
+        `out` is in use by another run, or holds other files.
     """
     require_free(out, manifest_name)
     with owned(out, "prepare"):
         work = out / PARTIAL
         try:
-            require_free(out, manifest_name)  # the run that had it may just have finished
+            require_free(out, manifest_name)  # another run may have finished in the meantime
             (out / _REQUEST).write_text(request)
             work.mkdir(exist_ok=True)
             moving = _moving(out, manifest_name)
             if moving is not None:
                 for name in names_in(out) - _NOT_RESULTS:
                     (out / name).rename(moving / name)
-            # Copies that a killed run did not finish, or damaged ones.
+            # Row-wise copies that a killed run did not finish, or that are damaged, are removed.
             for path in work.glob("rows-*"):
                 if not is_whole(path):
                     shutil.rmtree(path)
@@ -123,9 +124,10 @@ def locked_workspace(out: Path, manifest_name: str, request: str = "") -> Iterat
 
 
 def move_up(work: Path, folder: Path, names: list[str], manifest_name: str) -> None:
-    """Move results out of `folder` in the working folder `work`, the manifest last; remove `work`.
+    """Move results from `folder`, inside `work`, to the output folder; then remove `work`.
 
-    May be repeated after a kill: what is up already is left there.
+    The manifest is moved last. After a kill the call can be repeated, since it skips files that
+    have been moved already.
     """
     for name in [*names, manifest_name]:
         if (folder / name).exists():
@@ -134,9 +136,10 @@ def move_up(work: Path, folder: Path, names: list[str], manifest_name: str) -> N
 
 
 def force_to_disk(paths: list[Path]) -> None:
-    """Return when the content of all files would survive a power failure.
+    """Wait until the content of all files would survive a power failure.
 
-    Called once at the end: most of it has been written in the background by then.
+    This is called once at the end, when the operating system has written most of it in the
+    background.
     """
     for path in paths:
         file = os.open(path, os.O_RDONLY)
@@ -147,7 +150,7 @@ def force_to_disk(paths: list[Path]) -> None:
 
 
 def check_disk(work: Path, needed_bytes: int) -> None:
-    """Raise ValueError unless the file system of `work` has room."""
+    """Raise ValueError unless the file system of `work` has enough free space."""
     free = shutil.disk_usage(work).free
     if free < needed_bytes + _SPARE_BYTES:
         raise ValueError(
@@ -158,13 +161,13 @@ def check_disk(work: Path, needed_bytes: int) -> None:
 
 
 def used_bytes(work: Path) -> int:
-    """Return what chunks and tars of earlier runs take: room that is used again."""
+    """Return the number of bytes in chunks and tars of earlier runs, which need no new space."""
     found = [*work.glob("chunk-*"), *work.glob("tars-*/*")]
     return sum(p.stat().st_size for p in found)
 
 
 def remove_stale(work: Path, keep: set[str]) -> list[str]:
-    """Remove what earlier runs left that this run has no use for; return the names."""
+    """Remove files and folders of earlier runs that this run cannot use; return their names."""
     stale = [p for p in work.iterdir() if p.name not in keep]
     for path in stale:
         shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,7 +1,8 @@
-"""Pass 2: chunk files -> the tars of one tar number, all buckets of a split at once.
+"""Pass 2: writes the tars of one tar number, for all buckets of a split, from the chunk files.
 
-The key range of a task is read in parts that fit into memory; in each part the cells are put in key
-order and handed to the writers of their buckets. Parts change when bytes are written, never which.
+`write_tars` reads its range of shuffle keys in parts that fit into memory. In each part `_gather`
+puts the cells in key order, and they are passed to the `TarWriter` of their bucket. The number of
+parts never changes the bytes of a tar. `finished_writing` finds the work of an earlier run.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from data_prep.shards.buckets import bucket_of
 from data_prep.shards.format import SPLITS
 from data_prep.shards.writer import TarWriter
 
-# Tokens are held once; the rest is for the small columns, which are held twice, and for blocks.
+# Memory needed per byte of cells: tokens are held once; small columns are held twice, and blocks
+# need memory too.
 _COPIES = 1.5
 
 
 @dataclass(frozen=True)
 class WriteJob:
-    """Write tar number `number` of every bucket of a split."""
+    """The work of writing tar number `number` of every bucket of a split."""
 
     work: Path
     plan_name: str
@@ -42,7 +44,7 @@ class WriteJob:
 
     @property
     def folder(self) -> Path:
-        """Where the tars are written: a folder for each plan, so that none meets another's."""
+        """Folder for the tars; each plan has its own, so that tars of two plans are never mixed."""
         return self.work / f"tars-{Path(self.plan_name).stem}"
 
     @property
@@ -52,7 +54,7 @@ class WriteJob:
 
 @dataclass(frozen=True)
 class WriteRecord:
-    """What a `WriteJob` left: manifest entries of its tars, their members, cells per token."""
+    """The result of a `WriteJob`: manifest entries of its tars, their members, cells per token."""
 
     shards: list[dict]
     members: list[list[dict]]
@@ -60,7 +62,7 @@ class WriteRecord:
 
 
 def save_plan(work: Path, plan: WritePlan) -> str:
-    """Store the plan for all processes; return the file's name."""
+    """Write the plan to a file for all processes; return the name of the file."""
     name = f"plan-{plan.digest}.json"
     write_text(work / name, json.dumps(asdict(plan)))
     return name
@@ -77,12 +79,12 @@ def _load_plan(path: Path) -> WritePlan:
 
 
 def finished_writing(job: WriteJob) -> WriteRecord | None:
-    """Return the record of a job that an earlier run has finished."""
+    """Return the record of a job that an earlier run has finished, None if no valid one exists."""
     if not job.record_path.exists():
         return None
     try:
         record = WriteRecord(**json.loads(job.record_path.read_text()))
-    except (ValueError, TypeError):  # the record itself was damaged
+    except (ValueError, TypeError):  # the record itself is damaged
         return None
     for shard in record.shards:
         path = job.folder / shard["name"]
@@ -94,7 +96,7 @@ def finished_writing(job: WriteJob) -> WriteRecord | None:
 
 
 def write_tars(job: WriteJob) -> WriteRecord:
-    """Write the tars of one job; return their record, which is also stored."""
+    """Write the tars of one job; return their record, which is also written to a file."""
     plan = _load_plan(job.work / job.plan_name)
     job.folder.mkdir(exist_ok=True)
     windows = plan.windows[job.split][job.number]
@@ -123,7 +125,7 @@ def write_tars(job: WriteJob) -> WriteRecord:
 
 
 def _parts(windows: list[Window], num_bytes: int, memory_gib: float) -> list[tuple[int, int]]:
-    """Return ranges of key bins, each as much as memory allows."""
+    """Return consecutive ranges of key bins whose cells fit into memory."""
     if not windows:
         return []
     first, last = min(w.first_bin for w in windows), max(w.last_bin for w in windows) + 1
@@ -135,10 +137,10 @@ def _parts(windows: list[Window], num_bytes: int, memory_gib: float) -> list[tup
 def _gather(
     job: WriteJob, plan: WritePlan, windows: list[Window], low: int, high: int
 ) -> dict[int, Cells]:
-    """Return by bucket the cells of key bins low..high-1 that belong to a window, in key order.
+    """Return, for each bucket, the cells of its window in the key bins low..high-1, in key order.
 
-    Twice over the chunk files: the first time for keys and small columns, the second time to copy
-    each cell's tokens to their place.
+    The chunk files are read twice: first the keys and small columns, then the tokens, which are
+    copied to their final place.
     """
     codes = np.load(job.work / plan.decisions, mmap_mode="r")
     first = np.full(len(plan.buckets), 1 << 62)
@@ -152,7 +154,7 @@ def _gather(
         code = codes[chunk.first : chunk.first + chunk.cells]
         lengths = np.asarray(batch.column(Column.LENGTH))
         all_keys = np.asarray(batch.column(Column.KEY))
-        # The split's own cells, and those that were moved to it.
+        # Cells of this split, and cells of the other split that were moved to this one.
         for split, wanted in ((job.split, KEPT), (1 - job.split, MOVED)):
             begin, end = np.searchsorted(np.asarray(batch.column(Column.SPLIT)), [split, split + 1])
             bins = key_bins(all_keys[begin:end], plan.bin_bits)
@@ -164,7 +166,7 @@ def _gather(
             rows, bucket = rows[inside], bucket[inside]
             if not rows.size:
                 continue
-            # Offsets of the rows' tokens in the file, from the first row on.
+            # The offsets of tokens in the file, beginning with the first chosen row.
             offsets = np.r_[0, np.cumsum(lengths[: rows[-1] + 1], dtype=np.int64)][rows[0] :]
             found.append((chunk, rows - rows[0], offsets))
             keys.append(all_keys[rows])
@@ -196,7 +198,11 @@ def _gather(
 
 
 class _Ready:
-    """Cells of one bucket on their way into full blocks: the first `skip` are not ours."""
+    """Divides the cells of one bucket into full blocks.
+
+    The first `skip` cells are left out, because they belong to an earlier tar; after `take` cells
+    the tar is complete.
+    """
 
     def __init__(self, skip: int, take: int) -> None:
         self._skip, self._left = skip, take
@@ -204,7 +210,7 @@ class _Ready:
         self.taken = 0
 
     def blocks(self, cells: Cells, block_cells: int) -> Iterator[Cells]:
-        """Yield full blocks made of what was left over and of `cells`."""
+        """Yield full blocks of `cells` and the cells that remained from the last call."""
         start = min(self._skip, len(cells))
         self._skip -= start
         stop = min(start + self._left, len(cells))
@@ -221,18 +227,19 @@ class _Ready:
             yield cells.slice(start, start + block_cells)
             start += block_cells
         if start < stop:
-            # A copy: a slice would keep all cells of this part in memory.
+            # The rest is copied, because a slice would keep all cells of this part in memory.
             self._rest = cells.slice(start, stop).take(np.arange(stop - start))
 
     def rest(self) -> list[Cells]:
-        """Return the last, short block, if any."""
+        """Return a list with the last, short block, or an empty list if there is none."""
         return [self._rest] if self._rest is not None else []
 
 
 def _write_block(writer: TarWriter, cells: Cells, columns: list[str], seen: np.ndarray) -> None:
-    # Fresh arrays: those of a slice are written with other padding, depending on where they lay.
+    # The arrays are copied, because Arrow writes a slice with padding that depends on its position.
     coded = cells.columns.take(pa.array(np.arange(len(cells)))).combine_chunks()
-    # In a block few data sets, donors or cell types stand: a dictionary costs 2 bytes a cell.
+    # A block has few different data sets, donors or cell types, so columns are stored as
+    # dictionaries, with 2 bytes per cell.
     for name in ("dataset", *columns):
         values = coded.column(name).combine_chunks()
         place = coded.schema.get_field_index(name)
