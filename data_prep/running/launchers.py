@@ -1,7 +1,7 @@
-"""What started this process, and what it does when that is gone: it is asked to stop.
+"""Finds the launchers that started this process, and stops the process when one of them ends.
 
-A launcher that is killed leaves the ranks that it started, and nobody would end them. The system
-tells the death of the direct parent; those above it are looked for by a thread.
+A launcher that is killed leaves its ranks running, and nothing else would end them. The operating
+system signals the death of the direct parent; a thread watches the launchers above it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import psutil
 
 from data_prep.errors import EXIT_FAILED
 
-# A rank that was asked to stop finishes its step and saves; one that cannot is ended.
+# Time in which a rank that was asked to stop finishes its step and saves; then it is killed.
 SAVE_LIMIT_S = 300.0
 _LOOK_S = 1.0
 _PR_SET_PDEATHSIG = 1
-# Programs, Python scripts and modules that start ranks and wait for them.
+# Names of programs, Python scripts and modules that start ranks and wait for them.
 _PROGRAMS = {
     "mpirun", "mpiexec", "orterun", "orted", "prterun", "prted", "mpiexec.hydra", "hydra_pmi_proxy",
     "torchrun", "deepspeed", "ds", "geneloom",
@@ -38,10 +38,10 @@ _SHELLS = {"sh", "bash", "dash", "zsh"}
 
 
 def stop_with_launcher() -> None:
-    """Send this process SIGTERM when one of the launchers above it ends, however it ends.
+    """Make this process receive SIGTERM when one of the launchers above it ends in any way.
 
-    A shell that starts a launcher in the background may go: only what waits for ranks counts, and
-    the connection over which a launcher was started on this host.
+    Only launchers, which wait for their ranks, are watched, and the SSH connection over which a
+    launcher was started on this host. A shell that started a launcher in the background may end.
     """
     launchers = launchers_above(psutil.Process())
     if not launchers:
@@ -49,13 +49,13 @@ def stop_with_launcher() -> None:
     _known.extend(launchers)
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != launchers[0].pid:  # it has ended in between
+    if os.getppid() != launchers[0].pid:  # it has ended in the meantime
         os.kill(os.getpid(), signal.SIGTERM)
     threading.Thread(target=_watch, args=(launchers,), name="launchers", daemon=True).start()
 
 
 def launcher_is_gone(within_s: float = 0) -> bool:
-    """Has one of the launchers ended that `stop_with_launcher` found, or does it in so long?"""
+    """Return whether a launcher of `stop_with_launcher` has ended, or ends within `within_s`."""
     until = time.monotonic() + within_s
     while all(map(_lives, _known)):
         if time.monotonic() >= until:
@@ -65,7 +65,7 @@ def launcher_is_gone(within_s: float = 0) -> bool:
 
 
 def launchers_above(process: psutil.Process) -> list[psutil.Process]:
-    """Return the launchers that a process runs below, the nearest first."""
+    """Return the launchers among the parents of a process, the nearest first."""
     found: list[psutil.Process] = []
     with contextlib.suppress(psutil.Error):
         for above in process.parents():
@@ -82,7 +82,7 @@ def _is_launcher(words: list[str]) -> bool:
     name = Path(words[0]).name if words else ""
     if name in _PROGRAMS:
         return True
-    if name in _SHELLS:  # what pdsh runs on a host
+    if name in _SHELLS:  # the shell that pdsh runs on a host
         text = words[words.index("-c") + 1] if "-c" in words[:-1] else ""
         return any(f"-m {module}" in text for module in _MODULES)
     if not name.startswith("python"):
@@ -113,7 +113,7 @@ def _watch(launchers: list[psutil.Process]) -> None:
 
 
 def _lives(process: psutil.Process) -> bool:
-    """Is it still there? (psutil compares the time at which it started.)"""
+    """Return whether a process is alive; psutil compares start times, so ids may be reused."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:

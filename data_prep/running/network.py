@@ -1,4 +1,4 @@
-"""Which network interface of this machine leads to another one."""
+"""Finds the network interface and the address with which ranks reach ranks on other machines."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from collections.abc import Mapping
 
 import psutil
 
-# How many ranks a launcher started on this machine, by the names that launchers give it.
+# Environment variables in which launchers state the number of ranks on this machine.
 RANKS_HERE = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 INTERFACE = "GLOO_SOCKET_IFNAME"
-# Of a launch: what its ranks know and nobody else, from a file that only its owner can read.
+# Environment variable with the secret of a launch, which only its ranks know: it comes from a file
+# that only its owner can read.
 TOKEN = "GENELOOM_TOKEN"
 
 
 def interface_to(address: str) -> str | None:
     """Return the name of the network interface that leads to an address, None if none is known.
 
-    The one of an address of this node itself is that address's, not loopback.
+    For an address of this machine it is the interface that has the address, not loopback.
     """
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((address, 9))  # sends nothing
+            probe.connect((address, 9))  # for UDP this sends nothing
             own = probe.getsockname()[0]
     except OSError:
         return None
@@ -33,35 +34,36 @@ def interface_to(address: str) -> str | None:
 
 
 def interface_of_job(environment: Mapping[str, str]) -> str | None:
-    """Return the interface that a rank should use among several machines, None to leave it.
+    """Return the interface that a rank of a job on several machines should use.
 
-    Gloo takes the interface of the address that this machine's own name has; where /etc/hosts says
-    127.0.1.1 (Debian's default), that is loopback, on which no other machine is. Here it is the
-    one that leads to ``MASTER_ADDR``; where that is a name of this machine itself and loopback,
-    the only other one that is up.
+    None leaves the choice to Gloo, which takes the interface of the address that belongs to this
+    machine's name. Where /etc/hosts gives 127.0.1.1 for it (Debian's default), this is loopback,
+    which does not reach other machines. The function returns the interface that leads to
+    ``MASTER_ADDR``. If that is a name of this machine that means loopback, it returns the only
+    other interface that is up.
     """
     here = next((environment[n] for n in RANKS_HERE if environment.get(n)), None)
     if INTERFACE in environment or here == environment["WORLD_SIZE"]:
         return None
     found = interface_to(environment["MASTER_ADDR"])
-    if found is not None or here is None:  # without a word of how many are here: all may be
+    if found is not None or here is None:  # if their number is unknown, all ranks may be here
         return found
     others = outer_interfaces()
     return others[0] if len(others) == 1 else None
 
 
 def address_to_listen_at(environment: Mapping[str, str]) -> str:
-    """Return the address at which rank 0 waits for the others: one of this machine, where known.
+    """Return the address at which rank 0 listens for the other ranks.
 
-    That of ``MASTER_ADDR`` if it is this machine's own; an empty text, which means all addresses,
-    where it is another's (a service, a translated address), or a name that means loopback here and
-    something else on other machines.
+    It is the address of ``MASTER_ADDR`` if this machine has that address. An empty string, which
+    means all addresses, is returned if the address belongs to something else (a service, a
+    translated address), or if the name means loopback here and another address on other machines.
     """
     master = environment["MASTER_ADDR"]
     here = next((environment[n] for n in RANKS_HERE if environment.get(n)), None)
     try:
         found = socket.gethostbyname(master)
-    except OSError:  # IPv6 alone, or unknown here
+    except OSError:  # the name has an IPv6 address only, or is unknown here
         return ""
     if found.startswith("127."):
         alone = environment["WORLD_SIZE"] in ("1", here)
@@ -71,7 +73,7 @@ def address_to_listen_at(environment: Mapping[str, str]) -> str:
 
 
 def outer_interfaces() -> list[str]:
-    """Return the interfaces that are up and have an IPv4 address which is not loopback."""
+    """Return the names of interfaces that are up and have an IPv4 address other than loopback."""
     states = psutil.net_if_stats()
     return sorted(
         name
@@ -82,7 +84,7 @@ def outer_interfaces() -> list[str]:
 
 
 def describe_network() -> str:
-    """Return this machine's name, the address of that name and its interfaces, for a message."""
+    """Return text with this machine's name, its address and its interfaces, for a message."""
     name = socket.gethostname()
     try:
         address = socket.gethostbyname(name)

@@ -1,10 +1,13 @@
-"""One run in a folder: a file that says who works there, taken atomically and renewed.
+"""Lets only one run at a time work in a folder, by a file that names the owner of the folder.
 
-``.owner.json`` is made by a hard link, which exactly one of several starts can do, on NFS too. A
-process that ends in whatever way leaves it behind; the next start judges whether its owner lives:
-on the same machine by the process itself, on another one by its signs of life. The owner touches
-its file every few seconds; who has not for the time of a lease is dead, or stands still. If it goes
-on later it finds another owner, and ends before it writes anything more.
+The file ``.owner.json`` is made by a hard link, so that exactly one of several processes succeeds,
+on NFS too. Its owner touches it every few seconds as a heartbeat (`RENEW_S`). A process that is
+killed leaves the file behind, and the next run decides whether the owner is alive: on the same
+machine it looks for the process, on another machine it waits for a heartbeat. An owner without a
+heartbeat for the time of a lease (`LEASE_S`) counts as dead. If it was only suspended and continues
+later, `Owner.require` finds another owner and ends the process before it writes anything more.
+
+`owned` is the usual entry; `refuse_if_in_use` checks a folder without taking it.
 """
 
 from __future__ import annotations
@@ -30,29 +33,30 @@ import psutil
 from data_prep.errors import EXIT_FAILED, SharedFailure
 from data_prep.files import OWNER_NAME, made_folder
 
-# All attempts of one launcher have the same: it starts the next when the one before has ended.
+# All attempts of one launcher have the same series; it starts an attempt after the last one ended.
 SERIES, ATTEMPT = "GENELOOM_LAUNCH_SERIES", "GENELOOM_LAUNCH_ATTEMPT"
-# In the environment of all that one attempt of a launcher has started.
+# Environment variable of all processes that one attempt of a launcher has started.
 LAUNCH_ID = "GENELOOM_LAUNCH_ID"
 RENEW_S, LEASE_S = 5.0, 30.0
 _LOOK_S, _ASK_S = 0.5, 20.0
 _SOON_S, _WRITE_S = 0.05, 5.0
-# States of a job of SLURM whose processes may be there.
+# States of a SLURM job whose processes may be alive.
 _JOB_LIVES = {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "STAGE_OUT"}
 logger = logging.getLogger(__name__)
 
 
 class FolderInUse(SharedFailure, ValueError):
-    """Another run works in the folder."""
+    """Raised if another run works in the folder."""
 
 
 class Owner:
-    """This process as the owner of a folder, from `take` to the end of a ``with`` block.
+    """Makes this process the owner of a folder, from `take` to the end of a ``with`` block.
 
     Parameters
     ----------
     kind
-        What works there, for those who are refused: ``pretrain``, ``perturb``, ...
+        Command that works in the folder, for messages to refused runs: ``pretrain``, ``perturb``,
+        ...
     """
 
     def __init__(self, folder: Path, kind: str) -> None:
@@ -73,17 +77,18 @@ class Owner:
         self._held.close()
 
     def take(self) -> None:
-        """Have the folder for this process alone; it is made, and removed again if it stays empty.
+        """Make this process the owner of the folder.
 
-        Where the owner is on another machine, and may have died, it is watched until it gives a
-        sign of life or its lease has run out.
+        A missing folder is created, and removed at the end if it is still empty. If there is an
+        owner on another machine that may be dead, its file is watched until a heartbeat comes or
+        the lease runs out.
 
         Raises
         ------
         FolderInUse
-            Its owner lives.
+            The folder has an owner that is alive.
         ValueError
-            It is no folder.
+            The path is not a folder.
         """
         with contextlib.ExitStack() as until_taken:
             until_taken.enter_context(made_folder(self.folder))
@@ -95,10 +100,10 @@ class Owner:
         self._held.callback(self._release, renewing)
 
     def require(self) -> None:
-        """Return if the folder still is this process's; end the process if it is another's.
+        """End the process with exit code 1 if it is not the owner of the folder any more.
 
-        To be called before anything is made visible. A process that stood still for longer than
-        its lease finds out here, or in its thread.
+        This must be called before results become visible. A process that was suspended for longer
+        than its lease notices it here, or in the thread that renews the lease.
         """
         if not self._is_taken or self._is_mine():
             return
@@ -119,7 +124,7 @@ class Owner:
         except FileNotFoundError:
             return False
         except (OSError, ValueError, KeyError):
-            return True  # a file system that does not answer for a moment is no reason to end
+            return True  # a short failure of the file system is no reason to end
 
     def _renew(self) -> None:
         while not self._stop.wait(RENEW_S):
@@ -137,28 +142,31 @@ class Owner:
 
 @contextlib.contextmanager
 def owned(folder: Path, kind: str) -> Iterator[Owner]:
-    """Have a folder for this process alone, as `Owner.take` does, inside a ``with`` block."""
+    """Make this process the owner of a folder inside a ``with`` block; see `Owner.take`."""
     with Owner(folder, kind) as owner:
         owner.take()
         yield owner
 
 
 def owner_of(folder: Path) -> dict[str, Any]:
-    """Return what the owner of a folder wrote about itself; empty if there is none."""
+    """Return the record that the owner of a folder wrote; empty if there is no owner."""
     return _read(folder / OWNER_NAME)
 
 
 def is_known_to_live(owner: dict[str, Any]) -> bool:
-    """Is an owner alive for certain? Looks at a process of this machine, asks SLURM of a job."""
+    """Return whether an owner is certainly alive.
+
+    An owner on this machine is looked up as a process; for a SLURM job, SLURM is asked.
+    """
     if owner.get("machine") == machine():
         return lives(owner)
     return bool(owner) and _says_slurm(owner) is True
 
 
 def refuse_if_in_use(folder: Path) -> None:
-    """Raise FolderInUse if the owner of a folder certainly lives; without writing or waiting.
+    """Raise FolderInUse if the owner of a folder is certainly alive, without writing or waiting.
 
-    For those who are about to start what would be refused later.
+    A launcher calls this before it starts processes that would be refused later.
     """
     owner = owner_of(folder)
     if owner and is_known_to_live(owner):
@@ -189,11 +197,13 @@ def _take(path: Path, mine: dict[str, Any]) -> None:
 
 
 def _replaced(aside: Path, path: Path, dead: dict[str, Any], mine: dict[str, Any]) -> bool:
-    """Put this process's file in the place of a dead owner's, unless somebody else has done so.
+    """Replace a dead owner's file by this process's file; return whether that was done.
 
-    The right to do so is a file of its own, which one of many takes as a folder is taken: who has
-    it may look whether the dead one's is there still, and nobody changes that in between. The
-    place itself is never empty, or a third one could come in.
+    It is not done if another process has replaced the file before. The right to replace it is a
+    second file, which exactly one process takes, in the same way as a folder is taken. While that
+    process checks that the dead owner's file is still there, no other process can change it. The
+    owner's file is replaced without ever being absent, since otherwise a third process could take
+    the folder.
     """
     right = path.with_name(f"{OWNER_NAME}.{dead.get('id', '')}.next")
     _take(right, mine)
@@ -208,7 +218,7 @@ def _replaced(aside: Path, path: Path, dead: dict[str, Any], mine: dict[str, Any
 
 
 def _linked(file: Path, path: Path) -> bool:
-    """Give a file another name unless there is one of that name already."""
+    """Link `file` to `path`; return False if `path` exists already."""
     try:
         os.link(file, path)
     except FileExistsError:
@@ -223,27 +233,29 @@ def _linked(file: Path, path: Path) -> bool:
 
 
 def _is_being_written(path: Path) -> bool:
-    """Is an empty or torn owner's file so young that its owner may still be writing it?"""
+    """Return whether an empty or incomplete owner's file is so new that it may still be written."""
     with contextlib.suppress(OSError):
         return abs(_now_there(path) - path.stat().st_mtime) < _WRITE_S
-    return True  # gone
+    return True  # the file is gone
 
 
 def _lives_or_may(path: Path, owner: dict[str, Any], mine: dict[str, Any]) -> bool:
     if owner.get("machine") == mine["machine"]:
         return lives(owner)
     if mine["series"] and owner.get("series") == mine["series"]:
-        # A job may start two runs at once: only where it was requeued has the one before ended.
+        # A job may start two runs at once. Only if it was requeued has the earlier run ended.
         return owner.get("attempt") == mine["attempt"]
-    # Another cluster may have a job of the same number: so nobody is dead by SLURM's word alone.
+    # Another cluster may have a job of the same number, so SLURM's answer alone does not prove that
+    # an owner is dead: its heartbeat is watched too, for a shorter time.
     is_gone = _says_slurm(owner) is False
     return _gives_a_sign(path, owner, 2 * RENEW_S + 2 * _LOOK_S if is_gone else LEASE_S)
 
 
 def _gives_a_sign(path: Path, owner: dict[str, Any], patience_s: float) -> bool:
-    """Watch an owner's file until it is touched, or was not for so long; return whether it was.
+    """Watch an owner's file for at most `patience_s`; return whether a heartbeat came.
 
-    Ages are by the clock of the machine that has the file: clocks of hosts differ.
+    The age of the file is measured by the clock of the machine that stores it, because the clocks
+    of hosts differ.
     """
     seen, until, is_said = _touched(path, owner), time.monotonic() + patience_s, False
     while seen is not None and time.monotonic() < until:
@@ -265,9 +277,9 @@ def _gives_a_sign(path: Path, owner: dict[str, Any], patience_s: float) -> bool:
 
 
 def _touched(path: Path, owner: dict[str, Any]) -> float | None:
-    """Return when an owner's file was touched, None if it is another's or gone."""
+    """Return the time of an owner's last heartbeat, None if its file is gone or was replaced."""
     try:
-        # Opened, for a file system of the network then asks its server and no cache.
+        # The file is opened, so that a network file system asks its server instead of a cache.
         with path.open("rb") as file:
             is_same = json.loads(file.read()).get("id") == owner.get("id")
             return os.fstat(file.fileno()).st_mtime if is_same else None
@@ -276,7 +288,7 @@ def _touched(path: Path, owner: dict[str, Any]) -> float | None:
 
 
 def lives(owner: dict[str, Any]) -> bool:
-    """Is the process of this machine that a record names by `pid` and `started` there?"""
+    """Return whether the process that a record names by `pid` and `started` is alive here."""
     try:
         process = psutil.Process(owner["pid"])
         is_same = abs(process.create_time() - owner["started"]) < 2
@@ -286,7 +298,7 @@ def lives(owner: dict[str, Any]) -> bool:
 
 
 def _says_slurm(owner: dict[str, Any]) -> bool | None:
-    """Return whether the processes of an owner's job may be there; None if SLURM cannot tell."""
+    """Return whether processes of an owner's SLURM job may be alive; None if SLURM cannot tell."""
     job = owner.get("job")
     if not job or shutil.which("squeue") is None:
         return None
@@ -301,7 +313,7 @@ def _says_slurm(owner: dict[str, Any]) -> bool | None:
 
 
 def _now_there(path: Path) -> float:
-    """Return the time of the machine that has the file: clocks of hosts differ."""
+    """Return the present time by the clock of the machine that stores the file."""
     probe = path.with_name(f"{OWNER_NAME}.{uuid.uuid4().hex}.now")
     try:
         probe.touch()
@@ -322,14 +334,14 @@ def _mine(kind: str) -> dict[str, Any]:
         "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         "job": job,
         "launch": os.environ.get(LAUNCH_ID, ""),
-        # A job that is requeued keeps its number.
+        # A requeued job keeps its number.
         "series": os.environ.get(SERIES) or (job and f"slurm-{job}"),
         "attempt": os.environ.get(ATTEMPT) or os.environ.get("SLURM_RESTART_COUNT", "0"),
     }
 
 
 def this_process() -> dict[str, Any]:
-    """Return what names this process for others, on this machine and elsewhere."""
+    """Return the host, machine, process id and start time that identify this process."""
     return {
         "host": socket.gethostname(),
         "machine": machine(),
@@ -339,7 +351,10 @@ def this_process() -> dict[str, Any]:
 
 
 def machine() -> str:
-    """Return what two processes share if one can see the other: boot and process namespace."""
+    """Return text that is equal for processes that can see each other.
+
+    It consists of the boot id and the process namespace.
+    """
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"

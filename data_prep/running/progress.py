@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with rate and remaining time; lines where there is no terminal."""
+"""Shows the progress of long work: a bar on a terminal, and lines of text elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LINE_EVERY_S = 15.0
 
 @contextlib.contextmanager
 def show_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Give a function (what, done, total) that shows how far the work is, on stderr."""
+    """Yield a function (what, done, total) that shows the progress of the work on stderr."""
     if not sys.stderr.isatty():
         yield _Lines().show
         return
@@ -31,13 +31,13 @@ def show_progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 class _Rate:
-    """Amount per second since a piece of work began; what was done before is not counted."""
+    """Amount of work per second since a step began, without work that was done before."""
 
     def __init__(self) -> None:
         self.what, self._began, self._at_start = "", 0.0, 0
 
     def update(self, what: str, done: int) -> tuple[bool, float]:
-        """Return (is it new work, amount per second)."""
+        """Return (whether a new step begins, amount of work per second)."""
         now = time.monotonic()
         is_new = what != self.what
         if is_new:
@@ -61,7 +61,7 @@ class _Bar:
 
 
 class _Lines:
-    """One line now and then, for log files of batch systems."""
+    """Prints a line of progress every 15 s, for log files of batch systems."""
 
     def __init__(self) -> None:
         self._rate, self._last = _Rate(), time.monotonic()

@@ -1,6 +1,6 @@
-"""What is recorded of a command line: everything but what somebody may want to keep to himself.
+"""Removes secrets from a command line before it is recorded.
 
-Commands stand in run folders, batch files and model folders, which are copied and published.
+Commands are recorded in run folders, batch files and model folders, which are copied and published.
 """
 
 from __future__ import annotations
@@ -10,34 +10,34 @@ import shlex
 from collections.abc import Sequence
 
 HIDDEN = "HIDDEN"
-# Of these variables the value is recorded: they say how a run was set up, and hold no secrets.
+# The values of these variables are recorded: they tell how a run was set up and hold no secrets.
 _PUBLIC = frozenset(
     {"CUDA_VISIBLE_DEVICES", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH", "PYTHONSAFEPATH",
      "DS_ACCELERATOR"}
 )  # fmt: skip
 _PUBLIC_PREFIXES = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "OMP_", "MKL_", "NUMBA_", "CUBLAS_")
-# `HF_TOKEN` and `--api-key`, not `batch.tokens_per_step`.
+# The pattern matches `HF_TOKEN` and `--api-key`, but not `batch.tokens_per_step`.
 _SECRET = re.compile(
     r"(^|[-_.])(token|secrets?|password|passwd|passphrase|credentials?|auth|"
     r"(api|access|private|secret)[-_]?key)$",
     re.IGNORECASE,
 )
 _URL_USER = re.compile(r"(?<=://)[^/@\s]+@")
-# A query may be a signature that opens the file to whoever has it.
+# The query of a URL may be a signature with which anyone can open the file.
 _URL_QUERY = re.compile(r"(://[^\s?#]*\?)[^\s#]+")
 
 
 def is_public(variable: str) -> bool:
-    """May the value of an environment variable be recorded?"""
+    """Return whether the value of an environment variable may be recorded."""
     known = variable in _PUBLIC or variable.startswith(_PUBLIC_PREFIXES)
     return known and not _SECRET.search(variable)
 
 
 def redacted(words: Sequence[str]) -> list[str]:
-    """Return a command line as it may be recorded.
+    """Return a command line without secrets, so that it may be recorded.
 
-    Hidden are: values of ``--env NAME=VALUE`` unless the variable is one of a short list, values of
-    settings and options whose name looks like that of a secret, and user names, passwords and
+    It hides the values of ``--env NAME=VALUE`` unless the variable is on a short list, the values
+    of settings and options whose names look like those of secrets, and user names, passwords and
     queries in URLs.
     """
     found, is_value_of = [], ""
@@ -57,12 +57,12 @@ def redacted(words: Sequence[str]) -> list[str]:
 
 
 def redacted_command(words: Sequence[str]) -> str:
-    """Return `redacted` words as one line for a shell."""
+    """Return a command line without secrets (`redacted`) as one line for a shell."""
     return shlex.join(redacted(words))
 
 
 def without_credentials(text: str) -> str:
-    """Return a text whose URLs have no user, password or query any more."""
+    """Return the text with users, passwords and queries in its URLs hidden."""
     return _URL_QUERY.sub(rf"\1{HIDDEN}", _URL_USER.sub(f"{HIDDEN}@", text))
 
 

@@ -1,4 +1,4 @@
-"""Which command filled a folder: told by the files that it leaves."""
+"""Finds out which command filled a folder, from the files that are in it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Stage = Literal["prepare", "pretrain", "finetune", "perturb", "benchmark"]
-# File, how its "format" begins.
+# For each command: the file to read, and the beginning of its entry "format".
 _FORMATS: dict[Stage, tuple[str, str]] = {
     "prepare": ("manifest.json", "geneloom-shards/"),
     "perturb": ("manifest.json", "geneloom-perturb/"),
@@ -17,9 +17,10 @@ _FORMATS: dict[Stage, tuple[str, str]] = {
 
 
 def stage_of(folder: Path) -> tuple[Stage | None, dict[str, Any]]:
-    """Return the command that filled a folder, and the record that says so; None: no command.
+    """Return the command that filled a folder, None if unknown, and the record that names it.
 
-    The record of a pretraining is empty: it has many files, and none of them is all of it.
+    The record of a pretraining is empty, because a run has many files and none of them describes
+    the whole run.
     """
     if (folder / "config.yaml").exists() and (folder / "shards_manifest.json").exists():
         return "pretrain", {}
@@ -27,14 +28,14 @@ def stage_of(folder: Path) -> tuple[Stage | None, dict[str, Any]]:
         record = _read(folder / name)
         if str(record.get("format", "")).startswith(beginning):
             return stage, record
-        # Scores had no format at first.
+        # Early versions wrote scores without a format.
         if stage == "finetune" and {"seeds", "summary", "task"} <= record.keys():
             return stage, record
     return None, {}
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return a JSON object; any other file of this name, or none, is an empty one."""
+    """Return the JSON object in a file; {} if the file is missing or holds anything else."""
     try:
         content = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError):

@@ -1,8 +1,8 @@
-"""Work divided over processes or MPI ranks, by whoever is free.
+"""Divides work over processes or MPI ranks; each task goes to a process that is free.
 
-One loop serves all: the calling process hands out tasks, and works itself while the others are
-busy. Without others it does everything. Results come back in the order of the tasks, so that what
-is made of them cannot depend on who was fast.
+`open_workers` starts the helpers. In `Workers.each` the calling process distributes tasks, and
+works on tasks itself while the helpers are busy; without helpers it does all tasks. `Workers.run`
+returns the results in the order of the tasks, so that they do not depend on the speed of helpers.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from typing import Any
 
-# Called with what is being done, how much of it is done, of how much.
+# A function that is called with the name of the step, the amount of work done, and the total.
 Progress = Callable[[str, int, int], None]
-# Tasks handed to each worker in advance: one runs, one waits.
+# Number of tasks that each helper gets in advance: one runs, one waits.
 _AHEAD = 2
 _MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
 
 
 @dataclass(frozen=True)
 class Workers:
-    """Processes that help the calling one; `executor` is None when there are none."""
+    """Processes that help the calling process; `executor` is None if there are no helpers."""
 
     executor: Executor | None
     helpers: int
@@ -35,17 +35,18 @@ class Workers:
     def each(
         self, function: Callable[[Any], Any], tasks: Sequence[Any]
     ) -> Generator[tuple[int, Any], None, None]:
-        """Yield (task number, result) as tasks end, in any order; the first error ends all.
+        """Yield (task number, result) as tasks end, in any order; the first error ends all tasks.
 
         Parameters
         ----------
         function, tasks
-            Picklable; the function must not depend on state of the calling process.
+            The function and its arguments. Both must be picklable, and the function must not depend
+            on state of the calling process.
 
         Raises
         ------
         OSError
-            A helper was killed (out of memory?).
+            A helper was killed, perhaps because memory ran out.
         """
         waiting, running = deque(enumerate(tasks)), {}
         try:
@@ -75,9 +76,9 @@ class Workers:
         tasks: Sequence[Any],
         on_done: Callable[[int], None] = lambda number: None,
     ) -> list[Any]:
-        """Return ``[function(t) for t in tasks]``; see `each`.
+        """Return ``[function(t) for t in tasks]``, computed by `each`.
 
-        `on_done` is called in this process with a task's number as soon as it has ended.
+        `on_done` is called in this process with the number of each task when it has ended.
         """
         results: list[Any] = [None] * len(tasks)
         with contextlib.closing(self.each(function, tasks)) as ended:
@@ -90,9 +91,9 @@ class Workers:
 def counter(
     progress: Progress, what: str, sizes: Sequence[int], done: int = 0
 ) -> Callable[[int], None]:
-    """Return a function that, told that a task has ended, shows how much of all work is done.
+    """Return a function that takes the number of a finished task and updates the progress.
 
-    `sizes`: the work of each task; `done`: what was done before them.
+    `sizes` is the amount of work in each task, `done` the amount that was done before.
     """
     total = done + sum(sizes)
     progress(what, done, total)
@@ -109,12 +110,12 @@ SERIAL = Workers(None, 0)
 
 
 def mpi_size() -> int:
-    """Return the number of MPI ranks this process was started with; 1 without MPI.
+    """Return the number of MPI ranks that this process was started with; 1 without MPI.
 
     Raises
     ------
     ValueError
-        srun started several tasks that do not find each other: each would do all the work.
+        srun started several tasks that MPI does not connect, so each would do all the work.
     """
     size = max([int(os.environ.get(v, 1)) for v in _MPI_SIZE_VARIABLES])
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
@@ -132,10 +133,10 @@ def mpi_size() -> int:
 
 @contextlib.contextmanager
 def open_workers(processes: int = 1) -> Iterator[Workers | None]:
-    """Give the workers of this run: MPI ranks under ``mpirun``, else `processes` in all.
+    """Yield the workers of this run: the MPI ranks under ``mpirun``, else `processes` in all.
 
-    Under MPI every rank enters; rank 0 gets the workers, the others serve it and get None at the
-    end.
+    Under MPI every rank must enter. Rank 0 gets the workers; the other ranks work for it and get
+    None at the end.
 
     Raises
     ------
@@ -162,7 +163,7 @@ def open_workers(processes: int = 1) -> Iterator[Workers | None]:
 
 
 def _end_with_parent() -> None:
-    """End this process as soon as the one that started it is gone, however it went."""
+    """End this process as soon as its parent process has ended in any way."""
     parent = parent_process()
     assert parent is not None
 
