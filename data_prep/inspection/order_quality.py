@@ -1,4 +1,8 @@
-"""How good the order of cells is, measured: mixing in batches, and what each node has to read."""
+"""Measures the order of cells in training: mixing of labels in batches, and bytes that nodes read.
+
+`measure_shuffle` returns all measures of a shard folder, and `print_shuffle` prints them.
+`label_mixing` compares batches with random draws; `read_amplification` computes the bytes read.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +18,17 @@ from data_prep.shards.reader import ShardSet
 
 MOST_NODES = 64
 _SHOWN_NODES = (1, 2, 4, 8, 16, 32, MOST_NODES)
-_POOL_BLOCKS = 128  # of one bucket, whose labels stand for the bucket's
+_POOL_BLOCKS = 128  # number of blocks whose labels represent those of the whole bucket
 _LEAST_BATCHES = 64
-_DRAWS = 8  # random draws beside each batch
+_DRAWS = 8  # random draws that each batch is compared with
 
 
 @dataclass(frozen=True)
 class Mixing:
-    """Label entropy in batches, beside that of true random permutations of the same bucket (nats).
+    """Label entropy in batches and in random permutations of the same bucket, in nats.
 
-    `label` is the column; `batches` and `cells` what was looked at; `error` the standard error of
-    the ratio, from the spread over batches.
+    `label` is the metadata column; `batches` and `cells` are the numbers of batches and cells that
+    were read; `error` is the standard error of the ratio, from the spread over batches.
     """
 
     label: str
@@ -42,14 +46,15 @@ class Mixing:
 def label_mixing(
     shards: ShardSet, plan: EpochPlan, label: str, num_cells: int = 20_000, seed: int = 0
 ) -> Mixing:
-    """Return the mean label entropy in batches of an epoch, and of random draws of equal size.
+    """Return the mean label entropy in batches of an epoch and in random draws of the same size.
 
     Parameters
     ----------
     label
-        A metadata column of the shards.
+        Metadata column of the shards.
     num_cells
-        Steps are drawn until they hold as many, at least 64 of them; a small epoch is read whole.
+        Steps are drawn until they hold this number of cells, but at least 64 steps. A small epoch
+        is read as a whole.
 
     Raises
     ------
@@ -76,7 +81,7 @@ def label_mixing(
         sizes.append(step.num_cells)
         found.append(_entropy(labels.of(extent, plan.cells(step))))
         permuted.append(np.mean(draws))
-    # By cells: a bucket's short last batch says little.
+    # Batches are weighted by their cells, because the short last batch of a bucket says little.
     weights = np.array(sizes) / sum(sizes)
     entropy, expected = float(weights @ found), float(weights @ permuted)
     spread = np.sqrt(weights**2 @ (np.array(found) - permuted) ** 2)
@@ -84,7 +89,7 @@ def label_mixing(
 
 
 class _Labels:
-    """Labels of cells as integer codes; keeps those of every block that was read."""
+    """Labels of cells as integer codes, cached for every block that was read."""
 
     def __init__(self, shards: ShardSet, label: str) -> None:
         self._shards, self._label = shards, label
@@ -104,7 +109,7 @@ class _Labels:
         return np.concatenate([self._block(int(number)) for number in chosen])
 
     def of(self, extent: BucketExtent, cells: np.ndarray) -> np.ndarray:
-        """Return the labels of cells of a bucket."""
+        """Return the labels of the given cells of a bucket."""
         blocks, places = extent.locate(cells)
         pairs = zip(blocks.tolist(), places.tolist(), strict=True)
         return np.array([self._block(block)[place] for block, place in pairs])
@@ -117,11 +122,11 @@ def _entropy(labels: np.ndarray) -> float:
 
 
 def read_amplification(shards: ShardSet, plan: EpochPlan, nodes: int) -> float:
-    """Return bytes read by all nodes in an epoch over the bytes of the split.
+    """Return the bytes that all nodes read in an epoch, divided by the bytes of the split.
 
-    Every node reads the lanes in which its cells lie, each block once a lane: its cache holds one
-    block per lane (of small buckets all). By arithmetic from the
-    plan; a test counts what readers really read.
+    Every node reads the lanes that contain its cells, and each block once per lane, because its
+    cache holds one block per lane (all blocks of a small bucket). The number is computed from the
+    plan; a test compares it with what readers really read.
     """
     weight = {
         b["length"]: b["bytes"] / b["blocks"]
@@ -142,7 +147,7 @@ def _blocks_read(plan: EpochPlan, number: int, nodes: int) -> list[int]:
     bounds = bucket.lane_bounds(np.arange(bucket.num_lanes + 1))
     starts = plan.rotated(0, number, bounds[:-1])
     ends = starts + np.diff(bounds)
-    # The sequence is a circle, cut where the last block may be short.
+    # The sequence of blocks is a circle; it is cut after the last block, which may be short.
     over = np.maximum(ends - extent.num_cells, 0)
     blocks = -(-(ends - over) // extent.block_cells) - starts // extent.block_cells
     blocks += -(-over // extent.block_cells)
@@ -165,7 +170,7 @@ def _blocks_read(plan: EpochPlan, number: int, nodes: int) -> list[int]:
 def measure_shuffle(
     shards: ShardSet, label: str, tokens_per_step: int, seed: int
 ) -> dict[str, Any]:
-    """Return measures of the order of the training cells, as values of JSON."""
+    """Return the measures of the order of the training cells, as JSON values."""
     plan = EpochPlan(shards, "train", seed, tokens_per_step)
     mixing = label_mixing(shards, plan, label)
     open_bytes = sum(
@@ -188,7 +193,7 @@ def measure_shuffle(
 
 
 def print_shuffle(measured: dict[str, Any]) -> None:
-    """Print what `measure_shuffle` returned."""
+    """Print the measures that `measure_shuffle` returned."""
     mixing, read = measured["mixing"], measured["read_amplification"]
     worst = max(read, key=read.__getitem__)
     lanes = ", ".join(f"{n} of {length}" for length, n in measured["lanes_by_bucket"].items())
@@ -210,7 +215,7 @@ def print_shuffle(measured: dict[str, Any]) -> None:
 
 
 def time_of_a_step(plan: EpochPlan, ranks: int = 1024, tries: int = 64) -> float:
-    """Return the median seconds in which one of `ranks` finds its cells of any step."""
+    """Return the median time in seconds in which one of `ranks` finds its cells of a step."""
     rng = np.random.default_rng(0)
     seconds = []
     for number in rng.integers(0, 3 * plan.steps_per_epoch, tries):

@@ -1,4 +1,4 @@
-"""What a shard folder holds, as tables for the console."""
+"""Prints the content of a shard folder, and results of `check` and `verify`, to the console."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _SHOWN_PAIRS = 10
 
 
 def padding_share(buckets: list[dict]) -> float:
-    """Return padded minus real tokens over padded tokens, all buckets together."""
+    """Return the share of padding tokens among all tokens after padding, over all buckets."""
     padded = sum(b["cells"] * b["length"] for b in buckets)
     return 1 - sum(b["tokens"] for b in buckets) / padded if padded else 0.0
 
 
 def print_manifest(manifest: dict, folder: str, console: Console | None = None) -> None:
-    """Print sources, rejections, buckets and totals of a manifest."""
+    """Print the sources, rejections, warnings, buckets and totals of a manifest."""
     console = console or _console()
     console.print(_sources_table(manifest["sources"]))
     _print_rejections(manifest, console)
@@ -54,7 +54,7 @@ def print_manifest(manifest: dict, folder: str, console: Console | None = None) 
 
 
 def print_check(result: CheckResult, console: Console | None = None) -> None:
-    """Print what `prepare` would do, and what is wrong."""
+    """Print the cells that `prepare` would keep, the problems and the warnings."""
     console = console or _console()
     if result.sources:
         console.print(_sources_table(result.sources))
@@ -76,7 +76,7 @@ def print_check(result: CheckResult, console: Console | None = None) -> None:
 
 
 def print_problems(problems: list[Problem], console: Console | None = None) -> None:
-    """Print what `verify` found."""
+    """Print the problems that `verify` found."""
     console = console or _console()
     for problem in problems:
         console.print(f"damaged: {problem.message}", highlight=False, markup=False, soft_wrap=True)
@@ -90,7 +90,7 @@ def _print_warnings(warnings: list[str], console: Console) -> None:
 
 
 def _print_same_cells(same: dict, console: Console) -> None:
-    """Print where cells stand that equal an earlier one, and what was done about it."""
+    """Print how many cells equal an earlier cell, where they stand, and how many were moved."""
     if not same.get("cells"):
         return
     lines = [
@@ -109,13 +109,13 @@ def _print_same_cells(same: dict, console: Console) -> None:
 
 
 def _print_rejections(manifest: dict, console: Console) -> None:
-    """Print what was summed, renamed and rejected, by source and data set."""
+    """Print how the genes of each source were found, and the rejected cells by data set."""
     for s in manifest["sources"]:
         genes = s["genes"]
         if s.get("filtered_out"):
             line = f"{s['name']}: {s['filtered_out']:,} cells left out by --obs-filter"
             console.print(line, highlight=False, markup=False, soft_wrap=True)
-        if not isinstance(genes, dict):  # tokens, or a manifest of format 1
+        if not isinstance(genes, dict):  # a token corpus, or a manifest of format 1
             continue
         for number, text in (
             (genes["duplicated"], "columns with a repeated gene id: their counts are summed"),
@@ -160,7 +160,7 @@ def _print_rejections(manifest: dict, console: Console) -> None:
 
 
 def _console() -> Console:
-    """Return a console that does not cut tables short where the output is a file."""
+    """Return a console; where the output is a file, it is wide enough for whole tables."""
     return Console() if sys.stdout.isatty() else Console(width=160)
 
 
