@@ -1,4 +1,4 @@
-"""What a launcher starts: ``mpirun -n 4 python -m data_prep ...``, as ``geneloom prepare``."""
+"""Runs ``geneloom prepare`` under a launcher, as in ``mpirun -n 4 python -m data_prep ...``."""
 
 import signal
 
@@ -8,7 +8,7 @@ from data_prep.errors import run_app
 from data_prep.running.launchers import stop_with_launcher
 
 if __name__ == "__main__":
-    # What is done stays: a request to stop ends the process, and the same command goes on.
+    # Finished work is kept, so SIGUSR1 just ends the process; the same command continues later.
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     stop_with_launcher()
     from data_prep.cli import prepare_command

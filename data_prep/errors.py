@@ -1,4 +1,4 @@
-"""How every command ends: a user's mistake is one message and exit code 2, never a traceback."""
+"""Ends every command with a message and an exit code, without a traceback for a user's mistake."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ if TYPE_CHECKING:
     import typer
 
 EXIT_USAGE, EXIT_FAILED = 2, 1
-# Of sysexits.h, EX_TEMPFAIL: what was done is saved, and the same command goes on.
+# EX_TEMPFAIL of sysexits.h: finished work is saved, and the same command continues it.
 EXIT_RESUMABLE = 75
-# A launcher sets it, or a run that is alone for itself.
+# Environment variable that a launcher sets; a run without a launcher sets it itself.
 IN_RANKS = "WORLD_SIZE"
 
 
 class SharedFailure(Exception):
-    """Raised by all ranks of a run together, with one text: rank 0 says it for all."""
+    """Raised by all ranks of a run together with the same text, which only rank 0 prints."""
 
 
 def run_app(app: typer.Typer) -> None:
-    """Run a command line; ValueError exits with 2, a numerical or file error with 1.
+    """Run a command line; a ValueError ends it with exit code 2, a numerical or file error with 1.
 
-    ValueError is what this project raises for wrong input; its text says what, where, what to do.
+    This project raises ValueError for wrong input; its text says what is wrong, where, and what to
+    do.
     """
     try:
         app()
     except SystemExit as done:
         if IN_RANKS in os.environ and isinstance(done.code, int):
-            # All is on disk. To take down torch takes seconds, which a queue may not give.
+            # All results are on disk. Shutting down torch takes seconds that a queue may not give.
             _end_at_once(done.code)
         raise
     except ValueError as error:
@@ -47,7 +48,7 @@ def run_app(app: typer.Typer) -> None:
         raise
 
 
-# What a file system says of a name in a place where something else was expected.
+# Messages for errors of a file system, by error number.
 _FILE_ERRORS = {
     errno.EISDIR: "is a folder, where a file is expected; move it away",
     errno.ENOTDIR: "is a file, where a folder is expected; move it away",
@@ -60,7 +61,7 @@ _FILE_ERRORS = {
 
 
 def said_of(error: Exception) -> str:
-    """Return one line about an error; of a file its name first, and what to do."""
+    """Return one line about an error; for a file error, the name of the file and what to do."""
     if isinstance(error, OSError) and error.filename and error.errno in _FILE_ERRORS:
         return f"{error.filename}: {_FILE_ERRORS[error.errno]}"
     return f"{type(error).__name__}: {error}"
@@ -76,7 +77,8 @@ def _fail(message: str, code: int, is_shared: bool) -> None:
     prefix = "error" if rank == "0" else f"error on rank {rank}"
     if rank == "0" or not is_shared:
         print(f"{prefix}: {message}", file=sys.stderr, flush=True)
-    # Not sys.exit: ranks that fail must not wait in a process group's or a worker's clean-up.
+    # sys.exit is not used in ranks: a rank that fails must not wait in the clean-up of a process
+    # group or of a worker.
     if IN_RANKS in os.environ:
         _end_at_once(code)
     sys.stdout.flush()
@@ -84,7 +86,7 @@ def _fail(message: str, code: int, is_shared: bool) -> None:
 
 
 def _tell_torchrun(message: str) -> None:
-    """Write the file in which torchrun looks for the reason of a rank that failed."""
+    """Write the file in which torchrun looks for the error message of a failed rank."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         more = {"py_callstack": message, "timestamp": str(int(time.time()))}

@@ -1,7 +1,8 @@
-"""Counter-based randomness: the same numbers for the same key, on any process, in any order.
+"""Counter-based random numbers: the same key gives the same numbers, in any process and order.
 
 Everything random in this project (the global shuffle, the held-out split, the order of an epoch,
-the masks) is a pure function of integers, so that no generator state has to travel.
+the masks) is a pure function of integers, so that no state of a generator has to be passed on.
+`stream_key` makes a key of a seed and names; the other functions draw numbers with it.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def stream_key(seed: int, *parts: int | str) -> int:
 
 
 def stream_keys(key: int, parts: np.ndarray) -> np.ndarray:
-    """Return uint64, ``stream_key(key, part)`` for each of many integer parts."""
+    """Return uint64 [parts], ``stream_key(key, part)`` for each of many integer parts."""
     return mix64(mix64(key) ^ mix64(parts))
 
 
@@ -81,10 +82,11 @@ def unit_interval(hashes: np.ndarray) -> np.ndarray:
 
 
 def permute(index: np.ndarray, size: int, key: int | np.ndarray) -> np.ndarray:
-    """Return where a keyed permutation of ``range(size)`` sends each index, without storing it.
+    """Return the images of indices under a keyed permutation of ``range(size)``.
 
-    A Feistel network over the next even power of two, walked until the image falls below `size`
-    (Black & Rogaway, CT-RSA 2002). Constant memory: position 10,000,000 costs what position 0 does.
+    The permutation is not stored. It is a Feistel network over the next even power of two, applied
+    until the image is below `size` (Black & Rogaway, CT-RSA 2002). The memory is constant, and
+    position 10,000,000 takes as long as position 0.
 
     Parameters
     ----------
@@ -93,11 +95,11 @@ def permute(index: np.ndarray, size: int, key: int | np.ndarray) -> np.ndarray:
     size
         Length of the permuted range, at least 1.
     key
-        64-bit key; each key is another permutation. An array (uint64) gives each index its own.
+        64-bit key; each key gives another permutation. A uint64 array gives each index its own key.
     """
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     out = np.array(index, dtype=np.uint64, ndmin=1)
-    # A copy: the loop is compiled for each layout that it is given.
+    # The keys are copied, because numba compiles the loop anew for every memory layout.
     keys = np.array(np.broadcast_to(np.asarray(key, dtype=np.uint64), out.shape), order="C")
     _permute(out.reshape(-1), keys.reshape(-1), np.uint64(size), np.uint64(half_bits))
     return out.reshape(np.shape(index)).astype(np.int64)

@@ -1,4 +1,4 @@
-"""The version of this project: of the package, and in everything that it writes."""
+"""The version of this package, which is also written into everything that it makes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FOLDERS = ("data_prep", "pretrain", "launch", "eval", "deepspeed_configs")
 
 @functools.cache
 def code_digest(root: Path = _ROOT) -> str:
-    """Return a hash of the package's files as they are installed, as 12 hexadecimal digits."""
+    """Return a hash of the package's installed files, as 12 hexadecimal digits."""
     digest = hashlib.sha256()
     for folder in _FOLDERS:
         for path in sorted((root / folder).rglob("*")):
