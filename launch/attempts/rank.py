@@ -1,9 +1,9 @@
-"""What every launcher starts for a rank: ``python -m launch.attempts.rank FOLDER MODULE
-ARGUMENTS``.
+"""Starts and watches one rank; every launcher runs this module once for each rank.
 
-Runs ``python -m MODULE ARGUMENTS`` with the environment of FOLDER/settings.json. What it says goes
-to FOLDER/rank_00000.log, how it ended to FOLDER/rank_00000.json. Needs the standard library and
-psutil only: with a process for each rank this must cost nothing.
+The command is ``python -m launch.attempts.rank FOLDER MODULE ARGUMENTS``. It runs
+``python -m MODULE ARGUMENTS`` with the environment of FOLDER/settings.json, writes the output to
+FOLDER/rank_00000.log, and the exit code, host and times to FOLDER/rank_00000.json. The module needs
+the standard library and psutil only, because this extra process for each rank must cost nothing.
 """
 
 from __future__ import annotations
@@ -32,24 +32,26 @@ from launch.hosts.node import IN_RANK, ROOT, has_gpu
 
 _RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 _PR_SET_PDEATHSIG = 1
-# The supervisor touches this file in the folder of its attempt, for those on other machines.
+# The supervisor touches this file in the folder of its attempt, as a heartbeat for ranks on other
+# machines.
 ALIVE, TOUCH_S = "alive", 2.0
-# Looks, not seconds: a file system that does not answer is not a supervisor that is gone.
+# The limit is a number of looks at the file, not a time: while a file system does not answer, the
+# supervisor does not count as dead.
 _LOOK_S, _LOOKS = 1.0, 12
 
 
 def log_name(rank: int) -> str:
-    """Return the name of the file that holds all a rank says."""
+    """Return the name of the file that holds the output of a rank."""
     return f"rank_{rank:05d}.log"
 
 
 def end_name(rank: int) -> str:
-    """Return the name of the file that says how a rank ended: code, host, time."""
+    """Return the name of the file with a rank's exit code, host and times."""
     return f"rank_{rank:05d}.json"
 
 
 def main() -> int:
-    """Run a rank, and return its exit code (128 + N if signal N ended it)."""
+    """Run a rank and return its exit code (128 + N if signal N ended it)."""
     folder, module, *arguments = sys.argv[1:]
     settings = json.loads((Path(folder) / "settings.json").read_text())
     rank = int(_first(os.environ, _RANK, "0"))
@@ -67,7 +69,7 @@ def main() -> int:
             child.send_signal(number)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup makes it ignored
             signal.signal(number, pass_on)
     stop_with_launcher()
     started = time.time()
@@ -91,8 +93,8 @@ def main() -> int:
 def rank_environment(given: Mapping[str, str], settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the environment of a rank on this node.
 
-    On CPUs the cores are divided among the ranks here; among several nodes the interface is the
-    one that leads to the first of them.
+    On CPUs the cores are divided among the ranks of the node. In a run on several nodes the network
+    interface is the one that leads to the first node.
     """
     environment = {**given, IN_RANK: "1"}
     if settings["device"] == "cpu" or not has_gpu():
@@ -109,7 +111,7 @@ def rank_environment(given: Mapping[str, str], settings: Mapping[str, Any]) -> d
 
 
 def _foreign(module: str) -> str | None:
-    """Return what is wrong if a rank would not run the module that is installed beside this one."""
+    """Return a message if a rank would run another module than this package's, None if not."""
     found = importlib.util.find_spec(module)
     if found is None or found.origin is None:
         return f"python -m {module}: there is no such module beside {ROOT / 'launch'}"
@@ -122,7 +124,7 @@ def _foreign(module: str) -> str | None:
 
 
 def make_private(folder: Path) -> None:
-    """Make ``OUT/launch``, or a folder in it; only its owner can look in."""
+    """Make ``OUT/launch`` or a folder in it, such that only its owner can read it."""
     folder.mkdir(parents=True, exist_ok=True)
     own = folder if folder.name == LAUNCH_FOLDER else folder.parent
     for made in {own, folder}:
@@ -130,7 +132,7 @@ def make_private(folder: Path) -> None:
 
 
 def write_whole(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON that no reader sees half of, for the owner alone."""
+    """Write a JSON file that only its owner can read and that is never seen incomplete."""
     aside = path.with_suffix(".partial")
     aside.touch(mode=0o600)
     aside.write_text(json.dumps(content))
@@ -142,7 +144,7 @@ def _first(values: Mapping[str, str], names: tuple[str, ...], otherwise: str) ->
 
 
 def _stop_with_parent() -> None:
-    # Until the rank looks for itself (`data_prep.running.launchers`).
+    # The kernel stops the rank until the rank watches by itself (`data_prep.running.launchers`).
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -150,7 +152,7 @@ def _stop_with_parent() -> None:
 def _stop_with_supervisor(
     folder: Path, supervisor: dict[str, Any], child: subprocess.Popen, log: IO[bytes]
 ) -> None:
-    """Ask a rank to stop when the command that started the run is gone; end it if it does not."""
+    """Send a rank SIGTERM when the command that started the run is gone, and kill it if needed."""
     if supervisor["machine"] == machine():
         while lives(supervisor):
             time.sleep(_LOOK_S)
@@ -165,12 +167,12 @@ def _stop_with_supervisor(
 
 
 def _wait_for_silence(path: Path) -> None:
-    """Return when a file was not touched between so many looks at it."""
+    """Wait until a file has not been touched between `_LOOKS` looks at it."""
     seen, unchanged = 0, 0
     while unchanged < _LOOKS:
         time.sleep(_LOOK_S)
         try:
-            with path.open("rb") as file:  # opened: a network's file system then asks its server
+            with path.open("rb") as file:  # opening makes NFS ask its server
                 now = os.fstat(file.fileno()).st_mtime_ns
         except FileNotFoundError:
             now = seen

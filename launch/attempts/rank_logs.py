@@ -1,4 +1,8 @@
-"""What the ranks of an attempt said and how they ended; who was first."""
+"""Reads the logs and exit codes of an attempt's ranks, and finds the cause of a failure.
+
+`root_cause` explains in one sentence why an attempt ended. `record_event` and `read_events` keep
+the list of a run's events.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ _TAIL_BYTES = 64_000
 _ERROR = re.compile(r"^error(?: on rank \d+)?: (.*)")
 _TORCH_PREFIX = re.compile(r"^\[rank\d+\]: ")
 _PYTHON_ERROR = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit)\b.*")
-# What a rank says when it ends because of another one.
+# Phrases in the error message of a rank that ends because another rank failed.
 _OF_OTHERS = (
     "gave no sign of life", "which all ranks talk through",
     "a collective failed", "Connection closed by peer",
@@ -30,7 +34,7 @@ _TOLD = re.compile(r"^rank \d+ failed: ")
 
 @dataclass(frozen=True)
 class End:
-    """How a rank ended; `text` is its last error, empty if it said none."""
+    """The end of a rank; `text` is its last error message, '' if there is none."""
 
     rank: int
     host: str
@@ -41,7 +45,7 @@ class End:
 
     @property
     def is_echo(self) -> bool:
-        """Did it end because of another rank?"""
+        """Whether the rank ended because another rank failed."""
         return bool(_TOLD.match(self.text)) or any(mark in self.text for mark in _OF_OTHERS)
 
     def say(self) -> str:
@@ -54,12 +58,12 @@ class End:
 
 
 def end_records(attempt: Path) -> list[dict[str, Any]]:
-    """Return what `launch.attempts.rank` has written of those ranks that have ended."""
+    """Return the records that `launch.attempts.rank` has written for the ranks that have ended."""
     return [json.loads(path.read_text()) for path in attempt.glob("rank_*.json")]
 
 
 def ends(attempt: Path) -> list[End]:
-    """Return the ends of those ranks that have ended, the first one first."""
+    """Return the ends of the ranks that have ended, in the order of time."""
     found = []
     for record in end_records(attempt):
         log = attempt / log_name(record["rank"])
@@ -71,18 +75,20 @@ def ends(attempt: Path) -> list[End]:
 def root_cause(
     attempt: Path, hosts: dict[str, int], lost_hosts: list[str]
 ) -> tuple[str, Path | None]:
-    """Return why an attempt ended, in one sentence, and the log to look at.
+    """Return the cause of an attempt's end in one sentence, and the path of the log to read.
 
-    The first rank that failed by itself; else a host that is gone; else a rank that never ended;
-    else what the others complain about. `hosts`: host -> ranks, in the order of ranks.
+    The cause is the first of these that exists: a rank that failed by itself; a host that cannot be
+    reached; a rank without a record of its end; the error message of another rank; the last output
+    of the launchers. `hosts` maps each host to its number of ranks, in the order of ranks.
     """
     ended = ends(attempt)
     failed = [e for e in ended if e.code != 0]
-    # Ranks that saved and stopped did so because of another one, or were asked to.
+    # Ranks that saved and stopped did so because another rank failed, or because they were asked.
     echoes = (-signal.SIGTERM, EXIT_RESUMABLE)
     own = [e for e in failed if not e.is_echo and e.code not in echoes]
-    # Echoes come later: a machine whose clock is ahead must not make one the first.
-    # What all ranks find together only rank 0 says.
+    # Ranks that failed because of another rank are left out above, because clocks that differ could
+    # make one of them the first. An error that all ranks find together is printed by rank 0 only,
+    # so exit codes without a message are sorted last.
     own.sort(key=lambda e: (e.code > 0 and not e.text, e.at))
     if own:
         return own[0].say(), own[0].log
@@ -104,7 +110,7 @@ def root_cause(
 
 
 def record_event(folder: Path, event: str, **values: Any) -> None:
-    """Add a line to the events.jsonl of a run's folder of launches; where it cannot be, say so."""
+    """Append an event to events.jsonl in a run's launch folder; print a message if that fails."""
     line = json.dumps({"time": time.time(), "event": event, **values}) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +121,7 @@ def record_event(folder: Path, event: str, **values: Any) -> None:
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """Return the events of a run's folder of launches, oldest first."""
+    """Return the events in a run's launch folder, oldest first."""
     try:
         lines = (folder / EVENTS).read_text().splitlines()
     except FileNotFoundError:
@@ -124,7 +130,7 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
 
 
 def last_error(log: Path) -> str:
-    """Return the last message of an error in a log, its first line and the notes below it."""
+    """Return the first line of the last error message in a log; '' if there is none."""
     lines = _last_lines(log)
     for place in range(len(lines) - 1, -1, -1):
         line = _TORCH_PREFIX.sub("", lines[place])
@@ -132,7 +138,7 @@ def last_error(log: Path) -> str:
         if found:
             return found[1]
         if " ends: " in line:
-            # Without whose words these are, and what to do: the caller knows.
+            # The name of the rank before the message and the advice after it are cut off.
             return line.partition(" ends: ")[2].partition(". The last complete checkpoint")[0]
         if _PYTHON_ERROR.match(line):
             return line
@@ -140,7 +146,7 @@ def last_error(log: Path) -> str:
 
 
 def tail(path: Path, start: int) -> tuple[str, int]:
-    """Return the whole lines of a file from a byte on, and the byte after them."""
+    """Return the complete lines of a file from byte `start` on, and the byte after them."""
     try:
         with path.open("rb") as file:
             file.seek(start)
@@ -161,7 +167,7 @@ def _last_lines(path: Path) -> list[str]:
 
 
 def _launchers_word(attempt: Path) -> str:
-    """Return the last lines of what the launchers themselves said."""
+    """Return a message with the last three lines that the launchers themselves printed."""
     said = [line for path in sorted(attempt.glob("launcher*.log")) for line in _words(path)]
     return "no rank started: " + (" | ".join(said[-3:]) or "the launcher said nothing")
 

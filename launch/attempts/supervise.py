@@ -1,8 +1,11 @@
-"""Attempts at a run until it is done: start, watch, take down, find out why, go on.
+"""Starts and watches a run on several ranks, and starts it again after a failure until it is done.
 
-Everything is kept in OUT/launch: command.sh, events.jsonl, and for each attempt a folder with what
-its ranks said and how they ended (`launch.attempts.rank`). Success is what the ranks say of
-themselves, not the exit code of mpirun, pdsh or DeepSpeed's launcher.
+`run` is the loop over attempts. Each `Attempt` starts the launcher processes of a `Way`, watches
+them and the records of the ranks (`launch.attempts.rank`), and kills what is left at the end. After
+a failure, `launch.attempts.rank_logs.root_cause` finds the cause, and `_Patience` decides whether
+to start again. All records are in OUT/launch: command.sh, events.jsonl, and for each attempt a
+folder with the logs and exit codes of its ranks. The result of an attempt follows from the exit
+codes of the ranks, not from that of mpirun, pdsh or DeepSpeed's launcher.
 """
 
 from __future__ import annotations
@@ -39,14 +42,14 @@ from launch.attempts.rank import ALIVE, TOUCH_S, log_name, make_private, write_w
 from launch.attempts.rank_logs import end_records, record_event, root_cause, tail
 from launch.verbs import check_and_find_folder, module_of, saved_step, to_go_on
 
-# In the folder of an attempt: lines as `node1 slots=8`, and as `NAME=VALUE`.
+# Files in the folder of an attempt, with lines like `node1 slots=8` and like `NAME=VALUE`.
 HOSTFILE, ENVIRONMENT = "hostfile", "environment"
 _POLL_S = 0.2
-# One Ctrl-C may come twice.
+# A second SIGINT within this time is the same Ctrl-C, which may arrive twice.
 _SECOND_S = 0.5
 _RESEND_S = 2.0
 _LOOK_S = 1.0
-# When one rank has ended, the others find out by themselves and say why: time for that.
+# Time in which the other ranks notice that a rank has ended, and write why they end.
 _GRACE_S = 45.0
 _SOON_S = 8.0
 _AFTERWARDS_S = 5.0
@@ -59,50 +62,53 @@ _INTERRUPTED = 128 + signal.SIGINT
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be run, and how often it may be started again."""
+    """A command to run on several ranks, and how often it may be started again."""
 
     verb: str
     arguments: list[str]
     device: str = "auto"
     restarts: int = 0
     environment: Mapping[str, str] = field(default_factory=dict)
-    # Of the shell or the user, for ranks alone; may hold secrets.
+    # Environment variables from the shell or the user, for the ranks only; they may hold secrets.
     variables: Mapping[str, str] = field(default_factory=dict)
 
 
 class Way(Protocol):
-    """A way to start ranks."""
+    """A way to start ranks, such as mpirun or ssh: the interface of the classes of `launch.ways`.
+
+    Hosts are given as a mapping from host to number of ranks.
+    """
 
     def usable_hosts(self) -> dict[str, int]:
-        """Return host -> ranks of the hosts that can be used now; ValueError if there are none."""
+        """Return the number of ranks for each usable host; ValueError if no host is usable."""
         ...
 
     def commands(
         self, hosts: dict[str, int], attempt: Path, words: list[str], environment: dict[str, str]
     ) -> dict[str, list[str]]:
-        """Return what to start here: a name and a command line for each launcher process.
+        """Return the command lines of the launcher processes to start here, by name.
 
-        `words`: module of a rank and its arguments; `environment`: what the ranks' processes have
-        to have.
+        `words` are the module of a rank and its arguments; `environment` holds the variables that
+        the processes of the ranks must have.
         """
         ...
 
     def lost(self, hosts: dict[str, int]) -> list[str]:
-        """Return those of the hosts that do not answer any more."""
+        """Return the hosts that do not answer any more."""
         ...
 
     def signal(self, hosts: dict[str, int], launch: str, number: int, ranks_only: bool) -> None:
-        """Send a signal to the processes of a launch on all hosts; do not wait for long."""
+        """Send a signal to the processes of a launch on all hosts, without waiting for long."""
         ...
 
 
 def run(way: Way, job: Job, show: bool = False) -> int:
-    """Run a job, starting it again where that helps, and return its exit code.
+    """Run a job, start it again where that can help, and return its exit code.
 
     Parameters
     ----------
     show
-        Print what would be started, and start nothing.
+        Only print the command lines of the first attempt, and start nothing.
     """
     out = check_and_find_folder(job.verb, job.arguments)
     if not show:
@@ -164,7 +170,7 @@ def run(way: Way, job: Job, show: bool = False) -> int:
 
 @dataclass(frozen=True)
 class _End:
-    """How an attempt ended; `step`: of the newest checkpoint then."""
+    """The end of an attempt; `step` is the step of the newest checkpoint at that time."""
 
     cause: str
     step: int
@@ -173,7 +179,7 @@ class _End:
 
 
 class _Patience:
-    """Decides whether another start can help, and how long to wait before it."""
+    """Decides whether another attempt can help, and how long to wait before it."""
 
     def __init__(self, restarts: int) -> None:
         self._restarts = self._left = restarts
@@ -181,7 +187,10 @@ class _Patience:
         self._before: _End | None = None
 
     def after(self, end: _End, progress: bool, folder: Path, number: int) -> float | None:
-        """Return the seconds to wait, None to give up. `progress`: there is a newer checkpoint."""
+        """Return the seconds to wait before the next attempt, None to give up.
+
+        `progress` tells whether the attempt has saved a newer checkpoint.
+        """
         if end == self._before:
             _say(
                 f"the same end twice at step {max(end.step, 0)}: not started again. Both logs: "
@@ -199,15 +208,15 @@ class _Patience:
 
 
 class Stop:
-    """Remembers that somebody asked this process to stop; at a second Ctrl-C to end at once."""
+    """Remembers whether this process was asked to stop, or, by a second Ctrl-C, to end at once."""
 
     def __init__(self) -> None:
         self.asked = self.at_once = False
         self._interrupted = math.inf
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # not nohup
                 signal.signal(number, self._remember)
-        # Ranks on other hosts would take a command that stands still for one that is gone.
+        # Ctrl-Z is ignored, because for ranks on other hosts a suspended command looks dead.
         signal.signal(signal.SIGTSTP, signal.SIG_IGN)
 
     def _remember(self, number: int, _frame: object) -> None:
@@ -219,7 +228,7 @@ class Stop:
             self._interrupted = min(now, self._interrupted)
 
     def wait(self, seconds: float) -> bool:
-        """Return True as soon as it is asked for, False after so many seconds."""
+        """Return True as soon as this process is asked to stop, False after `seconds`."""
         until = time.monotonic() + seconds
         while not self.asked and time.monotonic() < until:
             time.sleep(_POLL_S)
@@ -227,7 +236,7 @@ class Stop:
 
 
 class Attempt:
-    """One start of all ranks."""
+    """One attempt at a run: starts all ranks, watches them, and ends them."""
 
     def __init__(
         self,
@@ -255,11 +264,11 @@ class Attempt:
         self._running: dict[str, subprocess.Popen] = {}
 
     def show(self, line_of: Callable[[list[str]], str] = shlex.join) -> list[str]:
-        """Return the command lines of the launchers; `line_of` makes one line of its words."""
+        """Return the command lines of the launchers; `line_of` joins the words of a command."""
         return [line_of(command) for command in self._commands.values()]
 
     def run(self) -> int:
-        """Start, watch and take down; return the exit code that the ranks agree on."""
+        """Start all ranks, watch them, kill what is left; return the exit code of the attempt."""
         try:
             self._write_settings()
         except OSError as error:
@@ -268,7 +277,8 @@ class Attempt:
         for name, command in self._commands.items():
             suffix = f"-{name}" if name else ""
             with (self.folder / f"launcher{suffix}.log").open("ab") as log:
-                # A session of its own: Ctrl-C is for this process, which asks the ranks to save.
+                # The launcher gets its own session, so that Ctrl-C reaches only this process, which
+                # asks the ranks to save.
                 self._running[name] = subprocess.Popen(
                     command, env=os.environ | self._environment, stdout=log, stderr=log,
                     stdin=subprocess.DEVNULL, start_new_session=True,
@@ -284,13 +294,13 @@ class Attempt:
         return self._code()
 
     def _touch(self, ended: threading.Event) -> None:
-        """Show those on other machines that this process is there."""
+        """Touch the heartbeat file, which ranks on other machines watch, until the attempt ends."""
         while not ended.wait(TOUCH_S):
             with contextlib.suppress(OSError):
                 (self.folder / ALIVE).touch(mode=0o600)
 
     def _watch(self) -> None:
-        """Return when all launchers have ended, or some time after the first rank failed."""
+        """Wait until all ranks or all launchers have ended, or for some time after a failure."""
         started = time.monotonic()
         failed_at = sent_at = looked_at = -math.inf
         waiting_for = -1
@@ -299,7 +309,7 @@ class Attempt:
             self._print_first_rank()
             now = time.monotonic()
             if self._stop and self._stop.asked and now - sent_at > _RESEND_S:
-                # Again and again: a rank that is still starting ignores it.
+                # The signal is repeated, because a rank that is still starting ignores it.
                 sent_at = now
                 self._way.signal(self._hosts, self._id, signal.SIGUSR1, True)
             if self._stop and self._stop.at_once:
@@ -312,12 +322,12 @@ class Attempt:
                     return
                 bad = [code for p in self._running.values() if (code := p.poll())]
                 if bad and min(bad) < 0:
-                    # A launcher was killed: its ranks may be as they were.
+                    # A launcher was killed, and its ranks may still be running.
                     self._way.signal(self._hosts, self._id, signal.SIGUSR1, True)
                 if bad or any(e["code"] for e in self._ends()):
                     failed_at = now
             if 0 < failed_at < now - _SOON_S and waiting_for < 0:
-                # mpirun waits for a host that is gone; its ranks will not say anything either.
+                # mpirun would wait for a lost host, whose ranks cannot report their end either.
                 lost = self._way.lost(self._hosts)
                 waiting_for = sum(n for host, n in self._hosts.items() if host not in lost)
             if 0 <= waiting_for <= len(self._ends()):
@@ -328,10 +338,11 @@ class Attempt:
             self._wait_for_ends()
 
     def _wait_for_ends(self) -> None:
-        """Wait for what ranks say of their ends, when no launcher has said that something failed.
+        """Wait for the end records of the ranks after the launchers ended without an error.
 
-        On a network's file system it comes late. Or the ranks are still there, and can save: their
-        launcher was killed. (DeepSpeed's runner ends with 0 if its pdsh is.)
+        On a network file system the records may appear late. Or the ranks are still running,
+        because their launcher was killed; then they are asked to save. (DeepSpeed's runner ends
+        with exit code 0 if its pdsh is killed.)
         """
         for limit_s in (_AFTERWARDS_S, _GRACE_S):
             until = time.monotonic() + limit_s
@@ -342,12 +353,12 @@ class Attempt:
             self._way.signal(self._hosts, self._id, signal.SIGUSR1, True)
 
     def _take_down(self) -> None:
-        """End what is left on every host, and the launchers."""
+        """Kill the processes that are left on every host, and the launchers."""
         codes = [p.poll() for p in self._running.values()]
         if any(codes) or not self._all_ended():
             is_hurried = self._all_ended() or (self._stop is not None and self._stop.at_once)
             if None in codes and not is_hurried:
-                # Those that stand still write where, into their logs.
+                # On SIGUSR2, ranks that hang write their stack traces to their logs.
                 self._way.signal(self._hosts, self._id, signal.SIGUSR2, True)
                 time.sleep(_STACKS_S)
             self._way.signal(self._hosts, self._id, signal.SIGKILL, False)
@@ -363,7 +374,8 @@ class Attempt:
         if codes.count(0) == sum(self._hosts.values()):
             return 0
         if EXIT_RESUMABLE in codes:
-            # A rank without an end was killed: the others saved because of that, nobody asked.
+            # If a rank has no end record and nobody asked to stop, that rank was killed, and the
+            # others saved because of it.
             was_asked = self._all_ended() or (self._stop is not None and self._stop.asked)
             return EXIT_RESUMABLE if was_asked else EXIT_FAILED
         return EXIT_USAGE if EXIT_USAGE in codes else EXIT_FAILED
@@ -372,17 +384,18 @@ class Attempt:
         return end_records(self.folder)
 
     def _all_ended(self) -> bool:
-        """Have all ranks ended? Their launchers take seconds more, for nothing."""
+        """Return whether all ranks have ended; their launchers need some seconds more."""
         return len(self._ends()) == sum(self._hosts.values())
 
     def was_refused(self) -> bool:
-        """Was it wrong input? Then rank 0 has said so on the console."""
+        """Return whether rank 0 ended because of wrong input; it has printed the message."""
         return any(e["code"] == EXIT_USAGE and e["rank"] == 0 for e in self._ends())
 
     def remove_if_nothing_began(self, was_there: bool) -> None:
-        """Leave no folder that was made for a run that was refused; nothing else is touched.
+        """Remove the folders that were made for a refused run.
 
-        `was_there`: OUT/launch was there before, and may be that of a run, or of a job that waits.
+        `was_there` tells whether OUT/launch existed before. It may belong to an earlier run or to a
+        waiting job, and then only the folder of this attempt is removed.
         """
         out = self.folder.parent.parent
         if was_there or names_in(out):
@@ -398,11 +411,11 @@ class Attempt:
         first = self._printed == 0
         text, self._printed = tail(self.folder / log_name(0), self._printed)
         if first and text:
-            text = text.partition("\n")[2]  # whose log it is
+            text = text.partition("\n")[2]  # the first line names the rank
         print(text, end="", flush=True)
 
     def _write_settings(self) -> None:
-        """Write what `launch.attempts.rank` reads, and what a launcher may."""
+        """Write the files that `launch.attempts.rank` and launchers read."""
         make_private(self.folder)
         self._write_rank_settings({TOKEN: secrets.token_hex(32), **self._variables})
         (self.folder / ALIVE).touch(mode=0o600)
@@ -411,7 +424,10 @@ class Attempt:
         (self.folder / ENVIRONMENT).write_text("".join(f"{k}={v}\n" for k, v in variables))
 
     def _write_rank_settings(self, variables: Mapping[str, str]) -> None:
-        """Write what `launch.attempts.rank` reads; at the end again, without what may be secret."""
+        """Write settings.json for `launch.attempts.rank`.
+
+        It is written again at the end of the attempt, without variables that may be secret.
+        """
         command = {"GENELOOM_LAUNCH_COMMAND": _own_command()}
         settings = {
             "device": self._device,
@@ -423,7 +439,7 @@ class Attempt:
 
 
 def _full_disk(out: Path) -> str:
-    """Return what is said if nothing more can be written: ranks could not say so themselves."""
+    """Return a message if the disk is full, else ''; ranks could not write it themselves."""
     free = shutil.disk_usage(out).free
     if free >= _LEAST_FREE:
         return ""
