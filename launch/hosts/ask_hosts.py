@@ -1,4 +1,4 @@
-"""Hosts of a cluster without a queue: the hostfile, and questions over ssh."""
+"""Reads the hostfile of a cluster without a queue, and asks its hosts questions over ssh."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from typing import Any
 from launch.hosts.node import ROOT
 
 _CONNECT_S = 10
-# A host that does not answer for this long is gone: ssh ends.
+# ssh ends if a host does not answer three times in a row, at intervals of 5 s.
 _ALIVE_S, _ALIVE_TIMES = 5, 3
-# A name, an alias of ~/.ssh/config or an address, with or without `user@`. What begins with a
-# hyphen would be an option of ssh, which can run a command here.
+# A host is a name, an alias of ~/.ssh/config or an address, with or without `user@`. A name that
+# begins with a hyphen would be an option of ssh, which could run a command here.
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:%@-]*")
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Return host -> slots of a hostfile, as DeepSpeed and Open MPI read it.
+    """Return the number of slots of each host in a hostfile of DeepSpeed or Open MPI.
 
     Raises
     ------
     ValueError
-        It cannot be read, a line is no ``host slots=N`` or its host could be an option of ssh, or a
-        host stands twice.
+        The file cannot be read, a line is not ``host slots=N``, a host could be an option of ssh,
+        or a host is given twice.
     """
     try:
         lines = path.read_text().splitlines()
@@ -59,7 +59,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 
 def ssh(host: str, words: Sequence[str], environment: Mapping[str, str] | None = None) -> list[str]:
-    """Return a command line that runs `words` on a host, in the current folder."""
+    """Return the ssh command line that runs `words` on a host, in the current folder."""
     given = {**package_first(), **(environment or {})}
     settings = [f"{name}={value}" for name, value in sorted(given.items())]
     remote = f"cd {shlex.quote(str(Path.cwd()))} && exec env {shlex.join([*settings, *words])}"
@@ -71,10 +71,10 @@ def ssh(host: str, words: Sequence[str], environment: Mapping[str, str] | None =
 
 
 def package_first() -> dict[str, str]:
-    """Return the variables with which another Python finds this package where this one does.
+    """Return environment variables with which another Python imports this same package.
 
-    And nowhere else: ``python -m`` would look in the working folder first, where a user's own
-    ``pretrain.py`` may lie.
+    Without them, ``python -m`` would look in the working folder first, where a user may have a
+    ``pretrain.py`` of his own.
     """
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
     return {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
@@ -82,14 +82,17 @@ def package_first() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a host said; `problem` is None if it answered."""
+    """The answer of a host; `problem` says why there is none, and is None if there is one."""
 
     content: Any
     problem: str | None
 
 
 def ask_all(hosts: Sequence[str], *question: str, limit_s: float = 60) -> dict[str, Answer]:
-    """Ask ``launch.hosts.node`` of all hosts at once, over ssh; host -> answer."""
+    """Return each host's answer to a question, asked of all hosts at once over ssh.
+
+    The hosts run ``launch.hosts.node`` with the words of the question.
+    """
     words = [sys.executable, "-m", "launch.hosts.node", *question]
     started = time.time()
     running = {
@@ -124,7 +127,7 @@ def _read(host: str, code: int, said: str, complaint: str) -> Answer:
 
 
 def _why_no_login(host: str, reason: str) -> str:
-    """Return what ssh said and what to do."""
+    """Return a message with ssh's reason for a failed login, and advice."""
     known = {
         "Could not resolve": "unknown host; correct the hostfile or /etc/hosts",
         "Permission denied": f"no login without a password; `ssh-copy-id {host}`",

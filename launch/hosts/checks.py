@@ -1,4 +1,8 @@
-"""What makes a run on some hosts impossible, or may go wrong later: asked and judged."""
+"""Checks hosts before a run: collects facts about them, and finds problems and warnings.
+
+`ask_facts` (or `ask_here` for this machine) collects the facts, `find_problems` finds what makes a
+run impossible, and `find_warnings` what may go wrong later.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +27,16 @@ _LITTLE_SHM_GIB = 0.5
 
 
 def ask_facts(hosts: Sequence[str], out: Path) -> dict[str, Answer]:
-    """Ask all hosts what a run depends on; `out`: a folder that is to be shared, or will be."""
+    """Return the facts about all hosts that a run depends on (`launch.hosts.node.facts`).
+
+    `out` is a folder that all hosts must share; it may not exist yet.
+    """
     with _shared_token(out) as (folder, token):
         asked = time.time()
         answers = ask_all(hosts, "facts", str(folder), token, *hosts)
         for host, answer in answers.items():
             if answer.problem is None:
-                # Read somewhere between question and answer.
+                # The host read its clock at some time between the question and the answer.
                 answer.content["skew_s"] = max(
                     asked - answer.content["time"], answer.content["time"] - time.time(), 0.0
                 )
@@ -40,14 +47,17 @@ def ask_facts(hosts: Sequence[str], out: Path) -> dict[str, Answer]:
 
 
 def ask_here(out: Path) -> Answer:
-    """Return the same about this machine alone."""
+    """Return the same facts about this machine alone."""
     with _shared_token(out) as (folder, token):
         return Answer(facts(folder, token, []) | {"skew_s": 0.0}, None)
 
 
 @contextlib.contextmanager
 def _shared_token(out: Path) -> Iterator[tuple[Path, str]]:
-    """Give a new folder in `out`, or in the nearest above it that exists, and what is in it."""
+    """Yield a new folder and the content of its file ``token``.
+
+    The folder is made in `out`, or in the nearest parent of it that exists.
+    """
     existing = next(p for p in (out, *out.parents) if p.is_dir())
     folder = Path(tempfile.mkdtemp(prefix=".geneloom-", dir=existing))
     try:
@@ -61,9 +71,10 @@ def _shared_token(out: Path) -> Iterator[tuple[Path, str]]:
 def find_problems(
     answers: dict[str, Answer], slots: dict[str, int], device: str
 ) -> dict[str, list[str]]:
-    """Return host -> what makes a run there impossible, each with what to do.
+    """Return for each host the problems that make a run there impossible, with advice.
 
-    Versions are those that most hosts have.
+    Hosts without problems are left out. The right version of a package is the one that most hosts
+    have.
     """
     found: dict[str, list[str]] = {h: [a.problem] for h, a in answers.items() if a.problem}
     facts = {h: a.content for h, a in answers.items() if not a.problem}
@@ -108,7 +119,7 @@ def find_problems(
 
 
 def find_warnings(answers: dict[str, Answer], on_gpu: bool) -> dict[str, list[str]]:
-    """Return host -> what may go wrong later."""
+    """Return for each host the warnings about what may go wrong later."""
     found: dict[str, list[str]] = {}
     interfaces = Counter(a.content["interface"] for a in answers.values() if not a.problem)
     for host, answer in answers.items():

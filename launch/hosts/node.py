@@ -1,6 +1,7 @@
-"""What is asked of a node, over ssh or here: ``python -m launch.hosts.node facts|signal|... ...``.
+"""Answers questions about a node, over ssh or on this machine.
 
-Answers in JSON on one line. Needs the standard library and psutil only.
+The command is ``python -m launch.hosts.node facts|signal|... ...``. It answers with JSON on one
+line, and needs the standard library and psutil only.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ from data_prep.running.network import interface_to
 from data_prep.running.owner import LAUNCH_ID, lives
 from data_prep.version import code_digest
 
-# In the environment of ranks, beside the `LAUNCH_ID` that all has which a launch has started.
+# Environment variable of ranks only; all processes of a launch have `LAUNCH_ID`.
 IN_RANK = "GENELOOM_IN_RANK"
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "pyarrow")
-# Of the package: where `launch`, `pretrain` and the others lie.
+# The folder that contains the packages `launch`, `pretrain` and the others.
 ROOT = Path(__file__).resolve().parents[2]
 _GIB = 2**30
 
 
 def has_gpu() -> bool:
-    """Does this machine have an NVIDIA GPU?"""
+    """Return whether this machine has an NVIDIA GPU."""
     return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def signal_process(pid: int, started: float, number: int) -> bool:
-    """Send a signal to the process that started at a time, if it is there; return whether it is."""
+    """Send a signal to the process with this id and start time; return whether it is alive."""
     if not lives({"pid": pid, "started": started}):
         return False
     with contextlib.suppress(OSError):
@@ -49,7 +50,7 @@ def signal_process(pid: int, started: float, number: int) -> bool:
 
 
 def signal_processes(launches: Container[str], number: int, ranks_only: bool) -> int:
-    """Send a signal to the processes of launches on this node; return how many there were."""
+    """Send a signal to the processes of the given launches on this node; return their number."""
     found = 0
     for process in psutil.process_iter():
         try:
@@ -65,7 +66,7 @@ def signal_processes(launches: Container[str], number: int, ranks_only: bool) ->
 
 
 def port_state(port: int) -> dict[str, Any]:
-    """Return a port that is free on this node (0: any), or who has it."""
+    """Return the port, if it is free on this node, or the problem; port 0 means any free port."""
     with socket.socket() as probe:
         try:
             probe.bind(("", port))
@@ -75,15 +76,17 @@ def port_state(port: int) -> dict[str, Any]:
 
 
 def facts(folder: Path, token: str, hosts: list[str]) -> dict[str, Any]:
-    """Return what a run on several nodes depends on, of this node.
+    """Return the facts about this node that a run on several nodes depends on.
 
     Parameters
     ----------
     folder
-        That all nodes share; this one leaves a file with its name there, and reads the one of the
-        asking node, whose content is `token`.
+        Folder that all nodes share. This node writes a file with its name there, and reads the file
+        ``token`` of the asking node.
+    token
+        Content of that file.
     hosts
-        All hosts of the run; ranks meet at the first.
+        All hosts of the run; the ranks connect to the first one.
     """
     now = time.time()
     shared = _look_at(folder, token)
@@ -111,7 +114,10 @@ def facts(folder: Path, token: str, hosts: list[str]) -> dict[str, Any]:
 
 
 def _look_at(folder: Path, token: str) -> dict[str, Any]:
-    """Return whether the shared folder is the one of the asking node, and writable."""
+    """Return the problem of the shared folder, None if there is none, and its free disk space.
+
+    The folder must be the one of the asking node, and writable.
+    """
     if not folder.is_dir():
         return {"problem": "does not exist", "disk_gib": 0.0}
     disk = {"disk_gib": shutil.disk_usage(folder).free / _GIB}
@@ -136,12 +142,12 @@ def _address(host: str) -> str | None:
 
 
 def _first_other(hosts: list[str]) -> str:
-    """Return the first host that is not this one: a name of its own may be a loopback address."""
+    """Return the first host other than this one, whose own name may have a loopback address."""
     return next((h for h in hosts if h != socket.gethostname()), hosts[0])
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Return name, memory and used memory (GiB) of this machine's GPUs."""
+    """Return the name, memory and used memory (GiB) of each GPU of this machine."""
     query = "--query-gpu=name,memory.total,memory.used"
     rows = _said("nvidia-smi", query, "--format=csv,noheader,nounits").splitlines()
     parts = [row.split(", ") for row in rows]
@@ -156,7 +162,7 @@ def _version(package: str) -> str | None:
 
 
 def _nccl_version() -> str | None:
-    """Return the version of the NCCL that came with torch, None with torch for CPUs."""
+    """Return the version of the NCCL that came with torch; None if torch is for CPUs only."""
     found = (_version(f"nvidia-nccl-cu{cuda}") for cuda in (13, 12, 11))
     return next((v for v in found if v), None)
 
@@ -169,7 +175,7 @@ def _said(*words: str) -> str:
 
 
 def main(words: list[str]) -> None:
-    """Answer one question."""
+    """Print the answer to one question."""
     if words[0] == "facts":
         answer: Any = facts(Path(words[1]), words[2], words[3:])
     elif words[0] == "signal":
