@@ -1,4 +1,4 @@
-"""``geneloom doctor``: can these hosts train together, and how fast do they talk?"""
+"""The command ``geneloom doctor``: checks whether hosts can train together, and their speed."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _slots_here(device: str) -> int:
 def measure_speed(
     way: Way, hosts: dict[str, int], shared: Path, device: str, mib: int
 ) -> dict[str, Any]:
-    """Return what an all-reduce over the ranks of all hosts measured, or ``problem``."""
+    """Return the measurements of an all-reduce over the ranks of all hosts, or its ``problem``."""
     folder = Path(tempfile.mkdtemp(prefix=".geneloom-", dir=shared))
     try:
         found = folder / "speed.json"
@@ -107,9 +107,10 @@ def measure_speed(
 
 
 def slow_places(speed: dict[str, Any], hosts: dict[str, int]) -> list[str]:
-    """Return in words which hosts compute slowly, and which links between hosts are slow.
+    """Return sentences about hosts that compute slowly and about slow links between hosts.
 
-    Slow is below half of the median. A host with two slow links is named, else the link.
+    Slow means less than half the median speed. If two links of a host are slow, the host is named
+    instead of the links.
     """
     owners = [host for host, ranks in hosts.items() for _ in range(ranks)]
     usual = statistics.median(speed["matmul_s"])
@@ -137,7 +138,7 @@ def slow_places(speed: dict[str, Any], hosts: dict[str, int]) -> list[str]:
 
 
 def print_report(report: dict[str, Any], slots: dict[str, int]) -> None:
-    """Print one table, what to do for each red and yellow line, and the speed."""
+    """Print a table of the hosts, advice for each problem and warning, and the speed."""
     console = Console()
     console.width = max(console.width, _TABLE_WIDTH)
     table = Table(title="hosts", title_justify="left")

@@ -1,4 +1,4 @@
-"""Variables that ranks get from the shell that launches them, on every host."""
+"""Collects the environment variables that ranks on every host get from the launching shell."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-# How libraries talk, compute and find files; all that ssh would not take along.
+# Prefixes of variables that set communication, computation and files of libraries; ssh would not
+# pass them on.
 _PREFIXES = (
     "NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "FI_", "OMP_", "MKL_", "KMP_", "NUMBA_", "CUBLAS_",
     "TORCH_", "HF_", "TRANSFORMERS_", "TRITON_", "WANDB_",
 )  # fmt: skip
-# Each host, or rank, has its own.
+# Prefixes of variables that each host or rank has for itself.
 _NOT = ("TORCH_ELASTIC_", "TORCHELASTIC_")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# As DeepSpeed's runner: in the home folder and in the working folder, the latter wins.
+# As in DeepSpeed's runner, the file is read in the home folder and in the working folder; the
+# latter wins.
 _DEEPSPEED_FILE = ".deepspeed_env"
 
 ENV_HELP = "variable for every rank, as NAME=VALUE or NAME for the shell's; may be repeated"
 
 
 def named_variables(given: Sequence[str]) -> dict[str, str]:
-    """Return name -> value of ``--env NAME=VALUE`` and ``--env NAME``.
+    """Return the variables that ``--env NAME=VALUE`` and ``--env NAME`` set.
 
     Raises
     ------
     ValueError
-        No name of a variable, or one that the shell does not have.
+        An argument has no valid name, or names a variable that the shell does not have.
     """
     values = {}
     for text in given:
@@ -42,15 +44,15 @@ def named_variables(given: Sequence[str]) -> dict[str, str]:
 
 
 def passed_on(given: Sequence[str], environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the variables that ranks get, and say their names: values may be secrets.
+    """Return the variables that ranks get, and print their names, since values may be secrets.
 
-    Of the shell those of communication, threads and caches; those of DeepSpeed's
-    ``.deepspeed_env``; those of ``--env``. Later ones win.
+    They are the shell's variables for communication, threads and caches, those of DeepSpeed's
+    ``.deepspeed_env``, and those of ``--env``. Later ones win.
 
     Raises
     ------
     ValueError
-        A line of the file, or an option, is none.
+        A line of the file or an option is not NAME=VALUE.
     """
     found = {
         name: value

@@ -1,4 +1,8 @@
-"""``geneloom runs``: what lies below a folder, and how far it is, as honestly as its files tell."""
+"""The command ``geneloom runs``: lists the runs below a folder with their state and progress.
+
+`find_runs` searches the folders, `look_at` reads the state of one folder from its files, and
+`print_runs` prints the table.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ from rich.table import Table
 from data_prep.running.stages import stage_of
 
 State = Literal["running", "finished", "stopped", "failed", "silent"]
-# A run that writes a record every second may still evaluate for minutes.
+# A run that usually writes a record every second may still evaluate for minutes without one.
 _LEAST_SILENCE_S = 120.0
 _INTERVALS = 3
 _RECENT = 20
@@ -29,7 +33,7 @@ _STATE_STYLES = {"running": "green", "failed": "red", "silent": "yellow"}
 
 @dataclass(frozen=True)
 class Run:
-    """One folder that a command filled; `step` counts optimizer steps, cells, parts or tasks."""
+    """A folder that a command filled; `step` counts what `unit` says: steps, cells, parts, ..."""
 
     folder: str
     kind: str
@@ -68,7 +72,7 @@ def runs_command(
 
 
 def find_runs(folder: Path, now: float | None = None) -> list[Run]:
-    """Return what lies in a folder and at most two levels below, in the order of names."""
+    """Return the runs in a folder and at most two levels below it, in the order of names."""
     now = time.time() if now is None else now
     found = []
     for path in _folders(folder, 2):
@@ -79,7 +83,7 @@ def find_runs(folder: Path, now: float | None = None) -> list[Run]:
 
 
 def _folders(folder: Path, levels: int) -> Iterator[Path]:
-    """Yield a folder and those below; nothing below what is a run itself."""
+    """Yield a folder and the folders below it; those below a run are left out."""
     yield folder
     if levels and (levels == 2 or look_at(folder, 0) is None):
         for below in sorted(folder.iterdir()):
@@ -88,7 +92,7 @@ def _folders(folder: Path, levels: int) -> Iterator[Path]:
 
 
 def look_at(folder: Path, now: float) -> Run | None:
-    """Return what a folder holds and its state at a time, None if no command made it."""
+    """Return the run in a folder with its state at the time `now`; None if there is no run."""
     stage, record = stage_of(folder)
     if stage == "pretrain":
         return _pretraining(folder, now)
@@ -136,7 +140,10 @@ def _pretraining(folder: Path, now: float) -> Run:
 
 
 def _total_steps(run: dict[str, Any], last: dict[str, Any]) -> int | None:
-    """Return how many steps a run will have; None before its first record."""
+    """Return the total number of steps of a run.
+
+    Before the first record it is the setting ``max_steps``, which may be None.
+    """
     if not last:
         return run["max_steps"]
     steps = run["epochs"] * round(last["step"] / last["epoch"])
@@ -160,7 +167,7 @@ def _state(
     said = _said_at_its_end(folder, step)
     if said is not None:
         return said
-    # Between the usual steps one is saved only when the run was asked to stop.
+    # A checkpoint at another than the usual steps is saved only when a run was asked to stop.
     if saved == step and saved % every_steps:
         return "stopped"
     times = [r["time"] for r in records[-_RECENT:]]
@@ -169,7 +176,7 @@ def _state(
 
 
 def _said_at_its_end(folder: Path, step: int) -> State | None:
-    """Return what a run's ``ended.json`` says, unless the run has got on since."""
+    """Return the state in a run's ``ended.json``; None if there is none or the run continued."""
     for ended in _records(folder / "ended.json"):
         if ended.get("step") == step and ended.get("state") in ("stopped", "failed"):
             return ended["state"]
@@ -188,7 +195,10 @@ def _screen(folder: Path, manifest: dict[str, Any], now: float) -> Run:
 
 
 def _benchmark(folder: Path, results: dict[str, Any], now: float) -> Run:
-    """The page is written last: one that is older than the results is an earlier call's."""
+    """Return the run of a benchmark's folder.
+
+    The page is written last, so a page that is older than the results is from an earlier call.
+    """
     page, table = folder / "report.html", folder / "results.json"
     age = min(_age(path, now) for path in (table, *folder.glob("units/*")))
     is_done = page.exists() and page.stat().st_mtime >= table.stat().st_mtime
@@ -200,8 +210,8 @@ def _benchmark(folder: Path, results: dict[str, Any], now: float) -> Run:
 
 
 def print_runs(runs: list[Run], below: Path, console: Console | None = None) -> None:
-    """Print one line for each run, with its place below a folder."""
-    # Lines of a file are not cut to the width of a terminal.
+    """Print a table with one line for each run; folders are relative to `below`."""
+    # If the output is a file, lines are not cut to the width of a terminal.
     console = console or (Console() if sys.stdout.isatty() else Console(width=160))
     table = Table(box=None, pad_edge=False)
     table.add_column("folder", overflow="fold", min_width=12)
@@ -233,7 +243,7 @@ def _done(run: Run) -> str:
 
 
 def format_age(seconds: float) -> str:
-    """Return ``12 s``, ``5 min``, ``3 h`` or ``2 d``."""
+    """Return a time span as text: ``12 s``, ``5 min``, ``3 h`` or ``2 d``."""
     for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
@@ -241,7 +251,7 @@ def format_age(seconds: float) -> str:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of metrics.jsonl; a torn line is left out."""
+    """Return the records of a file of JSON lines; incomplete lines are left out."""
     found = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

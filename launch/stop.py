@@ -1,4 +1,8 @@
-"""``geneloom stop``: ends the run in a folder, and whatever is left of it, on all its hosts."""
+"""The command ``geneloom stop``: ends a run in a folder and its left-over processes on all hosts.
+
+`find_traces` reads from the folder where processes may be. `Traces` counts them and sends them
+signals.
+"""
 
 from __future__ import annotations
 
@@ -63,18 +67,18 @@ def stop_command(
 
 @dataclass
 class Traces:
-    """Where processes of a run may be.
+    """Places where processes of a run may be.
 
     Attributes
     ----------
     launches
-        Ids in the environment of all that the attempts of a launcher have started.
+        Ids that all processes started by the attempts of a launcher have in their environment.
     hosts
-        Where these are looked for; `HERE`: this machine.
+        Hosts on which these processes are searched for; `HERE` is this machine.
     processes
-        Records of single ones: rank 0, the launcher's supervisor.
+        Records of single processes: rank 0, and the launcher's supervisor.
     silent
-        Hosts that did not answer, and why.
+        Hosts that did not answer, with the reason.
     """
 
     launches: list[str] = field(default_factory=list)
@@ -83,11 +87,11 @@ class Traces:
     silent: dict[str, str] = field(default_factory=dict)
 
     def count(self) -> int:
-        """Return how many there are."""
+        """Return the number of processes that are alive."""
         return self.signal(0)
 
     def signal(self, number: int) -> int:
-        """Send a signal to all, and return how many there were."""
+        """Send a signal to all processes, and return their number."""
         found = 0
         for process in self.processes:
             if process["machine"] == machine():
@@ -112,14 +116,14 @@ class Traces:
 
 
 def find_traces(folder: Path) -> Traces:
-    """Return where processes of the runs in a folder may be, by what they have written there."""
+    """Return where processes of a folder's runs may be, according to the files of these runs."""
     traces, owner = Traces(), owner_of(folder)
     if owner:
         traces.processes.append(owner)
     for path in sorted((folder / LAUNCH_FOLDER).glob("attempt_*/settings.json")):
         settings = json.loads(path.read_text())
         supervisor = settings.get("supervisor")
-        if supervisor is None:  # of a job of SLURM, which knows its processes
+        if supervisor is None:  # the attempt of a SLURM job; SLURM knows its processes
             continue
         traces.launches.append(settings["environment"][LAUNCH_ID])
         if supervisor not in traces.processes:
@@ -133,10 +137,11 @@ def find_traces(folder: Path) -> Traces:
 
 
 def _cancel(folder: Path, now: bool, wait_s: float) -> int:
-    """Cancel jobs of SLURM that were submitted for a folder; return how many there were."""
+    """Cancel the SLURM jobs that were submitted for a folder; return their number."""
     owners = owner_of(folder).get("job") or ""
     jobs = [job for job in jobs_of(folder) if state_of(job)]
-    # A job file may have been submitted by hand; a job with another name does other things too.
+    # The job file may have been submitted by hand. A job with another name is not cancelled, since
+    # it may do other work too.
     if owners and owners not in jobs and state_of(owners, "%j").startswith(JOB_NAME):
         jobs.append(owners)
     for job in jobs:

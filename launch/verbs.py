@@ -1,4 +1,4 @@
-"""What can be started on several ranks: its module, its settings, its folder."""
+"""The commands that can run on several ranks: their modules, settings and output folders."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from pretrain.config import load_config, settings_to_resume_from
 from pretrain.ds_config import derive_ds_config
 
-# verb -> module that each rank runs
+# The module that each rank runs, by verb (the name of the command).
 MODULES = {
     "prepare": "data_prep",
     "pretrain": "pretrain",
@@ -17,7 +17,7 @@ MODULES = {
 
 
 def module_of(verb: str) -> str:
-    """Return the module of a verb.
+    """Return the module that each rank runs for a verb.
 
     Raises
     ------
@@ -30,9 +30,9 @@ def module_of(verb: str) -> str:
 
 
 def check_and_find_folder(verb: str, arguments: list[str]) -> Path:
-    """Return the folder that a verb will write, as an absolute path.
+    """Return the absolute path of the folder that a verb will write, after checking its settings.
 
-    Wrong settings are refused here, once, before every rank would.
+    Wrong settings raise a ValueError here, once, before every rank would raise it.
     """
     module_of(verb)
     if verb != "pretrain":
@@ -51,10 +51,11 @@ def check_and_find_folder(verb: str, arguments: list[str]) -> Path:
 
 
 def to_go_on(verb: str, arguments: list[str]) -> list[str]:
-    """Return the arguments with which a run that was ended goes on."""
+    """Return the arguments with which the next attempt continues a run."""
     if verb != "pretrain":
-        return arguments  # prepare and perturb take up their work; finetune leaves none
-    # Not again from a step that was chosen once: from what was saved since.
+        return arguments  # prepare and perturb continue their work; finetune begins again
+    # A step that the user chose for the first attempt is dropped, because newer checkpoints may
+    # exist.
     kept = _without_option(arguments, "--step")
     return [*(a for a in kept if a not in ("--resume", "--restart")), "--restart"]
 
@@ -68,7 +69,10 @@ def saved_step(out: Path) -> int:
 
 
 def named_values(option: str, given: list[str]) -> dict[str, str]:
-    """Return name -> value of an option that is given as NAME=VALUE; ValueError if it is not."""
+    """Return the values by name of an option that is given as NAME=VALUE.
+
+    Anything else raises a ValueError.
+    """
     values = {}
     for text in given:
         name, equals, value = text.partition("=")
@@ -79,7 +83,7 @@ def named_values(option: str, given: list[str]) -> dict[str, str]:
 
 
 def _without_option(arguments: list[str], name: str) -> list[str]:
-    """Return arguments without an option and its value."""
+    """Return the arguments without an option and its value."""
     kept, is_value = [], False
     for word in arguments:
         if not is_value and word != name and not word.startswith(f"{name}="):
