@@ -61,7 +61,7 @@ _FILE_ERRORS = {
 
 
 def said_of(error: Exception) -> str:
-    """Return one line about an error; for a file error, the name of the file and what to do."""
+    """Return one line about an error; for a file error it gives the file's name and advice."""
     if isinstance(error, OSError) and error.filename and error.errno in _FILE_ERRORS:
         return f"{error.filename}: {_FILE_ERRORS[error.errno]}"
     return f"{type(error).__name__}: {error}"

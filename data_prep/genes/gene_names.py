@@ -75,7 +75,7 @@ def _is_ensembl(name: str) -> bool:
 
 
 def present(gene_id: str) -> str:
-    """Return the name without outer blanks, or '' if it is a word for a missing name (``nan``)."""
+    """Return a name without spaces around it; '' for words that mean a missing name (``nan``)."""
     name = gene_id.strip()
     return "" if len(name) <= _LONGEST_NO_NAME and name.lower() in _NO_NAME else name
 

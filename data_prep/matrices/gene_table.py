@@ -1,4 +1,4 @@
-"""Caches what follows from the names of genes, for the different tables of genes in a corpus.
+"""Caches results that depend on gene names only, for the different gene tables of a corpus.
 
 A corpus has thousands of files but a handful of gene tables. Finding species, genomes,
 mitochondrial genes and tokens of a table takes far longer than reading a small file, so the results

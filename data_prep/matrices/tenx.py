@@ -121,7 +121,7 @@ class TenxStore(_Features):
 
 
 class MtxStore(_Features):
-    """The matrix of a 10x folder, copied row by row.
+    """The count matrix of a 10x folder or of an mtx file.
 
     The folder holds ``matrix.mtx``, ``features.tsv`` or ``genes.tsv``, and ``barcodes.tsv``; each
     file may end in ``.gz``. `path` may also be an mtx file whose tables lie beside it and have

@@ -102,8 +102,8 @@ def prepare(
     Raises
     ------
     ValueError
-        The input is wrong; the message names the file and a remedy. If no cell has been encoded,
-        no work is left in the folder; otherwise the work is kept, and the same command continues.
+        The input is wrong; the message names the file and a remedy. Finished work is kept, and the
+        same command continues it; if there is none yet, nothing is left in the folder.
     OSError
         The disk is full, a worker was killed, or a file of the work is damaged.
     """

@@ -1,4 +1,4 @@
-"""Reads shards behind a URL in parts, and keeps a copy of what was read on a local disk.
+"""Reads shards behind a URL in parts, and keeps the parts that were read in a local copy.
 
 `open_remote` returns the manifest and a `ShardCache`, which fetches members of tars through
 `Remote`. The copy of a tar is a sparse file in which every member has the same offset as in the

@@ -1,4 +1,4 @@
-"""Checks whether the values of a count matrix are raw counts, and names what they are otherwise.
+"""Checks whether the values of a count matrix are raw counts, and recognises other values.
 
 Rank value encoding needs counts up to one factor per cell, because it divides by a cell's total and
 by medians of counts. Estimated or corrected counts are fractional and can be accepted. Logarithms,
@@ -27,7 +27,7 @@ _MOSTLY = 0.9
 
 @dataclass(frozen=True)
 class Place:
-    """The place of values, for messages: the file, its --counts, and other choices of --counts."""
+    """The origin of values, for messages: the file, its --counts, and the choices of --counts."""
 
     path: str
     counts: str
@@ -97,7 +97,7 @@ def fractional_values(place: Place, data: np.ndarray, indptr: np.ndarray, allowe
 
 
 def _made_of_counts(data: np.ndarray, indptr: np.ndarray) -> str | None:
-    """Return what kind of values fractional data are, None if they may be counts.
+    """Return text that says why fractional values are no counts, None if they may be counts.
 
     The data must not be negative.
     """

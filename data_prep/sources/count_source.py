@@ -153,7 +153,7 @@ class CountSource:
             if columns:
                 return names_of(as_text(store.var(columns[0])))
             if self.options.gene_column or "ensembl_id" in store.var_columns():
-                return names_of(as_text(store.var(None)))  # then the index may hold them
+                return names_of(as_text(store.var(None)))  # the index may hold symbols
             return None
 
     def find_genes(self, vocabulary: Vocabulary) -> FoundGenes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 FILTER_COLUMN = "filter_pass"
-PRIMARY = "is_primary_data"  # a column of CELLxGENE; False for cells of another data set's copy
+PRIMARY = "is_primary_data"  # column of CELLxGENE; False for copies of cells
 _PASS = frozenset({"1", "1.0", "true", "t", "yes", "y", "pass", "passed"})
 _FAIL = frozenset({"0", "0.0", "false", "f", "no", "n", "fail", "failed", ""})
 

@@ -268,7 +268,7 @@ class Attempt:
         return [line_of(command) for command in self._commands.values()]
 
     def run(self) -> int:
-        """Start all ranks, watch them, kill what is left; return the exit code of the attempt."""
+        """Start all ranks, watch them, kill remaining processes; return the attempt's exit code."""
         try:
             self._write_settings()
         except OSError as error:
