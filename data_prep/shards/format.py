@@ -22,14 +22,10 @@ import json
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
-
-if TYPE_CHECKING:
-    pass
 
 SHARD_FORMAT = "geneloom-shards/2"
 # Format 1 had metadata columns as plain strings and no statistics.json.

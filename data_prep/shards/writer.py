@@ -10,16 +10,12 @@ import hashlib
 import tarfile
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from data_prep.shards.format import INDEX_SCHEMA, SPLITS, member_name, tar_stem
-
-if TYPE_CHECKING:
-    pass
 
 _TAR_BLOCK = 512
 
