@@ -21,7 +21,7 @@ last_step() {
     tail -n 1 "$out/run/metrics.jsonl" 2>/dev/null | grep -o '"step": [0-9]*' | grep -o '[0-9]*' || echo 0
 }
 
-run python -m eval.demo_cells "$out/cells.h5ad"
+run python -m eval.cells.demo_cells "$out/cells.h5ad"
 run geneloom prepare "$out/cells.h5ad" --vocab build --total-column n_counts --obs cell_type \
     --heldout 0.1 --out "$out/shards"
 
