@@ -17,14 +17,14 @@ from docs.generate import commands_page, configuration_page, plans_table  # noqa
 
 # Files of the repository that are pages of the site too.
 PAGES = {
-    "README.md": "index.md",
+    "README.md": "overview.md",
     "CONTRIBUTING.md": "contributing.md",
     "LOG.md": "log.md",
     "CHANGELOG.md": "changelog.md",
     "deepspeed_configs/README.md": "deepspeed.md",
 }
 _PLANS = "<!-- made: plans -->"
-_LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
+_LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 _FENCE = re.compile(r"^```.*?^```", flags=re.M | re.S)
 
 

@@ -136,6 +136,16 @@ def test_links_lead_to_files(page):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_the_index_leads_to_every_page():
+    """Somebody who begins at docs/index.md finds each page and each notebook."""
+    index = ROOT / "docs" / "index.md"
+    linked = {t.partition("#")[0] for t in re.findall(r"\]\(([^)\s]+)\)", index.read_text())}
+    pages = {p.name for p in (ROOT / "docs").glob("*.md")} - {index.name}
+    notebooks = {f"notebooks/{p.name}" for p in (ROOT / "docs" / "notebooks").glob("*.ipynb")}
+    assert len(pages) > 20 and notebooks
+    assert pages | notebooks <= linked, (pages | notebooks) - linked
+
+
 def strings_of_the_code() -> list[str]:
     """Return every text in the code; what an f-string fills in is a NUL."""
     found = []
