@@ -1,6 +1,4 @@
-"""Entry point for launchers: ``deepspeed --module pretrain --config FILE ...`` runs the same as
-``geneloom pretrain``.
-"""
+"""Entry point for launchers: ``deepspeed --module pretrain ...`` is ``geneloom pretrain ...``."""
 
 import signal
 

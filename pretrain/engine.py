@@ -145,8 +145,7 @@ class Engine:
             self._compiled = found
 
     def dry_pass(self, heaviest: MicroBatch) -> None:
-        """Compute the largest micro-batch once with weight zero, so that too little memory shows at
-        once.
+        """Compute the largest micro-batch once with weight zero, to test whether it fits in memory.
 
         Its gradients are exact zeros, so the first training step gives the same result as without
         it.

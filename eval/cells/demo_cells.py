@@ -1,5 +1,4 @@
-"""Write real cells that scanpy provides as raw counts: ``python -m eval.cells.demo_cells
-OUT.h5ad``.
+"""Write scanpy's real cells as raw counts: ``python -m eval.cells.demo_cells OUT.h5ad``.
 
 The data are 700 peripheral blood cells with 10 published types (10x Genomics, Zheng et al. 2017).
 The package stores 765 log-normalised genes. Undoing the logarithm and dividing by the smallest

@@ -80,8 +80,7 @@ def gene_states(
 
 
 def between_minus_within(states: np.ndarray, types: np.ndarray, donors: np.ndarray) -> np.ndarray:
-    """Return float64 [labellings]: mean distance of a gene's states between types minus within
-    types.
+    """Return float64 [labellings]: mean distance of a gene's states between minus within types.
 
     The distance is 1 - cosine of the states in two cells of one donor. "Between" is the mean over
     pairs of types of the mean over pairs of cells. "Within" is the mean over types of the mean over

@@ -254,9 +254,7 @@ class Classifier(nn.Module):
         return hidden_BLD, torch.full((len(cells),), *lengths, device=ids.device)
 
     def predict_cells(self, tokens: list[np.ndarray], head_name: str) -> np.ndarray:
-        """Return float32 [cells, classes] probabilities in input order; NaN for cells without
-        genes.
-        """
+        """Return float32 [cells, classes] probabilities in input order; NaN for empty cells."""
         head = self._head(head_name, "cells")
         out = np.full((len(tokens), len(head.classes)), np.nan, dtype=np.float32)
         for batch in self._batches(tokens):

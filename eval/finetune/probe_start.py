@@ -41,8 +41,7 @@ def start_from_probe(
     balanced: bool,
     seed: int,
 ) -> float:
-    """Set a head to the weights of a regression on frozen states; return 1 / the penalty's
-    strength.
+    """Set a head to the weights of a regression on frozen states; return the chosen 1 / penalty.
 
     The states are standardised, and mean and scale are folded into the weights. The penalty is the
     one with the lowest log-loss in cross-validation by group. A class without examples gets a row

@@ -47,9 +47,7 @@ class Network:
 
     @cached_property
     def distances(self) -> np.ndarray:
-        """Return int32 [T, genes], regulations on the shortest path from TF to gene; 0 without a
-        path.
-        """
+        """Return int32 [T, genes], steps on the shortest path from TF to gene; 0 without a path."""
         is_edge = self.weights.toarray() != 0
         found = np.where(is_edge, 1, 0).astype(np.int32)
         for tf in reversed(range(len(self.tfs))):

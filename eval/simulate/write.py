@@ -256,9 +256,7 @@ def gene_table(simulation: Simulation, ids: list[str]) -> pd.DataFrame:
 
 
 class GrowingFile:
-    """An h5ad file to which cells are added block by block, with at most one layer besides the
-    counts.
-    """
+    """An h5ad file to which cells are added block by block, with at most one further layer."""
 
     def __init__(self, path: Path, num_genes: int, layer: str | None = None) -> None:
         self._file = h5py.File(path, "w")

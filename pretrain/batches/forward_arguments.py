@@ -34,9 +34,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def device_arguments(data: RankStep, device: torch.device) -> Iterator[tuple[Any, ...]]:
-    """Yield the arguments of each forward pass of a step; a staged step reaches the GPU in one
-    copy.
-    """
+    """Yield the arguments of each forward pass of a step; a staged step is copied at once."""
     if data.staged is not None:
         staging, staged = data.staged
         yield from staging.copies(staged)

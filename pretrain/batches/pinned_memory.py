@@ -35,9 +35,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class Staged:
-    """The arguments of forward passes in one uint8 buffer on the host, of which `size` bytes are
-    used.
-    """
+    """The arguments of forward passes in one uint8 buffer on the host, which uses `size` bytes."""
 
     buffer: torch.Tensor
     size: int

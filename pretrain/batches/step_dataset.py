@@ -233,9 +233,7 @@ class StepDataset:
         return self._packed(micro, hidden, masks.most(length)), hidden
 
     def _packed(self, micro: MicroBatch, hidden: int, most: int) -> MicroBatch:
-        """Return the micro-batch with its cells also in packed form, if the model takes them
-        packed.
-        """
+        """Return the micro-batch with its cells also in packed form, if the model needs it."""
         if not self.packs:
             return micro
         # Here the number of hidden genes need not be the same for all steps of a bucket, because

@@ -60,17 +60,13 @@ class Checkpoint:
 
     @property
     def updates(self) -> int:
-        """Return the number of steps that changed weights: all but the skipped
-        (`run.on_not_finite`).
-        """
+        """Return how many steps changed weights: all but those skipped (`run.on_not_finite`)."""
         # Versions that skipped no steps did not write this entry.
         return self.record.get("updates", self.step)
 
     @property
     def heldout_loss(self) -> float | None:
-        """Return the held-out loss after exactly this step, None if it was not measured or
-        recorded.
-        """
+        """Return the held-out loss after exactly this step, None if it was not recorded."""
         return self.record.get("heldout_loss")
 
     def reader(self) -> FragmentReader:

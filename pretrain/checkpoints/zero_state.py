@@ -58,8 +58,7 @@ class Fragment:
 
 
 def owned_fragments(engine, stage: int, rank: int) -> Iterator[Fragment]:
-    """Yield this rank's fragments of a DeepSpeed engine; they contain moments after
-    `ensure_moments`.
+    """Yield this rank's fragments of a DeepSpeed engine, with moments after `ensure_moments`.
 
     At stage 0 rank 0 owns everything.
     """

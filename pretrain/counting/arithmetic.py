@@ -316,8 +316,7 @@ def _count_rows(
 
 
 def _log_ratios(differences: np.ndarray, neighbours: np.ndarray, mass: np.ndarray) -> np.ndarray:
-    """Return float32 [contexts, SLOTS, 2 G - 1], the log of counts over counts expected by
-    frequency.
+    """Return float32 [contexts, SLOTS, 2 G - 1], the log of counts over expected counts.
 
     The estimate goes from the widest bins to the finest: the ratio of a bin starts from that of the
     bin around it, and its own counts change it as far as they outweigh `_PULL`.

@@ -192,9 +192,7 @@ class ArithmeticPrior:
         return values
 
     def _seen(self, genes_BL: torch.Tensor, num_visible_B: torch.Tensor, size: int) -> torch.Tensor:
-        """Return float32 [B, V], `_SEEN` times the number of times that a gene is visible in a
-        cell.
-        """
+        """Return float32 [B, V], `_SEEN` times how often a gene is visible in a cell."""
         is_gene = torch.arange(genes_BL.shape[1], device=genes_BL.device) < num_visible_B[:, None]
         seen = torch.zeros(len(genes_BL), size, device=genes_BL.device)
         return seen.scatter_add(1, genes_BL, _SEEN * is_gene.float())

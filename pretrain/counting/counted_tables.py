@@ -90,9 +90,7 @@ def counted_tables(
 
 @dataclass(frozen=True)
 class TrainBlock:
-    """Training cells: numbers int64 [cells], `tokens` one cell after another, `offsets` int64
-    [cells + 1].
-    """
+    """Training cells: numbers int64 [cells], flat `tokens`, `offsets` int64 [cells + 1]."""
 
     cells: np.ndarray
     tokens: np.ndarray

@@ -1,9 +1,7 @@
-"""Evaluate a model on held-out cells with fixed masks, and compare it with baselines that only
-count.
+"""Evaluate a model on held-out cells with fixed masks, beside baselines that only count.
 
-`heldout_evaluation` is called once per run and scores the baselines; `HeldoutEvaluation.run` scores
-the model; `log_heldout` writes the record, the line for the console, and a remark on the curve of
-held-out losses.
+`heldout_evaluation` scores the baselines once per run, `HeldoutEvaluation.run` scores the model,
+and `log_heldout` logs the result, with a remark on the curve of held-out losses.
 """
 
 from __future__ import annotations
@@ -53,19 +51,16 @@ from pretrain.run_folder.run_record import is_run_folder
 logger = logging.getLogger(__name__)
 
 EVALUATION_SEED = 0
-# The token budget of the run is not used, because it would change which cells the first N of the
-# plan are.
+# The run's token budget is not used: it would change which cells are the first N of the plan.
 EVALUATION_TOKENS = 16_384
 BEYOND = f"beyond_{ARITHMETIC}"
 UNIGRAM = "unigram"
-# A held-out loss this far above the lowest one is no noise, because cells and masks are always the
-# same.
+# Cells and masks are always the same, so a loss this far above the lowest one is no noise.
 _TOLERANCE = 0.02
 
 
 class HeldoutEvaluation:
-    """The evaluation on the same held-out cells and masks each time; the baselines are computed
-    once.
+    """Evaluates the same held-out cells and masks each time; the baselines are computed once.
 
     Every rank evaluates its share of every batch. `packs` is True if the model takes packed cells.
     """
@@ -119,8 +114,7 @@ class HeldoutEvaluation:
             return Baselines(by_rank, None)
         # The folder of a new run must stay empty until all settings and data have been accepted.
         fallback = out if is_run_folder(out) else None
-        # The tables of the prior are used here, so the prior finds them and the corpus is read only
-        # once.
+        # The tables of the prior are used here, so that the corpus is read once for both.
         is_by_fold = config.objective.prior != "none"
         tables = dist.first_rank_first(
             self._ranks,
@@ -132,9 +126,7 @@ class HeldoutEvaluation:
         return Baselines(by_rank, Arithmetic(tables, shards.vocabulary))
 
     def _steps(self) -> Iterator[tuple[int, RankStep]]:
-        """Yield (bucket number, this rank's micro-batches of a step); on a GPU a thread prepares
-        them.
-        """
+        """Yield (bucket number, this rank's step); on a GPU a thread prepares the steps."""
         threads = 1 if self._ranks.device.type == "cuda" else 0
         for data in steps_in_background(self._dataset, 0, self._num_steps, threads):
             yield self._lengths.index(data.length), data
@@ -164,8 +156,7 @@ class HeldoutEvaluation:
     def run(
         self, model: torch.nn.Module, on_batch: Callable[[], None] = lambda: None
     ) -> dict[str, Any]:
-        """Return the scores of a model; its training mode is restored. `on_batch` is called after
-        each pass.
+        """Return the scores of a model, and restore its mode; `on_batch` is called in each pass.
 
         ``loss`` (nats), ``accuracy`` (top-1) and ``top10`` are means over all hidden genes of all
         ranks; each also exists with ``_by_rank_decile`` (a list, None where no gene is hidden),

@@ -219,8 +219,7 @@ class RunLog:
             self._tensorboard.add_custom_scalars(LAYOUT)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Append one record to metrics.jsonl and TensorBoard; kinds: train, heldout, checkpoint,
-        skipped.
+        """Append a record to metrics.jsonl and TensorBoard (train, heldout, checkpoint or skipped).
 
         In TensorBoard, each element of a list or dict of numbers is one scalar:
         ``heldout/loss_by_bucket/0512``, ``heldout/loss_by_rank_decile/1``.

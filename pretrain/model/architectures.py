@@ -219,9 +219,7 @@ class _Bert(Architecture):
 
 
 class _ModernBert(Architecture):
-    """ModernBERT: pre-norm, rotary positions, gated feed-forward, local layers (Warner et al.
-    2024).
-    """
+    """ModernBERT (Warner et al. 2024): pre-norm, rotary, gated feed-forward, local layers."""
 
     embedding = "model.embeddings.tok_embeddings.weight"
     bias = "decoder.bias"
@@ -344,9 +342,7 @@ class _ModernBert(Architecture):
 def _asking(
     hidden_BLD: torch.Tensor, asked_BQ: torch.Tensor | None, are_unique: bool
 ) -> torch.Tensor:
-    """Return [B, Q, D], the states at the query positions; fillers of padded rows repeat one
-    position.
-    """
+    """Return [B, Q, D], the states at the query positions; fillers repeat one position."""
     if asked_BQ is None:
         return hidden_BLD
     return picked(hidden_BLD.flatten(0, 1), asked_BQ, are_unique)

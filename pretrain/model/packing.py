@@ -70,9 +70,7 @@ class Packing(NamedTuple):
         return len(self.starts_B) - 1
 
     def rows(self, values_T: torch.Tensor) -> torch.Tensor:
-        """Return [B, L, ...], the values of positions as one row per cell, with zeros behind each
-        cell.
-        """
+        """Return [B, L, ...], the values of positions as one row per cell, filled with zeros."""
         shape = self.num_cells, self.length
         flat = values_T.new_zeros(shape[0] * shape[1], *values_T.shape[1:])
         return flat.index_copy(0, self.padded_T, values_T).unflatten(0, shape)

@@ -90,8 +90,7 @@ def asked_shares(config: RunConfig) -> tuple[float, float]:
 
 
 def flops_per_token(config: RunConfig, num_tokens: int, length: float) -> float:
-    """Return the floating point operations, forward and backward, per token in a cell of this
-    length.
+    """Return the forward and backward operations per token in a cell of this length.
 
     They are 6 for each weight of the layers' matrices, 12 d for each position that a layer attends
     to, and those of the head. The head, and the last layer except its keys and values (in a

@@ -143,8 +143,7 @@ def _join(backend: str, gpu: int, timeout: timedelta) -> None:
 
 
 def _meeting_store(is_first: bool, timeout: timedelta) -> tuple[Any, int]:
-    """Return the store at ``MASTER_ADDR:MASTER_PORT``, and how often this process has used it
-    before.
+    """Return the store at ``MASTER_ADDR:MASTER_PORT``, and how often it was used before.
 
     Rank 0 keeps the store open until it meets the ranks at another place: DeepSpeed's groups
     outlive a run, and a port that is still open cannot be opened again.
@@ -441,12 +440,12 @@ def leave() -> None:
 
 
 def forget_earlier_runs() -> None:
-    """Undo the settings that DeepSpeed makes for a whole process, so that earlier runs have no
-    effect.
+    """Undo the settings that DeepSpeed makes for a whole process.
 
-    ZeRO 3 replaces torch's linear layer. The replacement returns gradients in another order
-    (weight, bias), and ZeRO 2 adds up the gradients of all ranks in the order in which they come.
-    If only some ranks had used ZeRO 3 before, biases would be added to weights.
+    After this a run does not depend on earlier runs in the process. ZeRO 3 replaces torch's linear
+    layer. The replacement returns gradients in another order (weight, bias), and ZeRO 2 adds up the
+    gradients of all ranks in the order in which they come. If only some ranks had used ZeRO 3
+    before, biases would be added to weights.
 
     A run in autocast (bf16 at stage 0) makes every later run communicate gradients in the type of
     the weights, whatever `communication_data_type` says.

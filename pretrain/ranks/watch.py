@@ -128,9 +128,7 @@ class Watch:
         self.passed("the last batch" if step is None else "the step's cells")
 
     def passed(self, point: str) -> None:
-        """Record that the main thread passed a point; all ranks pass the same points in the same
-        order.
-        """
+        """Record that the main thread passed a point; all ranks pass the same ones in order."""
         self._passed = self._passed[0] + 1, point, time.time()
 
     def _leave_together(self) -> None:
@@ -239,9 +237,7 @@ class Watch:
                 self._end(f"no step was finished for {self._stall_s:.0f} s: {where}")
 
     def _who_stands_still(self) -> str:
-        """Return the ranks that the others wait for: those behind, or outside a collective
-        operation.
-        """
+        """Return the ranks that the others wait for: those behind, or outside a collective."""
         said = {}
         for rank in range(self._others + 1):
             if self._store.check([f"where/{rank}"]):
@@ -276,9 +272,7 @@ class Watch:
         }
 
     def _look_at_talk(self) -> None:
-        """End the process if the store does not answer, because the thread that asked it waits
-        forever.
-        """
+        """End the process if the store does not answer, for its thread then waits forever."""
         rounds = unchanged = 0
         while not self._stopped.wait(self._interval_s):
             now = self._rounds
@@ -294,9 +288,7 @@ class Watch:
         return f"{who} gave no sign of life for {self._patience() * self._interval_s:.1f} s"
 
     def _told_failure(self) -> str | None:
-        """Return the failure that a rank of this run reported; messages of other writers are
-        ignored.
-        """
+        """Return the failure that a rank of this run reported; other messages are ignored."""
         if not self._store.check(["failure"]):
             return None
         text = self._signer.opened(self._store.get("failure"))
@@ -328,9 +320,7 @@ class Watch:
             logger.warning("rank %d: nobody could be told: %s", self._rank, text)
 
     def _end(self, text: str) -> None:
-        """End this process at once, because its main thread may wait forever in a collective
-        operation.
-        """
+        """End this process at once: its main thread may wait forever in a collective."""
         if self._stopped.is_set() or not self._ending.acquire(blocking=False):
             return
         print(

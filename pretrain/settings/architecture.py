@@ -142,8 +142,7 @@ def _rotary_settings(path: Path, content: dict[str, Any]) -> dict[str, Any]:
 def architecture_conflicts(
     given: dict[str, Any], folder: Path, theirs: dict[str, Any]
 ) -> list[str]:
-    """Return one sentence if model settings conflict with the weights of a folder, else an empty
-    list.
+    """Return one sentence if model settings conflict with a folder's weights, else nothing.
 
     Parameters
     ----------

@@ -28,8 +28,7 @@ def apply_override(content: dict, override: str) -> None:
 
 
 def explain(error: Any, settings: type[BaseModel]) -> str:
-    """Return the description of one validation problem, with the nearest known name if one is
-    misspelt.
+    """Return a description of a validation problem, with the nearest name if one is misspelt.
 
     `settings` is the model of all sections that was validated.
     """

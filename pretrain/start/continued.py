@@ -24,9 +24,7 @@ class ForeignCheckpoint(Checkpoint):
     source: Reader
 
     def reader(self) -> Any:
-        """Return a `Reader` of the files of all ranks, with the parameter names of this run's
-        model.
-        """
+        """Return a `Reader` of the files of all ranks, with the names of this run's model."""
         return self.source
 
 

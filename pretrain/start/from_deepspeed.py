@@ -267,9 +267,7 @@ class DeepSpeedReader:
     def _add_overlap(
         self, kind: str, name: str, vector: torch.Tensor, first: int, start: int, numel: int
     ) -> None:
-        """Add the overlap of a vector, which begins at `first` in its row, with a parameter at
-        `start`.
-        """
+        """Add the overlap of a vector that begins at `first` with a parameter at `start`."""
         a, b = max(first, start), min(first + len(vector), start + numel)
         if a < b:
             self._add(kind, name, a - start, vector[a - first : b - first])

@@ -317,8 +317,7 @@ class Engine:
         return torch.cosine_similarity(cells[:, None], self._centroids[None], dim=2)
 
     def probabilities(self, states: States, weights_L: torch.Tensor | None = None) -> torch.Tensor:
-        """Return float64 [B, classes], probabilities of the head, which reads the mean over all
-        genes.
+        """Return float64 [B, classes], the head's probabilities; it reads the mean over all genes.
 
         `weights_L` are the weights of the genes in this mean; None: all are equal.
         """

@@ -122,8 +122,7 @@ def _derivatives(
 
 
 def _between(breaks: np.ndarray, values: np.ndarray, slopes: np.ndarray, length: int) -> np.ndarray:
-    """Return float64 [columns, length + 1]: the value at each break, between the computed breaks
-    too.
+    """Return float64 [columns, length + 1]: the value at each break, interpolated if necessary.
 
     Parameters
     ----------
