@@ -147,8 +147,7 @@ class Engine:
     def dry_pass(self, heaviest: MicroBatch) -> None:
         """Compute the largest micro-batch once with weight zero, to test whether it fits in memory.
 
-        Its gradients are exact zeros, so the first training step gives the same result as without
-        it.
+        The gradients of this pass are exact zeros, so they do not change the first training step.
         """
         try:
             # Torch would allocate the moments in the first step, and they must fit into memory as

@@ -1,4 +1,9 @@
-"""The pretraining loop; `train` and `_Run.loop` can be read from top to bottom."""
+"""The pretraining loop; `train` and `_Run.loop` can be read from top to bottom.
+
+`train` joins the ranks, opens the shards, finds the checkpoint to start from and builds the engine.
+`_Run.loop` then runs the training steps: it computes the micro-batches of this rank, applies the
+gradients, and logs, evaluates and saves a checkpoint when each is due.
+"""
 
 from __future__ import annotations
 

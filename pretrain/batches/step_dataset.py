@@ -183,7 +183,7 @@ class StepDataset:
         micro = self._micro_batch(np.full(rows, -1), nothing, offsets, length, masks)[0]
         if not self.packs:
             return micro
-        # When packed, an empty row is a single token. All hidden places are asked for here, so that
+        # When packed, an empty row is a single token. Here all its positions are computed, so that
         # the pass needs as much memory as with real cells.
         most = masks.most(length) if self._objective.gene_weight else 0
         places = torch.arange(rows)[:, None] * micro.input_ids.shape[1] + torch.arange(most)
@@ -205,8 +205,8 @@ class StepDataset:
             # An empty micro-batch is computed like the others, but has no loss.
             cells, offsets = np.array([-1], dtype=np.int64), np.zeros(2, dtype=np.int64)
         shape = (len(cells), length)
-        # Each bucket has one shape, because every new shape costs a kernel, and on a CPU memory
-        # that is kept.
+        # Each bucket has one shape, because every new shape costs a kernel, and on a CPU also memory
+        # that stays allocated.
         most = len(cells) * masks.most(length)
         inputs, real = self._tensor(shape, torch.int32), self._tensor(shape, torch.bool)
         places, labels = self._tensor((most,), torch.int64), self._tensor((most,), torch.int64)

@@ -113,7 +113,7 @@ def newest(run: Path, set_aside: bool = False) -> Checkpoint | None:
             if set_aside:
                 for path in torn:
                     aside = path.with_name(f"torn-{path.name}")
-                    # The same step may have been torn before.
+                    # An incomplete checkpoint of the same step may lie there already.
                     shutil.rmtree(aside, ignore_errors=True)
                     path.rename(aside)
             return open_checkpoint(folder)

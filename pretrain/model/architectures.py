@@ -296,8 +296,8 @@ class _ModernBert(Architecture):
         assert rotation is not None
         part = layer.attn
         # One projection gives queries, keys and values, so the queries of unneeded positions are
-        # computed in vain. Only a part of its weight cannot be used instead, because ZeRO 3 gathers
-        # the weight for its module alone.
+        # computed in vain. A part of its weight cannot be used alone, because ZeRO 3 gathers the
+        # weight for its module only.
         mixed_BLD = part.Wqkv(layer.attn_norm(hidden_BLD))
         query, key, value = (
             x.unflatten(-1, (-1, part.head_dim)) for x in mixed_BLD.chunk(3, dim=-1)

@@ -20,8 +20,8 @@ from pretrain.config import MaskingConfig
 
 # Held-out cells always hide 15 %, whatever the training run uses, so that curves stay comparable.
 # All hidden genes become <mask>: under 80/10/10 a tenth of the answers can be copied from the
-# input. That was worth 0.75 nats to a 6-layer model, and no baseline that ignores the cell can do
-# it.
+# input. That was worth 0.75 nats to a 6-layer model, and a baseline that ignores the cell cannot
+# copy.
 EVALUATION_MASKING = MaskingConfig(mask_share=1.0, random_share=0.0)
 NO_LABEL = -100  # the label that torch's cross_entropy ignores
 _PLACE_BITS = np.uint64(16)  # bits for the position beside the cell number in one 64-bit integer
