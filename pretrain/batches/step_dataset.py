@@ -205,7 +205,7 @@ class StepDataset:
             # An empty micro-batch is computed like the others, but has no loss.
             cells, offsets = np.array([-1], dtype=np.int64), np.zeros(2, dtype=np.int64)
         shape = (len(cells), length)
-        # Each bucket has one shape, because every new shape costs a kernel, and on a CPU also memory
+        # Each bucket has one shape, because every new shape costs a kernel, and on a CPU memory
         # that stays allocated.
         most = len(cells) * masks.most(length)
         inputs, real = self._tensor(shape, torch.int32), self._tensor(shape, torch.bool)
