@@ -1,6 +1,9 @@
-"""All settings of a pretraining run: one frozen model per concern, refused early.
+"""All settings of a pretraining run, checked before the run starts.
 
-Order of precedence: defaults here < YAML file < ``section.field=value`` of the command line.
+There is one frozen pydantic model per section (data, masking, batch, optimizer, ...); `RunConfig`
+holds them all. `load_config` reads a YAML file, applies the overrides of the command line and
+reports all wrong settings together. A value on the command line (``section.field=value``) wins over
+the YAML file, and the YAML file wins over the defaults in this module.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ CONFIG_FOLDER = Path(__file__).parent / "configs"
 
 
 class DataConfig(Section):
-    """Where the cells come from."""
+    """The source of the training cells, and what happens when a part of it is damaged."""
 
     shards: str = Field(description="folder made by `geneloom prepare`, or its URL")
     cache: Path | None = Field(
@@ -48,7 +51,7 @@ class DataConfig(Section):
 
 
 class MaskingConfig(Section):
-    """Which genes are hidden, and what stands in their place (BERT's 80/10/10)."""
+    """The masking rule: which genes are hidden, and what replaces them (BERT's 80/10/10 rule)."""
 
     probability: float = Field(default=0.15, gt=0, lt=1, description="share of a cell's genes")
     mask_share: float = Field(default=0.8, ge=0, le=1, description="of the hidden: becomes <mask>")
@@ -85,9 +88,12 @@ class MaskingConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """What is learned. Genes: each hidden gene at its own place. Cells: all hidden genes of a cell
-    at once, from the mean state of its visible ones, so that this mean, which describes a cell
-    afterwards, is what training moves."""
+    """The training objective: the loss of single genes, the loss of whole cells, or both.
+
+    The gene objective predicts each hidden gene at its own position. The cell objective predicts
+    all hidden genes of a cell at once from the mean state of its visible genes. This mean is the
+    cell embedding that is used after training, so the cell objective trains it directly.
+    """
 
     gene_weight: float = Field(
         default=1.0,
@@ -120,7 +126,10 @@ class ObjectiveConfig(Section):
 
 
 class BatchConfig(Section):
-    """Token budgets. Cells per step = tokens_per_step // bucket length, on any number of ranks."""
+    """The batch size, given as budgets of padded tokens.
+
+    A global batch holds tokens_per_step // bucket length cells, on any number of ranks.
+    """
 
     tokens_per_step: int = Field(
         default=163_840, ge=64, description="padded tokens of one optimizer step"
@@ -133,7 +142,7 @@ class BatchConfig(Section):
     )
 
 
-# Measured on 15,512 real cells at width 128, 4 layers, 8,192 tokens a step.
+# These defaults were measured on 15,512 real cells at width 128, 4 layers, 8,192 tokens a step.
 _MUON_DEFAULTS = {
     "muon_learning_rate": 0.02,
     "muon_weight_decay": 0.01,
@@ -143,8 +152,12 @@ _MUON_DEFAULTS = {
 
 
 class OptimConfig(Section):
-    """AdamW, or Muon for the matrices inside the layers and AdamW for the rest. Rates are functions
-    of the global step. Defaults: AdamW of Geneformer V1."""
+    """The optimizer and its learning rate schedule: AdamW, or Muon together with AdamW.
+
+    With Muon, the weight matrices inside the layers are trained by Muon and all other parameters by
+    AdamW. Learning rates are functions of the global step. The defaults are the AdamW settings of
+    Geneformer V1.
+    """
 
     kind: Literal["adamw", "muon"] = Field(
         default="adamw",
@@ -186,7 +199,7 @@ class OptimConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _muon_defaults(cls, values: Any) -> Any:
-        """Fill in what Muon has by default, so that a run's record shows what it had."""
+        """Fill in the default settings of Muon, so that the record of a run names all of them."""
         if not isinstance(values, dict) or values.get("kind") != "muon":
             return values
         of_adamw = {k: cls.model_fields[k].default for k in ("schedule", "warmup_steps")} | values
@@ -203,7 +216,7 @@ class OptimConfig(Section):
 
 
 class RunSection(Section):
-    """One run: where, how long, how precise."""
+    """The settings of one run: its folder, length, numerical precision and time limits."""
 
     out: Path = Field(description="run folder")
     seed: int = Field(default=0, ge=0, description="of weights, order of cells, masks and dropout")
@@ -273,17 +286,21 @@ class RunSection(Section):
 
     @property
     def stall_limit_s(self) -> float:
-        """Before a collective gives up: that would not say who was waited for."""
+        """Return after how many seconds in one step a rank counts as stalled.
+
+        The default is shorter than the timeout of a collective operation, because an error of that
+        timeout would not say which rank the others were waiting for.
+        """
         return 0.8 * self.collective_timeout_s if self.stall_s is None else self.stall_s
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """Return how many optimizer steps the run has."""
+        """Return the number of optimizer steps of the whole run."""
         steps = self.epochs * steps_per_epoch
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
 
 class EvaluationConfig(Section):
-    """Held-out loss at fixed masks."""
+    """The evaluation on held-out cells, whose masks stay the same for the whole run."""
 
     every_steps: int = Field(default=1000, ge=1, description="and after the last step")
     max_cells: int = Field(default=2000, ge=1, description="held-out cells that are scored")
@@ -302,7 +319,7 @@ class EvaluationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When to save and how many to keep."""
+    """When checkpoints are saved, and which of them are kept."""
 
     every_steps: int = Field(
         default=1000, ge=1, description="and after the last step, and on a signal"
@@ -326,7 +343,7 @@ class CheckpointConfig(Section):
 
 
 class RunConfig(Section):
-    """Everything a run depends on."""
+    """All settings that a run depends on."""
 
     data: DataConfig
     run: RunSection
@@ -365,41 +382,46 @@ class RunConfig(Section):
         return self
 
     def recipe(self) -> dict[str, Any]:
-        """Return the settings that decide the weights, flat: a resumed run must agree on them."""
+        """Return the settings that determine the weights, as one flat dict.
+
+        A resumed run must have the same values as the run that it continues.
+        """
         decisive = {
             "model": self.model.decisive(),
             "masking": self.masking.decisive(),
-            # At its defaults it is that of older versions, whose records do not name it.
+            # Older versions had these defaults, and their records do not name these settings.
             "objective": self.objective.model_dump(exclude_defaults=True),
             "batch": self.batch.model_dump(include={"tokens_per_step"}),
-            # What is None does not apply, and is no part of the records of older versions.
+            # A value of None means that the setting does not apply; older records do not contain
+            # it.
             "optim": self.optim.model_dump(exclude_none=True),
             "run": self.run.model_dump(include={"seed", "epochs", "max_steps", "precision"})
-            # At its default it is what older versions did, whose records do not name it.
+            # Older versions used the default of tf32, and their records do not name it.
             | self.run.model_dump(include={"tf32"}, exclude_defaults=True),
         }
         return {f"{s}.{k}": v for s, fields in decisive.items() for k, v in fields.items()}
 
     def to_yaml(self) -> str:
-        """Return the resolved settings as YAML."""
+        """Return all settings, defaults included, as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 def load_config(path: str | Path, overrides: list[str] = []) -> RunConfig:  # noqa: B006
-    """Return the run configuration of a YAML file with overrides.
+    """Return the run configuration of a YAML file after the overrides are applied.
 
     Parameters
     ----------
     path
         A YAML file, or the name of one in ``pretrain/configs`` (e.g. ``geneformer_v1_6l``).
     overrides
-        ``section.field=value``; values are read as YAML.
+        Settings as ``section.field=value``; each value is read as YAML.
 
     Raises
     ------
     ValueError
-        All problems together: unknown settings with the nearest known name, wrong values, missing
-        required ones, another architecture than that of ``model.init_from``.
+        The message lists all problems together: unknown settings with the nearest known name, wrong
+        values, missing required settings, an architecture that differs from that of
+        ``model.init_from``.
     """
     file = _find_config(path)
     try:
@@ -422,7 +444,7 @@ def load_config(path: str | Path, overrides: list[str] = []) -> RunConfig:  # no
 
 
 def settings_to_resume_from(folder: str | Path | None) -> list[str]:
-    """Return the settings for which ``--resume-from FOLDER`` is short."""
+    """Return the two settings that the option ``--resume-from FOLDER`` stands for."""
     return [f"model.init_from={folder}", "model.init_moments=true"] if folder else []
 
 

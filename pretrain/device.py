@@ -1,7 +1,7 @@
-"""What a run computes with, chosen by the device it finds: precision, packed cells, compilation.
+"""Choose precision, packing and compilation of a run by the device that it computes on.
 
-Rules only; who asks says what there is. A run records what was chosen, for settings that say "auto"
-do not tell it.
+The functions contain only the rules, and get the device from their caller. A run records the
+choice, because a setting "auto" does not show it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ Capability = tuple[int, int]
 
 @dataclass(frozen=True)
 class Computing:
-    """What was chosen. `compile`: the mode of torch.compile, or "off"; `remarks`: what was asked
-    for and is not so, or costs something, in words."""
+    """The chosen way to compute.
+
+    `compile` is the mode of torch.compile, or "off". `remarks` are sentences about settings that
+    could not be followed, or that cost speed.
+    """
 
     device: str
     precision: str
@@ -35,25 +38,25 @@ class Computing:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a run says of it."""
+        """Return the choice as a dict for the record of the run."""
         return {k: v for k, v in asdict(self).items() if k != "remarks"}
 
 
 def capability_of(device: torch.device) -> Capability | None:
-    """Return the compute capability of a GPU; None: it is none."""
+    """Return the compute capability of a GPU; None for any other device."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def capability_here() -> Capability | None:
-    """Return that of the GPU that ranks of this machine would compute on."""
+    """Return the compute capability of the GPU that ranks of this machine use, or None."""
     return torch.cuda.get_device_capability() if dist.finds_gpu() else None
 
 
 def with_precision(config: RunConfig, capability: Capability | None) -> RunConfig:
-    """Return settings with the precision that "auto" means on a GPU of this capability, or on none.
+    """Return settings in which the precision "auto" is resolved for a GPU, or for no GPU.
 
-    bfloat16 where products of matrices have units for it; weights, moments and sums of gradients
-    are float32 in both cases.
+    It is bfloat16 if the GPU has units for bfloat16 products of matrices, else float32. Weights,
+    moments and sums of gradients are float32 in both cases.
     """
     if config.run.precision != "auto":
         return config
@@ -64,12 +67,12 @@ def with_precision(config: RunConfig, capability: Capability | None) -> RunConfi
 def computing(
     config: RunConfig, device: torch.device, capability: Capability | None, micro_batches: int
 ) -> Computing:
-    """Return what a run with a known precision computes with.
+    """Return how a run computes; its precision must be resolved already.
 
     Parameters
     ----------
     micro_batches
-        Of a rank in a step, at most.
+        Largest number of micro-batches of a rank in a step.
 
     Raises
     ------
@@ -103,10 +106,11 @@ def _packs(config: RunConfig, capability: Capability | None, remarks: list[str])
 
 
 def _compile_mode(config: RunConfig, micro_batches: int, remarks: list[str]) -> str:
-    """Return how layers are compiled.
+    """Return the mode in which layers are compiled.
 
-    CUDA graphs write their results to the same places at each replay. Gradients that are kept from
-    a micro-batch to the next lie there, and so do states that a layer is computed again from.
+    CUDA graphs write their results to the same memory at each replay. Gradients that are kept from
+    one micro-batch to the next are stored there, and so are the states from which activation
+    checkpointing recomputes a layer.
     """
     mode = config.run.compile
     if mode != "reduce-overhead":
@@ -126,7 +130,7 @@ def _compile_mode(config: RunConfig, micro_batches: int, remarks: list[str]) -> 
 
 
 def use(chosen: Computing, is_first: bool) -> None:
-    """Set torch's switches for this process; rank 0 says the remarks."""
+    """Set torch's switches for this process; rank 0 logs the remarks."""
     for remark in chosen.remarks if is_first else ():
         logger.warning("%s", remark)
     if chosen.device == "cuda":
@@ -134,9 +138,9 @@ def use(chosen: Computing, is_first: bool) -> None:
 
 
 def compiled_so_far() -> tuple[int, float]:
-    """Return how many graphs this process has compiled, and the seconds that took.
+    """Return how many graphs this process has compiled, and the seconds that this took.
 
-    Kernels of earlier processes are found on the disk (``TORCHINDUCTOR_CACHE_DIR``).
+    Kernels that earlier processes compiled are read from disk (``TORCHINDUCTOR_CACHE_DIR``).
     """
     from torch._dynamo.utils import compilation_time_metrics, counters
 

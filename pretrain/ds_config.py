@@ -1,8 +1,8 @@
-"""Run configuration + one file of ``deepspeed_configs/`` -> the dictionary that DeepSpeed gets.
+"""Derive the dictionary that DeepSpeed receives from the run configuration and a DeepSpeed file.
 
-The files hold ZeRO and communication keys only. Batch sizes, accumulation, clipping, precision and
-optimizer belong to the run configuration; DeepSpeed ignores unknown top-level keys in silence, so
-everything else is refused here.
+The files in ``deepspeed_configs/`` hold ZeRO and communication keys only. Batch sizes,
+accumulation, clipping, precision and optimizer belong to the run configuration. DeepSpeed silently
+ignores unknown top-level keys, so all other keys are refused here.
 """
 
 from __future__ import annotations
@@ -39,16 +39,17 @@ def find_deepspeed_file(name: str) -> Path:
 def derive_ds_config(config: RunConfig) -> dict:
     """Return the DeepSpeed dictionary of a run.
 
-    Gradients: every micro-batch is weighted by us (sum over masked genes x world / masked genes of
-    the global step), so DeepSpeed's own accumulation and its batch arithmetic are set to one.
+    The engine weights the gradients of every micro-batch itself (sum over masked genes x world size
+    / masked genes of the global step), so DeepSpeed's own accumulation and batch sizes are set to
+    one.
 
     Raises
     ------
     ValueError
-        The file is unreadable, has keys that belong to the run configuration, or no ZeRO stage; or
-        it asks for an order of weights that checkpoints do not understand; or torch.compile is
-        asked for at stage 3, whose hooks break its graphs (docs/speed_log.md); or
-        Muon with a file under which it is not exact.
+        The file is unreadable, has keys that belong to the run configuration, or has no ZeRO stage.
+        Or it asks for an order of weights that checkpoints do not understand, or for Muon under
+        settings where it is not exact. Or torch.compile is on at stage 3, whose hooks break its
+        graphs (docs/speed_log.md).
     """
     path = find_deepspeed_file(config.run.deepspeed)
     try:
@@ -80,10 +81,11 @@ def derive_ds_config(config: RunConfig) -> dict:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        # At stage 0 DeepSpeed neither reports the norm nor stops at NaN: optim.py clips there.
+        # At stage 0 DeepSpeed neither reports the norm nor stops at NaN, so optim.py clips there.
         "gradient_clipping": 0.0 if stage == 0 else config.optim.max_grad_norm,
         "zero_allow_untested_optimizer": True,
-        # Offloaded too the optimizer is torch's: DeepSpeed's own resumes with other last bits.
+        # Offloading also uses torch's optimizer, because DeepSpeed's own resumes with other last
+        # bits.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000_000,
     }
@@ -98,7 +100,7 @@ def derive_ds_config(config: RunConfig) -> dict:
 
 
 def _require_exact_muon(path: Path, zero: dict) -> None:
-    """Raise ValueError if weights, state or gradients are not where Muon's pieces are exact."""
+    """Raise ValueError if the ZeRO settings make Muon's update of a matrix inexact."""
     offloads = [k for k in _OFFLOADING if zero.get(k)]
     if offloads:
         raise ValueError(

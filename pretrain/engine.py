@@ -1,4 +1,8 @@
-"""The model inside DeepSpeed: made or restored, and one exact step of it."""
+"""The model inside DeepSpeed: it is built or restored here, and computes one exact training step.
+
+`pretrain.train` makes one `Engine` per run and calls `dry_pass` once, then `forward_backward` and
+`step` in every training step.
+"""
 
 from __future__ import annotations
 
@@ -40,14 +44,14 @@ logger = logging.getLogger(__name__)
 class Engine:
     """A model with its optimizer under one ZeRO stage.
 
-    `ds_config` is what DeepSpeed got; `init` the record of the weights it was started from
-    (`pretrain.start.warm_start`, `pretrain.model.counted_start`), None if they were random; `prior`
-    that of the objective, or None.
+    `ds_config` is the configuration that DeepSpeed received. `init` is the record of the weights
+    that training started from (`pretrain.start.warm_start`, `pretrain.model.counted_start`), None
+    if they were random. `prior` is the arithmetic prior that is added to the logits, or None.
 
     Parameters
     ----------
     last
-        Checkpoint to go on from, or None.
+        The checkpoint to continue from, or None.
     """
 
     def __init__(
@@ -64,7 +68,8 @@ class Engine:
         self.prior = objective_prior(config, shards, last, ranks)
         model = build_model(config.model, shards.vocabulary, config.run.seed, self.prior)
         self.num_parameters = sum(p.numel() for p in model.parameters())
-        # Absent in checkpoints of runs that could only start from random weights.
+        # The record lacks this key in checkpoints of versions that knew only random initial
+        # weights.
         self.init = last.record.get("init") if last else None
         if last:
             zero_state.load_weights(model, last.reader())
@@ -77,7 +82,7 @@ class Engine:
         elif config.model.init_genes == "counted":
             quarantine = config.data.on_damage == "quarantine"
             parts = config.model
-            if self.prior:  # which holds the frequency already
+            if self.prior:  # the prior already contains the frequency
                 left = [p for p in parts.counted if p != "frequency"]
                 parts = parts.model_copy(update={"counted": left})
             self.init = start_counted(model, shards, parts, quarantine, ranks)
@@ -96,14 +101,14 @@ class Engine:
 
     @property
     def start(self) -> tuple[dict | None, ArithmeticPrior | None]:
-        """Return what it began with besides random weights: `init` and `prior`."""
+        """Return what training started from besides random weights: `init` and `prior`."""
         return self.init, self.prior
 
     def _initialise(self, model: MaskedGeneModel, ds_config: dict):
         import deepspeed
 
         optimizer = build_optimizer(model, self._config.optim)
-        # Of weights and moments over all ranks, in float32.
+        # This counts the float32 weights and moments of all ranks together.
         self.state_bytes = state_bytes(optimizer)
         if self.stage == 0:
             self._clipper = StageZeroClipper(optimizer, self._config.optim.max_grad_norm)
@@ -113,7 +118,7 @@ class Engine:
         return engine
 
     def _deal_matrices(self, optimizer: MuonBesideAdamW) -> None:
-        """Tell Muon where ZeRO has put the matrices."""
+        """Tell Muon which parts of the weight matrices ZeRO keeps on which rank."""
         is_replicated = self.stage == 0
         rank = 0 if is_replicated else self._ranks.rank
         optimizer.deal(
@@ -124,27 +129,32 @@ class Engine:
         )
 
     def compile_for(self, chosen: Computing, shapes: set[tuple[int, int]]) -> None:
-        """Compile the training pass, if that was chosen: of rows for these shapes alone."""
+        """Compile the layers for training, if `chosen` says so.
+
+        Without packing, only micro-batches of the given shapes (rows, length) are compiled.
+        """
         self._is_compiled = chosen.compile != "off"
         if self._is_compiled:
             sizes = None if chosen.packed else shapes
             self.deepspeed.module.compile_layers(chosen.compile, sizes)
 
     def log_compiling(self) -> None:
-        """Say what was compiled since the last time, if anything was."""
+        """Log how many graphs were compiled so far, if there are new ones since the last call."""
         if self._is_compiled and (found := compiled_so_far()) != self._compiled:
             logger.info("compiled %d graphs so far, in %.1f s", *found)
             self._compiled = found
 
     def dry_pass(self, heaviest: MicroBatch) -> None:
-        """Compute the largest micro-batch, which weighs nothing: what does not fit shows at once.
+        """Compute the largest micro-batch once with weight zero, to test whether it fits in memory.
 
-        Its gradients are exact zeros, so the first step is what it would be without.
+        The gradients of this pass are exact zeros, so they do not change the first training step.
         """
         try:
-            # Torch would make the moments in the first step: they must fit as well.
+            # Torch would allocate the moments in the first step, and they must fit into memory as
+            # well.
             zero_state.ensure_moments(self.deepspeed, self.stage)
-            # Its gradients are kept: CUDA graphs would write over them in the first step.
+            # The gradients of this pass are kept, and CUDA graphs would overwrite them in the first
+            # step.
             with self.deepspeed.module.without_graphs():
                 losses, _, *of_cells = self.deepspeed(*to_device(heaviest, self._ranks.device))
                 total = sum((part.sum() for part in of_cells), losses.sum())
@@ -167,21 +177,21 @@ class Engine:
         scored_cells: int = 0,
         on_passed: Callable[[str], None] = lambda _: None,
     ) -> StepLoss:
-        """Accumulate the gradients of the exact objective.
+        """Accumulate the gradients of the exact objective, and return the losses of the step.
 
-        Each micro-batch counts with its sum of losses over the hidden genes of the whole global
-        step, and its sum over cells over the scored cells of the step; the factor world_size undoes
-        DeepSpeed's mean over ranks.
+        The objective is the mean loss over the global batch. The loss sum of each micro-batch is
+        divided by the number of hidden genes in the global batch, and its sum over cells by the
+        number of scored cells; the factor world_size undoes DeepSpeed's mean over ranks.
 
         Parameters
         ----------
         masked, scored_cells
-            Hidden genes, and cells that have a loss, of the global step, over all ranks; not read
-            where nothing is asked of genes, or of cells.
+            Number of hidden genes, and of cells that have a loss, in the global batch over all
+            ranks. The one whose objective has weight 0 is not read.
         on_passed
             Called after each micro-batch with its name.
         """
-        # Dropout is a function of (seed, step, rank), so that nothing has to be saved for it.
+        # The dropout seed is a function of (seed, step, rank), so no random state has to be saved.
         torch.manual_seed(stream_key(self._config.run.seed, "dropout", step, self._ranks.rank))
         device, world_size = self._ranks.device, self._ranks.world_size
         objective = self._config.objective
@@ -192,7 +202,7 @@ class Engine:
                 losses, places, *of_cells = self.deepspeed(*arguments)
             total = losses.sum()
             weighted = total * (objective.gene_weight * world_size / masked)
-            for part in of_cells:  # one, or none
+            for part in of_cells:  # zero or one tensor of cell losses
                 cell_total = part.sum()
                 weighted = weighted + cell_total * (
                     objective.cell_weight * world_size / scored_cells
@@ -211,10 +221,11 @@ class Engine:
         return self._loss
 
     def step(self, step: int, total_steps: int) -> tuple[dict[str, float], float]:
-        """Apply the gradients; return (learning rates, the global norm before clipping).
+        """Apply the gradients; return (learning rates, the global gradient norm before clipping).
 
-        Nothing is applied if the norm or the loss is not finite: DeepSpeed skips the step, the
-        clipper raises. Here the host waits for the device, once; the loss is known then.
+        Nothing is applied if the norm or the loss is not finite: DeepSpeed skips the step, or the
+        clipper raises. This is the only place of a step where the host waits for the device; the
+        value of the loss is known after it.
         """
         rates = learning_rates_at(step, total_steps, self._config.optim)
         set_learning_rate(self._optimizer, **rates)
@@ -224,11 +235,11 @@ class Engine:
         with (
             mark("optimizer"),
             norm_read_once(self.deepspeed.optimizer, self._loss),
-            contextlib.suppress(FloatingPointError),  # the norm is looked at
+            contextlib.suppress(FloatingPointError),  # the caller checks the norm
         ):
             self.deepspeed.step()
         if self._clipper:
-            # What the clipper refused is still there; DeepSpeed forgets what it refuses.
+            # The clipper leaves refused gradients in place; DeepSpeed clears those that it refuses.
             self._optimizer.zero_grad()
             return rates, self._clipper.last_norm
         return rates, float(self.deepspeed.get_global_grad_norm() or 0.0)

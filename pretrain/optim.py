@@ -1,4 +1,8 @@
-"""Optimizer, parameter groups, and the learning rate as a pure function of the step."""
+"""The optimizer, its parameter groups, and the learning rate as a function of the step.
+
+`build_optimizer` is called once per run; `learning_rates_at` and `set_learning_rate` in every
+training step.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +23,10 @@ RATE, MUON_RATE = "learning_rate", "muon_learning_rate"
 def parameter_groups(
     model: nn.Module, weight_decay: float, left_out: Collection[str] = ()
 ) -> list[dict]:
-    """Return two groups: matrices decay; biases and LayerNorm (fewer dimensions) do not.
+    """Return two parameter groups: matrices with weight decay, biases and LayerNorm without.
 
-    `left_out`: names of parameters that belong to another optimizer.
+    A parameter with fewer than two dimensions has no weight decay. `left_out` names the parameters
+    that belong to another optimizer.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and n not in left_out]
     decay = [p for _, p in named if p.ndim >= 2]
@@ -33,11 +38,12 @@ def parameter_groups(
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Return torch's AdamW, fused: one pass over weights, gradient and moments instead of ten.
+    """Return the optimizer of the settings: AdamW, or Muon together with AdamW.
 
-    DeepSpeed's own CPU kernels keep running powers of beta, so a resumed run would differ in the
-    last bits; torch's is exact, and needs no compiler. With `optim.kind` muon the matrices inside
-    the layers are Muon's.
+    AdamW is torch's fused version, which passes once over weights, gradient and moments instead of
+    ten times. DeepSpeed's own CPU kernels keep running powers of beta, so a resumed run would
+    differ in the last bits; torch's version is exact and needs no compiler. If `optim.kind` is
+    muon, Muon trains the matrices inside the layers.
     """
     adamw = {
         "lr": config.learning_rate,
@@ -59,7 +65,10 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Return the size of float32 weights and moments of a whole model, before ZeRO divides it."""
+    """Return the size in bytes of the float32 weights and moments of the whole model.
+
+    It is the size before ZeRO divides them among ranks.
+    """
     return sum(
         4 * parameter.numel() * (1 + len(MOMENTS[group.get("kind", "adamw")]))
         for group in optimizer.param_groups
@@ -68,7 +77,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def learning_rates_at(step: int, total_steps: int, config: OptimConfig) -> dict[str, float]:
-    """Return the rates of a step (0-based) by the names that metrics have for them."""
+    """Return the learning rates of a step (counted from 0) under their names in the metrics."""
     rates = {RATE: learning_rate_at(step, total_steps, config)}
     if config.kind == "muon":
         peak, schedule = config.muon_learning_rate, config.muon_schedule
@@ -79,7 +88,10 @@ def learning_rates_at(step: int, total_steps: int, config: OptimConfig) -> dict[
 
 
 def learning_rate_at(step: int, total_steps: int, config: OptimConfig) -> float:
-    """Return AdamW's rate of a step (0-based): warm-up from 0 to the peak, then decay to 0."""
+    """Return AdamW's learning rate of a step (counted from 0).
+
+    The rate rises from 0 to the peak during warm-up, then decays to 0, unless it stays constant.
+    """
     peak, schedule = config.learning_rate, config.schedule
     return _scheduled(step, total_steps, peak, schedule, config.warmup_steps)
 
@@ -96,7 +108,7 @@ def _scheduled(step: int, total_steps: int, peak: float, schedule: str, warmup: 
 
 
 def require_reachable_peak(config: OptimConfig, steps: int) -> None:
-    """Raise ValueError if a run ends before its warm-up does."""
+    """Raise ValueError if the run would end before its warm-up does."""
     for of, warmup in (("", config.warmup_steps), ("muon_", config.muon_warmup_steps)):
         if warmup is not None and warmup >= steps:
             raise ValueError(
@@ -108,7 +120,7 @@ def require_reachable_peak(config: OptimConfig, steps: int) -> None:
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, learning_rate: float, muon_learning_rate: float | None = None
 ) -> None:
-    """Set the rate of all groups, of Muon's to its own."""
+    """Set the learning rate of all parameter groups; Muon's groups get their own."""
     for group in optimizer.param_groups:
         is_muon = group.get("kind") == "muon"
         group["lr"] = muon_learning_rate if is_muon else learning_rate
@@ -117,8 +129,9 @@ def set_learning_rate(
 class StageZeroClipper:
     """Clips and reports the gradient norm at ZeRO stage 0, where DeepSpeed reports none.
 
-    Runs in the optimizer's own pre-step hook: after DeepSpeed's all-reduce, before the update.
-    `loss`: of the step, read together with the norm; one that is not finite stops it too.
+    It runs in the optimizer's own pre-step hook: after DeepSpeed's all-reduce, before the update.
+    `loss` is the loss of the step; it is read together with the norm, and a loss that is not finite
+    stops the step too.
     """
 
     loss: StepLoss | None = None

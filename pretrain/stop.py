@@ -1,4 +1,4 @@
-"""Requests to stop: a signal is remembered, and the step in flight is finished."""
+"""Requests to stop: a signal is remembered, and the current step is finished first."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import time
 
 logger = logging.getLogger(__name__)
 
-# SIGHUP: the terminal was closed, or the connection to it.
+# SIGHUP means that the terminal, or the connection to it, was closed.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-# A launcher and its terminal may both pass on one Ctrl-C.
+# A launcher and its terminal may both pass on one Ctrl-C within this time.
 _SECOND_S = 1.0
 _INTERRUPTED = 128 + signal.SIGINT
 _AT_ONCE = (
@@ -26,9 +26,9 @@ _AT_ONCE = (
 class StopRequest:
     """Remembers signals inside a ``with`` block; the ranks agree on them in the next step.
 
-    A second Ctrl-C ends the process at once. SIGHUP stays ignored where it is, as under nohup.
-    After a block without an error all are ignored: asked again while it exits, a process would
-    die of it.
+    A second Ctrl-C ends the process at once. SIGHUP stays ignored if it was ignored before, as
+    under nohup. After a block without an error all signals are ignored, because another one during
+    the exit would kill the process.
     """
 
     def __init__(self) -> None:
@@ -38,8 +38,8 @@ class StopRequest:
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._ask)
-        # The handlers above wait until the main thread comes back from a collective, which may
-        # hang; the number of each signal is written here at once.
+        # The handlers above wait until the main thread returns from a collective operation, which
+        # may hang. The number of each signal is written to this pipe at once.
         self._numbers, self._writes = os.pipe()
         os.set_blocking(self._writes, False)
         self._before = signal.set_wakeup_fd(self._writes, warn_on_full_buffer=False)
@@ -57,7 +57,8 @@ class StopRequest:
                 signal.signal(number, signal.SIG_IGN)
 
     def _ask(self, number: int, _frame: object) -> None:
-        # Not logged here: a signal can interrupt the writing of a log line, which must not nest.
+        # Nothing is logged here, because a signal can interrupt the writing of a log line, and two
+        # writes must not nest.
         self._name = self._name or signal.Signals(number).name
 
     def _count(self) -> None:
@@ -73,7 +74,7 @@ class StopRequest:
             first = first or now
 
     def was_asked(self) -> bool:
-        """Return whether a signal has come, and say so: it is asked once a step."""
+        """Return whether a signal has arrived, and log it; called once per step."""
         if self._name:
             again = " (Ctrl-C again: end at once)" if self._name == "SIGINT" else ""
             logger.warning("signal %s: stopping after this step%s", self._name, again)

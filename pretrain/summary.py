@@ -1,4 +1,4 @@
-"""What a run did."""
+"""The summary of a run: its steps, losses and counts of cells."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pretrain.measure.step_loss import StepLoss
 
 @dataclass
 class RunSummary:
-    """What a run did; `stopped` is True when a signal ended it early.
+    """The results of one run; `stopped` is True if a signal ended it early.
 
-    `losses` of genes and `cell_losses` are means of each step, 0 where nothing is asked; the counts
-    of cells are of all steps of the run but those skipped, those before a resume included (digest:
-    see `RankStep`).
+    `losses` (of genes) and `cell_losses` are the means of each step, 0 if that objective is off.
+    The counts of cells are over all steps of the run except the skipped ones, including the steps
+    before a resume (digest: see `RankStep`).
     """
 
     first_step: int
@@ -29,7 +29,7 @@ class RunSummary:
     stopped: bool = False
 
     def add(self, counts: dict[str, int], loss: StepLoss, skipped: bool) -> None:
-        """Add what one step served, and its losses."""
+        """Add the counts and losses of one step."""
         self.losses.append(loss.loss / counts["masked"])
         self.cell_losses.append(loss.cell_loss / counts["scored"])
         if skipped:
@@ -39,7 +39,7 @@ class RunSummary:
         self.cells_quarantined += counts["quarantined"]
 
     def cells_record(self) -> dict[str, Any]:
-        """Return what checkpoints and metrics say of the cells so far."""
+        """Return the counts of cells so far, for checkpoints and metrics."""
         return {
             "cells_seen": self.cells_seen,
             "cells_digest": f"{self.cells_digest:016x}",

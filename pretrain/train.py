@@ -1,4 +1,9 @@
-"""The pretraining loop, read from top to bottom."""
+"""The pretraining loop; `train` and `_Run.loop` can be read from top to bottom.
+
+`train` joins the ranks, opens the shards, finds the checkpoint to start from and builds the engine.
+`_Run.loop` then runs the training steps: it computes the micro-batches of this rank, applies the
+gradients, and logs, evaluates and saves a checkpoint when each is due.
+"""
 
 from __future__ import annotations
 
@@ -47,31 +52,31 @@ def train(
     config: RunConfig, resume: Resume = False, allow_changes: bool = False, profile: int = 0,
     from_step: Which = None,
 ) -> RunSummary:  # fmt: skip
-    """Pretrain on this process's share of every batch; called by every rank.
+    """Run the pretraining loop on this rank; every rank calls this function.
 
     Parameters
     ----------
     resume
-        Go on from the newest complete checkpoint of ``config.run.out``; "if-saved": or begin
-        again, if the run was ended before its first.
+        Continue from the newest complete checkpoint of ``config.run.out``. With "if-saved", start
+        from the beginning if the run ended before its first checkpoint.
     allow_changes
-        Resume although the recipe or the shards changed.
+        Resume even if the recipe or the shards changed.
     profile
-        Steps to profile, see `pretrain.measure.step_profile`.
+        Number of steps to profile, see `pretrain.measure.step_profile`.
     from_step
-        Resume from this checkpoint instead of the newest; those after it are set aside.
+        Resume from the checkpoint of this step instead of the newest; later ones are set aside.
 
     Raises
     ------
     ValueError
-        Wrong settings or data, or ranks that differ, before anything is written.
+        Settings or data are wrong, or the ranks differ. Nothing has been written then.
     NotFinite
-        Loss or gradient norm is not finite; nothing was saved after it.
+        The loss or the gradient norm is not finite; nothing was saved after that step.
     CheckpointFailed
         A checkpoint could not be written.
     """
     config = device.with_precision(config, device.capability_here())
-    ds_config = derive_ds_config(config)  # first, for it may be refused
+    ds_config = derive_ds_config(config)  # first, because it may refuse the settings
     with StopRequest() as stop:
         ranks = dist.start(config.run.collective_timeout_s, config.run.threads)
         with (
@@ -84,7 +89,7 @@ def train(
             require_reachable_peak(config.optim, steps)
             start = resume, from_step
             last = agreed_start(config, shards, steps, start, allow_changes, ranks, owner)
-            # Reads shards and may refuse them: before anything is written.
+            # This reads shards and may refuse them, so it comes before anything is written.
             heldout = heldout_evaluation(shards, config, ranks, chosen.packed)
             engine = Engine(config, ds_config, shards, ranks, last)
             engine.compile_for(chosen, dataset.full_shapes())
@@ -98,7 +103,7 @@ def train(
 
 
 def _dataset(config: RunConfig, shards: ShardSet, ranks: Ranks) -> tuple[StepDataset, Computing]:
-    """Return the cells of this rank, and what it computes with."""
+    """Return the dataset of this rank, and the kernels and precision that it computes with."""
     batch = config.batch
     staging = Staging(ranks.device) if ranks.device.type == "cuda" else None
     dataset = StepDataset(
@@ -115,7 +120,7 @@ def _dataset(config: RunConfig, shards: ShardSet, ranks: Ranks) -> tuple[StepDat
 
 
 class _Run:
-    """One start of a run on one rank: the loop, and what it writes."""
+    """The training loop of one started run on one rank, and the files that the loop writes."""
 
     def __init__(
         self,
@@ -155,7 +160,7 @@ class _Run:
             self._log = RunLog(config.run.out, first, owner)
 
     def loop(self, stop: StopRequest, watch: Watch, profile: int) -> None:
-        """Train from the first step to the last, or until asked to stop."""
+        """Train from the first step to the last, or until the run is asked to stop."""
         config, summary, plan = self._config, self.summary, self._dataset.plan
         first, steps = summary.first_step, self._steps
         logger.info(
@@ -175,7 +180,7 @@ class _Run:
             watch.passed("its counts")
             masked, scored = counts["masked"], counts["scored"]
             loss = self._engine.forward_backward(data, step, masked, scored, watch.passed)
-            # Applies nothing that is not finite.
+            # The optimizer applies nothing if the loss or the gradient norm is not finite.
             rates, norm = self._engine.step(step, steps)
             skipped = self._is_skipped(loss.loss + loss.cell_loss, "loss", step, data, loss)
             skipped = skipped or self._is_skipped(norm, "gradient norm", step, data, loss)
@@ -204,7 +209,7 @@ class _Run:
             self._log.close()
 
     def _steps_with_waits(self) -> Iterator[tuple[int, RankStep, float]]:
-        """Yield (step, what this rank computes in it, seconds waited for it)."""
+        """Yield (step, the rank's micro-batches of this step, seconds waited for them)."""
         threads = self._config.data.num_workers
         batches = steps_in_background(self._dataset, self.summary.first_step, self._steps, threads)
         started = time.perf_counter()
@@ -214,12 +219,12 @@ class _Run:
 
     @mark("communication")
     def _agree(self, data: RankStep, stop_asked: bool) -> dict[str, int]:
-        """Return the sums over ranks of what the step holds, and how many ranks want to stop.
+        """Return the counts of the step summed over ranks, and how many ranks were asked to stop.
 
         Raises
         ------
         CheckpointFailed
-            On all ranks, if one of them could not write its part of the last checkpoint.
+            Raised on all ranks if one of them could not write its part of the last checkpoint.
         """
         counts = dist.count_over_ranks(
             {
@@ -236,18 +241,22 @@ class _Run:
         )
         if counts["failed"]:
             self.publisher.stop_if_failed()
-        # 0 if all cells of the step are quarantined: a step of momentum and decay alone.
+        # If all cells of the step are quarantined, the count is 0, and the step changes the weights
+        # by momentum and weight decay alone.
         return counts | {k: max(counts[k], 1) for k in ("masked", "scored")}
 
     def _is_skipped(
         self, value: float, what: str, step: int, data: RankStep, loss: StepLoss
     ) -> bool:
-        """Return whether a step's update is left out, for a value that is not finite, or stop."""
+        """Return whether the update of this step is skipped because `value` is not finite.
+
+        It raises NotFinite instead if the settings allow no further skipped step.
+        """
         if math.isfinite(value):
             return False
         problem = f"{what} is {value}"
         if not self._skips.may_skip(step):
-            self.publisher.close()  # what is being written was made of good steps
+            self.publisher.close()  # the checkpoint being written was made of good steps
             stop_not_finite(
                 problem, step, data, loss.own, self._config.run.out, self._shards, self._ranks,
                 self._skips,
@@ -281,7 +290,7 @@ class _Run:
         self.publisher.save(self._engine.deepspeed, self._engine.stage, content)
 
     def _log_checkpoints(self) -> None:
-        """Record the checkpoints that were finished since."""
+        """Write the checkpoints that were finished since the last call to the metrics file."""
         for values in self.publisher.take_finished():
             if self._log:
                 self._log.write("checkpoint", int(values["step"]), values)

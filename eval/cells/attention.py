@@ -1,7 +1,8 @@
-"""Attention, summed over cells: how much each gene receives in each head, and from which gene.
+"""Sum attention over cells: how much each gene receives in each head, and from which gene.
 
-Sums are added up layer by layer while a batch is computed: no layer's weights outlive it, and what
-is kept depends on the number of genes and not on the number of cells.
+`mean_attention` runs the cells through the encoder. Sums are added up layer by layer while a batch
+is computed. The attention weights of a layer are not kept after its batch, so the memory depends on
+the number of genes and not on the number of cells.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from data_prep.genes.vocabulary import Vocabulary
 from pretrain.cell_states.frozen_states import computing, encode_batch, length_batches
 from pretrain.model.architectures import Encoder, architecture_of, layers_of
 
-# Weights of a layer: batch x heads x length x length.
+# The weights of a layer have the size batch x heads x length x length.
 _TOKEN_BUDGET = 4_096
 _MOST_PAIR_BYTES = 4 * 1024**3
 
@@ -27,21 +28,22 @@ _MOST_PAIR_BYTES = 4 * 1024**3
 class Attention:
     """Mean attention over the cells that have a gene, or both genes of a pair.
 
-    A weight is taken relative to its mean in the cell: times the cell's tokens, so that 1 is what
-    every token gets from uniform attention, and cells of all lengths count alike.
+    A weight is relative to the mean weight in its cell: it is multiplied by the number of the
+    cell's tokens. Thus every token gets 1 under uniform attention, and cells of all lengths count
+    the same.
 
     Attributes
     ----------
     received
-        float64 [groups, layers, heads, genes]: mean over cells of what the gene receives, itself a
-        mean over the cell's genes that attend. NaN without a cell.
+        float64 [groups, layers, heads, genes]: mean over cells of the attention that the gene
+        receives, which is itself a mean over the attending genes of the cell. NaN without a cell.
     cells
-        int64 [groups, genes]: cells with the gene among their tokens.
+        int64 [groups, genes]: number of cells with the gene among their tokens.
     pairs
-        float64 [layers, heads, genes that attend, genes attended to], NaN without a cell; None if
-        not asked for.
+        float64 [layers, heads, attending genes, attended genes], NaN without a cell; None if not
+        asked for.
     pair_cells
-        int64 [genes, genes]: cells with both.
+        int64 [genes, genes]: number of cells with both genes.
     """
 
     received: np.ndarray
@@ -50,7 +52,7 @@ class Attention:
     pair_cells: np.ndarray | None = None
 
     def over_groups(self) -> np.ndarray:
-        """Return float64 [layers, heads, genes]: the mean over all cells."""
+        """Return float64 [layers, heads, genes]: the mean over all cells of all groups."""
         total = np.nansum(self.received * self.cells[:, None, None], axis=0)
         return _means(total, self.cells.sum(axis=0))
 
@@ -66,25 +68,25 @@ def mean_attention(
     device: str = "cpu",
     bf16: bool = False,
 ) -> Attention:
-    """Return the attention that genes receive, over all cells.
+    """Return the attention that genes receive, averaged over cells.
 
     Parameters
     ----------
     cells
-        Token ids of each cell, special tokens included.
+        Token ids of each cell, including special tokens.
     genes
         int [genes], tokens, each once.
     groups
-        int [cells], 0, 1, ...: for sums by donor; None: one group.
+        int [cells], group numbers 0, 1, ..., e.g. for means by donor; None: one group.
     with_pairs
-        Also for every pair of the genes: layers x heads x genes x genes sums.
+        Also compute every pair of the genes, which needs layers x heads x genes x genes sums.
     token_budget
         Padded tokens of one forward pass.
 
     Raises
     ------
     ValueError
-        No gene is among the tokens of a cell, or the pairs are too many for memory.
+        No gene is among the tokens of a cell, or memory is too small for the pairs.
     """
     config = encoder.config
     heads = (config.num_hidden_layers, config.num_attention_heads)
@@ -107,7 +109,7 @@ def mean_attention(
 
 
 def require_detected(cells: list[np.ndarray], genes: np.ndarray) -> None:
-    """Raise ValueError if none of these tokens is in a cell."""
+    """Raise ValueError if none of these tokens occurs in a cell."""
     if not any(np.isin(genes, c).any() for c in cells):
         raise ValueError(
             f"none of the {len(genes):,} genes is among the tokens of any of {len(cells):,} cells; "
@@ -117,7 +119,7 @@ def require_detected(cells: list[np.ndarray], genes: np.ndarray) -> None:
 
 @dataclass
 class _Sums:
-    """Running sums, and where the genes are in the cells of the batch that is being computed."""
+    """Running sums, and the positions of the genes in the cells of the current batch."""
 
     heads: tuple[int, int]
     num_genes: int
@@ -147,7 +149,7 @@ class _Sums:
         gene_of_token: torch.Tensor,
         vocabulary: Vocabulary,
     ) -> None:
-        """Take the cells of the next forward pass, in its order."""
+        """Store the cells of the next forward pass, in its order."""
         width = max(len(c) for c in cells)
         tokens = torch.full((len(cells), width), vocabulary.pad_token)
         for row, cell in enumerate(cells):
@@ -168,10 +170,11 @@ class _Sums:
             self.in_cell.append((places.to(self.device), genes, len(cell)))
 
     def add(self, layer: int, weights_BHLL: torch.Tensor) -> None:
-        """Add what a layer of the batch attends to; padding is right of `place`'s width."""
+        """Add the attention of a layer in the current batch; padding is beyond `place`'s width."""
         width = self.attends_BL.shape[1]
         weights_BHLL = weights_BHLL.float()
-        # A product, and no slice of the weights before it: neither copies them.
+        # A matrix product is used, and the weights are not sliced before it, so they are not
+        # copied.
         attends_BL = nn.functional.pad(self.attends_BL, (0, weights_BHLL.shape[-1] - width))
         received_BHL = (attends_BL[:, None, None] @ weights_BHLL)[:, :, 0, :width]
         received_BLH = (received_BHL * self.scale_B[:, None, None]).transpose(1, 2)
@@ -199,9 +202,10 @@ def _means(sums: np.ndarray, cells: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def _seen(encoder: Encoder, add: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-    """Call `add` with (layer, weights) of every layer that is computed; then all is as before.
+    """Call `add` with (layer, weights) of every computed layer inside a ``with`` block.
 
-    Fused kernels have no weights to show: attention is computed step by step meanwhile.
+    Fused kernels do not return attention weights, so attention is computed step by step inside the
+    block.
     """
     before = encoder.config._attn_implementation
     assert before is not None

@@ -1,9 +1,10 @@
-"""``geneloom attention``: tables of what genes receive in each head, in Parquet.
+"""``geneloom attention``: write tables of the attention that genes receive in each head.
 
-``received.parquet``: ``layer`` (1 is the first), ``head`` (from 1), ``gene``, ``symbol``,
-``group``, ``cells``, ``attention`` (see `eval.cells.attention.Attention`); rows without cells are
-left out. ``pairs.parquet``: ``layer``, ``head``, ``gene`` that attends, ``attended``, ``cells``,
-``attention``, over all groups. ``attention.json``: model, cells, genes and settings.
+The tables are Parquet files. ``received.parquet``: ``layer`` (1 is the first), ``head`` (from 1),
+``gene``, ``symbol``, ``group``, ``cells``, ``attention`` (see `eval.cells.attention.Attention`);
+rows without cells are left out. ``pairs.parquet``: ``layer``, ``head``, the attending ``gene``,
+``attended``, ``cells``, ``attention``, over all groups. ``attention.json``: model, cells, genes and
+settings.
 """
 
 from __future__ import annotations
@@ -44,21 +45,22 @@ def attention_file(
     options: SourceOptions = SourceOptions(),  # noqa: B008  frozen
     **settings: Any,
 ) -> str:
-    """Write a folder of tables of the attention that genes receive; return a sentence about it.
+    """Write a folder with tables of the attention that genes receive; return a summary sentence.
 
     Parameters
     ----------
     genes
-        A list (`eval.cells.gene_lists.read_genes`); None: the 300 genes that most cells have.
+        A gene list (`eval.cells.gene_lists.read_genes`); None: the 300 genes that most cells have.
     group
-        Column of obs, such as the donor, to average apart.
+        Column of obs, such as the donor, whose groups are averaged separately.
     settings
         ``token_budget``, ``device`` and ``bf16`` of `eval.cells.attention.mean_attention`.
 
     Raises
     ------
     ValueError
-        Bad cells, model, list or column; no gene of the list in any cell; `out` is not empty.
+        Cells, model, list or column are wrong, no cell has a gene of the list, or `out` is not
+        empty.
     """
     require_new(out)
     network, vocab = load_exported(model, vocabulary)
@@ -132,7 +134,7 @@ def _most_detected(cells: CellSet, vocabulary: Vocabulary) -> dict[str, str]:
 
 
 def _groups(cells: CellSet, column: str | None) -> tuple[list[str], np.ndarray]:
-    """Return names of groups, and int64 [cells] positions in them."""
+    """Return the names of groups, and int64 [cells], the index of each cell's group."""
     if column is None:
         return [_EVERYTHING], np.zeros(len(cells.tokens), dtype=np.int64)
     names, numbers = np.unique(cells.metadata[column].to_numpy(dtype=str), return_inverse=True)
@@ -158,7 +160,7 @@ def _write_received(
 
 
 def _write_pairs(path: Path, attention: Attention, genes: list[str]) -> None:
-    """Write a row for each head and pair of genes, head by head."""
+    """Write one row for each head and pair of genes, head by head."""
     assert attention.pairs is not None and attention.pair_cells is not None
     query, key = np.nonzero(attention.pair_cells)
     columns = {

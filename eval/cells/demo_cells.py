@@ -1,9 +1,10 @@
-"""Real cells that scanpy carries, as raw counts: ``python -m eval.cells.demo_cells OUT.h5ad``.
+"""Write scanpy's real cells as raw counts: ``python -m eval.cells.demo_cells OUT.h5ad``.
 
-700 peripheral blood cells with 10 published types (10x Genomics, Zheng et al. 2017). The package
-stores 765 genes log-normalised; undoing the logarithm and dividing by a cell's smallest value gives
-its counts back, because in every cell some gene was counted once. The stored values are float32, so
-the divisor is refined over all genes of the cell (least squares); what is left is below 0.05.
+The data are 700 peripheral blood cells with 10 published types (10x Genomics, Zheng et al. 2017).
+The package stores 765 log-normalised genes. Undoing the logarithm and dividing by the smallest
+value of a cell recovers its counts, because in every cell some gene was counted once. The stored
+values are float32, so the divisor is refined over all genes of the cell (least squares); the
+remaining deviation is below 0.05.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def recover_counts() -> anndata.AnnData:
     Raises
     ------
     ValueError
-        The recovered values are no integers: another version of the data.
+        The recovered values are no integers, so the data are of another version.
     """
     data = scanpy.datasets.pbmc68k_reduced()
     counts = scipy.sparse.csr_matrix(data.raw.X, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Cell embeddings of a pretrained encoder: every cell, in input order, no vocabulary head."""
+"""Embed the cells of a file with a pretrained encoder: every cell, in the order of the file."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ def embed_file(
     layer: int | None = None,
     **settings,
 ) -> str:
-    """Write the embeddings of a file's cells, in its order, and return a sentence about them.
+    """Write the embeddings of a file's cells in the file's order, and return a summary sentence.
 
-    To ``.h5ad`` or ``.zarr``: the input with ``obsm["X_geneloom"]``, ``obs["geneloom_tokens"]`` and
-    ``uns["geneloom"]``; nothing else is changed. To ``.parquet``: a table of ``cell_id``,
-    ``geneloom_tokens`` and ``embedding``, float32 lists of one length, and the same record as the
-    text ``geneloom`` of its schema.
+    A ``.h5ad`` or ``.zarr`` output is the input with ``obsm["X_geneloom"]``,
+    ``obs["geneloom_tokens"]`` and ``uns["geneloom"]``; nothing else is changed. A ``.parquet``
+    output is a table of ``cell_id``, ``geneloom_tokens`` and ``embedding`` (float32 lists of the
+    same length), with the same record as text under ``geneloom`` in its schema.
 
     Parameters
     ----------
     pooling
-        ``state`` (`pretrain.cell_states.cell_state`), ``mean`` or ``cls``; by default the cell
-        state where the model folder has one and no layer is asked for, else the mean.
+        ``state`` (`pretrain.cell_states.cell_state`), ``mean`` or ``cls``. By default it is the
+        cell state if the model folder has one and no layer is given, else the mean.
     layer
-        For ``mean`` and ``cls``, as `pretrain.cell_states.frozen_states.embed_layers` counts; by
-        default -1.
+        Only for ``mean`` and ``cls``, counted as in
+        `pretrain.cell_states.frozen_states.embed_layers`; by default -1.
     settings
         ``token_budget``, ``device``, ``bf16`` and ``progress`` of
         `pretrain.cell_states.frozen_states.embed_layers`.
@@ -56,8 +56,8 @@ def embed_file(
     Raises
     ------
     ValueError
-        `out` exists or has another ending; the model has no cell state, or one layer of it is asked
-        for.
+        `out` exists or has another suffix; or the cell state is asked for, and the model has none
+        or a layer is given.
     """
     if out.suffix not in (".h5ad", ".zarr", ".parquet"):
         raise ValueError(f"--out {out}: must end in .h5ad, .zarr or .parquet")

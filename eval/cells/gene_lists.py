@@ -1,4 +1,4 @@
-"""Lists of genes in files: a table with a column of ids, or one id a line."""
+"""Read gene lists from files: a table with a column of ids, or one id per line."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ GENE_COLUMNS = ("ensembl_id", "gene")
 
 
 def read_genes(path: Path, keep: dict[str, tuple[str, ...]] = {}) -> dict[str, str]:  # noqa: B006  read only
-    """Return gene id -> symbol ('' where the file does not say), each id once, in the file's order.
+    """Return gene id -> symbol ('' if the file has none), each id once, in the order of the file.
 
     Parameters
     ----------
     path
-        ``.tsv`` or ``.csv`` (perhaps ``.gz``) with the column ``ensembl_id`` or ``gene``, and
-        perhaps ``symbol``; any other file holds one id a line, and ``#`` starts a remark. Rows
+        ``.tsv`` or ``.csv`` (optionally ``.gz``) with the column ``ensembl_id`` or ``gene``, and
+        optionally ``symbol``. Any other file has one id per line, and ``#`` starts a comment. Rows
         without an id are left out.
     keep
-        Column -> values of the rows that are meant; all have to fit.
+        Column -> values of the rows to use; a row must match all columns.
 
     Raises
     ------
     ValueError
-        Not readable, a column is missing, or no gene is left.
+        The file is not readable, a column is missing, or no gene is left.
     """
     try:
         table = _read(path)

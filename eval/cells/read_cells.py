@@ -1,4 +1,4 @@
-"""Cells of an h5ad as ranked tokens of a model's vocabulary: every cell, in the file's order."""
+"""Encode all cells of an h5ad as ranked tokens of a model's vocabulary, in the file's order."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CellSet:
-    """Cells of one file, encoded, with their raw counts beside them.
+    """The encoded cells of one file, with their raw counts.
 
     Attributes
     ----------
     tokens
-        One array of token ids per cell, special tokens included; without a gene of the vocabulary
-        it holds special tokens only, or nothing.
+        One array of token ids per cell, including special tokens. For a cell without a gene of the
+        vocabulary it contains only special tokens, or nothing.
     has_genes
-        bool [cells], False where no gene of the vocabulary is detected.
+        bool [cells], False for cells in which no gene of the vocabulary is detected.
     counts
         CSR float32 [cells, genes of the file], raw.
     metadata
-        The asked-for columns of obs as strings, index: cell ids.
+        The requested columns of obs as strings, indexed by cell ids.
     genes
-        Gene ids of the columns of `counts`, as the file has them; '' where it has none.
+        Gene ids of the columns of `counts`, as in the file; '' if a gene has no id.
     """
 
     tokens: list[np.ndarray]
@@ -50,7 +50,7 @@ class CellSet:
         return np.array([len(t) for t in self.tokens], dtype=np.int64)
 
     def subset(self, cells: np.ndarray) -> CellSet:
-        """Return chosen cells (int positions), in the given order."""
+        """Return the chosen cells (integer indices) in the given order."""
         return CellSet(
             [self.tokens[i] for i in cells],
             self.has_genes[cells],
@@ -71,8 +71,9 @@ def encode_file(
     Raises
     ------
     ValueError
-        As `geneloom prepare`: no h5ad, no raw counts, genes that do not match, missing columns, or
-        less than `min_overlap` of the counts are in genes of the vocabulary.
+        As in `geneloom prepare`: the file is no h5ad, has no raw counts, has genes that do not
+        match, lacks columns, or has less than `min_overlap` of its counts in genes of the
+        vocabulary.
     """
     source = open_path(path, options)
     if not isinstance(source, CountSource):

@@ -1,4 +1,7 @@
-"""How much a gene's state in cells depends on the type of the cell."""
+"""Measure how much the state of a gene depends on the type of its cell.
+
+`gene_states` computes the states; `between_minus_within` compares them between and within types.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,9 @@ class GeneStates:
     Attributes
     ----------
     start
-        int64 [genes + 1]: rows of a gene in the arrays below.
+        int64 [genes + 1]: the first row of each gene in the arrays below.
     cell
-        int64 [occurrences], positions of cells.
+        int64 [occurrences], indices of cells.
     state
         float32 [occurrences, width].
     """
@@ -32,7 +35,7 @@ class GeneStates:
     state: np.ndarray
 
     def of(self, gene: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the cells and states of a gene (a position)."""
+        """Return the cells and states of a gene, given by its index."""
         rows = slice(self.start[gene], self.start[gene + 1])
         return self.cell[rows], self.state[rows]
 
@@ -47,7 +50,7 @@ def gene_states(
     device: str = "cpu",
     bf16: bool = False,
 ) -> GeneStates:
-    """Return the states of genes in cells; memory: 4 bytes x occurrences x width.
+    """Return the states of genes in cells; they need 4 bytes x occurrences x width of memory.
 
     Parameters
     ----------
@@ -70,27 +73,28 @@ def gene_states(
                 unit_ND = nn.functional.normalize(chosen_ND, dim=1).cpu().numpy()
                 found.append((gene[places], np.full(len(places), cell), unit_ND))
     gene, cell, state = (np.concatenate(part) for part in zip(*found, strict=True))
-    # Batches go by length: within a gene, cells come back into their order.
+    # Batches are sorted by length; this restores the order of cells within each gene.
     order = np.lexsort((cell, gene))
     start = np.searchsorted(gene[order], np.arange(len(genes) + 1))
     return GeneStates(start, cell[order], state[order])
 
 
 def between_minus_within(states: np.ndarray, types: np.ndarray, donors: np.ndarray) -> np.ndarray:
-    """Return float64 [labellings]: mean distance of a gene's states between types minus within.
+    """Return float64 [labellings]: mean distance of a gene's states between minus within types.
 
-    Distance: 1 - cosine of the states in two cells of one donor. Between: mean over pairs of types
-    of the mean over pairs of cells; within: mean over types of the mean over pairs of different
-    cells. Both are unbiased, so that the difference is 0 on average where types do not matter,
-    however few cells a type has. Mean over donors; NaN without a donor that has two types with two
-    cells each.
+    The distance is 1 - cosine of the states in two cells of one donor. "Between" is the mean over
+    pairs of types of the mean over pairs of cells. "Within" is the mean over types of the mean over
+    pairs of different cells. Both are unbiased, so their difference is 0 on average if types do not
+    matter, however few cells a type has. The result is a mean over donors; it is NaN if no donor
+    has two types with two cells each.
 
     Parameters
     ----------
     states
         float [cells, width], each of length 1.
     types
-        int [labellings, cells]: types 0, 1, ...; each row has a donor's types in another order.
+        int [labellings, cells]: types 0, 1, ...; each row is another order of the types within
+        donors.
     donors
         int [cells].
     """
@@ -111,7 +115,8 @@ def _of_donor(states_CD: np.ndarray, types_PC: np.ndarray, num_types: int) -> np
     is_type_PTC = (types_PC[:, None, :] == used[:, None]).astype(states_CD.dtype)
     sums_PTD = (is_type_PTC @ states_CD).astype(np.float64)
     similar_PTT = np.einsum("ptd,psd->pts", sums_PTD, sums_PTD)
-    # A cell is no pair with itself. (The length of a state is 1, or 0 where it was 0 before.)
+    # A cell does not form a pair with itself. (The length of a state is 1, or 0 if it was 0
+    # before.)
     alone_PT = is_type_PTC @ (states_CD**2).sum(axis=1)
     own_PT = np.einsum("ptt->pt", similar_PTT) - alone_PT
     within_PT = 1 - own_PT / (counts_T * (counts_T - 1))
@@ -132,7 +137,7 @@ def permuted_types(
 
 
 def spread_of_states(states: np.ndarray, donors: np.ndarray) -> float:
-    """Return the mean distance of a gene's states in two cells of a donor; types do not matter."""
+    """Return the mean distance of a gene's states in two cells of a donor, whatever their types."""
     every = []
     for donor in np.unique(donors):
         chosen = states[donors == donor].astype(np.float64)

@@ -1,4 +1,4 @@
-"""What a launcher starts on each rank: ``geneloom launch local --ranks 2 finetune cells ...``."""
+"""Entry point for launchers on each rank: ``geneloom launch local --ranks 2 finetune cells``."""
 
 import signal
 
@@ -7,11 +7,11 @@ import typer
 from data_prep.errors import run_app
 from data_prep.running.launchers import stop_with_launcher
 
-_TIMEOUT_S = 1800  # how long ranks wait for one that still scores baselines
+_TIMEOUT_S = 1800  # ranks wait so long for a rank that still scores baselines
 
 
 def main() -> None:
-    """Join the ranks, then do as ``geneloom finetune``."""
+    """Join the process group, then run the command as ``geneloom finetune`` does."""
     from eval.cli import finetune_app
     from pretrain.ranks import dist
 
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # There is nothing to save in between: a request to stop ends the rank.
+    # There is nothing to save between epochs, so a request to stop ends the rank.
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     stop_with_launcher()
     main()

@@ -1,4 +1,7 @@
-"""An encoder with heads for cells and genes: what fine-tuning gives, in memory and on disk."""
+"""The result of fine-tuning: an encoder with heads for cells and genes, in memory and on disk.
+
+`Classifier` predicts, `save_classifier` and `load_classifier` write and read its folder.
+"""
 
 from __future__ import annotations
 
@@ -35,43 +38,45 @@ WEIGHTS_NAME = "classifier.safetensors"
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """How a classifier is trained; the same for pretrained and random weights.
+    """The training settings of a classifier, the same for pretrained and random weights.
 
     Attributes
     ----------
     epochs
         Passes over the labelled cells.
     steps
-        At least so many optimizer steps, in more epochs if need be; 0: as `epochs` say. A few
-        hundred cells are not learnt in five passes.
+        Minimum number of optimizer steps, reached with more epochs if necessary; 0: `epochs` alone
+        decide. A few hundred cells are not learnt in five passes.
     start
-        First weights of the heads. ``probe``: of a regression on the frozen states
+        Initial weights of the heads. ``probe``: those of a regression on the frozen states
         (`eval.finetune.probe_start`); ``random``.
     learning_rate
-        Peak of AdamW; linear warm-up over `warmup_share` of all steps, linear decay to 0.
-        Geneformer: 5e-5.
+        Peak learning rate of AdamW; linear warm-up over `warmup_share` of all steps, linear decay
+        to 0. Geneformer: 5e-5.
     head_learning_rate
-        Peak of the heads; None: as `learning_rate`.
+        Peak learning rate of the heads; None: the same as `learning_rate`.
     batch_cells
         Cells of one optimizer step, over all ranks.
     freeze_layers
-        Lowest encoder layers (and the embeddings) that are not trained; 0 trains everything.
+        Number of lowest encoder layers that are not trained (nor the embeddings); 0 trains
+        everything.
     weight_decay, dropout
-        Of AdamW; before each head.
+        Weight decay of AdamW; dropout before each head.
     token_budget
-        Padded tokens of one forward pass; no result depends on it but by rounding.
+        Padded tokens of one forward pass; results depend on it only by rounding.
     bf16
         Compute in bfloat16 (weights stay float32).
     device
         ``cpu`` or ``cuda``.
     lora_rank, lora_alpha
-        Train low-rank adapters of queries and values (in a ModernBERT of keys too) and the heads
-        instead of the encoder's own weights; 0: off.
+        Train low-rank adapters of queries and values (in a ModernBERT also of keys) and the heads
+        instead of the encoder's own weights; rank 0: off.
     patience
-        Epochs without a better validation loss before training stops; the best weights are
-        returned. 0: all epochs, the last weights.
+        Epochs without a lower validation loss before training stops; the best weights are returned.
+        0: all epochs, the last weights.
     class_weights
-        Classes weigh alike in the loss (inverse frequency), since macro-F1 is the headline.
+        All classes have the same weight in the loss (inverse frequency), because macro-F1 is the
+        main score.
     """
 
     epochs: int = 5
@@ -116,7 +121,7 @@ class FinetuneSettings:
 
 @dataclass(frozen=True)
 class Head:
-    """What is predicted: one class of each cell, or one of each gene in a cell."""
+    """A prediction target: one class per cell, or one class per gene in a cell."""
 
     name: str
     kind: Literal["cells", "genes"]
@@ -131,12 +136,12 @@ class Head:
 
 @dataclass(frozen=True)
 class GenePredictions:
-    """One row for each wanted token of each cell, by cell and by rank in the cell.
+    """One row for each wanted token of each cell, ordered by cell and by rank in the cell.
 
     Attributes
     ----------
     cell, token
-        int32 [rows]: position of the cell, token id of the gene.
+        int32 [rows]: index of the cell, token id of the gene.
     probabilities
         float32 [rows, classes].
     """
@@ -148,9 +153,10 @@ class GenePredictions:
 
 @dataclass(frozen=True)
 class Items:
-    """Which states of a batch a head reads: those of `cell`, or of the token at `place` in it.
+    """The states of a batch that a head reads: that of a `cell`, or of the token at its `place`.
 
-    All int64 [items]; `place` counts from the cell's first token and is 0 for heads of cells.
+    All arrays are int64 [items]; `place` counts from the cell's first token and is 0 for heads of
+    cells.
     """
 
     cell: np.ndarray
@@ -164,7 +170,7 @@ def gene_items(tokens: list[np.ndarray], labels: np.ndarray) -> Items:
     Parameters
     ----------
     labels
-        int64 [num_tokens] of the vocabulary, -1 where a token has none.
+        int64 [num_tokens] of the vocabulary, -1 for tokens without a label.
     """
     lengths = np.array([len(t) for t in tokens], dtype=np.int64)
     found = labels[np.concatenate(tokens)] if len(tokens) else np.zeros(0, dtype=np.int64)
@@ -175,7 +181,7 @@ def gene_items(tokens: list[np.ndarray], labels: np.ndarray) -> Items:
 
 
 class Classifier(nn.Module):
-    """Encoder and one linear layer per head: over a cell's mean gene state, or a gene's own state.
+    """An encoder and one linear layer per head, on a cell's mean gene state or a gene's own state.
 
     Attributes
     ----------
@@ -190,12 +196,12 @@ class Classifier(nn.Module):
         heads: tuple[Head, ...],
         settings: FinetuneSettings,
     ) -> None:
-        """Take `encoder` over: layers are frozen and adapters put into it as `settings` say."""
+        """Take over `encoder`: freeze layers and insert adapters as `settings` ask for."""
         super().__init__()
         if not heads or len({h.name for h in heads}) < len(heads):
             raise ValueError("classifier: needs one head or more, each with a name of its own")
         if isinstance(encoder, BertModel):
-            encoder.pooler = None  # reads the first token only; nothing here does
+            encoder.pooler = None  # it reads the first token only, which nothing here does
         self.encoder = encoder
         self.vocabulary, self.heads, self.settings = vocabulary, heads, settings
         self.history: list[dict] = []
@@ -207,21 +213,21 @@ class Classifier(nn.Module):
         nn.Module.to(self, torch.device(settings.device))
 
     def train(self, mode: bool = True) -> Classifier:
-        """Set the mode; what is frozen stays without dropout, it only makes features."""
+        """Set the mode; frozen modules stay without dropout, because they only compute features."""
         super().train(mode)
         for module in _frozen_modules(self.encoder, self.settings.freeze_layers):
             module.eval()
         return self
 
     def forward(self, cells: list[np.ndarray], items: list[Items]) -> list[torch.Tensor]:
-        """Return float32 [items, classes] logits of each head; `items` in the order of heads."""
+        """Return float32 [items, classes] logits of each head; `items` is in the order of heads."""
         states = self.states(cells, items)
         return [
             output(self.dropout(state)) for output, state in zip(self.outputs, states, strict=True)
         ]
 
     def states(self, cells: list[np.ndarray], items: list[Items]) -> list[torch.Tensor]:
-        """Return float32 [items, width], what each head reads."""
+        """Return float32 [items, width], the states that each head reads."""
         with torch.autocast(self.settings.device, torch.bfloat16, enabled=self.settings.bf16):
             hidden_BLD, lengths = self._encode(cells)
         pooled_BD = None
@@ -241,13 +247,14 @@ class Classifier(nn.Module):
         lengths = {len(c) for c in cells}
         if len(lengths) > 1:
             return encode_batch(self.encoder, cells, self.vocabulary)
-        # No padding, so no mask, which every layer would turn into a float matrix of [L, L].
+        # Without padding no mask is passed, because every layer would turn it into a float matrix
+        # of [L, L].
         ids = torch.from_numpy(np.stack(cells).astype(np.int64)).to(self.encoder.device)
         hidden_BLD = self.encoder(input_ids=ids).last_hidden_state
         return hidden_BLD, torch.full((len(cells),), *lengths, device=ids.device)
 
     def predict_cells(self, tokens: list[np.ndarray], head_name: str) -> np.ndarray:
-        """Return float32 [cells, classes] probabilities in input order; NaN without any gene."""
+        """Return float32 [cells, classes] probabilities in input order; NaN for empty cells."""
         head = self._head(head_name, "cells")
         out = np.full((len(tokens), len(head.classes)), np.nan, dtype=np.float32)
         for batch in self._batches(tokens):
@@ -264,7 +271,7 @@ class Classifier(nn.Module):
         Parameters
         ----------
         wanted
-            bool [num_tokens] of the vocabulary. Cells without any of them are not computed.
+            bool [num_tokens] of the vocabulary. Cells without any wanted token are not computed.
         """
         head = self._head(head_name, "genes")
         labels = np.where(wanted, 0, -1)
@@ -315,7 +322,7 @@ def _frozen_modules(encoder: Encoder, num_layers: int) -> list[nn.Module]:
 
 
 def _freeze(encoder: Encoder, settings: FinetuneSettings) -> None:
-    """Freeze the lowest layers; with LoRA everything but the adapters that are put in here."""
+    """Freeze the lowest layers; with LoRA, freeze everything but the adapters inserted here."""
     depth = len(layers_of(encoder))
     if not 0 <= settings.freeze_layers <= depth:
         raise ValueError(f"--freeze-layers {settings.freeze_layers}: the model has {depth} layers")
@@ -339,16 +346,16 @@ def _freeze(encoder: Encoder, settings: FinetuneSettings) -> None:
 
 
 def save_classifier(classifier: Classifier, folder: Path, record: dict) -> None:
-    """Write a classifier as a folder that is complete or absent.
+    """Write a classifier as a folder that is either complete or absent.
 
-    It holds all that is needed to predict: the encoder's ``config.json``, all weights (adapters
-    included) as safetensors, ``vocabulary.json``, and ``classifier.json`` with heads, settings,
-    history, hashes and `record`.
+    The folder contains everything needed to predict: the encoder's ``config.json``, all weights
+    (including adapters) as safetensors, ``vocabulary.json``, and ``classifier.json`` with heads,
+    settings, history, hashes and `record`.
 
     Parameters
     ----------
     record
-        What the classifier was trained on, as JSON values; kept under ``record``.
+        Description of the training data as JSON values; stored under ``record``.
 
     Raises
     ------
@@ -357,7 +364,8 @@ def save_classifier(classifier: Classifier, folder: Path, record: dict) -> None:
     """
     require_new(folder)
     with complete_folder(folder, RECORD_NAME) as partial:
-        # Contiguous: safetensors refuses views, and peft may hold some.
+        # The tensors are made contiguous, because safetensors refuses views, and peft may create
+        # some.
         weights = {k: v.detach().cpu().contiguous() for k, v in classifier.state_dict().items()}
         save_file(weights, partial / WEIGHTS_NAME)
         classifier.encoder.config.to_json_file(partial / "config.json", use_diff=False)
@@ -381,7 +389,7 @@ def read_record(folder: Path) -> dict:
     Raises
     ------
     ValueError
-        The folder holds no classifier, or one of another format.
+        The folder contains no classifier, or one of another format.
     """
     path = folder / RECORD_NAME
     try:
@@ -398,12 +406,12 @@ def read_record(folder: Path) -> dict:
 
 
 def load_classifier(folder: Path, device: str = "cpu") -> Classifier:
-    """Return the classifier of a folder, with the very weights that were saved.
+    """Return the classifier of a folder, with exactly the weights that were saved.
 
     Raises
     ------
     ValueError
-        No classifier, or its weights or vocabulary are not those that were saved.
+        There is no classifier, or its weights or vocabulary are not those that were saved.
     """
     content = read_record(folder)
     vocabulary = load_vocabulary(folder / "vocabulary.json")
@@ -417,7 +425,7 @@ def load_classifier(folder: Path, device: str = "cpu") -> Classifier:
     settings = replace(FinetuneSettings(**content["settings"]), device=device)
     classifier = Classifier(encoder, vocabulary, heads, settings)
     try:
-        # Strict: a tensor that is not found would stay random, and nobody would see it.
+        # Loading is strict, because a missing tensor would stay random without any message.
         classifier.load_state_dict(load_file(weights), strict=True)
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"{weights}: the weights cannot be read ({error})") from error
@@ -427,13 +435,13 @@ def load_classifier(folder: Path, device: str = "cpu") -> Classifier:
 
 @dataclass(frozen=True)
 class Target:
-    """What a head is to learn.
+    """The labels that a head learns.
 
     Attributes
     ----------
     labels
-        int64, positions in ``head.classes`` and -1 for none. Kind ``cells``: [cells]. Kind
-        ``genes``: [num_tokens] of the vocabulary, a token's class is the same in every cell.
+        int64, indices into ``head.classes``, and -1 for no label. Kind ``cells``: [cells]. Kind
+        ``genes``: [num_tokens] of the vocabulary; a token has the same class in every cell.
     """
 
     head: Head

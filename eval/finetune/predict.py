@@ -1,4 +1,4 @@
-"""``geneloom predict``: a trained head's classes and probabilities, written beside the cells."""
+"""``geneloom predict``: add the classes and probabilities of a trained head to a file of cells."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ def predict_file(
     options: SourceOptions = SourceOptions(),  # noqa: B008  frozen
     device: str = "cpu",
 ) -> str:
-    """Write the input file with the predictions of every head, and return a sentence about it.
+    """Write the input file with the predictions of every head, and return a summary sentence.
 
     Cells stay in their order. A head of cells named H adds ``obs["geneloom_H"]`` (class; '' for a
     cell without a gene of the vocabulary), ``obs["geneloom_H_probability"]`` (of that class) and
     ``obsm["geneloom_H"]`` (float32, all classes; NaN without genes). A head of genes adds
     ``var["geneloom_H_CLASS"]`` (the mean over cells that express the gene) and
-    ``var["geneloom_H_cells"]``, their number. ``uns["geneloom_predict"]`` says what predicted.
+    ``var["geneloom_H_cells"]``, their number. ``uns["geneloom_predict"]`` describes the classifier.
 
     Raises
     ------
     ValueError
-        No classifier in `head`, cells that cannot be encoded with its vocabulary, or `out` exists.
+        `head` contains no classifier, the cells cannot be encoded with its vocabulary, or `out`
+        exists.
     """
     require_new_file(out)
     classifier = load_classifier(head, device)
@@ -66,7 +67,7 @@ def predict_file(
 
 
 def overlap_sentence(cells: CellSet, vocabulary: Vocabulary) -> str:
-    """Return how much of the cells a vocabulary knows, and how much of it the cells' file has."""
+    """Return a sentence about the overlap of genes between a file of cells and a vocabulary."""
     known = vocabulary.tokens_of(cells.genes) >= 0
     genes, total = int(known.sum()), float(cells.counts.sum())
     counts = float(cells.counts[:, np.flatnonzero(known)].sum()) / total if total else 0.0
@@ -78,10 +79,11 @@ def overlap_sentence(cells: CellSet, vocabulary: Vocabulary) -> str:
 
 
 def gene_probabilities(classifier: Classifier, cells: CellSet, head_name: str) -> pd.DataFrame:
-    """Return each class's probability for the genes of a file, the mean over its cells.
+    """Return each class's probability for the genes of a file, as means over its cells.
 
-    One row for each column of the counts, in their order: a column per class (float32, NaN for a
-    gene that no cell's tokens hold) and ``cells`` (int64), how many hold it.
+    There is one row for each column of the counts, in their order, with one column per class
+    (float32, NaN for a gene that is in no cell's tokens) and ``cells`` (int64), the number of cells
+    with the gene.
     """
     vocabulary = classifier.vocabulary
     wanted = np.zeros(vocabulary.num_tokens, dtype=bool)

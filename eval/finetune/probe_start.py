@@ -1,9 +1,10 @@
-"""The head's first weights: those of the probe of the frozen encoder.
+"""Start a head from the weights of a probe, a regression on states of the frozen encoder.
 
-From random weights a head of a few hundred labelled cells has hardly moved when training ends, and
-what it says of pretraining is noise: at 25 cells a class fine-tuning stayed .15 macro-F1 below
-logistic regression on the very states that it began with. So that regression comes first, and its
-weights, folded into the linear layer, are where fine-tuning begins.
+From random weights, a head that is trained on a few hundred labelled cells has hardly changed when
+training ends, and its result says nothing reliable about pretraining: at 25 cells a class,
+fine-tuning stayed .15 macro-F1 below logistic regression on the same frozen states. Therefore this
+regression is fitted first, and its weights, folded into the linear layer, are the start of
+fine-tuning.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
-# Inverse strengths of the L2 penalty that are tried, and the folds that choose.
+# The inverse strengths of the L2 penalty to try, and the number of folds that choose one.
 PENALTIES = (0.003, 0.03, 0.3, 3.0)
 _FOLDS = 3
-# States that a regression is fitted on at most: genes have one for each cell that has them.
+# A regression is fitted on at most so many states; a gene has one state in each cell that has it.
 MOST_STATES = 20_000
 _MOST_STEPS = 300
 
@@ -40,22 +41,23 @@ def start_from_probe(
     balanced: bool,
     seed: int,
 ) -> float:
-    """Give a head the weights of a regression on frozen states; return the penalty's 1 / strength.
+    """Set a head to the weights of a regression on frozen states; return the chosen 1 / penalty.
 
     The states are standardised, and mean and scale are folded into the weights. The penalty is the
-    one with the lowest log-loss on folds by group. A class that nobody has gets the row of zeros
-    and a bias below all others.
+    one with the lowest log-loss in cross-validation by group. A class without examples gets a row
+    of zeros and a bias below all others.
 
     Parameters
     ----------
     output
-        The head's layer, [classes, width], written over.
+        The head's layer, [classes, width], which is overwritten.
     states, labels
         float32 [items, width] and int64 [items].
     groups
-        [items], what stays together in a fold: the same cell, or the same gene in all cells.
+        [items], items of a group stay together in a fold: those of one cell, or of one gene in all
+        cells.
     balanced
-        Classes weigh alike.
+        All classes have the same weight.
     """
     random = np.random.default_rng(seed)
     if len(labels) > MOST_STATES:
@@ -63,7 +65,7 @@ def start_from_probe(
         states, labels, groups = states[chosen], labels[chosen], groups[chosen]
     classes = np.unique(labels)
     if len(classes) < 2:
-        return math.nan  # one class: a regression has nothing to tell
+        return math.nan  # a regression cannot learn from one class
     scaler = StandardScaler().fit(states)
     scaled = scaler.transform(states)
     strength = _best_penalty(scaled, labels, groups, balanced, seed)
@@ -92,7 +94,7 @@ def _best_penalty(
             fitted = _fit(states[train], labels[train], strength, balanced)
             guessed = fitted.predict_proba(states[test])
             losses[strength] += log_loss(labels[test], guessed, labels=fitted.classes_)
-    if num_folds == 0:  # too few to choose by: in the middle
+    if num_folds == 0:  # too few items to choose by: take the middle
         return PENALTIES[len(PENALTIES) // 2]
     return min(PENALTIES, key=lambda strength: losses[strength])
 
@@ -100,7 +102,7 @@ def _best_penalty(
 def _folds(
     states: np.ndarray, labels: np.ndarray, groups: np.ndarray, seed: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (training, test) items; none where a class has too few groups to stand in all folds."""
+    """Yield (training, test) items; nothing if a class has too few groups for all folds."""
     fewest = min(len(np.unique(groups[labels == c])) for c in np.unique(labels))
     if fewest < _FOLDS:
         return
@@ -117,6 +119,6 @@ def _fit(
         C=strength, max_iter=_MOST_STEPS, class_weight="balanced" if balanced else None
     )
     with warnings.catch_warnings():
-        # Not quite converged is a start as good as any.
+        # A fit that has not quite converged is a good enough start.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return regression.fit(states, labels)

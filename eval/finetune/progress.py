@@ -1,4 +1,4 @@
-"""A fine-tuning's progress on disk: complete or absent, written after each epoch."""
+"""Save the progress of a fine-tuning after each epoch, so that it is either complete or absent."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 @dataclass
 class Progress:
-    """Finished epochs, and the weights with the lowest validation loss (early stopping only)."""
+    """The finished epochs, and the weights of lowest validation loss (early stopping only)."""
 
     history: list[dict] = field(default_factory=list)
     best_epoch: int = -1
@@ -43,8 +43,8 @@ def identity_of(
     seed: int,
     examples: list[tuple[list[np.ndarray], list[Target]] | None],
 ) -> str:
-    """Return a hash of everything that decides what a fine-tuning gives."""
-    # Where it is computed changes no more than the last bits.
+    """Return a hash of everything that determines the result of a fine-tuning."""
+    # The device is left out, because it changes only the last bits.
     chosen = {k: v for k, v in asdict(settings).items() if k != "device"}
     digest = hashlib.sha256(json.dumps([chosen, seed, vocabulary.sha256]).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
@@ -71,7 +71,7 @@ def save_progress(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
 ) -> None:
-    """Write progress aside, rename it, then remove the older one."""
+    """Write progress to a temporary folder, rename it, then remove the older progress."""
     tensors = {}
     for name, parameter in _trained(classifier):
         tensors[f"weight/{name}"] = parameter.detach()
@@ -101,12 +101,12 @@ def save_progress(
 def load_progress(
     folder: Path, key: str, classifier: Classifier, optimizer: torch.optim.Optimizer
 ) -> Progress | None:
-    """Put the newest progress into classifier and optimizer and return it; None if there is none.
+    """Load the newest progress into classifier and optimizer and return it; None if there is none.
 
     Raises
     ------
     ValueError
-        It is damaged, or that of another fine-tuning.
+        The progress is damaged, or belongs to another fine-tuning.
     """
     found = _epochs(folder)
     if not found:
@@ -131,7 +131,7 @@ def load_progress(
     with torch.no_grad():
         for name, parameter in _trained(classifier):
             parameter.copy_(tensors[f"weight/{name}"])
-            # torch keeps the count of steps where its fused kernel wants it: at the parameter.
+            # torch's fused kernel needs the step count on the device of the parameter.
             optimizer.state[parameter] = {
                 kind: tensors[f"{kind}/{name}"].to(parameter.device) for kind in _MOMENTS
             }

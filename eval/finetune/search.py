@@ -1,4 +1,4 @@
-"""Hyper-parameter search inside the training cells: the test split never takes part."""
+"""Search hyper-parameters within the training cells; the test split is never used."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ logger = logging.getLogger(__name__)
 
 Score = Callable[[Classifier, list[np.ndarray], list[Target]], float]
 _INNER_FOLDS = 4
-# Geneformer's own search: learning rate log-uniform, weight decay uniform, dropout up to 0.7.
+# These are the ranges of Geneformer's own search: learning rate log-uniform, weight decay uniform,
+# dropout up to 0.7.
 _LEARNING_RATE = (1e-6, 1e-3)
 _WEIGHT_DECAY = (0.0, 0.3)
 _DROPOUT = (0.0, 0.7)
 
 
 def macro_f1(classifier: Classifier, tokens: list[np.ndarray], targets: list[Target]) -> float:
-    """Return the mean over heads of macro-F1; a gene's class is that of its mean over cells."""
+    """Return the mean macro-F1 over heads; a gene's class is that of its mean over cells."""
     scores = []
     for target in targets:
         name, labels = target.head.name, target.labels
@@ -49,7 +50,7 @@ def macro_f1(classifier: Classifier, tokens: list[np.ndarray], targets: list[Tar
             found = classifier.predict_genes(tokens, name, labels >= 0)
             genes, row = np.unique(found.token, return_inverse=True)
             probabilities = np.zeros((len(genes), found.probabilities.shape[1]))
-            # A gene's sum and its mean over cells have the same largest class.
+            # A gene's sum over cells has the same largest class as its mean.
             np.add.at(probabilities, row, found.probabilities)
             truth = labels[genes]
         present = np.unique(truth)
@@ -70,11 +71,11 @@ def search(
     folder: Path | None = None,
     score: Score = macro_f1,
 ) -> FinetuneSettings:
-    """Return the settings that score best on an inner validation split of the training cells.
+    """Return the settings with the best score on an inner validation split of the training cells.
 
-    Searched are learning rate, weight decay, frozen layers, dropout and epochs (at most those of
-    `settings`, which are the first trial). All trials see one inner split, of a quarter: cells by
-    group, or stratified by class; of heads of genes, genes.
+    Learning rate, weight decay, frozen layers, dropout and epochs are searched (epochs at most
+    those of `settings`, which are the first trial). All trials use the same inner split, a quarter
+    for validation: cells by group or stratified by class; for heads of genes, genes.
 
     Parameters
     ----------
@@ -83,16 +84,16 @@ def search(
     groups
         str [cells], e.g. donors; no group is on both sides. None: cells are divided by class.
     folder
-        Where finished trials (and the progress of the present one) are kept: a killed search goes
-        on and finds the same. None: in memory.
+        Folder for finished trials (and the progress of the current one), from which a killed search
+        continues with the same result. None: they are kept in memory.
     score
         (classifier, validation cells, their targets) -> number, larger is better.
 
     Raises
     ------
     ValueError
-        No trials, fewer than two groups, a class is too small to be divided, `folder` holds another
-        search, or every trial diverged.
+        There are no trials or fewer than two groups, a class is too small to be divided, `folder`
+        contains another search, or every trial diverged.
     """
     if trials < 1:
         raise ValueError(f"search: trials={trials}, at least 1")
@@ -100,7 +101,8 @@ def search(
     study = _open_study(folder, identity_of(encoder, vocabulary, settings, seed, [train, held_out]))
     space = _space(encoder, settings)
     while (number := _num_finished(study)) < trials:
-        # A sampler of its own for each trial: a search that goes on after a kill draws the same.
+        # Each trial has its own sampler, so that a search that continues after a kill draws the
+        # same values.
         sampler_seed = stream_key(seed, "search", number) % 2**32
         study.sampler = optuna.samplers.TPESampler(seed=sampler_seed)
         if number == 0:
@@ -132,8 +134,8 @@ def inner_split(
 ) -> tuple[tuple[list[np.ndarray], list[Target]], tuple[list[np.ndarray], list[Target]]]:
     """Return (training, validation) cells with their targets, a quarter of them for validation.
 
-    Cells are divided where there is a head of cells, or where there are groups; genes of a head of
-    genes always are: a gene seen in training says nothing about others.
+    Cells are divided if there is a head of cells or if there are groups. The genes of a head of
+    genes are always divided, because a gene seen in training says nothing about others.
     """
     of_cells = [t for t in targets if t.head.kind == "cells"]
     inner = held_out = np.arange(len(tokens))
@@ -160,7 +162,7 @@ def inner_split(
 def _divide(
     classes: np.ndarray, groups: np.ndarray | None, seed: int, what: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return positions of three quarters and of a quarter, by group or by class alone."""
+    """Return the indices of three quarters and of one quarter, divided by group or by class."""
     if groups is None:
         largest = int(np.unique(classes, return_counts=True)[1].max())
         if largest < 2:
@@ -172,14 +174,14 @@ def _divide(
             raise ValueError("search: groups: at least two are needed to hold one out; give None")
         folds = StratifiedGroupKFold(min(_INNER_FOLDS, num_groups), shuffle=True, random_state=seed)
     with warnings.catch_warnings():
-        # That a class has fewer members than there are folds.
+        # The warning says that a class has fewer members than there are folds.
         warnings.simplefilter("ignore", UserWarning)
         inner, held_out = next(iter(folds.split(np.zeros(len(classes)), classes, groups)))
     return inner, held_out
 
 
 def _space(encoder: Encoder, settings: FinetuneSettings) -> dict[str, BaseDistribution]:
-    # Adapters need a layer that is not frozen.
+    # Adapters need at least one layer that is not frozen.
     most_frozen = encoder.config.num_hidden_layers - (1 if settings.lora_rank else 0)
     return {
         "learning_rate": FloatDistribution(*_LEARNING_RATE, log=True),
@@ -191,12 +193,12 @@ def _space(encoder: Encoder, settings: FinetuneSettings) -> dict[str, BaseDistri
 
 
 def _inside(space: dict[str, Any], settings: FinetuneSettings) -> dict[str, float]:
-    """Return the given settings, at the border of what is searched where they lie outside."""
+    """Return the given settings, moved to the border of the search space if they lie outside."""
     return {k: min(max(getattr(settings, k), d.low), d.high) for k, d in space.items()}
 
 
 def _num_finished(study: optuna.Study) -> int:
-    """Return how many trials came to an end; a killed one stays `RUNNING` and is repeated."""
+    """Return how many trials have ended; a killed trial stays `RUNNING` and is repeated."""
     return len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL)))
 
 

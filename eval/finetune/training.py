@@ -1,4 +1,8 @@
-"""Fine-tuning: one loop for heads of cells, heads of genes, and several of them at once."""
+"""Fine-tune an encoder with heads of cells, heads of genes, or several heads at once.
+
+`finetune` checks the labels, makes the classifier and its examples, and runs the training loop in
+`_Training`.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +35,15 @@ from pretrain.ranks.dist import Ranks
 logger = logging.getLogger(__name__)
 
 _MAX_GRAD_NORM = 1.0
-# Cells of a step are computed together up to this many padded tokens. A CPU needs no more to be
-# busy, and a cell alone has neither padding nor a mask; a GPU takes what fits the token budget.
+# Cells of a step are computed together up to this many padded tokens. More do not make a CPU
+# faster, and a single cell has neither padding nor a mask; a GPU takes what fits the token budget.
 _CPU_PASS_TOKENS = 1024
 _MAX_PADDING = 0.25
 _DEEPSPEED_CONFIG = {
     "train_micro_batch_size_per_gpu": 1,
     "gradient_accumulation_steps": 1,
-    # Ranks have other numbers of passes in a step: gradients are added up over ranks in step().
+    # Ranks have different numbers of passes in a step, so gradients are summed over ranks in
+    # step().
     "managed_gradient_accumulation": False,
     "gradient_clipping": 0.0,
     "zero_optimization": {"stage": 0},
@@ -58,32 +63,32 @@ def finetune(
     folder: Path | None = None,
     ranks: Ranks | None = None,
 ) -> Classifier:
-    """Return a trained classifier; `encoder` itself is not changed, nor torch's random state.
+    """Return a trained classifier; `encoder` and torch's random state are not changed.
 
-    The loss of a step is, for each head, the weighted mean over the labelled items of all its cells
-    (on all ranks), then the mean over heads. Each epoch sees the cells in another order, a function
-    of (seed, epoch); a cell without a labelled item is not computed.
+    For each head, the loss of a step is the weighted mean over the labelled items of all its cells
+    (on all ranks); the mean over heads follows. Each epoch has another order of cells, a function
+    of (seed, epoch). A cell without a labelled item is not computed.
 
     Parameters
     ----------
     tokens
-        Token ids of each training cell, special tokens included.
+        Token ids of each training cell, including special tokens.
     targets
         One per head.
     validation
-        Cells and targets (the same heads) that the validation loss is taken of after each epoch.
+        Cells and targets (with the same heads) for the validation loss after each epoch.
     folder
-        Where progress is kept after each epoch: a killed fine-tuning goes on from there and ends
+        Folder for the progress after each epoch, from which a killed fine-tuning continues and ends
         with the same bits.
     ranks
-        Of `pretrain.ranks.dist.start`: each step's cells are divided over ranks. None: this
-        process.
+        The result of `pretrain.ranks.dist.start`: the cells of each step are divided over ranks.
+        None: this process alone.
 
     Raises
     ------
     ValueError
-        Labels do not fit cells, vocabulary or heads; nothing is labelled; patience without
-        validation; `folder` holds another fine-tuning.
+        Labels do not fit cells, vocabulary or heads; nothing is labelled; patience is set without
+        validation; or `folder` contains another fine-tuning.
     FloatingPointError
         A gradient is not finite.
     """
@@ -119,15 +124,15 @@ def finetune(
 
 
 class _Examples:
-    """Labelled cells with what their loss needs.
+    """Labelled cells with the weights that their loss needs.
 
     Attributes
     ----------
     active
-        int64 positions of cells with a labelled item.
+        int64 indices of cells with a labelled item.
     mass
-        float64 [cells, heads], sum of the class weights of a cell's labelled items: what the loss
-        is divided by.
+        float64 [cells, heads], sum of the class weights of a cell's labelled items, by which the
+        loss is divided.
     """
 
     def __init__(
@@ -142,7 +147,7 @@ class _Examples:
         self._weights = [torch.from_numpy(w.astype(np.float32)).to(device) for w in weights]
         columns = []
         for target, weight in zip(targets, weights, strict=True):
-            of_label = np.append(weight, 0.0)  # the label -1 finds the 0
+            of_label = np.append(weight, 0.0)  # the label -1 selects this 0
             if target.head.kind == "cells":
                 columns.append(of_label[target.labels])
             else:
@@ -152,13 +157,13 @@ class _Examples:
         self.active = np.flatnonzero(self.mass.sum(axis=1) > 0)
 
     def scale(self, cells: np.ndarray) -> np.ndarray:
-        """Return float64 [heads]: what the sums of losses over `cells` are multiplied by."""
+        """Return float64 [heads], the factors for the sums of losses over `cells`."""
         total = self.mass[cells].sum(axis=0)
         present = total > 0
         return np.divide(1.0, total * present.sum(), out=np.zeros_like(total), where=present)
 
     def items(self, cells: np.ndarray) -> list[Items]:
-        """Return the labelled items of cells, of each head."""
+        """Return the labelled items of cells for each head."""
         members = [self.tokens[i] for i in cells]
         return [self._items(t, cells, members) for t in self._targets]
 
@@ -170,7 +175,7 @@ class _Examples:
         logits = model(members, items)
         for i, found in enumerate(items):
             label = torch.from_numpy(found.label).to(total.device)
-            # In float32: bfloat16 has three digits.
+            # The loss is computed in float32, because bfloat16 has only three digits.
             total = total + float(scale[i]) * functional.cross_entropy(
                 logits[i].float(), label, weight=self._weights[i], reduction="sum"
             )
@@ -186,7 +191,7 @@ class _Examples:
 
 
 class _Training:
-    """The loop: epochs of steps, validation, progress on disk."""
+    """The training loop: epochs of steps, validation, and progress on disk."""
 
     def __init__(
         self,
@@ -251,7 +256,7 @@ class _Training:
         return done >= self._epochs or impatient
 
     def _train_epoch(self, epoch: int) -> float:
-        """Do one epoch; return the mean loss of its steps."""
+        """Train for one epoch and return the mean loss of its steps."""
         self._classifier.train()
         rng = np.random.default_rng([self._seed, epoch])
         order = rng.permutation(self._examples.active)
@@ -262,14 +267,14 @@ class _Training:
         return self._over_ranks(float(torch.stack(losses).sum())) / len(losses)
 
     def _step(self, batch: np.ndarray, step: int) -> torch.Tensor:
-        """Do one optimizer step; return this rank's part of its loss."""
+        """Do one optimizer step and return this rank's part of its loss."""
         examples, settings = self._examples, self._settings
         scale = examples.scale(batch)
         batch = batch[np.argsort(examples.lengths[batch], kind="stable")]
         mine = batch[self._rank :: self._world_size]
-        if not len(mine):  # every rank has to take part: a cell that weighs nothing
+        if not len(mine):  # every rank must take part, so it gets a cell of weight 0
             mine, scale = batch[:1], np.zeros_like(scale)
-        # A function of (seed, step, rank), so that nothing has to be saved for dropout.
+        # The dropout seed is a function of (seed, step, rank), so no random state has to be saved.
         torch.manual_seed(stream_key(self._seed, "dropout", step, self._rank))
         budget = settings.token_budget
         if settings.device == "cpu":
@@ -281,7 +286,7 @@ class _Training:
             if self._deepspeed is None:
                 loss.backward()
             else:
-                # Undoes DeepSpeed's mean over ranks.
+                # The factor undoes DeepSpeed's mean over ranks.
                 self._deepspeed.backward(loss * self._world_size, scale_wrt_gas=False)
         all_steps = self._epochs * self._steps_per_epoch
         rate = learning_rate_at(step, all_steps, settings)
@@ -301,7 +306,7 @@ class _Training:
         return total
 
     def _validation_loss(self, checks: _Examples) -> float:
-        """Return the loss over all validation cells at once; NaN if none has a labelled item."""
+        """Return the loss over all validation cells together; NaN if none has a labelled item."""
         if not len(checks.active):
             return float("nan")
         self._classifier.eval()
@@ -321,7 +326,10 @@ class _Training:
 
 
 def _groups(classifier: Classifier) -> list[dict]:
-    """Return the optimizer's groups; `share`: of the encoder's rate, which heads may exceed."""
+    """Return the optimizer's parameter groups.
+
+    `share` is the factor by which a group multiplies the encoder's learning rate.
+    """
     settings, heads = classifier.settings, set(classifier.outputs.parameters())
     head_rate = settings.head_learning_rate or settings.learning_rate
     groups = []
@@ -334,7 +342,7 @@ def _groups(classifier: Classifier) -> list[dict]:
 
 
 def _start_heads(classifier: Classifier, examples: _Examples, seed: int) -> None:
-    """Give every head the weights of a regression on what it reads of the frozen encoder."""
+    """Set every head to the weights of a regression on the states that it reads."""
     settings = classifier.settings
     states: list[list[np.ndarray]] = [[] for _ in classifier.heads]
     labels: list[list[np.ndarray]] = [[] for _ in classifier.heads]
@@ -362,7 +370,7 @@ def _start_heads(classifier: Classifier, examples: _Examples, seed: int) -> None
 
 
 def learning_rate_at(step: int, total_steps: int, settings: FinetuneSettings) -> float:
-    """Return the rate of a step (0-based): warm-up to the peak, then linear decay towards 0."""
+    """Return the learning rate of a step (counted from 0): warm-up, then linear decay towards 0."""
     warmup = max(1, int(total_steps * settings.warmup_share))
     rising = (step + 1) / warmup
     falling = (total_steps - step) / max(1, total_steps - warmup)
@@ -370,7 +378,7 @@ def learning_rate_at(step: int, total_steps: int, settings: FinetuneSettings) ->
 
 
 def _passes(cells: np.ndarray, lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
-    """Divide cells, given in ascending order of length, into those computed together."""
+    """Divide cells, in ascending order of length, into groups that are computed together."""
     found, start, real = [], 0, 0
     for stop in range(len(cells)):
         padded = lengths[cells[stop]] * (stop + 1 - start)
@@ -384,7 +392,7 @@ def _passes(cells: np.ndarray, lengths: np.ndarray, token_budget: int) -> list[n
 def _learnable(
     vocabulary: Vocabulary, tokens: list[np.ndarray], targets: list[Target]
 ) -> list[Target]:
-    """Return targets without the labels of cells that have no gene, so no state to learn from."""
+    """Return targets without labels of cells that have no gene, so no state to learn from."""
     num_special = 2 if vocabulary.has_cls else 0
     empty = np.array([len(t) <= num_special for t in tokens])
     return [
@@ -396,7 +404,7 @@ def _learnable(
 def _class_weights(
     tokens: list[np.ndarray], targets: list[Target], settings: FinetuneSettings
 ) -> list[np.ndarray]:
-    """Return float64 [classes] of each head: inverse frequency among its items, or ones."""
+    """Return float64 [classes] for each head: inverse frequency among its items, or ones."""
     weights = []
     for target in targets:
         num_classes = len(target.head.classes)
@@ -406,7 +414,7 @@ def _class_weights(
             found = np.concatenate([target.labels[t] for t in tokens])
             found = found[found >= 0]
         counts = np.bincount(found, minlength=num_classes)
-        # A class that training never sees may still occur in validation.
+        # A class without training examples may still occur in validation.
         inverse = np.where(counts > 0, len(found) / np.maximum(counts, 1) / num_classes, 1.0)
         weights.append(inverse if settings.class_weights else np.ones(num_classes))
     return weights

@@ -1,4 +1,4 @@
-"""What a killed ``geneloom finetune`` has done, and goes on from."""
+"""Keep the finished parts of ``geneloom finetune``, so that a killed run can continue."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from data_prep.files import PARTIAL, complete_file
 
 
 class Unfinished:
-    """Scores of finished seeds and the training in progress, in a part of the output folder.
+    """Scores of finished seeds and the current training, in a part of the output folder.
 
-    They lie below a hash of everything that decides them, so work with other settings is not
-    found. With several ranks only the first one writes.
+    They are stored below a hash of everything that determines them, so results of other settings
+    are not found. With several ranks only the first one writes.
     """
 
     def __init__(self, out: Path, identity: dict[str, Any], writes: bool) -> None:
-        """Take JSON that decides all results; nothing is written yet."""
+        """Take the JSON values that determine all results; nothing is written yet."""
         whole = json.dumps(identity, sort_keys=True)
         self._everything = out / PARTIAL
         self._folder = self._everything / hashlib.sha256(whole.encode()).hexdigest()[:24]
         self._writes = writes
 
     def seed(self, number: int, compute: Callable[[], dict]) -> dict:
-        """Return the scores of a seed, from before or computed and kept."""
+        """Return the scores of a seed, stored before or computed and stored now."""
         path = self._folder / f"seed-{number}.json"
         if path.exists():
             return json.loads(path.read_text())
@@ -43,6 +43,6 @@ class Unfinished:
         return self._folder / name
 
     def remove(self) -> None:
-        """Forget everything, once the results are written."""
+        """Remove everything, after the results are written."""
         if self._writes:
             shutil.rmtree(self._everything, ignore_errors=True)

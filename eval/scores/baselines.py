@@ -1,7 +1,7 @@
-"""Classifiers that know nothing of pretraining; a model is only worth what it adds to them.
+"""Baseline classifiers without pretraining; a model is only worth what it adds to them.
 
 Boiarsky et al. (Nature Machine Intelligence 2024): logistic regression matches or beats pretrained
-encoders in annotation.
+encoders in annotation. `predict_baselines` gives the predictions of all of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MaxAbsScaler, StandardScaler
 
-# What neighbours and contenders that more than one evaluation has are called in results.
+# The names in results of neighbours and contenders that more than one evaluation uses.
 CORPUS_SVD, CELL_STATE = "corpus SVD", "cell state"
 _PCA_COMPONENTS = 50
 _NEIGHBOURS = 15
@@ -62,7 +62,7 @@ BASELINES: dict[str, Callable] = {
 def predict_from_embedding(
     embedding: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray, seed: int
 ) -> np.ndarray:
-    """Return int [test] predictions of logistic regression on standardised embeddings.
+    """Return int [test], predictions of logistic regression on standardised embeddings.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ def predict_baselines(
     labels
         int [cells].
     train, test
-        int positions of cells.
+        int indices of cells.
     """
     features = log_normalise(counts)
     kept = np.asarray((features[train] > 0).sum(axis=0)).ravel() >= _MIN_CELLS_OF_GENE

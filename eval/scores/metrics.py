@@ -1,4 +1,4 @@
-"""Scores of classifiers, and intervals over seeds."""
+"""Scores of classifiers, and confidence intervals over seeds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def score_classes(truth: np.ndarray, predicted: np.ndarray, classes: list[str]) 
     Parameters
     ----------
     truth, predicted
-        int [cells], positions in `classes`. Only classes that occur in `truth` count in averages.
+        int [cells], indices into `classes`. Only classes that occur in `truth` count in averages.
     """
     present = np.unique(truth)
     f1 = f1_score(truth, predicted, labels=present, average=None, zero_division=0.0)
@@ -37,16 +37,16 @@ def score_classes(truth: np.ndarray, predicted: np.ndarray, classes: list[str]) 
 
 
 def score_probabilities(truth: np.ndarray, probabilities: np.ndarray, classes: list[str]) -> dict:
-    """Return what `score_classes` does for the likeliest classes, and scores of probabilities.
+    """Return the scores of the most likely classes, and scores of the probabilities.
 
-    ``auprc`` is the mean over classes of the area under the precision-recall curve, one class
-    against the others; NaN if the truth holds one class only. ``ece`` and ``calibration``: see
-    `calibration_error`.
+    The first are those of `score_classes`. ``auprc`` is the mean over classes of the area under the
+    precision-recall curve, one class against the others; NaN if the truth has only one class.
+    ``ece`` and ``calibration``: see `calibration_error`.
 
     Parameters
     ----------
     truth
-        int [cells], positions in `classes`.
+        int [cells], indices into `classes`.
     probabilities
         float [cells, classes], rows that sum to 1.
 
@@ -72,10 +72,10 @@ def score_probabilities(truth: np.ndarray, probabilities: np.ndarray, classes: l
 
 
 def chance_macro_f1(truth: np.ndarray, predicted: np.ndarray) -> float:
-    """Return the macro-F1 that these predictions have on average against the truth in any order.
+    """Return the average macro-F1 of these predictions if the truth were in random order.
 
-    Exact, since F1 is linear in the hits once the sizes of the classes are fixed. Only classes that
-    occur in `truth` count, as in `score_classes`.
+    The value is exact, because F1 is linear in the hits if the sizes of the classes are fixed. Only
+    classes that occur in `truth` count, as in `score_classes`.
     """
     classes, wanted = np.unique(truth, return_counts=True)
     given = np.array([(predicted == c).sum() for c in classes])
@@ -85,11 +85,11 @@ def chance_macro_f1(truth: np.ndarray, predicted: np.ndarray) -> float:
 def calibration_error(
     truth: np.ndarray, probabilities: np.ndarray, num_bins: int = CALIBRATION_BINS
 ) -> tuple[float, list[dict[str, float]]]:
-    """Return the expected calibration error of the top probability, and the bins behind it.
+    """Return the expected calibration error of the top probability, and its bins.
 
-    Bins have equal width; the error is the mean over cells of the distance between a bin's mean
-    top probability and its accuracy. A bin is ``{cells, confidence, accuracy}``; empty ones are
-    left out.
+    Bins have equal width. The error is the mean over cells of the distance between a bin's mean top
+    probability and its accuracy. A bin is ``{cells, confidence, accuracy}``; empty bins are left
+    out.
     """
     top = probabilities.max(axis=1)
     right = probabilities.argmax(axis=1) == truth

@@ -1,4 +1,8 @@
-"""Training and test cells: groups (donors, batches, data sets) stay whole, else by class."""
+"""Split cells into training and test cells: groups (donors, batches, data sets) stay whole.
+
+Without groups the split is stratified by class. `split_cells` makes a split, `validation_cells`
+divides its training cells further, and `require_clean_split` checks that nothing leaks.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +27,12 @@ def split_cells(
     test_share: float = TEST_SHARE,
     fewest_test_donors: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return int positions of training and test cells.
+    """Return the int indices of training and test cells.
 
-    With donors, no donor is on both sides (a random split then measures leakage: 0.96 instead of
-    0.735 in one disease set), and every class must be on both; without, classes are stratified.
-    All possible sets of test donors are listed when they are few, and consecutive seeds take
-    different ones; the number of test donors is the possible one nearest to `test_share`.
+    With donors, no donor is on both sides, and every class must be on both. (A random split would
+    measure leakage: 0.96 instead of 0.735 in one disease set.) Without donors, classes are
+    stratified. All possible sets of test donors are listed if they are few, and consecutive seeds
+    take different ones. The number of test donors is the possible number nearest to `test_share`.
 
     Parameters
     ----------
@@ -67,7 +71,7 @@ def _counted(names: np.ndarray) -> str:
 
 
 def _test_donors(has_class: np.ndarray, num_test: int, seed: int) -> np.ndarray | None:
-    """Return positions of test donors that leave every class on both sides; None: impossible.
+    """Return indices of test donors that leave every class on both sides, or None if impossible.
 
     Parameters
     ----------
@@ -82,7 +86,7 @@ def _test_donors(has_class: np.ndarray, num_test: int, seed: int) -> np.ndarray 
     if math.comb(len(has_class), num_test) <= _MOST_ENUMERATED:
         every = (np.array(c) for c in itertools.combinations(range(len(has_class)), num_test))
         possible = [c for c in every if both_sides(c)]
-        # One order for all seeds, so that consecutive seeds differ.
+        # The order is the same for all seeds, so that consecutive seeds give different sets.
         order = np.random.default_rng(len(possible)).permutation(len(possible))
         return possible[order[seed % len(possible)]] if possible else None
     rng = np.random.default_rng(seed)
@@ -96,19 +100,19 @@ def _test_donors(has_class: np.ndarray, num_test: int, seed: int) -> np.ndarray 
 def validation_cells(
     train: np.ndarray, labels: np.ndarray, donors: np.ndarray | None, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return `train` as (cells to fit, cells for early stopping), by donor where that is possible.
+    """Return `train` as (cells to fit, cells for early stopping), divided by donor if possible.
 
     Parameters
     ----------
     train
-        int positions in `labels` and `donors`.
+        int indices into `labels` and `donors`.
     """
     if donors is not None:
         try:
             fit, held = split_cells(labels[train], donors[train], seed, _VALIDATION_SHARE)
             return train[fit], train[held]
         except ValueError:
-            pass  # A class has one training donor only: its cells are needed on both sides.
+            pass  # A class has only one training donor, whose cells are needed on both sides.
     fit, held = split_cells(labels[train], None, seed, _VALIDATION_SHARE)
     return train[fit], train[held]
 
@@ -127,13 +131,13 @@ def limit_per_class(
 def seen_in_training(
     train: np.ndarray, test: np.ndarray, counts: scipy.sparse.csr_matrix
 ) -> np.ndarray:
-    """Return bool [test]: which test cells have exactly the counts of some training cell."""
+    """Return bool [test]: True for test cells with exactly the counts of some training cell."""
     known = {_row_hash(counts, cell) for cell in train}
     return np.array([_row_hash(counts, cell) in known for cell in test], dtype=bool)
 
 
 def repeated_cells(counts: scipy.sparse.csr_matrix) -> np.ndarray:
-    """Return bool [cells]: which cells have exactly the counts of a cell before them."""
+    """Return bool [cells]: True for cells with exactly the counts of an earlier cell."""
     known: set[bytes] = set()
     repeated = np.zeros(counts.shape[0], dtype=bool)
     for cell in range(len(repeated)):
@@ -157,16 +161,16 @@ def require_clean_split(
     groups: np.ndarray | None,
     counts: scipy.sparse.csr_matrix,
 ) -> None:
-    """Raise ValueError if test cells are known from training: by their group, or cell by cell.
+    """Raise ValueError if test cells are known from training, by their group or as equal cells.
 
     Parameters
     ----------
     train, test
-        int positions of cells.
+        int indices of cells.
     groups
-        str [cells], or None where there are none.
+        str [cells], or None if there are no groups.
     counts
-        CSR [cells, genes], raw; no gene twice in a cell.
+        CSR [cells, genes], raw; a cell contains no gene twice.
     """
     if not len(train) or not len(test):
         raise ValueError(f"split: {len(train)} training and {len(test)} test cells; both need some")

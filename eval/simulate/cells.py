@@ -1,7 +1,8 @@
-"""Cells of a simulated tissue, block by block: latent state, expected and drawn counts.
+"""Simulate the cells of a tissue, block by block: latent state, expected counts, drawn counts.
 
+A `Simulation` draws everything that is drawn once, and its `block` gives the cells of a block.
 Every random number comes from a stream named by the seed, its purpose and its block, so that the
-same settings give the same cells in whatever order blocks are made.
+same settings give the same cells in any order of blocks.
 """
 
 from __future__ import annotations
@@ -17,31 +18,32 @@ from eval.simulate.settings import SimulationSettings
 BLOCK_CELLS = 512
 _STREAMS = ("network", "genes", "types", "donors", "batches", "cells", "block", "perturbation",
             "origins", "ids")  # fmt: skip
-# PBMC of 10x Genomics (pbmc3k): median counts of a cell, genes with at least one count.
+# The median counts of a cell, and the number of genes with at least one count, in PBMC of 10x
+# Genomics (pbmc3k).
 PBMC_COUNTS, PBMC_GENES = 2197.0, 16_634
 _DISPERSION_SLOPE = -0.5  # on the logarithm of a gene's mean count
 _ON, _OFF, _TYPE_SD, _ON_SHARE = 1.2, -1.2, 0.3, 0.4
 
 
 def stream(seed: int, purpose: str, *keys: int) -> np.random.Generator:
-    """Return the random numbers of one purpose."""
+    """Return the random number generator of one purpose."""
     return np.random.default_rng([seed, _STREAMS.index(purpose), *keys])
 
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive cells.
+    """The data of consecutive cells.
 
     Attributes
     ----------
     cells
-        int64 [cells], positions.
+        int64 [cells], indices.
     drives
-        float64 [cells, T], as `Network.activities` takes them.
+        float64 [cells, T], as in `Network.activities`.
     active
         float64 [cells, T], activities of the TFs.
     state
-        float64 [cells, genes], logarithm of expression without donor's and batch's gene effects.
+        float64 [cells, genes], logarithm of expression without the gene effects of donor and batch.
     expected
         float64 [cells, genes], counts without noise.
     gains
@@ -65,16 +67,16 @@ class Simulation:
     Attributes
     ----------
     network
-        The truth.
+        The true network.
     basal, dispersion
         float64 [genes], logarithm of expression with all regulators half active; variance of the
         gamma noise.
     parents
-        int64 [types], the type that each one comes from; the root is its own.
+        int64 [types], the type that each type develops from; the root is its own parent.
     programs
         float64 [types, T], drives of the TFs in mature cells of a type.
     cells
-        One row a cell: branch, position on it (0 parent to 1 mature), type, donor, batch (all
+        One row per cell: branch, position on it (0 parent to 1 mature), type, donor, batch (all
         int), pseudotime, depth (expected counts).
     """
 
@@ -106,7 +108,7 @@ class Simulation:
         return -(-self.settings.cells // BLOCK_CELLS)
 
     def block(self, number: int) -> Block:
-        """Return cells number x 512 onwards."""
+        """Return the block of cells from index number x 512 on."""
         settings = self.settings
         rng = stream(settings.seed, "block", number)
         table = self.cells.iloc[number * BLOCK_CELLS : (number + 1) * BLOCK_CELLS]
@@ -152,7 +154,8 @@ class Simulation:
         for kind in range(1, settings.types):
             switched = rng.random(settings.tfs) < settings.switched_share
             is_on[kind] = is_on[self.parents[kind]] ^ switched
-        # One offset for each TF and state: types that share a state share its level.
+        # There is one offset for each TF and state, so types with the same state have the same
+        # level.
         levels = np.array([_OFF, _ON])[:, None] + _TYPE_SD * rng.normal(size=(2, settings.tfs))
         self.programs = np.where(is_on, levels[1], levels[0])
 

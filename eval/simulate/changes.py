@@ -1,8 +1,10 @@
-"""True perturbations of simulated cells: the same cells, with genes deleted or overexpressed.
+"""Perturb simulated cells truly: the same cells, with genes deleted or overexpressed.
 
-Counts of a perturbed cell are coupled to those of its origin: where a gene's expectation falls,
-its counts are thinned; where it rises, counts are added. Both are exactly gamma-Poisson at the new
-expectation, and a gene that the perturbation does not reach keeps its count.
+`read_perturbations` reads what to perturb, `log_change` gives the true change, and `draw_changed`
+the counts. Counts of a perturbed cell are coupled to those of its original cell: if a gene's
+expected count falls, its counts are thinned; if it rises, counts are added. Both are exactly
+gamma-Poisson at the new expected count, and a gene that the perturbation does not reach keeps its
+count.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ _TARGET_SUM = 1e4
 
 @dataclass(frozen=True)
 class Perturbation:
-    """Genes that are changed together; positions of genes, and the name of them all."""
+    """Genes that are changed together, as indices of genes, and their common name."""
 
     kind: str
     genes: tuple[int, ...]
@@ -30,17 +32,17 @@ class Perturbation:
 
 
 def read_perturbations(text: str, gene_ids: list[str], tfs: np.ndarray) -> list[Perturbation]:
-    """Return the perturbations that a text asks for, each deleted and overexpressed.
+    """Return the perturbations that a text asks for, each as deletion and as overexpression.
 
     Parameters
     ----------
     text
-        ``none``, ``all`` (each TF), or gene ids with commas between, ``A+B`` for two together.
+        ``none``, ``all`` (each TF), or gene ids separated by commas; ``A+B`` for two together.
 
     Raises
     ------
     ValueError
-        A gene is not simulated, or stands twice.
+        A gene is not simulated, or is given twice.
     """
     if text == "none":
         return []
@@ -64,7 +66,7 @@ def read_perturbations(text: str, gene_ids: list[str], tfs: np.ndarray) -> list[
 
 
 def choose_origins(simulation: Simulation) -> np.ndarray:
-    """Return the cells that are perturbed, int64, ascending: evenly over the types."""
+    """Return the indices of the cells to perturb, int64, ascending, evenly over the types."""
     settings = simulation.settings
     order = stream(settings.seed, "origins").permutation(settings.cells)
     kinds = simulation.cells["type"].to_numpy()[order]
@@ -73,7 +75,7 @@ def choose_origins(simulation: Simulation) -> np.ndarray:
 
 
 def subset(blocks: list[Block], cells: np.ndarray) -> Block:
-    """Return chosen cells of blocks as one; `cells` is sorted."""
+    """Return the chosen cells of several blocks as one block; `cells` is sorted."""
     chosen = [np.isin(b.cells, cells) for b in blocks]
     return Block(
         *(
@@ -86,7 +88,7 @@ def subset(blocks: list[Block], cells: np.ndarray) -> Block:
 def reached_genes(simulation: Simulation, perturbation: Perturbation) -> pd.DataFrame:
     """Return the genes that a perturbation reaches: gene (int), relation (self, direct, indirect).
 
-    A gene that an overexpressed gene regulates and that is itself changed counts as self.
+    A perturbed gene that another perturbed gene regulates has the relation self.
     """
     distance = np.zeros(simulation.settings.genes, dtype=int)
     network = simulation.network
@@ -102,7 +104,7 @@ def reached_genes(simulation: Simulation, perturbation: Perturbation) -> pd.Data
 def log_change(simulation: Simulation, origins: Block, perturbation: Perturbation) -> np.ndarray:
     """Return the true change of the logarithm of expression, float64 [cells, genes].
 
-    -inf at deleted genes; exactly 0 at genes that the perturbation does not reach.
+    It is -inf at deleted genes, and exactly 0 at genes that the perturbation does not reach.
     """
     network = simulation.network
     is_changed = np.isin(network.tfs, perturbation.genes)
@@ -137,7 +139,7 @@ def draw_changed(
 def mean_effects(
     origins: Block, kinds: np.ndarray, change: np.ndarray, genes: np.ndarray
 ) -> pd.DataFrame:
-    """Return true mean effects by type of cell: type (int), gene (int), cells, and three means.
+    """Return true mean effects by cell type: type (int), gene (int), cells, and three means.
 
     ``log_fold_change`` is the mean over cells of the change of the logarithm; ``expected_before``
     and ``expected_after`` are counts without noise.
@@ -167,9 +169,10 @@ def true_shifts(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return how far cells move, float64 [cells], and toward which types, [cells, types].
 
-    A state is log(1 + expression per 10,000), without noise, donors' and batches' gene effects, and
-    without the perturbed genes themselves. The move is 1 - cosine(before, after), exactly 0 if
-    nothing changed; toward a type: cosine(after, type) - cosine(before, type).
+    A state is log(1 + expression per 10,000), without noise, without gene effects of donors and
+    batches, and without the perturbed genes themselves. The move is 1 - cosine(before, after),
+    exactly 0 if nothing changed; the move toward a type is cosine(after, type) - cosine(before,
+    type).
     """
     others = np.ones(simulation.settings.genes, dtype=bool)
     others[list(perturbation.genes)] = False
@@ -181,7 +184,7 @@ def true_shifts(
     types = _unit(np.log1p(np.exp(types))[:, others])
     before, after = _unit(before), _unit(after)
     is_moved = (change[:, others] != 0).any(axis=1)
-    # 1 - cosine of unit vectors, without the cancellation
+    # This is 1 - cosine of unit vectors, computed without cancellation.
     move = ((after - before) ** 2).sum(axis=1) / 2
     return np.where(is_moved, move, 0), np.where(is_moved[:, None], (after - before) @ types.T, 0)
 

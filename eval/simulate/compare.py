@@ -1,4 +1,7 @@
-"""Do simulated counts look like real ones? The same moments of both, side by side."""
+"""Compare simulated with real counts by the same moments of both.
+
+`measure_cells` computes the moments of a file; `print_moments` and `write_plot` show them.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +19,20 @@ from data_prep.sources.open_source import open_path
 from data_prep.sources.source_spec import SourceOptions
 
 _COLOURS = {"real": "#e69f00", "simulated": "#0072b2"}
-_PLAIN = FuncFormatter(lambda value, _: f"{value:,g}")  # the style's text knows no powers
-_LEAST_MEAN = 0.1  # below, a gene's dispersion is mostly sampling noise
+_PLAIN = FuncFormatter(lambda value, _: f"{value:,g}")  # the style's text cannot show powers
+_LEAST_MEAN = 0.1  # below it, a gene's dispersion is mostly sampling noise
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Of the most expressed genes of a file: counts as they are, not normalised.
+    """Moments of the most expressed genes of a file, of raw counts without normalisation.
 
     Attributes
     ----------
     total, detected
-        float64 [cells], counts and genes with a count.
+        float64 [cells], counts, and number of genes with a count.
     mean, variance, detection
-        float64 [genes], over cells; detection: share of cells with a count.
+        float64 [genes], over cells; detection is the share of cells with a count.
     """
 
     total: np.ndarray
@@ -40,7 +43,7 @@ class Moments:
 
     @property
     def dispersion(self) -> np.ndarray:
-        """float64, (variance - mean) / mean^2 of genes with a mean of at least 0.1."""
+        """Return float64, (variance - mean) / mean^2 of genes with a mean of at least 0.1."""
         chosen = self.mean >= _LEAST_MEAN
         mean = self.mean[chosen]
         return (self.variance[chosen] - mean) / mean**2
@@ -74,7 +77,7 @@ def measure_cells(path: Path, num_genes: int) -> Moments:
     Raises
     ------
     ValueError
-        No count matrix, no raw counts, no cells with counts.
+        The file is no count matrix, has no raw counts, or has no cells with counts.
     """
     source = open_path(path, SourceOptions())
     if not isinstance(source, CountSource):
@@ -106,7 +109,7 @@ def measure_cells(path: Path, num_genes: int) -> Moments:
 
 
 def print_moments(moments: dict[str, dict[str, float]]) -> None:
-    """Print the summaries, a column each."""
+    """Print the summaries as a table with one column each."""
     table = Table(title="most expressed genes, raw counts", title_justify="left")
     table.add_column("")
     for name in moments:
@@ -118,7 +121,7 @@ def print_moments(moments: dict[str, dict[str, float]]) -> None:
 
 def write_plot(path: Path, moments: dict[str, Moments]) -> None:
     """Write a figure: detection and variance against the mean; genes against counts of cells."""
-    from eval.drawing.figures import (  # brings torch, which nothing else here needs
+    from eval.drawing.figures import (  # it imports torch, which nothing else here needs
         new_figure,
         style,
     )

@@ -1,7 +1,8 @@
-"""A gene regulatory network without cycles, and what its genes do when one of them is changed.
+"""A gene regulatory network without cycles, and the effects of changing one of its genes.
 
-The level of a TF is the logarithm of its expression relative to the level at which it is half
-active; its activity is a Hill function of it, from 0 (idle) to 1 (full).
+`draw_network` makes a random network. The level of a TF is the logarithm of its expression relative
+to the level at which it is half active; its activity is a Hill function of this level, from 0
+(idle) to 1 (full).
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ HILL = 2.0
 HALF = 0.5
 _PARETO = 1.5  # exponent of the numbers of targets; at most a third of the genes for one TF
 _FEWEST_TARGETS, _MOST_TARGETS_SHARE = 3, 1 / 3
-_TF_PREFERENCE = 2.0  # how much likelier a TF is a target than another gene
+_TF_PREFERENCE = 2.0  # how much more likely a TF is a target than another gene
 _HOUSEKEEPING = 1.0  # the most expressed genes vary least between types (PBMC: ribosomal genes)
 _EFFECT_SHAPE = 2.0
 
 
 @dataclass(frozen=True)
 class Network:
-    """Who regulates whom.
+    """The regulators and their targets.
 
     Attributes
     ----------
     tfs
-        int64 [T], positions of the TFs among the genes; a TF regulates only TFs after it.
+        int64 [T], indices of the TFs among the genes; a TF regulates only TFs after it.
     weights
-        CSR float64 [T, genes], change of the logarithm of expression when the TF goes from idle
-        to full.
+        CSR float64 [T, genes], change of the logarithm of expression when the TF goes from idle to
+        full.
     """
 
     tfs: np.ndarray
@@ -41,12 +42,12 @@ class Network:
 
     @cached_property
     def among_tfs(self) -> np.ndarray:
-        """float64 [T, T], weights of TFs on TFs; zero on and below the diagonal."""
+        """Return float64 [T, T], weights of TFs on TFs; zero on and below the diagonal."""
         return self.weights[:, self.tfs].toarray()
 
     @cached_property
     def distances(self) -> np.ndarray:
-        """int32 [T, genes], regulations on the shortest path from TF to gene; 0 where none is."""
+        """Return int32 [T, genes], steps on the shortest path from TF to gene; 0 without a path."""
         is_edge = self.weights.toarray() != 0
         found = np.where(is_edge, 1, 0).astype(np.int32)
         for tf in reversed(range(len(self.tfs))):
@@ -58,7 +59,7 @@ class Network:
 
     @cached_property
     def total_weights(self) -> np.ndarray:
-        """float64 [T, genes], effect over all paths together, linear at half activity."""
+        """Return float64 [T, genes], the effect over all paths, linear at half activity."""
         slope = HILL / 4  # of the activity, per unit of the level
         total = self.weights.toarray()
         for tf in reversed(range(len(self.tfs))):
@@ -93,7 +94,7 @@ class Network:
         return active
 
     def log_effect(self, active: np.ndarray) -> np.ndarray:
-        """Return what the regulators add to the logarithm of expression, float64 [cells, genes].
+        """Return the regulators' effect on the logarithm of expression, float64 [cells, genes].
 
         `active` is a difference from half activity, or a change of activity.
         """
@@ -105,7 +106,7 @@ def draw_network(
 ) -> Network:
     """Return a random network: few TFs with many targets, signed effects, no cycles.
 
-    `basal` is the logarithm of expression, float64 [genes]: the higher, the fewer regulators.
+    `basal` is the logarithm of expression, float64 [genes]; higher values get fewer regulators.
     """
     num_genes, num_tfs = settings.genes, settings.tfs
     tfs = rng.choice(num_genes, num_tfs, replace=False)
@@ -119,7 +120,7 @@ def draw_network(
     attraction[tfs] *= _TF_PREFERENCE
     rows, columns = [], []
     for tf in range(num_tfs):
-        attraction[tfs[tf]] = 0  # neither itself nor, for those that follow, a TF before them
+        attraction[tfs[tf]] = 0  # not itself, and for later TFs no earlier TF
         count = min(wanted[tf], np.count_nonzero(attraction))
         chance = attraction / attraction.sum()
         columns.append(np.sort(rng.choice(num_genes, count, replace=False, p=chance)))

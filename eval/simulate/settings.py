@@ -1,6 +1,7 @@
-"""All settings of a simulation, refused early. Where each default was measured: docs/simulator.md.
+"""All settings of a simulation, checked before it starts; docs/simulator.md has their sources.
 
-Standard deviations and effects are on the scale of natural logarithms of expression.
+`make_settings` makes them and reports all wrong values together. Standard deviations and effects
+are on the scale of natural logarithms of expression.
 """
 
 from __future__ import annotations
@@ -11,28 +12,28 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 
 class SimulationSettings(BaseModel):
-    """What is simulated; with the seed it determines every byte."""
+    """The settings of a simulation; together with the seed they determine every byte."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    # Cells without a perturbation.
+    # number of cells without a perturbation
     cells: int = Field(default=2_000, ge=1)
     genes: int = Field(default=1_000, ge=2, description="the most expressed ones of a genome")
     tfs: int = Field(default=50, ge=1, description="genes that regulate others")
     types: int = Field(default=5, ge=1, description="cell types, leaves and nodes of one tree")
-    # People the cells are of.
+    # number of people that the cells come from
     donors: int = Field(default=4, ge=1)
     batches: int = Field(default=2, ge=1, description="each with cells of all donors")
     depth: float | None = Field(
         default=None, gt=0, description="median counts of a cell; default as in PBMC"
     )
-    # The same seed gives the same bytes.
+    # the same seed gives the same bytes
     seed: int = Field(default=0, ge=0)
 
     regulators_per_gene: float = Field(
         default=3.0, gt=0, description="mean, but for hubs cut short"
     )
-    # Of regulations that raise their target.
+    # share of regulations that raise their target
     activator_share: float = Field(default=0.7, ge=0, le=1)
     mean_effect: float = Field(default=1.0, gt=0, description="of a TF going from idle to full")
     switched_share: float = Field(
@@ -46,7 +47,7 @@ class SimulationSettings(BaseModel):
     dispersion: float = Field(
         default=0.5, gt=0, description="median over genes with a mean of one count"
     )
-    # Of its logarithm, over genes.
+    # standard deviation of the logarithm of the dispersion, over genes
     dispersion_sd: float = Field(default=1.0, ge=0)
     library_sd: float = Field(default=0.43, ge=0, description="of counts per cell")
     donor_sd: float = Field(default=0.17, ge=0, description="of a gene between donors")
@@ -57,7 +58,7 @@ class SimulationSettings(BaseModel):
     perturb_cells: int = Field(
         default=200, ge=1, description="at most so many cells of origin, evenly over the types"
     )
-    # Of a gene that is overexpressed.
+    # factor by which the expression of an overexpressed gene rises
     overexpression_fold: float = Field(default=8.0, gt=1)
 
     @model_validator(mode="after")
@@ -71,12 +72,12 @@ class SimulationSettings(BaseModel):
 
 
 def make_settings(**values: Any) -> SimulationSettings:
-    """Return settings.
+    """Return the settings.
 
     Raises
     ------
     ValueError
-        An unknown name or a value out of its range; all problems in one message.
+        A name is unknown or a value is out of its range; the message lists all problems.
     """
     try:
         return SimulationSettings(**values)

@@ -1,4 +1,8 @@
-"""A simulated tissue as a folder of files: complete or absent, the same settings the same bytes."""
+"""Write a simulated tissue as a folder of files, which is either complete or absent.
+
+`simulate` writes the network, the cells, the perturbed cells and the record. The same settings give
+the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -47,23 +51,24 @@ def simulate(
 ) -> dict:
     """Write a folder of simulated cells with their truth, and return its record.
 
-    Memory holds a block of 512 cells x genes and the cells that are perturbed, whatever the number
-    of cells.
+    The memory is that of a block of 512 cells x genes and of the perturbed cells, whatever the
+    number of cells.
 
     Parameters
     ----------
     perturb
-        As `read_perturbations` takes it.
+        As in `read_perturbations`.
     gene_ids
-        Text file with one id a line, or a vocabulary as `open_vocabulary` opens it; default
-        SIMG00001 and so on.
+        Text file with one id per line, or a vocabulary for `open_vocabulary`; by default the ids
+        are SIMG00001 and so on.
     compare
-        Real cells whose moments are measured beside the simulated ones.
+        Real cells whose moments are measured for comparison with the simulated ones.
 
     Raises
     ------
     ValueError
-        `out` is no empty folder, a gene cannot be perturbed, too few gene ids, no raw counts.
+        `out` is not an empty folder, a gene cannot be perturbed, there are too few gene ids, or the
+        real cells have no raw counts.
     """
     require_new(out)
     ids = choose_ids(settings, gene_ids)
@@ -93,7 +98,7 @@ def simulate(
 
 
 def choose_ids(settings: SimulationSettings, source: Path | None) -> list[str]:
-    """Return the ids of the genes: own ones, or a random choice of a file's, in its order."""
+    """Return the ids of the genes: new ones, or a random choice from a file in its order."""
     if source is None:
         return [f"SIMG{i:05d}" for i in range(1, settings.genes + 1)]
     if source.suffix == ".txt":
@@ -149,7 +154,7 @@ def write_network(folder: Path, simulation: Simulation, ids: list[str]) -> None:
 
 
 def write_cells(folder: Path, simulation: Simulation, ids: list[str]) -> Block:
-    """Write cells.h5ad block by block and return the cells that are to be perturbed."""
+    """Write cells.h5ad block by block, and return the cells that are to be perturbed."""
     origins = choose_origins(simulation)
     kept, totals = [], []
     with GrowingFile(folder / "cells.h5ad", simulation.settings.genes) as file:
@@ -172,7 +177,7 @@ def write_perturbed(
     origins: Block,
     perturbations: list[Perturbation],
 ) -> None:
-    """Write perturbed.h5ad, controls.h5ad (the cells of origin), effects and shifts."""
+    """Write perturbed.h5ad, controls.h5ad (the original cells), effects and shifts."""
     names, genes = type_names(simulation.settings), gene_table(simulation, ids)
     table = cell_table(simulation, origins.cells)
     with GrowingFile(folder / "controls.h5ad", len(ids), "expected") as file:
@@ -214,7 +219,7 @@ def _effects(
     change: np.ndarray,
     ids: list[str],
 ) -> pd.DataFrame:
-    """Return the rows of effects.parquet of one perturbation."""
+    """Return the rows of effects.parquet for one perturbation."""
     reached = reached_genes(simulation, one)
     means = mean_effects(origins, kinds, change, reached["gene"].to_numpy())
     means.insert(0, "cell_type", type_names(simulation.settings)[means.pop("type")])
@@ -225,7 +230,7 @@ def _effects(
 
 
 def cell_table(simulation: Simulation, cells: np.ndarray) -> pd.DataFrame:
-    """Return obs of chosen cells."""
+    """Return the obs table of chosen cells."""
     settings, rows = simulation.settings, simulation.cells.iloc[cells]
     names = type_names(settings)
     donors = [f"donor{k}" for k in range(settings.donors)]
@@ -243,7 +248,7 @@ def cell_table(simulation: Simulation, cells: np.ndarray) -> pd.DataFrame:
 
 
 def gene_table(simulation: Simulation, ids: list[str]) -> pd.DataFrame:
-    """Return var: which genes are TFs, and how they are expressed."""
+    """Return the var table: which genes are TFs, and how they are expressed."""
     is_tf = np.zeros(len(ids), dtype=bool)
     is_tf[simulation.network.tfs] = True
     columns = {"is_tf": is_tf, "basal": simulation.basal, "dispersion": simulation.dispersion}
@@ -251,7 +256,7 @@ def gene_table(simulation: Simulation, ids: list[str]) -> pd.DataFrame:
 
 
 class GrowingFile:
-    """An h5ad to which cells are added block by block; one layer beside the counts."""
+    """An h5ad file to which cells are added block by block, with at most one further layer."""
 
     def __init__(self, path: Path, num_genes: int, layer: str | None = None) -> None:
         self._file = h5py.File(path, "w")
@@ -269,7 +274,7 @@ class GrowingFile:
         self._file.close()
 
     def add(self, *matrices: np.ndarray) -> None:
-        """Append cells: counts, and the layer; [cells, genes] each."""
+        """Append cells: the counts, and the layer if there is one; [cells, genes] each."""
         for key, matrix in zip(self._keys, matrices, strict=True):
             stored = sparse_dataset(self._file[key])
             for start in range(0, len(matrix), BLOCK_CELLS):
@@ -277,14 +282,14 @@ class GrowingFile:
                 stored.append(scipy.sparse.csr_matrix(rows, dtype=stored.dtype))
 
     def finish(self, obs: pd.DataFrame, var: pd.DataFrame) -> None:
-        """Write the tables that make it an AnnData file."""
+        """Write the tables that turn the file into an AnnData file."""
         write_elem(self._file, "obs", obs)
         write_elem(self._file, "var", var)
         self._file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
 
 
 class GrowingTable:
-    """A parquet file to which tables are added."""
+    """A Parquet file to which tables are added."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -307,5 +312,5 @@ class GrowingTable:
 def _version(package: str) -> str:
     try:
         return version(package)
-    except PackageNotFoundError:  # run from a checkout that is not installed
+    except PackageNotFoundError:  # the code runs from a checkout that is not installed
         return "not installed"

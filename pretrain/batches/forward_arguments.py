@@ -1,4 +1,4 @@
-"""Arguments of the model's forward passes: of a micro-batch, on the host or on a device."""
+"""Arguments of the model's forward pass, made from a micro-batch, on the host or on a device."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
 
 
 def host_arguments(micro: MicroBatch) -> tuple[Any, ...]:
-    """Return the arguments of `MaskedGeneModel.forward`, tensors on the host."""
+    """Return the arguments of `MaskedGeneModel.forward` as tensors on the host."""
     targets, cells = micro.targets or (None, None, None), None
     ids, real = micro.input_ids, micro.attention_mask
     if micro.packed:
         (ids, cells), real = micro.packed, None
     arguments = ids, real, micro.masked_places, micro.labels, *targets, micro.folds
-    # As a plain tuple: DeepSpeed builds the arguments anew from their types.
+    # The packing is a plain tuple, because DeepSpeed rebuilds the arguments from their types.
     return arguments if cells is None else (*arguments, tuple(cells))
 
 
 def to_device(micro: MicroBatch, device: torch.device) -> tuple[Any, ...]:
-    """Return the arguments of one forward pass on a device."""
+    """Return the arguments of one forward pass as tensors on a device."""
     return _moved(host_arguments(micro), device)
 
 
@@ -34,7 +34,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def device_arguments(data: RankStep, device: torch.device) -> Iterator[tuple[Any, ...]]:
-    """Yield the arguments of each forward pass of a step; one copy brings them all to a GPU."""
+    """Yield the arguments of each forward pass of a step; a staged step is copied at once."""
     if data.staged is not None:
         staging, staged = data.staged
         yield from staging.copies(staged)

@@ -1,9 +1,10 @@
-"""The way of a step to a GPU: one piece of pinned memory, filled by the loader, one copy.
+"""Copy a whole step to a GPU at once, through one buffer of pinned memory.
 
-Pinning memory costs a call of the driver, and each copy another one; a step of eight packed
-micro-batches has a hundred tensors. Here the loader's threads lay all of a step's tensors into one
-pinned buffer out of a few, which are used again; the training thread copies it on a stream of its
-own while the GPU computes, and looks at its parts.
+Pinning memory costs a call of the driver, and each copy costs another one; a step of eight packed
+micro-batches has a hundred tensors. Here the threads of the loader write all tensors of a step into
+one pinned buffer (`Staging.fill`); a few buffers are reused for all steps. The training thread
+copies the buffer on a separate stream while the GPU computes, and takes the tensors as views of the
+copy (`Staging.copies`).
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from typing import Any
 
 import torch
 
-# Kernels read vectors of this many bytes.
+# Kernels read vectors of this many bytes, so each tensor begins at a multiple of it.
 _ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Where a tensor lies in a buffer."""
+    """The position, shape and dtype of a tensor in a buffer."""
 
     start: int
     shape: tuple[int, ...]
@@ -34,7 +35,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class Staged:
-    """Arguments of forward passes in one buffer on the host: uint8, of which `size` are used."""
+    """The arguments of forward passes in one uint8 buffer on the host, which uses `size` bytes."""
 
     buffer: torch.Tensor
     size: int
@@ -42,17 +43,20 @@ class Staged:
 
 
 class Staging:
-    """Buffers of one rank for one device. Any thread may `fill`, one `copies`."""
+    """The buffers of one rank for one device.
+
+    Any thread may call `fill`, but only one thread may call `copies`.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._free: deque[torch.Tensor] = deque()
-        # Buffers that are being copied, each with what says that it is done.
+        # Buffers that are being copied, each with the event that tells when its copy is done.
         self._busy: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def fill(self, arguments: Sequence[Any]) -> Staged:
-        """Lay the tensors in nested tuples into a buffer; anything else stays as it is."""
+        """Write the tensors in nested tuples into a buffer; all other values stay as they are."""
         size, parts = 0, []
 
         def place(tensor: torch.Tensor) -> _Part:
@@ -74,13 +78,14 @@ class Staging:
         except IndexError:
             buffer = torch.empty(0, dtype=torch.uint8)
         if len(buffer) < size:
-            # Some room: steps of a bucket differ by a few tokens.
+            # The buffer is somewhat larger than needed, because steps of a bucket differ by a few
+            # tokens.
             room = size + size // 8
             buffer = torch.empty(room, dtype=torch.uint8, pin_memory=self._stream is not None)
         return buffer
 
     def copies(self, staged: Staged) -> list[Any]:
-        """Return the arguments on the device, after one copy; the buffer is used again later."""
+        """Return the arguments on the device after one copy; the buffer is reused later."""
         self._collect()
         source, event = staged.buffer[: staged.size], None
         if self._stream is None:
@@ -88,7 +93,7 @@ class Staging:
         else:
             current = torch.cuda.current_stream(self._device)
             with torch.cuda.stream(self._stream):
-                # Of this stream's memory: nothing that computes has to be waited for.
+                # The memory belongs to this stream, so the copy does not wait for any computation.
                 on_device = source.to(self._device, non_blocking=True)
                 event = torch.cuda.Event()
                 event.record(self._stream)

@@ -1,4 +1,4 @@
-"""Blocks of shards in memory, each read once while it is in use."""
+"""Keep decoded blocks of shards in memory, so that each is read once while it is in use."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ logger = logging.getLogger(__name__)
 
 
 class BlockCache:
-    """Decoded blocks, read once while they are in use, by any number of threads.
+    """A cache of decoded blocks that any number of threads may use.
 
     Parameters
     ----------
     max_blocks
-        Blocks kept; the one unused for longest goes first.
+        Number of blocks to keep; the least recently used one is dropped first.
     quarantine
-        Leave the cells of a damaged block out, instead of raising.
+        Return damaged blocks as None, so that their cells are left out, instead of raising.
     """
 
     def __init__(self, shards: ShardSet, max_blocks: int, quarantine: bool) -> None:
@@ -66,9 +66,10 @@ class BlockCache:
         return block.tokens, block.offsets.tolist()
 
     def gather(self, extent: BucketExtent, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the tokens of cells of one bucket, flat, and int64 [cells + 1] where each begins.
+        """Return the tokens of cells of one bucket, one cell after another, and where each begins.
 
-        Cells of a quarantined block have no token; every other cell has.
+        The second array is int64 [cells + 1]. Cells of a quarantined block have no tokens; every
+        other cell has at least one.
         """
         numbers, places = extent.locate(cells)
         blocks = {n: self.block(n) for n in np.unique(numbers).tolist()}

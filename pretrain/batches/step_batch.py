@@ -1,4 +1,4 @@
-"""What a rank computes in one training step: micro-batches of tensors, and what they hold."""
+"""The data types of a training step: the micro-batches of one rank, and their counts."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from pretrain.objective.cell_objective import CellTargets
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward pass.
+    """The input of one forward pass.
 
-    ``input_ids`` int32 [B, L]; ``attention_mask`` bool [B, L], None when nothing is padded;
-    ``masked_places`` int64 [M], flat index into B x L; ``labels`` int64 [M], `NO_LABEL` behind the
-    hidden genes, so that M depends on the bucket alone; ``relative_ranks`` float32 [M], place of
-    the hidden gene in its cell, 0 = highest expression; ``cells`` int64 [B] numbers in the shards,
-    -1 for filler (numpy: it stays on the host); ``targets`` of the cell objective, None without it.
-    Where that is the only objective, M is 0. ``folds`` int64 [B], the fold of each cell under which
-    a prior was not counted, None without one. ``packed``: int32 [T] tokens and where they are, if
-    the model gets the cells end to end; then M is the number of hidden genes.
+    ``input_ids`` int32 [B, L]. ``attention_mask`` bool [B, L], None if nothing is padded.
+    ``masked_places`` int64 [M], flat index into B x L. ``labels`` int64 [M], `NO_LABEL` behind the
+    hidden genes, so that M depends on the bucket alone. ``relative_ranks`` float32 [M], the rank of
+    the hidden gene in its cell, 0 = highest expression. ``cells`` int64 [B], cell numbers in the
+    shards, -1 for filler rows (numpy, because it stays on the host). ``targets``: the targets of
+    the cell objective, None without it; if it is the only objective, M is 0. ``folds`` int64 [B],
+    the fold of each cell that the prior's table was counted without, None without a prior.
+    ``packed``: int32 [T] tokens and their packing, if the model takes packed cells; then M is the
+    number of hidden genes.
     """
 
     input_ids: torch.Tensor
@@ -38,17 +39,17 @@ class MicroBatch:
 
     @property
     def num_places(self) -> int:
-        """Places that are computed: padding too, unless the cells are packed."""
+        """Return how many positions are computed, including padding unless the cells are packed."""
         return len(self.packed[0]) if self.packed else self.input_ids.numel()
 
 
 @dataclass(frozen=True)
 class RankStep:
-    """What one rank computes in one step: micro-batches, and what they hold.
+    """The micro-batches of one rank in one step, and their counts.
 
-    `masked`: hidden genes whose loss counts; `scored_cells`: cells whose loss does.
-    `cells_digest`: sum of a hash of every cell served, modulo 2**64, as int64; it adds up over
-    ranks and steps to the same number for the same cells, in any order.
+    `masked` is the number of hidden genes that have a loss, `scored_cells` the number of cells that
+    have a loss. `cells_digest` is the sum of a hash of every cell, modulo 2**64, as int64. Summed
+    over ranks and steps, it is the same number for the same cells in any order.
     """
 
     step: int
@@ -64,5 +65,5 @@ class RankStep:
 
     @property
     def length(self) -> int:
-        """Padded length of all its cells."""
+        """Return the padded length of all cells of the step."""
         return self.micro_batches[0].input_ids.shape[1]

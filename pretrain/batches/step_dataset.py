@@ -1,8 +1,10 @@
-"""From the order of cells to tensors: what each rank computes in a step.
+"""Turn the order of cells into tensors: the micro-batches that each rank computes in a step.
 
-`data_prep.shards.order` says which cells are in a step. Here a rank takes its range of them, cuts
-it into micro-batches, reads, pads and masks. Everything is a function of (seed, step, rank, world
-size): threads and history change nothing.
+`data_prep.shards.order` decides which cells form the global batch of a step. `StepDataset` then
+takes the range of one rank, reads its cells, cuts them into micro-batches (`micro_batch_slots`),
+pads them and masks genes; `steps_in_background` does this ahead of training. The result is a
+function of (seed, step, rank, world size) alone, whatever the number of threads and whatever was
+computed before.
 """
 
 from __future__ import annotations
@@ -34,26 +36,26 @@ from pretrain.objective.shown_genes import (
     take_out_hidden,
 )
 
-# Steps made ahead of the one that trains, for each background thread.
+# Each background thread prepares so many steps ahead of the training step.
 _STEPS_AHEAD = 2
 
 
 def micro_batch_slots(
     num_cells: int, length: int, rank: int, world_size: int, budget: int
 ) -> list[tuple[int, int]]:
-    """Return (start, stop) in the global batch of each micro-batch of a rank.
+    """Return (start, stop) in the global batch of each micro-batch of one rank.
 
-    All ranks get the same number of micro-batches (ZeRO 2 and 3 hang otherwise), as even as can be;
-    some may be empty.
+    All ranks get the same number of micro-batches, because ZeRO 2 and 3 hang otherwise. Their sizes
+    are as equal as possible, and some may be empty.
 
     Parameters
     ----------
     num_cells
-        Of the global batch.
+        Number of cells of the global batch.
     length
         Padded length of the bucket.
     budget
-        Padded tokens of one micro-batch; at least one row is taken.
+        Padded tokens of one micro-batch; a micro-batch has at least one row.
     """
     most = -(-num_cells // world_size)
     num_micro = -(-most // max(1, budget // length))
@@ -63,20 +65,20 @@ def micro_batch_slots(
 
 
 class StepDataset:
-    """Item i = what one rank computes in global step i.
+    """A dataset whose item i holds what one rank computes in global step i.
 
     Parameters
     ----------
     tokens_per_micro_batch
         Padded tokens of one forward pass.
     quarantine
-        Leave the cells of damaged blocks out (rows that weigh nothing), instead of raising.
+        Replace the cells of damaged blocks by empty rows without a loss, instead of raising.
     objective
-        A weight of 0 means that nothing is asked of genes, or of cells.
+        The weights of the gene objective and the cell objective; a part with weight 0 is left out.
     packs
-        The model gets the cells end to end.
+        The model receives the cells one after another without padding.
     staging
-        Lay each step out for one copy to a GPU.
+        Lay each step out in memory for a single copy to a GPU.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class StepDataset:
         self._budget = tokens_per_micro_batch
         self._rank, self._world_size = rank, world_size
         self.packs, self._staging = packs, staging
-        # Of each bucket, the longest cell of which genes are hidden.
+        # For each bucket, the length of its longest cell after the subset of genes is drawn.
         masks = masks_of(seed, split, 0, shards.vocabulary, masking)
         self._lengths = [
             shown_length(b.extent.length, masking.subset, masks) for b in self.plan.buckets
@@ -116,7 +118,8 @@ class StepDataset:
         slots = micro_batch_slots(
             batch.num_cells, length, self._rank, self._world_size, self._budget
         )
-        # One range of cells for the whole rank: finding them costs the same for one or many.
+        # The rank reads one range of cells for all its micro-batches, because finding the cells
+        # costs the same for one or many.
         first = slots[0][0]
         cells = self.plan.cells(batch, first, slots[-1][1])
         tokens, offsets = self.blocks.gather(self.plan.buckets[batch.bucket].extent, cells)
@@ -149,14 +152,14 @@ class StepDataset:
         )
 
     def most_micro_batches(self) -> int:
-        """Return how many micro-batches a rank has in a step at most."""
+        """Return the largest number of micro-batches that a rank has in a step."""
         return max(
             len(micro_batch_slots(b.cells_per_step, length, 0, self._world_size, self._budget))
             for b, length in zip(self.plan.buckets, self._lengths, strict=True)
         )
 
     def full_shapes(self) -> set[tuple[int, int]]:
-        """Return (rows, length) of all micro-batches but those of a bucket's last step."""
+        """Return the (rows, length) of all micro-batches except in the last step of a bucket."""
         masks = masks_of(self._seed, self._split, 0, self._vocabulary, self._masking)
         return {
             (stop - start, self._width(length, masks))
@@ -167,7 +170,7 @@ class StepDataset:
         }
 
     def heaviest_micro_batch(self) -> MicroBatch:
-        """Return the largest shape that can come, of filler rows: computed, it weighs nothing."""
+        """Return a micro-batch of the largest possible shape, made of empty rows without a loss."""
         shapes = []
         for bucket, length in zip(self.plan.buckets, self._lengths, strict=True):
             most = min(bucket.cells_per_step, bucket.extent.num_cells)
@@ -180,7 +183,8 @@ class StepDataset:
         micro = self._micro_batch(np.full(rows, -1), nothing, offsets, length, masks)[0]
         if not self.packs:
             return micro
-        # Packed, a row of filler is one place: all are to be computed, as if cells were there.
+        # When packed, an empty row is a single token. Here all its positions are computed, so that
+        # the pass needs as much memory as with real cells.
         most = masks.most(length) if self._objective.gene_weight else 0
         places = torch.arange(rows)[:, None] * micro.input_ids.shape[1] + torch.arange(most)
         full = replace(
@@ -198,10 +202,11 @@ class StepDataset:
         masks: Masks,
     ) -> tuple[MicroBatch, int]:
         if len(cells) == 0:
-            # Computed like the others, and weighs nothing.
+            # An empty micro-batch is computed like the others, but has no loss.
             cells, offsets = np.array([-1], dtype=np.int64), np.zeros(2, dtype=np.int64)
         shape = (len(cells), length)
-        # One shape per bucket: every new shape costs a kernel, and on CPU memory that is kept.
+        # Each bucket has one shape, because every new shape costs a kernel, and on a CPU memory
+        # that stays allocated.
         most = len(cells) * masks.most(length)
         inputs, real = self._tensor(shape, torch.int32), self._tensor(shape, torch.bool)
         places, labels = self._tensor((most,), torch.int64), self._tensor((most,), torch.int64)
@@ -228,10 +233,11 @@ class StepDataset:
         return self._packed(micro, hidden, masks.most(length)), hidden
 
     def _packed(self, micro: MicroBatch, hidden: int, most: int) -> MicroBatch:
-        """Return a micro-batch with its cells end to end too, if the model wants them so."""
+        """Return the micro-batch with its cells also in packed form, if the model needs it."""
         if not self.packs:
             return micro
-        # A number of rows that depends on the bucket alone is of no use here: T does not.
+        # Here the number of hidden genes need not be the same for all steps of a bucket, because
+        # the number of packed tokens varies anyway.
         names = ("masked_places", "labels", "relative_ranks")
         micro = replace(micro, **{n: getattr(micro, n)[:hidden] for n in names})
         if targets := micro.targets:
@@ -241,7 +247,7 @@ class StepDataset:
         return replace(micro, packed=(ids, packing))
 
     def _width(self, length: int, masks: Masks) -> int:
-        """Return how many tokens of cells of `length` reach the model at most."""
+        """Return how many tokens the model receives at most of a cell of `length` tokens."""
         return length_without_hidden(length, masks) if self._masking.hidden == "remove" else length
 
     def _without_hidden(
@@ -263,10 +269,11 @@ class StepDataset:
 def steps_in_background(
     dataset: StepDataset, first: int, stop: int, num_threads: int
 ) -> Iterator[RankStep]:
-    """Yield steps in order, made ahead by threads; 0 threads: made when asked for.
+    """Yield the steps in order; background threads prepare them ahead.
 
-    Reading, checksums, copying and masking leave Python's lock, so threads do what processes would,
-    and share one cache: each block is read once per rank, not once per worker.
+    With 0 threads each step is prepared when it is asked for. Reading, checksums, copying and
+    masking release Python's global lock, so threads are as fast as processes here. They share one
+    cache, so each block is read once per rank and not once per worker.
     """
     if num_threads == 0:
         yield from (dataset[step] for step in range(first, stop))

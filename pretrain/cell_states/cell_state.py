@@ -1,17 +1,20 @@
-"""The state of a cell: what counting tells of it, and beside it what the network adds.
+"""The cell state: an embedding of a cell with a counted part and a part that the network adds.
 
-The mean of the last layer alone is a worse description of a cell than the corpus SVD of its
-training cells (docs/recipe.md), because it has to hold what the head needs at each place. So a
-cell's state has two parts:
+The mean of the last layer alone describes a cell worse than the corpus SVD of its training cells
+(docs/recipe.md), because it must contain what the head needs at each position. Therefore a cell
+state has two parts:
 
 - **counted**: the cell's 80 leading components of the corpus SVD (`pretrain.counting.corpus_svd`);
-- **learned**: the mean over its genes of the last layer, reduced to the 32 directions in which
-  pretraining cells differ most. Where few cells are labelled, directions in which they hardly
-  differ only cost.
+- **learned**: the mean of the last layer over the cell's genes, reduced to the 32 directions in
+  which pretraining cells differ most. If few cells are labelled, directions in which cells hardly
+  differ only do harm.
 
 Each part is divided by one number, the root of its total variance over those pretraining cells, so
-both count alike for distances. Numbers of components were chosen by labels of six data sets of the
-pretraining corpus; docs/recipe.md has the scores of sets that no model was trained on.
+that both have equal weight in distances. The numbers of components were chosen with labels of six
+data sets of the pretraining corpus; docs/recipe.md has the scores of data sets that no model was
+trained on.
+
+`fit_cell_state` makes the cell state of an encoder; `CellState.embed` embeds cells with it.
 """
 
 from __future__ import annotations
@@ -33,17 +36,17 @@ from pretrain.model.architectures import Encoder
 
 FILE_NAME = "cell_state.safetensors"
 NUM_COUNTED, NUM_LEARNED = 80, 32
-# Pretraining cells whose states are computed. 200, 500 and 1,000 give the same scores (.835, .835,
-# .836 on average over six labelled sets), so a few suffice for the directions.
+# The number of pretraining cells whose states are computed. 200, 500 and 1,000 give the same scores
+# (.835, .835, .836 on average over six labelled sets), so a few are enough for the directions.
 NUM_CELLS = 256
 _FORMAT = "geneloom-cell-state/1"
-# Cells of one block are of one length: of many blocks a few cells each.
+# All cells of a block have a similar length, so a few cells of many blocks are used.
 _MOST_BLOCKS = 64
 
 
 @dataclass(frozen=True)
 class CellState:
-    """What makes states of cells from tokens and from means of the last layer.
+    """Computes states of cells from tokens and from means of the last layer.
 
     Attributes
     ----------
@@ -52,13 +55,13 @@ class CellState:
     centre
         float32 [width], the mean state of the pretraining cells.
     axes
-        float32 [width, at most 32], orthonormal columns. The largest entry of a column, by size,
-        is positive.
+        float32 [width, at most 32], orthonormal columns. The entry of a column with the largest
+        absolute value is positive.
     scales
-        float32 [2], what the two parts are divided by.
+        float32 [2], the divisors of the two parts.
     origin
-        ``weights_sha256`` of the model folder, empty for a network in memory; ``cells``, how many
-        the axes were made of.
+        ``weights_sha256`` of the model folder, empty for a network in memory; ``cells``, the number
+        of cells that the axes were computed from.
     """
 
     svd: CorpusSvd
@@ -85,9 +88,9 @@ class CellState:
         return self.of_means(tokens, embed_layers(tokens, encoder, vocabulary, (0,), **settings)[0])
 
     def of_means(self, tokens: list[np.ndarray], means: np.ndarray) -> np.ndarray:
-        """Return the states of cells whose means of the last layer [cells, width] are known."""
+        """Return the states of cells whose means of the last layer [cells, width] are given."""
         counted = self.svd.embed_cells(tokens) / self.scales[0]
-        # Not a product of matrices of BLAS: its bits depend on the number of rows.
+        # A BLAS matrix product is not used, because its last bits depend on the number of rows.
         learned = np.einsum("cw,wk->ck", means - self.centre, self.axes) / self.scales[1]
         return np.concatenate([counted, learned], axis=1, dtype=np.float32)
 
@@ -110,12 +113,12 @@ class CellState:
 
     @classmethod
     def load(cls, folder: Path, vocabulary: Vocabulary, weights_sha256: str) -> CellState:
-        """Return what `save` wrote into a model folder.
+        """Return the cell state that `save` wrote into a model folder.
 
         Raises
         ------
         ValueError
-            The file cannot be read, or is of another vocabulary or of other weights.
+            The file cannot be read, or belongs to another vocabulary or other weights.
         """
         path = folder / FILE_NAME
         try:
@@ -168,7 +171,7 @@ def fit_cell_state(
     Raises
     ------
     ValueError
-        Too few training cells, or a damaged block.
+        There are too few training cells, or a block is damaged.
     """
     tokens = some_training_cells(shards, num_cells)
     if len(tokens) < 2:
@@ -181,7 +184,7 @@ def fit_cell_state(
 def reduced(
     svd: CorpusSvd, tokens: list[np.ndarray], means: np.ndarray, weights_sha256: str = ""
 ) -> CellState:
-    """Return the cell state whose axes are those of `means` [cells, width] of the last layer."""
+    """Return the cell state with axes computed from `means` [cells, width] of the last layer."""
     has_genes = np.flatnonzero(np.isfinite(means).all(axis=1))
     spread = means[has_genes].astype(np.float64)
     centre = spread.mean(axis=0)
@@ -198,7 +201,7 @@ def reduced(
 
 
 def some_training_cells(shards: ShardSet, number: int) -> list[np.ndarray]:
-    """Return tokens of training cells, at most `number`, of blocks spread over all lengths."""
+    """Return the tokens of at most `number` training cells, from blocks spread over all lengths."""
     extents = shards.extents("train")
     if not extents:
         return []
@@ -207,11 +210,11 @@ def some_training_cells(shards: ShardSet, number: int) -> list[np.ndarray]:
     wanted = min(number, int(sizes.sum()))
     chosen = np.arange(len(blocks))
     if len(blocks) > _MOST_BLOCKS:
-        # The blocks of evenly spaced cells, so that each length has its share.
+        # The blocks that contain evenly spaced cells are chosen, so that each length has its share.
         places = np.linspace(0, sizes.sum(), min(wanted, _MOST_BLOCKS), endpoint=False)
         chosen = np.unique(np.searchsorted(np.cumsum(sizes), places, side="right"))
     found = []
-    # Small blocks first: what they cannot give, the others do.
+    # Small blocks come first, so that larger blocks can provide the cells that they lack.
     for turn, place in enumerate(chosen[np.argsort(sizes[chosen], kind="stable")]):
         block = shards.read_block(int(blocks[place]))
         share = -(-(wanted - len(found)) // (len(chosen) - turn))

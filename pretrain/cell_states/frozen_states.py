@@ -1,10 +1,13 @@
-"""States of cells: what a frozen encoder computes of them, no vocabulary head.
+"""Embed cells with a frozen encoder, without its vocabulary head.
 
-A cell's vector must not depend on the cells that were given beside it. On a CPU each cell is
-computed alone, at its own length: nothing of another one can touch its bits, and no place is
-padding. From 250 tokens on that is faster than padded passes of 16,384 tokens (a tenth to a fifth
-at 256 to 1,024 tokens a cell; a fifth slower at 64 to 128). On a GPU a pass has one shape for each
-length: rows that no cell needs are filled with the first cell again.
+`embed_cells` gives one layer and `embed_layers` several; `computing` and `encode_batch` run the
+encoder.
+
+A cell's embedding must not depend on the other cells in the call. On a CPU each cell is computed
+alone at its own length, so no other cell can change its bits and no position is padding. From 250
+tokens on that is faster than padded passes of 16,384 tokens (a tenth to a fifth at 256 to 1,024
+tokens a cell; a fifth slower at 64 to 128). On a GPU all passes of a length have the same shape:
+unused rows are filled with copies of the first cell.
 """
 
 from __future__ import annotations
@@ -20,17 +23,17 @@ from torch import nn
 from data_prep.genes.vocabulary import Vocabulary
 from pretrain.model.architectures import Encoder, architecture_of, layers_of, set_layers
 
-# What is done, how much of it, and of how much.
+# A function that receives the name of the work, the amount done, and the total amount.
 Progress = Callable[[str, int, int], None]
 _LENGTH_MULTIPLE = 8
-# Lengths of passes on a GPU: few, so that most passes are full.
+# There are few different lengths of passes on a GPU, so that most passes are full.
 _GPU_LENGTH_MULTIPLE = 64
 
 
 def length_batches(lengths: np.ndarray, token_budget: int) -> Iterator[np.ndarray]:
-    """Yield int64 positions of cells of similar length, at most `token_budget` padded tokens each.
+    """Yield int64 indices of cells of similar length, at most `token_budget` padded tokens each.
 
-    Cells of length 0 are left out; a single cell above the budget is a batch of its own.
+    Cells of length 0 are left out; a single cell above the budget forms a batch of its own.
     """
     order = np.argsort(lengths, kind="stable")
     order = order[lengths[order] > 0]
@@ -51,7 +54,7 @@ def pool_genes(
     Parameters
     ----------
     lengths
-        int64 [B], real tokens, special ones included.
+        int64 [B], number of real tokens, including special ones.
     pooling
         ``mean`` or ``cls``.
     """
@@ -77,7 +80,7 @@ def embed_cells(
 ) -> np.ndarray:
     """Return float32 [cells, width] embeddings, in the order of `tokens`; NaN for empty cells.
 
-    Arguments and errors as in `embed_layers`, for one layer.
+    Arguments and errors are as in `embed_layers`, for one layer.
     """
     settings = token_budget, device, bf16, progress
     return embed_layers(tokens, encoder, vocabulary, (layer,), pooling, *settings)[layer]
@@ -96,26 +99,27 @@ def embed_layers(
 ) -> dict[int, np.ndarray]:
     """Return layer -> float32 [cells, width] embeddings, of several layers in one pass.
 
-    In the order of `tokens`; NaN for empty cells.
+    The cells are in the order of `tokens`; empty cells give NaN.
 
     Parameters
     ----------
     tokens
-        Token ids of each cell, as `eval.cells.read_cells.encode_file` gives them.
+        Token ids of each cell, as `eval.cells.read_cells.encode_file` returns them.
     layers
         0: last layer, -1: second-to-last (Geneformer's count and default), ...
     token_budget
-        Padded tokens of one forward pass on a GPU. On a CPU each cell is a pass of its own, so a
+        Padded tokens of one forward pass on a GPU. On a CPU each cell is a separate pass, so a
         cell's bits depend on the cell, the weights and the processor alone.
     bf16
         Compute in bfloat16.
     progress
-        Called with ("embedding", cells done, cells in all) after each pass.
+        Called with ("embedding", cells done, cells in total) after each pass.
 
     Raises
     ------
     ValueError
-        Unknown pooling, ``cls`` without ``<cls>`` tokens, or a layer the model does not have.
+        The pooling is unknown, ``cls`` is asked for without ``<cls>`` tokens, or the model does not
+        have the layer.
     """
     require_pooling(pooling, vocabulary)
     lengths = np.array([len(t) for t in tokens], dtype=np.int64)
@@ -132,7 +136,7 @@ def embed_layers(
             states = {k: kind.finished(encoder, v) for k, v in seen.items()} | {top: hidden}
             for layer, found in states.items():
                 pooled = pool_genes(found, batch_lengths, vocabulary.has_cls, pooling)
-                # A cell that fills rows of a pass is written again, with the same numbers.
+                # A cell that fills unused rows of a pass is written again, with the same numbers.
                 out[layer][batch] = pooled.cpu()
             done += len(np.unique(batch))
             if progress:
@@ -143,10 +147,10 @@ def embed_layers(
 def _passes(
     lengths: np.ndarray, token_budget: int, device: str
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield (int64 positions of cells, padded length): passes whose shape no other cell decides.
+    """Yield (int64 indices of cells, padded length) of passes whose shape no other cell changes.
 
     Cells of length 0 are left out. On a CPU a pass is one cell. On a GPU all passes of one length
-    have the same number of rows; the first cell of a pass fills those that are left.
+    have the same number of rows; the first cell of a pass fills the unused rows.
     """
     if device == "cpu":
         for cell in np.flatnonzero(lengths):
@@ -163,7 +167,7 @@ def _passes(
 
 @contextlib.contextmanager
 def _watched(encoder: Encoder, layers: set[int]) -> Iterator[dict[int, torch.Tensor]]:
-    """Keep the states [B, L, D] that these layers, counted as in `embed_layers`, gave last."""
+    """Record the states [B, L, D] that these layers, counted as in `embed_layers`, gave last."""
     seen: dict[int, torch.Tensor] = {}
 
     def keeping(layer: int) -> Callable:
@@ -185,7 +189,7 @@ def _watched(encoder: Encoder, layers: set[int]) -> Iterator[dict[int, torch.Ten
 
 
 def require_pooling(pooling: str, vocabulary: Vocabulary) -> None:
-    """Raise ValueError unless this pooling exists, and ``<cls>`` where it is asked for."""
+    """Raise ValueError if the pooling is unknown, or ``cls`` in a vocabulary without ``<cls>``."""
     if pooling not in ("mean", "cls"):
         raise ValueError(f"--pooling {pooling}: must be mean or cls")
     if pooling == "cls" and not vocabulary.has_cls:
@@ -193,12 +197,12 @@ def require_pooling(pooling: str, vocabulary: Vocabulary) -> None:
 
 
 def num_layers_up_to(encoder: Encoder, layer: int) -> int:
-    """Return how many layers are computed for one of them (0: last, -1: second-to-last, ...).
+    """Return how many layers must be computed for one of them (0: last, -1: second-to-last, ...).
 
     Raises
     ------
     ValueError
-        The model has no such layer.
+        The model does not have this layer.
     """
     depth = encoder.config.num_hidden_layers
     if not -depth < layer <= 0:
@@ -210,12 +214,13 @@ def num_layers_up_to(encoder: Encoder, layer: int) -> int:
 def computing(encoder: Encoder, layer: int, device: str, bf16: bool) -> Iterator[None]:
     """Let an encoder compute states on a device, without gradients and dropout.
 
-    No layer above the wanted one is computed; at the end the encoder has all of them again.
+    No layer above the wanted one is computed. At the end of the ``with`` block the encoder has all
+    its layers again.
 
     Raises
     ------
     ValueError
-        As `num_layers_up_to`.
+        As in `num_layers_up_to`.
     """
     layers, number = layers_of(encoder), num_layers_up_to(encoder, layer)
     nn.Module.to(encoder, device=torch.device(device))
@@ -233,8 +238,8 @@ def encode_batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (hidden states [B, L, D], lengths int64 [B]) of cells, padded to a common length.
 
-    `width` is that length, or less where the vocabulary's sequences end before; by default the
-    longest cell's, rounded up to a multiple of 8.
+    `width` is that length, limited by the vocabulary's maximum length; by default it is the length
+    of the longest cell, rounded up to a multiple of 8.
     """
     longest = max(len(c) for c in cells)
     width = min(width or -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, vocabulary.max_length)

@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent.
+"""Checkpoints on disk, which are either complete or absent.
 
 Layout of a run folder::
 
@@ -6,8 +6,9 @@ Layout of a run folder::
     checkpoints/step-00000500/checkpoint.json              step, recipe, files with size and SHA-256
     checkpoints/latest                                      name of the newest, written last
 
-Writing: `pretrain.checkpoints.publish`. Reading never trusts a name: sizes and hashes are compared
-first, and a torn checkpoint is skipped with the reason said.
+`pretrain.checkpoints.publish` writes them. Here `newest` and `find` open them, and `require_same`
+compares a checkpoint with the run that continues it. Reading never trusts a name: sizes and hashes
+are compared first, and an incomplete checkpoint is skipped with the reason in a warning.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ from pretrain.settings.architecture import ARCHITECTURE, BERT
 
 logger = logging.getLogger(__name__)
 
-# Which checkpoint of a run: a step, that with the lowest held-out loss, or None: the newest.
+# The checkpoint of a run to open: a step, the one with the lowest held-out loss, or None for the
+# newest.
 Which = int | Literal["best"] | None
-# /1 was written for another order of cells: going on would repeat some and leave others out.
+# Format /1 was written for another order of cells: continuing would repeat some cells and skip
+# others.
 CHECKPOINT_FORMAT = "geneloom-checkpoint/2"
 _RECORD = "checkpoint.json"
-# Settings that not all records name, and what they are then.
+# Not all records contain these settings; a record without them means these values.
 _ALWAYS_WAS = {
     "model.architecture": BERT,
     "model.init_genes": "random",
@@ -45,29 +48,29 @@ _ALWAYS_WAS = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk; `record` is its checkpoint.json."""
+    """A complete checkpoint on disk; `record` is the content of its checkpoint.json."""
 
     folder: Path
     record: dict[str, Any]
 
     @property
     def step(self) -> int:
-        """Finished optimizer steps."""
+        """Return the number of finished optimizer steps."""
         return self.record["step"]
 
     @property
     def updates(self) -> int:
-        """Steps that changed weights: all but those skipped (`run.on_not_finite`)."""
-        # Absent in checkpoints of versions that skipped none.
+        """Return how many steps changed weights: all but those skipped (`run.on_not_finite`)."""
+        # Versions that skipped no steps did not write this entry.
         return self.record.get("updates", self.step)
 
     @property
     def heldout_loss(self) -> float | None:
-        """Held-out loss after just this step, None where it was not measured or not recorded."""
+        """Return the held-out loss after exactly this step, None if it was not recorded."""
         return self.record.get("heldout_loss")
 
     def reader(self) -> FragmentReader:
-        """Return a reader over the files of all ranks."""
+        """Return a reader of the files of all ranks."""
         return FragmentReader([self.folder / f["name"] for f in self.record["files"]])
 
 
@@ -77,7 +80,7 @@ def folder_name(step: int) -> str:
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write checkpoint.json with a hash of itself, and force it to disk."""
+    """Write checkpoint.json together with a hash of its content, and force it to disk."""
     content = {"format": CHECKPOINT_FORMAT, **record}
     content["record_sha256"] = _record_sha256(content)
     (folder / _RECORD).write_text(json.dumps(content, indent=1))
@@ -85,22 +88,22 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Return a checkpoint that is known to be complete."""
+    """Return a checkpoint that is already known to be complete."""
     return Checkpoint(folder, json.loads((folder / _RECORD).read_text()))
 
 
 def newest(run: Path, set_aside: bool = False) -> Checkpoint | None:
-    """Return the newest complete checkpoint of a run, None if there is none at all.
+    """Return the newest complete checkpoint of a run, or None if the run has no checkpoints.
 
     Parameters
     ----------
     set_aside
-        Rename the torn ones that were skipped, so that they do not count among those kept.
+        Rename the incomplete checkpoints that were skipped, so that they do not count as kept ones.
 
     Raises
     ------
     ValueError
-        There are checkpoints, but none is complete: training from scratch would hide the loss.
+        There are checkpoints, but none is complete; training from scratch would hide this loss.
     """
     folders = sorted((run / "checkpoints").glob("step-*"), reverse=True)
     torn: dict[Path, str] = {}
@@ -110,7 +113,7 @@ def newest(run: Path, set_aside: bool = False) -> Checkpoint | None:
             if set_aside:
                 for path in torn:
                     aside = path.with_name(f"torn-{path.name}")
-                    # The same step may have been torn before.
+                    # An incomplete checkpoint of the same step may lie there already.
                     shutil.rmtree(aside, ignore_errors=True)
                     path.rename(aside)
             return open_checkpoint(folder)
@@ -125,12 +128,12 @@ def newest(run: Path, set_aside: bool = False) -> Checkpoint | None:
 
 
 def find(run: Path, which: Which = None) -> Checkpoint:
-    """Return a complete checkpoint of a run, to be read alone.
+    """Return a complete checkpoint of a run for reading only.
 
     Raises
     ------
     ValueError
-        `run` is no run folder, has no such checkpoint, or it is damaged.
+        `run` is no run folder, or the checkpoint does not exist or is damaged.
     """
     if not (run / "model_config.json").exists():
         raise ValueError(f"{run}: no model_config.json; expected a folder of `geneloom pretrain`")
@@ -149,7 +152,7 @@ def find(run: Path, which: Which = None) -> Checkpoint:
 
 
 def set_aside_after(last: Checkpoint) -> None:
-    """Rename a run's checkpoints of later steps, which it leaves when it goes back to this one."""
+    """Rename the checkpoints of later steps, because the run goes back to this one."""
     for folder in sorted(last.folder.parent.glob("step-*")):
         if step_of(folder) > last.step:
             aside = folder.with_name(f"aside-{folder.name}")
@@ -164,13 +167,15 @@ def _those_kept(run: Path) -> str:
 
 
 def step_of(folder: Path) -> int:
-    """Return the step that a checkpoint's name says."""
+    """Return the step that the name of a checkpoint folder contains."""
     return int(folder.name.removeprefix("step-"))
 
 
 def heldout_losses(root: Path) -> dict[Path, float]:
-    """Return the recorded held-out losses of a run's checkpoints, by folder; unread ones are left
-    out. `root`: its folder of checkpoints."""
+    """Return the recorded held-out losses of a run's checkpoints by folder.
+
+    Checkpoints without a readable record are left out. `root` is the run's folder of checkpoints.
+    """
     found = {}
     for folder in sorted(root.glob("step-*")):
         try:
@@ -183,7 +188,7 @@ def heldout_losses(root: Path) -> dict[Path, float]:
 
 
 def best_first(losses: dict[Path, float]) -> list[Path]:
-    """Return folders in the order of held-out losses, among equal ones the later step first."""
+    """Return folders in order of their held-out losses, for equal losses the later step first."""
     return sorted(losses, key=lambda folder: (losses[folder], -step_of(folder)))
 
 
@@ -199,7 +204,7 @@ def _best(run: Path) -> Path:
 
 
 def damage(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint folder, None if it is complete."""
+    """Return what is wrong with a checkpoint folder, or None if it is complete."""
     try:
         record = json.loads((folder / _RECORD).read_text())
     except FileNotFoundError:
@@ -226,19 +231,20 @@ def damage(folder: Path) -> str | None:
 
 
 def _record_sha256(record: dict[str, Any]) -> str:
-    """Return the hash of a record as JSON with sorted keys, without the hash itself.
+    """Return the SHA-256 of a record as JSON with sorted keys, without its own hash entry.
 
-    Python's default separators: a space follows each comma and colon, unlike in the other hashes.
+    The JSON has Python's default separators: a space follows each comma and colon, unlike in the
+    other hashes of the project.
     """
     rest = {k: v for k, v in record.items() if k != "record_sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def require_same(record: dict[str, Any], now: dict[str, Any], allow_changes: bool) -> None:
-    """Raise ValueError if a run would go on with other data, vocabulary, model or recipe.
+    """Raise ValueError if a run would continue with other data, vocabulary, model or recipe.
 
-    Other shards and another recipe can be allowed; another vocabulary, architecture or optimizer
-    cannot.
+    `allow_changes` permits other shards and another recipe, but never another vocabulary,
+    architecture or optimizer.
     """
     if record["vocabulary_sha256"] != now["vocabulary_sha256"]:
         raise ValueError(
@@ -287,7 +293,7 @@ def require_same(record: dict[str, Any], now: dict[str, Any], allow_changes: boo
 
 
 def sync(path: Path) -> None:
-    """Force a file or the names in a folder to disk."""
+    """Force a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,10 +1,10 @@
-"""Writing checkpoints while training goes on: complete or absent.
+"""Write checkpoints in the background of training, so that each is either complete or absent.
 
-A save copies the rank's fragments in memory; a thread does the rest. Every rank writes its file
-into ``.step-00000500.NONCE.partial`` and beside it a note with size and SHA-256, or with what went
-wrong. When rank 0 finds the notes of all ranks it writes checkpoint.json, renames the folder, and
-points `latest` to it. Files are the only way in which the threads of different ranks talk:
-collectives belong to the training.
+`Publisher.save` copies the fragments of this rank in memory; a thread does the rest. Every rank
+writes its file into ``.step-00000500.NONCE.partial``, and next to it a note with size and SHA-256,
+or with the error. When rank 0 has read the notes of all ranks, it writes checkpoint.json, renames
+the folder, and points `latest` to it. The threads of different ranks communicate through files
+only, because collective operations belong to the training thread.
 """
 
 from __future__ import annotations
@@ -34,36 +34,37 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.02
 _LATEST_PARTIAL = ".latest.partial"
-# What a rank's file needs beside the fragments: names, shapes; and the record.
+# Space for the names and shapes in the file of each rank, and for the record.
 _SLACK_BYTES = 1 << 18
 
 
 class CheckpointFailed(SharedFailure, OSError):
-    """A checkpoint could not be written; those before it are as they were."""
+    """A checkpoint could not be written; earlier checkpoints are unchanged."""
 
 
 class NoRoom(SharedFailure, ValueError):
-    """Not a single checkpoint fits on the disk."""
+    """The disk has too little space for even one checkpoint."""
 
 
 class Publisher:
-    """Saves checkpoints of one rank in the background, one at a time.
+    """Saves the checkpoints of one rank in the background, one at a time.
 
     Parameters
     ----------
     run
-        Run folder, shared by all ranks.
+        The run folder, which all ranks share.
     state_bytes
-        Of weights and moments, over all ranks.
+        Size of weights and moments over all ranks.
     timeout_s
-        How long rank 0 waits for the files of the others.
+        How long rank 0 waits for the files of the other ranks.
     owner
-        Of the run folder; rank 0 publishes nothing in a folder that is another run's by now.
+        The owner of the run folder; rank 0 publishes nothing if the folder now belongs to another
+        run.
 
     Raises
     ------
     NoRoom
-        On all ranks, before anything is written.
+        Raised on all ranks, before anything is written.
     """
 
     def __init__(
@@ -77,8 +78,8 @@ class Publisher:
     ) -> None:
         self._root = run / "checkpoints"
         self._ranks, self._config, self._owner = ranks, config, owner
-        # The same on all ranks of this start of the run: nobody writes into what an earlier start
-        # left behind.
+        # The nonce is the same on all ranks of this start of the run, and no rank writes into
+        # folders that an earlier start left behind.
         self._nonce = dist.first_rank_says(uuid.uuid4().hex[:8])
         self._fragment_bytes, self._timeout_s = state_bytes, timeout_s
         lack = dist.first_rank_says(self._lack_of_space())
@@ -94,23 +95,24 @@ class Publisher:
 
     @property
     def has_failed(self) -> bool:
-        """Has this rank found out in the background that a checkpoint cannot be completed?"""
+        """Return whether this rank has noticed that a checkpoint cannot be completed."""
         return self._error is not None
 
     def take_finished(self) -> Iterator[dict[str, float]]:
-        """Yield, once, what each checkpoint took: step, blocked_s, written_s, bytes."""
+        """Yield once, for each finished checkpoint, its step, blocked_s, written_s and bytes."""
         while self._finished:
             yield self._finished.popleft()
 
     def save(self, engine, stage: int, record: dict[str, Any]) -> None:
-        """Copy the state of an engine and write it in the background. Called by all ranks.
+        """Copy the state of an engine and write it in the background; called by all ranks.
 
-        Waits for the checkpoint before, if that is still being written.
+        If the previous checkpoint is still being written, this waits for it.
 
         Raises
         ------
         CheckpointFailed
-            On all ranks: the one before could not be written, or there is no room for this one.
+            Raised on all ranks if the previous checkpoint could not be written, or if there is no
+            space for this one.
         """
         started = time.perf_counter()
         self._settle()
@@ -123,31 +125,31 @@ class Publisher:
         self._thread.start()
 
     def close(self) -> None:
-        """Return when everything is written, on all ranks.
+        """Return when all ranks have written everything.
 
         Raises
         ------
         CheckpointFailed
-            On all ranks: the last one could not be.
+            Raised on all ranks if the last checkpoint could not be written.
         """
         self._settle()
         self.stop_if_failed()
 
     def let_finish(self) -> None:
-        """Wait for what is being written, if this rank is alone: an error elsewhere ends the run.
+        """Wait for a running write, if this is the only rank: an error elsewhere ends the run.
 
-        With others nobody knows whether they still write.
+        With several ranks, this rank cannot know whether the others still write.
         """
         if self._ranks.world_size == 1:
             self._wait()
 
     def stop_if_failed(self, problem: str = "") -> None:
-        """Raise on all ranks, with one text, if one of them has a problem. Called by all ranks.
+        """Raise the same error on all ranks if one of them has a problem; called by all ranks.
 
         Raises
         ------
         CheckpointFailed
-            Nothing half-written is left.
+            No partly written checkpoint is left.
         """
         if self._error:
             problem = f"{type(self._error).__name__}: {self._error}"
@@ -157,7 +159,7 @@ class Publisher:
             return
         self._given_up.set()
         self._wait()
-        dist.wait_for_all()  # nobody writes any more
+        dist.wait_for_all()  # after this no rank writes any more
         if self._ranks.is_first:
             self._owner.require()
             remove_partial(self._root.parent)
@@ -169,7 +171,7 @@ class Publisher:
         ) from self._error
 
     def _lack_of_space(self) -> str:
-        """Return what is said if a checkpoint does not fit on the disk, else an empty text."""
+        """Return an error text if a checkpoint does not fit on the disk, else an empty text."""
         needed = self._fragment_bytes + _SLACK_BYTES * self._ranks.world_size
         existing = next(p for p in (self._root, *self._root.parents) if p.exists())
         free = shutil.disk_usage(existing).free
@@ -178,9 +180,10 @@ class Publisher:
         return f"it needs {needed / 2**20:,.1f} MiB, {existing} has {free / 2**20:,.1f} MiB free"
 
     def _settle(self) -> None:
-        """Return when no rank writes any more, or one has failed. Called by all ranks.
+        """Return when no rank writes any more, or one has failed; called by all ranks.
 
-        Not by joining first: a rank that could not even write its note would be waited for.
+        The threads are not joined first, because a rank that could not even write its note would
+        then be waited for.
         """
         while True:
             is_busy = self._thread is not None and self._thread.is_alive()
@@ -204,7 +207,7 @@ class Publisher:
             self._write_mine(partial)
             if self._ranks.is_first:
                 self._finish(partial, name, record)
-        except Exception as error:  # noqa: BLE001  a thread: the ranks raise it together
+        except Exception as error:  # noqa: BLE001  raised later by all ranks together
             self._error = error
             return
         seconds = time.perf_counter() - started
@@ -224,7 +227,7 @@ class Publisher:
             checkpoint.sync(path)
             note = {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
         except Exception as error:
-            # Room for the note, if the disk is full.
+            # Deleting the file makes space for the note if the disk is full.
             path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 _write_note(path, {"error": f"{type(error).__name__}: {error}"})
@@ -246,7 +249,7 @@ class Publisher:
         _remove_old(self._root, self._config)
 
     def _wait_for(self, path: Path, deadline: float) -> dict[str, Any]:
-        """Return a rank's note."""
+        """Wait for the note of a rank and return it."""
         while not path.exists():
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{path.stem} has not been written in {self._timeout_s:.0f} s")
@@ -259,21 +262,24 @@ class Publisher:
 
 
 def _write_note(file: Path, note: dict[str, Any]) -> None:
-    # Renamed, so that rank 0 never reads half a note.
+    # The note gets its name only when it is complete, so that rank 0 never reads half of it.
     aside = file.with_suffix(".note.partial")
     aside.write_text(json.dumps(note))
     aside.rename(file.with_suffix(".note"))
 
 
 def remove_partial(run: Path) -> None:
-    """Remove what was being written, or removed, when a run ended."""
+    """Remove folders that were being written or deleted when a run ended."""
     for folder in (run / "checkpoints").glob(".step-*"):
         shutil.rmtree(folder, ignore_errors=True)
     (run / "checkpoints" / _LATEST_PARTIAL).unlink(missing_ok=True)
 
 
 def finish_interrupted(run: Path, newest: str, config: CheckpointConfig) -> None:
-    """Bring the checkpoints of a run in order that ended at any moment; `newest` is complete."""
+    """Clean up the checkpoints of a run that ended at any moment.
+
+    `newest` is the name of its newest complete checkpoint.
+    """
     remove_partial(run)
     _point_latest(run / "checkpoints", newest)
     _remove_old(run / "checkpoints", config)
@@ -288,12 +294,13 @@ def _point_latest(root: Path, name: str) -> None:
 
 
 def _remove_old(root: Path, config: CheckpointConfig) -> None:
-    """Remove what need not stay: neither new, nor of a step that stays, nor among the best."""
+    """Remove checkpoints that are not new, not of a step to keep, and not among the best."""
     every = config.keep_every_steps
     stay = set(checkpoint.best_first(checkpoint.heldout_losses(root))[: config.keep_best])
     for folder in sorted(root.glob("step-*"), reverse=True)[config.keep :]:
         if folder not in stay and (every is None or checkpoint.step_of(folder) % every):
-            # Renamed first: a half-deleted folder must not look like a checkpoint.
+            # The folder is renamed first, because a partly deleted folder must not look like a
+            # checkpoint.
             trash = root / f".{folder.name}.trash"
             try:
                 folder.rename(trash)

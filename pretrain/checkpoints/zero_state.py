@@ -1,9 +1,10 @@
-"""ZeRO's sharded training state, in and out, independent of stage and number of ranks.
+"""Save and restore the training state that ZeRO divides, independent of stage and world size.
 
-Every rank writes what it owns: for each parameter a range of its flat fp32 weight and of what its
-optimizer keeps (AdamW two moments, Muon a momentum), with the range's start. Whoever reads asks for
-ranges again, from however many files.
-So a run goes on at another world size or stage without any conversion, from safetensors alone.
+Every rank writes the parts that it owns: for each parameter a range of its flat fp32 weight and of
+its optimizer state (two moments for AdamW, a momentum for Muon), with the start of the range
+(`owned_fragments`, `Snapshot`). A `FragmentReader` reads any range again, from any number of files.
+Thus a run continues with another world size or stage without any conversion, from safetensors files
+alone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-# What an optimizer keeps of every element, by the kind of its parameter group.
+# The optimizer state of every element, by the kind of its parameter group.
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum",)}
 KINDS = ("weight", *MOMENTS["adamw"])
 BYTES_PER_PARAMETER = 4 * len(KINDS)
@@ -31,11 +32,11 @@ class Fragment:
     Attributes
     ----------
     name, start, numel
-        Of the parameter, the range in it.
+        The parameter's name, and the range in it.
     flat, offset
-        The tensor that the torch optimizer steps on, and where in it (flattened) the range begins.
+        The tensor that the torch optimizer updates, and where the range begins in it (flattened).
     state
-        What the optimizer keeps of `flat`; empty before the first step.
+        The optimizer state of `flat`; empty before the first step.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Fragment:
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Live fp32 views, by kind: ``weight`` and what there is of `MOMENTS`."""
+        """Return live fp32 views by kind: ``weight``, and those of `MOMENTS` that exist."""
         known = {k for kinds in MOMENTS.values() for k in kinds}
         moments = {k: v for k, v in self.state.items() if k in known}
         return {k: self._view(t) for k, t in ({"weight": self.flat} | moments).items()}
@@ -59,7 +60,7 @@ class Fragment:
 def owned_fragments(engine, stage: int, rank: int) -> Iterator[Fragment]:
     """Yield this rank's fragments of a DeepSpeed engine, with moments after `ensure_moments`.
 
-    At stage 0 everything is rank 0's.
+    At stage 0 rank 0 owns everything.
     """
     states = torch_optimizer(engine, stage).state
     for name, parameter in engine.module.named_parameters():
@@ -87,7 +88,7 @@ def _fragments_stage_3(engine, name: str, parameter, rank: int) -> Iterator[Frag
 
 
 def _vectors(engine, stage: int) -> list[tuple[torch.Tensor, dict]]:
-    """Return (tensor, parameter group) of all that the torch optimizer steps on, in its order."""
+    """Return (tensor, parameter group) of all tensors that torch's optimizer updates, in order."""
     groups = torch_optimizer(engine, stage).param_groups
     if stage < 3:
         return [(p, g) for g in groups for p in g["params"]]
@@ -97,7 +98,7 @@ def _vectors(engine, stage: int) -> list[tuple[torch.Tensor, dict]]:
 
 
 def vectors_of_kind(engine, stage: int, kind: str) -> list[torch.Tensor]:
-    """Return the tensors that the torch optimizer steps on in groups of a kind of `MOMENTS`."""
+    """Return the tensors that the torch optimizer updates in groups of one kind of `MOMENTS`."""
     return [flat for flat, group in _vectors(engine, stage) if _kind(group) == kind]
 
 
@@ -111,12 +112,12 @@ def torch_optimizer(engine, stage: int) -> torch.optim.Optimizer:
 
 
 def ensure_moments(engine, stage: int, step: int | None = None) -> None:
-    """Make the optimizer's state exist (it is made in the first step), linked to the parameters.
+    """Create the optimizer state before the first step, and link it to the parameters.
 
     Parameters
     ----------
     step
-        Number of finished optimizer steps to set; None leaves existing state as it is.
+        Number of finished optimizer steps to set; None leaves existing state unchanged.
     """
     optimizer = torch_optimizer(engine, stage)
     for flat, group in _vectors(engine, stage):
@@ -127,7 +128,7 @@ def ensure_moments(engine, stage: int, step: int | None = None) -> None:
             if kind == "adamw":
                 state["step"] = torch.tensor(0.0, device=flat.device)
         if step is not None and kind == "adamw":
-            # One tensor each: torch counts in place.
+            # Each state has its own tensor, because torch increments it in place.
             state["step"] = torch.tensor(float(step), device=flat.device)
     if stage in (1, 2):
         engine.optimizer._hp_optimizer_states_linked = False
@@ -135,14 +136,14 @@ def ensure_moments(engine, stage: int, step: int | None = None) -> None:
 
 
 class Snapshot:
-    """A copy of this rank's fragments in host memory, which is used again by every copy."""
+    """A copy of this rank's fragments in host memory, which is reused for every checkpoint."""
 
     def __init__(self) -> None:
         self._tensors: dict[str, torch.Tensor] = {}
         self._starts: dict[str, int] = {}
 
     def take(self, engine, stage: int, rank: int) -> None:
-        """Copy the fragments of an engine; training may go on when this returns."""
+        """Copy the fragments of an engine; training may continue when this returns."""
         ensure_moments(engine, stage)
         on_gpu = False
         for fragment in owned_fragments(engine, stage, rank):
@@ -168,7 +169,7 @@ class FragmentReader:
 
     def __init__(self, paths: list[Path]) -> None:
         self._files = [safe_open(p, framework="pt") for p in paths]
-        # name -> [(start, stop, file)]
+        # The stored ranges: name -> [(start, stop, file)]
         self._ranges: dict[str, list[tuple[int, int, int]]] = {}
         for number, file in enumerate(self._files):
             for name, start in json.loads(file.metadata()["starts"]).items():
@@ -182,7 +183,7 @@ class FragmentReader:
         return sorted(self._ranges)
 
     def kinds(self, name: str) -> list[str]:
-        """Return what is stored of a parameter, ``weight`` among it."""
+        """Return the kinds of tensors that are stored for a parameter, including ``weight``."""
         keys = self._files[self._ranges[name][0][2]].keys()
         return [kind for kind, _, of in (key.partition("/") for key in keys) if of == name]
 
@@ -205,7 +206,7 @@ class FragmentReader:
 
 
 class Reader(Protocol):
-    """What ranges of flat parameters and moments are read from."""
+    """The interface for reading ranges of flat parameters and moments."""
 
     def read(self, kind: str, name: str, start: int, numel: int) -> torch.Tensor:
         """Return float32 [numel], a range of a flat parameter or moment."""
@@ -213,7 +214,7 @@ class Reader(Protocol):
 
 
 class Renamed:
-    """A reader whose parameters have other names: `names`, name asked for -> name there."""
+    """A reader whose parameters have other names; `names` maps the requested to the stored name."""
 
     def __init__(self, reader: Reader, names: dict[str, str]) -> None:
         self._reader, self._names = reader, names
@@ -224,7 +225,7 @@ class Renamed:
 
 
 def load_weights(module: torch.nn.Module, reader: Reader) -> None:
-    """Fill a module with fp32 weights, before DeepSpeed takes it."""
+    """Fill a module with fp32 weights, before DeepSpeed receives it."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             flat = reader.read("weight", name, 0, parameter.numel())
@@ -232,13 +233,17 @@ def load_weights(module: torch.nn.Module, reader: Reader) -> None:
 
 
 def restore_training_state(engine, stage: int, rank: int, reader: Reader, step: int) -> None:
-    """Fill master weights, moments and step count of an engine whose module has the weights."""
+    """Restore master weights, moments and step count of an engine.
+
+    The module of the engine must have the weights already.
+    """
     ensure_moments(engine, stage, step)
     read: Callable[[str, Fragment], torch.Tensor] = lambda kind, f: reader.read(  # noqa: E731
         kind, f.name, f.start, f.numel
     )
     with torch.no_grad():
-        # At stage 0 only rank 0 owns fragments when writing; when reading every rank fills all.
+        # At stage 0 only rank 0 owns fragments when a checkpoint is written, but every rank
+        # restores all of them.
         for fragment in owned_fragments(engine, stage, 0 if stage == 0 else rank):
             for kind, tensor in fragment.tensors.items():
                 tensor.copy_(read(kind, fragment))

@@ -1,20 +1,22 @@
-"""What counting can tell of a hidden gene: the line that a model has to be below.
+"""The arithmetic baseline: predict a hidden gene by counting alone; a model must have a lower loss.
 
-A cell is a sorted list: the value of a hidden gene, count x 1 / median, lies between those of its
-visible neighbours. Counts are whole and mostly small, so the difference of log(1 / median) between
-a gene and its neighbour is near the logarithm of a ratio of small whole numbers, and few genes have
-such a median. No biology is needed for that: tables of counts, and a product.
+A cell is a sorted list, so the value of a hidden gene, count x 1 / median, lies between those of
+its visible neighbours. Counts are whole and mostly small, so the difference of log(1 / median)
+between a gene and its neighbour is near the logarithm of a ratio of small whole numbers, and few
+genes have such a median. No biology is needed for that, only tables of counts and a product:
 
-1. u = log(1 / median) of every gene, on a fine grid.
-2. On training cells, hidden as held-out cells are: how often the hidden gene stands at which
-   difference of u from each of the 4 nearest visible genes on both sides, over how often a gene
-   drawn by frequency would; by class of rank and of length. A fine bin with few counts is pulled
-   toward the wider bin around it.
-3. The weight of a gene is its frequency times these ratios of all 8 neighbours, each to the power
-   of an exponent of its own, since neighbours repeat each other. The 8 exponents have the
-   largest likelihood on training cells that were not counted (the problem is convex). Genes that
-   are visible in the cell have the weight 0: no gene stands in a cell twice.
+1. u = log(1 / median) of every gene is put on a fine grid.
+2. Genes of training cells are hidden in the same way as in held-out cells. For each of the 4
+   nearest visible genes on both sides it is counted at which difference of u the hidden gene
+   stands, and this is divided by how often a gene drawn by frequency would stand there; separately
+   by class of rank and of length. The estimate of a fine bin with few counts is pulled toward that
+   of the wider bin around it.
+3. The weight of a gene is its frequency times these ratios of all 8 neighbours, each raised to its
+   own exponent, because neighbours carry the same information. The 8 exponents maximise the
+   likelihood on training cells that were not counted (the problem is convex). Genes that are
+   visible in the cell have the weight 0, because no gene occurs twice in a cell.
 
+`arithmetic_tables` counts or reads the tables; `Arithmetic` predicts with them. The baseline
 ``no_repeat`` is the frequency at the gene's rank with visible genes left out, and needs no medians.
 """
 
@@ -42,39 +44,42 @@ from pretrain.objective.masking import EVALUATION_MASKING, Masks, mask_rows, mas
 logger = logging.getLogger(__name__)
 
 TABLES_NAME = "arithmetic"
-# For what learns on training cells: of so many parts of them, by cell number, each has tables that
-# were counted on all others. A small corpus would else be known by heart: in the demo's cells the
-# tables give their own cells 0.7 nats less than held-out ones.
+# Tables by fold, for a network that learns on training cells: the cells are divided into so many
+# folds by cell number, and each fold has tables that were counted on all others. Otherwise a small
+# corpus would be known by heart: in the demo's cells the tables give their own cells 0.7 nats less
+# than held-out ones.
 FOLDS = 4
 FOLDED_NAME = "prior"
-# A prediction holds this share of the plain frequency, so that no loss is infinite: a corpus of
-# tokens may hold a gene twice in a cell. It costs others a ten thousandth of a nat.
+# A prediction contains this share of the plain frequency, so that no loss is infinite: a corpus of
+# tokens may contain a gene twice in a cell. It costs other predictions a ten thousandth of a nat.
 MIXED_SHARE = 1e-4
-_VERSION = 1  # of the method: other tables have another name
+_VERSION = 1  # of the method: another version has other file names
 _SEED = 0
-# Finer steps still gained (0.001: 4.44, 0.0005: 4.30 nats on 13 real data sets), at a cost in
-# proportion. Genes beyond the quantiles, a thousandth at each end, share the outermost place.
+# Finer steps still improved the loss (0.001: 4.44, 0.0005: 4.30 nats on 13 real data sets), at a
+# proportional cost. Genes beyond the quantiles, a thousandth at each end, share the outermost grid
+# point.
 _STEP = 0.0005
 _OUTERMOST = 0.001
-# Widths of the bins, in steps, from which a bin's ratio is estimated, the widest first, and the
-# strength of the pull in counts.
+# The ratio of a bin is estimated from bins of these widths in steps, the widest first; `_PULL` is
+# the strength of the pull in counts.
 _WIDTHS = (256, 32, 8, 2, 1)
 _PULL = 1.0
-# A class of length is worth its own tables with so many hidden genes.
+# A class of length gets its own tables if it has so many hidden genes.
 _GENES_A_CLASS, _MOST_CLASSES = 150_000, 4
-# A small corpus is hidden several times, in other places.
+# In a small corpus genes are hidden several times, at other positions each time.
 _WANTED_GENES, _MOST_ROUNDS = 400_000, 8
-# Training cells that choose the exponents, at most an eighth; genes of them that are looked at.
+# The exponents are chosen on so many training cells, at most an eighth of them, and on so many of
+# their genes.
 _CHOOSING_CELLS, _CHOOSING_SHARE, _CHOOSING_GENES = 400, 8, 3_000
 _NEWTON_STEPS = 8
 
 
 @dataclass(frozen=True)
 class MaskedRows:
-    """Padded cells in which each hidden gene is <mask>: int32 [B, L] inputs, int64 [B] lengths.
+    """Padded cells whose hidden genes are <mask>: int32 [B, L] inputs, int64 [B] lengths.
 
-    ``labels`` int64 [M]: the hidden genes in the order of the rows; that they are as many as there
-    are masks is not checked.
+    ``labels`` int64 [M]: the hidden genes in the order of the rows. It is not checked that their
+    number equals the number of masks.
     """
 
     inputs: np.ndarray
@@ -96,12 +101,12 @@ class _Grid:
 
 
 class Arithmetic:
-    """The baseline, ready to predict.
+    """The arithmetic baseline with its tables, ready to predict.
 
     Parameters
     ----------
     tables
-        As `arithmetic_tables` returns them.
+        The result of `arithmetic_tables`.
     """
 
     def __init__(self, tables: dict[str, np.ndarray], vocabulary: Vocabulary) -> None:
@@ -121,7 +126,7 @@ class Arithmetic:
     def scores(self, rows: MaskedRows) -> tuple[np.ndarray, np.ndarray]:
         """Return float64 [M] losses (nats) and int32 [M] places of hidden genes.
 
-        A place is the number of genes that could be hidden and are more likely than the label.
+        A place is the number of possible genes that are more likely than the label.
         """
         labels = rows.labels
         losses, places = np.empty(len(labels)), np.empty(len(labels), np.int32)
@@ -140,29 +145,29 @@ def arithmetic_tables(
     fallback: Path | None = None,
     by_fold: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Return the tables of the baseline: those kept beside the shards, else newly counted ones.
+    """Return the tables of the baseline, stored beside the shards or newly counted.
 
-    ``frequency`` float64 [V]; ``length_edges`` int64, the longest cells of all classes of length
-    but the last; ``log_ratios`` float32 [contexts, 8, 2 G - 1] and ``exponents`` float64 [8], of
-    the neighbours from the farthest on the left to the farthest on the right; ``counted`` int64
-    [2], training cells and hidden genes.
+    ``frequency`` float64 [V]. ``length_edges`` int64, the longest cell lengths of all length
+    classes except the last. ``log_ratios`` float32 [contexts, 8, 2 G - 1] and ``exponents`` float64
+    [8], for the neighbours from the farthest on the left to the farthest on the right. ``counted``
+    int64 [2], the number of training cells and of hidden genes.
 
     Parameters
     ----------
     max_cells
-        Train cells that are read, whole blocks, spread over the corpus.
+        Number of training cells to read, in whole blocks, spread over the corpus.
     quarantine
         Leave damaged blocks out, instead of raising.
     fallback
-        Folder to keep them in where that of the shards cannot be written to.
+        Folder for the tables if the folder of the shards is not writable.
     by_fold
-        ``log_ratios`` has a first dimension more, `FOLDS` + 1: in table f nothing of training cells
-        with number % `FOLDS` = f was counted, in the last all was.
+        ``log_ratios`` has an additional first dimension of `FOLDS` + 1: table f was counted without
+        the training cells with number % `FOLDS` = f, and the last table with all cells.
 
     Raises
     ------
     ValueError
-        The vocabulary has no medians; no training cell can be read.
+        The vocabulary has no medians, or no training cell can be read.
     """
     require_medians(shards)
     settings = {"version": _VERSION, "max_cells": max_cells, "step": _STEP}
@@ -174,7 +179,7 @@ def arithmetic_tables(
 
 
 def of_all_cells(tables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return of tables by fold those that would have been counted without folds."""
+    """Return, from tables by fold, those that would have been counted without folds."""
     return tables | {"log_ratios": tables["log_ratios"][-1]}
 
 
@@ -243,7 +248,7 @@ def _count(
 
 
 def _frequency_and_lengths(blocks, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
-    """Return the share of each gene in the tokens (float64 [V]), and the cells' lengths."""
+    """Return the share of each gene among the tokens (float64 [V]), and the cell lengths."""
     counts = np.zeros(vocabulary.num_tokens, np.int64)
     lengths = [np.zeros(0, np.int64)]
     for block in blocks:
@@ -255,7 +260,7 @@ def _frequency_and_lengths(blocks, vocabulary: Vocabulary) -> tuple[np.ndarray, 
 
 
 def grid_places(vocabulary: Vocabulary) -> np.ndarray:
-    """Return int32 [V], the place of each gene on the grid of log(1 / median); 0: special token."""
+    """Return int32 [V], each gene's index on the grid of log(1 / median); 0 for special tokens."""
     u = -np.log(vocabulary.medians)
     lowest, highest = np.quantile(u, [_OUTERMOST, 1 - _OUTERMOST])
     place = np.zeros(vocabulary.num_tokens, np.int32)
@@ -269,10 +274,10 @@ def _grid_of(vocabulary: Vocabulary, frequency: np.ndarray) -> _Grid:
 
 
 def _length_edges(lengths: np.ndarray, hidden: int) -> np.ndarray:
-    """Return int64, the longest cells of all classes of length but the last.
+    """Return int64, the longest cell lengths of all length classes except the last.
 
-    Each class has as many tokens. At the same rank deep cells have other counts than shallow
-    ones.
+    All classes have the same number of tokens. Classes are needed because, at the same rank, deeply
+    sequenced cells have other counts than shallow ones.
     """
     classes = min(_MOST_CLASSES, max(1, hidden // _GENES_A_CLASS))
     ordered = np.sort(lengths)
@@ -311,17 +316,17 @@ def _count_rows(
 
 
 def _log_ratios(differences: np.ndarray, neighbours: np.ndarray, mass: np.ndarray) -> np.ndarray:
-    """Return float32 [contexts, SLOTS, 2 G - 1], log of counts over counts expected by frequency.
+    """Return float32 [contexts, SLOTS, 2 G - 1], the log of counts over expected counts.
 
-    From the widest bins to the finest: a bin's ratio starts from that of the bin around it and is
-    moved by its own counts, as far as they outweigh `_PULL`.
+    The estimate goes from the widest bins to the finest: the ratio of a bin starts from that of the
+    bin around it, and its own counts change it as far as they outweigh `_PULL`.
     """
     size = len(mass)
     bins = [(np.arange(2 * size - 1) + width // 2) // width for width in _WIDTHS]
     result = np.empty(differences.shape, np.float32)
     for context, slot in np.ndindex(differences.shape[:2]):
         counts = differences[context, slot].astype(np.float64)
-        # How often each difference would be seen, were the hidden gene drawn by frequency.
+        # The count that each difference would have if the hidden gene were drawn by frequency.
         expected = _convolve(mass, neighbours[context, slot, ::-1])
         ratio = np.ones(len(counts))
         for bin_of in bins:
@@ -333,7 +338,7 @@ def _log_ratios(differences: np.ndarray, neighbours: np.ndarray, mass: np.ndarra
 
 
 def _convolve(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return float64 [2 G - 1], the convolution of two arrays [G] that are not negative."""
+    """Return float64 [2 G - 1], the convolution of two arrays [G] without negative values."""
     length = 1 << (2 * len(first) - 2).bit_length()
     product = np.fft.rfft(first, length) * np.fft.rfft(second, length)
     return np.fft.irfft(product, length)[: 2 * len(first) - 1].clip(0)
@@ -346,7 +351,7 @@ def _fit_exponents(
     grid: _Grid,
     edges: np.ndarray,
 ) -> np.ndarray:
-    """Return float64 [SLOTS], the exponents under which hidden genes are most likely."""
+    """Return float64 [SLOTS], the exponents that maximise the likelihood of hidden genes."""
     exponents = np.full(SLOTS, 1 / SLOTS)
     hidden = sum(len(rows.labels) for rows in choosing)
     every = max(1, hidden // _CHOOSING_GENES)
@@ -358,7 +363,8 @@ def _fit_exponents(
                 vocabulary.first_gene_token, grid.place, grid.frequency, grid.mass, edges,
                 log_ratios, exponents, every, gradient, curvature,
             )  # fmt: skip
-        # A little more curvature: a slot that no choosing cell fills stays where it is.
+        # A little curvature is added, so that the exponent of a slot that is empty in all these
+        # cells does not change.
         curvature[np.diag_indices(SLOTS)] += 1.0
         change = np.linalg.solve(curvature, -gradient)
         exponents = np.clip(exponents + change, 0, 1)
@@ -368,7 +374,7 @@ def _fit_exponents(
 
 
 def describe(tables: dict[str, np.ndarray]) -> str:
-    """Return one line about the tables, for the log."""
+    """Return one line about the tables for the log."""
     cells, genes = tables["counted"].tolist()
     exponents = ", ".join(f"{e:.2f}" for e in tables["exponents"])
     return (

@@ -1,12 +1,12 @@
 """Loops of the arithmetic baseline over rows of tokens, compiled by numba.
 
-Rows are padded; a hidden gene stands there as <mask>, and `labels` holds the hidden genes of all
-rows in order. Every other gene is visible. A gene's *place* is its place on the grid of
-log(1 / median); a *slot* is a place among the neighbours of a hidden gene: 0 is the farthest on the
-left (higher expression), `SLOTS` - 1 the farthest on the right.
+Rows are padded. A hidden gene appears in them as <mask>, and `labels` contains the hidden genes of
+all rows in order; every other gene is visible. The *place* of a gene is its index on the grid of
+log(1 / median). A *slot* is a position among the neighbours of a hidden gene: 0 is the farthest on
+the left (higher expression), `SLOTS` - 1 the farthest on the right.
 
-Written without array expressions, `min` and `max`: numba compiles those anew for every function
-that has one, and a first start waits for it.
+The loops use no array expressions, `min` or `max`, because numba compiles those again for every
+function that contains one, and the first start of a run waits for it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 import numba
 import numpy as np
 
-NEIGHBOURS = 4  # visible genes looked at on each side
+NEIGHBOURS = 4  # number of visible genes used on each side
 SLOTS = 2 * NEIGHBOURS
 RANK_CLASSES = 5
 _STRETCH = 64
@@ -24,7 +24,7 @@ _STRETCH = 64
 
 @numba.njit(cache=True, nogil=True)
 def _context(place, length, edges):
-    """Return the number of the context of a place in a cell: class of rank, class of length."""
+    """Return the context number of a position in a cell: its class of rank and class of length."""
     length_class = 0
     for number in range(len(edges)):
         length_class += int(length > edges[number])
@@ -33,17 +33,20 @@ def _context(place, length, edges):
 
 @numba.njit(cache=True, nogil=True)
 def _room(width):
-    """Return int64 [width] three times, what `_visible_genes` writes into."""
+    """Return three int64 [width] arrays, into which `_visible_genes` writes."""
     return np.empty(width, np.int64), np.empty(width, np.int64), np.empty(width, np.int64)
 
 
 @numba.njit(cache=True, nogil=True)
 def _visible_genes(inputs, row, length, mask_token, first_gene, genes, before, positions):
-    """Collect a row's visible genes; of its hidden ones, how many of these come before, and where.
+    """Collect the visible genes of a row, and for each hidden gene its position.
+
+    `before` receives how many visible genes come before each hidden gene.
 
     Returns
     -------
-    Numbers of visible and of hidden genes: as much of `genes`; of `before` and `positions`.
+    Number of visible genes (entries of `genes`), and of hidden genes (entries of `before` and
+    `positions`).
     """
     visible, hidden = 0, 0
     for i in range(length):
@@ -59,14 +62,14 @@ def _visible_genes(inputs, row, length, mask_token, first_gene, genes, before, p
 
 @numba.njit(cache=True, nogil=True)
 def _neighbour(slot, before, visible):
-    """Return which visible gene is in a slot of a hidden gene; -1 where the cell ends before."""
+    """Return the index of the visible gene in a slot of a hidden gene; -1 outside the cell."""
     at = before + slot - NEIGHBOURS
     return at if 0 <= at < visible else -1
 
 
 @numba.njit(cache=True, nogil=True)
 def _mark(is_visible, genes, visible, value):
-    """Set `is_visible` (bool [V]) of a row's visible genes."""
+    """Set `is_visible` (bool [V]) of a row's visible genes to a value."""
     for i in range(visible):
         is_visible[genes[i]] = value
 
@@ -86,12 +89,12 @@ def count_hidden(
     place_of
         int32 [V].
     edges
-        int64, longest cells of all length classes but the last.
+        int64, longest cell lengths of all length classes except the last.
     differences
-        int64 [contexts, SLOTS, 2 G - 1], added to: at place of the hidden gene - place of the
-        neighbour + G - 1.
+        int64 [contexts, SLOTS, 2 G - 1], counts are added at index: place of the hidden gene -
+        place of the neighbour + G - 1.
     neighbours
-        int64 [contexts, SLOTS, G], added to: at the neighbour's place.
+        int64 [contexts, SLOTS, G], counts are added at the neighbour's place.
     """
     genes, before, positions = _room(inputs.shape[1])
     zero = neighbours.shape[2] - 1
@@ -115,20 +118,21 @@ def count_hidden(
 
 @numba.njit(cache=True, nogil=True)
 def _free_mass(mass, genes, visible, place_of, frequency, free):
-    """Fill `free` (float32 [G]) with the frequency at each place, visible genes left out."""
+    """Fill `free` (float32 [G]) with the frequency at each place, without visible genes."""
     left = np.empty(len(mass))
     for place in range(len(mass)):
         left[place] = mass[place]
     for i in range(visible):
         left[place_of[genes[i]]] -= frequency[genes[i]]
     for place in range(len(left)):
-        # What rounding leaves of a place all of whose genes are visible is no gene.
+        # If all genes of a place are visible, rounding leaves a small rest, which must not count as
+        # a gene.
         free[place] = left[place] if left[place] > 1e-9 * mass[place] else 0.0
 
 
 @numba.njit(cache=True, nogil=True)
 def _factors_of(context, slot, genes, before, visible, place_of, factors, ones):
-    """Return float32 [G], what the neighbour in a slot makes of a gene at each place."""
+    """Return float32 [G], the factor that the neighbour in a slot gives a gene at each place."""
     at = _neighbour(slot, before, visible)
     if at < 0:
         return ones
@@ -138,11 +142,11 @@ def _factors_of(context, slot, genes, before, visible, place_of, factors, ones):
 
 @numba.njit(cache=True, nogil=True)
 def _windows(context, genes, before, visible, place_of, factors, nothing):
-    """Return what each of the eight neighbours makes of a gene at each place: SLOTS arrays [G].
+    """Return the factors that each of the eight neighbours gives a gene at each place, SLOTS x [G].
 
-    `nothing`: of a neighbour that is not there.
+    `nothing` is the array of factors for a missing neighbour.
     """
-    slot = np.int64(0)  # a number in the code itself would be compiled for, each apart
+    slot = np.int64(0)  # numba would compile each literal number separately
     a = _factors_of(context, slot, genes, before, visible, place_of, factors, nothing)
     b = _factors_of(context, slot + 1, genes, before, visible, place_of, factors, nothing)
     c = _factors_of(context, slot + 2, genes, before, visible, place_of, factors, nothing)
@@ -159,7 +163,7 @@ def _fill_product(context, genes, before, visible, place_of, factors, ones, prod
     """Fill `product` (float32 [G]) with the product of the factors of all neighbours."""
     size = len(product)
     a, b, c, d, e, f, g, h = _windows(context, genes, before, visible, place_of, factors, ones)
-    # In one pass: eight are twice as slow.
+    # A single pass multiplies all eight, because eight passes are twice as slow.
     for i in range(size):
         product[i] = ((a[i] * b[i]) * (c[i] * d[i])) * ((e[i] * f[i]) * (g[i] * h[i]))
 
@@ -180,7 +184,7 @@ def _add_scaled(total, factor, values):
 
 @numba.njit(cache=True, nogil=True)
 def _mixed_loss(share, mixed, frequency):
-    """Return the cross-entropy (nats) of a gene's share, at most 1, and of its plain frequency."""
+    """Return the cross-entropy (nats) of a gene's share, at most 1, mixed with its frequency."""
     share = share if share < 1.0 else 1.0
     return -math.log((1 - mixed) * share + mixed * frequency)
 
@@ -195,17 +199,17 @@ def score_hidden(
     Parameters
     ----------
     frequency, mass
-        float64 [V], [G]: of each gene; summed at each place.
+        float64 [V], [G]: the frequency of each gene, and its sum at each place.
     factors
-        float32 [contexts, SLOTS, 2 G - 1], what a neighbour makes of a gene's frequency.
+        float32 [contexts, SLOTS, 2 G - 1], the factor that a neighbour gives a gene's frequency.
     most, ordered, starts
         float32 [G], the largest frequency at each place; int64 [genes], genes by place, the most
         frequent first; int64 [G + 1], where each place begins.
     mixed
         Share of the plain frequency in the prediction.
     losses, places
-        float64, int32 [M], written: cross-entropy in nats; how many genes that could be hidden are
-        more likely than the label.
+        float64, int32 [M], written: cross-entropy in nats; number of possible genes that are more
+        likely than the label.
     """
     size = len(mass)
     genes, before, positions = _room(inputs.shape[1])
@@ -240,22 +244,22 @@ def add_prior(
     logits, inputs, lengths, tables, hidden_places, labels, first_gene, place_of, edges,
     log_factors, log_frequency, seen,
 ):  # fmt: skip
-    """Add to the logits of hidden genes the logarithm of their weights, not normalised.
+    """Add the logarithm of the unnormalised weights to the logits of hidden genes.
 
     Parameters
     ----------
     logits
         float32 [M, V], added to where the label is not negative.
     inputs, lengths, tables
-        int32 [rows, L], int64 [rows], int64 [rows]: which table is that of each row.
+        int32 [rows, L], int64 [rows], int64 [rows]: the number of the table for each row.
     hidden_places, labels
-        int64 [M], flat places in rows x L, ascending where labels are not negative, which come
-        first.
+        int64 [M], flat positions in rows x L. Entries with a label that is not negative come first
+        and are ascending.
     place_of, log_frequency
         int32, float32 [V].
     log_factors
-        float32 [tables, contexts, SLOTS, 2 G - 1], logarithm of what a neighbour makes of a gene's
-        frequency.
+        float32 [tables, contexts, SLOTS, 2 G - 1], logarithm of the factor that a neighbour gives a
+        gene's frequency.
     seen
         float32, added for each visible gene.
     """
@@ -305,7 +309,7 @@ def _fill_sum(context, genes, before, visible, place_of, log_factors, zeros, tot
 def _more_likely(product, frequency, most, ordered, starts, is_visible, own):
     """Return how many genes that are not visible have a larger weight than `own`."""
     better, size = 0, len(product)
-    # Most places have none: whole stretches are passed over at once.
+    # Most places have no such gene, so whole stretches of places are skipped at once.
     bound = np.float32(own * (1 - 1e-6))
     for first in range(0, size, _STRETCH):
         last = first + _STRETCH if first + _STRETCH < size else size
@@ -319,7 +323,7 @@ def _more_likely(product, frequency, most, ordered, starts, is_visible, own):
                 for at in range(starts[place], starts[place + 1]):
                     gene = ordered[at]
                     if product[place] * frequency[gene] <= own:
-                        break  # the rest of this place is less frequent
+                        break  # the remaining genes of this place are less frequent
                     better += int(not is_visible[gene])
     return better
 
@@ -329,14 +333,14 @@ def exponents_step(
     inputs, lengths, labels, mask_token, first_gene, place_of, frequency, mass, edges,
     log_factors, exponents, every, gradient, curvature,
 ):  # fmt: skip
-    """Add up the loss of hidden genes, its gradient and curvature in the exponents; return it.
+    """Add up the gradient and curvature of the loss in the exponents; return the loss.
 
     Parameters
     ----------
     every
-        Of so many hidden genes one is looked at.
+        Only every n-th hidden gene is used.
     log_factors
-        float32 [contexts, SLOTS, 2 G - 1], before they are raised to the exponents.
+        float32 [contexts, SLOTS, 2 G - 1], before the exponents are applied.
     exponents
         float64 [SLOTS].
     gradient, curvature
@@ -399,14 +403,15 @@ def score_without_repeats(
     inputs, lengths, labels, bins, mask_token, first_gene, by_rank, larger, frequency, mixed,
     losses, places,
 ):  # fmt: skip
-    """Fill the losses and places of hidden genes by a table by rank, visible genes left out.
+    """Fill the losses and places of hidden genes from a table by rank, without visible genes.
 
     Parameters
     ----------
     bins
-        int64 [M], of the hidden genes' ranks.
+        int64 [M], the bins of the hidden genes' ranks.
     by_rank, larger
-        float64 [bins, V] probabilities; int32 [bins, V], how many in its row are larger than each.
+        float64 [bins, V] probabilities; int32 [bins, V], for each entry the number of larger
+        entries in its row.
     """
     genes, before, positions = _room(inputs.shape[1])
     is_visible = np.zeros(len(frequency), np.bool_)

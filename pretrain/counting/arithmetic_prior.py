@@ -1,16 +1,20 @@
-"""What counting tells of a hidden gene, put into the network's hands: its head adds to that.
+"""The arithmetic prior: add to the head's logits what counting tells about a hidden gene.
 
-Most of what a hidden gene can be told by is arithmetic (`pretrain.counting.arithmetic`): its value
-lies between those of its visible neighbours. A network needs millions of tokens to find that out,
-and its head cannot say it sharply, for the answer is a line of a few ten-thousandths of
-log(median). So the log-probabilities that counting gives are added to the head's logits before the
-loss, as an offset is in a generalised linear model. At its first step the model stands at the
-arithmetic line, and all that can lower its loss is what medians and frequencies do not tell.
+Most of the information about a hidden gene is arithmetic (`pretrain.counting.arithmetic`): its
+value lies between those of its visible neighbours. A network needs millions of tokens to learn
+that, and its head cannot express it precisely, because the possible genes lie within a few
+ten-thousandths of log(median). Therefore the log-probabilities of counting are added to the head's
+logits before the loss, like an offset in a generalised linear model. At its first step the model
+has the loss of the arithmetic baseline, and only what medians and frequencies do not tell can lower
+its loss.
 
-The prior is a table, not weights: it has no gradient, and the network is Hugging Face's as ever.
-What its head says alone is log p(gene | cell) - log p(gene | counting), but for a constant.
+The prior is a table and not weights: it has no gradient, and the network is still Hugging Face's.
+Apart from a constant, the head's own output is log p(gene | cell) - log p(gene | counting).
 
-Shapes: B cells, L places, M hidden genes, V vocabulary, G places on the grid of log(1 / median).
+`objective_prior` makes the prior of a run; `ArithmeticPrior.added_to` is called in the forward
+pass.
+
+Shapes: B cells, L positions, M hidden genes, V vocabulary, G points of the grid of log(1 / median).
 """
 
 from __future__ import annotations
@@ -45,15 +49,15 @@ from pretrain.ranks.dist import Ranks
 
 FILE_NAME = "prior.safetensors"
 FORMAT = "geneloom-prior/1"
-# A gene that is visible in the cell is as good as excluded: no gene stands in a cell twice. Not
-# infinite, for a corpus of tokens may hold one.
+# A gene that is visible in the cell is practically excluded, because no gene occurs twice in a
+# cell. The value is not infinite, because a corpus of tokens may contain a gene twice.
 _SEEN = -20.0
 _TABLES = ("frequency", "length_edges", "log_ratios", "exponents", "counted")
 _ROWS_AT_ONCE = 512  # hidden genes for which a GPU holds [rows, G] numbers
 
 
 class Hidden(NamedTuple):
-    """Cells and the genes that are hidden in them, as `MaskedGeneModel.forward` takes them."""
+    """Cells and the genes that are hidden in them, as `MaskedGeneModel.forward` receives them."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor | None
@@ -63,7 +67,7 @@ class Hidden(NamedTuple):
 
     @property
     def lengths(self) -> torch.Tensor:
-        """int64 [B], tokens of each cell."""
+        """Return int64 [B], the number of tokens of each cell."""
         num_cells, length = self.input_ids.shape
         if self.attention_mask is None:
             return self.labels.new_full((num_cells,), length)
@@ -71,14 +75,14 @@ class Hidden(NamedTuple):
 
     @property
     def tables(self) -> torch.Tensor:
-        """int64 [B], the table of each cell: that of its fold, else the one of all cells."""
+        """Return int64 [B], the table of each cell: that of its fold, or the one of all cells."""
         if self.folds is None:
             return self.labels.new_full((len(self.input_ids),), FOLDS)
         return self.folds
 
 
 class CannotUsePrior(SharedFailure, ValueError):
-    """The vocabulary, the shards or the run folder do not give the tables of the prior."""
+    """The vocabulary, the shards or the run folder do not provide the tables of the prior."""
 
 
 class ArithmeticPrior:
@@ -87,9 +91,9 @@ class ArithmeticPrior:
     Parameters
     ----------
     tables
-        As `arithmetic_tables` returns them by fold. A training cell has the table in whose counting
-        it had no part, or the prior would know it by heart, and the network would learn to trust
-        what does not hold for others.
+        The result of `arithmetic_tables` by fold. A training cell uses the table that was counted
+        without it. Otherwise the prior would know the cell by heart, and the network would learn to
+        trust information that does not hold for other cells.
     """
 
     def __init__(self, tables: dict[str, np.ndarray], vocabulary: Vocabulary) -> None:
@@ -107,7 +111,7 @@ class ArithmeticPrior:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a run says of it: the training cells and genes that were counted, and a hash."""
+        """Return the prior's record: numbers of training cells and genes counted, and a hash."""
         cells, genes = self._tables["counted"].tolist()
         return {
             "kind": "arithmetic",
@@ -117,15 +121,15 @@ class ArithmeticPrior:
         }
 
     def added_to(self, logits_MV: torch.Tensor, hidden: Hidden) -> torch.Tensor:
-        """Return float32 [M, V], logits plus what counting says of each hidden gene, unnormalised.
+        """Return float32 [M, V], the logits plus the unnormalised prior of each hidden gene.
 
-        Float32 logits are written over. Only tokens of visible places are read, so it does not
-        matter what stands at hidden ones. Rows without a label stay as they are.
+        Float32 logits are overwritten. Only tokens of visible positions are read, so the tokens at
+        hidden positions do not matter. Rows without a label stay unchanged.
         """
         return _Added.apply(logits_MV.float(), self, hidden)  # type: ignore[return-value]
 
     def add_in_place(self, logits_MV: torch.Tensor, hidden: Hidden) -> None:
-        """Do what `added_to` does, to float32 logits without a history."""
+        """Add the prior as `added_to` does, to float32 logits without a gradient history."""
         if len(logits_MV) == 0:
             return
         if logits_MV.device.type != "cpu":
@@ -139,16 +143,16 @@ class ArithmeticPrior:
         )  # fmt: skip
 
     def add_on_device(self, logits_MV: torch.Tensor, hidden: Hidden) -> None:
-        """Do what `add_in_place` does, by torch's own operations."""
+        """Add the prior as `add_in_place` does, with torch's own operations."""
         values = self.on_device(hidden)
         for first in range(0, len(hidden.labels), _ROWS_AT_ONCE):
             rows = slice(first, first + _ROWS_AT_ONCE)
             logits_MV[rows] += values(rows)
 
     def on_device(self, hidden: Hidden) -> Callable[[slice], torch.Tensor]:
-        """Return a function of a range of rows: float32 [rows, V], what counting adds to them.
+        """Return a function that gives the prior of a range of rows, float32 [rows, V].
 
-        Shapes depend on B, L, M alone, and nothing waits for the device.
+        Shapes depend on B, L and M alone, and nothing waits for the device.
         """
         input_ids, _, masked_places, labels, _ = hidden
         tables = self._tables_on(input_ids.device)
@@ -156,12 +160,12 @@ class ArithmeticPrior:
         lengths_B, table_B = hidden.lengths, hidden.tables
         is_real_M = labels != NO_LABEL
         rows_M, places_M = masked_places // length, masked_places % length
-        # One place more: places of no gene are written there.
+        # The array has one additional position, to which entries without a gene are written.
         flat = torch.where(is_real_M, masked_places, num_cells * length)
         visible = torch.cat([(input_ids >= self._first_gene).flatten(), is_real_M.new_zeros(1)])
         visible_BL = visible.index_fill(0, flat, False)[:-1].view(num_cells, length)
         upto_BL = visible_BL.cumsum(dim=1)
-        # Visible genes of each cell, packed to the left.
+        # The visible genes of each cell, moved to the left without gaps.
         order_BL = (~visible_BL).to(torch.uint8).argsort(dim=1, stable=True)
         genes_BL = input_ids.long().gather(1, order_BL)
         num_visible_B = upto_BL[:, -1]
@@ -188,7 +192,7 @@ class ArithmeticPrior:
         return values
 
     def _seen(self, genes_BL: torch.Tensor, num_visible_B: torch.Tensor, size: int) -> torch.Tensor:
-        """Return float32 [B, V], `_SEEN` times how often each gene is visible in each cell."""
+        """Return float32 [B, V], `_SEEN` times how often a gene is visible in a cell."""
         is_gene = torch.arange(genes_BL.shape[1], device=genes_BL.device) < num_visible_B[:, None]
         seen = torch.zeros(len(genes_BL), size, device=genes_BL.device)
         return seen.scatter_add(1, genes_BL, _SEEN * is_gene.float())
@@ -202,13 +206,13 @@ class ArithmeticPrior:
                 "factors": torch.from_numpy(self._log_factors),
             }
             moved = {name: table.to(device) for name, table in tables.items()}
-            # [tables, contexts, SLOTS, G, G], a view: the window that begins at each place.
+            # A view [tables, contexts, SLOTS, G, G]: the window that begins at each place.
             moved["windows"] = moved["factors"].unfold(3, self._size, 1)
             self._on_device[device] = moved
         return self._on_device[device]
 
     def save(self, folder: Path) -> None:
-        """Write ``prior.safetensors`` into a folder, whole or not at all."""
+        """Write ``prior.safetensors`` into a folder, complete or not at all."""
         identity = {
             "format": FORMAT,
             "vocabulary_sha256": self._vocabulary_sha256,
@@ -219,12 +223,12 @@ class ArithmeticPrior:
 
     @classmethod
     def load(cls, folder: Path, vocabulary: Vocabulary) -> ArithmeticPrior:
-        """Return the prior of a run or model folder.
+        """Return the prior of a run folder or model folder.
 
         Raises
         ------
         ValueError
-            There is none, it is damaged, or of another vocabulary.
+            The file is missing or damaged, or belongs to another vocabulary.
         """
         path = folder / FILE_NAME
         try:
@@ -247,7 +251,7 @@ class ArithmeticPrior:
 
 
 class _Added(torch.autograd.Function):
-    """Logits with a prior added in place; the gradient is the logits'."""
+    """Logits to which a prior is added in place; the gradient passes through unchanged."""
 
     @staticmethod
     def forward(
@@ -265,14 +269,15 @@ class _Added(torch.autograd.Function):
 def objective_prior(
     config: RunConfig, shards: ShardSet, last: Checkpoint | None, ranks: Ranks
 ) -> ArithmeticPrior | None:
-    """Return the prior that a run asks for: rank 0 counts it, all others get its very numbers.
+    """Return the prior that the settings of a run ask for, or None.
 
-    A resumed run has the tables that it began with, whatever has become of the shards.
+    Rank 0 counts it, and all other ranks receive exactly its numbers. A resumed run uses the tables
+    that it began with, even if the shards have changed.
 
     Raises
     ------
     CannotUsePrior
-        On all ranks: the vocabulary has no medians, or the run folder has lost its tables.
+        Raised on all ranks: the vocabulary has no medians, or the run folder has lost its tables.
     """
     if config.objective.prior == "none":
         return None
@@ -290,7 +295,7 @@ def objective_prior(
     for name, (shape, kind) in said["shapes"].items():
         own = tables.get(name, np.zeros(shape, np.dtype(kind)))
         shared = torch.from_numpy(np.ascontiguousarray(own)).to(ranks.device)
-        dist.sum_in_place(shared)  # of zeros but for rank 0's
+        dist.sum_in_place(shared)  # all are zeros except those of rank 0
         agreed[name] = shared.cpu().numpy()
     return ArithmeticPrior(agreed, shards.vocabulary)
 

@@ -1,16 +1,18 @@
-"""What a model must beat: guesses of a hidden gene that only counting is needed for.
+"""Baselines that a model must beat: predictions of hidden genes that need only counting.
 
-Blind to the cell:
+Baselines that do not look at the cell:
 
 - ``unigram``: how often a gene is expressed.
 - ``unigram_by_rank``: how often a gene is expressed at this relative rank.
 - ``mean_rank``: each gene is normally distributed around its own mean relative rank. Kedzierska et
-  al. (Genome Biology 2025) found Geneformer below a gene's mean rank.
+  al. (Genome Biology 2025) found that Geneformer performs worse than a gene's mean rank.
 
-From what is visible in the cell:
+Baselines that use the visible genes of the cell:
 
-- ``no_repeat``: as ``unigram_by_rank``, but genes that stand elsewhere in the cell are left out.
-- ``arithmetic``: from the medians of the nearest visible genes, see `pretrain.counting.arithmetic`.
+- ``no_repeat``: like ``unigram_by_rank``, but genes that occur elsewhere in the cell are left out.
+- ``arithmetic``: uses the medians of the nearest visible genes, see `pretrain.counting.arithmetic`.
+
+`RankBaselines` counts all except the last; `Baselines` scores all of them on the same hidden genes.
 """
 
 from __future__ import annotations
@@ -29,20 +31,21 @@ ARITHMETIC = "arithmetic"
 BASELINE_NAMES = (*RANK_BASELINES, "no_repeat", ARITHMETIC)
 RANK_BINS = 50
 _SMALLEST_SPREAD = 0.02  # of relative rank; a gene seen once has no spread
-# Of the frequency in the guess by the mean rank: a gene is found far from its mean more often than
-# a normal distribution says, and at its end the loss would be infinite.
+# The share of the plain frequency in the prediction by the mean rank: genes are found far from
+# their mean more often than a normal distribution predicts, and the loss would become infinite
+# there.
 _FREQUENCY_SHARE = 0.05
 
 
 class RankBaselines:
-    """Log-probability tables of the baselines, from training cells.
+    """Log-probability tables of the baselines, counted in training cells.
 
     Parameters
     ----------
     shards
-        Prepared cells; the train split is read, whole blocks until `max_cells` are reached.
+        Prepared cells; whole blocks of the train split are read until `max_cells` are reached.
     left_out
-        As of `pretrain.counting.counted_tables.train_blocks`.
+        As in `pretrain.counting.counted_tables.train_blocks`.
     """
 
     def __init__(self, shards: ShardSet, max_cells: int, left_out: set[int] | None = None) -> None:
@@ -60,7 +63,8 @@ class RankBaselines:
         smoothed = counts + 0.5
         smoothed[:first] = 0
         frequency = smoothed / smoothed.sum()
-        # Witten-Bell smoothing: as many pseudo-counts as different genes were seen in the bin.
+        # Witten-Bell smoothing: the number of pseudo-counts is the number of different genes seen
+        # in the bin.
         pseudo_counts = np.maximum((table > 0).sum(axis=1, keepdims=True), 1)
         by_rank = table + pseudo_counts * frequency
         mean = np.where(counts > 0, rank_sum / np.maximum(counts, 1), 0.5)
@@ -90,7 +94,7 @@ class RankBaselines:
         labels
             int [M], the hidden genes.
         relative_ranks
-            float [M] in [0, 1), place of each in its cell over the cell's length.
+            float [M] in [0, 1), the rank of each in its cell divided by the cell's length.
         """
         bins = rank_bins(relative_ranks)
         return {k: -table[bins, labels] for k, table in self.log_probabilities.items()}
@@ -98,7 +102,8 @@ class RankBaselines:
     def places(self, labels: np.ndarray, relative_ranks: np.ndarray) -> dict[str, np.ndarray]:
         """Return for each baseline int32 [M]: how many genes it finds more likely than the label.
 
-        The label's place among the guesses, 0 = the first; equally likely genes share the best.
+        This is the label's place among the guesses, 0 = the first; equally likely genes all get the
+        best place of their group.
         """
         bins = rank_bins(relative_ranks)
         return {k: table[bins, labels] for k, table in self._places.items()}
@@ -106,7 +111,7 @@ class RankBaselines:
     def without_repeats(
         self, rows: MaskedRows, relative_ranks: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return float64 [M] losses and int32 [M] places of ``no_repeat``."""
+        """Return float64 [M] losses and int32 [M] places of the baseline ``no_repeat``."""
         losses, places = np.empty(len(rows.labels)), np.empty(len(rows.labels), np.int32)
         score_without_repeats(
             rows.inputs, rows.lengths, rows.labels, rank_bins(relative_ranks), self._mask_token,
@@ -117,12 +122,12 @@ class RankBaselines:
 
 
 class Baselines:
-    """All guesses together, of the same hidden genes.
+    """All baselines, scored on the same hidden genes.
 
     Parameters
     ----------
     arithmetic
-        None where the vocabulary has no medians: that row is absent.
+        None if the vocabulary has no medians; the results then lack this baseline.
     """
 
     def __init__(self, ranks: RankBaselines, arithmetic: Arithmetic | None) -> None:
@@ -137,7 +142,8 @@ class Baselines:
         Parameters
         ----------
         relative_ranks
-            float [M] in [0, 1), place of each hidden gene in its cell over the cell's length.
+            float [M] in [0, 1), the rank of each hidden gene in its cell divided by the cell's
+            length.
         """
         losses = self._ranks.losses(rows.labels, relative_ranks)
         places = self._ranks.places(rows.labels, relative_ranks)
@@ -154,7 +160,7 @@ def rank_bins(relative_ranks: np.ndarray) -> np.ndarray:
 
 
 def _places(table: np.ndarray) -> np.ndarray:
-    """Return int32 [bins, V], the number of larger entries in an entry's row."""
+    """Return int32 [bins, V], for each entry the number of larger entries in its row."""
     places = np.empty(table.shape, dtype=np.int32)
     for place, row in zip(places, table, strict=True):
         place[:] = len(row) - np.searchsorted(np.sort(row), row, side="right")

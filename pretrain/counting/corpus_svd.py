@@ -1,14 +1,16 @@
-"""The corpus SVD: what a linear map of the training cells knows of a cell, without learning.
+"""The corpus SVD: a linear embedding of cells, made from the training cells without a network.
 
-A cell is the row of a matrix, cells x tokens. A gene's entry is its rank weight: 1 - i / L for the
-gene at place i (from 0) of a cell's L genes, 0 for genes that the cell does not have and for
-special tokens. The leading right singular vectors of that matrix (not centred) are the genes'
-loadings; a new cell times the loadings is its embedding. Every frozen embedding of a model stands
-beside it.
+A cell is a row of a matrix, cells x tokens. The entry of a gene is its rank weight: 1 - i / L for
+the gene at position i (from 0) of a cell's L genes, 0 for genes that the cell does not have and for
+special tokens. The leading right singular vectors of that matrix (not centred) are the loadings of
+the genes; a new cell times the loadings is its embedding. Every frozen embedding of a model is
+compared with it.
 
-The matrix is never held. scipy's LOBPCG (Knyazev, SIAM J. Sci. Comput. 2001) needs only its
-product with a block of vectors, which is one pass over the shards; memory is that of a few tables
+The matrix is never stored. scipy's LOBPCG (Knyazev, SIAM J. Sci. Comput. 2001) needs only its
+product with a block of vectors, which is one pass over the shards; it needs memory for a few tables
 of tokens x 64.
+
+`corpus_svd` reads or computes the SVD of shards, and `CorpusSvd.embed` embeds cells.
 """
 
 from __future__ import annotations
@@ -37,18 +39,20 @@ FILE_NAME = "corpus_svd.safetensors"
 NUM_COMPONENTS = 50
 MAX_CELLS = 50_000
 _FORMAT = "geneloom-corpus-svd/1"
-# Part of what stored tables are found by: to be raised when the method changes.
+# The method's version is part of the key of stored tables, and must be raised when the method
+# changes.
 _METHOD = 1
-# Vectors beyond those asked for: the wider the gap behind the last one, the fewer the passes.
+# Additional vectors: the wider the gap behind the last requested vector, the fewer passes are
+# needed.
 _SPARE = 14
-# Columns of one product. As many as the loops below are compiled for: 16 or 32 are slower in all.
+# Columns of one product, for which the loops below are compiled; 16 or 32 are slower in total.
 _WIDTH = 64
 _ITERATIONS = 5
 _SEED = 0
-# Vocabularies of so many tokens are solved as a whole: as fast, and exact.
+# Problems up to this vocabulary size are solved completely, which is as fast, and exact.
 _DENSE = 1024
-# Products of so many cells are added up in float32 by one thread, those sums in float64, in order:
-# the result does not depend on the number of threads.
+# One thread adds up the products of so many cells in float32, and these sums are added in float64
+# in order, so the result does not depend on the number of threads.
 _GROUP_CELLS = 8192
 _MOST_THREADS = 4
 
@@ -60,17 +64,18 @@ class CorpusSvd:
     Attributes
     ----------
     components
-        float32 [tokens, components], columns of length 1; zero for special tokens. The largest
-        entry of a column, by size, is positive.
+        float32 [tokens, components], columns of length 1; zero for special tokens. The entry of a
+        column with the largest absolute value is positive.
     singular_values
-        float32 [components], falling.
+        float32 [components], descending.
     vocabulary_sha256
-        Of the vocabulary whose tokens these are.
+        Hash of the vocabulary that the tokens belong to.
     first_gene_token
-        Tokens below are special ones: they have no place and no weight.
+        Lower tokens are special tokens, which have no rank and no weight.
     origin
-        ``shards_fingerprint``; ``cells``, how many were used; ``residual``, the largest distance
-        between a component times the matrix (and back) and its multiple, as a share of the latter.
+        ``shards_fingerprint``; ``cells``, the number of cells used; ``residual``, the largest
+        distance between a component times the matrix (and back) and its multiple, relative to the
+        latter.
     """
 
     components: np.ndarray
@@ -85,7 +90,7 @@ class CorpusSvd:
         Parameters
         ----------
         tokens
-            uint16 or uint32, ranked tokens of all cells, one after the other.
+            uint16 or uint32, ranked tokens of all cells, one cell after another.
         offsets
             int64 [cells + 1], where each cell begins.
         """
@@ -94,7 +99,7 @@ class CorpusSvd:
         return out
 
     def embed_cells(self, tokens: list[np.ndarray]) -> np.ndarray:
-        """Return what `embed` does for one array of tokens per cell."""
+        """Return the result of `embed` for a list with one array of tokens per cell."""
         offsets = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
         flat = np.concatenate(tokens) if tokens else np.zeros(0, dtype=np.uint16)
         return self.embed(flat, offsets)
@@ -102,7 +107,7 @@ class CorpusSvd:
     def save(self, folder: Path) -> Path:
         """Write ``corpus_svd.safetensors`` into a folder and return its path."""
         tables = {"components": self.components, "singular_values": self.singular_values}
-        # The writer takes an array's memory as it lies.
+        # The writer copies memory as it is, so the arrays must be contiguous.
         tables = {name: np.ascontiguousarray(table) for name, table in tables.items()}
         metadata = {
             "format": _FORMAT,
@@ -116,17 +121,17 @@ class CorpusSvd:
 
     @classmethod
     def found_in(cls, folder: Path, vocabulary: Vocabulary) -> CorpusSvd | None:
-        """Return what `load` does, or None where the folder has no such file."""
+        """Return the result of `load`, or None if the folder has no such file."""
         return cls.load(folder, vocabulary) if (folder / FILE_NAME).is_file() else None
 
     @classmethod
     def load(cls, folder: Path, vocabulary: Vocabulary) -> CorpusSvd:
-        """Return what `save` wrote.
+        """Return the SVD that `save` wrote.
 
         Raises
         ------
         ValueError
-            There is no such file, it cannot be read, or it is of another vocabulary.
+            The file is missing, cannot be read, or belongs to another vocabulary.
         """
         path = folder / FILE_NAME
         try:
@@ -161,23 +166,23 @@ def corpus_svd(
     max_cells: int = MAX_CELLS,
     quarantine: bool = False,
 ) -> CorpusSvd:
-    """Return the SVD of training cells: the one kept beside the shards, or a new one.
+    """Return the SVD of training cells, stored beside the shards or newly computed.
 
     Parameters
     ----------
     num_components
-        At most as many are returned as there are training cells, or genes.
+        Number of components, limited by the number of training cells and of genes.
     fallback
-        Folder to keep it in where that of the shards cannot be written to; None: it is not kept.
+        Folder for the SVD if the folder of the shards is not writable; None: it is not stored.
     max_cells
-        Of more training cells, whole blocks are used, spread over the corpus.
+        If there are more training cells, whole blocks that are spread over the corpus are used.
     quarantine
         Leave damaged blocks out, instead of raising.
 
     Raises
     ------
     ValueError
-        No training cells, no components, or a damaged block.
+        There are no training cells, no components, or a block is damaged.
     """
     if num_components < 1 or max_cells < 1:
         raise ValueError(
@@ -233,11 +238,11 @@ def leading_vectors(gram: Any, size: int, number: int) -> tuple[np.ndarray, np.n
     Parameters
     ----------
     gram
-        Called with float64 [size, columns]; returns A'A times them.
+        A function that takes float64 [size, columns] and returns A'A times them.
 
     Returns
     -------
-    values : float64 [number], falling, not negative
+    values : float64 [number], descending, not negative
     vectors : float64 [size, number]
     residual : |A'A v - value v| / value, the largest of all vectors; NaN for a value of 0
     """
@@ -246,12 +251,12 @@ def leading_vectors(gram: Any, size: int, number: int) -> tuple[np.ndarray, np.n
         residuals = np.linalg.norm(gram(vectors) - vectors * values, axis=0)
         return _ordered(values, vectors, residuals, number)
     start = np.random.default_rng(_SEED).standard_normal((size, number + _SPARE))
-    # The product first: its columns lie near the leading vectors. QR also fills up what a matrix
-    # of lower rank leaves empty.
+    # The product comes first, because its columns lie near the leading vectors. QR also fills
+    # columns that a matrix of lower rank leaves empty.
     start = np.linalg.qr(gram(start))[0]
     operator = LinearOperator((size, size), matvec=gram, matmat=gram, dtype=np.float64)
     with warnings.catch_warnings():
-        # It says that it stopped at the number of iterations it was given.
+        # The warning only says that lobpcg stopped at the given number of iterations.
         warnings.simplefilter("ignore", UserWarning)
         values, vectors, residuals = lobpcg(
             operator, start, largest=True, maxiter=_ITERATIONS, retResidualNormsHistory=True
@@ -262,7 +267,10 @@ def leading_vectors(gram: Any, size: int, number: int) -> tuple[np.ndarray, np.n
 def _ordered(
     values: np.ndarray, vectors: np.ndarray, residuals: np.ndarray, number: int
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return what `leading_vectors` does; the largest entry of a vector, by size, is positive."""
+    """Return the result of `leading_vectors`.
+
+    The entry of a vector with the largest absolute value is positive.
+    """
     order = np.argsort(-values, kind="stable")[:number]
     values, vectors = np.maximum(values[order], 0), vectors[:, order]
     largest = np.abs(vectors).argmax(axis=0)
@@ -272,14 +280,14 @@ def _ordered(
 
 
 class RankWeights:
-    """The matrix of rank weights of the cells of some blocks, as its product with vectors.
+    """The matrix of rank weights of the cells in some blocks, given as its product with vectors.
 
     Parameters
     ----------
     numbers
-        int [blocks], index rows.
+        int [blocks], rows of the index.
     left_out
-        As of `pretrain.counting.counted_tables.train_blocks`.
+        As in `pretrain.counting.counted_tables.train_blocks`.
     """
 
     def __init__(
@@ -292,7 +300,7 @@ class RankWeights:
         self.num_cells = int(shards.index["cells"][numbers].sum())
 
     def gram(self, vectors: np.ndarray) -> np.ndarray:
-        """Return float64 [tokens, columns]: the matrix, transposed, times itself times vectors."""
+        """Return float64 [tokens, columns]: transposed matrix times matrix times `vectors`."""
         return np.concatenate(
             [
                 self._gram_of_few(vectors[:, start : start + _WIDTH])
@@ -329,7 +337,7 @@ class RankWeights:
 
 
 def chosen_blocks(shards: ShardSet, max_cells: int) -> np.ndarray:
-    """Return numbers of training blocks, of `max_cells` cells or few more, spread evenly."""
+    """Return numbers of training blocks with about `max_cells` cells, spread evenly."""
     extents = shards.extents("train")
     if not extents:
         raise ValueError(f"{shards.name}: holds no training cells")
@@ -344,7 +352,7 @@ _ONE, _INDEX = np.float32(1), np.uintp
 
 @numba.njit(cache=True, nogil=True)
 def _gene_places(tokens, start, stop, first):
-    """Return the range of a cell's genes: special tokens stand before and behind them."""
+    """Return the range of a cell's genes; special tokens stand before and after them."""
     while start < stop and tokens[start] < first:
         start += 1
     while start < stop and tokens[stop - 1] < first:
@@ -354,7 +362,7 @@ def _gene_places(tokens, start, stop, first):
 
 @numba.njit(cache=True, nogil=True)
 def _add_gram(tokens, offsets, first, basis, out):
-    """Add the cells' rank weights, transposed, times themselves times `basis` [tokens, 64]."""
+    """Add transposed rank weights times rank weights times `basis` [tokens, 64] to `out`."""
     row = np.empty(_WIDTH, np.float32)
     for cell in range(len(offsets) - 1):
         start, stop = _gene_places(tokens, offsets[cell], offsets[cell + 1], first)

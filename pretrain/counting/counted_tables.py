@@ -1,12 +1,14 @@
-"""What is counted from training cells: counted once, kept beside the shards.
+"""Count tables in training cells once, and store them beside the shards.
+
+`counted_tables` returns stored tables or counts new ones; `train_blocks` yields the cells to count.
 
 A counted table is a pure function of the shards and of the settings it was counted with. It is
 stored as ``counted/NAME-KEY.safetensors`` in the folder of the shards (or in the local copy of
-shards behind a URL), where KEY is a hash of both, so a table of other shards is never read. Where
-that folder cannot be written to, the caller's `fallback` folder is used.
+shards behind a URL). KEY is a hash of both, so a table of other shards is never read. If that
+folder is not writable, the `fallback` folder of the caller is used.
 
-A table may lack damaged blocks. It names them, and is counted anew as soon as one of them can be
-read again, or by a caller that leaves nothing out.
+A table may have been counted without damaged blocks. The file names these blocks, and the table is
+counted again as soon as one of them can be read again, or if a caller accepts no missing blocks.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from data_prep.shards.reader import DamagedBlock, ShardSet
 logger = logging.getLogger(__name__)
 
 FOLDER_NAME = "counted"
-_KEY_LENGTH = 16  # hex digits of the file's name; the whole hash stands in the file
+_KEY_LENGTH = 16  # hex digits in the file's name; the file contains the whole hash
 
 
 def counted_tables(
@@ -40,20 +42,21 @@ def counted_tables(
     fallback: Path | None = None,
     quarantine: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Return counted tables: those stored for these shards and settings, else newly counted ones.
+    """Return counted tables, stored for these shards and settings or newly counted.
 
     Parameters
     ----------
     name
-        What is counted, part of the file's name.
+        Name of the tables, which is part of the file's name.
     settings
-        Everything besides the shards that decides the tables, a version of the method included;
-        JSON values.
+        All settings that determine the tables besides the shards, including a version of the
+        method; JSON values.
     count
-        Makes the tables. It is called when none are stored, or the stored ones are damaged, with
-        `left_out` as `train_blocks` takes it.
+        A function that counts the tables. It is called if no tables are stored, or if the stored
+        ones are damaged, with `left_out` as in `train_blocks`.
     fallback
-        Folder to keep them in where the shards' own cannot be written to; None: they are not kept.
+        Folder for the tables if the folder of the shards is not writable; None: they are not
+        stored.
     quarantine
         Leave damaged blocks out, instead of raising.
     """
@@ -70,13 +73,14 @@ def counted_tables(
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with complete_file(file) as aside:
-                # One entry: several would be written in another order each time.
+                # The metadata has a single entry, because several would be written in a different
+                # order each time.
                 identity: dict[str, Any] = {"key": key, "sha256": digest_of(tables)}
                 if left_out:
                     identity["left_out"] = sorted(left_out)
                 metadata = {"identity": json.dumps(identity)}
                 content = {k: np.ascontiguousarray(v) for k, v in tables.items()}
-                # Not save_file: what it writes only its owner can read.
+                # save_file is not used, because only the owner could read the file that it writes.
                 aside.write_bytes(save(content, metadata))
             break
         except OSError as error:
@@ -86,14 +90,14 @@ def counted_tables(
 
 @dataclass(frozen=True)
 class TrainBlock:
-    """Training cells: numbers int64 [cells], `tokens` flat, `offsets` int64 [cells + 1]."""
+    """Training cells: numbers int64 [cells], flat `tokens`, `offsets` int64 [cells + 1]."""
 
     cells: np.ndarray
     tokens: np.ndarray
     offsets: np.ndarray
 
     def take(self, rows: np.ndarray) -> TrainBlock:
-        """Return some of its cells."""
+        """Return a block with some of these cells."""
         lengths = np.diff(self.offsets)[rows]
         parts = [self.tokens[self.offsets[row] : self.offsets[row + 1]] for row in rows]
         tokens = np.concatenate([self.tokens[:0], *parts])
@@ -108,14 +112,14 @@ def train_blocks(
     Parameters
     ----------
     max_cells
-        So many cells in about all, in whole blocks, at least one.
+        Approximate number of cells in total, in whole blocks, at least one block.
     left_out
-        Damaged blocks are left out, and their numbers are added here; None: they raise.
+        Damaged blocks are left out, and their numbers are added to this set; None: they raise.
 
     Raises
     ------
     DamagedBlock
-        Without `left_out`.
+        A block is damaged and `left_out` is None.
     """
     extents = shards.extents("train")
     numbers = np.concatenate([shards.block_numbers("train", e.length) for e in extents])
@@ -153,8 +157,10 @@ def _all_damaged(shards: ShardSet, numbers: list[int]) -> bool:
 
 
 def _stored(file: Path, key: str) -> tuple[dict[str, np.ndarray], list[int]] | None:
-    """Return the tables of a file, and the blocks that they lack; None if there are no such tables,
-    or damaged ones."""
+    """Return the tables of a file and the numbers of blocks that they lack.
+
+    The result is None if the file does not exist, is damaged, or has other tables.
+    """
     try:
         with safe_open(file, "numpy") as opened:
             identity = json.loads((opened.metadata() or {}).get("identity", "{}"))

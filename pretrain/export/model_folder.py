@@ -1,4 +1,7 @@
-"""From a checkpoint to a Hugging Face folder, and back."""
+"""Export a checkpoint as a Hugging Face model folder, and load such folders.
+
+`export` writes a folder; `load_exported` reads it, or a published Geneformer folder.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +43,9 @@ from pretrain.settings.architecture import ARCHITECTURE, read_architecture
 EXPORT_FORMAT = "geneloom-model/1"
 RECORD_NAME = "geneloom.json"
 _SHOWN = 3
-# The second as older versions of PyTorch wrote it; read as tensors, no code in it is run.
+# Older versions of PyTorch wrote the second file; only tensors are read, and no code in it is run.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-# AttributeError: what was pickled is no dictionary of tensors.
+# AttributeError is raised if the pickle is not a dictionary of tensors.
 UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError)
 
 
@@ -54,30 +57,30 @@ def export(
     state_cells: int = NUM_CELLS,
     device: str = "cpu",
 ) -> str:
-    """Write a complete checkpoint of a run as a Hugging Face folder; return a sentence.
+    """Write a complete checkpoint of a run as a Hugging Face folder; return a summary sentence.
 
-    The folder holds fp32 weights (safetensors), ``config.json``, ``vocabulary.json``, the same
-    vocabulary as Geneformer's two dictionaries, ``geneloom.json`` (what the model was trained on
-    and how far), the corpus SVD where the run has it, what makes states of cells where the shards
-    can be read, and a model card. It appears complete or not at all.
+    The folder contains fp32 weights (safetensors), ``config.json``, ``vocabulary.json``, the same
+    vocabulary as Geneformer's two dictionaries, ``geneloom.json`` (the training data and the number
+    of steps), the corpus SVD if the run has it, the cell state if the shards can be read, and a
+    model card. It appears complete or not at all.
 
     Parameters
     ----------
     step
-        Of which checkpoint: its step, or ``best``; None: the newest.
+        Step of the checkpoint, or ``best``; None: the newest.
     shards
-        Of the pretraining; by default where the run read them.
+        Shards of the pretraining; by default the location in the run's settings.
     state_cells
         Training cells to encode for the cell state (`pretrain.cell_states.cell_state`); 0: no cell
         state.
     device
-        That computes them.
+        Device that encodes them.
 
     Raises
     ------
     ValueError
-        `run` is no run folder or has no such checkpoint, or `out` is not empty; or the run's
-        ``model_config.json`` is not that of the weights.
+        `run` is no run folder or has no such checkpoint, `out` is not empty, or the run's
+        ``model_config.json`` does not describe the weights.
     """
     require_new(out)
     last = checkpoint.find(run, step)
@@ -106,7 +109,7 @@ def _write_cell_state(
     cells: int,
     device: str,
 ) -> str:
-    """Write what makes states of cells into a model folder; return a part of a sentence."""
+    """Write the cell state of a model into its folder; return a part of a sentence."""
     if cells == 0:
         return "no cell state"
     location = str(shards or load_config(run / "config.yaml").data.shards)
@@ -132,7 +135,7 @@ def _write_cell_state(
 
 
 def own_vocabulary(run: Path, found: checkpoint.Checkpoint) -> Vocabulary:
-    """Return the vocabulary of a run; ValueError if a checkpoint was trained with another."""
+    """Return the vocabulary of a run; ValueError if the checkpoint was trained with another one."""
     vocabulary = load_vocabulary(run / "vocabulary.json")
     if vocabulary.sha256 != found.record["vocabulary_sha256"]:
         raise ValueError(
@@ -143,12 +146,12 @@ def own_vocabulary(run: Path, found: checkpoint.Checkpoint) -> Vocabulary:
 
 
 def load_checkpoint(run: Path, found: checkpoint.Checkpoint) -> Network:
-    """Return the model of a run's checkpoint, fp32 weights, in evaluation mode.
+    """Return the model of a run's checkpoint with fp32 weights, in evaluation mode.
 
     Raises
     ------
     ValueError
-        As `own_network`.
+        As in `own_network`.
     """
     bert = own_network(run, found)
     zero_state.load_weights(MaskedGeneModel(bert), found.reader())
@@ -156,15 +159,15 @@ def load_checkpoint(run: Path, found: checkpoint.Checkpoint) -> Network:
 
 
 def own_network(run: Path, found: checkpoint.Checkpoint) -> Network:
-    """Return the network of a run's checkpoint with fresh weights.
+    """Return the network of a run's checkpoint with random weights.
 
     Raises
     ------
     ValueError
-        The run's ``model_config.json`` does not describe the weights: somebody has changed it.
+        The run's ``model_config.json`` does not describe the weights, so it was changed.
     """
     path, recipe = run / "model_config.json", found.record["recipe"]
-    # Some of them no shape depends on: heads, activation, windows.
+    # Some settings change no shape (heads, activation, windows), so they are compared by name.
     trained = {k.removeprefix("model."): v for k, v in recipe.items() if k.startswith("model.")}
     problems = [
         f"{name} is {value!r}, the checkpoint was trained with {trained[name]!r}"
@@ -194,12 +197,12 @@ def load_exported(folder: Path, vocabulary_path: Path | None = None) -> tuple[Ne
     Parameters
     ----------
     vocabulary_path
-        Needed for folders without ``vocabulary.json``: Geneformer's dictionaries.
+        Geneformer's dictionaries, for folders without ``vocabulary.json``.
 
     Raises
     ------
     ValueError
-        No model, no vocabulary, or the two do not belong together.
+        There is no model or no vocabulary, or the two do not belong together.
     """
     config = read_encoder_config(folder / "config.json")
     vocabulary = folder_vocabulary(folder, vocabulary_path)
@@ -214,7 +217,7 @@ def load_exported(folder: Path, vocabulary_path: Path | None = None) -> tuple[Ne
 
 
 def model_digest(folder: Path, vocabulary: Vocabulary) -> str:
-    """Return a hash of a model folder's weights and of the vocabulary it is used with."""
+    """Return a hash of a model folder's weights and of the vocabulary they are used with."""
     hashes = [*_weight_hashes(folder), vocabulary.sha256]
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
@@ -225,12 +228,12 @@ def weights_digest(folder: Path) -> str:
 
 
 def folder_cell_state(folder: Path, vocabulary: Vocabulary) -> CellState | None:
-    """Return the cell state of a model folder, or None where it has none.
+    """Return the cell state of a model folder, or None if it has none.
 
     Raises
     ------
     ValueError
-        It cannot be read, or belongs to other weights.
+        The cell state cannot be read, or belongs to other weights.
     """
     if not (folder / STATE_NAME).is_file():
         return None
@@ -244,7 +247,7 @@ def _weight_hashes(folder: Path) -> list[str]:
 
 
 def weight_file(folder: Path) -> Path:
-    """Return a model folder's file of weights; ValueError if there is none."""
+    """Return the file of weights in a model folder; ValueError if there is none."""
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return folder / name
@@ -272,7 +275,7 @@ def folder_vocabulary(folder: Path, vocabulary_path: Path | None) -> Vocabulary:
 
 
 def require_belonging(folder: Path, num_tokens: int, vocabulary: Vocabulary) -> None:
-    """Raise ValueError if a folder's model of `num_tokens` tokens has another vocabulary."""
+    """Raise ValueError if a folder's model has another number of tokens than the vocabulary."""
     if num_tokens != vocabulary.num_tokens:
         raise ValueError(
             f"{folder}: the model has {num_tokens:,} tokens, the vocabulary "
@@ -302,32 +305,32 @@ def _load_network(folder: Path, config: EncoderConfig) -> Network:
 
 
 def random_twin(model: Network, seed: int) -> Network:
-    """Return the same architecture with freshly initialised weights: what pretraining must beat."""
+    """Return the same architecture with random weights, as a baseline for pretraining."""
     torch.manual_seed(seed)
     return new_network(model.config).eval()
 
 
 def token_dictionary(vocabulary: Vocabulary) -> dict[str, int]:
-    """Return name -> token of special tokens and genes: Geneformer's token dictionary."""
+    """Return name -> token of special tokens and genes, as in Geneformer's token dictionary."""
     return vocabulary.special_tokens | {
         g: i + vocabulary.first_gene_token for i, g in enumerate(vocabulary.genes)
     }
 
 
 def write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
-    """Write a vocabulary as ours, and as Geneformer's two dictionaries."""
+    """Write a vocabulary in the format of this project, and as Geneformer's two dictionaries."""
     vocabulary.save(folder / "vocabulary.json")
     medians = dict(zip(vocabulary.genes, vocabulary.medians.tolist(), strict=True))
     (folder / "token_dictionary.json").write_text(json.dumps(token_dictionary(vocabulary)))
     (folder / "gene_median_dictionary.json").write_text(json.dumps(medians))
 
 
-# Of env.json: a model folder is published, the command and the machine are nobody's business.
+# The entries of env.json to publish; the command and the machine stay private.
 _PUBLISHED = ("commit", "dirty", "python", "versions", "gpus")
 
 
 def export_record(run: Path, last: checkpoint.Checkpoint) -> dict[str, Any]:
-    """Return what ``geneloom.json`` says: what a model was trained on, and how far."""
+    """Return the content of ``geneloom.json``: the model's training data and number of steps."""
     manifest = json.loads((run / "shards_manifest.json").read_text())
     environment = json.loads((run / "env.json").read_text())
     heldout = [m for m in read_metrics(run) if m["kind"] == "heldout" and m["step"] <= last.step]
@@ -335,7 +338,8 @@ def export_record(run: Path, last: checkpoint.Checkpoint) -> dict[str, Any]:
         "format": EXPORT_FORMAT,
         "step": last.step,
         **{k: last.record[k] for k in ("vocabulary_sha256", "shards_fingerprint", "recipe")},
-        # Absent in checkpoints of runs that could only start from random weights.
+        # The record lacks this key in checkpoints of versions that knew only random initial
+        # weights.
         "init": _without_path(last.record.get("init")),
         "prior": last.record.get("prior"),
         "heldout": heldout[-1] if heldout else None,
@@ -346,7 +350,7 @@ def export_record(run: Path, last: checkpoint.Checkpoint) -> dict[str, Any]:
 
 
 def _without_path(init: dict | None) -> dict | None:
-    """Return what the first weights were; of a folder its name alone."""
+    """Return the record of the initial weights, in which a folder is given by its name alone."""
     return {**init, "folder": Path(init["folder"]).name} if init and "folder" in init else init
 
 

@@ -1,8 +1,9 @@
-"""From a checkpoint to the folder that DeepSpeed's own `save_checkpoint` would have written.
+"""Export a checkpoint as the folder that DeepSpeed's own `save_checkpoint` would have written.
 
-The files are DeepSpeed's: an engine over the plain Hugging Face network is filled with weights,
-moments and step count, and saves. One process is each rank in turn, in a process group whose
-collectives do nothing; what they would bring is known, for every rank reads the whole checkpoint.
+DeepSpeed writes the files itself: an engine of the plain Hugging Face network receives weights,
+moments and step count, and saves them. One process plays each rank in turn, in a process group
+whose collective operations do nothing. Their results are not needed, because every rank reads the
+whole checkpoint.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ from pretrain.model.architectures import Network
 from pretrain.optim import build_optimizer
 from pretrain.ranks import dist
 
-# What DeepSpeed's ds_to_universal asks for, and would else have to be told to invent.
+# DeepSpeed's ds_to_universal requires this entry, unless an option tells it to make one up.
 _UNIVERSAL = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
 CLIENT_STATE = "geneloom"
 CLIENT_FORMAT = "geneloom-deepspeed/1"
-# A module of a run holds the network under this name.
+# The module of a run contains the network under this name.
 _WITHIN = "bert."
-# Where things are on one machine is no part of a run's configuration.
+# Paths on one machine are not part of a run's configuration.
 _PATHS = (("data", "shards"), ("data", "cache"), ("run", "out"), ("run", "deepspeed"),
           ("model", "init_from"), ("model", "init_vocabulary"))  # fmt: skip
 
@@ -50,18 +51,18 @@ def export_deepspeed(
     stage: int | None = None,
     world_size: int | None = None,
 ) -> str:
-    """Write a checkpoint of a run as DeepSpeed's own engine would; return a sentence.
+    """Write a checkpoint of a run as DeepSpeed's own engine would; return a summary sentence.
 
-    ``out/global_stepN`` is what ``engine.load_checkpoint(out)`` reads with as many ranks at that
-    stage, ``zero_to_fp32.py`` and ``ds_to_universal.py`` with any. Names and groups of parameters
-    are those of the plain Hugging Face network under torch's AdamW, matrices with weight decay
-    first. Beside it: ``config.json``, the vocabulary and ``geneloom.json``. It appears complete or
-    not at all.
+    ``engine.load_checkpoint(out)`` reads ``out/global_stepN`` with the same number of ranks at that
+    stage; ``zero_to_fp32.py`` and ``ds_to_universal.py`` read it with any. Names and groups of
+    parameters are those of the plain Hugging Face network under torch's AdamW, matrices with weight
+    decay first. The folder also contains ``config.json``, the vocabulary and ``geneloom.json``. It
+    appears complete or not at all.
 
     Parameters
     ----------
     step
-        Of which checkpoint; None: the newest.
+        Step of the checkpoint; None: the newest.
     stage, world_size
         ZeRO stage 1, 2 or 3, and number of ranks, of the folder; None: those of the checkpoint
         (stage 1 if that was 0).
@@ -69,7 +70,7 @@ def export_deepspeed(
     Raises
     ------
     ValueError
-        As `pretrain.export.model_folder.export`; or a stage or number of ranks that cannot be.
+        As in `pretrain.export.model_folder.export`; or the stage or number of ranks is impossible.
     """
     if stage not in (None, 1, 2, 3):
         raise ValueError(f"--zero {stage}: must be 1, 2 or 3")
@@ -81,7 +82,7 @@ def export_deepspeed(
     num_ranks: int = world_size or record["world_size"]
     settings = yaml.safe_load((run / "config.yaml").read_text())
     optim = OptimConfig.model_validate(settings["optim"])
-    own_network(run, found)  # refused before anything is made
+    own_network(run, found)  # raises before anything is written
     reader = found.reader()
     config = _engine_config(stage, record["recipe"]["run.precision"], optim.max_grad_norm)
     tag = f"global_step{found.step}"
@@ -107,7 +108,7 @@ def export_deepspeed(
 
 
 def _engine_config(stage: int, precision: str, max_grad_norm: float) -> dict[str, Any]:
-    """Return what the DeepSpeed engine is told; only what its files depend on."""
+    """Return the DeepSpeed configuration of the engine, with the keys that affect its files."""
     content: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -124,8 +125,8 @@ def _engine_config(stage: int, precision: str, max_grad_norm: float) -> dict[str
 
 @contextlib.contextmanager
 def _alone_as(rank: int, world_size: int) -> Iterator[None]:
-    """Be one rank of many in this process alone; collectives do nothing."""
-    # Registers a backend whose collectives do nothing.
+    """Let this process be one rank of several; collective operations do nothing."""
+    # This import registers a backend whose collective operations do nothing.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     names = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": 0, "DS_ACCELERATOR": "cpu"}
@@ -153,7 +154,7 @@ def _engine(
     reader: FragmentReader,
     found: checkpoint.Checkpoint,
 ) -> Any:
-    """Return a DeepSpeed engine of a rank in the state of a checkpoint."""
+    """Return the DeepSpeed engine of a rank in the state of a checkpoint."""
     import deepspeed
 
     own = Renamed(reader, {n: _WITHIN + n for n, _ in network.named_parameters()})
@@ -171,7 +172,7 @@ def _save(engine: Any, out: Path, tag: str, client_state: dict[str, Any]) -> Non
 
 
 def _client_state(record: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Return what the model files say beside DeepSpeed's own: step, order position, settings."""
+    """Return the entries added to DeepSpeed's model files: step, order position, settings."""
     configuration = {section: dict(values) for section, values in settings.items()}
     for section, name in _PATHS:
         configuration.get(section, {}).pop(name, None)
@@ -179,7 +180,7 @@ def _client_state(record: dict[str, Any], settings: dict[str, Any]) -> dict[str,
     own = {
         "format": CLIENT_FORMAT,
         **{name: record[name] for name in kept},
-        # Absent in checkpoints of older versions: of those the seed is known, and the step.
+        # Checkpoints of older versions have no position; their seed and step are known.
         "position": record.get("position", {"seed": record["recipe"]["run.seed"]}),
         "configuration": configuration,
     }

@@ -1,4 +1,8 @@
-"""Held-out loss at fixed masks, beside what can be guessed by counting alone."""
+"""Evaluate a model on held-out cells with fixed masks, beside baselines that only count.
+
+`heldout_evaluation` scores the baselines once per run, `HeldoutEvaluation.run` scores the model,
+and `log_heldout` logs the result, with a remark on the curve of held-out losses.
+"""
 
 from __future__ import annotations
 
@@ -47,18 +51,18 @@ from pretrain.run_folder.run_record import is_run_folder
 logger = logging.getLogger(__name__)
 
 EVALUATION_SEED = 0
-# Not the run's budget: it would change which cells the first N of the plan are.
+# The run's token budget is not used: it would change which cells are the first N of the plan.
 EVALUATION_TOKENS = 16_384
 BEYOND = f"beyond_{ARITHMETIC}"
 UNIGRAM = "unigram"
-# A held-out loss this far above the lowest one is no noise: cells and masks are always the same.
+# Cells and masks are always the same, so a loss this far above the lowest one is no noise.
 _TOLERANCE = 0.02
 
 
 class HeldoutEvaluation:
-    """The same held-out cells and masks each time; the baselines are computed once.
+    """Evaluates the same held-out cells and masks each time; the baselines are computed once.
 
-    Every rank evaluates its share of every batch. `packs`: the model gets the cells end to end.
+    Every rank evaluates its share of every batch. `packs` is True if the model takes packed cells.
     """
 
     def __init__(
@@ -78,7 +82,8 @@ class HeldoutEvaluation:
             staging=Staging(ranks.device) if ranks.device.type == "cuda" else None,
             quarantine=quarantine,
             packs=packs,
-            # Genes are asked whatever trains: losses of all runs compare.
+            # Genes are scored whatever the training objective is, so that the losses of all runs
+            # compare.
             objective=ObjectiveConfig(cell_weight=config.objective.cell_weight),
         )
         plan, cells, steps = self._dataset.plan, 0, 0
@@ -97,7 +102,7 @@ class HeldoutEvaluation:
             raise ValueError(f"{shards.name}: no held-out cell can be read; copy the shards again")
 
     def _count(self, shards: ShardSet, config: RunConfig, quarantine: bool) -> Baselines:
-        """Return the baselines; say which one the vocabulary does not allow."""
+        """Return the baselines; warn if the vocabulary does not allow the arithmetic baseline."""
         cells, out = config.evaluation.baseline_cells, config.run.out
         by_rank = RankBaselines(shards, cells, set() if quarantine else None)
         if not shards.vocabulary.has_medians:
@@ -107,9 +112,9 @@ class HeldoutEvaluation:
             )
             logger.warning("%s: %s", shards.name, self.without_arithmetic)
             return Baselines(by_rank, None)
-        # A new run's folder has to stay empty until nothing can be refused any more.
+        # The folder of a new run must stay empty until all settings and data have been accepted.
         fallback = out if is_run_folder(out) else None
-        # Those of the prior, which then finds them: the corpus is read once for both.
+        # The tables of the prior are used here, so that the corpus is read once for both.
         is_by_fold = config.objective.prior != "none"
         tables = dist.first_rank_first(
             self._ranks,
@@ -121,13 +126,13 @@ class HeldoutEvaluation:
         return Baselines(by_rank, Arithmetic(tables, shards.vocabulary))
 
     def _steps(self) -> Iterator[tuple[int, RankStep]]:
-        """Yield (number of the bucket, what this rank evaluates in a step), made ahead of a GPU."""
+        """Yield (bucket number, this rank's step); on a GPU a thread prepares the steps."""
         threads = 1 if self._ranks.device.type == "cuda" else 0
         for data in steps_in_background(self._dataset, 0, self._num_steps, threads):
             yield self._lengths.index(data.length), data
 
     def _batches(self) -> Iterator[tuple[int, MicroBatch]]:
-        """Yield (number of the bucket, micro-batch of this rank)."""
+        """Yield (bucket number, micro-batch of this rank)."""
         for bucket, data in self._steps():
             for micro in data.micro_batches:
                 yield bucket, micro
@@ -143,19 +148,21 @@ class HeldoutEvaluation:
             for name, total in sums.items():
                 total.add(bucket, hidden.ranks, hidden.datasets, *scores[name])
             if micro.targets:
-                # The others know the rank of each hidden gene, which a cell's mean does not.
+                # The other baselines use the rank of each hidden gene, which the mean of a cell
+                # does not contain.
                 sums[UNIGRAM].add_cells(hidden.means_of_cells(micro.targets, scores[UNIGRAM][0]))
         return {name: self._result(total) for name, total in sums.items()}
 
     def run(
         self, model: torch.nn.Module, on_batch: Callable[[], None] = lambda: None
     ) -> dict[str, Any]:
-        """Return the scores of a model; its mode is restored. `on_batch`: called after each.
+        """Return the scores of a model, and restore its mode; `on_batch` is called in each pass.
 
         ``loss`` (nats), ``accuracy`` (top-1) and ``top10`` are means over all hidden genes of all
-        ranks; each also with ``_by_rank_decile`` (a list, None where no gene is hidden),
-        ``_by_bucket`` (by padded length, as text) and ``_by_dataset`` (by name); so has ``genes``,
-        how many are hidden. With a cell objective also ``cell_loss``, nats, the mean over cells.
+        ranks; each also exists with ``_by_rank_decile`` (a list, None where no gene is hidden),
+        ``_by_bucket`` (by padded length, as text) and ``_by_dataset`` (by name), and so does
+        ``genes``, the number of hidden genes. With a cell objective there is also ``cell_loss``, in
+        nats, the mean over cells.
         """
         was_training = model.training
         model.eval()
@@ -167,7 +174,8 @@ class HeldoutEvaluation:
                 )
                 for micro, arguments in passes:
                     scored = _OnItsWay(model(*arguments))
-                    # While the device computes this one, the host adds up the one before.
+                    # While the device computes this micro-batch, the host adds up the scores of the
+                    # previous one.
                     if last:
                         self._add(sums, *last)
                     last = bucket, micro, scored
@@ -186,16 +194,16 @@ class HeldoutEvaluation:
             sums.add_cells(of_cells[0][micro.targets.scored_rows.numpy()])
 
     def _result(self, sums: HeldoutSums) -> dict[str, Any]:
-        """Return the means over all ranks of the sums of this one."""
+        """Return the mean scores over all ranks; the sums are replaced by those over all ranks."""
         sums.replace(dist.sum_over_ranks(sums.flat(), self._ranks.device))
         return sums.means([str(length) for length in self._lengths], self._datasets.names)
 
 
 @dataclass(frozen=True)
 class _Hidden:
-    """The hidden genes of a micro-batch: labels, relative ranks, numbers of data sets, all [H].
+    """The hidden genes of a micro-batch: labels, relative ranks, data set numbers, all [H].
 
-    `is_real` bool [M]: which places of the micro-batch they are at.
+    `is_real` bool [M] tells which of the micro-batch's hidden-gene entries are not filler.
     """
 
     is_real: np.ndarray
@@ -211,7 +219,7 @@ class _Hidden:
         return _Hidden(is_real, labels, ranks, datasets.of(micro.cells[rows]))
 
     def means_of_cells(self, targets: CellTargets, losses: np.ndarray) -> np.ndarray:
-        """Return the mean loss of each cell that is scored, of the losses [H] of its genes."""
+        """Return the mean loss of each scored cell, from the losses [H] of its hidden genes."""
         is_asked = targets.genes_H.numpy()[self.is_real] != NO_LABEL
         rows = targets.rows_H.numpy()[self.is_real][is_asked]
         _, cells, counts = np.unique(rows, return_inverse=True, return_counts=True)
@@ -225,7 +233,7 @@ def _masked_rows(micro: MicroBatch, labels: np.ndarray) -> MaskedRows:
 
 
 class _OnItsWay:
-    """Tensors that are copied from a device as soon as they are computed."""
+    """Tensors whose copy from the device starts as soon as they are computed."""
 
     def __init__(self, tensors: tuple[torch.Tensor, ...]) -> None:
         self._tensors, self._event = list(tensors), None
@@ -238,14 +246,14 @@ class _OnItsWay:
             self._event.record()
 
     def numbers(self) -> list[np.ndarray]:
-        """Return them when they are there."""
+        """Wait for the copies and return them as numpy arrays."""
         if self._event:
             self._event.synchronize()
         return [x.numpy() for x in self._tensors]
 
 
 class NothingHeldOut:
-    """Stands for the evaluation where no cell is held out."""
+    """Replaces the evaluation in runs without held-out cells."""
 
     def run(self, *_: object) -> dict[str, Any]:
         return {}
@@ -257,7 +265,7 @@ Heldout = HeldoutEvaluation | NothingHeldOut
 def heldout_evaluation(
     shards: ShardSet, config: RunConfig, ranks: Ranks, packs: bool = False
 ) -> Heldout:
-    """Return the evaluation of held-out cells; where there are none that is said, once."""
+    """Return the evaluation of held-out cells; warn once if there are no held-out cells."""
     if shards.extents("heldout"):
         return HeldoutEvaluation(shards, config, ranks, packs)
     if ranks.is_first:
@@ -271,12 +279,12 @@ def heldout_evaluation(
 def heldout_record(
     result: dict[str, Any], evaluation: HeldoutEvaluation, remark: str | None = None
 ) -> dict[str, Any]:
-    """Return what is kept of an evaluation: the model's scores, each baseline's beside them.
+    """Return the record of an evaluation: the scores of the model and of each baseline.
 
-    ``masked_accuracy`` is top-1. A baseline's scores are ``baseline_NAME`` (loss),
-    ``baseline_NAME_accuracy``, ``baseline_NAME_top10``; of its curves only the losses are kept.
-    ``beyond_arithmetic``, with the same curves: loss of that baseline - loss of the model.
-    ``cell_loss`` and ``baseline_unigram_cell_loss`` where there is a cell objective.
+    ``masked_accuracy`` is top-1. The scores of a baseline are ``baseline_NAME`` (loss),
+    ``baseline_NAME_accuracy`` and ``baseline_NAME_top10``; of its curves only the losses are
+    stored. ``beyond_arithmetic``, with the same curves, is the loss of that baseline minus the loss
+    of the model. ``cell_loss`` and ``baseline_unigram_cell_loss`` exist with a cell objective.
     """
     curves = [f"{score}_by_{what}" for score in SCORES for what in CURVES]
     record = {"loss": result["loss"], "masked_accuracy": result["accuracy"]}
@@ -299,7 +307,7 @@ def heldout_record(
 
 
 def _beyond_arithmetic(result: dict[str, Any], arithmetic: dict[str, Any] | None) -> dict[str, Any]:
-    """Return by how many nats a model's loss is below the arithmetic line, with the curves."""
+    """Return by how many nats a model's loss is below the arithmetic baseline, with the curves."""
     if arithmetic is None:
         return {}
 
@@ -321,8 +329,8 @@ def _beyond_arithmetic(result: dict[str, Any], arithmetic: dict[str, Any] | None
 def score_rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
     """Return (name, loss, nats beyond arithmetic, top-1, top-10) of the model and each baseline.
 
-    "-": not recorded, as top-10 in older runs, or lost. A baseline that the record does not have
-    has no row.
+    "-" means not recorded (as top-10 in older runs) or not finite. A baseline that is not in the
+    record has no row.
     """
     line = record.get(f"baseline_{ARITHMETIC}")
     keys = [("this model", "loss", "masked_accuracy", "top10")]
@@ -340,7 +348,7 @@ def score_rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def arithmetic_sentence(record: dict[str, Any]) -> str:
-    """Return what a record says of a model beside counting, for its card and its page."""
+    """Return a sentence that compares the model with counting, for its model card and its page."""
     if "without_arithmetic" in record:
         return f"Beside counting: {record['without_arithmetic']}."
     beyond = record.get(BEYOND)
@@ -361,14 +369,14 @@ def arithmetic_sentence(record: dict[str, Any]) -> str:
 
 
 def format_score(value: float | None, how: str) -> str:
-    """Return a number as text; "-" for one that is not known."""
+    """Return a number as text, or "-" if it is not known."""
     return "-" if value is None else format(value, how)
 
 
 def heldout_line(
     step: int, steps: int, result: dict[str, Any], evaluation: HeldoutEvaluation
 ) -> str:
-    """Return one line for people: loss, top-1 and top-10, the baselines' in the same order."""
+    """Return one console line: loss, top-1 and top-10 of the model, then those of the baselines."""
     beside = "  ".join(
         f"{name} {b['loss']:.4f} / {b['accuracy']:.2%} / {b['top10']:.2%}"
         for name, b in evaluation.baselines.items()
@@ -386,7 +394,7 @@ def heldout_line(
 
 
 def heldout_history(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
-    """Return (step, loss) of the evaluations among a run's records; a lost number is infinite."""
+    """Return (step, loss) of the evaluations in a run's records; a loss of None is infinite."""
     heldout = (m for m in records if m["kind"] == "heldout")
     return [(m["step"], math.inf if m["loss"] is None else m["loss"]) for m in heldout]
 
@@ -399,18 +407,18 @@ def log_heldout(
     result: dict[str, Any],
     evaluation: Heldout,
 ) -> None:
-    """Say and record an evaluation, with a remark if the curve calls for one.
+    """Log and record an evaluation, with a remark if the curve calls for one.
 
     Parameters
     ----------
     history
-        (step, loss) of the evaluations before; this one is appended.
+        (step, loss) of the earlier evaluations; this one is appended.
     """
     if isinstance(evaluation, NothingHeldOut):
         return
     history.append((step, result["loss"]))
     bars = {name: b["loss"] for name, b in evaluation.baselines.items()}
-    # Where nothing is asked of single genes in training, their loss says nothing of the run.
+    # If training does not use the loss of single genes, this loss says nothing about the run.
     remark = None
     if evaluation.asks_genes:
         remark = curve_remark(history, bars, steps, evaluation.expect_below_baseline_by)
@@ -426,19 +434,19 @@ def curve_remark(
     total_steps: int,
     expected_by: float,
 ) -> tuple[int, str] | None:
-    """Return (level of logging, text) if the last evaluation begins something; else None.
+    """Return (logging level, text) if something new begins at the last evaluation, else None.
 
-    What goes on is not repeated, so the remark is a function of the curve alone and a resumed run
-    makes the same ones.
+    A state that continues is not reported again. The remark is a function of the curve alone, so a
+    resumed run makes the same remarks.
 
     Parameters
     ----------
     history
         (step, held-out loss) of all evaluations, in order; at least one.
     baselines
-        Held-out losses to be beaten.
+        Held-out losses that the model should beat.
     expected_by
-        Share of `total_steps` after which a loss that was never below them is warned about.
+        Share of `total_steps` after which a loss that was never below them causes a warning.
     """
     step = history[-1][0]
     losses = [loss if math.isfinite(loss) else math.inf for _, loss in history]
@@ -470,7 +478,7 @@ def curve_remark(
 
 
 def _bar(baselines: dict[str, float]) -> tuple[float, str, str, str]:
-    """Return the loss to be below, its name, what a loss below it says, and what one above."""
+    """Return the loss to beat, its name, and what a loss below or above it means."""
     if ARITHMETIC in baselines:
         bar = baselines[ARITHMETIC]
         return (

@@ -1,4 +1,4 @@
-"""Sums of scores over hidden genes of held-out cells: by decile of rank, bucket and data set."""
+"""Sum the scores of hidden genes in held-out cells, by decile of rank, bucket and data set."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ RANK_DECILES = 10
 SCORES = ("loss", "accuracy", "top10")
 CELL_LOSS = "cell_loss"
 CURVES = ("rank_decile", "bucket", "dataset")
-# A line for each of the data sets with the most hidden genes, and one for all others together.
+# The data sets with the most hidden genes have a curve each, and all others share one.
 MOST_DATASETS = 50
 OTHER_DATASETS = "all other data sets"
 
 
 class CellDatasets:
-    """Which data set each held-out cell belongs to; its blocks are read when first asked for."""
+    """The data set of each held-out cell; a block is read when it is needed for the first time."""
 
     def __init__(self, shards: ShardSet) -> None:
         self._shards = shards
-        # Format 1 of the shards lists sources only.
+        # Shards of format 1 list sources only.
         listed = shards.manifest.get("datasets") or shards.manifest["sources"]
         self.names = [*dict.fromkeys(str(d["name"]) for d in listed), OTHER_DATASETS]
         self._number_of = {name: i for i, name in enumerate(self.names)}
@@ -31,7 +31,7 @@ class CellDatasets:
         self._blocks: dict[int, np.ndarray] = {}
 
     def of(self, cells: np.ndarray) -> np.ndarray:
-        """Return int64 [cells], numbers of their data sets in `names`."""
+        """Return int64 [cells], the index of each cell's data set in `names`."""
         numbers = np.searchsorted(self._first_cells, cells, side="right") - 1
         found = np.empty(len(cells), np.int64)
         for number in np.unique(numbers).tolist():
@@ -46,10 +46,11 @@ class CellDatasets:
 
 
 class HeldoutSums:
-    """Sums over hidden genes: how many, and their scores.
+    """Counts and sums of scores over hidden genes.
 
-    ``cells`` float64 [buckets, deciles, 1 + scores], ``datasets`` float64 [data sets, 1 + scores];
-    ``cell_loss`` float64 [2], of the cell objective: how many cells, and their losses.
+    ``cells`` float64 [buckets, deciles, 1 + scores]. ``datasets`` float64 [data sets, 1 + scores].
+    ``cell_loss`` float64 [2]: the number of cells and the sum of their losses in the cell
+    objective.
     """
 
     def __init__(self, num_buckets: int, num_datasets: int) -> None:
@@ -65,7 +66,7 @@ class HeldoutSums:
         losses: np.ndarray,
         places: np.ndarray,
     ) -> None:
-        """Add hidden genes of one bucket: relative ranks, numbers of data sets, scores, all [H]."""
+        """Add hidden genes of one bucket: relative ranks, data set numbers, scores, all [H]."""
         decile = np.minimum((ranks * RANK_DECILES).astype(np.int64), RANK_DECILES - 1)
         columns = (np.ones(len(losses)), losses, places == 0, places < TOP_GUESSES)
         for number, column in enumerate(columns):
@@ -73,7 +74,7 @@ class HeldoutSums:
             self.datasets[:, number] += np.bincount(datasets, column, len(self.datasets))
 
     def add_cells(self, losses: np.ndarray) -> None:
-        """Add the losses of cells."""
+        """Add the losses of cells in the cell objective."""
         self.cell_loss += len(losses), losses.sum()
 
     def flat(self) -> list[float]:
@@ -82,15 +83,17 @@ class HeldoutSums:
         return np.concatenate(parts).tolist()
 
     def replace(self, flat: list[float]) -> None:
-        """Take other sums, in the order of `flat`: those over all ranks."""
+        """Replace the sums by others in the order of `flat`, such as those over all ranks."""
         values = np.array(flat)
         self.cells[:] = values[: self.cells.size].reshape(self.cells.shape)
         self.datasets[:] = values[self.cells.size : -2].reshape(self.datasets.shape)
         self.cell_loss[:] = values[-2:]
 
     def means(self, buckets: list[str], datasets: list[str]) -> dict[str, Any]:
-        """Return the number of hidden genes and their mean scores, overall and as curves; the mean
-        loss of cells, if any have one."""
+        """Return the number of hidden genes and their mean scores, overall and as curves.
+
+        The mean loss of cells is added if any cell has one.
+        """
         overall = _scores(self.cells.sum(axis=(0, 1)))
         by_decile = [_scores(row) for row in self.cells.sum(axis=0)]
         rows = zip(buckets, self.cells.sum(axis=1), strict=True)
@@ -106,7 +109,7 @@ class HeldoutSums:
         return result
 
     def by_dataset(self, names: list[str]) -> dict[str, np.ndarray]:
-        """Return the rows of the data sets with the most hidden genes, and the rest in one."""
+        """Return the sums of the data sets with most hidden genes, and of all others together."""
         found = dict(zip(names, self.datasets, strict=True))
         other = found.pop(OTHER_DATASETS).copy()
         ordered = sorted(found, key=lambda name: -found[name][0])
@@ -118,7 +121,7 @@ class HeldoutSums:
 
 
 def _scores(sums: np.ndarray) -> dict[str, Any]:
-    """Return the number of hidden genes and the mean scores of a row of sums; None without any."""
+    """Return the number of hidden genes and the mean scores in a row of sums; None without any."""
     count = int(sums[0])
     means = [float(value) / count if count else None for value in sums[1:]]
     return {"genes": count, **dict(zip(SCORES, means, strict=True))}

@@ -1,4 +1,7 @@
-"""What a run says: console line, ``metrics.jsonl``, TensorBoard."""
+"""Measure and log a run: the console line, ``metrics.jsonl`` and TensorBoard.
+
+A `Meter` collects the steps between two log lines and computes rates; a `RunLog` writes them.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from pretrain.plan.flops import Work, known_gpu
 logger = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
-# TensorBoard's tab "Custom scalars": what belongs together in one plot.
+# The plots in TensorBoard's tab "Custom scalars"; each list is shown in one plot.
 LAYOUT = {
     "does it learn?": {
         "loss, training and held out": ["Multiline", ["train/loss", "heldout/loss"]],
@@ -55,13 +58,13 @@ LAYOUT = {
         "a step waits for a checkpoint, s": ["Multiline", ["checkpoint/blocked_s"]],
     },
 }
-# The first steps of a process allocate and compile; they are left out of the rates.
+# The first steps of a process allocate and compile, so they are left out of the rates.
 _WARMUP_STEPS = 2
 
 
 @dataclass
 class Window:
-    """Sums over the steps since the last line; all over all ranks, except the times."""
+    """Sums over the steps since the last log line; all are over all ranks, except the times."""
 
     loss: float = 0.0
     hits: float = 0.0
@@ -83,17 +86,17 @@ class Window:
 
 @dataclass
 class Meter:
-    """Collects steps and turns a window of them into rates.
+    """Collects steps, and turns a window of them into rates.
 
-    The first steps of a process allocate and compile: they are in ``tokens_per_s_wall`` only, which
-    counts from when the meter was made, with all that happens between steps.
+    The first steps of a process allocate and compile. They count in ``tokens_per_s_wall`` only,
+    which covers all time since the meter was made, including everything between steps.
 
     Attributes
     ----------
     work
-        What a token costs, and what the device could do.
+        Floating point operations of a token, and the peak of the device.
     started
-        When it was made, before the first pass, by `time.perf_counter`.
+        Time at which the meter was made, before the first pass, by `time.perf_counter`.
     """
 
     world_size: int
@@ -116,8 +119,8 @@ class Meter:
     ) -> None:
         """Add one step of cells padded to `length`.
 
-        `counts` are sums over ranks of masked, tokens, padded_tokens, cells, and with a cell
-        objective of scored (cells that have a loss, `cell_loss` in sum).
+        `counts` are sums over ranks of masked, tokens, padded_tokens and cells, and with a cell
+        objective also of scored, the number of cells whose losses sum to `cell_loss`.
         """
         w = self.window
         self._all_tokens += counts["tokens"]
@@ -146,20 +149,21 @@ class Meter:
 
     @property
     def has_steps(self) -> bool:
-        """Does the window hold any step? Those that were skipped are not added."""
+        """Return whether the window contains any step; skipped steps are not added."""
         return self.window.steps > 0
 
     def close_window(self, step: int) -> dict[str, float]:
-        """Return the figures of the window and start a new one."""
+        """Return the rates and losses of the window, and start a new window."""
         w, self.window = self.window, Window()
-        # A window of warm-up steps alone has no rates.
+        # A window that contains only warm-up steps has no rates.
         seconds, timed_steps = (w.timed_s, w.timed_steps) if w.timed_steps else (math.nan, 1)
         flops_per_s = w.timed_flops / seconds / self.world_size
         known = {"mfu": flops_per_s / self.work.peak_flops} if self.work.peak_flops else {}
         of_cells = {}
         if self._objective.cell_weight:
             of_cells["cell_loss"] = w.cell_loss / w.scored_cells
-        # Nothing was asked of single genes: there is no loss, which is not a loss of 0.
+        # If single genes have no weight in training, there is no loss, which is not the same as a
+        # loss of 0.
         masked = w.masked if self._objective.gene_weight else math.nan
         return {
             "loss": w.loss / masked,
@@ -181,7 +185,7 @@ class Meter:
 
 
 def meter_of(config: RunConfig, num_tokens: int, world_size: int, steps: int) -> Meter:
-    """Return a meter for this device and a vocabulary of so many tokens; say how it counts."""
+    """Return a meter for this device and vocabulary size, and log how it counts operations."""
     name = torch.cuda.get_device_name() if torch.cuda.is_initialized() else ""
     work = Work(config, num_tokens, known_gpu(name))
     logger.info("%s", work.formula())
@@ -189,24 +193,24 @@ def meter_of(config: RunConfig, num_tokens: int, world_size: int, steps: int) ->
 
 
 def peak_memory_gib() -> float:
-    """Return the peak memory of this process: on the GPU if there is one, else resident."""
+    """Return the peak memory of this process in GiB: on the GPU if there is one, else resident."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class RunLog:
-    """Writes metrics of rank 0; a resumed run continues the files after its step."""
+    """Writes the metrics of rank 0; a resumed run continues the files after its step."""
 
     def __init__(self, run: Path, resumed_step: int, owner: Owner | None = None) -> None:
-        # Imported here: tensorboard takes a second, and only rank 0 of a run needs it.
+        # The import is here, because tensorboard takes a second, and only rank 0 of a run needs it.
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self._path, self._owner = run / METRICS_NAME, owner
         self._require_own()
         with _named(self._path):
             kept = read_metrics(run, resumed_step)
-            # Aside: whoever is killed here has lost nothing.
+            # The file is written aside first, so that a process killed here loses nothing.
             aside = self._path.with_suffix(".partial")
             aside.write_text("".join(json.dumps(m) + "\n" for m in kept))
             aside.replace(self._path)
@@ -215,11 +219,10 @@ class RunLog:
             self._tensorboard.add_custom_scalars(LAYOUT)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Append one record to metrics.jsonl and TensorBoard; kinds: train, heldout, checkpoint,
-        skipped.
+        """Append a record to metrics.jsonl and TensorBoard (train, heldout, checkpoint or skipped).
 
-        A list or dict of numbers is one scalar per element there: ``heldout/loss_by_bucket/0512``,
-        ``heldout/loss_by_rank_decile/1``.
+        In TensorBoard, each element of a list or dict of numbers is one scalar:
+        ``heldout/loss_by_bucket/0512``, ``heldout/loss_by_rank_decile/1``.
         """
         self._require_own()
         finite = _finite(values)
@@ -240,7 +243,7 @@ class RunLog:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Say of which file an error is, and what to do."""
+    """Add the name of the file, and what to do, to an OSError of the ``with`` block."""
     try:
         yield
     except OSError as error:
@@ -251,7 +254,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _finite(value: Any) -> Any:
-    """Return a value of JSON with None for every number that JSON does not have."""
+    """Return a JSON value in which None replaces every number that JSON cannot represent."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -260,7 +263,7 @@ def _finite(value: Any) -> Any:
 
 
 def _scalars(name: str, value: Any) -> Iterator[tuple[str, float]]:
-    """Yield (name, number) of all numbers in a value of JSON; places of a list count from 1."""
+    """Yield (name, number) of all numbers in a JSON value; list elements are counted from 1."""
     if isinstance(value, int | float):
         yield name, value
     elif isinstance(value, list):
@@ -268,14 +271,14 @@ def _scalars(name: str, value: Any) -> Iterator[tuple[str, float]]:
             yield from _scalars(f"{name}/{place}", part)
     elif isinstance(value, dict):
         for key, part in value.items():
-            # Lengths of buckets in the order of numbers.
+            # Padding the bucket lengths with zeros sorts them as numbers.
             yield from _scalars(f"{name}/{key.zfill(4) if key.isdigit() else key}", part)
 
 
 def read_metrics(run: Path, last_step: int | None = None) -> list[dict[str, Any]]:
-    """Return the records of a run up to a step, as written; a torn last line is left out.
+    """Return the records of a run up to a step as written; an incomplete last line is left out.
 
-    The steps of each kind are in order; a checkpoint's record comes when it is finished.
+    The steps of each kind are in order. The record of a checkpoint comes when it is finished.
     """
     path = run / METRICS_NAME
     records = []
@@ -288,7 +291,7 @@ def read_metrics(run: Path, last_step: int | None = None) -> list[dict[str, Any]
 
 
 def console_line(step: int, total: int, values: dict[str, float]) -> str:
-    """Return one line for people."""
+    """Return the console line of a log window."""
     known = math.isfinite(values["eta_s"])
     flops = f"{values['flops_per_s_per_rank'] / 1e12:.3g} TFLOP/s"
     used = f"MFU {values['mfu']:.1%}" if "mfu" in values else flops

@@ -1,4 +1,8 @@
-"""A loss or gradient that is not finite: who, where, which cells; and a small dump to look at."""
+"""Handle a loss or gradient that is not finite: report ranks and cells, skip the step or stop.
+
+`Skips` decides whether the update of a step may be skipped. `stop_not_finite` writes a small dump
+of the affected cells and ends the run on all ranks.
+"""
 
 from __future__ import annotations
 
@@ -27,20 +31,20 @@ _DUMPED_ROWS = 64
 
 
 class NotFinite(SharedFailure, FloatingPointError):
-    """A loss or gradient norm is infinite or no number."""
+    """A loss or gradient norm is infinite or NaN."""
 
 
 class Skips:
-    """Steps whose update was left out, and whether another may be.
+    """Steps whose update was skipped, and whether another step may be skipped.
 
-    All ranks decide alike: loss and norm are sums over ranks. Such a step counts as a step: order
-    of cells and learning rate go on as if it had been taken; weights, moments and the optimizer's
-    own count of updates stay.
+    All ranks decide the same, because loss and norm are sums over ranks. A skipped step still
+    counts as a step: the order of cells and the learning rate continue as if it had been applied.
+    Weights, moments and the optimizer's own count of updates stay unchanged.
 
     Attributes
     ----------
     steps
-        Numbers of the skipped steps, counted from 1, those before a resume included.
+        Numbers of the skipped steps, counted from 1, including those before a resume.
     """
 
     def __init__(self, config: RunSection, last: Checkpoint | None) -> None:
@@ -49,7 +53,7 @@ class Skips:
         self._left_out = last.step - last.updates if last else 0
 
     def may_skip(self, step: int) -> bool:
-        """Say whether the update of a step (0-based) may be left out."""
+        """Return whether the update of a step (counted from 0) may be skipped."""
         config, first = self._config, step + 1 - self._config.skip_window_steps
         recent = [s for s in self.steps if s > first]
         return config.on_not_finite == "skip" and len(recent) < config.max_skipped_steps
@@ -63,9 +67,9 @@ class Skips:
         shards: ShardSet,
         ranks: Ranks,
     ) -> dict[str, Any]:
-        """Count a skipped step, say so, and return what metrics.jsonl says of it.
+        """Count and log a skipped step, and return its record for metrics.jsonl.
 
-        Called by all ranks together. Arguments as in `stop_not_finite`.
+        All ranks call it together. The arguments are as in `stop_not_finite`.
         """
         self.steps.append(step + 1)
         self._left_out += 1
@@ -89,7 +93,7 @@ class Skips:
         return {"reason": what, "skipped_steps": number, **found}
 
     def record(self, done: int) -> dict[str, Any]:
-        """Return what a checkpoint after so many steps says: which were skipped, how many not."""
+        """Return a checkpoint's entries after `done` steps: updates made, and skipped steps."""
         return {"updates": done - self._left_out, "skipped_steps": self.steps}
 
 
@@ -103,21 +107,22 @@ def stop_not_finite(
     ranks: Ranks,
     skips: Skips,
 ) -> None:
-    """Write dumps, then raise on every rank with one text. Called by all ranks together.
+    """Write dumps, then raise the same error on every rank; all ranks call it together.
 
-    Ranks that have cells without a finite loss dump these; if no rank has, all dump all.
+    Ranks that have cells without a finite loss dump these cells; if no rank has such cells, all
+    ranks dump all their cells.
 
     Parameters
     ----------
     what
-        E.g. ``loss is nan``.
+        The problem, e.g. ``loss is nan``.
     step
-        0-based.
+        Number of the step, counted from 0.
     data, losses
-        What this rank computed: micro-batches, and of each float32 [M] of hidden genes and, with
-        a cell objective, [B] of cells.
+        The micro-batches that this rank computed, and for each of them float32 [M] losses of hidden
+        genes and, with a cell objective, [B] losses of cells.
     skips
-        Which may have come before.
+        The skipped steps before this one.
 
     Raises
     ------
@@ -153,7 +158,7 @@ def stop_not_finite(
 
 
 def _say(found: list[dict[str, Any]]) -> str:
-    """Return in words which ranks have which cells without a finite loss."""
+    """Return a text that lists, by rank, the cells without a finite loss."""
     parts = []
     for one in found[:_SHOWN_RANKS]:
         more = ", ..." if one["num_cells"] > len(one["cells"]) else ""
@@ -169,7 +174,7 @@ def _say(found: list[dict[str, Any]]) -> str:
 def _all_rows_not_finite(
     data: RankStep, losses: list[tuple[torch.Tensor, ...]]
 ) -> list[np.ndarray]:
-    """Return of each micro-batch the rows without a finite loss."""
+    """Return for each micro-batch the rows without a finite loss."""
     return [_rows_not_finite(m, *part) for m, part in zip(data.micro_batches, losses, strict=True)]
 
 
@@ -184,7 +189,7 @@ def _rows_not_finite(
 
 
 def _name(shards: ShardSet, cell: int) -> str:
-    """Return a cell's number and its id in the shards."""
+    """Return a cell's number and its id in the shards as text."""
     return f"{cell} = {_ids(shards, np.array([cell]))[0]}"
 
 
@@ -203,8 +208,11 @@ def _ids(shards: ShardSet, cells: np.ndarray) -> list[str]:
 
 
 def _dump(path: Path, data: RankStep, rows: list[np.ndarray], losses: list[torch.Tensor]) -> None:
-    """Write arrays ``micro{N}/...``: cells, input_ids [rows, L], and of each hidden gene its row
-    and place in input_ids, label, loss."""
+    """Write arrays ``micro{N}/...`` to an npz file.
+
+    They are the cells, their input_ids [rows, L], and for each hidden gene its row and position in
+    input_ids, label and loss.
+    """
     arrays: dict[str, np.ndarray] = {}
     left = _DUMPED_ROWS
     for number, (micro, chosen, loss) in enumerate(

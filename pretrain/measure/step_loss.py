@@ -1,9 +1,9 @@
-"""What a step reads from the device: the loss and the norm of the gradients, at once.
+"""Read the loss and the gradient norm of a step from the device together.
 
-Whoever reads a number waits until the device has computed it, and then the device waits for work.
-DeepSpeed asks for the norm three to five times a step (is it finite? is it to be clipped?), and the
-sums of losses would be asked for besides. So they travel together, once, and DeepSpeed gets the
-norm as a number on the host. The same numbers, to the bit.
+To read a number, the host waits until the device has computed it, and then the device waits for new
+work. DeepSpeed reads the norm three to five times a step (to check whether it is finite, and for
+clipping), and the sums of losses would be read separately. Here all of them are read once, and
+DeepSpeed receives the norm as a number on the host. The numbers are the same to the last bit.
 """
 
 from __future__ import annotations
@@ -17,20 +17,22 @@ import torch
 
 
 def read(values: torch.Tensor) -> list[float]:
-    """Return the numbers of a vector. All of a step's waiting for the device is here."""
+    """Return the numbers of a vector; all waiting of a step for its device happens here."""
     return values.tolist()
 
 
 class StepLoss:
-    """Sums over all ranks of a global step: over hidden genes, and over cells; 0 where a weight of
-    the objective is.
+    """Sums of losses over all ranks of a global step.
+
+    The sums are over hidden genes and over cells; a part whose objective has weight 0 is 0.
 
     Parameters
     ----------
     sums
         float64 [3] on the device: loss of genes, hits, loss of cells.
     own
-        Of each of this rank's micro-batches float32 [M], and [B] of cells, if they are asked.
+        For each of this rank's micro-batches, float32 [M] losses of genes and, with a cell
+        objective, [B] losses of cells.
     """
 
     def __init__(self, sums: torch.Tensor, own: list[tuple[torch.Tensor, ...]]) -> None:
@@ -39,8 +41,10 @@ class StepLoss:
 
     @property
     def sums(self) -> tuple[float, float, float]:
-        """Return the loss of genes, the hits and the loss of cells; waits for the device, unless
-        `read_with` has."""
+        """Return the loss of genes, the hits and the loss of cells.
+
+        This waits for the device, unless `read_with` has already read them.
+        """
         if self._sums is None:
             self._sums = read(self._on_device)
         loss, hits, cell_loss = self._sums
@@ -59,7 +63,7 @@ class StepLoss:
         return math.isfinite(self.loss + self.cell_loss)
 
     def read_with(self, value: torch.Tensor) -> float:
-        """Return the number of a float32 scalar; the sums come with it."""
+        """Return the number of a float32 scalar; the sums are read together with it."""
         if self._sums is not None:
             return read(value.reshape(1))[0]
         number, *self._sums = read(torch.cat([value.reshape(1).double(), self._on_device]))
@@ -68,10 +72,10 @@ class StepLoss:
 
 @contextlib.contextmanager
 def norm_read_once(optimizer: Any, loss: StepLoss) -> Iterator[None]:
-    """Let DeepSpeed's optimizer read the norm of the gradients together with the loss, in a
-    ``with`` block around its step.
+    """Let DeepSpeed's optimizer read the gradient norm together with the loss.
 
-    A loss that is not finite makes the norm infinite, so that the step is skipped.
+    It is used as a ``with`` block around the optimizer's step. A loss that is not finite makes the
+    norm infinite, so that the step is skipped.
     """
     from deepspeed.runtime import bf16_optimizer
     from deepspeed.runtime.zero import stage3, stage_1_and_2
@@ -89,7 +93,8 @@ def norm_read_once(optimizer: Any, loss: StepLoss) -> Iterator[None]:
         (stage3, "combine_grad_norm_groups"),
     ]
     originals = [getattr(module, name) for module, name in places]
-    # Looks through all gradients for what is not finite, which the norm tells as well.
+    # DeepSpeed's check searches all gradients for values that are not finite, but the norm shows
+    # them as well.
     looks_first = isinstance(optimizer, stage_1_and_2.DeepSpeedZeroOptimizer)
     looks_first = looks_first and not optimizer.cpu_offload
     if looks_first:

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: a trace for a browser, and a table."""
+"""Profile training steps: a trace for a browser, and a table of where the time goes."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from pretrain.ranks.dist import Ranks
 
 logger = logging.getLogger(__name__)
 
-# The first steps of a process allocate and compile.
+# The first steps of a process allocate and compile, so they are not profiled.
 _WARMUP_STEPS = 2
 _TOP_OPERATORS = 15
-# The parts of a step that `pretrain.engine` marks; "data wait" is marked here.
+# The parts of a step that `pretrain.engine` marks; "data wait" is marked in this module.
 PHASES = ("data wait", "forward", "backward", "optimizer", "communication")
 FOLDER = "profile"
 
 
 def mark(phase: str) -> record_function:
-    """Return a context whose time counts as one of `PHASES`; costs a microsecond."""
+    """Return a context whose time counts as one of `PHASES`; it costs a microsecond."""
     return record_function(f"geneloom::{phase}")
 
 
 def profiled(steps: Iterator[Any], num_steps: int, run: Path, ranks: Ranks) -> Iterator[Any]:
     """Yield the steps; profile `num_steps` of them after the warm-up (0: none).
 
-    Written on every rank: ``RUN/profile/rank-N.trace.json`` for chrome://tracing or Perfetto; rank
-    0 also says the table, and writes it as ``RUN/profile/table.txt`` and ``table.json``.
+    Every rank writes ``RUN/profile/rank-N.trace.json`` for chrome://tracing or Perfetto. Rank 0
+    also logs the table, and writes it as ``RUN/profile/table.txt`` and ``table.json``.
     """
     if num_steps == 0:
         yield from steps
@@ -81,10 +81,11 @@ def _write(profiler: profile, num_steps: int, seconds: float, folder: Path, rank
 
 
 def summarise(profiler: profile, num_steps: int, seconds: float) -> dict[str, Any]:
-    """Return milliseconds of a step: as a whole, by phase, by operator.
+    """Return the milliseconds of a step: as a whole, by phase, by operator.
 
-    ``host`` is the time in which the process did it or waited for it, ``device`` that of a GPU's
-    kernels (0 on a CPU). Phases of the host follow one another; a GPU works behind them.
+    ``host`` is the time in which the process worked or waited, ``device`` the time of a GPU's
+    kernels (0 on a CPU). The phases of the host follow one another; a GPU works with some delay
+    behind them.
     """
     averages = profiler.key_averages()
     phases = {}
@@ -115,7 +116,7 @@ def summarise(profiler: profile, num_steps: int, seconds: float) -> dict[str, An
 
 
 def table(found: dict[str, Any]) -> str:
-    """Return a summary as text."""
+    """Return a profile summary as a text table."""
     whole = found["step_ms"]
     lines = [f"{'':<40} {'calls':>7} {'host ms':>10} {'share':>6} {'device ms':>10}"]
 

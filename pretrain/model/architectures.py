@@ -1,9 +1,11 @@
-"""The two architectures behind one interface: what is another thing in each of them stands here.
+"""One interface for the two architectures, BERT and ModernBERT, with all that differs between them.
 
-Weights, configuration and modules are Hugging Face's; a pass through a layer is ours, so that the
-last layer is asked at hidden genes alone and neighbours are found without looking at all places.
+Weights, configuration and modules are those of Hugging Face. The pass through a layer is
+implemented here, so that the last layer computes hidden genes alone and local attention does not
+look at all positions. `architecture_of` returns the interface of a network;
+`pretrain.model.masked_gene_model` calls its functions from embeddings to logits.
 
-Shapes: B cells, Q places that ask, L places, D width, E width of a head, V vocabulary, M hidden
+Shapes: B cells, Q query positions, L positions, D width, E width of a head, V vocabulary, M hidden
 genes.
 """
 
@@ -42,23 +44,23 @@ from pretrain.settings.model_settings import ModelConfig
 Network = BertForMaskedLM | ModernBertForMaskedLM
 Encoder = BertModel | ModernBertModel
 EncoderConfig = BertConfig | ModernBertConfig
-# Cosine and sine, each float32 [L, E / 2].
+# Cosine and sine of the rotary angles, each float32 [L, E / 2].
 Rotation = tuple[torch.Tensor, torch.Tensor]
 
 
 class Places(NamedTuple):
-    """Which places a layer computes, and where they are.
+    """The positions that a layer computes, and how attention finds them.
 
     Attributes
     ----------
     asked_BQ
-        int64, flat indices into B x L of the places that ask; None: all places.
+        int64, flat indices into B x L of the query positions; None: all positions.
     real_BL
-        bool, the first places of each row; None: all.
+        bool, True at real tokens, the first positions of each row; None: all.
     rotation
-        What turns queries and keys; None: positions are in the states.
+        The rotation of queries and keys; None: the positions are already part of the states.
     cells
-        Where the cells are, if they stand end to end: then B is 1 and L is T; None: in rows.
+        Where the cells are if they are packed: then B is 1 and L is T; None: padded rows.
     """
 
     asked_BQ: torch.Tensor | None
@@ -68,21 +70,22 @@ class Places(NamedTuple):
 
 
 class Architecture:
-    """What of an architecture training, warm start and evaluation ask for.
+    """The interface of an architecture for training, warm start and evaluation.
 
     Attributes
     ----------
     embedding, bias, positions
-        Names in a network's state: embeddings [V, D] of tokens, bias [V] of the head, embeddings of
-        positions (None: it has none).
+        Names of weights in a network's state: token embeddings [V, D], bias [V] of the head,
+        position embeddings (None: it has none).
     tied
         Second names of the same tensors in files of weights.
     not_used
-        Beginnings of names that files may hold: heads of other objectives, buffers.
+        Prefixes of names that files may contain but are not needed: heads of other objectives,
+        buffers.
     lora_targets, layers_name
-        Projections that LoRA adapts, and what the list of layers is called.
+        Names of the projections that LoRA adapts, and of the list of layers.
     graphs_of_layers
-        How many different graphs the layers of one shape make.
+        Number of different compiled graphs that the layers need for one shape.
     """
 
     embedding: ClassVar[str]
@@ -96,7 +99,7 @@ class Architecture:
 
     @staticmethod
     def config(settings: ModelConfig, vocabulary: Vocabulary) -> EncoderConfig:
-        """Return the Hugging Face configuration of a model over a vocabulary."""
+        """Return the Hugging Face configuration of a model with this vocabulary."""
         raise NotImplementedError
 
     @staticmethod
@@ -106,52 +109,52 @@ class Architecture:
 
     @staticmethod
     def attention_of(layer: Any) -> nn.Module:
-        """Return the module of a layer whose second output is weights of attention."""
+        """Return the module of a layer whose second output is the attention weights."""
         raise NotImplementedError
 
     @staticmethod
     def finished(encoder: Any, states: torch.Tensor) -> torch.Tensor:
-        """Return the states of a layer as the head would see them if the layer were the last."""
+        """Return the states of a layer as the head would receive them after the last layer."""
         raise NotImplementedError
 
     @staticmethod
     def embedded(encoder: Any, input_ids: torch.Tensor, cells: Packing | None) -> torch.Tensor:
-        """Return [B, L, D], the states before the first layer; of packed cells [1, T, D]."""
+        """Return [B, L, D], the states before the first layer; for packed cells [1, T, D]."""
         raise NotImplementedError
 
     @staticmethod
     def rotations(encoder: Any, length: int, device: torch.device) -> list[Rotation | None]:
-        """Return for each layer what turns queries and keys at the first `length` places."""
+        """Return each layer's rotation of queries and keys at the first `length` positions."""
         raise NotImplementedError
 
     @staticmethod
     def through_layer(layer: Any, hidden_BLD: torch.Tensor, places: Places) -> torch.Tensor:
-        """Return [B, Q, D], what a layer makes of the places that ask and all around them."""
+        """Return [B, Q, D], the output of a layer at the query positions."""
         raise NotImplementedError
 
     @staticmethod
     def logits(network: Any, states_MD: torch.Tensor) -> torch.Tensor:
-        """Return [M, V], the head's scores for states that are `finished`."""
+        """Return [M, V], the head's logits for states that `finished` returned."""
         raise NotImplementedError
 
 
 class _Bert(Architecture):
-    """Post-norm, learned positions (Devlin et al. 2019; Geneformer's)."""
+    """The BERT of Geneformer: post-norm, learned positions (Devlin et al. 2019)."""
 
     embedding = "bert.embeddings.word_embeddings.weight"
     bias = "cls.predictions.bias"
     positions = "bert.embeddings.position_embeddings.weight"
-    # PyTorch files name the tied tensors twice.
+    # PyTorch files store the tied tensors under two names.
     tied: ClassVar = {
         "cls.predictions.decoder.weight": embedding,
         "cls.predictions.decoder.bias": bias,
     }
-    # Heads of other objectives, and the buffer 0, 1, 2, ... that older versions stored.
+    # These are heads of other objectives, and the buffer 0, 1, 2, ... that older versions stored.
     not_used = ("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids")
-    # What LoRA's authors adapt: the projections of queries and values.
+    # The authors of LoRA adapt the projections of queries and values.
     lora_targets: ClassVar = ["query", "value"]
     layers_name = "layer"
-    graphs_of_layers = 2  # the last layer has one of its own
+    graphs_of_layers = 2  # the last layer has its own graph
 
     @staticmethod
     def config(settings: ModelConfig, vocabulary: Vocabulary) -> BertConfig:
@@ -216,17 +219,17 @@ class _Bert(Architecture):
 
 
 class _ModernBert(Architecture):
-    """Pre-norm, rotary positions, gated feed-forward parts, local layers (Warner et al. 2024)."""
+    """ModernBERT (Warner et al. 2024): pre-norm, rotary, gated feed-forward, local layers."""
 
     embedding = "model.embeddings.tok_embeddings.weight"
     bias = "decoder.bias"
     positions = None
     tied: ClassVar = {"decoder.weight": embedding}
     not_used = ()
-    # Queries, keys and values are one projection here.
+    # Queries, keys and values share one projection here.
     lora_targets: ClassVar = ["Wqkv"]
     layers_name = "layers"
-    graphs_of_layers = 4  # the first has no norm, local and global differ, the last asks few places
+    graphs_of_layers = 4  # first without norm, global, local, last with few queries
 
     @staticmethod
     def config(settings: ModelConfig, vocabulary: Vocabulary) -> ModernBertConfig:
@@ -253,7 +256,7 @@ class _ModernBert(Architecture):
                 kind: {"rope_type": "default", "rope_theta": base}
                 for kind, base in zip(("full_attention", "sliding_attention"), bases, strict=True)
             },
-            # Its own are ids of a vocabulary of words.
+            # Hugging Face's default token ids belong to a vocabulary of words.
             pad_token_id=vocabulary.pad_token,
             cls_token_id=special.get(CLS),
             sep_token_id=special.get(EOS),
@@ -281,8 +284,8 @@ class _ModernBert(Architecture):
 
     @staticmethod
     def rotations(encoder: Any, length: int, device: torch.device) -> list[Rotation | None]:
-        # Not by the module's own frequencies: DeepSpeed turns buffers into bfloat16, in which place
-        # 300 is 300 +- 1.
+        # The module's own frequencies cannot be used: DeepSpeed turns buffers into bfloat16, in
+        # which position 300 is 300 +- 1.
         types = encoder.config.layer_types
         made = {kind: _rotation(encoder.config, kind, length, device) for kind in set(types)}
         return [made[kind] for kind in types]
@@ -292,8 +295,9 @@ class _ModernBert(Architecture):
         asked_BQ, real_BL, rotation, cells = places
         assert rotation is not None
         part = layer.attn
-        # One projection for all three: at places that do not ask, the query is computed in vain. A
-        # part of its weight cannot be used instead, for ZeRO 3 gathers it for its module alone.
+        # One projection gives queries, keys and values, so the queries of unneeded positions are
+        # computed in vain. A part of its weight cannot be used alone, because ZeRO 3 gathers the
+        # weight for its module only.
         mixed_BLD = part.Wqkv(layer.attn_norm(hidden_BLD))
         query, key, value = (
             x.unflatten(-1, (-1, part.head_dim)) for x in mixed_BLD.chunk(3, dim=-1)
@@ -301,7 +305,8 @@ class _ModernBert(Architecture):
         cosine, sine = rotation
         key = _turned(key, cosine[None, :, None], sine[None, :, None])
         half = None if part.sliding_window is None else part.sliding_window - 1
-        # A window of packed cells has places in their order: all ask, and few are looked at.
+        # With packed cells a window needs all positions in order: all queries are computed, and
+        # only the needed ones are used.
         few = asked_BQ if cells is not None and half is not None else None
         place_BQ = None
         if asked_BQ is None or few is not None:
@@ -337,7 +342,7 @@ class _ModernBert(Architecture):
 def _asking(
     hidden_BLD: torch.Tensor, asked_BQ: torch.Tensor | None, are_unique: bool
 ) -> torch.Tensor:
-    """Return [B, Q, D], the states at the places that ask. In rows fillers ask at one place."""
+    """Return [B, Q, D], the states at the query positions; fillers repeat one position."""
     if asked_BQ is None:
         return hidden_BLD
     return picked(hidden_BLD.flatten(0, 1), asked_BQ, are_unique)
@@ -351,7 +356,7 @@ def _rotation(config: Any, kind: str, length: int, device: torch.device) -> Rota
 
 
 def at_places(rotations: list[Rotation | None], places: torch.Tensor) -> list[Rotation | None]:
-    """Return rotations of other places: int64, their numbers among those of `rotations`."""
+    """Return the rotations at other positions: int64 indices into those of `rotations`."""
     made: dict[int, Rotation] = {}
     for rotation in rotations:
         if rotation is not None and id(rotation) not in made:
@@ -360,7 +365,7 @@ def at_places(rotations: list[Rotation | None], places: torch.Tensor) -> list[Ro
 
 
 def _turned(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Return [..., E] queries or keys with each pair of dimensions turned by its place's angle."""
+    """Return [..., E] queries or keys, each pair of dimensions rotated by its position's angle."""
     first, second = states.chunk(2, dim=-1)
     turned = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
     return turned.to(states.dtype)
@@ -374,7 +379,7 @@ def _attention_by_windows(
     real_BL: torch.Tensor | None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Return [B, L, H, E], what a ModernBERT's own forward pass asks for: evaluation's."""
+    """Return [B, L, H, E] for ModernBERT's own forward pass, which evaluation uses."""
     if module.sliding_window is None:
         mask = None
         if real_BL is not None:
@@ -388,12 +393,12 @@ def _attention_by_windows(
     return found.transpose(1, 2), None
 
 
-# What transformers calls a way to compute attention. With its own `sdpa`, which computes all pairs
-# of places and hides those beyond the window, six layers of 256 take 1.3 times as long at 512
-# places and 1.7 times at 2,048 (window 32, one core).
+# Transformers knows this way of computing attention by name. With its own `sdpa`, which computes
+# all pairs of positions and hides those beyond the window, six layers of 256 take 1.3 times as long
+# at 512 positions and 1.7 times at 2,048 (window 32, one core).
 _BY_WINDOWS = "geneloom_windows"
 AttentionInterface.register(_BY_WINDOWS, _attention_by_windows)
-# No mask over all pairs is made: which places are real is all that is needed.
+# No mask over all pairs is made, because only the real positions need to be known.
 AttentionMaskInterface.register(_BY_WINDOWS, lambda *, attention_mask, **others: attention_mask)
 
 _ATTENTION = {BERT: "sdpa", MODERNBERT: _BY_WINDOWS}
@@ -403,39 +408,39 @@ _NETWORKS: dict[str, Any] = {BERT: BertForMaskedLM, MODERNBERT: ModernBertForMas
 
 
 def architecture_of(model: nn.Module) -> Architecture:
-    """Return the architecture of a network, or of an encoder."""
+    """Return the architecture of a network or an encoder."""
     config: Any = model.config
     return _ARCHITECTURES[config.model_type]
 
 
 def encoder_config(settings: ModelConfig, vocabulary: Vocabulary) -> EncoderConfig:
-    """Return the Hugging Face configuration of a model over a vocabulary."""
+    """Return the Hugging Face configuration of a model with this vocabulary."""
     return _ARCHITECTURES[settings.architecture].config(settings, vocabulary)
 
 
 def read_encoder_config(path: Path) -> EncoderConfig:
-    """Return the configuration of a ``config.json``; ValueError as `read_model_config`."""
+    """Return the configuration in a ``config.json``, with the errors of `read_model_config`."""
     return _CONFIGS[read_model_config(path)["model_type"]].from_json_file(str(path))
 
 
 def network_class(config: EncoderConfig) -> Any:
-    """Return Hugging Face's class of networks with the head of masked genes."""
+    """Return Hugging Face's class for networks with a masked-gene head."""
     return _NETWORKS[config.model_type]
 
 
 def new_network(config: EncoderConfig) -> Network:
-    """Return a network with fresh weights, by torch's random numbers."""
+    """Return a network with random weights from torch's random numbers."""
     how = attention_implementation(config)
     return network_class(config)._from_config(config, attn_implementation=how)
 
 
 def attention_implementation(config: EncoderConfig) -> str:
-    """Return how evaluation computes attention, by transformers' name for it."""
+    """Return transformers' name of the attention implementation that evaluation uses."""
     return _ATTENTION[config.model_type]
 
 
 def new_encoder(config: EncoderConfig) -> Encoder:
-    """Return an encoder without head, with fresh weights."""
+    """Return an encoder with random weights and without a head."""
     how = attention_implementation(config)
     if isinstance(config, BertConfig):
         return BertModel._from_config(config, attn_implementation=how, add_pooling_layer=False)
@@ -443,29 +448,29 @@ def new_encoder(config: EncoderConfig) -> Encoder:
 
 
 def encoder_of(network: Any) -> Any:
-    """Return the encoder below a network's head."""
+    """Return the encoder of a network, without its head."""
     return network.base_model
 
 
 def layers_of(encoder: Any) -> nn.ModuleList:
-    """Return the layers of an encoder, lowest first."""
+    """Return the layers of an encoder, the lowest first."""
     kind = architecture_of(encoder)
     return getattr(kind.holder(encoder), kind.layers_name)
 
 
 def set_layers(encoder: Any, layers: nn.ModuleList) -> None:
-    """Give an encoder these layers in place of its own."""
+    """Replace the layers of an encoder."""
     kind = architecture_of(encoder)
     setattr(kind.holder(encoder), kind.layers_name, layers)
 
 
 def input_table(encoder: Any) -> torch.Tensor:
-    """Return [V, D], the embeddings of tokens."""
+    """Return the token embeddings [V, D]."""
     return encoder.get_input_embeddings().weight
 
 
 def to_bfloat16(encoder: Any) -> None:
-    """Turn an encoder's weights into bfloat16; frequencies of rotary positions stay as they are."""
+    """Convert an encoder's weights to bfloat16, except the frequencies of rotary positions."""
     buffers = {n: b for n, b in encoder.named_buffers() if n.endswith("inv_freq")}
     nn.Module.to(encoder, torch.bfloat16)
     for name, values in buffers.items():

@@ -1,15 +1,18 @@
-"""What counting tells of genes, as a model's weights before its first step.
+"""Initialise the weights of genes with what is counted in the training cells.
 
-- ``medians``: dimensions 2 j and 2 j + 1 of a gene's embedding are 0.06 sin and 0.06 cos of
-  w_j log(median), w = 0.5, 1, 2, ... 64. Most of what a masked gene can be told by is the ratio of
-  its median to those of its neighbours; from these a product of two embeddings gives it.
+`start_counted` is called once, before the first training step. It fills up to three parts:
+
+- ``medians``: dimensions 2 j and 2 j + 1 of a gene's embedding are 0.06 sin and 0.06 cos of w_j
+  log(median), w = 0.5, 1, 2, ... 64. The ratio of a gene's median to those of its neighbours tells
+  most about which gene is masked, and a product of two such embeddings gives this ratio.
 - ``svd``: the next dimensions are the gene's loadings of the corpus SVD
-  (`pretrain.counting.corpus_svd`), each of root mean square 0.06 over the genes of the training
-  cells, cut at four times that.
+  (`pretrain.counting.corpus_svd`), each scaled to a root mean square of 0.06 over the genes of the
+  training cells and cut at four times that.
 - ``frequency``: the head's bias is the log of a gene's share of all tokens, the unigram baseline.
 
-The dimensions that are left stay random, small ones. Medians are the vocabulary's, all else is
-counted from training cells. Special tokens keep their random weights.
+The remaining dimensions stay random, with a small standard deviation. Medians come from the
+vocabulary, and everything else is counted in training cells. Special tokens keep their random
+weights.
 """
 
 from __future__ import annotations
@@ -39,25 +42,25 @@ logger = logging.getLogger(__name__)
 
 _FREQUENCIES = 2.0 ** np.arange(-1, 7)
 _SCALE = 0.06
-_CUT = 4  # times the root mean square: few genes have most of a component
+_CUT = 4  # times the root mean square, because a few genes have most of a component
 
 
 class CannotCount(SharedFailure, ValueError):
-    """The vocabulary or the cells do not give what `model.init_genes=counted` asks for."""
+    """The vocabulary or the cells lack what `model.init_genes=counted` needs."""
 
 
 @dataclass(frozen=True)
 class CountedGenes:
-    """First weights of tokens.
+    """The counted initial weights of tokens.
 
     Attributes
     ----------
     dimensions
         float32 [V, counted dimensions]; rows of special tokens are not used.
     bias
-        float32 [V], or None where it is not counted.
+        float32 [V], or None if it is not counted.
     record
-        Which parts, of what, and a hash of both.
+        The parts that were counted, the data they were counted in, and a hash of both arrays.
     """
 
     dimensions: np.ndarray
@@ -66,7 +69,7 @@ class CountedGenes:
 
 
 def require_countable(settings: ModelConfig, vocabulary: Vocabulary) -> None:
-    """Raise ValueError if medians are to be used and the vocabulary has none of its own."""
+    """Raise ValueError if medians are asked for and the vocabulary has no medians of its own."""
     if settings.init_genes != "counted" or "medians" not in settings.counted:
         return
     if len(np.unique(vocabulary.medians)) < 2:
@@ -78,14 +81,14 @@ def require_countable(settings: ModelConfig, vocabulary: Vocabulary) -> None:
 
 
 def count_genes(shards: ShardSet, settings: ModelConfig, quarantine: bool = False) -> CountedGenes:
-    """Return the first weights of genes, counted from the training cells.
+    """Return the initial weights of genes, counted in the training cells.
 
-    In a narrow model medians take half of the width at most, and the SVD what is left.
+    In a narrow model medians take at most half of the width, and the SVD takes the rest.
 
     Raises
     ------
     ValueError
-        The vocabulary has no medians, or there are no training cells, or a damaged block.
+        The vocabulary has no medians, there are no training cells, or a block is damaged.
     """
     vocabulary, width = shards.vocabulary, settings.hidden_size
     require_countable(settings, vocabulary)
@@ -120,7 +123,7 @@ def count_genes(shards: ShardSet, settings: ModelConfig, quarantine: bool = Fals
 
 
 def median_dimensions(vocabulary: Vocabulary, number: int) -> np.ndarray:
-    """Return float32 [V, 2 x number], sine and cosine in turns; zeros at special tokens."""
+    """Return float32 [V, 2 x number], sine and cosine alternating; zeros at special tokens."""
     logs = np.log(np.nan_to_num(vocabulary.median_of_token, nan=1.0))
     angles = logs[:, None] * _FREQUENCIES[:number]
     found = _SCALE * np.stack([np.sin(angles), np.cos(angles)], axis=2).reshape(len(logs), -1)
@@ -129,7 +132,7 @@ def median_dimensions(vocabulary: Vocabulary, number: int) -> np.ndarray:
 
 
 def loading_dimensions(components: np.ndarray) -> np.ndarray:
-    """Return float32 [V, components]: loadings, each of one size over the genes that have any."""
+    """Return float32 [V, components], loadings scaled to the same size over genes that have any."""
     known = np.any(components != 0, axis=1)
     size = np.sqrt(np.mean(components[known].astype(np.float64) ** 2, axis=0))
     scaled = _SCALE * components / np.where(size > 0, size, 1)
@@ -137,7 +140,10 @@ def loading_dimensions(components: np.ndarray) -> np.ndarray:
 
 
 def log_frequency(shards: ShardSet, quarantine: bool) -> np.ndarray:
-    """Return float32 [V]: log of each gene's share of tokens; special tokens as the rarest gene."""
+    """Return float32 [V], the log share of each gene among all tokens.
+
+    Special tokens get the value of the rarest gene.
+    """
     settings = {"method": 1, "cells": MAX_CELLS, "quarantine": quarantine}
     tables = counted_tables(
         shards,
@@ -159,9 +165,9 @@ def start_counted(
     quarantine: bool,
     ranks: Ranks,
 ) -> dict[str, Any]:
-    """Fill a freshly initialised model with what counting tells; return the record.
+    """Write the counted weights into a model with random weights, and return their record.
 
-    Rank 0 counts, and all others get its very numbers.
+    Rank 0 counts, and all other ranks receive exactly its numbers.
     """
     counted, said = None, {}
     if ranks.is_first:
@@ -173,7 +179,7 @@ def start_counted(
     said = json.loads(dist.first_rank_says(json.dumps(said)))
     if "error" in said:
         raise CannotCount(said["error"])
-    # Dimensions and, last, the bias.
+    # The last column is the bias, the others are the dimensions.
     table = torch.zeros(shards.vocabulary.num_tokens, said["dimensions"] + 1)
     if counted is not None:
         table[:, :-1] = torch.from_numpy(counted.dimensions)
@@ -195,7 +201,7 @@ def fill(
     first_gene: int,
     settings: ModelConfig,
 ) -> None:
-    """Write counted weights into a freshly initialised model.
+    """Write counted weights into a model with random weights.
 
     Parameters
     ----------
@@ -214,7 +220,7 @@ def fill(
 
 
 def describe(record: dict[str, Any]) -> str:
-    """Return in one line what genes start from."""
+    """Return a one-line description of the counted parts."""
     parts = record["counted"]
     said = []
     if "medians" in parts:

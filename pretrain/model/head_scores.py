@@ -1,4 +1,4 @@
-"""What the head's answers are worth: the loss of each hidden gene, and its place among all guesses.
+"""Score the logits of the head: the loss of each hidden gene, and its place among all guesses.
 
 Shapes: M hidden genes, V vocabulary.
 """
@@ -13,17 +13,17 @@ import torch
 from pretrain.model import cpu_kernels
 from pretrain.plan.flops import CHUNK_BYTES
 
-# float32 [rows, V] that is added to a range of rows before their loss.
+# A function that returns float32 [rows, V] to add to the logits of a range of rows.
 Offset = Callable[[slice], torch.Tensor]
 
 
 def score(
     logits_MV: torch.Tensor, labels: torch.Tensor, offset: Offset | None = None
 ) -> tuple[torch.Tensor, ...]:
-    """Return float32 [M] losses and int64 [M] places of labels among all guesses.
+    """Return float32 [M] losses and int64 [M] places of the labels among all guesses.
 
-    The logits are used up. Losses are computed in float32: in bfloat16 a loss of 6 is quantised to
-    1/64. `offset`: for a GPU alone.
+    The logits are overwritten. Losses are computed in float32, because in bfloat16 a loss of 6 is
+    rounded to 1/64. `offset` is for GPUs only.
     """
     if logits_MV.device.type == "cpu" and offset is None:
         return _ScoredLabels.apply(logits_MV, labels)  # type: ignore[return-value]
@@ -31,10 +31,10 @@ def score(
 
 
 class _ChunkedScores(torch.autograd.Function):
-    """Cross-entropy and places by torch's own operations, some rows at a time.
+    """Cross-entropy and guess places with torch's own operations, some rows at a time.
 
-    No float32 copy of all logits is ever made, nor of their slopes: those are written over the
-    logits at once, for what comes back in backward is one number for each row.
+    No float32 copy of all logits is ever made, nor of their gradients. The gradients overwrite the
+    logits already in forward, because backward only receives one factor for each row.
     """
 
     @staticmethod
@@ -53,7 +53,7 @@ class _ChunkedScores(torch.autograd.Function):
                 chunk = chunk + offset(rows)
             is_asked, at = own >= 0, own.clamp(min=0)[:, None]
             log_sums, own_logits = chunk.logsumexp(dim=1, keepdim=True), chunk.gather(1, at)
-            # Booleans: a quarter of the bytes of the floats that are faster on a CPU.
+            # Booleans need a quarter of the bytes of floats, which are faster on a CPU.
             counts = (chunk < own_logits).sum(dim=1), (chunk <= own_logits).sum(dim=1)
             places[rows] = _places(*counts, own, chunk.shape[1])
             found = (log_sums - own_logits)[:, 0]
@@ -70,14 +70,14 @@ class _ChunkedScores(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple:
         slopes_MV, ctx.slopes_MV = ctx.slopes_MV, None
         assert gradients[0] is not None and slopes_MV is not None
-        # A slope that was 0 stays 0, whatever comes back of a row that nobody asked for.
+        # A gradient that was 0 stays 0, whatever factor comes back for a row without a label.
         return slopes_MV.mul_(gradients[0].to(slopes_MV.dtype)[:, None]), None, None
 
 
 class _ScoredLabels(torch.autograd.Function):
-    """Cross-entropy and place of each label on a CPU, in two passes over the logits.
+    """Cross-entropy and guess place of each label on a CPU, in two passes over the logits.
 
-    The logits are used up in backward.
+    Backward overwrites the logits.
     """
 
     @staticmethod
@@ -113,12 +113,12 @@ def guess_places(logits_MV: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return int64 [M]: how many genes have a higher logit than the label; V where it is -100.
 
     Among T equal logits the label gets one of their T places, by its token modulo T. In bfloat16
-    ties are the rule: counted from the best place, a model that has learnt nothing has a top-1 of
-    100 %. A logit that is NaN gives V.
+    ties are common: if a label always got the best place of a tie, a model that has learnt nothing
+    would have a top-1 accuracy of 100 %. A logit that is NaN gives V.
     """
     own_M1 = logits_MV.gather(1, labels.clamp(min=0)[:, None])
     counted_MV = torch.empty_like(logits_MV)
-    # On a CPU the sum of floats takes a quarter of the time of a sum of booleans.
+    # On a CPU a sum of floats takes a quarter of the time of a sum of booleans.
     below_M = torch.lt(logits_MV, own_M1, out=counted_MV).sum(dim=-1).long()
     not_above_M = torch.le(logits_MV, own_M1, out=counted_MV).sum(dim=-1).long()
     return _places(below_M, not_above_M, labels, logits_MV.shape[1])

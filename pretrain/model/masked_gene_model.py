@@ -1,4 +1,7 @@
-"""The masked encoder: Hugging Face's network, its vocabulary head at hidden genes only."""
+"""The masked encoder: a Hugging Face network whose vocabulary head runs at hidden genes only.
+
+`build_model` makes a `MaskedGeneModel` with random weights; its forward pass returns losses.
+"""
 
 from __future__ import annotations
 
@@ -29,18 +32,19 @@ from pretrain.settings.model_settings import ModelConfig
 
 
 class MaskedGeneModel(nn.Module):
-    """Predicts hidden genes.
+    """A masked encoder that predicts hidden genes.
 
-    Hugging Face's modules in an order of our own: the last layer is asked at hidden genes alone,
-    unless the cell objective needs all states.
+    It calls the modules of Hugging Face in its own order: the last layer computes the hidden genes
+    alone, unless the cell objective needs the states of all positions.
 
-    Shapes: B cells, L places, D width, M hidden genes of the micro-batch, Q hidden genes of a cell
-    at most, V vocabulary.
+    Shapes: B cells, L positions, D width, M hidden genes of the micro-batch, Q the largest number
+    of hidden genes of a cell, V vocabulary.
 
     Parameters
     ----------
     prior
-        What is added to the logits of single hidden genes before their loss; None: nothing.
+        The arithmetic prior that is added to the logits of single hidden genes before the loss;
+        None: nothing is added.
     """
 
     def __init__(
@@ -50,31 +54,32 @@ class MaskedGeneModel(nn.Module):
         prior: ArithmeticPrior | None = None,
     ) -> None:
         super().__init__()
-        # The name is part of all names in checkpoints, whatever the architecture.
+        # All parameter names in checkpoints begin with this name, whatever the architecture.
         self.bert = bert
         self._architecture = architecture_of(bert)
         self._checkpointing = activation_checkpointing
         self._prior = prior
         self._compiled: Callable[..., torch.Tensor] | None = None
-        # (B, L) of rows that are compiled; None: packed cells of any number.
+        # The (B, L) of the padded micro-batches that are compiled; None: packed cells of any
+        # number.
         self._compiled_shapes: set[tuple[int, int]] | None = set()
         self._has_graphs = False
 
     def compile_layers(self, mode: str, shapes: set[tuple[int, int]] | None) -> None:
-        """Compile the layers for training, each shape when it first comes.
+        """Compile the layers for training; each shape is compiled when it first occurs.
 
-        Layers of a kind share a graph, so it costs the same for six as for eighteen. Other shapes,
-        and evaluation, run as written.
+        Layers of the same kind share a graph, so compiling costs the same for six layers as for
+        eighteen. Other shapes, and evaluation, run without compilation.
 
         Parameters
         ----------
         mode
-            Of `torch.compile`.
+            The mode of `torch.compile`.
         shapes
-            (B, L) of the micro-batches to compile for; None: packed cells, whose graphs hold for
-            any number of places.
+            The (B, L) of the micro-batches to compile for; None: packed cells, whose graphs are
+            valid for any number of tokens.
         """
-        # Of rows one with and one without a mask.
+        # Padded rows need two graphs per shape: one with an attention mask and one without.
         number = 1 if shapes is None else 2 * len(shapes)
         torch._dynamo.config.recompile_limit = self._architecture.graphs_of_layers * number
         self._compiled = torch.compile(
@@ -84,7 +89,7 @@ class MaskedGeneModel(nn.Module):
 
     @contextmanager
     def without_graphs(self) -> Iterator[None]:
-        """Run layers as written, if they are compiled to CUDA graphs, inside a ``with`` block."""
+        """Run layers that use CUDA graphs without compilation inside a ``with`` block."""
         compiled = self._compiled
         if self._has_graphs:
             self._compiled = None
@@ -105,34 +110,37 @@ class MaskedGeneModel(nn.Module):
         folds_B: torch.Tensor | None = None,
         packing: tuple | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """Return (float32 [M] cross-entropy in nats, int64 [M] place) of the hidden genes.
+        """Return (float32 [M] cross-entropy in nats, int64 [M] guess number) of the hidden genes.
 
-        With what `pretrain.objective.cell_objective.CellTargets` holds, also float32 [B], the
-        losses of cells, 0 where nothing is asked; the last layer then computes all places.
+        With the fields of `pretrain.objective.cell_objective.CellTargets`, a third tensor follows:
+        the losses of cells, float32 [B], 0 for cells without hidden genes. The last layer then
+        computes all positions.
 
-        The place is that of the hidden gene among all guesses, 0 = the first. Where the label is
-        -100 the loss is 0 and the place V: no gene's.
+        The guess number is the place of the hidden gene among all guesses of the model, 0 = the
+        first. Where the label is -100, the loss is 0 and the guess number is V, which no gene has.
 
         The head runs on M rows instead of B x L: at width 256 that is 51 instead of 84 MFLOP a
-        token, and 45 with the last layer. M may be 0; the losses' sum is then an attached zero.
+        token, and 45 with the last layer. M may be 0; the sum of the losses is then a zero that is
+        attached to the graph.
 
         Parameters
         ----------
         attention_mask
-            bool [B, L], True at the first places of each row; None: nothing is padded.
+            bool [B, L], True at the first positions of each row; None: nothing is padded.
         masked_places
-            int64 [M], flat index into B x L; ascending where labels are not negative, and those
-            come first. On a GPU no cell may have more than M / B of them: not checked.
+            int64 [M], flat index into B x L. Entries with a label come first and are ascending. On
+            a GPU no cell may have more than M / B of them, which is not checked.
         folds_B
-            int64 [B], read by the prior: which of its tables was not counted on the cell; None: on
-            none of the cells.
+            int64 [B], read by the prior: the number of the table that was not counted on this cell;
+            None: no table was counted on these cells.
         packing
-            Fields of a `Packing`: the cells stand end to end, `input_ids` are int32 [T] and there
-            is no mask. Everything else is as it is in rows of L places, without filler in M.
+            The fields of a `Packing`: the cells stand one after another, `input_ids` are int32 [T]
+            and there is no attention mask. All other arguments are as for padded rows of L
+            positions, but the M hidden genes have no filler entries.
         """
         cells = Packing(*packing) if packing else None
         if self._has_graphs:
-            # Where CUDA graphs replay: what the pass before has left may be written over.
+            # CUDA graphs are replayed here, and may overwrite the tensors of the previous pass.
             torch.compiler.cudagraph_mark_step_begin()
         encoder, kind = encoder_of(self.bert), self._architecture
         hidden_BLD = kind.embedded(encoder, input_ids, cells)
@@ -194,7 +202,7 @@ class MaskedGeneModel(nn.Module):
     def _is_compiled(self, hidden_BLD: torch.Tensor, places: Places) -> bool:
         if self._compiled_shapes is not None:
             return tuple(hidden_BLD.shape[:2]) in self._compiled_shapes
-        # Sizes of 1 would make graphs of their own.
+        # A size of 1 would need a graph of its own.
         sizes = [x.shape[1] for x in (hidden_BLD, places.asked_BQ) if x is not None]
         return places.cells is not None and min(sizes) > 1
 
@@ -202,12 +210,13 @@ class MaskedGeneModel(nn.Module):
 def asked_places(
     masked_places: torch.Tensor, labels: torch.Tensor, num_cells: int, length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return hidden genes cell by cell: int64 [B, Q] places, and int64 [M] where each is in them.
+    """Return the hidden genes cell by cell: int64 [B, Q] positions, and int64 [M] index into them.
 
-    Q is M / B, so that shapes depend on the bucket alone (on a CPU more, if a cell has more). Cells
-    with fewer ask at their first place too, and nobody looks at the answers.
+    Q is M / B, so that shapes depend on the bucket alone; on a CPU it is larger if a cell has more
+    hidden genes. Cells with fewer hidden genes are filled up with their first position, whose
+    results nobody reads.
     """
-    # Behind the last hidden gene: of a row that does not exist.
+    # Entries behind the last hidden gene are assigned to a row that does not exist.
     rows_M = torch.where(labels >= 0, masked_places // length, num_cells)
     starts = torch.searchsorted(rows_M, torch.arange(num_cells + 1, device=rows_M.device))
     within_M = torch.arange(len(rows_M), device=rows_M.device) - starts[rows_M]
@@ -225,7 +234,7 @@ def asked_places(
 def build_model(
     config: ModelConfig, vocabulary: Vocabulary, seed: int, prior: ArithmeticPrior | None = None
 ) -> MaskedGeneModel:
-    """Return a freshly initialised model; the same weights for the same seed."""
+    """Return a model with random weights, which are the same for the same seed."""
     torch.manual_seed(seed)
     bert = new_network(encoder_config(config, vocabulary))
     return MaskedGeneModel(bert, config.activation_checkpointing, prior)

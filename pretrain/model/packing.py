@@ -1,15 +1,16 @@
-"""Cells end to end, without padding: how a micro-batch is packed, and attention within each cell.
+"""Packing: the cells of a micro-batch stand one after another without padding.
 
-What a padded micro-batch computes at padding is lost, and a mask rules out the fused kernels of a
-GPU. Packed, all places of a micro-batch are one row of T places, and attention is told where each
-cell begins. Losses, their order, and masks are those of the padded micro-batch; which cells are in
-it still follows from the length bucket.
+A padded micro-batch wastes the computation at padding, and its mask rules out the fused kernels of
+a GPU. When packed, all tokens of a micro-batch form one row of T positions, and attention is told
+where each cell begins. Losses, their order, and masks are those of the padded micro-batch; the
+length bucket still decides which cells are in it.
 
-On a GPU a kernel of torch computes attention. Everywhere else a plain loop over cells does: it is
-the reference that the tests compare with, not meant for speed.
+`packed` makes a `Packing` of a padded micro-batch; `packed_attention` computes attention within
+each cell. On a GPU a kernel of torch does this. Everywhere else a plain loop over cells does; it is
+the reference that the tests compare with, and is not meant for speed.
 
-Shapes: B cells, L places of the longest cell, T places of all cells, A places that ask in the last
-layer, M hidden genes, H heads, E width of a head.
+Shapes: B cells, L positions of the longest cell, T positions of all cells, A query positions of the
+last layer, M hidden genes, H heads, E width of a head.
 """
 
 from __future__ import annotations
@@ -21,31 +22,32 @@ import torch
 
 from pretrain.model.attention import attention
 
-# What the kernel takes: halves of eight numbers, of at most 256.
+# The kernel accepts heads whose width is a multiple of 8 and at most 256.
 _HEAD_MULTIPLE, _WIDEST_HEAD = 8, 256
 OLDEST_GPU = (8, 0)
 
 
 class Packing(NamedTuple):
-    """Where the cells of a micro-batch are when they stand end to end.
+    """Where the cells of a packed micro-batch are.
 
     Attributes
     ----------
     starts_B
-        int32 [B + 1], where each cell begins, and T. Every cell has a place.
+        int32 [B + 1], where each cell begins, and T. Every cell has at least one position.
     padded_T
-        int64, where each place stands in B x L: cell and place in the cell.
+        int64, the index of each position in B x L: its cell and position in the cell.
     places_M
-        int64, where each hidden gene is in T, ascending.
+        int64, the index of each hidden gene in T, ascending.
     asked_A
-        int64, places in T that the last layer is asked at, ascending: those of hidden genes, and
-        the first of a cell without any, for the kernel wants each cell to ask.
+        int64, query positions of the last layer in T, ascending: those of hidden genes, and the
+        first position of a cell without any, because the kernel needs a query from each cell.
     asked_starts_B
-        int32 [B + 1], where the asked places of each cell begin, and A.
+        int32 [B + 1], where the query positions of each cell begin, and A.
     slots_M
-        int64, where each hidden gene is in `asked_A`.
+        int64, the index of each hidden gene in `asked_A`.
     length, most_asked
-        L, and a number that no cell asks at more places than: the same for a whole bucket.
+        L, and an upper limit of the query positions of a cell; both are the same for a whole
+        bucket.
     """
 
     starts_B: torch.Tensor
@@ -59,22 +61,22 @@ class Packing(NamedTuple):
 
     @property
     def num_places(self) -> int:
-        """T."""
+        """Return T, the number of positions."""
         return len(self.padded_T)
 
     @property
     def num_cells(self) -> int:
-        """B."""
+        """Return B, the number of cells."""
         return len(self.starts_B) - 1
 
     def rows(self, values_T: torch.Tensor) -> torch.Tensor:
-        """Return [B, L, ...], values of places as rows of cells, zeros behind each."""
+        """Return [B, L, ...], the values of positions as one row per cell, filled with zeros."""
         shape = self.num_cells, self.length
         flat = values_T.new_zeros(shape[0] * shape[1], *values_T.shape[1:])
         return flat.index_copy(0, self.padded_T, values_T).unflatten(0, shape)
 
     def real(self) -> torch.Tensor:
-        """Return bool [B, L], the places of `rows` that are of a cell."""
+        """Return bool [B, L], True at the positions of `rows` that belong to a cell."""
         place_L = torch.arange(self.length, device=self.starts_B.device)
         return place_L < self.starts_B.diff()[:, None]
 
@@ -87,11 +89,12 @@ def packed(
     Parameters
     ----------
     input_ids, real
-        int32 and bool [B, L]; `real`: the first places of each row, at least one; None: all.
+        int32 and bool [B, L]; `real` is True at the first positions of each row, at least one;
+        None: at all positions.
     masked_places
-        int64 [M], flat index into B x L, ascending: hidden genes alone.
+        int64 [M], flat index into B x L, ascending, without filler entries.
     most
-        Hidden genes of a cell at most.
+        Largest possible number of hidden genes of a cell.
     """
     num_cells, length = input_ids.shape
     places = masked_places.numpy()
@@ -106,7 +109,7 @@ def packed(
     packed_places = places + (starts[:-1] - np.arange(num_cells) * length)[cells]
     hidden = np.bincount(cells, minlength=num_cells)
     has_none = hidden == 0
-    # Before a cell's hidden genes, the cells before it without any ask once each.
+    # Each earlier cell without hidden genes takes one query position as well.
     slots = np.arange(len(places)) + np.cumsum(has_none)[cells]
     asked_starts = _starts(np.maximum(hidden, 1))
     asked = np.empty(asked_starts[-1], np.int64)
@@ -132,14 +135,14 @@ def _starts(sizes: np.ndarray) -> np.ndarray:
 def kernel_refuses(
     head_width: int, precision: str, capability: tuple[int, int] | None
 ) -> str | None:
-    """Return why a GPU's kernel for packed cells cannot be used, or None if it can.
+    """Return why the GPU kernel for packed cells cannot be used, or None if it can.
 
     Parameters
     ----------
     precision
-        `run.precision`.
+        The setting `run.precision`.
     capability
-        Of the GPU, as torch says it; None: there is no GPU.
+        Compute capability of the GPU as torch reports it; None: there is no GPU.
     """
     if capability is None:
         return "there is no GPU"
@@ -160,16 +163,17 @@ def packed_attention(
     half: int | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Return [A, H, E]: softmax(query key' / sqrt(E)) value, each place over those of its cell.
+    """Return [A, H, E]: softmax(query key' / sqrt(E)) value over the keys of the same cell.
 
     Parameters
     ----------
     query_AHE
-        Of all T places, or of `cells.asked_A`.
+        Queries of all T positions, or of `cells.asked_A`.
     half
-        Keys at most so far away are seen; all T places must ask then. None: all of the cell.
+        Each query attends to keys at most this far away; all T positions must be queries then.
+        None: to all keys of its cell.
     dropout
-        Share of weights that are dropped; 0 for evaluation.
+        Share of attention weights that are dropped; 0 for evaluation.
     """
     is_few = len(query_AHE) != len(key_THE)
     assert half is None or not is_few, "a window needs all places to ask"
@@ -196,17 +200,18 @@ def _by_kernel(
     half: int | None,
     dropout: float,
 ) -> torch.Tensor:
-    # Not at the top: it imports torch.compile's machinery, two seconds that no CPU needs.
+    # The import is not at the top, because it loads torch.compile's machinery for two seconds,
+    # which no CPU run needs.
     from torch.nn.attention.varlen import varlen_attn
 
     if dropout:
         assert half is None
-        # What `varlen_attn` calls, which has no argument for dropout.
+        # `varlen_attn` calls this operation, but has no argument for dropout.
         return torch.ops.aten._flash_attention_forward(
             query, key, value, starts, cells.starts_B, most, cells.length, dropout, False, False
         )[0]
     window = (-1, -1) if half is None else (half, half)
-    # One split: what a cell gets does not depend on the cells beside it.
+    # With one split, the result of a cell does not depend on the other cells.
     found = varlen_attn(
         query, key, value, starts, cells.starts_B, most, cells.length,
         window_size=window, num_splits=1,
@@ -216,14 +221,14 @@ def _by_kernel(
 
 
 def picked(states_ND: torch.Tensor, places: torch.Tensor, are_unique: bool) -> torch.Tensor:
-    """Return [..., D], the states at places of any shape.
+    """Return [..., D], the states at an array of positions of any shape.
 
-    Torch's own indexing sorts the places in backward on a GPU, because some may be the same.
+    On a GPU torch's own indexing sorts the positions in backward, because some may be equal.
 
     Parameters
     ----------
     are_unique
-        No place comes twice: not checked.
+        No position occurs twice; this is not checked.
     """
     if are_unique:
         found = _Picked.apply(states_ND, places.flatten())
@@ -235,7 +240,7 @@ def picked(states_ND: torch.Tensor, places: torch.Tensor, are_unique: bool) -> t
 
 
 class _Picked(torch.autograd.Function):
-    """States at places of which none comes twice."""
+    """Selects states at positions of which none occurs twice."""
 
     @staticmethod
     def forward(ctx: Any, states_ND: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -264,7 +269,7 @@ def _by_cell_with_dropout(
     starts: torch.Tensor,
     dropout: float,
 ) -> torch.Tensor:
-    """Do as `_by_cell`, with the attention of a device that drops weights."""
+    """Return attention within cells as `_by_cell` does, but with dropout of attention weights."""
     found = []
     for (a, b), (c, d) in zip(_ranges(asked_starts), _ranges(starts), strict=True):
         q, k, v = query[None, a:b], key[None, c:d], value[None, c:d]
@@ -282,10 +287,11 @@ def _by_cell(
     starts: torch.Tensor,
     half: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return attention within cells, and float32 [A, H] logs of the sums of exponentials.
+    """Return attention within cells, and float32 [A, H], the logs of the sums of exponentials.
 
-    The kernel's reference: a cell after the other, all weights written down. One operation for
-    torch.compile, as the kernel is. `half` -1: no window.
+    This is the reference for the kernel: one cell after another, with all attention weights in
+    memory. For torch.compile it is a single operation, as the kernel is. `half` = -1 means no
+    window.
     """
     found = torch.empty_like(query, memory_format=torch.contiguous_format)
     log_sums = query.new_empty(query.shape[:2], dtype=torch.float32)
@@ -298,7 +304,7 @@ def _by_cell(
 
 
 def _scores(query: torch.Tensor, key: torch.Tensor, half: int) -> torch.Tensor:
-    """Return float32 [H, A, T] of one cell."""
+    """Return float32 [H, A, T], the attention scores of one cell."""
     scores = torch.einsum("ahe,the->hat", query, key).float() * query.shape[-1] ** -0.5
     if half < 0:
         return scores
@@ -328,7 +334,7 @@ def _by_cell_backward(
     starts: torch.Tensor,
     half: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the slopes of queries, keys and values."""
+    """Return the gradients of queries, keys and values."""
     slopes = [torch.empty_like(x, memory_format=torch.contiguous_format)
               for x in (query, key, value)]  # fmt: skip
     scale = query.shape[-1] ** -0.5

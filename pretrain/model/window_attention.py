@@ -1,12 +1,12 @@
-"""Attention to neighbours alone: each place sees the places within a window around it.
+"""Local attention: each position attends only to the positions within a window around it.
 
-Long cells are cut into blocks: a block of places that ask needs its own places and half a window on
-each side, and nothing else is computed. Measured on one core (8 cells of 1,024 places, 4 heads of
-32, window 32, forward and backward): all places and a mask 0.66 s, blocks 0.12 s; without a
-window 0.49 s.
+Long cells are cut into blocks of query positions. A block needs the keys of its own positions and
+of half a window on each side, and nothing else is computed. Measured on one core (8 cells of 1,024
+positions, 4 heads of 32, window 32, forward and backward): all positions and a mask 0.66 s, blocks
+0.12 s; without a window 0.49 s.
 
-Shapes: B cells, Q places that ask, L places that are asked, H heads, E width of a head, N blocks,
-C places of a block, W half the window.
+Shapes: B cells, Q query positions, L key positions, H heads, E width of a head, N blocks, C
+positions of a block, W half the window.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-# Of a block, in windows: with less more is copied, with more there are more products in vain.
+# The size of a block in windows: smaller blocks copy more, larger ones compute more useless
+# products.
 _WINDOWS_OF_A_BLOCK = 2
-# Below so many blocks a mask over all places is as fast.
+# With fewer blocks than this, a mask over all positions is as fast.
 _FEWEST_BLOCKS = 4
 
 
@@ -33,10 +34,10 @@ def window_attention(
     Parameters
     ----------
     real_BL
-        bool, places that may be asked: the first ones of each row, at least one; None: all. What
-        is returned for other places is of no meaning, but finite.
+        bool, True at real tokens: the first positions of each row, at least one; None: all
+        positions. The results of other positions have no meaning, but are finite.
     places_BQ
-        int64, where those that ask stand; None: Q = L, in their order.
+        int64, the positions of the queries; None: Q = L, in order.
     """
     length = key_BHLE.shape[2]
     if places_BQ is None and length >= _FEWEST_BLOCKS * _WINDOWS_OF_A_BLOCK * 2 * half:
@@ -50,7 +51,10 @@ def window_attention(
 
 
 def _seen(distance: torch.Tensor, half: int, real: torch.Tensor | None) -> torch.Tensor:
-    """Return which keys are seen. Each place sees itself: one without any key would give NaN."""
+    """Return bool, True where a query attends to a key.
+
+    Each position attends to itself, because a query without any key would give NaN.
+    """
     near = distance <= half
     return near if real is None else near & (real | (distance == 0))
 
@@ -66,7 +70,7 @@ def _in_blocks(
     size = _WINDOWS_OF_A_BLOCK * 2 * half
     number = -(-length // size)
     place_NC = torch.arange(number * size, device=query.device).view(number, size)
-    # Of each block: its own places, and half a window before and after.
+    # The keys of each block: its own positions, and half a window before and after.
     ahead = torch.arange(-half, size + half, device=query.device)
     asked_NK = place_NC[:, :1] + ahead
     exists_NK = (asked_NK >= 0) & (asked_NK < length)
@@ -87,7 +91,7 @@ def _in_blocks(
 
 
 def _blocks(states_BHLE: torch.Tensor, number: int, size: int) -> torch.Tensor:
-    """Return [B, N, H, C, E]; the last block is filled with zeros."""
+    """Return [B, N, H, C, E]; the last block is filled up with zeros."""
     missing = number * size - states_BHLE.shape[2]
     if missing:
         states_BHLE = functional.pad(states_BHLE, (0, 0, 0, missing))
@@ -95,7 +99,7 @@ def _blocks(states_BHLE: torch.Tensor, number: int, size: int) -> torch.Tensor:
 
 
 def _with_edges(states_BNHCE: torch.Tensor, half: int) -> torch.Tensor:
-    """Return [B, N, H, C + 2 W, E]: each block between ends of its neighbours, or zeros."""
+    """Return [B, N, H, C + 2 W, E]: each block with the edges of its neighbours, or zeros."""
     before = functional.pad(states_BNHCE[:, :-1, :, -half:], (0, 0, 0, 0, 0, 0, 1, 0))
     after = functional.pad(states_BNHCE[:, 1:, :, :half], (0, 0, 0, 0, 0, 0, 0, 1))
     return torch.cat([before, states_BNHCE, after], dim=3)

@@ -1,7 +1,9 @@
-"""Which genes are hidden from the model, and what stands in their place.
+"""Decide which genes are hidden from the model, and what replaces them.
 
-The masks are a function of (seed, epoch, cell number, place in the cell) alone, so they do not
-depend on ranks, micro-batches or threads. Special tokens are never hidden and never stand in.
+`masks_of` makes the random keys of an epoch; `mask_rows` applies them to the cells of a
+micro-batch. The masks are a function of (seed, epoch, cell number, position in the cell) alone, so
+they do not depend on ranks, micro-batches or threads. Special tokens are never hidden and never
+replace a gene.
 """
 
 from __future__ import annotations
@@ -16,18 +18,19 @@ from data_prep.genes.vocabulary import Vocabulary
 from data_prep.hashing import mix64_of, stream_key
 from pretrain.config import MaskingConfig
 
-# Held-out cells always hide 15 %, whatever the run trains with: curves stay comparable.
-# All of them become <mask>: under 80/10/10 a tenth of the answers can be copied from the input.
-# That was worth 0.75 nats to a 6-layer model, and no baseline blind to the cell can do it.
+# Held-out cells always hide 15 %, whatever the training run uses, so that curves stay comparable.
+# All hidden genes become <mask>: under 80/10/10 a tenth of the answers can be copied from the
+# input. That was worth 0.75 nats to a 6-layer model, and a baseline that ignores the cell cannot
+# copy.
 EVALUATION_MASKING = MaskingConfig(mask_share=1.0, random_share=0.0)
-NO_LABEL = -100  # what torch's cross_entropy leaves out
-_PLACE_BITS = np.uint64(16)  # a place in a cell beside the cell's number, in one 64-bit integer
+NO_LABEL = -100  # the label that torch's cross_entropy ignores
+_PLACE_BITS = np.uint64(16)  # bits for the position beside the cell number in one 64-bit integer
 _EVERYTHING = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
 @dataclass(frozen=True)
 class Masks:
-    """How genes are hidden in one epoch: keys of the random numbers, rates, token ids."""
+    """The masking of one epoch: keys of the random numbers, probabilities and token ids."""
 
     place_key: np.uint64
     subset_key: np.uint64
@@ -42,14 +45,14 @@ class Masks:
     framed: bool
 
     def most(self, length: int) -> int:
-        """Return how many genes of a cell of `length` tokens can be hidden at most."""
+        """Return the largest number of genes that can be hidden in a cell of `length` tokens."""
         return int(num_masked(np.array([length]), self.probability)[0])
 
 
 def masks_of(
     seed: int, split: str, epoch: int, vocabulary: Vocabulary, config: MaskingConfig
 ) -> Masks:
-    """Return the masks of an epoch; evaluation uses epoch 0 of its split for ever."""
+    """Return the masks of an epoch; evaluation always uses epoch 0 of its split."""
     stream = stream_key(seed, "mask", split, epoch)
     return Masks(
         np.uint64(stream),
@@ -67,10 +70,11 @@ def masks_of(
 
 
 def num_masked(num_genes: np.ndarray, probability: float) -> np.ndarray:
-    """Return int64 how many genes of a cell are hidden: the rounded share, at least one.
+    """Return the number of hidden genes of each cell (int64): the rounded share, at least one.
 
-    A fixed number a cell, not a coin per gene: the same share in short and long cells, and shapes
-    that are known before the tokens are. Cells without genes: 0.
+    The number is fixed for a cell length, instead of a coin toss per gene. Short and long cells
+    hide the same share, and shapes are known before the tokens are read. Cells without genes give
+    0.
     """
     share = np.floor(num_genes * probability + 0.5).astype(np.int64)
     return np.where(num_genes > 0, np.maximum(share, 1), 0)
@@ -88,24 +92,25 @@ def mask_rows(
     labels: np.ndarray,
     relative_ranks: np.ndarray,
 ) -> int:
-    """Fill a padded micro-batch with cells whose genes are partly hidden; return how many are.
+    """Fill a padded micro-batch with cells, hide some of their genes, and return how many.
 
     Parameters
     ----------
     tokens, offsets
-        uint16 or uint32, flat; int64 [rows + 1], where rows begin in it. A row without tokens
-        becomes padding.
+        uint16 or uint32, the tokens of all rows one after another; int64 [rows + 1], where each row
+        begins in them. A row without tokens becomes padding.
     cells
-        int64 [rows], cell numbers; any value at rows without tokens.
+        int64 [rows], the cell numbers; rows without tokens may have any value.
     inputs, real
-        int32 and bool [rows, L], written; `real` is True at tokens, and at the first place of a row
-        without any: a softmax over nothing would be NaN.
+        int32 and bool [rows, L], written. `real` is True at tokens, and at the first position of a
+        row without tokens, because a softmax over nothing would be NaN.
     places, labels, relative_ranks
-        int64, int64, float32 [M], written: flat place in rows x L, ascending; the hidden gene;
-        its rank over the cell's length. What is behind the last gets 0, `NO_LABEL`, 0. M must
-        hold ``masks.most(L)`` for every row: not checked.
+        int64, int64, float32 [M], written: the flat position in rows x L, ascending; the hidden
+        gene; its rank divided by the cell's length. Entries behind the last hidden gene are 0,
+        `NO_LABEL`, 0. M must be at least ``masks.most(L)`` for every row, which is not checked.
     """
-    # Of one kind, whoever gives them, and flat: a loop is compiled for each kind of its arguments.
+    # The arrays always have the same types here and are flat, because numba compiles a loop anew
+    # for each combination of argument types.
     frozen = tokens.view()
     frozen.flags.writeable = False
     found = _mask_rows(
@@ -118,7 +123,7 @@ def mask_rows(
 
 
 def _flat(array: np.ndarray) -> np.ndarray:
-    """Return a view of one dimension; AttributeError where that would be a copy."""
+    """Return a one-dimensional view; raise AttributeError if that would need a copy."""
     view = array.view()
     view.shape = (array.size,)
     return view
@@ -126,7 +131,7 @@ def _flat(array: np.ndarray) -> np.ndarray:
 
 @numba.njit(inline="always")
 def place_identity(cell, place):
-    """Return 64 bits that name a place in a cell."""
+    """Return 64 bits that identify a position in a cell."""
     return (cell << _PLACE_BITS) + np.uint64(place)
 
 
@@ -141,7 +146,7 @@ def _mask_rows(
     changed_share, mask_token, first_gene, num_genes, framed, width, flat, flat_real,
     places, labels, relative_ranks,
 ):  # fmt: skip
-    # Indices are unsigned: numba guards every access with a signed one against negative numbers.
+    # Indices are unsigned, because numba adds a check for negative numbers to every signed index.
     hashes = np.empty(width, dtype=np.uint64)
     low_hashes = np.empty(width + np.uintp(1), dtype=np.uint64)
     low_genes = np.empty(width + np.uintp(1), dtype=np.uintp)
@@ -190,17 +195,17 @@ def _mask_rows(
 
 @numba.njit(cache=True, nogil=True)
 def lowest(hashes, genes, wanted, low_hashes, low_genes):
-    """Copy the hashes up to a bound, with their genes; return how many (>= wanted), and the bound.
+    """Copy the hashes up to a bound, with their genes; return how many, and the bound.
 
-    It is one that the wanted-th lowest of uniform hashes exceeds once in ten thousand times; then
-    all are taken.
+    At least `wanted` hashes are copied. The bound is chosen such that the wanted-th lowest of
+    uniform hashes exceeds it once in ten thousand times; in that case all hashes are copied.
     """
     share = (wanted + 4.0 * math.sqrt(wanted) + 8.0) / genes
     bound = np.uint64(share * 2.0**64) if share < 0.999 else _EVERYTHING
     while True:
         count = np.uintp(0)
         for i in range(genes):
-            low_hashes[count] = hashes[i]  # overwritten by the next, unless it stays
+            low_hashes[count] = hashes[i]  # the next hash overwrites it unless it stays
             low_genes[count] = i
             count += np.uintp(hashes[i] <= bound)
         if count >= wanted:
@@ -210,10 +215,10 @@ def lowest(hashes, genes, wanted, low_hashes, low_genes):
 
 @numba.njit(cache=True, nogil=True)
 def kth_lowest(values, count, k, bound, bins, room):
-    """Return the k-th lowest (from 1) of uniform values up to a bound.
+    """Return the k-th lowest (counted from 1) of uniform values up to a bound.
 
-    Counted into 256 bins by their leading bits; only the one or two that share its bin are sorted:
-    an eighth of the time of a quickselect.
+    The values are counted into 256 bins by their leading bits, and only the one or two values in
+    the bin of the result are sorted. This takes an eighth of the time of a quickselect.
     """
     shift = np.uint64(0)
     while bound >> shift > np.uint64(255):

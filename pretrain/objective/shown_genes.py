@@ -1,6 +1,8 @@
-"""Which genes of a cell the model is shown: a random subset of them, or those that are not hidden.
+"""Select the genes of a cell that the model sees: a random subset, or all that are not hidden.
 
-As the masks, the subset is a function of (seed, epoch, cell number, place in the cell) alone.
+Like the masks, the subset is a function of (seed, epoch, cell number, position in the cell) alone.
+`draw_subsets` draws the subset before genes are hidden; `take_out_hidden` removes the hidden genes
+afterwards.
 """
 
 from __future__ import annotations
@@ -19,12 +21,12 @@ from pretrain.objective.masking import (
 
 
 def shown_length(length: int, subset: int | None, masks: Masks) -> int:
-    """Return how many tokens a cell of `length` has at most when a subset of its genes is drawn."""
+    """Return the largest length of a cell of `length` tokens after its subset is drawn."""
     return length if subset is None else min(length, subset + 2 * masks.framed)
 
 
 def length_without_hidden(length: int, masks: Masks) -> int:
-    """Return how many tokens a cell of `length` has at most when its hidden genes are out."""
+    """Return the largest length of a cell of `length` tokens after its hidden genes are removed."""
     genes = np.array([length - 2 * masks.framed])
     return max(1, length - int(num_masked(genes, masks.probability)[0]))
 
@@ -32,15 +34,15 @@ def length_without_hidden(length: int, masks: Masks) -> int:
 def draw_subsets(
     tokens: np.ndarray, offsets: np.ndarray, cells: np.ndarray, subset: int, masks: Masks
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return tokens, flat, and offsets of cells with at most `subset` genes each, ranked as before.
+    """Return tokens and offsets of cells with at most `subset` genes each, in the same rank order.
 
-    Special tokens stay. Which genes stay is drawn anew in each epoch, without replacement, each
-    gene with the same chance.
+    Special tokens stay. The subset is drawn anew in each epoch, without replacement, and each gene
+    has the same probability.
 
     Parameters
     ----------
     tokens, offsets, cells
-        uint16 or uint32, flat; int64 [rows + 1]; int64 [rows], numbers of the cells.
+        uint16 or uint32, one cell after another; int64 [rows + 1]; int64 [rows], the cell numbers.
     """
     lengths = np.minimum(np.diff(offsets), subset + 2 * masks.framed)
     starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -93,14 +95,14 @@ def take_out_hidden(
     shown: np.ndarray,
     shown_real: np.ndarray,
 ) -> None:
-    """Fill a narrower micro-batch with what is not hidden, moved together.
+    """Write the tokens that are not hidden into a narrower micro-batch, without gaps.
 
     Parameters
     ----------
     inputs, real
         int32 and bool [rows, L], as `pretrain.objective.masking.mask_rows` has written them.
     places
-        int64 [hidden], flat, of the hidden genes.
+        int64 [hidden], flat positions of the hidden genes.
     shown, shown_real
         int32 and bool [rows, `length_without_hidden` of L], written.
     """
@@ -110,6 +112,6 @@ def take_out_hidden(
     is_filled = np.arange(shown.shape[1]) < sizes[:, None]
     shown[:] = pad_token
     shown[is_filled] = inputs[stays]
-    # The first place of a row is asked even if nothing is there: as in `mask_rows`.
+    # The first position of a row counts as real even if it is empty, as in `mask_rows`.
     shown_real[:] = is_filled
     shown_real[:, 0] = True

@@ -1,9 +1,10 @@
-"""Whole matrices dealt to ranks, wherever ZeRO has cut them.
+"""Distribute whole matrices to ranks, however ZeRO has divided them.
 
-ZeRO 1 to 3 keep of a matrix what falls into a rank's part of one long vector, often from the middle
-of a row to the middle of another. Muon needs it whole: each matrix has one owner, who gets the
-pieces of all ranks, computes, and sends back the pieces of the result. Numbers are moved, never
-added, so the order in which ranks arrive changes no bit.
+ZeRO 1 to 3 store on a rank only the part of a matrix that falls into its part of one long vector,
+often from the middle of one row to the middle of another. Muon needs the whole matrix. Therefore
+each matrix has one owner, which receives the pieces of all ranks (`Exchange.gather`), computes, and
+sends back the pieces of the result (`Exchange.scatter`). Numbers are moved, never added, so the
+order in which ranks arrive changes no bit.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pretrain.ranks.dist import Ranks
 
 @dataclass(frozen=True)
 class Matrix:
-    """Some whole rows of a parameter, from element `start` of it."""
+    """A matrix made of whole rows of a parameter, from the parameter's element `start` on."""
 
     name: str
     start: int
@@ -35,13 +36,13 @@ class Matrix:
 
     @property
     def work(self) -> int:
-        """Multiplications of a product with itself, which is what a Newton-Schulz step costs."""
+        """Return the multiplications of a product with itself, the cost of a Newton-Schulz step."""
         return self.numel * min(self.rows, self.columns)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements of a matrix, from `start`, that lie in a rank's vector `flat` from `offset`."""
+    """Elements of a matrix, from `start`, that a rank stores in vector `flat` from `offset`."""
 
     matrix: int
     rank: int
@@ -52,7 +53,11 @@ class Piece:
 
 
 def deal(matrices: Sequence[Matrix], world_size: int) -> list[int]:
-    """Return the owner of each matrix: the largest first, each to the rank with the least work."""
+    """Return the owner of each matrix.
+
+    The matrices are assigned from the largest to the smallest, each to the rank with the least
+    work.
+    """
     work = [0] * world_size
     owners = [0] * len(matrices)
     for number in sorted(range(len(matrices)), key=lambda n: -matrices[n].work):
@@ -64,12 +69,13 @@ def deal(matrices: Sequence[Matrix], world_size: int) -> list[int]:
 def pieces_of(
     matrices: Sequence[Matrix], fragments: Iterable[tuple[str, int, int, int, int]], rank: int
 ) -> list[Piece]:
-    """Return what a rank holds of each matrix.
+    """Return the pieces of all matrices that a rank stores.
 
     Parameters
     ----------
     fragments
-        Of the rank: name of the parameter, first element, elements, number of the vector, offset.
+        Of the rank: name of the parameter, first element, number of elements, number of the vector,
+        offset.
     """
     by_name: dict[str, list[tuple[int, int, int, int]]] = {}
     for name, *rest in fragments:
@@ -86,26 +92,26 @@ def pieces_of(
 
 
 class Exchange:
-    """The way of matrices to their owners and back, the same in every step.
+    """The exchange of matrices between ranks and owners, which is the same in every training step.
 
-    Made by all ranks together.
+    All ranks construct it together.
 
     Parameters
     ----------
     matrices
-        The same on all ranks; those that no rank holds here are left out.
+        The same on all ranks; those that no rank stores in these vectors are left out.
     fragments
-        What this rank holds of their parameters, maybe nothing.
+        The fragments of their parameters that this rank stores; may be empty.
     flats
-        The vectors of this rank that the fragments lie in, as many on all ranks.
+        The vectors of this rank that contain the fragments; all ranks have the same number of them.
     is_replicated
-        Every rank holds everything (stage 0): nothing is sent to owners.
+        Every rank stores everything (stage 0), so nothing is sent to owners.
 
     Raises
     ------
     ValueError
-        The ranks together do not hold each element once: a layout of DeepSpeed's that is not known
-        here.
+        The ranks together do not store each element exactly once, so this is an unknown memory
+        layout of DeepSpeed.
     """
 
     def __init__(
@@ -127,7 +133,8 @@ class Exchange:
             pieces += pieces_of(self.matrices, of_rank, rank)
         _require_whole(self.matrices, pieces, ranks.world_size if is_replicated else 1)
         owners, everyone = deal(self.matrices, ranks.world_size), range(ranks.world_size)
-        # By rank: this rank's pieces that have their owner there; those of its matrices held there.
+        # By rank: this rank's pieces that the other rank owns, and the pieces of this rank's
+        # matrices that are stored there.
         self._mine = [
             [p for p in pieces if p.rank == ranks.rank and owners[p.matrix] == o] for o in everyone
         ]
@@ -153,7 +160,7 @@ class Exchange:
         return {number: flat.view(shapes[number]) for number, flat in whole.items()}
 
     def scatter(self, whole: dict[int, torch.Tensor], flats: Sequence[torch.Tensor]) -> None:
-        """Write the matrices of all owners to where they belong in this rank's vectors."""
+        """Write the matrices of all owners back into this rank's vectors."""
         out = [
             whole[p.matrix].reshape(-1)[p.start : p.start + p.numel] for p in chain(*self._owned)
         ]
@@ -164,7 +171,7 @@ class Exchange:
     def _send(
         self, values: list[torch.Tensor], there: list[list[Piece]], here: list[list[Piece]]
     ) -> list[torch.Tensor]:
-        """Return what other ranks send while this one sends `values`, in the order of pieces."""
+        """Send `values` to the other ranks and return what they send, in the order of pieces."""
         if self._is_alone:
             return values
         sizes = [[sum(p.numel for p in part) for part in parts] for parts in (there, here)]

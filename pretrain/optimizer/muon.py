@@ -1,10 +1,11 @@
-"""Muon for the matrices inside the layers, AdamW for the rest, under any ZeRO stage.
+"""Muon for the matrices inside the layers and AdamW for the rest, under any ZeRO stage.
 
-Muon (Jordan et al. 2024): momentum, then the nearest matrix with all singular values near 1, found
-by Newton-Schulz steps, times the square root of max(1, rows / columns). It is made here and not
-taken from DeepSpeed 0.19.8, whose Muon clips after orthogonalising (at stages 1 and 2) and keeps a
-state that no other stage can go on from. Here it is a step of an ordinary torch optimizer, which
-DeepSpeed calls once a step with reduced, accumulated and clipped gradients at every stage.
+Muon (Jordan et al. 2024) takes the momentum, finds the nearest matrix with all singular values near
+1 by Newton-Schulz steps, and multiplies it by the square root of max(1, rows / columns). It is
+implemented here, because the Muon of DeepSpeed 0.19.8 clips after orthogonalising (at stages 1 and
+2) and keeps an optimizer state that no other stage can continue from. Here it is a step of an
+ordinary torch optimizer, `MuonBesideAdamW`, which DeepSpeed calls once per training step with
+reduced, accumulated and clipped gradients at every stage.
 """
 
 from __future__ import annotations
@@ -21,24 +22,26 @@ from pretrain.checkpoints.zero_state import Fragment
 from pretrain.optimizer.matrix_dealing import Exchange, Matrix
 from pretrain.ranks.dist import Ranks
 
-# Of a polynomial that brings singular values in (0, 1] to within about 0.3 of 1 in five steps.
+# The coefficients of a polynomial that brings singular values in (0, 1] to within about 0.3 of 1 in
+# five steps.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _SMALLEST_NORM = 1e-7
 _IN_A_LAYER = re.compile(r"(^|\.)layers?\.\d+\.")
-# Several maps in one parameter, one below the other: query, key and value; input and gate.
+# These parameters contain several maps, one below the other: query, key and value; input and gate.
 _MAPS = {"Wqkv": 3, "Wi": 2}
 
 
 def is_layer_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Is a parameter of the model a matrix inside one of its layers?"""
+    """Return whether a parameter of the model is a matrix inside one of its layers."""
     return parameter.ndim == 2 and _IN_A_LAYER.search(name) is not None
 
 
 def matrices_of(name: str, shape: Sequence[int]) -> list[Matrix]:
-    """Return what of a parameter is orthogonalised by itself.
+    """Return the parts of a parameter that are orthogonalised separately.
 
-    ModernBERT's fused `Wqkv` and `Wi` are cut into their maps, as BERT has them: orthogonalised
-    whole, the map with the larger gradient would take from the others.
+    ModernBERT's fused `Wqkv` and `Wi` are cut into their maps, which are separate in BERT. If they
+    were orthogonalised as a whole, the map with the larger gradient would reduce the update of the
+    others.
     """
     rows, columns = shape
     maps = _MAPS.get(name.split(".")[-2], 1)
@@ -50,13 +53,13 @@ def matrices_of(name: str, shape: Sequence[int]) -> list[Matrix]:
 def orthogonalise(
     matrices_NRC: torch.Tensor, steps: int, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """Return float32 [N, R, C]: each matrix with its singular values brought near 1.
+    """Return float32 [N, R, C], each matrix with its singular values brought near 1.
 
     Parameters
     ----------
     dtype
-        Of the products; None: bfloat16 on a GPU, for what is wanted are values near 1 and no
-        digits; float32 on a CPU, where the same step on other ranks has the same losses.
+        Precision of the products. None: bfloat16 on a GPU, because the values only have to be near
+        1; float32 on a CPU, where the same step on another number of ranks gives the same losses.
     """
     if dtype is None:
         dtype = torch.float32 if matrices_NRC.device.type == "cpu" else torch.bfloat16
@@ -73,7 +76,10 @@ def orthogonalise(
 
 
 def muon_direction(matrices: dict[int, torch.Tensor], steps: int) -> dict[int, torch.Tensor]:
-    """Return what is subtracted of each matrix [R, C], but for the rate; equal shapes together."""
+    """Return the update direction of each matrix [R, C], before the learning rate is applied.
+
+    Matrices of equal shape are computed together.
+    """
     by_shape: dict[torch.Size, list[int]] = defaultdict(list)
     for number, matrix in matrices.items():
         by_shape[matrix.shape].append(number)
@@ -86,11 +92,11 @@ def muon_direction(matrices: dict[int, torch.Tensor], steps: int) -> dict[int, t
 
 
 class MuonBesideAdamW(torch.optim.Optimizer):
-    """Two algorithms in one torch optimizer: groups with ``kind="muon"``, and AdamW's.
+    """One torch optimizer with two algorithms: Muon for groups with ``kind="muon"``, and AdamW.
 
-    Before the first step `deal` must have been called, by all ranks, when DeepSpeed has laid out
-    the weights. DeepSpeed hands over groups one by one or together, of whole parameters (stage 0)
-    or of vectors that hold parts of many.
+    All ranks must call `deal` before the first step, after DeepSpeed has laid out the weights.
+    DeepSpeed passes the groups one by one or together, made of whole parameters (stage 0) or of
+    vectors that contain parts of many parameters.
     """
 
     def __init__(
@@ -113,16 +119,16 @@ class MuonBesideAdamW(torch.optim.Optimizer):
         ranks: Ranks,
         is_replicated: bool,
     ) -> None:
-        """Choose who computes what. Called by all ranks.
+        """Choose which rank computes which matrix; all ranks call this function together.
 
         Parameters
         ----------
         vectors
-            What the groups of Muon consist of now; at stage 0 the parameters.
+            The tensors that the Muon groups consist of now; at stage 0 the parameters.
         fragments
-            All that this rank holds of the model.
+            All fragments of the model that this rank stores.
         is_replicated
-            The same fragments are on every rank (stage 0), and all are stepped on together.
+            Every rank has the same fragments (stage 0), and one step updates all of them together.
         """
         parts: dict[int, list[Fragment]] = {id(v): [] for v in vectors}
         for fragment in fragments:
@@ -137,13 +143,13 @@ class MuonBesideAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Apply the gradients of the groups that are there now."""
+        """Apply the gradients of the groups that DeepSpeed has passed for this call."""
         assert closure is None
         for group in self.param_groups:
             # At stage 3 all groups but one are empty in a call.
             if group["kind"] == "muon" and group["params"]:
                 self._step_muon(group)
-        # DeepSpeed takes groups away and puts them back; the dictionaries are these.
+        # DeepSpeed removes groups and puts them back; AdamW must use the current dictionaries.
         self._adamw.param_groups = [g for g in self.param_groups if g["kind"] == "adamw"]
         self._adamw.state = self.state
         self._adamw.step()

@@ -1,6 +1,6 @@
-"""The cells that a plan is made for: those of shards, or an assumed corpus.
+"""Describe the cells that a plan is made for: those of shards, or an assumed corpus.
 
-No torch.
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pretrain.config import RunConfig, load_config
 
 _NOT_GIVEN = "."
 _BUCKET = 64
-# Recorded runs: docs/results.md.
+# These values are from recorded runs: docs/results.md.
 _BYTES_PER_TOKEN = 2.05
 _LOG_SD = 0.5
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What is trained on: cells, real tokens, and (padded length, cells) of each bucket."""
+    """The training corpus: cells, real tokens, and (padded length, cells) of each bucket."""
 
     cells: int
     tokens: int
@@ -40,22 +40,22 @@ class Corpus:
         return max(length for length, _ in self.buckets)
 
     def shown(self, subset: int | None) -> Corpus:
-        """Return the corpus of which so many genes of a cell are shown; None: all."""
+        """Return the corpus in which each cell shows at most `subset` genes; None: all genes."""
         if subset is None:
             return self
         buckets = [(min(length, subset), cells) for length, cells in self.buckets]
         tokens = min(self.tokens, sum(length * cells for length, cells in buckets))
-        # Whole cells are read.
+        # The loader still reads whole cells.
         read = self.bytes_per_token * self.tokens / tokens
         return Corpus(self.cells, tokens, buckets, self.num_tokens, read)
 
     def num_steps(self, tokens_per_step: int) -> int:
-        """Return optimizer steps an epoch, as `data_prep.shards.order` cuts them."""
+        """Return the optimizer steps of an epoch, as `data_prep.shards.order` divides it."""
         return sum(-(-cells // max(1, tokens_per_step // length)) for length, cells in self.buckets)
 
 
 def read_config(config: str, overrides: list[str]) -> RunConfig:
-    """Return a run configuration; a plan needs neither shards nor a run folder."""
+    """Return a run configuration; shards and run folder may be missing, as a plan needs neither."""
     try:
         return load_config(config, overrides)
     except ValueError:
@@ -66,13 +66,13 @@ def read_config(config: str, overrides: list[str]) -> RunConfig:
 
 
 def has_shards(config: RunConfig) -> bool:
-    """Say whether a configuration of `read_config` names shards."""
+    """Return whether a configuration of `read_config` names shards."""
     return config.data.shards != _NOT_GIVEN
 
 
 @dataclass(frozen=True)
 class AssumedCorpus:
-    """A corpus where there are no shards: how many cells, of how many tokens."""
+    """An assumed corpus for plans without shards: number and lengths of its cells."""
 
     name: str
     cells: int
@@ -81,7 +81,7 @@ class AssumedCorpus:
     vocabulary_size: int
 
     def sentence(self) -> str:
-        """Return what is assumed."""
+        """Return a sentence that tells what is assumed."""
         return (
             f"assumed, for no shards were given: {self.name}: {self.cells:,} cells of "
             f"{self.mean_tokens:,} tokens on average, at most {self.max_tokens:,}, vocabulary "
@@ -90,7 +90,8 @@ class AssumedCorpus:
         )
 
 
-# Numbers of genes and cells: Geneformer's papers and dictionaries; mean lengths of its tokens.
+# Numbers of genes and cells are from Geneformer's papers and dictionaries; lengths are means of its
+# tokens.
 _V1 = AssumedCorpus("Genecorpus-30M, vocabulary of V1", 27_400_000, 1_100, 2_048, 25_426)
 _V2 = AssumedCorpus("Genecorpus-104M, vocabulary of V2", 104_000_000, 1_440, 4_096, 20_275)
 _CORPORA = {"geneformer_v2_104m": _V2, "geneformer_v2_316m": _V2, "geneloom_100m": _V2}
@@ -103,7 +104,7 @@ def assumed_corpus(
     max_tokens: int | None,
     vocabulary_size: int | None,
 ) -> AssumedCorpus:
-    """Return the corpus of a supplied recipe (of V1 for any other), with what was said of it."""
+    """Return the corpus of a supplied recipe (V1's for others), with the given values replaced."""
     usual = _CORPORA.get(config, _V1)
     given = (cells, mean_tokens, max_tokens, vocabulary_size)
     usual_ones = (usual.cells, usual.mean_tokens, usual.max_tokens, usual.vocabulary_size)
@@ -115,10 +116,10 @@ def assumed_corpus(
 def read_corpus(
     config: RunConfig, cells: int, mean_tokens: int, max_tokens: int, vocabulary_size: int
 ) -> tuple[Corpus, int]:
-    """Return the corpus of data.shards and its maximum length, or one of so many cells.
+    """Return the corpus of data.shards, or an assumed one of `cells` cells, and its maximum length.
 
     Lengths of an assumed corpus are log-normal, cut at the maximum, in buckets of 64: with a mean
-    of 1,100 about 7 % of the cells reach 2,048, as the paper says of Genecorpus-30M.
+    of 1,100 about 7 % of the cells reach 2,048, as the paper reports for Genecorpus-30M.
     """
     if has_shards(config):
         shards = ShardSet(config.data.shards, config.data.cache)
@@ -139,7 +140,7 @@ def read_corpus(
 
 
 def _assumed_lengths(mean_tokens: int, max_tokens: int) -> np.ndarray:
-    """Return int64 [2000] lengths of cells with a mean: log-normal, cut at the maximum."""
+    """Return int64 [2000] cell lengths with the given mean: log-normal, cut at the maximum."""
     places = (np.arange(2000) + 0.5) / 2000
     shape = np.exp(_LOG_SD * np.array([NormalDist().inv_cdf(p) for p in places]))
     low, high = 0.0, float(max_tokens) * 100

@@ -1,7 +1,7 @@
-"""How many floating point operations training needs, and what GPUs can do in a second.
+"""Count the floating point operations of training, and list what GPUs can do in a second.
 
-Arithmetic only, no torch. Symbols: d width, i intermediate width, L padded length of a cell, V
-vocabulary.
+The module contains arithmetic only and does not import torch. Symbols: d width, i intermediate
+width, L padded length of a cell, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from pretrain.settings.model_settings import ModelConfig
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU of the makers' data sheets: dense bfloat16 and TF32 FLOP/s, memory in GiB, and what it
-    delivers in bytes a second."""
+    """A GPU with the values of its data sheet.
+
+    They are dense bfloat16 and TF32 FLOP/s, memory in GiB, and memory bandwidth in bytes a second.
+    """
 
     name: str
     bf16_flops: float
@@ -28,7 +30,7 @@ class Gpu:
         return self.bf16_flops if precision == "bf16" else self.fp32_flops
 
 
-# Of float32 logits that a GPU holds at once (`pretrain.model.head_scores`).
+# The size of float32 logits that a GPU holds at once (`pretrain.model.head_scores`).
 CHUNK_BYTES = 2**28
 
 GPUS = {
@@ -40,16 +42,18 @@ GPUS = {
         Gpu("h100", 989e12, 495e12, 79.6, 3.35e12),
         Gpu("h200", 989e12, 495e12, 139.8, 4.8e12),
         Gpu("b200", 2250e12, 1125e12, 178.0, 8.0e12),
-        # No GPU: a core of the machine of docs/benchmarks.md; what its runs reach, not a peak.
+        # This is not a GPU but a core of the machine of docs/benchmarks.md; the values are reached
+        # by its runs and are no peak.
         Gpu("cpu", 170e9, 92e9, 16.0, 10e9),
     )
 }
 
 
 def layer_matrices(model: ModelConfig) -> tuple[int, int]:
-    """Return weights of a layer that all places pass, and those that places that ask pass.
+    """Return the weights of a layer that all positions pass, and those that query positions pass.
 
-    In the last layer few ask. ModernBERT projects queries with keys and values, and has a gate.
+    The last layer has few query positions. ModernBERT projects queries together with keys and
+    values, and has a gate.
     """
     d, i = model.hidden_size, model.intermediate_size
     if model.architecture == MODERNBERT:
@@ -58,11 +62,11 @@ def layer_matrices(model: ModelConfig) -> tuple[int, int]:
 
 
 def places_seen(model: ModelConfig, asked: float) -> tuple[float, float]:
-    """Return (a, b): in all layers together a token is compared with a L + b places.
+    """Return (a, b): over all layers a token is compared with a L + b positions.
 
-    In the last layer the share `asked` of them asks, and sees the whole cell; where all ask it is
-    a layer like the others. A local layer of a long cell is computed in blocks of two windows that
-    see three (`pretrain.model.window_attention`).
+    In the last layer the share `asked` of positions are queries and attend to the whole cell; if
+    all are queries it is a layer like the others. A local layer of a long cell is computed in
+    blocks of two windows that attend to three (`pretrain.model.window_attention`).
     """
     if model.architecture != MODERNBERT:
         return model.num_layers - 1 + asked, 0.0
@@ -77,21 +81,21 @@ def places_seen(model: ModelConfig, asked: float) -> tuple[float, float]:
 
 
 def asked_shares(config: RunConfig) -> tuple[float, float]:
-    """Return the shares of places that ask in the last layer, and that reach the head of genes.
+    """Return the shares of positions that the last layer computes, and that reach the gene head.
 
-    The cell objective asks for the states of all places, and for the head once in a cell.
+    The cell objective needs the states of all positions, and the head once per cell.
     """
     hidden, objective = config.masking.probability, config.objective
     return 1.0 if objective.cell_weight else hidden, hidden if objective.gene_weight else 0.0
 
 
 def flops_per_token(config: RunConfig, num_tokens: int, length: float) -> float:
-    """Return floating point operations, forward and backward, of a token in a cell of this length.
+    """Return the forward and backward operations per token in a cell of this length.
 
-    6 for each weight of the layers' matrices, 12 d for each place seen in a layer, and the head.
-    The head and the last layer but for its keys and values (in a ModernBERT, its queries too) are
-    computed at hidden genes only; with a cell objective the layer at all places, and the head once
-    more for each cell.
+    They are 6 for each weight of the layers' matrices, 12 d for each position that a layer attends
+    to, and those of the head. The head, and the last layer except its keys and values (in a
+    ModernBERT, also its queries), are computed at hidden genes only. With a cell objective the last
+    layer is computed at all positions, and the head once more for each cell.
     """
     model, (asked, of_genes) = config.model, asked_shares(config)
     d = model.hidden_size
@@ -107,9 +111,10 @@ def flops_per_token(config: RunConfig, num_tokens: int, length: float) -> float:
 
 @dataclass(frozen=True)
 class Work:
-    """Floating point operations of training, and the most that the device does in a second.
+    """The floating point operations of training, and the peak of the device in a second.
 
-    `peak_flops` is None where no maker publishes it (a CPU, an unknown GPU): there is no MFU then.
+    `peak_flops` is None if no manufacturer publishes it (a CPU, an unknown GPU); there is no MFU
+    then.
     """
 
     config: RunConfig
@@ -117,7 +122,7 @@ class Work:
     gpu: Gpu | None
 
     def flops_per_token(self, length: int) -> float:
-        """Return operations of a padded token, forward and backward, in cells of this length."""
+        """Return the forward and backward operations of a padded token in cells of this length."""
         return flops_per_token(self.config, self.num_tokens, length)
 
     @property
@@ -125,7 +130,7 @@ class Work:
         return self.gpu.flops(self.config.run.precision) if self.gpu else None
 
     def formula(self) -> str:
-        """Return in words how FLOP/s and MFU are counted."""
+        """Return a text that explains how FLOP/s and MFU are counted."""
         model, (asked, of_genes) = self.config.model, asked_shares(self.config)
         d, layers = model.hidden_size, model.num_layers
         keys, others = layer_matrices(model)
@@ -150,6 +155,6 @@ class Work:
 
 
 def known_gpu(name: str) -> Gpu | None:
-    """Return what is published of a GPU, by the name that CUDA gives it; None if unknown."""
+    """Return the published values of a GPU by its CUDA name, or None if it is unknown."""
     words = name.lower().replace("-", " ").split()
     return next((g for n, g in GPUS.items() if n in words), None)

@@ -1,7 +1,9 @@
-"""What a pretraining will need, before anything is started: memory, steps, hours, traffic, cost.
+"""Estimate the needs of a pretraining run before it starts: memory, steps, hours, traffic, cost.
 
-Arithmetic only, no torch. Symbols: P parameters, d width, i intermediate width, h heads, L padded
-length of a cell, V vocabulary.
+`make_plan` puts everything together: `choose` finds a ZeRO stage and micro-batch that fit into
+memory, and `step_time` gives the duration of a step. `print_plan` prints the result. The module
+contains arithmetic only and does not import torch. Symbols: P parameters, d width, i intermediate
+width, h heads, L padded length of a cell, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,20 +29,20 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 GIB = 2**30
-# Sum of weights and Adam's two moments in float32: what a checkpoint holds of each parameter, and
-# how much less it is of Muon's, which have one.
+# Bytes of float32 weight and Adam's two moments, which a checkpoint stores for each parameter, and
+# how much less it stores for Muon's parameters, which have one moment.
 _STATE_BYTES, _MUON_SAVES = 12, 4
-# The CUDA context, NCCL's buffers and the allocator's waste.
+# The memory of the CUDA context and NCCL's buffers, and the waste of the allocator.
 _OVERHEAD_GIB = 3.0
 _LAYER_NORM_BYTES = 16
 _SHARE_OF_MEMORY = 0.92
-# A published share of peak of another trainer on another GPU.
+# The share of peak was published for another trainer on another GPU, so this factor is uncertain.
 _DOUBT_OF_MFU = 1.7
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU at the peak of a step."""
+    """The bytes of each kind on one GPU at the peak of a step."""
 
     stage: int
     weights: float
@@ -59,10 +61,10 @@ class Memory:
 
 
 def num_parameters(model: ModelConfig, num_tokens: int, max_length: int) -> int:
-    """Return the parameters of the model that a run builds, tied embeddings counted once."""
+    """Return the number of parameters of the model; tied embeddings count once."""
     d, i = model.hidden_size, model.intermediate_size
     if model.architecture == MODERNBERT:
-        # Norms without bias, and none before the first layer; the gate is a third matrix.
+        # Norms have no bias, the first layer has no norm before it, and the gate is a third matrix.
         layer = 4 * d * d + 3 * d * i + 2 * d
         return num_tokens * (d + 1) + model.num_layers * layer + d * d + 2 * d
     embeddings = (num_tokens + max_length + 2) * d + 2 * d
@@ -72,7 +74,7 @@ def num_parameters(model: ModelConfig, num_tokens: int, max_length: int) -> int:
 
 
 def muon_parameters(config: RunConfig) -> int:
-    """Return how many parameters Muon has: those of the matrices inside the layers, or none."""
+    """Return the number of parameters that Muon trains: the matrices inside the layers, or none."""
     if config.optim.kind != "muon":
         return 0
     return config.model.num_layers * sum(layer_matrices(config.model))
@@ -86,26 +88,30 @@ def memory_per_gpu(
     gpus: int,
     micro_batch: int,
 ) -> Memory:
-    """Return what one GPU holds in a step of ZeRO `stage` with `micro_batch` padded tokens."""
+    """Return the memory of one GPU in a step of ZeRO `stage` with `micro_batch` padded tokens."""
     p = num_parameters(config.model, corpus.num_tokens, max_length)
     if config.run.precision != "bf16":
-        # ZeRO's optimizer has weights of its own (counted on a run: 16 B a parameter after a step).
+        # ZeRO's optimizer has its own copy of the weights (counted in a run: 16 B a parameter after
+        # a step).
         weights, gradients, optimizer = 4 * p, 4 * p, (12 if stage else 8) * p
     elif stage == 0:
-        # Autocast: float32 weights and gradients, and the bfloat16 copies it keeps for a step.
+        # Autocast has float32 weights and gradients, and bfloat16 copies that it keeps for a step.
         weights, gradients, optimizer = 6 * p, 4 * p, 8 * p
     else:
-        # bfloat16 weights and gradients, summed in float32; the optimizer's own float32 weights.
+        # There are bfloat16 weights and gradients, sums in float32, and the optimizer's own float32
+        # weights.
         weights, gradients, optimizer = 2 * p, 6 * p, 12 * p
     optimizer -= _MUON_SAVES * muon_parameters(config)
     activations = micro_batch * activation_bytes(config)
-    # The head's input, and logits as computed, over which their slopes are written; beside them
-    # float32 copies of some rows: as they are, less their log-sum, exponentials.
+    # These are the head's input, and the logits, which their gradients overwrite; in addition some
+    # rows have float32 copies: of the logits, of the logits minus their log-sum, and of the
+    # exponentials.
     size, rows = (2 if config.run.precision == "bf16" else 4), micro_batch * asked_shares(config)[1]
     row = 4 * size * config.model.hidden_size + size * corpus.num_tokens
     logits = rows * row + 3 * min(CHUNK_BYTES, rows * 4 * corpus.num_tokens)
     if config.objective.cell_weight:
-        # Most cells are in a micro-batch of the shortest bucket; shares of hidden genes beside.
+        # A micro-batch of the shortest bucket has the most cells; each cell also has its shares of
+        # hidden genes.
         cells = micro_batch / min(length for length, _ in corpus.buckets)
         logits += cells * (row + 20 * corpus.num_tokens)
     return Memory(
@@ -119,13 +125,13 @@ def memory_per_gpu(
 
 
 def activation_bytes(config: RunConfig, on_gpu: bool = True) -> float:
-    """Return bytes that the layers keep of a token for backward, the head not included.
+    """Return the bytes that the layers keep per token for backward, without the head.
 
-    A layer of a BERT keeps 8 d + i values, of a ModernBERT 10 d + 4 i, and its dropout masks, on a
-    CPU as numbers (measured: hooks on the saved tensors of the model,
-    `tests/test_pretrain_plan.py`); weights of attention are never kept.
-    With checkpointing, layers keep their input alone and one layer at a time is recomputed. That
-    the last layer keeps less is left out.
+    A layer of a BERT keeps 8 d + i values, of a ModernBERT 10 d + 4 i, and its dropout masks, which
+    are stored as numbers on a CPU (measured: hooks on the saved tensors of the model,
+    `tests/test_pretrain_plan.py`). Attention weights are never kept. With activation checkpointing,
+    layers keep their input alone and one layer at a time is recomputed. It is ignored that the last
+    layer keeps less.
     """
     model = config.model
     size = 2 if config.run.precision == "bf16" else 4
@@ -143,27 +149,29 @@ def activation_bytes(config: RunConfig, on_gpu: bool = True) -> float:
 
 
 def checkpoint_bytes(parameters: int, of_muon: int = 0) -> int:
-    """Return the size of one checkpoint: float32 weights and moments, at any precision.
+    """Return the size of one checkpoint in bytes: float32 weights and moments, at any precision.
 
-    `of_muon`: how many of the parameters have one moment instead of two.
+    `of_muon` is the number of parameters that have one moment instead of two.
     """
     return parameters * _STATE_BYTES - of_muon * _MUON_SAVES
 
 
-# What a rank sends, in sizes of all gradients (or weights) times (N - 1) / N: for each micro-batch,
-# and once a step. Counted on a cable between two hosts (deepspeed_configs/README.md): stage 0 an
-# all-reduce; stage 1 sums whole gradients (2) and collects weights (1); stages 2 and 3 as counted.
+# What a rank sends for each micro-batch and once a step, in units of the size of all gradients (or
+# weights) times (N - 1) / N. It was counted on a cable between two hosts
+# (deepspeed_configs/README.md). Stage 0 is an all-reduce; stage 1 sums whole gradients (2) and
+# collects weights (1); stages 2 and 3 are as counted.
 _SENT = {0: (0.0, 2.0), 1: (0.0, 3.0), 2: (1.6, 2.0), 3: (2.4, 1.5)}
 
 
 def traffic_bytes(
     parameters: int, precision: str, stage: int, gpus: int, passes: int, of_muon: int = 0
 ) -> float:
-    """Return what one GPU sends in a step of `passes` micro-batches, by a ring, as was counted.
+    """Return the bytes that one GPU sends in a step of `passes` micro-batches, by a ring.
 
-    Gradients travel in the weights' precision, at stages 2 and 3 with every micro-batch, for a rank
-    keeps only its part of the sum. Muon's matrices travel once more in float32: a rank's pieces to
-    the owners and back, or, where all ranks hold everything (stage 0), from their owners to all.
+    The factors were counted. Gradients are sent in the precision of the weights, at stages 2 and 3
+    with every micro-batch, because a rank keeps only its part of the sum. Muon's matrices are sent
+    once more in float32: a rank's pieces to the owners and back, or, if all ranks store everything
+    (stage 0), from their owners to all.
     """
     size = 4 if precision == "fp32" or stage == 0 else 2
     part = (gpus - 1) / gpus * parameters * size
@@ -174,7 +182,7 @@ def traffic_bytes(
 
 @dataclass(frozen=True)
 class Choice:
-    """A ZeRO stage and the padded tokens of a micro-batch that fit."""
+    """A ZeRO stage, and the padded tokens of a micro-batch that fits into memory."""
 
     memory: Memory
     micro_batch: int
@@ -185,9 +193,9 @@ def choose(
 ) -> Choice | None:
     """Return the lowest stage from 1 that fits, with its largest useful micro-batch, or None.
 
-    Lower stages send less. Stage 1 comes before stage 0: it sends as much and keeps a part of the
-    optimizer only (the default; measured in docs/benchmarks.md). Useful are at most a rank's share
-    of a step and 131,072 tokens, by halves.
+    Lower stages send less. Stage 1 is tried instead of stage 0, because it sends as much and keeps
+    only a part of the optimizer state (the default; measured in docs/benchmarks.md). Useful sizes
+    are at most a rank's share of a step and 131,072 tokens, and are halved until one fits.
     """
     share = max(config.batch.tokens_per_step // gpus, corpus.longest)
     sizes = [s for s in (2**n for n in range(17, 5, -1)) if corpus.longest <= s <= share]
@@ -202,8 +210,8 @@ def choose(
 def published_mfu(model: ModelConfig) -> float:
     """Return the share of peak that a published trainer of such models reached (NVIDIA BioNeMo).
 
-    Its chart for A100 gives 11.5 % at 10 million parameters and 32 % at 106 million, of the
-    floating point operations counted here.
+    Its chart for A100 gives 11.5 % at 10 million parameters and 32 % at 106 million, relative to
+    the floating point operations counted here.
     """
     return 0.115 if model.hidden_size < 512 else 0.32
 
@@ -219,17 +227,17 @@ def make_plan(
     price: float | None = None,
     assumed: AssumedCorpus | None = None,
 ) -> dict[str, Any]:
-    """Return everything that `geneloom plan --json` prints.
+    """Return the dict that `geneloom plan --json` prints.
 
     Parameters
     ----------
     assumed
-        What the corpus is made of; None: of shards.
+        The assumed corpus; None: the corpus is that of shards.
 
     Raises
     ------
     ValueError
-        The shards hold no training cells.
+        The shards contain no training cells.
     """
     if not corpus.tokens:
         raise ValueError("the shards hold no training cells")
@@ -237,7 +245,7 @@ def make_plan(
     parameters = num_parameters(config.model, corpus.num_tokens, max_length)
     chosen = choose(config, corpus, max_length, gpu, gpus)
     mean_square = sum(n * length**2 for length, n in corpus.buckets)
-    # Attention costs what the padded length does, cell by cell.
+    # The cost of attention depends on the padded length of each cell.
     flops = flops_per_token(config, corpus.num_tokens, mean_square / corpus.padded_tokens)
     usual = 1.0 if gpu.name == "cpu" else published_mfu(config.model)
     share = usual if mfu is None else mfu
@@ -294,7 +302,7 @@ def make_plan(
 
 
 def _without_auto(config: RunConfig) -> RunConfig:
-    """Return a configuration with the precision that ``auto`` means on a GPU."""
+    """Return a configuration in which the precision ``auto`` is the one of a GPU."""
     if config.run.precision != "auto":
         return config
     return config.model_copy(update={"run": config.run.model_copy(update={"precision": "bf16"})})
@@ -303,7 +311,7 @@ def _without_auto(config: RunConfig) -> RunConfig:
 def _memory_rows(
     config: RunConfig, corpus: Corpus, max_length: int, gpu: Gpu, gpus: int, micro_batch: int
 ) -> list[dict[str, Any]]:
-    """Return what a plan says of the memory at each ZeRO stage."""
+    """Return the memory needs of each ZeRO stage as rows of a plan."""
     of_stages = [
         memory_per_gpu(config, corpus, max_length, stage, gpus, micro_batch) for stage in range(4)
     ]

@@ -1,10 +1,13 @@
-"""A prediction of training speed on a GPU, by arithmetic: what binds, products, memory or the host.
+"""Predict the training speed on a GPU by arithmetic, and what limits it.
 
-Written down before any measurement, so that the first one can be held against it. Each kind of work
-takes the longer of two times, its operations over what the GPU does of that kind and its bytes over
-what memory delivers; they add up. A step takes as long as that, or as the host needs to launch it.
+The limit can be matrix products, memory or the host. The prediction was written before any
+measurement, so that the first measurement can be compared with it. Each kind of work takes the
+longer of two times: its operations divided by the GPU's rate for that kind, and its bytes divided
+by the memory bandwidth. The times of all kinds add up. A step takes this sum, or the time that the
+host needs to launch the kernels, if that is longer.
 
-No torch. Symbols: d width, i intermediate width, V vocabulary, T places of a micro-batch.
+This module does not import torch. Symbols: d width, i intermediate width, V vocabulary, T positions
+of a micro-batch.
 """
 
 from __future__ import annotations
@@ -17,24 +20,26 @@ from pretrain.plan.corpus import Corpus
 from pretrain.plan.flops import Gpu, asked_shares, layer_matrices, places_seen
 from pretrain.settings.architecture import MODERNBERT
 
-# What is reached of a data sheet: of dense products of large matrices, of the attention kernel
-# (flash attention 2 was made for A100; on H100 it is published at 350 of 989 TFLOP/s), of memory.
+# The share of the data sheet that is reached by dense products of large matrices and by memory, and
+# the rate of the attention kernel (flash attention 2 was made for A100; on H100 it is published at
+# 350 of 989 TFLOP/s).
 _OF_PRODUCTS, _OF_MEMORY = 0.7, 0.85
 _ATTENTION_FLOPS = {"a100": 190e12, "a100-40": 190e12}
 _ATTENTION_ELSE = 330e12
-# Forward, and backward that computes the weights again: 4 + 10 operations where 12 are counted.
+# Forward, and a backward that computes the attention weights again: 4 + 10 operations where 12 are
+# counted.
 _RECOMPUTED = 14 / 12
-# Microseconds of the host for an operation: Python, autograd and the launch; of a compiled one.
+# The time of the host for an operation: Python, autograd and the launch, also for a compiled one.
 _LAUNCH_S = 8e-6
-# Operations of a micro-batch and of each layer in it, forward and backward, of packed cells with
-# the published dropout (`tests/test_pretrain_roofline.py` counts them); DeepSpeed's for each
-# parameter in a micro-batch and in a step: sums in float32, norm, clipping.
+# The operations of a micro-batch and of each layer in it, forward and backward, for packed cells
+# with the published dropout (`tests/test_pretrain_roofline.py` counts them), and DeepSpeed's
+# operations for each parameter in a micro-batch and in a step: sums in float32, norm, clipping.
 _BASE, _LAYER, _COMPILED_LAYER = 85, {"bert": 46, MODERNBERT: 73}, 16
 _OF_PARAMETER, _OF_PARAMETER_IN_STEP, _OF_STEP = 2, 4, 60
 _PARAMETERS = {"bert": 16, MODERNBERT: 6}
-# Bytes over memory of a logit, from its product to its slope and back
-# (`pretrain.model.head_scores`), and of a layer's sums, norms, dropout and activations for each
-# place: of d and of i, as written, compiled.
+# The bytes that memory moves for a logit, from its product to its gradient and back
+# (`pretrain.model.head_scores`), and for each position in a layer's sums, norms, dropout and
+# activations: factors of d and of i, without and with compilation.
 _OF_LOGIT = 66
 _ELEMENTWISE = {
     ("bert", False): (90, 12), ("bert", True): (48, 12),
@@ -44,7 +49,7 @@ _ELEMENTWISE = {
 
 @dataclass(frozen=True)
 class Part:
-    """Work of one kind in a step: operations, bytes, seconds, and which of the two binds."""
+    """The work of one kind in a step: operations, bytes, seconds, and what limits it."""
 
     name: str
     flops: float
@@ -55,7 +60,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Roofline:
-    """A step of one GPU. `limit`: what binds it."""
+    """The predicted step of one GPU; `limit` names what limits its speed."""
 
     parts: tuple[Part, ...]
     launches: int
@@ -67,7 +72,7 @@ class Roofline:
 
     @property
     def record(self) -> dict[str, Any]:
-        """As values of JSON."""
+        """Return the prediction as JSON values."""
         return {
             "flops_per_step": sum(p.flops for p in self.parts),
             "bytes_per_step": sum(p.bytes for p in self.parts),
@@ -90,11 +95,11 @@ def roofline(
     Parameters
     ----------
     num_tokens, parameters
-        V, and of the model.
+        Size of the vocabulary, and number of parameters of the model.
     length
-        Mean places of a cell, each place weighing the same.
+        Mean length of a cell, in which each position has the same weight.
     passes, places
-        Micro-batches of a GPU in a step, and real places in each.
+        Micro-batches of a GPU in a step, and real tokens in each.
     """
     model, (asked, of_genes) = config.model, asked_shares(config)
     d, layers, total = model.hidden_size, model.num_layers, passes * places
@@ -104,8 +109,8 @@ def roofline(
     whole, local = places_seen(model, asked)
     seen = 12 * d * (whole * length + local)
     wide, narrow = _ELEMENTWISE[model.architecture, is_compiled]
-    # A product reads and writes what goes in and out, three times; in a layer some 2 d and i for
-    # every d of weights.
+    # A product reads its input and writes its output, three times; a layer does so for some 2 d and
+    # i numbers for every d of weights.
     moved = 3 * 2 * (layers - 1 + asked) * (8 * d + 2 * model.intermediate_size)
     products = gpu.bf16_flops * _OF_PRODUCTS
     attention = min(products, _ATTENTION_FLOPS.get(gpu.name, _ATTENTION_ELSE))
@@ -116,7 +121,7 @@ def roofline(
         _part("norms, sums", 0.0,
               layers * (wide * d + narrow * model.intermediate_size) * total, products, gpu),
         _part("loss", 0.0, logits * num_tokens * _OF_LOGIT * total, products, gpu),
-        # Weights, gradients, sums and moments: of a pass 8 bytes, of a step some 40.
+        # Weights, gradients, sums and moments: 8 bytes in each pass, and about 40 in each step.
         _part("optimizer", 0.0, parameters * (8.0 * passes + 40), products, gpu),
     )  # fmt: skip
     device_s = sum(part.seconds for part in parts)
@@ -148,7 +153,7 @@ def _launches(config: RunConfig, passes: int, is_compiled: bool) -> int:
 def rooflines(
     config: RunConfig, gpu: Gpu, gpus: int, corpus: Corpus, parameters: int, micro_batch: int
 ) -> dict[str, Any]:
-    """Return what arithmetic predicts of a step, layers as written and compiled."""
+    """Return the predictions for a step without and with compiled layers."""
     length = sum(n * size**2 for size, n in corpus.buckets) / corpus.padded_tokens
     share = config.batch.tokens_per_step / gpus
     passes = int(-(-share // micro_batch))

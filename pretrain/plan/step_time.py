@@ -1,8 +1,9 @@
-"""How long a step will take: arithmetic, what memory and network carry, and what waits in between.
+"""Estimate the duration of a step: arithmetic, memory, network, and waiting in between.
 
-Arithmetic only, no torch. Every part has a best and a worst case beside the expected one; their
-sums are the interval that a plan shows. CPU figures were measured (docs/benchmarks.md, two cores);
-those of GPUs are makers' data sheets and published figures, for nothing was measured there.
+The module contains arithmetic only and does not import torch. Every part has a best and a worst
+case besides the expected one; their sums are the interval that a plan shows. CPU figures were
+measured (docs/benchmarks.md, two cores). GPU figures are data sheets and published figures, because
+nothing was measured there.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from dataclasses import dataclass
 from pretrain.config import RunConfig
 from pretrain.settings.architecture import MODERNBERT
 
-# GPUs of a node that are tied together by NVLink.
+# The number of GPUs of a node that NVLink connects.
 _NODE = 8
 # AdamW reads weight, gradient and two moments in float32, and writes three of them.
 _ADAM_BYTES = 28
-# Our own in a step: counts, losses, gradient norm, and DeepSpeed's for overflow.
+# Geneloom's own collective operations in a step: counts, losses, gradient norm, and DeepSpeed's for
+# overflow.
 _SMALL_COLLECTIVES = 4
-# Kernels of a layer, forward and backward, without torch.compile; of head, loss and masks.
+# The kernels of a layer, forward and backward, without torch.compile; and of head, loss and masks.
 _KERNELS = {"bert": 60, MODERNBERT: 80}
 _KERNELS_AROUND = 80
 _KERNELS_COMPILED = 0.35
@@ -27,16 +29,18 @@ _KERNELS_COMPILED = 0.35
 
 @dataclass(frozen=True)
 class Machine:
-    """What carries a step beside arithmetic: bytes a second of one device, seconds of one event.
+    """The rates of a machine besides arithmetic: bytes a second of a device, seconds of an event.
 
     Attributes
     ----------
     memory, near, far
-        Bytes a second of the device's memory, and that a device sends in its node and beyond.
+        Bytes a second of the device's memory, and that a device sends inside its node and to other
+        nodes.
     launch_s, collective_s
-        Until a kernel has started; of a collective of no size, for each doubling of devices.
+        Seconds to start a kernel; seconds of an empty collective operation for each doubling of
+        devices.
     host_s
-        Of Python and DeepSpeed in a step, in which the device has nothing to do.
+        Seconds of Python and DeepSpeed in a step, in which the device is idle.
     """
 
     memory: float
@@ -55,22 +59,25 @@ MACHINES = {
     "h100": Machine(2.7e12, 360e9, _FAR, 5e-6, 12e-6, 4e-3),
     "h200": Machine(3.8e12, 360e9, _FAR, 5e-6, 12e-6, 4e-3),
     "b200": Machine(6.4e12, 700e9, _FAR, 5e-6, 12e-6, 4e-3),
-    # A core of an AMD EPYC and gloo over loopback: benchmarks.muon, benchmarks.zero.
+    # A core of an AMD EPYC, and gloo over loopback: benchmarks.muon, benchmarks.zero.
     "cpu": Machine(4e9, 1.0e9, 1.0e9, 0.0, 3e-4, 5e-3),
 }
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step, part by part; `low` and `high` are what each may be divided and
-    multiplied by."""
+    """The seconds of a step, part by part.
+
+    `doubt` is the factor by which the arithmetic may be divided or multiplied, `_OTHERS` the factor
+    for all other parts.
+    """
 
     compute: float
     optimizer: float
     network: float
     launch: float
     host: float
-    # Of arithmetic; of all else.
+    # `doubt` is for the arithmetic, `_OTHERS` for all other parts.
     doubt: float
     _OTHERS = 2.0
 
@@ -80,17 +87,17 @@ class StepTime:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Return the seconds if all goes well, and if nothing does."""
+        """Return the seconds in the best and in the worst case."""
         return self._sum(1 / self.doubt, 1 / self._OTHERS), self._sum(self.doubt, self._OTHERS)
 
     def _sum(self, of_compute: float, of_others: float) -> float:
-        # Kernels are started while others run: what takes longer counts.
+        # Kernels are started while others run, so the longer time counts.
         busy = max(self.compute * of_compute, self.launch * of_others)
         return busy + (self.optimizer + self.network + self.host) * of_others
 
 
 def kernels_per_pass(config: RunConfig) -> float:
-    """Return how many kernels a forward and backward pass starts, about."""
+    """Return about how many kernels a forward and backward pass starts."""
     count = config.model.num_layers * _KERNELS[config.model.architecture] + _KERNELS_AROUND
     return count * (_KERNELS_COMPILED if config.run.compile != "off" else 1)
 
@@ -107,26 +114,26 @@ def step_time(
     sent_bytes: float,
     includes_host: bool = False,
 ) -> StepTime:
-    """Return the time of a step.
+    """Return the duration of a step, part by part.
 
     Parameters
     ----------
     compute_s
-        Of the arithmetic of one device.
+        Seconds of arithmetic on one device.
     doubt
-        By what factor it may be off.
+        The factor by which `compute_s` may be wrong.
     passes
         Micro-batches of a device in a step.
     sent_bytes
-        Of one device in a step (`plan.traffic_bytes`).
+        Bytes that one device sends in a step (`plan.traffic_bytes`).
     includes_host
-        `compute_s` was measured in a run: launching and the host are in it.
+        `compute_s` was measured in a run, so it includes kernel launches and the host.
     """
     near = min(gpus, _NODE)
     rounds = math.log2(near) + 4 * math.log2(-(-gpus // _NODE)) if gpus > 1 else 0.0
     calls = _SMALL_COLLECTIVES + 2
     calls += 3 * config.model.num_layers * passes if stage == 3 else passes if stage == 2 else 0
-    # The slowest link sets the pace of a ring.
+    # The slowest link determines the speed of a ring.
     speed = machine.near if gpus <= _NODE else machine.far
     own = parameters / (gpus if stage else 1)
     return StepTime(

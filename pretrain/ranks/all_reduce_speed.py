@@ -1,6 +1,6 @@
-"""An all-reduce over all ranks, timed: how fast the nodes talk, and which one is slow.
+"""Time an all-reduce over all ranks, to find the speed between nodes and slow nodes.
 
-What ``geneloom doctor`` starts on every rank: ``python -m pretrain.ranks.all_reduce_speed OUT.json
+``geneloom doctor`` starts it on every rank: ``python -m pretrain.ranks.all_reduce_speed OUT.json
 MIB``.
 """
 
@@ -25,11 +25,12 @@ _TIMEOUT_S = 60
 
 
 def measure(ranks: Ranks, mib: int) -> dict[str, Any]:
-    """Return what an all-reduce of float32 [mib x 2**18] costs; all rates are of medians.
+    """Return the cost of an all-reduce of float32 [mib x 2**18]; all rates are of median times.
 
-    ``algorithm_gib_s``: bytes / seconds. ``bus_gib_s``: that x 2 (N - 1) / N, what a ring sends
-    through each link; comparable for any number of ranks. ``link_gib_s``: from each rank to the
-    next, one link at a time. ``matmul_s``: of each rank, ten products of float32 1,024 x 1,024.
+    ``algorithm_gib_s``: bytes / seconds. ``bus_gib_s``: that x 2 (N - 1) / N, the rate through each
+    link of a ring, which is comparable for any number of ranks. ``link_gib_s``: from each rank to
+    the next, one link at a time. ``matmul_s``: for each rank, the seconds of ten products of
+    float32 1,024 x 1,024.
     """
     values = torch.ones(mib * 2**18, device=ranks.device)
     gib = values.numel() * 4 / 2**30
@@ -59,7 +60,7 @@ def _nccl() -> str:
 
 
 def _links(values: torch.Tensor, ranks: Ranks) -> list[float]:
-    """Return the seconds from each rank to the next, while the other ranks wait."""
+    """Return the seconds of a transfer from each rank to the next, while the other ranks wait."""
     found = []
     for source in range(ranks.world_size if ranks.world_size > 1 else 0):
         target = (source + 1) % ranks.world_size
@@ -71,13 +72,14 @@ def _links(values: torch.Tensor, ranks: Ranks) -> list[float]:
                 dist.receive(values, source)
 
         own = str(_median(pass_on, ranks))
-        # The receiver knows when all has come; a sender may be done when it is on its way.
+        # The receiver's time is taken, because a sender may return while the data is still on its
+        # way.
         found.append(float(dist.gather_text(own, ranks)[target]))
     return found
 
 
 def _median(work: Callable[[], object], ranks: Ranks) -> float:
-    """Return the median seconds of some work, after one time that does not count."""
+    """Return the median seconds of `work`, after one run that does not count."""
     times = []
     for _ in range(_REPEATS + 1):
         dist.wait_for_all()
@@ -90,7 +92,7 @@ def _median(work: Callable[[], object], ranks: Ranks) -> float:
 
 
 def main() -> None:
-    """Measure, and let rank 0 write."""
+    """Measure the all-reduce on all ranks; rank 0 writes the result."""
     out, mib = Path(sys.argv[1]), int(sys.argv[2])
     try:
         ranks = dist.start(_TIMEOUT_S, threads=1)

@@ -1,4 +1,8 @@
-"""Ranks and what they say to each other: the only caller of torch.distributed."""
+"""Start the ranks and let them communicate; the only module that calls torch.distributed.
+
+`start` joins the process group, then the functions below count, sum, send and gather over ranks,
+and `leave` ends it.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +35,12 @@ from pretrain.ranks.signed_messages import Signer
 
 T = TypeVar("T")
 _LINEAR = torch.nn.functional.linear
-# Where this process has met the other ranks: place, store, and how often before.
+# The place where this process has met the other ranks, the store there, and how often it was used.
 _met: dict[str, Any] = {}
 _hosts: torch.distributed.ProcessGroup | None = None
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# What other launchers call RANK, WORLD_SIZE and LOCAL_RANK. A batch script of SLURM has these too
-# but for the step, which only srun's processes are in.
+# The names that other launchers use for RANK, WORLD_SIZE and LOCAL_RANK. A batch script of SLURM
+# has these variables too, except that of the step, which only processes of srun have.
 _OTHER_LAUNCHERS = {
     "mpirun of Open MPI": (
         "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
@@ -48,7 +52,7 @@ _OTHER_LAUNCHERS = {
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others, and the device it computes on."""
+    """The rank of this process, the world size, and the device that the rank computes on."""
 
     rank: int
     world_size: int
@@ -60,7 +64,7 @@ class Ranks:
 
 
 def start(timeout_s: int, threads: int | None) -> Ranks:
-    """Join the process group (a group of one without a launcher) and return this rank.
+    """Join the process group and return this rank; without a launcher the group has one rank.
 
     Raises
     ------
@@ -103,7 +107,7 @@ def start(timeout_s: int, threads: int | None) -> Ranks:
     except RuntimeError as error:
         raise _no_connection(error) from error
     global _hosts
-    # Of all ranks, for what is in the memory of hosts; gloo's own group is one.
+    # A group of all ranks for tensors in host memory; with gloo the default group is one already.
     _hosts = None
     if on_gpu:
         group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
@@ -111,7 +115,7 @@ def start(timeout_s: int, threads: int | None) -> Ranks:
         _hosts = group
     device = torch.device("cuda", gpu) if on_gpu else torch.device("cpu")
     try:
-        # Before anything is read: a wrong interface shows here.
+        # This runs before anything is read, because a wrong network interface shows here.
         torch.distributed.all_reduce(torch.zeros(1, device=device))
     except RuntimeError as error:
         raise _no_connection(error) from error
@@ -119,10 +123,10 @@ def start(timeout_s: int, threads: int | None) -> Ranks:
 
 
 def _join(backend: str, gpu: int, timeout: timedelta) -> None:
-    """Join the process group through a store that listens at one address, not at all.
+    """Join the process group through a store that listens at one address only.
 
-    Names in it begin with the launch's token, where there is one. A store of torchrun's agent is
-    left to torch.
+    Names in the store begin with a name derived from the launch's token, if there is one. If
+    torchrun's agent holds the store, torch joins the group itself.
     """
     if store_is_the_launchers() or torch.distributed.is_initialized():
         return
@@ -130,7 +134,7 @@ def _join(backend: str, gpu: int, timeout: timedelta) -> None:
     store, uses = _meeting_store(rank == 0, timeout)
     name = Signer(os.environ.get(TOKEN, "")).name
     more: dict[str, Any] = {}
-    if backend == "nccl" and world_size > 1:  # as DeepSpeed does
+    if backend == "nccl" and world_size > 1:  # DeepSpeed does the same
         more = {"device_id": torch.device("cuda", gpu)}
     torch.distributed.init_process_group(
         backend, store=PrefixStore(f"{name}/{uses}", store), rank=rank, world_size=world_size,
@@ -139,10 +143,10 @@ def _join(backend: str, gpu: int, timeout: timedelta) -> None:
 
 
 def _meeting_store(is_first: bool, timeout: timedelta) -> tuple[Any, int]:
-    """Return the store at ``MASTER_ADDR:MASTER_PORT``, and how often this process met there before.
+    """Return the store at ``MASTER_ADDR:MASTER_PORT``, and how often it was used before.
 
-    Rank 0 holds it, as long as it meets nowhere else: DeepSpeed's groups outlive a run, and a port
-    that is held cannot be had again.
+    Rank 0 keeps the store open until it meets the ranks at another place: DeepSpeed's groups
+    outlive a run, and a port that is still open cannot be opened again.
     """
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if _met.get("place") == place:
@@ -166,7 +170,7 @@ def _listener(port: int) -> int:
         The port is in use.
     """
     listener = socket.socket()
-    # As torch's own: a port that was left a minute ago can be taken again.
+    # As in torch's own store, a port that was closed a minute ago can be opened again.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((address_to_listen_at(os.environ), port))
@@ -183,15 +187,15 @@ def _listener(port: int) -> int:
 
 
 def run_secret() -> str:
-    """Return a text that all ranks of this run know and nobody else; called by all ranks.
+    """Return a text that only the ranks of this run know; called by all ranks.
 
-    It travels between the ranks' own connections, not through the store.
+    It is sent through the ranks' own connections, not through the store.
     """
     return os.environ.get(TOKEN, "") + first_rank_says(secrets.token_hex(32))
 
 
 def _no_connection(error: RuntimeError) -> ConnectionError:
-    """Return what is said when the ranks found each other but cannot talk."""
+    """Return the error for ranks that found each other but cannot communicate."""
     reason = str(error).partition("\n")[0]
     return ConnectionError(
         f"rank {os.environ['RANK']}: no connection to the other ranks ({reason}). "
@@ -202,31 +206,33 @@ def _no_connection(error: RuntimeError) -> ConnectionError:
 
 
 def start_without_others(store: Any, rank: int, world_size: int) -> None:
-    """Be a rank in a process group whose collectives do nothing; `leave` ends it.
+    """Join a process group whose collective operations do nothing; `leave` ends it.
 
-    For what a rank's files hold, which does not depend on what the others send.
+    It serves to compute which data the files of a rank contain, which does not depend on the
+    messages of other ranks.
     """
     deepspeed = _import_deepspeed()
-    # "fake": torch's own, registered by whoever made the store.
+    # "fake" is torch's own backend, which the caller registered with the store.
     torch.distributed.init_process_group("fake", store=store, rank=rank, world_size=world_size)
     deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False, verbose=False)
 
 
 def finds_gpu() -> bool:
-    """Will ranks of this machine compute on GPUs?"""
+    """Return whether ranks of this machine will compute on GPUs."""
     return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
 
 
 def gpu_of(local_rank: int, visible: int) -> int:
-    """Return the index of a rank's GPU among those that it can see.
+    """Return the index of a rank's GPU among the visible ones.
 
-    Where it sees exactly one, that is its own: SLURM's ``--gpus-per-task=1`` and Kubernetes show
-    each rank another one. Should two ranks see the same, NCCL says "Duplicate GPU detected".
+    If exactly one GPU is visible, it is the rank's own: SLURM's ``--gpus-per-task=1`` and
+    Kubernetes show each rank another one. If two ranks see the same GPU, NCCL reports "Duplicate
+    GPU detected".
 
     Raises
     ------
     ValueError
-        It sees several, and fewer than there are ranks.
+        Several GPUs are visible, but fewer than there are ranks.
     """
     if visible == 1:
         return 0
@@ -239,7 +245,7 @@ def gpu_of(local_rank: int, visible: int) -> int:
 
 
 def _of_other_launchers(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return RANK, WORLD_SIZE and LOCAL_RANK where mpirun or srun started several processes."""
+    """Return RANK, WORLD_SIZE and LOCAL_RANK if mpirun or srun started several processes."""
     if "RANK" in environment:
         return {}
     for launcher, names in _OTHER_LAUNCHERS.items():
@@ -266,19 +272,19 @@ def _import_deepspeed():
             f"deepspeed {deepspeed.__version__} is installed, {DEEPSPEED_VERSION} is needed: the "
             "checkpoints and the gradient scaling were verified with that version"
         )
-    # On CPU the first init_distributed would compile this op with g++ (about a minute) and leave
-    # 69 MB per rank in /dev/shm after every run. Training does not use it.
+    # On CPU the first init_distributed would compile this op with g++ (about a minute) and leave 69
+    # MB per rank in /dev/shm after every run. Training does not use it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _import_muon_without_a_compiler()
     return deepspeed
 
 
 def _import_muon_without_a_compiler() -> None:
-    """Import DeepSpeed's own Muon, its functions left as written.
+    """Import DeepSpeed's own Muon without compiling its functions.
 
-    DeepSpeed looks for it when it is given an optimizer. Its module asks for compiled functions,
-    for which torch loads its compiler: 4.3 of the 16 seconds of processor time that a rank needs to
-    start and train ten steps of a tiny model. No run uses these functions.
+    DeepSpeed looks for it when it receives an optimizer. Its module asks for compiled functions,
+    for which torch loads its compiler: this takes 4.3 of the 16 seconds of processor time that a
+    rank needs to start and train ten steps of a tiny model. No run uses these functions.
     """
     from deepspeed.runtime import compiler
 
@@ -297,23 +303,23 @@ def _free_port() -> str:
 
 
 def limit_waiting(timeout_s: int) -> None:
-    """Set the time-out on every process group that exists now.
+    """Set the timeout of every process group that exists now.
 
-    ZeRO makes its own groups without the time-out given to `start`; a rank that lost its peer
-    would wait 30 minutes there.
+    ZeRO makes its own groups without the timeout given to `start`; a rank that lost its peer would
+    wait there for 30 minutes.
     """
     for group in list(distributed_c10d._world.pg_names):
         distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
-# What a connection to the store raises when its other end is gone.
+# A connection to the store raises these errors when its other end is gone.
 STORE_ERRORS = (RuntimeError, OSError)
 _STORE_TIMEOUT = timedelta(seconds=60)
 
 
 def open_store(prefix: str) -> PrefixStore:
-    """Return a new connection to the key-value store that the ranks met in."""
-    # Not the training's: that may be waiting in it.
+    """Return a new connection to the key-value store in which the ranks met."""
+    # The connection of the training thread is not used, because it may be waiting for a reply.
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = torch.distributed.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
         address, port, is_master=False, timeout=_STORE_TIMEOUT
@@ -322,14 +328,14 @@ def open_store(prefix: str) -> PrefixStore:
 
 
 def store_is_the_launchers() -> bool:
-    """Is the store held by torchrun's agent, not by rank 0?"""
+    """Return whether the store is held by torchrun's agent and not by rank 0."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def is_from_a_collective(error: BaseException) -> bool:
-    """Is an error of the kind that a collective raises when another rank is gone?
+    """Return whether an error is one that a collective operation raises when another rank is gone.
 
-    gloo raises plain RuntimeError; so do many that are nobody else's fault.
+    gloo raises a plain RuntimeError, and so do many errors that no other rank has caused.
     """
     if isinstance(error, torch.distributed.DistError):
         return True
@@ -339,9 +345,10 @@ def is_from_a_collective(error: BaseException) -> bool:
 
 
 def count_over_ranks(values: dict[str, int]) -> dict[str, int]:
-    """Return the sums over all ranks, in int64: exact, and modulo 2**64.
+    """Return the sums over all ranks in int64, which are exact modulo 2**64.
 
-    Between hosts: no rank waits for its device, which may be a step behind.
+    The sums are computed between hosts, so no rank waits for its device, which may be a step
+    behind.
     """
     tensor = torch.tensor(list(values.values()), dtype=torch.int64)
     torch.distributed.all_reduce(tensor, group=_hosts)
@@ -349,38 +356,40 @@ def count_over_ranks(values: dict[str, int]) -> dict[str, int]:
 
 
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
-    """Return the sums over all ranks, in float64."""
+    """Return the sums over all ranks in float64."""
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(tensor)
     return tensor.tolist()
 
 
 def sum_in_place(values: torch.Tensor) -> None:
-    """Make a tensor the sum of all ranks' tensors."""
+    """Replace a tensor by the sum of the tensors of all ranks."""
     torch.distributed.all_reduce(values)
 
 
 def send(values: torch.Tensor, to: int) -> None:
-    """Send a tensor to a rank that receives it."""
+    """Send a tensor to a rank, which must call `receive`."""
     torch.distributed.send(values, to)
 
 
 def receive(values: torch.Tensor, source: int) -> None:
-    """Fill a tensor with what a rank sends."""
+    """Fill a tensor with the one that a rank sends."""
     torch.distributed.recv(values, source)
 
 
 def exchange(
     values: torch.Tensor, sent_sizes: list[int], received_sizes: list[int]
 ) -> torch.Tensor:
-    """Return what all ranks send to this one, in their order; `values` go out in that order.
+    """Send a part of `values` to each rank, and return the parts that all ranks send to this one.
+
+    Both are in the order of ranks.
 
     Parameters
     ----------
     values
-        Flat, of sum(sent_sizes) elements.
+        One-dimensional, of sum(sent_sizes) elements.
     sent_sizes, received_sizes
-        Elements for and from each rank; its own included.
+        Number of elements for and from each rank, including this rank itself.
     """
     received = values.new_empty(sum(received_sizes))
     torch.distributed.all_to_all_single(received, values, received_sizes, sent_sizes)
@@ -388,24 +397,24 @@ def exchange(
 
 
 def gather_text(text: str, ranks: Ranks) -> list[str]:
-    """Return every rank's text, in the order of ranks, on every rank."""
+    """Return the texts of all ranks, in the order of ranks, on every rank."""
     texts: list[str] = [""] * ranks.world_size
     torch.distributed.all_gather_object(texts, text)
     return texts
 
 
 def first_rank_says(text: str) -> str:
-    """Return rank 0's text on every rank."""
+    """Return the text of rank 0 on every rank."""
     holder = [text]
     torch.distributed.broadcast_object_list(holder, src=0)
     return holder[0]
 
 
 def first_rank_first(ranks: Ranks, function: Callable[[], T]) -> T:
-    """Return what a function returns; the others call it when rank 0 has done so.
+    """Return the result of a function; the other ranks call it after rank 0 has called it.
 
-    For what is kept in a file: rank 0 makes it, the others find it. An error of rank 0 is raised
-    there alone; the others try for themselves.
+    It serves for results that are kept in a file: rank 0 computes them, and the others find the
+    file. An error of rank 0 is raised on rank 0 alone; the others still call the function.
     """
     if not ranks.is_first:
         wait_for_all()
@@ -417,29 +426,31 @@ def first_rank_first(ranks: Ranks, function: Callable[[], T]) -> T:
 
 
 def wait_for_all() -> None:
-    """Return when every rank has come here."""
+    """Return when every rank has called this function."""
     torch.distributed.barrier()
 
 
 def leave() -> None:
-    """Leave the process group, so that this process can start another one."""
+    """Leave the process group, so that this process can join another one."""
     if torch.distributed.is_initialized():
-        # DeepSpeed keeps groups of its own: torch's call alone would leave it with dead ones.
+        # DeepSpeed has groups of its own; torch's call alone would leave DeepSpeed with dead
+        # groups.
         _import_deepspeed().comm.destroy_process_group()
     forget_earlier_runs()
 
 
 def forget_earlier_runs() -> None:
-    """Undo what DeepSpeed sets for the life of a process, so that a run is the same in any.
+    """Undo the settings that DeepSpeed makes for a whole process.
 
-    ZeRO 3 replaces torch's linear layer. The replacement hands over gradients in another order
-    (weight, bias), and ZeRO 2 adds up those of all ranks in the order in which they come: ranks of
-    which some have had ZeRO 3 before would add biases to weights.
+    After this a run does not depend on earlier runs in the process. ZeRO 3 replaces torch's linear
+    layer. The replacement returns gradients in another order (weight, bias), and ZeRO 2 adds up the
+    gradients of all ranks in the order in which they come. If only some ranks had used ZeRO 3
+    before, biases would be added to weights.
 
-    A run in autocast (bf16 at stage 0) tells every later one that its gradients travel in the type
-    of the weights, whatever `communication_data_type` says.
+    A run in autocast (bf16 at stage 0) makes every later run communicate gradients in the type of
+    the weights, whatever `communication_data_type` says.
     """
     torch.nn.functional.linear = _LINEAR
-    # Not imported yet means not used yet.
+    # If the module is not imported, it was not used yet.
     if autocast := sys.modules.get("deepspeed.runtime.torch_autocast"):
         vars(autocast).update(TORCH_AUTOCAST_INITIALIZED=False, TORCH_AUTOCAST_DTYPE=None)

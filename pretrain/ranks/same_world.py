@@ -1,7 +1,8 @@
-"""Do all ranks run the same code on the same data with the same settings? Asked before step 1.
+"""Check that all ranks run the same code on the same data with the same settings.
 
-A rank that differs would train silently on other cells or by other rules, or fail in a collective
-with a message that says nothing of the reason.
+`agreed_world` is called before the first step. A rank that differs would silently train on other
+cells or by other rules, or fail in a collective operation with a message that does not tell the
+reason.
 """
 
 from __future__ import annotations
@@ -25,27 +26,27 @@ from pretrain.ranks.dist import Ranks
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "numba")
-# Where each host keeps the shards is its own matter; what is in them is not.
+# Each host may keep the shards in another place, but their content must be the same.
 _OWN = ("data.shards", "data.cache")
 _SKEW_S = 5.0
 _SHOWN = 5
 
 
 class DifferentWorlds(SharedFailure, ValueError):
-    """The ranks of a run do not have the same code, settings or data."""
+    """The ranks of a run differ in code, settings or data."""
 
 
 def agreed_world(config: RunConfig, ds_config: dict[str, Any], ranks: Ranks) -> ShardSet:
     """Compare code, versions, settings, clocks and shards of all ranks; return the shards.
 
-    Called by all ranks, before anything is written. Clocks that differ are a warning: nothing but
-    times in records depends on them.
+    All ranks call it before anything is written. Clocks that differ only cause a warning, because
+    nothing but the times in records depends on them.
 
     Raises
     ------
     DifferentWorlds
-        On all ranks, with host, item and both values of each difference; or the shards cannot be
-        opened on one of them.
+        Raised on all ranks, with host, item and both values of each difference, or if one of the
+        ranks cannot open the shards.
     """
     _require_same_settings(config, ds_config, ranks)
     return _agreed_shards(config, ranks)
@@ -86,7 +87,7 @@ def _agreed_shards(config: RunConfig, ranks: Ranks) -> ShardSet:
 
 
 def _require_equal(mine: dict[str, Any], ranks: Ranks) -> None:
-    """Raise on all ranks if their values are not the same; one hash travels where they are."""
+    """Raise on all ranks if their values differ; if they are equal, only one hash is sent."""
     text = json.dumps([_host(ranks), mine])
     digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
     if len(set(dist.gather_text(digest, ranks))) == 1:
@@ -124,7 +125,7 @@ def _host(ranks: Ranks) -> str:
 
 
 def _flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
-    """Return nested values by names with dots."""
+    """Return nested values as one dict whose names contain dots."""
     flat = {}
     for key, value in values.items():
         if isinstance(value, dict):

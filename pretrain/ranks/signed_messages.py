@@ -1,4 +1,4 @@
-"""Messages that only somebody who has a run's secret can write."""
+"""Sign messages, so that only a process that knows the secret of a run can write them."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ _DIGITS = 64
 
 
 class Signer:
-    """Signs texts, and tells those that were signed with the same secret from others."""
+    """Signs texts, and recognises messages that were signed with the same secret."""
 
     def __init__(self, secret: str) -> None:
         self._key = hashlib.sha256(secret.encode()).digest()
 
     @property
     def name(self) -> str:
-        """A name that follows from the secret, which does not follow from it."""
+        """Return a name derived from the secret; the secret cannot be computed from it."""
         return self._digest("name")[:32]
 
     def sign(self, text: str) -> str:
-        """Return a text with its signature before it."""
+        """Return a text preceded by its signature."""
         return self._digest(text) + text
 
     def opened(self, message: bytes) -> str | None:
-        """Return the text of a message, None if it was not signed with this secret."""
+        """Return the text of a message, or None if it was not signed with this secret."""
         found = message.decode(errors="replace")
         digest, text = found[:_DIGITS], found[_DIGITS:]
         own = self._digest(text)

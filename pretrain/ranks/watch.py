@@ -1,16 +1,18 @@
-"""Signs of life: a rank that dies or stands still ends the others, with a message.
+"""Watch for ranks that die or stop making progress, and end the other ranks with a message.
 
-A collective notices a dead peer when its connection closes (gloo), or after a time-out of minutes
-(nccl, a machine that is gone, a process that is stopped). So every rank counts up in the key-value
-store of the launch, from a thread, and looks at the next rank's count. Who finds it unchanged for
-too long says so to all, through the store; everybody ends. The load does not grow with the ranks.
+A collective operation notices a dead peer when its connection closes (gloo), or after a timeout of
+minutes (nccl, a lost machine, a stopped process). Therefore every rank runs a thread that
+increments a count in the key-value store of the launch and looks at the next rank's count. If a
+count stays unchanged for too long, the thread reports this to all ranks through the store, and all
+ranks end. The load on a rank does not grow with the number of ranks.
 
-A rank that is alive but does not get on (a file system that hangs, a collective that one rank never
-comes to) is found by its own thread, and who stopped is named. All ranks pass the same points in
-the same order; each thread writes the last one that its rank has passed, and when. Who has passed
-fewest is who the others wait for. That holds under NCCL too, where ranks wait for the device and
-not in a collective, and where a communicator that was given up makes all of them look late. Only
-where all have come equally far is it the one that is in no collective.
+A rank may also be alive without making progress, because a file system hangs or because one rank
+never enters a collective operation. The rank's own thread notices this, and the message names the
+rank that stopped. All ranks pass the same points in the same order; each thread writes the last
+point that its rank has passed, and the time. The others wait for the rank that has passed the
+fewest points. This also holds under NCCL, where ranks wait for the device and not in a collective
+operation, and where an aborted communicator makes all ranks look late. Only if all ranks have
+passed equally many points, the one outside any collective operation is named.
 """
 
 from __future__ import annotations
@@ -36,13 +38,15 @@ from pretrain.ranks.signed_messages import Signer
 
 logger = logging.getLogger(__name__)
 
-# Rounds are counted, not seconds: a job that was suspended as a whole must not accuse anybody.
+# Rounds are counted, not seconds, because a job that was suspended as a whole must not report any
+# rank.
 _ROUNDS_PER_LIMIT = 10
-# Enough when a collective has failed already.
+# This many rounds are enough after a collective operation has failed.
 _HURRIED_ROUNDS = 4
-# One for the news that a collective failed, one to find the culprit, one to hear of it; and some.
+# One round for the news that a collective operation failed, one to find the rank that caused it,
+# one to receive its name, and some spare rounds.
 _ROUNDS_TO_FIND_OUT = _HURRIED_ROUNDS + 6
-# Until every rank has read the reason why the run ends.
+# After so many rounds every rank has read the reason why the run ends.
 _ROUNDS_TO_HEAR = 3
 _NAMED = 4
 _IN_COLLECTIVE = "in a collective"
@@ -59,9 +63,9 @@ class Watch:
     Parameters
     ----------
     limit_s
-        How long a rank may give no sign of life; 0: nobody watches.
+        How long a rank may give no sign of life; 0: ranks are not watched.
     stall_s
-        How long a rank may stay in one step; 0: for ever.
+        How long a rank may stay in one step; 0: without limit.
     """
 
     def __init__(self, ranks: Ranks, limit_s: float, stall_s: float = 0) -> None:
@@ -71,7 +75,7 @@ class Watch:
         self._limit_s, self._stall_s = limit_s, stall_s
         self._step: int | None = None
         self._rounds_in_step = 0
-        # How many points were passed, the last one, and when.
+        # The number of points passed, the last point, and its time.
         self._passed: tuple[int, str, float] = (0, "the start", time.time())
         self._has_said_where = self._has_warned = False
         self._rounds = 0
@@ -80,10 +84,12 @@ class Watch:
         self._ending = threading.Lock()
         self._threads: list[threading.Thread] = []
         if limit_s > 0 and self._others:
-            # Names of its own: torchrun's store outlives the processes that it starts again.
+            # The names are unique to this run, because torchrun's store outlives the processes that
+            # it restarts.
             self._signer = Signer(dist.run_secret())
             self._store = dist.open_store(self._signer.name)
-            # With a slow name server a connection takes seconds, and the store answers nobody.
+            # With a slow name server a connection takes seconds, in which the store answers no
+            # other rank.
             dist.wait_for_all()
             for work in (self._talk, self._look_at_talk):
                 self._threads.append(threading.Thread(target=work, name="watch", daemon=True))
@@ -92,7 +98,7 @@ class Watch:
             self._threads.append(threading.Thread(target=work, name="watch", daemon=True))
 
     def __enter__(self) -> Watch:
-        # `kill -USR2` writes what every thread does; a supervisor asks so before it ends a rank.
+        # `kill -USR2` prints what every thread does; a supervisor sends it before it ends a rank.
         faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=True)
         for thread in self._threads:
             thread.start()
@@ -117,19 +123,19 @@ class Watch:
         self._stopped.set()
 
     def progress(self, step: int | None = None) -> None:
-        """Note that the main thread gets on; from the first step on a stall is looked for."""
+        """Record that the main thread makes progress; from the first step on stalls are noticed."""
         self._step, self._rounds_in_step = self._step if step is None else step, 0
         self.passed("the last batch" if step is None else "the step's cells")
 
     def passed(self, point: str) -> None:
-        """Note that the main thread passed a point that every rank passes, in the same order."""
+        """Record that the main thread passed a point; all ranks pass the same ones in order."""
         self._passed = self._passed[0] + 1, point, time.time()
 
     def _leave_together(self) -> None:
-        """Return when all ranks are through and none of them watches any more.
+        """Return when all ranks have left the block and none of them watches any more.
 
-        Nobody stops watching before everybody is through, and rank 0, which holds the store, does
-        not leave before nobody uses it.
+        No rank stops watching before all have finished, and rank 0, which holds the store, does not
+        leave while another rank uses it.
         """
         if not self._others:
             return
@@ -140,7 +146,7 @@ class Watch:
         dist.wait_for_all()
 
     def _find_reason(self, error: BaseException) -> None:
-        """End this process with the name of the rank because of which a collective failed."""
+        """End this process with the name of the rank that made a collective operation fail."""
         if self._threads and self._others:
             logger.warning("rank %d: a collective failed; looking for the reason", self._rank)
             self._is_hurried = True
@@ -159,14 +165,14 @@ class Watch:
         raise failure from error
 
     def _report_own(self, error: Exception) -> None:
-        # This process ends by itself.
+        # This process ends by its own error, not by the watch.
         self._stopped.set()
         if self._threads and self._others:
             text = f"rank {self._rank} failed: {type(error).__name__}: {error}"
             self._report(text, self._others + 1)
 
     def _talk(self) -> None:
-        """Give signs of life, look for those of the next rank, and listen."""
+        """Give signs of life, look for those of the next rank, and read reports of failures."""
         beats = unchanged = 0
         while not self._stopped.wait(self._interval_s):
             try:
@@ -175,19 +181,21 @@ class Watch:
                 now = self._store.add(f"beats/{self._next}", 0)
                 self._is_hurried |= self._store.add("suspicions", 0) > 0
                 if self._store.add("failures", 0) and (failure := self._told_failure()):
-                    # Rank 0 holds the store: it stays until the others have heard it too.
+                    # Rank 0 holds the store, so it stays until the others have read the failure
+                    # too.
                     self._report(failure, self._others + 1)
                     self._end(failure)
             except dist.STORE_ERRORS:
                 if dist.store_is_the_launchers() and launcher_is_gone(within_s=1):
-                    # The ranks are asked to stop; they save without being watched.
+                    # The launcher asks the ranks to stop; they save a checkpoint without being
+                    # watched.
                     self._stopped.set()
                     return
                 self._end(_STORE_IS_GONE + "is gone")
                 return
             self._rounds += 1
             self._look_at_main_thread()
-            # Before its first sign a rank is starting its threads.
+            # Before its first sign of life a rank is still starting its threads.
             unchanged = unchanged + 1 if now == beats and (now or self._is_hurried) else 0
             beats = now
             if unchanged > self._patience():
@@ -196,13 +204,13 @@ class Watch:
                 self._end(text)
 
     def _look_at_main_thread(self) -> None:
-        """End the run if this rank does not get on; say where it is if some rank suspects that."""
+        """End the run if this rank is stalled; print where it is if any rank is stalled."""
         if self._is_stalled() and self._store.add("stalls", 1) == 1:
             self._say_where()
-            # The whereabouts of the others come in their next rounds.
+            # The other ranks write where they are in their next rounds.
             self._stopped.wait(_ROUNDS_TO_HEAR * self._interval_s)
             text = self._who_stands_still()
-            # All hear it, also one that stands still: another thread of it does.
+            # All ranks read the report, also a stalled one, because another thread of it does so.
             self._report(text, self._others + 1)
             self._end(text)
         if self._store.add("stalls", 0) and not self._has_said_where:
@@ -222,14 +230,14 @@ class Watch:
         return where
 
     def _look_at_itself(self) -> None:
-        """Do as `_look_at_main_thread` for a rank that is alone."""
+        """Do the same as `_look_at_main_thread` for a run with one rank."""
         while not self._stopped.wait(self._interval_s):
             if self._is_stalled():
                 where = self._say_where()
                 self._end(f"no step was finished for {self._stall_s:.0f} s: {where}")
 
     def _who_stands_still(self) -> str:
-        """Return the ranks that the others wait for: those that are in no collective."""
+        """Return the ranks that the others wait for: those behind, or outside a collective."""
         said = {}
         for rank in range(self._others + 1):
             if self._store.check([f"where/{rank}"]):
@@ -245,8 +253,10 @@ class Watch:
         return f"no step was finished for {self._stall_s:.0f} s: {who}"
 
     def _who_is_behind(self) -> dict[int, str]:
-        """Return of the ranks that have passed fewest points what the last one was and when; none
-        if all have passed as many."""
+        """Return, for the ranks that have passed the fewest points, their last point and its time.
+
+        The result is empty if all ranks have passed equally many.
+        """
         found = {}
         for rank in range(self._others + 1):
             if self._store.check([f"passed/{rank}"]):
@@ -262,7 +272,7 @@ class Watch:
         }
 
     def _look_at_talk(self) -> None:
-        """End if the store does not answer: the thread that asked it waits for ever."""
+        """End the process if the store does not answer, for its thread then waits forever."""
         rounds = unchanged = 0
         while not self._stopped.wait(self._interval_s):
             now = self._rounds
@@ -278,7 +288,7 @@ class Watch:
         return f"{who} gave no sign of life for {self._patience() * self._interval_s:.1f} s"
 
     def _told_failure(self) -> str | None:
-        """Return what a rank of this run has told of a failure; what others wrote is no news."""
+        """Return the failure that a rank of this run reported; other messages are ignored."""
         if not self._store.check(["failure"]):
             return None
         text = self._signer.opened(self._store.get("failure"))
@@ -291,14 +301,17 @@ class Watch:
         return text
 
     def _report(self, text: str, listeners: int) -> None:
-        """Tell all ranks; the first report counts. `listeners`: who can hear it, this rank too."""
+        """Tell all ranks of a failure; the first report counts.
+
+        `listeners` is the number of ranks that can read it, including this one.
+        """
         try:
             if self._store.add("reports", 1) == 1 or self._told_failure() is None:
                 self._store.set("failure", self._signer.sign(text))
                 self._store.add("failures", 1)
             heard = self._store.add("heard", 1)
             for _ in range(4 * _ROUNDS_TO_HEAR):
-                # The store ends with rank 0; the others need not wait.
+                # The store ends with rank 0, so only rank 0 has to wait.
                 if self._rank > 0 or heard >= listeners:
                     break
                 time.sleep(self._interval_s / 4)
@@ -307,7 +320,7 @@ class Watch:
             logger.warning("rank %d: nobody could be told: %s", self._rank, text)
 
     def _end(self, text: str) -> None:
-        """End this process: its main thread may wait for ever in a collective."""
+        """End this process at once: its main thread may wait forever in a collective."""
         if self._stopped.is_set() or not self._ending.acquire(blocking=False):
             return
         print(
@@ -320,7 +333,7 @@ class Watch:
 
 
 def whereabouts() -> str:
-    """Return which line of this project the main thread is in, and whether in a collective."""
+    """Return the line of this project that the main thread is in, and whether in a collective."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     stack = list(traceback.walk_stack(frame))
     waits = any(

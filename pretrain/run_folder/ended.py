@@ -1,7 +1,7 @@
 """``ended.json``: how a run ended, for scripts that cannot see its exit code.
 
-DeepSpeed's launcher ends with 1 for whatever is not 0, and torchrun does the same; here stands
-what the run itself would say.
+DeepSpeed's launcher and torchrun exit with 1 for any exit code other than 0. This file contains the
+exit code of the run itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ENDED_NAME = "ended.json"
 
 
 class Progress(Protocol):
-    """How far a run is, and whether it was stopped."""
+    """The interface that tells how far a run is, and whether it was stopped."""
 
     stopped: bool
     last_step: int
@@ -30,7 +30,10 @@ class Progress(Protocol):
 
 @contextlib.contextmanager
 def recorded_end(run: Path, ranks: Ranks, progress: Progress, owner: Owner) -> Iterator[None]:
-    """Let rank 0 write how the block ended; while it runs, and after a kill, there is no file."""
+    """Let rank 0 write how the ``with`` block ended.
+
+    While the block runs, and after the process was killed, the file does not exist.
+    """
     if not ranks.is_first:
         yield
         return

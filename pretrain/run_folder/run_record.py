@@ -1,4 +1,8 @@
-"""The record of a run: what it was told, what it saw, what it ran on."""
+"""The record of a run: its settings, its data, and the software and machine it ran on.
+
+`write_run_files` writes the record when a run starts; `run_record` and `step_record` give the part
+that every checkpoint contains.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +39,10 @@ def run_record(
     prior: ArithmeticPrior | None = None,
     computing: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return what every checkpoint says about its run.
+    """Return the entries about the run that every checkpoint contains.
 
-    `init` is what `start_weights` or `start_counted` returned, None for random weights;
-    `computing`: what was chosen by the device (`pretrain.device`).
+    `init` is the record that `start_weights` or `start_counted` returned, None for random weights.
+    `computing` is the choice for the device (`pretrain.device`).
     """
     return {
         "vocabulary_sha256": shards.vocabulary.sha256,
@@ -56,7 +60,7 @@ def run_record(
 def step_record(
     done: int, seed: int, steps_per_epoch: int, heldout_loss: float | None
 ) -> dict[str, Any]:
-    """Return what a checkpoint says of its step: where in the order of cells, and how good."""
+    """Return a checkpoint's entries about its step: position among the cells, held-out loss."""
     epoch, within = divmod(done, steps_per_epoch)
     return {
         "step": done,
@@ -94,7 +98,7 @@ def write_run_files(
 
 
 def _write_corpus_svd(config: RunConfig, shards: ShardSet) -> None:
-    """Write the corpus SVD, so that whoever has the model can embed new cells by it too."""
+    """Write the corpus SVD, so that users of the model can also embed new cells with it."""
     number = config.evaluation.svd_cells
     if number == 0:
         return
@@ -107,12 +111,12 @@ def _write_corpus_svd(config: RunConfig, shards: ShardSet) -> None:
 
 
 def is_run_folder(out: Path) -> bool:
-    """Has a run written its settings here?"""
+    """Return whether a run has written its settings into this folder."""
     return (out / "config.yaml").is_file()
 
 
 def environment() -> dict[str, Any]:
-    """Return what a run ran on: commit, versions, machine."""
+    """Return the environment of a run: commit, versions, machine."""
     packages = ("torch", "deepspeed", "transformers", "numpy", "pyarrow", "safetensors")
     folder = Path(__file__).resolve().parent
     commit = _git(folder, "rev-parse", "HEAD")

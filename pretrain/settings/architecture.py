@@ -1,4 +1,4 @@
-"""What a model folder says of its model, and whether settings agree with it."""
+"""Read the architecture from a model folder, and compare it with the settings of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 BERT, MODERNBERT = "bert", "modernbert"
 _TITLES = {BERT: "BERT", MODERNBERT: "ModernBERT"}
-# Settings that the config.json of `model.init_from` decides, and Hugging Face's names for them.
+# The config.json of `model.init_from` decides these settings; the values are Hugging Face's names.
 _NAMES = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
@@ -33,16 +33,16 @@ _FOLDER_NAMES = {
         "local_window": "local_attention",
     },
 }
-# Of a ModernBERT, what does not stand in its config.json as one value.
+# These settings of a ModernBERT are not single values in its config.json.
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _ROTARY_BASES = dict(zip(("rotary_base", "local_rotary_base"), _LAYER_TYPES, strict=True))
-# No stored weight depends on them: a run may choose others.
+# No stored weight depends on these settings, so a run may choose other values.
 _FREE_TO_DIFFER = {"hidden_dropout", "attention_dropout", "initializer_range"}
-# What the shapes and the meaning of weights depend on.
+# The shapes and the meaning of the weights depend on these settings.
 ARCHITECTURE = {
     "architecture", "global_every", *_ROTARY_BASES, *_FOLDER_NAMES[BERT], *_FOLDER_NAMES[MODERNBERT]
 } - _FREE_TO_DIFFER  # fmt: skip
-# What the model always is. Folders leave these out when they are so.
+# The model always has these values, and folders may leave them out.
 _NOT_SETTABLE = {
     BERT: {
         "position_embedding_type": "absolute",
@@ -92,7 +92,7 @@ def read_architecture(path: Path) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        As `read_model_config`; or the file lacks a setting, or describes another kind of model.
+        As in `read_model_config`; or the file lacks a setting, or describes an unsupported variant.
     """
     content = read_model_config(path)
     kind = content["model_type"]
@@ -112,14 +112,14 @@ def read_architecture(path: Path) -> dict[str, Any]:
 
 
 def layer_types(num_layers: int, global_every: int) -> list[str]:
-    """Return what each layer of a ModernBERT attends to, in Hugging Face's words."""
+    """Return the attention type (full or sliding) of each ModernBERT layer, as in its config."""
     return [_LAYER_TYPES[bool(n % global_every)] for n in range(num_layers)]
 
 
 def _rotary_settings(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     """Return which layers of a ModernBERT are global, and the bases of its rotary positions.
 
-    Folders of 2024 name these as numbers, later ones as lists and dictionaries.
+    Folders of 2024 store these as numbers, later ones as lists and dictionaries.
     """
     number = content["num_hidden_layers"]
     types = content.get("layer_types") or layer_types(
@@ -142,14 +142,14 @@ def _rotary_settings(path: Path, content: dict[str, Any]) -> dict[str, Any]:
 def architecture_conflicts(
     given: dict[str, Any], folder: Path, theirs: dict[str, Any]
 ) -> list[str]:
-    """Return one sentence if given model settings are not those of a folder's weights, or none.
+    """Return one sentence if model settings conflict with a folder's weights, else nothing.
 
     Parameters
     ----------
     given
         Any part of the model section.
     theirs
-        What `read_architecture` says of `folder`.
+        The result of `read_architecture` for `folder`.
     """
     own, other = given.get("architecture"), theirs["architecture"]
     if own is not None and own != other:
@@ -172,7 +172,7 @@ def architecture_conflicts(
 
 
 def take_architecture(content: dict) -> list[str]:
-    """Fill the model settings that only the folder of `init_from` gives; return what conflicts."""
+    """Fill the missing model settings from the folder of `init_from`, and return the conflicts."""
     given = content.get("model")
     if not isinstance(given, dict) or not isinstance(given.get("init_from"), str):
         return []
@@ -180,7 +180,7 @@ def take_architecture(content: dict) -> list[str]:
     path = folder / "config.json"
     run = content.get("run")
     if not path.exists() and isinstance(run, dict):
-        # A run that goes on has its architecture itself, and needs the folder no more.
+        # A run that is resumed has stored its architecture, and does not need the folder any more.
         own = Path(str(run.get("out"))) / "model_config.json"
         path = own if own.exists() else path
     try:
@@ -194,7 +194,7 @@ def take_architecture(content: dict) -> list[str]:
 
 
 def number_if_one(value: Any) -> Any:
-    """Return text that is a number as one (YAML 1.1 reads 1e-3 as text), anything else as it is."""
+    """Return a number if the text is one (YAML 1.1 reads 1e-3 as text), else the value itself."""
     if isinstance(value, str):
         try:
             return float(value)

@@ -1,4 +1,4 @@
-"""Settings of the model: architecture, sizes, and its weights before the first step."""
+"""Settings of the model: its architecture, sizes, and initial weights."""
 
 from __future__ import annotations
 
@@ -11,27 +11,30 @@ from pretrain.settings.architecture import BERT, MODERNBERT
 
 
 class Section(BaseModel):
-    """A part of the settings: frozen, without unknown names."""
+    """A section of the settings; it is frozen and refuses unknown names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def filled_in(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Return settings with defaults, which may be None, in place of what is absent or None."""
+    """Return settings in which absent or None values are replaced by defaults that are not None."""
     return given | {k: v for k, v in defaults.items() if given.get(k) is None and v is not None}
 
 
 def _unlike_bert(default: Any, modernbert: Any, description: str, **limits: Any) -> Any:
-    """Return a field whose default depends on the architecture; None: it has no such setting."""
+    """Return a field whose default depends on the architecture; None: there is no such setting."""
     extra = {MODERNBERT: modernbert}
     return Field(default=default, description=description, json_schema_extra=extra, **limits)
 
 
 class ModelConfig(Section):
-    """The encoder. `bert`: post-norm, learned positions; the defaults are those of V1 6 layers
-    (Geneformer, Nature 2023). `modernbert`: pre-norm, rotary positions, gated feed-forward parts,
-    layers that attend to neighbours only (Warner et al. 2024). Both: tied embeddings. With
-    `init_from`, the folder's config.json gives architecture and sizes."""
+    """The encoder, with tied embeddings.
+
+    The architecture `bert` has post-norm and learned positions; its defaults are those of V1 with 6
+    layers (Geneformer, Nature 2023). The architecture `modernbert` has pre-norm, rotary positions,
+    gated feed-forward parts, and layers that attend to neighbours only (Warner et al. 2024). With
+    `init_from`, the folder's config.json decides architecture and sizes.
+    """
 
     architecture: Literal["bert", "modernbert"] = Field(
         default="bert", description="Hugging Face's model whose weights and config these are"
@@ -180,9 +183,10 @@ class ModelConfig(Section):
         return self
 
     def decisive(self) -> dict[str, Any]:
-        """Return, as values of JSON, the settings that decide the weights and are this model's.
+        """Return the settings that determine the weights and apply to this model, as JSON values.
 
-        Not the paths: the weights that a run started from have a hash in its record.
+        Paths are left out, because the record of a run contains a hash of the weights it started
+        from.
         """
         fields, without = (
             type(self).model_fields,

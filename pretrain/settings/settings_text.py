@@ -1,4 +1,4 @@
-"""Settings as text: how one is given on a command line, and what is said of a wrong one."""
+"""Settings as text: parse an override of the command line, and explain wrong settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pretrain.settings.architecture import number_if_one
 
 
 def apply_override(content: dict, override: str) -> None:
-    """Put ``section.field=value`` into settings; ValueError if it is not of that form."""
+    """Apply ``section.field=value`` to settings; raise ValueError if it does not have that form."""
     key, separator, text = override.partition("=")
     parts = key.split(".")
     if not separator or len(parts) != 2:
@@ -28,9 +28,9 @@ def apply_override(content: dict, override: str) -> None:
 
 
 def explain(error: Any, settings: type[BaseModel]) -> str:
-    """Return one validation problem in words, with the nearest known name for a misspelt one.
+    """Return a description of a validation problem, with the nearest name if one is misspelt.
 
-    `settings`: the model of all sections that was validated.
+    `settings` is the model of all sections that was validated.
     """
     location = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
@@ -40,7 +40,7 @@ def explain(error: Any, settings: type[BaseModel]) -> str:
         return f"'{location}' is no setting; {hint}"
     if error["type"] == "missing":
         return f"'{location}' is required (give {location}=...)"
-    if not location:  # of several sections: the text names them
+    if not location:  # it concerns several sections, which the text names
         return error["msg"]
     return f"'{location}': {error['msg']} (given {error['input']!r})"
 

@@ -1,4 +1,4 @@
-"""A run that goes on from another program's DeepSpeed checkpoint: weights, moments, step count."""
+"""Continue training from another program's DeepSpeed checkpoint: weights, moments, step count."""
 
 from __future__ import annotations
 
@@ -19,28 +19,30 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ForeignCheckpoint(Checkpoint):
-    """What stands in for a checkpoint of ours; `record` says only what is known of it."""
+    """A stand-in for a checkpoint of this project; `record` contains only what is known of it."""
 
     source: Reader
 
     def reader(self) -> Any:
-        """Return a `Reader` of the files of all ranks, by the names that a run's model has."""
+        """Return a `Reader` of the files of all ranks, with the names of this run's model."""
         return self.source
 
 
 def foreign_checkpoint(config: RunConfig, shards: ShardSet, steps: int) -> ForeignCheckpoint:
-    """Return where a run begins that has `model.init_moments`: each rank reads the files itself.
+    """Return the checkpoint that a run with `model.init_moments` starts from.
+
+    Each rank reads the files itself.
 
     Parameters
     ----------
     steps
-        That the run is to have in all.
+        Total number of steps that the run is to have.
 
     Raises
     ------
     ValueError
-        As `warm_start.start_weights`; or the folder has no moments of AdamW or another vocabulary,
-        the run another optimizer, or no steps left.
+        As in `warm_start.start_weights`; or the folder has no moments of AdamW or another
+        vocabulary, or the run has another optimizer or no steps left.
     """
     folder = config.model.init_from
     assert folder is not None
@@ -73,7 +75,7 @@ def foreign_checkpoint(config: RunConfig, shards: ShardSet, steps: int) -> Forei
 
 
 def log_continued(found: Checkpoint, seed: int) -> None:
-    """Log what is known of where a run goes on, and what cannot be known."""
+    """Log what is known of the state that a run continues from, and what cannot be known."""
     init = found.record["init"]
     logger.warning(
         "weights, moments and step count are those of %s (DeepSpeed %s, %s): goes on at step %d, "
@@ -86,7 +88,7 @@ def log_continued(found: Checkpoint, seed: int) -> None:
 
 
 def _counts(stored: StoredWeights) -> tuple[int, int]:
-    """Return how many steps a DeepSpeed checkpoint has done, and how many its optimizer counted."""
+    """Return the steps that a DeepSpeed checkpoint has done, and those its optimizer counted."""
     state = stored.state
     if state is None or not state.has_moments(stored.names.values()):
         found = stored.path.name if state is None else f"files of {state.kind}"
@@ -103,7 +105,7 @@ def _counts(stored: StoredWeights) -> tuple[int, int]:
 
 
 def _record(init: dict[str, Any], stored: StoredWeights, step: int, updates: int) -> dict[str, Any]:
-    """Return what of a checkpoint's record is known."""
+    """Return the part of a checkpoint's record that is known."""
     assert stored.state is not None
     said = {"step": step, "updates": updates}
     continued = said | {"version": stored.state.version, "kind": stored.state.kind}

@@ -1,9 +1,11 @@
-"""Weights, moments and step count of a checkpoint that DeepSpeed wrote, of whatever program.
+"""Read weights, moments and step count of a DeepSpeed checkpoint that any program wrote.
 
-ZeRO 1 and 2 lay the parameters of a group end to end and cut that row into a part for each rank;
-ZeRO 3 cuts each parameter. Files say which parameters, in which order. They are pickles of
-strangers: read as tensors and containers alone, where DeepSpeed's own classes stand as empty
-objects; any other name in them is refused.
+ZeRO 1 and 2 put the parameters of a group one after another into one vector and cut it into one
+part per rank; ZeRO 3 cuts each parameter. The files tell which parameters they contain and in which
+order. `find_tag` finds the files and `DeepSpeedReader` reads ranges from them.
+
+The files are pickles from strangers, so only tensors and containers are read. Empty objects replace
+DeepSpeed's own classes, and any other name in the pickles is refused.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ from data_prep.files import file_sha256
 _MODEL_FILES, _OPTIMIZER_FILES = "*_model_states.pt", "*_optim_states.pt"
 _TAG_NAMES = ("latest", "latest_universal")
 _UNIVERSAL = "zero"
-# Kinds of `zero_state.MOMENTS`, and the files that a universal checkpoint has of them.
+# The kinds of `zero_state.MOMENTS`, and their files in a universal checkpoint.
 _KINDS = {"weight": "fp32.pt", "exp_avg": "exp_avg.pt", "exp_avg_sq": "exp_avg_sq.pt"}
 _DAMAGE = (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, KeyError, IndexError,
            TypeError)  # fmt: skip
-# What DeepSpeed pickles of itself; nothing here asks for more than the stage among it.
+# DeepSpeed pickles these classes of its own; nothing here uses more of them than the stage.
 _KNOWN_CLASSES = (
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
@@ -37,7 +39,7 @@ _KNOWN_CLASSES = (
 
 
 class _Empty:
-    """Stands where a class of DeepSpeed was pickled: made of anything, able to do nothing."""
+    """An empty object that replaces a pickled class of DeepSpeed; it accepts any arguments."""
 
     def __new__(cls, *_arguments: Any) -> _Empty:
         return super().__new__(cls)
@@ -50,12 +52,13 @@ class _Empty:
 
 
 def find_tag(folder: Path) -> Path | None:
-    """Return where the files of a folder's DeepSpeed checkpoint lie, None if it has none.
+    """Return the folder with the files of a DeepSpeed checkpoint, or None if there is none.
 
     Raises
     ------
     ValueError
-        It has several and does not say which is the latest, or the latest one is not there.
+        There are several checkpoints and no file says which is the latest, or the latest is
+        missing.
     """
     if any(folder.glob(_MODEL_FILES)):
         return folder
@@ -83,31 +86,31 @@ class DeepSpeedReader:
     Parameters
     ----------
     tag
-        What `find_tag` returned.
+        The folder that `find_tag` returned.
 
     Attributes
     ----------
     shapes
-        Of all trained parameters, by the names of the model that was saved.
+        Shapes of all trained parameters, by the names in the saved model.
     kind
-        ``ZeRO 1 or 2``, ``ZeRO 3``, ``universal`` or ``ZeRO 0``, for people.
+        ``ZeRO 1 or 2``, ``ZeRO 3``, ``universal`` or ``ZeRO 0``, for messages.
     steps, updates
-        Optimizer steps that the run had done, and those of them that the optimizer has counted
-        (fewer where fp16 skipped some); None where the files do not say.
+        Optimizer steps that the run had done, and those that the optimizer has counted (fewer if
+        fp16 skipped some); None if the files do not tell.
     version
-        Of DeepSpeed.
+        Version of DeepSpeed.
 
     Raises
     ------
     ValueError
-        Files are missing or damaged, hold other than tensors and containers, or are those of a
-        model that was divided otherwise than by ZeRO.
+        Files are missing or damaged, contain other objects than tensors and containers, or are
+        those of a model that was divided by tensor parallelism.
     """
 
     def __init__(self, tag: Path) -> None:
         self.tag = tag
         self._files: list[Path] = []
-        # kind -> name -> [(start, flat tensor)], in the order of starts.
+        # The stored pieces: kind -> name -> [(start, flat tensor)], in the order of starts.
         self._pieces: dict[str, dict[str, list[tuple[int, torch.Tensor]]]] = {k: {} for k in _KINDS}
         self.shapes: dict[str, torch.Size] = {}
         self.updates: int | None = None
@@ -127,12 +130,12 @@ class DeepSpeedReader:
             ) from error
 
     def has_moments(self, names: Iterable[str]) -> bool:
-        """Say whether both moments of AdamW are there for parameters of these names."""
+        """Return whether both moments of AdamW are stored for the parameters of these names."""
         return all(name in self._pieces[kind] for kind in _KINDS for name in names)
 
     @property
     def digest(self) -> str:
-        """Return a hash over all files that were opened."""
+        """Return a hash of all files that were opened."""
         hashes = "".join(file_sha256(path) for path in sorted(self._files))
         return hashlib.sha256(hashes.encode()).hexdigest()
 
@@ -142,7 +145,7 @@ class DeepSpeedReader:
         Raises
         ------
         ValueError
-            The files do not hold all of it.
+            The files do not contain the whole range.
         """
         out = torch.empty(numel)
         filled = 0
@@ -158,7 +161,7 @@ class DeepSpeedReader:
         return out
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return a weight, float32 in its shape."""
+        """Return a weight as float32 in its own shape."""
         shape = self.shapes[name]
         return self.read("weight", name, 0, shape.numel()).view(shape)
 
@@ -207,7 +210,7 @@ class DeepSpeedReader:
                     for name, start in places.items():
                         self._add_overlap(kind, name, vector, first, start, shapes[name].numel())
                 self._count(state.get("base_optimizer_state_step"))
-                # Without padding, which is at the end of the last part.
+                # The vectors have no padding, except at the end of the last part.
                 first += len(weights)
 
     def _read_stage_3(
@@ -230,14 +233,14 @@ class DeepSpeedReader:
                     offset += share
 
     def _moments(self, optimizer: Any, number: int) -> dict[str, torch.Tensor]:
-        """Return what torch's optimizer keeps of its vector of a number, by kind."""
+        """Return the moments that torch's optimizer stores for vector `number`, by kind."""
         states = optimizer["state"] if isinstance(optimizer, dict) else optimizer
         if number not in states and isinstance(states, dict):
             return {}
         state = states[number]
         self._count(state.get("step"))
         if isinstance(optimizer, dict):
-            # DeepSpeed's own Adam counts here.
+            # DeepSpeed's own Adam stores its step count here.
             self._count(optimizer["param_groups"][0].get("step"))
         return {kind: state[kind] for kind in _KINDS if kind in state}
 
@@ -246,7 +249,7 @@ class DeepSpeedReader:
         self.updates = self.updates if found is None else found
 
     def _read_universal(self, groups: list[dict[str, torch.Size]]) -> None:
-        # Of ZeRO 3 the tensors are flat.
+        # The tensors of ZeRO 3 are flat.
         known = {name: shape for group in groups for name, shape in group.items()}
         for file in sorted((self.tag / _UNIVERSAL).rglob(_KINDS["weight"])):
             name = file.parent.name
@@ -264,7 +267,7 @@ class DeepSpeedReader:
     def _add_overlap(
         self, kind: str, name: str, vector: torch.Tensor, first: int, start: int, numel: int
     ) -> None:
-        """Add what a part of a row that begins at `first` holds of a parameter at `start`."""
+        """Add the overlap of a vector that begins at `first` with a parameter at `start`."""
         a, b = max(first, start), min(first + len(vector), start + numel)
         if a < b:
             self._add(kind, name, a - start, vector[a - first : b - first])
@@ -276,18 +279,19 @@ class DeepSpeedReader:
 
 
 def load_foreign(path: Path) -> Any:
-    """Return what torch pickled into a file: tensors and containers, from whomever it is.
+    """Return the tensors and containers that torch pickled into a file of unknown origin.
 
     Raises
     ------
     ValueError
-        It is damaged, or asks for anything but tensors, containers and what DeepSpeed pickles of
-        itself, in place of which empty objects stand.
+        The file is damaged, or contains anything but tensors, containers and DeepSpeed's own
+        classes, which are replaced by empty objects.
     """
     stand_ins: list[Any] = [(_Empty, name) for name in _KNOWN_CLASSES]
     try:
         with safe_globals(stand_ins):
-            # Older torch did not write zip files; those cannot be mapped.
+            # Older versions of torch did not write zip files, and those files cannot be
+            # memory-mapped.
             is_zip = zipfile.is_zipfile(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except FileNotFoundError as error:
@@ -301,7 +305,7 @@ def load_foreign(path: Path) -> Any:
 def _asked_for(path: Path, error: Exception) -> str:
     try:
         asked = set(get_unsafe_globals_in_checkpoint(path)) - set(_KNOWN_CLASSES)
-    except (ValueError, *_DAMAGE):  # no zip file: what torch itself says must do
+    except (ValueError, *_DAMAGE):  # not a zip file: torch's own message is used
         asked = set()
     return f"it asks for {', '.join(sorted(asked))}" if asked else _first_line(error)
 
@@ -311,7 +315,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _shapes(model: dict[str, Any]) -> list[dict[str, torch.Size]]:
-    """Return name -> shape of the parameters of each group, in the order of the groups' rows."""
+    """Return name -> shape of the parameters of each group, in the order of their vectors."""
     return [
         {name: torch.Size(shape) for name, shape in group.items()}
         for group in model.get("param_shapes", [])
@@ -319,7 +323,7 @@ def _shapes(model: dict[str, Any]) -> list[dict[str, torch.Size]]:
 
 
 def _places(shapes: dict[str, torch.Size], paddings: Any, number: int) -> dict[str, int]:
-    """Return where each parameter of a group begins in the row of all."""
+    """Return where each parameter of a group begins in the vector of the group."""
     behind = paddings[number] if paddings else [0] * len(shapes)
     places, at = {}, 0
     for (name, shape), padding in zip(shapes.items(), behind, strict=True):
@@ -341,6 +345,6 @@ def _as_number(value: Any) -> int | None:
 
 
 def _rank_of(path: Path) -> tuple[int, str]:
-    """Return a key that puts files of ranks in the order of ranks."""
+    """Return a sort key that puts the files of ranks in the order of ranks."""
     digits = "".join(c if c.isdigit() else " " for c in path.name.partition("rank_")[2]).split()
     return (int(digits[0]) if digits else 0), path.name

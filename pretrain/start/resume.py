@@ -1,4 +1,7 @@
-"""Where a run starts: fresh, or from the newest complete checkpoint. Rank 0 decides for all."""
+"""Decide where a run starts: from the beginning, or from the newest complete checkpoint.
+
+`agreed_start` lets rank 0 decide for all ranks.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +25,12 @@ from pretrain.start.warm_start import require_same_start
 
 logger = logging.getLogger(__name__)
 
-# Go on from a checkpoint; "if-saved": or begin again without one.
+# True: continue from a checkpoint; "if-saved": start from the beginning if there is none.
 Resume = bool | Literal["if-saved"]
 
 
 class CannotStart(SharedFailure, ValueError):
-    """The run folder, or its checkpoints, are not what was asked for."""
+    """The run folder or its checkpoints do not fit what was asked for."""
 
 
 def agreed_start(
@@ -39,15 +42,17 @@ def agreed_start(
     ranks: Ranks,
     owner: Owner,
 ) -> checkpoint.Checkpoint | None:
-    """Return where to start, chosen by rank 0 for all: they must not see the disk differently.
+    """Return the checkpoint to start from, or None.
+
+    Rank 0 chooses for all ranks, because ranks might see different states of the disk.
 
     Parameters
     ----------
     which
-        Whether to go on from a checkpoint ("if-saved": or begin again without one); and of which
-        step, None: the newest. Those after it are set aside.
+        Whether to continue from a checkpoint ("if-saved": start from the beginning if there is
+        none); and the step of the checkpoint, None: the newest. Later checkpoints are set aside.
     owner
-        Of the run folder; on rank 0 it takes it before anything is looked at.
+        The owner of the run folder; rank 0 takes the folder before it looks into it.
     """
     decision: dict[str, Any] = {}
     foreign = None
@@ -61,7 +66,7 @@ def agreed_start(
             decision = {"folder": str(last.folder) if last else "", "foreign": bool(foreign)}
         except ValueError as error:
             decision = {"error": str(error)}
-        except OSError as error:  # a folder that cannot be read, or written
+        except OSError as error:  # the folder cannot be read or written
             decision = {"error": f"{config.run.out}: {said_of(error)}"}
     decision = json.loads(dist.first_rank_says(json.dumps(decision)))
     if "error" in decision:
@@ -78,7 +83,7 @@ def _find_start(
     which: tuple[Resume, checkpoint.Which],
     allow_changes: bool,
 ) -> checkpoint.Checkpoint | None:
-    """Return the checkpoint to go on from; None for a fresh run in a fresh folder."""
+    """Return the checkpoint to continue from; None for a new run in an empty folder."""
     out, (resume, step) = config.run.out, which
     if step is not None and resume is not True:
         raise ValueError(f"--step {step}: belongs to --resume")

@@ -1,4 +1,4 @@
-"""Weights in a folder of whatever program: files of weights, or a DeepSpeed checkpoint."""
+"""Read the weights in a folder of any program: files of weights, or a DeepSpeed checkpoint."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from pretrain.model.architectures import Architecture
 from pretrain.start.from_deepspeed import DeepSpeedReader, find_tag
 
 _LFS_POINTER = b"version https://git-lfs"
-# What programs put around a model: DataParallel, torch.compile, a model that holds the network.
+# Prefixes that programs put before names: DataParallel, torch.compile, a model that holds the
+# network.
 _WRAPPERS = ("module.", "_orig_mod.")
 _HOLDER = "bert."
 
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """What a folder holds.
+    """The weights of a folder.
 
     Attributes
     ----------
     path
         The file of weights, or the folder of DeepSpeed's files.
     tensors
-        float32, by the names of the network; each once.
+        float32, by the names of the network; each tensor once.
     sha256
-        Of the file; of DeepSpeed's files together.
+        Hash of the file, or of DeepSpeed's files together.
     state
-        DeepSpeed's, for moments; None: a file of weights.
+        The reader of DeepSpeed's files, for moments; None for a file of weights.
     names
-        Of the tensors, in the files.
+        The names of the tensors in the files.
     """
 
     path: Path
@@ -46,18 +47,20 @@ class StoredWeights:
 
 
 def stored_weights(folder: Path, kind: Architecture, parameters: Collection[str]) -> StoredWeights:
-    """Read a folder; a DeepSpeed checkpoint, whose weights are fp32, goes before a file of weights.
+    """Return the weights of a folder.
+
+    A DeepSpeed checkpoint, whose weights are fp32, is preferred over a file of weights.
 
     Parameters
     ----------
     parameters
-        Names of the network that is to be filled. Files may name them without its first part
-        (``encoder.layer.0...``) or with more before it (``module.bert.encoder.layer.0...``).
+        Parameter names of the network that is to be filled. Files may omit their first part
+        (``encoder.layer.0...``) or have prefixes before it (``module.bert.encoder.layer.0...``).
 
     Raises
     ------
     ValueError
-        There are none, they cannot be read, or a tied head is not tied.
+        There are no weights, they cannot be read, or the head is not tied to the embeddings.
     """
     tag = find_tag(folder)
     if tag is None:
@@ -82,7 +85,7 @@ def stored_weights(folder: Path, kind: Architecture, parameters: Collection[str]
 
 
 def stored_sha256(folder: Path) -> str | None:
-    """Return the hash of the weights in a folder (`StoredWeights.sha256`), None if it has none."""
+    """Return the hash of the weights in a folder (`StoredWeights.sha256`), None without weights."""
     tag = find_tag(folder)
     if tag is not None:
         return DeepSpeedReader(tag).digest
@@ -93,12 +96,12 @@ def stored_sha256(folder: Path) -> str | None:
 def own_names(
     found: Collection[str], parameters: Collection[str], kind: Architecture
 ) -> dict[str, str]:
-    """Return name of the network -> name in a file; names that fit nowhere stay as they are.
+    """Return network name -> name in a file; names that match no parameter stay unchanged.
 
     Raises
     ------
     ValueError
-        Two names in the file are those of one parameter.
+        Two names in the file belong to the same parameter.
     """
     base = kind.embedding.partition(".")[0] + "."
     known = {*parameters, *kind.tied}
@@ -120,7 +123,7 @@ def _without_wrappers(name: str) -> str:
 
 
 def _read_file(path: Path) -> dict[str, torch.Tensor]:
-    """Return float32 tensors of a file; pickled ones may hold tensors only."""
+    """Return the float32 tensors of a file; a pickled file may contain tensors only."""
     with path.open("rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise ValueError(f"{path}: is a git-lfs pointer, not the file; run `git lfs pull`")

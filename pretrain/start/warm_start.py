@@ -1,4 +1,8 @@
-"""Weights to start from: an exported or published model's, its genes matched by id."""
+"""Start training from the weights of an exported or published model; genes are matched by id.
+
+`start_weights` fills the model of a new run. `require_same_start` checks that a resumed run names
+the same weights.
+"""
 
 from __future__ import annotations
 
@@ -26,24 +30,26 @@ from pretrain.start.stored_weights import StoredWeights, stored_sha256, stored_w
 logger = logging.getLogger(__name__)
 
 _MAX_EXAMPLES = 10
-# A gene's median moved if it did more than rounding can; the scale of all medians is no matter.
+# A gene's median has changed if the change exceeds rounding; a common scale of all medians does not
+# matter.
 _MEDIAN_TOLERANCE = 1e-6
 
 
 def start_weights(
     model: MaskedGeneModel, vocabulary: Vocabulary, config: ModelConfig, prior: str = "none"
 ) -> dict[str, Any]:
-    """Fill a freshly initialised model with the weights of ``config.init_from``; return the record.
+    """Fill a new model with the weights of ``config.init_from``, and return the record.
 
-    Genes and special tokens keep their rows by name, whatever their token was. A new one gets the
-    mean row of the genes that are kept, plus its fresh initialisation; its bias is their mean bias.
-    With a fresh row alone its score would be near 0, where trained rows score an absent gene far
-    below: new genes would take the probability of all others. From the mean a new gene is no more
-    probable than the others on average (the exponential is convex), and the fresh part keeps new
-    genes apart. Positions are copied as far as there are any; the others stay fresh.
+    Genes and special tokens keep their rows by name, whatever their token was. The row of a new
+    gene is the mean row of the kept genes plus its random initialisation; its bias is their mean
+    bias. With a random row alone, its score would be near 0, while trained rows give an absent gene
+    a much lower score, so new genes would take the probability of all others. From the mean, a new
+    gene is no more probable than the others on average (the exponential is convex), and the random
+    part keeps new genes different from each other. Position embeddings are copied as far as they
+    exist; the others stay random.
 
-    Every rank calls this, before DeepSpeed takes the model. With the same vocabulary the model then
-    equals the folder's exactly.
+    Every rank calls this before DeepSpeed receives the model. With the same vocabulary, the model
+    then equals the folder's model exactly.
 
     Parameters
     ----------
@@ -53,8 +59,8 @@ def start_weights(
     Raises
     ------
     ValueError
-        No model or vocabulary in the folder, another architecture, missing or foreign tensors,
-        genes that hardly match, or a head that was trained with another prior.
+        The folder has no model or vocabulary, another architecture, missing or foreign tensors, few
+        matching genes, or a head that was trained with another prior.
     """
     folder = config.init_from
     assert folder is not None
@@ -69,7 +75,7 @@ def start_weights(
 def opened(
     model: MaskedGeneModel, config: ModelConfig, prior: str
 ) -> tuple[StoredWeights, Vocabulary]:
-    """Return weights and vocabulary of ``config.init_from``; errors as `start_weights`."""
+    """Return weights and vocabulary of ``config.init_from``; errors as in `start_weights`."""
     folder = config.init_from
     assert folder is not None
     _require_same_prior(folder, prior)
@@ -91,12 +97,12 @@ def compared(
     vocabulary: Vocabulary,
     source: Vocabulary,
 ) -> dict[str, Any]:
-    """Return the record of a start from stored weights; ValueError if genes hardly match."""
+    """Return the record of a start from stored weights; ValueError if too few genes match."""
     rows = source_rows(vocabulary, source)
     genes = _compare_genes(vocabulary, source, rows)
     _require_related(folder, genes, min(len(vocabulary.genes), len(source.genes)))
     kind, parameters = architecture_of(model.bert), dict(model.bert.named_parameters())
-    # Where positions are rotary there is nothing to copy.
+    # With rotary positions there are no embeddings to copy.
     own, there = (
         len(x[kind.positions]) if kind.positions else 0 for x in (parameters, stored.tensors)
     )
@@ -120,7 +126,7 @@ def compared(
 
 
 def _require_same_prior(folder: Path, prior: str) -> None:
-    """Raise ValueError if the folder's head says another thing than this run's would."""
+    """Raise ValueError if the folder's head was trained with another prior than this run's."""
     record = folder / RECORD_NAME
     theirs = json.loads(record.read_text()).get("prior") if record.exists() else None
     before = theirs["kind"] if theirs else "none"
@@ -132,14 +138,14 @@ def _require_same_prior(folder: Path, prior: str) -> None:
 
 
 def source_rows(vocabulary: Vocabulary, source: Vocabulary) -> np.ndarray:
-    """Return int64 [num_tokens]: the token in `source` of each token here, -1 where it has none."""
+    """Return int64 [num_tokens]: each token's counterpart in `source`, -1 if it has none."""
     tokens = token_dictionary(source)
     names = sorted(vocabulary.special_tokens, key=lambda name: vocabulary.special_tokens[name])
     return np.array([tokens.get(name, -1) for name in (*names, *vocabulary.genes)], dtype=np.int64)
 
 
 def describe(record: dict[str, Any]) -> str:
-    """Return in one line what `start_weights` did."""
+    """Return a one-line description of what `start_weights` did."""
     genes, medians = record["genes"], record["medians"]
     kept, new = genes["kept"]["count"], genes["new"]["count"]
     parts = [f"{kept:,} of {kept + new:,} genes have weights"]
@@ -159,18 +165,19 @@ def describe(record: dict[str, Any]) -> str:
 
 
 def log_start(record: dict[str, Any]) -> None:
-    """Log `describe`; as a warning if the genes' medians are not those of the weights."""
+    """Log `describe`, as a warning if the medians of genes differ from those of the weights."""
     level = logging.WARNING if record["medians"]["changed"] else logging.INFO
     logger.log(level, "%s", describe(record))
 
 
 def require_same_start(record: dict[str, Any], config: ModelConfig, allow_changes: bool) -> None:
-    """Raise ValueError if a resumed run is given other first weights than `record` names.
+    """Raise ValueError if the settings of a resumed run name other initial weights than `record`.
 
-    Its weights are the checkpoint's; but the settings would tell what is not so. The folder need
-    not exist any more. `allow_changes`: warn instead.
+    The resumed run uses the weights of its checkpoint, but its settings would then be wrong about
+    the start. The folder of the weights need not exist any more. With `allow_changes` the
+    difference is only a warning.
     """
-    # Absent in checkpoints of runs that could only start from random weights.
+    # The record lacks this key in checkpoints of versions that knew only random initial weights.
     before, folder = record.get("init"), config.init_from
     new = "random"
     if before is not None and "counted" in before:
@@ -205,9 +212,9 @@ def _require_complete(
     parameters: dict[str, torch.nn.Parameter],
     kind: Architecture,
 ) -> None:
-    """Raise ValueError, with all names, unless a file has the model's tensors and no others.
+    """Raise ValueError, with all names, unless a file has exactly the tensors of the model.
 
-    Rows of tokens and positions may be more or fewer.
+    The number of rows of tokens and positions may differ.
     """
     problems = [f"{name} is missing" for name in sorted(parameters.keys() - tensors.keys())]
     problems += [f"{name} is foreign" for name in sorted(tensors.keys() - parameters.keys())]
@@ -229,7 +236,7 @@ def _fill(
     first_gene: int,
     kind: Architecture,
 ) -> None:
-    """Copy tensors into the parameters; `rows` is what `source_rows` says."""
+    """Copy tensors into the parameters; `rows` is the result of `source_rows`."""
     known = rows >= 0
     genes = known & (torch.arange(len(rows)) >= first_gene)
     with torch.no_grad():
@@ -246,7 +253,7 @@ def _fill(
 
 
 def _compare_genes(vocabulary: Vocabulary, source: Vocabulary, rows: np.ndarray) -> dict[str, dict]:
-    """Return count and first examples of the genes kept, new and dropped."""
+    """Return the counts and first examples of the genes kept, new and dropped."""
     known = rows[vocabulary.first_gene_token :] >= 0
     ours = set(vocabulary.genes)
     groups = {
@@ -271,9 +278,9 @@ def _require_related(folder: Path, genes: dict[str, dict], smaller: int) -> None
 def _compare_medians(
     vocabulary: Vocabulary, source: Vocabulary, rows: np.ndarray
 ) -> dict[str, float]:
-    """Return how many kept genes' medians changed, and by what half of these changed at least.
+    """Return how many medians of kept genes changed, and the median size of these changes.
 
-    A common factor is left out: it changes no order of genes.
+    A common factor is ignored, because it does not change the order of genes.
     """
     ours = np.flatnonzero(rows >= 0)
     ours = ours[ours >= vocabulary.first_gene_token]
@@ -285,7 +292,7 @@ def _compare_medians(
 
 
 def _named(group: dict) -> str:
-    """Return ``: first, second, third ...`` of a group of genes, nothing for an empty one."""
+    """Return ``: first, second, third ...`` for a group of genes, or nothing for an empty one."""
     shown = group["examples"][:3]
     more = " ..." if group["count"] > len(shown) else ""
     return f": {', '.join(shown)}{more}" if shown else ""

@@ -1,4 +1,4 @@
-"""Two screens of the same genes: do their effects agree, and more than those of any genes?"""
+"""Compare two screens of the same genes: do their effects agree more than those of other genes?"""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _FEWEST_GENES = 3
 
 
 def expected_sign(kind: str, other_kind: str, signed: bool) -> int:
-    """Return -1 where one screen raises and the other lowers genes, else 1.
+    """Return -1 if one screen raises the genes and the other lowers them, else 1.
 
     For a value without direction (`shift`) it is always 1: a gene that matters moves the cell more
-    than genes like it, whichever way it is changed.
+    than similar genes do, whether it is raised or lowered.
     """
     return _UP[kind] * _UP[other_kind] if signed else 1
 
@@ -31,23 +31,23 @@ def compare_screens(
     Parameters
     ----------
     genes, other
-        Tables of `analyse`, of single genes; joined by gene id.
+        Tables of `analyse`, of single genes; they are joined by gene id.
 
     Returns
     -------
     joined
-        `genes` and ``other_effect``, ``other_matched_effect``, ``other_matched_fdr``,
-        ``agrees`` (sign of the matched effects as expected; missing where unknown).
+        `genes` and ``other_effect``, ``other_matched_effect``, ``other_matched_fdr``, ``agrees``
+        (whether the signs of the matched effects are as expected; missing if unknown).
     agreement
-        ``expected`` sign; Spearman's correlation of effects and of matched effects, over all
-        genes and over null genes (found in neither screen), with the number of genes; the share
-        of agreeing genes among those found here, with Clopper and Pearson's interval, beside the
-        share among null genes and the p value of a binomial test against it.
+        ``expected`` sign; Spearman's correlation of effects and of matched effects, over all genes
+        and over null genes (found in neither screen), with the number of genes; the share of
+        agreeing genes among those found in this screen, with Clopper and Pearson's interval, the
+        share among null genes, and the p value of a binomial test against that share.
 
     Raises
     ------
     ValueError
-        No gene is in both.
+        No gene is in both screens.
     """
     mine, theirs = (t[t["genes"].map(len) == 1] for t in (genes, other))
     columns = ["effect", "matched_effect", "matched_fdr", "verdict"]

@@ -1,4 +1,8 @@
-"""A screen's effects with the donors that carry them, beside those of matched genes."""
+"""Analyse a screen: effects with intervals over donors, compared with those of matched genes.
+
+`analyse` puts the parts together: effects over donors, matched genes, groups with impact,
+combinations, a second screen, gene sets, and warnings for the reader.
+"""
 
 from __future__ import annotations
 
@@ -31,18 +35,20 @@ _SUMMARY = ("mean", "low", "high", "size", "size_low", "size_high")
 
 @dataclass(frozen=True)
 class AnalysisSettings:
-    """How a screen is analysed.
+    """The settings of an analysis.
 
     Attributes
     ----------
     effect
-        Which value; None: toward the goal where there is one, else the first of the screen.
+        Name of the value to analyse; None: toward the goal if there is one, else the first of the
+        screen.
     num_matched
-        Genes that each one is held against.
+        Number of matched genes that each gene is compared with.
     rate
         False discovery rate at which a gene counts as found.
     min_cells
-        A donor counts for a gene that was perturbed in at least so many of the donor's cells.
+        A donor counts for a gene if the gene was perturbed in at least so many of the donor's
+        cells.
     """
 
     effect: str | None = None
@@ -67,16 +73,17 @@ class AnalysisSettings:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What a screen says.
+    """The results of an analysis.
 
     Attributes
     ----------
     genes
-        One row per perturbation, `GENE_COLUMNS`; the furthest from its matched genes first.
+        One row per perturbation, `GENE_COLUMNS`; the one furthest from its matched genes first.
     differences
-        Effect minus matched genes' by donor: rows are perturbations, in the order of `genes`.
+        Effect minus that of matched genes by donor; the rows are perturbations in the order of
+        `genes`.
     combinations
-        See `combination_table`; empty where nothing was combined.
+        See `combination_table`; empty if no genes were combined.
     agreement
         See `compare_screens`; empty without a second screen.
     gene_sets
@@ -97,7 +104,7 @@ class Analysis:
 
     @property
     def signed(self) -> bool:
-        """Has the effect a direction? `shift` has none."""
+        """Return whether the effect has a direction; `shift` has none."""
         return self.effect != UNSIGNED
 
     @property
@@ -116,16 +123,16 @@ def analyse(
     Parameters
     ----------
     other
-        A second screen of the same genes, to compare with: the opposite kind, or other donors.
+        A second screen of the same genes to compare with: the opposite kind, or other donors.
     gene_sets
-        Name -> gene ids or symbols, to hold against their matched genes.
+        Name -> gene ids or symbols, to compare with their matched genes.
 
-    Memory: perturbations x donors, and one part of the screen.
+    The memory is that of perturbations x donors, and of one part of the screen.
 
     Raises
     ------
     ValueError
-        The screen has no such value, no cells, or columns are missing.
+        The screen has no such value or no cells, or lacks columns.
     """
     effect = settings.effect or default_effect(results)
     if effect not in results.columns:
@@ -178,7 +185,7 @@ def _require_one_score(results: Results, other: Results, effect: str) -> None:
 
 
 def default_effect(results: Results) -> str:
-    """Return the value that a report is about unless asked otherwise: toward the goal."""
+    """Return the value that a report uses by default: toward the goal."""
     states = results.manifest["settings"].get("states") or {}
     preferred = [f"toward_{states.get('goal')}"]
     preferred += [c for c in results.columns if c.startswith(("toward_", "class_"))]
@@ -205,7 +212,7 @@ def _require_columns(results: Results) -> None:
 
 
 def _donor_values(results: Results, effect: str, donors: list[str], min_cells: int) -> np.ndarray:
-    """Return float64 [perturbations, donors]: means over cells."""
+    """Return float64 [perturbations, donors], means over cells."""
     means = results.donor_means(effect)
     means = means[(means["cells"] >= min_cells) & means["donor"].isin(donors)]
     values = np.full((len(results.perturbations), len(donors)), np.nan)
@@ -214,7 +221,7 @@ def _donor_values(results: Results, effect: str, donors: list[str], min_cells: i
 
 
 def _cell_sums(results: Results, effect: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return cells, sums and sums of squares of every perturbation, over all cells."""
+    """Return number of cells, sum and sum of squares of every perturbation, over all cells."""
     sums = np.zeros((3, len(results.perturbations)))
     for part in results.shifts([effect]):
         known = part[part[effect].notna()]
@@ -225,7 +232,7 @@ def _cell_sums(results: Results, effect: str) -> tuple[np.ndarray, np.ndarray, n
 
 
 def _over_cells(results: Results, effect: str, test: Test) -> tuple[np.ndarray, pd.DataFrame]:
-    """Return means over all cells, float64 [perturbations, 1], and what `over_donors` gives."""
+    """Return means over all cells, float64 [perturbations, 1], and a table like `over_donors`."""
     count, total, squares = _cell_sums(results, effect)
     with np.errstate(invalid="ignore"):
         values = (total / count)[:, None]
@@ -236,13 +243,13 @@ def _over_cells(results: Results, effect: str, test: Test) -> tuple[np.ndarray, 
 
 
 def _effects(results: Results, effect: str, summary: pd.DataFrame) -> pd.DataFrame:
-    """Return the perturbations with their effects, and tests against 0 where that is a question."""
+    """Return the perturbations with their effects, and tests against 0 if these are meaningful."""
     genes = results.perturbations.reset_index(drop=True)
     genes["genes"] = [list(g) for g in genes["genes"]]
     genes["donors"] = summary["donors"]
     for name in _SUMMARY:
         genes["effect" + f"_{name}".replace("_mean", "")] = summary[name]
-    # A distance is never negative: that it differs from 0 says nothing.
+    # A distance is never negative, so a difference from 0 says nothing.
     genes["p"] = summary["p"] if effect != UNSIGNED else np.nan
     genes["fdr"] = false_discovery_rate(genes["p"].to_numpy())
     return genes
@@ -251,7 +258,7 @@ def _effects(results: Results, effect: str, summary: pd.DataFrame) -> pd.DataFra
 def _matched(
     genes: pd.DataFrame, values: np.ndarray, settings: AnalysisSettings, has_donors: bool
 ) -> tuple[pd.DataFrame, np.ndarray]:
-    """Return the table with what stands beside matched genes, and differences by donor."""
+    """Return the table with the columns for matched genes, and the differences by donor."""
     differences = np.full(values.shape, np.nan)
     genes = genes.assign(num_matched=np.int32(0), empirical_p=np.nan, matched_z=np.nan)
     new = ["matched_null", *(f"matched_{n}".replace("_mean", "_effect") for n in _SUMMARY)]
@@ -272,7 +279,7 @@ def _matched(
         genes.loc[place, ["matched_z", "empirical_p"]] = table[["z", "empirical_p"]].to_numpy()
         if has_donors:
             genes.loc[place, ["donor_p", "null_p"]] = table[["p", "null_p"]].to_numpy()
-    # Both must reject: the difference holds over donors, and exceeds those of matched genes.
+    # Both tests must reject: the difference holds over donors, and exceeds those of matched genes.
     genes["matched_p"] = np.maximum(genes["donor_p"], genes["null_p"])
     genes["matched_fdr"] = false_discovery_rate(genes["matched_p"].to_numpy())
     is_found = genes["matched_fdr"] < settings.rate
@@ -289,7 +296,7 @@ def _warnings(
     combined: pd.DataFrame,
     settings: AnalysisSettings,
 ) -> list[str]:
-    """Return what a reader must know before the numbers, most serious first."""
+    """Return the warnings that a reader must know before the numbers, the most serious first."""
     found = []
     if len(donors) < 2:
         having = f"one donor ({donors[0]})" if donors else "no donors"

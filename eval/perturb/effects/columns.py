@@ -1,4 +1,4 @@
-"""What every column of the report's tables means: in the files, on the page, in the documents."""
+"""The meaning of every column in the report's tables, for the files, the page and the documents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Combined perturbations against the sum of their genes' single ones, in the same cells."""
+"""Compare combined perturbations with the sum of their genes' single effects in the same cells."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ def combination_table(
 ) -> pd.DataFrame:
     """Return a row for each perturbation of several genes: combined, sum of singles, difference.
 
-    Only cells count in which the combination and every single perturbation of its genes (of the
-    same kind) were computed. Differences are means over a donor's cells first, then over donors.
+    Only those cells count in which the combination and every single perturbation of its genes (of
+    the same kind) were computed. Differences are averaged over a donor's cells first, then over
+    donors.
 
     Parameters
     ----------
     donors
-        Those that count; empty: all cells are one group, and nothing is tested.
+        The donors that count; empty: all cells form one group, and nothing is tested.
     min_cells
         A donor with fewer such cells does not count.
 
-    Combinations whose genes were not perturbed one by one as well have NaN and ``cells`` 0.
+    Combinations whose genes were not also perturbed singly have NaN, and ``cells`` 0.
     """
     table = results.perturbations
     is_combined = table["genes"].map(len).to_numpy() > 1
@@ -64,16 +65,17 @@ def combination_table(
 
 
 def donor_codes(cells: pd.DataFrame, donors: list[str]) -> np.ndarray:
-    """Return cell number -> position in `donors`, -1 for others; all 0 without donors."""
+    """Return cell number -> index in `donors`, -1 for other donors; all 0 if `donors` is empty."""
     codes = np.full(int(cells["cell"].max()) + 1, -1, dtype=np.int64)
     codes[cells["cell"]] = pd.Index(donors).get_indexer(cells["donor"]) if donors else 0
     return codes
 
 
 def _singles_of(table: pd.DataFrame, combined: np.ndarray) -> np.ndarray:
-    """Return int [perturbations, genes of the largest]: single perturbations of a combination.
+    """Return int [perturbations, size of the largest set], the single perturbations of each set.
 
-    -1 beyond its genes; -2 throughout where one of its genes was not perturbed alone.
+    The entries behind a set's genes are -1; the whole row is -2 if one of the genes was not
+    perturbed singly.
     """
     kinds, sets = table["kind"].tolist(), table["genes"].tolist()
     alone = {

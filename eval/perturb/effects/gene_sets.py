@@ -1,4 +1,7 @@
-"""Gene sets against their matched genes: do they, as a group, stand out?"""
+"""Compare gene sets with their matched genes: does a set stand out as a group?
+
+`read_gene_sets` reads the sets of a file, and `gene_set_table` scores them.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,13 @@ _DRAWS = 2000
 
 
 def read_gene_sets(path: Path) -> dict[str, list[str]]:
-    """Return name -> genes of a .gmt file, or of a list with one gene a line, named by its file.
+    """Return name -> genes of a .gmt file, or of a list with one gene per line, named by its file.
 
     Raises
     ------
     ValueError
-        No such file, not text, a .gmt line without genes, or two sets of one name.
+        The file does not exist or is not text, a .gmt line has no genes, or two sets have the same
+        name.
     """
     try:
         lines = [line for line in path.read_text().splitlines() if line.strip()]
@@ -51,18 +55,18 @@ def gene_set_table(
     test: Test = "t",
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Return a row for each set, of `GENE_SET_COLUMNS`; those furthest from chance first.
+    """Return a row of `GENE_SET_COLUMNS` for each set; the set furthest from chance comes first.
 
-    For each donor, the set's differences from matched genes, in the units of ``matched_z``, are
-    ranked against those of the set's matched genes outside the set. Sets of fewer than five genes
-    in the screen are not scored.
+    For each donor, the differences of the set's genes from matched genes, in the units of
+    ``matched_z``, are ranked against those of their matched genes outside the set. Sets with fewer
+    than five genes in the screen are not scored.
 
     Parameters
     ----------
     sets
         Name -> gene ids or names, as in `genes`.
     genes, differences
-        Of `Analysis`. With one column of differences (no donors) nothing is tested.
+        Those of `Analysis`. With a single column of differences (no donors) nothing is tested.
     """
     scored = (genes["matched_z"].notna() & (genes["genes"].map(len) == 1)).to_numpy()
     table = genes[scored]
@@ -114,13 +118,14 @@ def _score(
         "auroc_high": 0.5 + over["high"],
         "donor_p": over["p"],
     }
-    # Drawn sets hold one matched gene for each of the set's.
+    # A random set contains one matched gene for each gene of the set.
     percentile = stats.rankdata(np.nanmean(values, axis=1))
     drawn = np.mean([percentile[rng.choice(row, _DRAWS)] for row in neighbours], axis=0)
     distance = np.abs(drawn - drawn.mean())
     as_far = (distance >= abs(percentile[inside].mean() - drawn.mean())).sum()
     scores["null_p"] = (1 + as_far) / (1 + _DRAWS)
-    # NaN (no donors) stays NaN: a test over genes alone says nothing about other people.
+    # Without donors the p value stays NaN, because a test over genes alone says nothing about other
+    # people.
     return scores | {"p": float(np.maximum(scores["donor_p"], scores["null_p"]))}
 
 

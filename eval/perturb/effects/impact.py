@@ -1,4 +1,4 @@
-"""Is there a group of genes with impact? Two Gaussians against one."""
+"""Find a group of genes with impact by fitting one Gaussian and a mixture of two."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ import numpy as np
 from sklearn.mixture import GaussianMixture
 
 FEWEST_GENES = 30
-# A difference in BIC that counts as very strong evidence (Kass & Raftery, 1995).
+# A difference in BIC above this counts as very strong evidence (Kass & Raftery, 1995).
 DECISIVE_BIC = 10.0
 
 
 def impact_groups(values: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
-    """Return which of one or two Gaussians fits better, and each gene's probability of impact.
+    """Return whether one or two Gaussians fit better, and each gene's probability of impact.
 
     Parameters
     ----------
     values
-        float [genes], NaN where unknown. Impact is the component with the larger mean square.
+        float [genes], NaN if unknown. The component with the larger mean square is the one with
+        impact.
 
     Returns
     -------
     fit
-        ``components`` (0: fewer than 30 genes; 2 only where its BIC is lower by more than 10),
-        ``bic_one``, ``bic_two``, ``means``, ``deviations``, ``weights`` (impact last).
+        ``components`` (0: fewer than 30 genes; 2 only if its BIC is lower by more than 10),
+        ``bic_one``, ``bic_two``, ``means``, ``deviations``, ``weights`` (the component with impact
+        last).
     probability
         float [genes]; NaN unless there are two components.
     """

@@ -1,7 +1,8 @@
-"""What genes of the same rank and detection do: the null that a gene's effect is held against.
+"""Compare a gene's effect with the null: the effects of genes with the same rank and detection.
 
-Deleting any highly expressed gene moves a cell's embedding more than deleting a rare one. An effect
-says something about a gene only as far as it differs from the effects of genes like it.
+Deleting any highly expressed gene changes a cell's embedding more than deleting a rare one. An
+effect says something about a gene only if it differs from the effects of similar genes.
+`match_genes` finds these genes, and `against_matched` compares every gene with them.
 """
 
 from __future__ import annotations
@@ -18,21 +19,22 @@ from eval.perturb.effects.null import fit_null
 from eval.perturb.effects.statistics import Test, over_donors
 
 FEWEST_MATCHED = 10
-# Robust standard deviations from which on a gene is no null for others, pass by pass: first
-# strictly, because the standard deviations are too large as long as true effects are among them.
+# The robust standard deviations from which a gene is not used as null for others, for each pass.
+# The first passes are stricter, because the standard deviations are too large while true effects
+# are among the genes.
 _OUTLYING = (2.0, 2.0, 2.0, 3.0, 3.0, 3.0)
 _MAD_TO_SD, _MEAN_SIZE_TO_SD = 1.4826, 1.2533
-# The first pass has no gene to leave out yet: least absolute residuals, then Tukey's bisquare with
-# this many robust standard deviations, for so many steps each.
+# No gene is left out yet in the first pass. It therefore minimises absolute residuals, then uses
+# Tukey's bisquare with this many robust standard deviations, for so many steps each.
 _STEPS, _BISQUARE, _SMALLEST = 8, 2.0, 0.1
 _BLOCK = 512  # genes at once: 512 x 50 matched x 20 donors are 4 MB
 _RIDGE = 1e-3
 
 
 def match_genes(mean_rank: np.ndarray, detection: np.ndarray, num_matched: int) -> np.ndarray:
-    """Return for each gene the others nearest in mean rank and detection, nearest first.
+    """Return for each gene the other genes nearest in mean rank and detection, nearest first.
 
-    Distance is Euclid's between percentiles of both, so that neither unit counts.
+    The distance is Euclidean between percentiles of both, so that their units do not matter.
 
     Parameters
     ----------
@@ -47,7 +49,7 @@ def match_genes(mean_rank: np.ndarray, detection: np.ndarray, num_matched: int) 
     wanted = min(num_matched, len(places) - 1)
     _, found = cKDTree(places).query(places, k=np.arange(1, wanted + 2))
     others = found != np.arange(len(places))[:, None]
-    # Where genes share one place, a gene need not be among its own nearest.
+    # If several genes have the same place, a gene may be missing among its own nearest genes.
     others[others.all(axis=1), -1] = False
     return found[others].reshape(len(places), wanted)
 
@@ -65,27 +67,27 @@ def against_matched(
 ) -> tuple[pd.DataFrame, np.ndarray]:
     """Return every gene's effect minus that of matched genes, and the differences by donor.
 
-    The expectation for a donor is the effect of that donor's matched genes, by linear regression
-    on rank and detection read at the gene's own place (the bias correction of Abadie & Imbens,
-    2011: at the ends of the range all matched genes lie on one side). Genes that stand out are no
-    null for others: a first regression that a third of outlying genes on one side hardly moves
-    finds them, and passes without them follow.
+    The expected effect for a donor is computed from the effects of that donor's matched genes, by
+    linear regression on rank and detection, evaluated at the gene's own place. This is the bias
+    correction of Abadie & Imbens (2011): at the ends of the range all matched genes lie on one
+    side. Genes that stand out must not be the null of others. A first regression, which a third of
+    outlying genes on one side hardly changes, finds them, and further passes leave them out.
 
     Parameters
     ----------
     values
-        float [genes, donors]: means over a donor's cells, NaN where there are none.
+        float [genes, donors]: means over a donor's cells, NaN if there are none.
 
     Returns
     -------
     table
-        Columns of `over_donors` of the differences, and ``num_matched``, ``null`` (mean
-        expectation), ``z`` (difference in robust standard deviations of genes like it),
-        ``null_p`` (its tail in the null of all these genes, `fit_null`: is the gene further off
-        than genes are from genes like them?), ``empirical_p`` (share of matched genes as far off,
-        at least 1 / (num_matched + 1)).
+        Columns of `over_donors` for the differences, and ``num_matched``, ``null`` (mean expected
+        effect), ``z`` (difference in robust standard deviations of similar genes), ``null_p`` (its
+        tail in the null of all these genes, `fit_null`: is the gene further from similar genes than
+        genes usually are?), ``empirical_p`` (share of matched genes that are as far off, at least 1
+        / (num_matched + 1)).
     differences
-        float [genes, donors]; NaN where fewer than 10 matched genes have a value.
+        float [genes, donors]; NaN if fewer than 10 matched genes have a value.
     """
     matched = match_genes(mean_rank, detection, num_matched)
     places = _percentiles(mean_rank, detection)
@@ -114,10 +116,10 @@ def against_matched(
 
 
 def _first_nulls(values: np.ndarray, places: np.ndarray, matched: np.ndarray) -> np.ndarray:
-    """Return bool [genes]: no outlier of the robust regression of the donors' mean."""
+    """Return bool [genes]: False for outliers of the robust regression of the mean over donors."""
     every = np.ones(len(values), dtype=bool)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a donor without any value
+        warnings.simplefilter("ignore", RuntimeWarning)  # for a donor without any value
         centred = _row_means(values - np.nanmedian(values, axis=0))[:, None]
     distance = (centred - _expected(centred, places, matched, every, robust=True))[:, 0]
     return _are_null(distance, matched, every, _OUTLYING[0])
@@ -136,9 +138,9 @@ def _expected(
     is_null: np.ndarray,
     robust: bool = False,
 ) -> np.ndarray:
-    """Return float [genes, donors]: the local regression's value at each gene's place.
+    """Return float [genes, donors], the value of the local regression at each gene's place.
 
-    By least squares, or `robust`.
+    The regression uses least squares, or is robust if `robust` is True.
     """
     expected = np.full(values.shape, np.nan)
     if matched.shape[1] < FEWEST_MATCHED:
@@ -169,10 +171,11 @@ def _expected(
 def _solve(
     terms: np.ndarray, target: np.ndarray, weights: np.ndarray, enough: np.ndarray
 ) -> np.ndarray:
-    """Return float [genes, donors, 3]: coefficients of the weighted regressions."""
+    """Return float [genes, donors, 3], the coefficients of the weighted regressions."""
     gram = np.einsum("gkij,gkd->gdij", terms[..., :, None] * terms[..., None, :], weights)
     right = np.einsum("gki,gkd->gdi", terms, target * weights)
-    # A ridge on the slopes alone: genes all at one place leave the mean, not an error.
+    # The ridge is on the slopes alone, so that genes that all have the same place give the mean and
+    # no error.
     total = np.maximum(weights.sum(axis=1), 1e-12)
     gram += _RIDGE * total[..., None, None] * np.diag([0.0, 1.0, 1.0])
     gram[~enough] = np.eye(3)
@@ -193,7 +196,7 @@ def _scale(
     is_null: np.ndarray,
     of: Callable[[np.ndarray], np.ndarray],
 ) -> np.ndarray:
-    """Return float [genes]: how far those of the matched genes that are null lie off."""
+    """Return float [genes], the typical distance of those matched genes that belong to the null."""
     near = np.where(is_null[matched], np.abs(distance[matched]), np.nan)
     scale = np.full(len(distance), np.nan)
     enough = np.isfinite(near).sum(axis=1) >= FEWEST_MATCHED

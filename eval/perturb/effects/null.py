@@ -1,8 +1,8 @@
-"""The null of a screen, out of the screen itself: how heavy are the tails of genes without effect?
+"""Estimate the null of a screen from the screen itself: the tails of genes without effect.
 
 Standardised differences are a mixture of genes without effect, which follow a scaled t distribution
-of unknown degrees of freedom, and others further off. Both are fitted together, so that neither
-true effects widen the null nor a heavy tail of the null passes for effects.
+with unknown degrees of freedom, and of other genes further off. Both are fitted together, so that
+true effects do not widen the null, and a heavy tail of the null is not taken for effects.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ import numpy as np
 from scipy import special, stats
 
 _FREEDOMS = (1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 11, 16, 25, 43)
-# Weights are the likelihood to this power: below 1, because a fit is only nearly right.
+# The weights are the likelihood to this power, which is below 1 because a fit is only nearly right.
 _TEMPER = 0.5
 _STEPS, _CONVERGED = 60, 1e-3
-# The others lie at least so many robust standard deviations off, and no closer together than this.
+# The other genes lie at least so many robust standard deviations off, and their spread is at least
+# so many.
 _FURTHER_OFF, _NARROWEST = 2.5, 0.7
 _UPPER_QUARTILE = float(stats.norm.ppf(0.75))
 
 
 @dataclass(frozen=True)
 class Null:
-    """Scaled t distributions, weighted by how well they fit.
+    """A mean of scaled t distributions, weighted by how well they fit.
 
     Attributes
     ----------
     weights, scales, freedoms
-        float64 [t distributions]; weights sum to 1.
+        float64 [t distributions]; the weights sum to 1.
     share_of_others
-        Share of genes that are not of the null.
+        Share of genes that do not belong to the null.
     """
 
     weights: np.ndarray
@@ -40,12 +41,12 @@ class Null:
 
     @property
     def deviation(self) -> float:
-        """Its robust standard deviation: that of the normal with the same quartiles."""
+        """Return the robust standard deviation: that of the normal with the same quartiles."""
         quartiles = self.scales * stats.t.ppf(0.75, self.freedoms)
         return float(self.weights @ quartiles) / _UPPER_QUARTILE
 
     def p_values(self, z: np.ndarray) -> np.ndarray:
-        """Return float64 [genes]: two-sided tails, NaN where `z` is."""
+        """Return float64 [genes], two-sided tail probabilities, NaN where `z` is NaN."""
         tails = stats.t.sf(np.abs(z)[:, None] / self.scales, self.freedoms)
         return 2 * tails @ self.weights
 
@@ -53,9 +54,10 @@ class Null:
 def fit_null(z: np.ndarray) -> Null:
     """Return the null of standardised differences float [genes], NaN where unknown.
 
-    Degrees of freedom are averaged over, not chosen: as far as a heavier tail explains the genes
-    as well, it counts. So few genes, or effects that pass into the null without a gap, give a null
-    with heavy tails. Where most differences are 0 nothing can be fitted, and the heaviest counts.
+    The degrees of freedom are averaged over and not chosen: a heavier tail counts as far as it also
+    explains the genes. Therefore few genes, or effects that merge into the null without a gap, give
+    a null with heavy tails. If most differences are 0, nothing can be fitted, and the heaviest tail
+    is used.
     """
     size = np.abs(z[np.isfinite(z)])
     if not len(size) or np.median(size) == 0:
@@ -68,9 +70,10 @@ def fit_null(z: np.ndarray) -> Null:
 
 
 def _mixture(size: np.ndarray, freedom: float) -> tuple[float, float, float]:
-    """Return log-likelihood, scale of the null and share of others, by EM.
+    """Return log-likelihood, scale of the null and share of other genes, fitted by EM.
 
-    Sizes are of a folded t or of a folded normal.
+    The absolute values follow a folded t distribution, or a folded normal distribution for the
+    others.
     """
     quartile = float(stats.t.ppf(0.75, freedom))
     peak = 2 * float(stats.t.pdf(0, freedom))

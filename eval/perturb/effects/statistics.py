@@ -1,7 +1,7 @@
-"""Effects over donors: intervals, standardised sizes, tests, and what so few donors can show.
+"""Statistics over donors: intervals, standardised sizes, tests, and the power of so few donors.
 
-A donor is the unit. Cells of one donor share that donor's biology and batch, so that a test over
-cells finds thousands of "significant" genes in noise (Squair et al., Nature Communications 2021).
+A donor is the unit. Cells of one donor share that donor's biology and batch, so a test over cells
+finds thousands of "significant" genes in noise (Squair et al., Nature Communications 2021).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from eval.scores.metrics import CONFIDENCE
 Test = Literal["t", "wilcoxon"]
 FEW_DONORS, POWER = 5, 0.8
 _TAIL = (1 - CONFIDENCE) / 2
-_LARGEST_SIZE = 1e3  # standard deviations; no search for a detectable effect beyond
+_LARGEST_SIZE = 1e3  # standard deviations; larger detectable effects are not searched
 
 
 def over_donors(values: np.ndarray, test: Test = "t") -> pd.DataFrame:
@@ -26,7 +26,7 @@ def over_donors(values: np.ndarray, test: Test = "t") -> pd.DataFrame:
     Parameters
     ----------
     values
-        float [rows, donors]; a donor's mean over its cells, NaN where it has none.
+        float [rows, donors]; a donor's mean over its cells, NaN if it has none.
     test
         ``t`` (one-sample, two-sided) or ``wilcoxon`` (signed ranks; exact up to 50 donors).
 
@@ -35,8 +35,8 @@ def over_donors(values: np.ndarray, test: Test = "t") -> pd.DataFrame:
     DataFrame
         ``donors``, ``mean``, ``low``, ``high`` (Student's 95 % interval), ``size`` (mean over
         standard deviation, times Hedges' correction), ``size_low``, ``size_high`` (from the
-        non-central t distribution), ``p``. All but mean are NaN below two donors, sizes below
-        three. A row of zeros has size 0 and p 1.
+        non-central t distribution), ``p``. All but the mean are NaN with fewer than two donors,
+        sizes with fewer than three. A row of zeros has size 0 and p 1.
     """
     known = np.isfinite(values)
     donors = known.sum(axis=1)
@@ -48,7 +48,8 @@ def over_donors(values: np.ndarray, test: Test = "t") -> pd.DataFrame:
         statistic = np.where((error == 0) & (mean == 0), 0.0, mean / error)
         correction = np.where(donors > 2, hedges_correction(freedom), np.nan) / np.sqrt(donors)
     half = stats.t.ppf(1 - _TAIL, freedom) * error
-    # The interval of a standardised mean: non-centralities at which the statistic is extreme.
+    # The interval of a standardised mean contains the non-centralities at which the statistic is
+    # not extreme.
     low, high = (special.nctdtrinc(freedom, q, statistic) for q in (1 - _TAIL, _TAIL))
     return pd.DataFrame(
         {
@@ -85,15 +86,15 @@ def hedges_correction(freedom: np.ndarray) -> np.ndarray:
 
 
 def over_cells(count: np.ndarray, total: np.ndarray, squares: np.ndarray) -> pd.DataFrame:
-    """Return ``mean``, ``low`` and ``high`` over cells, where there are no donors to count on.
+    """Return ``mean``, ``low`` and ``high`` over cells, for screens without several donors.
 
     Parameters
     ----------
     count, total, squares
-        Cells, and float64 sums of the values and of their squares, a row each.
+        Number of cells, and float64 sums of the values and of their squares, one per row.
 
-    The normal 95 % interval says how well the mean of *these* people's cells is known, and
-    nothing about other people: no test goes with it.
+    The normal 95 % interval says how well the mean of *these* people's cells is known, and nothing
+    about other people. Therefore there is no test.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = total / count
@@ -103,7 +104,7 @@ def over_cells(count: np.ndarray, total: np.ndarray, squares: np.ndarray) -> pd.
 
 
 def false_discovery_rate(p: np.ndarray) -> np.ndarray:
-    """Return Benjamini and Hochberg's adjusted p values; NaN (not tested) stays and counts not."""
+    """Return Benjamini and Hochberg's adjusted p values; NaN (not tested) stays NaN."""
     adjusted = np.full(len(p), np.nan)
     tested = np.isfinite(p)
     if tested.any():
@@ -112,14 +113,15 @@ def false_discovery_rate(p: np.ndarray) -> np.ndarray:
 
 
 def detectable_size(num_donors: int, level: float, power: float = POWER) -> float:
-    """Return the smallest standardised effect that a t test over donors finds with a power.
+    """Return the smallest standardised effect that a t test over donors finds with this power.
 
     Parameters
     ----------
     level
         Two-sided p value at which a gene counts as found.
 
-    Infinite below two donors, or where it would exceed a thousand standard deviations.
+    The result is infinite for fewer than two donors, or if it exceeds a thousand standard
+    deviations.
     """
     if num_donors < 2:
         return float("inf")
@@ -127,7 +129,7 @@ def detectable_size(num_donors: int, level: float, power: float = POWER) -> floa
     limit = stats.t.isf(level / 2, freedom)
 
     def missing(size: float) -> float:
-        # The far tail, below -limit, adds nothing for any effect worth looking for.
+        # The other tail, below -limit, adds nothing for any effect of interest.
         return float(special.nctdtr(freedom, size * np.sqrt(num_donors), limit)) - (1 - power)
 
     if missing(_LARGEST_SIZE) > 0:
@@ -136,11 +138,11 @@ def detectable_size(num_donors: int, level: float, power: float = POWER) -> floa
 
 
 def power_table(num_donors: int, num_tests: int, rate: float) -> list[dict[str, float]]:
-    """Return the detectable sizes for one test alone, and within a screen at a discovery rate.
+    """Return the detectable sizes for a single test, and within a screen at a discovery rate.
 
-    In a screen Benjamini and Hochberg's threshold depends on how many genes are found: ``rate *
-    found / tests``. Rows ``{found, level, size}`` for none other, 1 % and 5 % of all; the first
-    row is a single test at `rate`.
+    In a screen, Benjamini and Hochberg's threshold depends on how many genes are found: ``rate *
+    found / tests``. The rows ``{found, level, size}`` are for no other gene found, and for 1 % and
+    5 % of all found; the first row is a single test at `rate`.
     """
     found = sorted({1, round(0.01 * num_tests), round(0.05 * num_tests)} - {0})
     levels = [(0, rate), *((n, rate * n / max(num_tests, 1)) for n in found)]

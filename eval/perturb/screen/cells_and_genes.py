@@ -1,4 +1,8 @@
-"""What a screen is about: the cells, the genes and their sets, the states."""
+"""Choose the cells of a screen, its genes and gene sets, and the cell states.
+
+`read_cells` reads the cells, `gene_names` the names of genes, `GeneChoice.sets` makes the gene
+sets, and `describe_sets` describes them as a table.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class States:
-    """Cells between which a perturbation is to move: values of a column of obs.
+    """The cell states between which a perturbation may move a cell: values of a column of obs.
 
     The cells in state `start` are perturbed; all states have a centroid.
     """
@@ -47,18 +51,18 @@ class States:
 
 @dataclass(frozen=True)
 class CellChoice:
-    """Which cells of a file are perturbed.
+    """The choice of cells of a file that are perturbed.
 
     Attributes
     ----------
     keep
-        Column of obs -> its value; for the cells of states too.
+        Column of obs -> required value; also for the cells of states.
     donor
-        Column of obs with donors; None: all cells are of one.
+        Column of obs with donors; None: all cells belong to one donor.
     columns
-        Further columns to carry along into the results.
+        Further columns to copy into the results.
     max_cells
-        At most so many, drawn with `seed`; None: all.
+        Largest number of cells, drawn with `seed`; None: all.
     """
 
     keep: dict[str, str]
@@ -77,14 +81,15 @@ class CellChoice:
 
 @dataclass(frozen=True)
 class ScreenCells:
-    """Cells as a screen takes them.
+    """The cells of a screen.
 
     Attributes
     ----------
     genes
-        int64 gene tokens of each perturbed cell by rank, without special ones.
+        int64 gene tokens of each perturbed cell by rank, without special tokens.
     table
-        One row each: ``cell``, ``cell_id``, ``donor``, ``state``, the carried columns.
+        One row for each of these cells: ``cell``, ``cell_id``, ``donor``, ``state``, the copied
+        columns.
     state_cells
         State -> (genes as above, donors) of all its cells.
     """
@@ -94,7 +99,7 @@ class ScreenCells:
     state_cells: dict[str, tuple[list[np.ndarray], np.ndarray]]
 
     def digest(self) -> str:
-        """Return a hash of all cells and what is carried with them."""
+        """Return a hash of all cells and the columns copied with them."""
         found = hashlib.sha256(self.table.to_csv(index=False).encode())
         every = [self.genes, *(genes for genes, _ in self.state_cells.values())]
         for cells in every:
@@ -109,12 +114,12 @@ class ScreenCells:
 def read_cells(
     path: Path, vocabulary: Vocabulary, options: SourceOptions, choice: CellChoice
 ) -> ScreenCells:
-    """Return the cells to perturb, in the file's order, and those of the states.
+    """Return the cells to perturb, in the file's order, and the cells of the states.
 
     Raises
     ------
     ValueError
-        A column or value that the file does not have, a state without cells, or no cell left.
+        The file lacks a column or value, a state has no cells, or no cell is left.
     """
     columns = tuple(dict.fromkeys([*options.columns, *choice.carried]))
     cells = encode_file(path, vocabulary, replace(options, columns=columns))
@@ -179,26 +184,26 @@ def _values(cells: CellSet, column: str, kept: np.ndarray) -> str:
 
 @dataclass(frozen=True)
 class GeneNames:
-    """How the genes of a vocabulary are called: in the file, or in the vocabulary itself."""
+    """The names of the genes of a vocabulary, from the file or from the vocabulary itself."""
 
     vocabulary: Vocabulary
     name_of: dict[int, str]
     tokens_of_name: dict[str, set[int]]
 
     def name(self, token: int) -> str:
-        """Return the gene's symbol in the file; its id if there is none."""
+        """Return the gene's symbol in the file, or its id if there is none."""
         return self.name_of.get(token, self.gene_id(token))
 
     def gene_id(self, token: int) -> str:
         return self.vocabulary.genes[token - self.vocabulary.first_gene_token]
 
     def tokens(self, genes: Iterable[str]) -> list[int]:
-        """Return the tokens of genes given as ids or symbols, each once, in the order given.
+        """Return the tokens of genes given as ids or symbols, each once, in the given order.
 
         Raises
         ------
         ValueError
-            A gene that is not in the vocabulary, or a symbol of several genes.
+            A gene is not in the vocabulary, or a symbol belongs to several genes.
         """
         found, unknown = [], []
         for gene in genes:
@@ -221,9 +226,9 @@ class GeneNames:
 
 
 def gene_names(path: Path, vocabulary: Vocabulary, options: SourceOptions) -> GeneNames:
-    """Return the names of a file's genes: of its column of symbols, else of its index."""
+    """Return the names of a file's genes, from its column of symbols or else from its index."""
     source = open_path(path, options)
-    assert isinstance(source, CountSource)  # `encode_file` has read it
+    assert isinstance(source, CountSource)  # `encode_file` has already read it
     columns = [c for c in SYMBOL_COLUMNS if c in source.store.var_columns()]
     symbols = as_text(source.store.var(columns[0] if columns else None))
     name_of: dict[int, str] = {}
@@ -237,19 +242,19 @@ def gene_names(path: Path, vocabulary: Vocabulary, options: SourceOptions) -> Ge
 
 @dataclass(frozen=True)
 class GeneChoice:
-    """Which genes are perturbed, and which of them together.
+    """The choice of genes that are perturbed, and of those perturbed together.
 
     Attributes
     ----------
     genes
-        ``all`` (every gene that a cell holds), or ids and symbols.
+        ``all`` (every gene that a cell has), or ids and symbols.
     group
-        All of `genes` as one set; in a cell, those that it holds.
+        All of `genes` form one set; in a cell, the set is limited to genes that the cell has.
     set_size
-        Every combination of so many of `genes`: 1 one by one, 2 pairs, ... Beside sets of two and
-        more, their genes are perturbed one by one too: a sum of single effects needs them.
+        Every combination of so many of `genes`: 1 single genes, 2 pairs, ... With sets of two and
+        more, their genes are also perturbed singly, because a sum of single effects needs them.
     anchor
-        A gene that is in every set besides.
+        A gene that is added to every set.
     """
 
     genes: tuple[str, ...] = (ALL,)
@@ -267,13 +272,13 @@ class GeneChoice:
             )
 
     def sets(self, names: GeneNames, genes: list[np.ndarray], kind: Kind) -> GeneSets:
-        """Return the sets.
+        """Return the gene sets.
 
         Raises
         ------
         ValueError
-            A gene that is not in the vocabulary, or that no cell holds and nothing inserts; too
-            many sets.
+            A gene is not in the vocabulary, or no cell has it and the perturbation does not insert
+            it; or there are too many sets.
         """
         detected = np.zeros(names.vocabulary.num_tokens, dtype=bool)
         for cell in genes:
@@ -297,7 +302,7 @@ class GeneChoice:
             found += [(*anchor, *c) for c in combinations(tokens, self.set_size)]
         size = max(map(len, found))
         members = np.array([s + (ABSENT,) * (size - len(s)) for s in found])
-        # A gene is inserted only where it was named: of all genes, those of the cell itself.
+        # A gene is inserted only if it was named; with all genes, each cell uses its own.
         required = members != ABSENT
         if kind == "overexpress":
             required &= ~np.isin(members, anchor) & every
@@ -320,16 +325,17 @@ def _require_few(num_genes: int, set_size: int) -> None:
 def describe_sets(
     sets: GeneSets, names: GeneNames, genes: list[np.ndarray], kind: Kind, max_genes: int
 ) -> pd.DataFrame:
-    """Return a row for each set: what it is, and in how many cells it applies.
+    """Return one row for each set that describes it, and in how many cells it applies.
 
     Columns ``kind``, ``genes``, ``name``, ``cells``, ``mean_rank`` (mean over its genes of their
-    mean place, 0 the highest; NaN for one that no cell holds), ``detection`` (share of the cells
-    that hold all of its genes).
+    mean rank, 0 the highest; NaN for a gene that no cell has), ``detection`` (share of the cells
+    that have all of its genes).
 
     Raises
     ------
     ValueError
-        No set applies in any cell: nothing would be left to compare, or no cell holds a whole set.
+        No set applies in any cell, because no cell has a whole set or no gene would be left to
+        compare.
     """
     num_tokens = names.vocabulary.num_tokens
     applies, detected = np.zeros((2, len(sets)), dtype=np.int64)

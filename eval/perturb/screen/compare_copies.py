@@ -1,7 +1,8 @@
-"""What a perturbation does to a cell: its copies through the encoder, compared with the original.
+"""Compute what a perturbation does to a cell: encode its copies and compare them with the original.
 
-Copies of one cell in a batch have one length, so there is no padding and no mask; layers above the
-ones that are read, and the vocabulary head, are not computed.
+`Engine.perturb` does this for one cell and all its gene sets. The copies of a cell in a batch have
+the same length, so there is no padding and no mask. Layers above those that are read, and the
+vocabulary head, are not computed.
 """
 
 from __future__ import annotations
@@ -42,25 +43,25 @@ SCORES: tuple[Score, ...] = ("mean_state", "geneformer")
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How copies are computed.
+    """The settings for computing copies.
 
     Attributes
     ----------
     pooling
-        Embedding of a cell: ``mean`` over the genes that are compared, or ``cls``.
+        Embedding of a cell: ``mean`` over the compared genes, or ``cls``.
     layer
         0: last, -1: second-to-last (Geneformer's count and default), ...
     bf16
-        Compute the encoder in bfloat16; all that is compared stays float32 or float64.
+        Compute the encoder in bfloat16; all comparisons stay in float32 or float64.
     token_budget
-        Tokens of one forward pass; no result depends on it but by rounding. 0: 4,096 on a CPU,
-        whose cache they fit, 65,536 on a GPU.
+        Tokens of one forward pass; results depend on it only by rounding. 0: 4,096 on a CPU, which
+        fit into its cache, 65,536 on a GPU.
     score
-        What is compared under pooling by the mean. ``mean_state``: mean states of the genes that
-        original and copy both hold, the perturbed ones left out. ``geneformer``: as its own
-        perturber does; ``shift`` is 1 - the mean over those genes of each one's own cosine, and
-        ``toward_<state>`` is of the mean states over all genes, the perturbed ones too. The state
-        of ``<cls>`` is compared in one way only, which is that of both.
+        What is compared if the pooling is the mean. ``mean_state``: the mean states of the genes
+        that original and copy both have, without the perturbed ones. ``geneformer``: as
+        Geneformer's own perturber; ``shift`` is 1 - the mean over those genes of each gene's own
+        cosine, and ``toward_<state>`` uses the mean states over all genes, including the perturbed
+        ones. For the state of ``<cls>`` both scores are the same.
     """
 
     pooling: str = "mean"
@@ -79,7 +80,7 @@ class EngineSettings:
         return self.token_budget or (4096 if self.device == "cpu" else 65_536)
 
     def deciding(self) -> dict[str, Any]:
-        """Return what changes values by more than their last bits."""
+        """Return the settings that change values by more than their last bits."""
         return {
             "pooling": self.pooling, "layer": self.layer, "bf16": self.bf16, "score": self.score,
         }  # fmt: skip
@@ -96,7 +97,7 @@ class CellShifts:
     values
         Column -> float32 [S]: ``shift``, ``toward_<state>``, ``class_<label>``.
     changed
-        bool [S]: False where the perturbation left the cell as it was; all values are 0 there.
+        bool [S]: False if the perturbation left the cell unchanged; all values are 0 then.
     before
         Column -> value of the unperturbed cell: ``cosine_<state>``, ``probability_<label>``.
     genes
@@ -113,14 +114,14 @@ class CellShifts:
 
 @dataclass(frozen=True)
 class States:
-    """Hidden states of sequences of one length: of the wanted layer, and of the head's."""
+    """Hidden states of sequences of the same length: of the wanted layer and the head's layer."""
 
     cell_BLD: torch.Tensor
     head_BLD: torch.Tensor | None
 
 
 class Engine:
-    """An encoder, perhaps with a head, that compares perturbed copies with their cell."""
+    """An encoder, optionally with a head, that compares perturbed copies with their cell."""
 
     def __init__(
         self,
@@ -130,7 +131,7 @@ class Engine:
         classifier: Classifier | None = None,
         centroids: dict[str, np.ndarray] | None = None,
     ) -> None:
-        """Take the encoder over (a classifier's own, where there is one).
+        """Take over the encoder (the classifier's own, if there is a classifier).
 
         Parameters
         ----------
@@ -140,8 +141,8 @@ class Engine:
         Raises
         ------
         ValueError
-            Unknown pooling, ``cls`` without ``<cls>`` tokens, no such layer, or a classifier
-            without exactly one head of cells.
+            The pooling is unknown, ``cls`` is asked for without ``<cls>`` tokens, the layer does
+            not exist, or the classifier does not have exactly one head of cells.
         """
         require_pooling(settings.pooling, vocabulary)
         number = num_layers_up_to(encoder, settings.layer)
@@ -154,7 +155,8 @@ class Engine:
         encoder.eval().requires_grad_(False)
         self._wanted: torch.Tensor | None = None
         if settings.bf16:
-            # Norms and the residual stream too, which in float32 cost a fifth of the time (LOG.md).
+            # Norms and the residual stream are bfloat16 too; in float32 they cost a fifth of the
+            # time (LOG.md).
             to_bfloat16(encoder)
         layers = layers_of(encoder)
         if self.head is None:
@@ -167,7 +169,7 @@ class Engine:
         return self.settings.score == "geneformer" and self.settings.pooling == "mean"
 
     def set_centroids(self, centroids: dict[str, np.ndarray]) -> None:
-        """Set the states that `toward_<state>` is about."""
+        """Set the centroids of the states that `toward_<state>` refers to."""
         self.states = list(centroids)
         width = self.encoder.config.hidden_size
         stacked = np.stack(list(centroids.values())) if centroids else np.zeros((0, width))
@@ -175,7 +177,7 @@ class Engine:
 
     @property
     def columns(self) -> list[str]:
-        """Names of the values of a shift."""
+        """Return the names of the values of a shift."""
         labels = self.head.classes if self.head else ()
         return ["shift", *(f"toward_{s}" for s in self.states), *(f"class_{c}" for c in labels)]
 
@@ -193,12 +195,12 @@ class Engine:
     def perturb(
         self, genes: np.ndarray, sets: GeneSets, edit: Edit, gene_shifts: bool = False
     ) -> CellShifts:
-        """Return what each set that applies does to one cell.
+        """Return the effect of each applicable set on one cell.
 
         Parameters
         ----------
         genes
-            int64 [n] tokens by rank, without special ones.
+            int64 [n] tokens by rank, without special tokens.
         gene_shifts
             Also compare every gene's own state.
         """
@@ -255,7 +257,7 @@ class Engine:
         return self.forward(input_ids=ids)
 
     def forward(self, **inputs: torch.Tensor) -> States:
-        """Return the states of what the encoder is given."""
+        """Return the hidden states for inputs of the encoder."""
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self.settings.bf16):
             last = self.encoder(**inputs).last_hidden_state
         assert self._wanted is not None
@@ -267,7 +269,7 @@ class Engine:
         return hidden_BLD[:, 1:-1] if self.vocabulary.has_cls else hidden_BLD
 
     def embedding(self, states: States) -> torch.Tensor:
-        """Return float64 [B, D]: cells as a whole, over all of their genes."""
+        """Return float64 [B, D], embeddings of whole cells, over all of their genes."""
         if self.settings.pooling == "cls":
             return states.cell_BLD[:, 0].double()
         return self.genes_only(states.cell_BLD).double().mean(dim=1)
@@ -282,7 +284,7 @@ class Engine:
         return found
 
     def _compare(self, original: States, states: States, copies: Copies) -> np.ndarray:
-        """Return float64 [C, columns]; `shift` is of pooled states, whatever the score."""
+        """Return float64 [C, columns]; `shift` is that of pooled states, whatever the score."""
         if self.settings.pooling == "cls" or self.settings.score == "geneformer":
             after = self.embedding(states)
             ahead = self.embedding(original).expand_as(after)
@@ -297,12 +299,12 @@ class Engine:
     def _pooled(
         self, original: States, states: States, copies: Copies
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return float64 [C, D] twice: means over the compared genes, after and before."""
+        """Return two arrays float64 [C, D]: means over the compared genes, after and before."""
         compared_CG = torch.from_numpy(copies.compared).to(self._device)
         counts = compared_CG.sum(dim=1, keepdim=True)
         weights = compared_CG.float()[:, None] / counts[..., None]
         after = (weights @ self.genes_only(states.cell_BLD))[:, 0]
-        # The same genes in the original, where each stands at its own place.
+        # The same genes in the original, where each has its own position.
         share_CK = np.zeros((len(copies.sets), copies.num_kept + 1), dtype=np.float32)
         at = np.where(copies.compared, copies.origin, copies.num_kept)
         np.put_along_axis(share_CK, at, 1.0, axis=1)
@@ -311,13 +313,13 @@ class Engine:
         return after.double(), ahead.double()
 
     def cosines(self, cells: torch.Tensor) -> torch.Tensor:
-        """Return float64 [C, states]."""
+        """Return float64 [C, states], the cosines of cells with the centroids."""
         return torch.cosine_similarity(cells[:, None], self._centroids[None], dim=2)
 
     def probabilities(self, states: States, weights_L: torch.Tensor | None = None) -> torch.Tensor:
-        """Return float64 [B, classes] of the head, which reads the mean over all genes.
+        """Return float64 [B, classes], the head's probabilities; it reads the mean over all genes.
 
-        `weights_L` of the genes in it; None: they count alike.
+        `weights_L` are the weights of the genes in this mean; None: all are equal.
         """
         assert states.head_BLD is not None and self._output is not None
         genes = self.genes_only(states.head_BLD)
@@ -339,7 +341,7 @@ def centroid(embeddings: np.ndarray, donors: np.ndarray) -> np.ndarray:
 
 
 def _means(values: np.ndarray, counted: np.ndarray) -> np.ndarray:
-    """Return float64 [C]: means of float32 [C, G] over what is counted, at least one in a row."""
+    """Return float64 [C], means of float32 [C, G] over counted entries, at least one in a row."""
     total = np.where(counted, values, 0).sum(axis=1, dtype=np.float64)
     return total / counted.sum(axis=1)
 

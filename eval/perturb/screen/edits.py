@@ -1,6 +1,7 @@
-"""Perturbed copies of a cell as index arithmetic: which gene of the original stands where.
+"""Make perturbed copies of a cell by index arithmetic: which original gene is at which position.
 
-A cell is its genes by rank; a place is a gene's rank counted from 0. Nothing here knows the model.
+A cell is its genes by rank; a place is a gene's rank counted from 0. `copies_of` yields the copies
+of a cell. This module does not use the model.
 """
 
 from __future__ import annotations
@@ -13,26 +14,26 @@ import numpy as np
 
 Kind = Literal["delete", "overexpress", "inhibit", "activate"]
 KINDS: tuple[Kind, ...] = ("delete", "overexpress", "inhibit", "activate")
-ABSENT = -1  # place of a gene that the original does not hold; member of a shorter set
+ABSENT = -1  # place of a gene that the original lacks; filler of a shorter set
 _QUARTILES = 4
 
 
 @dataclass(frozen=True)
 class Edit:
-    """What is done to genes.
+    """The perturbation of genes.
 
     Attributes
     ----------
     kind
-        ``delete``: taken out. ``overexpress``: moved in front of all, inserted if absent.
-        ``inhibit``, ``activate``: moved down or up.
+        ``delete``: genes are removed. ``overexpress``: genes are moved in front of all others, and
+        inserted if absent. ``inhibit``, ``activate``: genes are moved down or up.
     rank_shift
-        For inhibit and activate: a gene moves to the middle of the quartile that lies so many
-        quartiles (1 to 3) below or above its own, at most to that of the last or first one; a gene
-        that is in the last (first) quartile already stays.
+        For inhibit and activate: a gene moves to the middle of the quartile that is so many
+        quartiles (1 to 3) below or above its own, limited to the last or first quartile. A gene
+        that is already in the last (first) quartile stays.
     to_quantile
-        For inhibit and activate, instead: to this share of the way from the first rank (0) to the
-        last (1); a gene that is beyond it already stays.
+        For inhibit and activate, instead of `rank_shift`: a gene moves to this share of the way
+        from the first rank (0) to the last (1). A gene that is already beyond it stays.
     """
 
     kind: Kind
@@ -52,14 +53,14 @@ class Edit:
 
 @dataclass(frozen=True)
 class GeneSets:
-    """Sets of genes to be perturbed, each as one.
+    """Sets of genes; the genes of a set are perturbed together.
 
     Attributes
     ----------
     members
-        int32 [sets, size] gene tokens in the order given, `ABSENT` behind those of a shorter set.
+        int32 [sets, size] gene tokens in the given order, `ABSENT` behind those of a shorter set.
     required
-        bool [sets, size]: the set applies only in cells that hold these genes.
+        bool [sets, size]: the set applies only in cells that have these genes.
     """
 
     members: np.ndarray
@@ -75,21 +76,21 @@ class GeneSets:
 
 @dataclass(frozen=True)
 class Copies:
-    """Perturbed copies of one cell that have one length, beside what they are compared with.
+    """Perturbed copies of one cell that have the same length, and how to compare them.
 
     Attributes
     ----------
     sets
         int64 [C]: number of the perturbed set.
     genes
-        int64 [C, G] tokens, special ones not included.
+        int64 [C, G] tokens, without special tokens.
     origin
         int64 [C, G]: place of each gene in the original, `ABSENT` for an inserted one.
     compared
-        bool [C, G]: genes that both hold and that were not perturbed.
+        bool [C, G]: genes that are in both and were not perturbed.
     num_kept
-        Genes of the original that take part: all, unless insertions made a copy too long. Then the
-        original is cut by as many genes as the copies are.
+        Number of genes of the original that take part: all, unless insertions made a copy too long.
+        Then the original is cut by as many genes as the copies.
     """
 
     sets: np.ndarray
@@ -100,7 +101,7 @@ class Copies:
 
     @property
     def changed(self) -> np.ndarray:
-        """bool [C]: not what the original is, which is known without any model."""
+        """Return bool [C]: True where a copy differs from the original, found without any model."""
         if self.genes.shape[1] != self.num_kept:
             return np.ones(len(self.sets), dtype=bool)
         return (self.origin != np.arange(self.num_kept)).any(axis=1)
@@ -119,13 +120,13 @@ def places_in(genes: np.ndarray, members: np.ndarray, num_tokens: int) -> np.nda
     """Return int64, shaped as `members`: place of each token in a cell, `ABSENT` if not there."""
     place_of = np.full(num_tokens + 1, ABSENT, dtype=np.int64)
     place_of[genes] = np.arange(len(genes))
-    return place_of[members]  # the token ABSENT finds the last entry
+    return place_of[members]  # the token ABSENT selects the last entry
 
 
 def applicable(
     sets: GeneSets, places: np.ndarray, kind: Kind, num_genes: int, max_genes: int
 ) -> np.ndarray:
-    """Return bool [sets]: can this be done to a cell, and is a gene left to compare it by?"""
+    """Return bool [sets]: True if a set can be perturbed in a cell and leaves a gene to compare."""
     found = places != ABSENT
     possible = (found | ~sets.required).all(axis=1)
     left = num_genes - found.sum(axis=1)
@@ -144,21 +145,22 @@ def copies_of(
     num_tokens: int,
     token_budget: int,
 ) -> Iterator[Copies]:
-    """Yield the copies of one cell, one for each set that applies, in batches of one length.
+    """Yield the copies of one cell, one for each applicable set, in batches of the same length.
 
     Parameters
     ----------
     genes
-        int [n] tokens by rank, each once, without special ones.
+        int [n] tokens by rank, each once, without special tokens.
     max_genes
-        The longest copy; insertions push the last genes out.
+        Largest length of a copy; insertions push the last genes out.
     token_budget
         Genes of one batch, at least one copy.
     """
     places = places_in(genes, sets.members, num_tokens)
     found = places != ABSENT
     chosen = np.flatnonzero(applicable(sets, places, edit.kind, len(genes), max_genes))
-    # Sets with equally many genes, of which equally many are in the cell, give equal lengths.
+    # Sets with equally many genes, of which equally many are in the cell, give copies of equal
+    # length.
     kinds = np.stack([sets.sizes, found.sum(axis=1)], axis=1)[chosen]
     for size, num_found in np.unique(kinds, axis=0):
         group = chosen[(kinds == (size, num_found)).all(axis=1)]
@@ -177,9 +179,9 @@ def _copies(
     edit: Edit,
     max_genes: int,
 ) -> Copies:
-    """Return copies with the genes `members` [C, size] perturbed, which stand at `places`.
+    """Return copies in which the genes `members` [C, size] at `places` are perturbed.
 
-    As many of them are absent in one row as in another.
+    All rows have the same number of absent genes.
     """
     num_genes, size = len(genes), members.shape[1]
     moved = places[places != ABSENT].reshape(len(numbers), -1)
@@ -204,7 +206,7 @@ def _copies(
 
 
 def targets(places: np.ndarray, num_genes: int, edit: Edit) -> np.ndarray:
-    """Return int64, shaped as `places`: where genes at these places are moved to."""
+    """Return int64, shaped as `places`: the new places of genes at these places."""
     down = edit.kind == "inhibit"
     if edit.to_quantile is not None:
         goal = np.full_like(places, round(edit.to_quantile * (num_genes - 1)))
@@ -227,7 +229,7 @@ def _others(num_genes: int, moved: np.ndarray) -> np.ndarray:
 def _placed(moved: np.ndarray, goals: np.ndarray, rest: np.ndarray) -> np.ndarray:
     """Return int64 [C, G]: moved genes at their goals, the others around them in their order.
 
-    Of several genes with one goal the one of the higher rank comes first.
+    If several genes have the same goal, the one with the higher rank comes first.
     """
     num_moved, num_genes = moved.shape[1], moved.shape[1] + rest.shape[1]
     order = np.lexsort((moved, goals), axis=1)

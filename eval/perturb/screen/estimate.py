@@ -1,13 +1,18 @@
-"""Estimate of all single deletions of a cell from a handful of backward passes.
+"""Estimate all single deletions of a cell from a few backward passes.
 
-A deleted gene is no longer attended to, and all genes behind it move up by one rank. The first is
-followed to first order: every token has a gate on its attention weights as a key, in all layers (a
-bias added to the attention scores is the gate's logarithm), and the derivative by that bias, with
-its sign turned, estimates the effect of closing it. The second is no small step: position
-embeddings of neighbouring ranks may be as far apart as any two. So the cell is computed with all
-genes behind a break moved up, for some breaks; there the effect of moving is known, and between
-them the derivatives by the embeddings, times the step of the position embedding, say how it goes.
-What is estimated is the change toward the goal state, or of the classes of a head.
+A deleted gene is no longer attended to, and all genes behind it move up by one rank. These two
+effects are estimated separately by `estimate`.
+
+The first effect is estimated to first order. Every token has a gate on its attention weights as a
+key, in all layers; the bias added to the attention scores is the logarithm of the gate. The
+negative derivative by this bias estimates the effect of closing the gate.
+
+The second effect is not a small change, because the position embeddings of neighbouring ranks may
+be as far apart as any two. Therefore the cell is computed with all genes behind a break moved up,
+for some breaks, where the effect of moving is then known. Between the breaks it is interpolated
+with the derivatives by the embeddings times the step of the position embedding.
+
+The estimated value is the change toward the goal state, or of the classes of a head.
 """
 
 from __future__ import annotations
@@ -40,7 +45,7 @@ _TOP = 50
 
 
 def require_screenable(screen: Screen, subject: Subject) -> None:
-    """Raise ValueError unless the screen deletes single genes toward a goal or in a classifier."""
+    """Raise ValueError unless the screen deletes single genes, with a goal or a classifier."""
     genes = screen.genes
     if architecture_of(subject.engine.encoder).positions is None:
         raise ValueError(
@@ -59,17 +64,17 @@ def require_screenable(screen: Screen, subject: Subject) -> None:
 
 
 def estimate(engine: Engine, genes: np.ndarray, num_breaks: int = _BREAKS) -> np.ndarray:
-    """Return float64 [columns, n]: estimated changes by deleting each gene of one cell.
+    """Return float64 [columns, n], the estimated changes by deleting each gene of one cell.
 
-    Rows: the first state after the start (the goal), or the classes of the head if there are no
-    states.
+    The rows are the first state after the start (the goal), or the classes of the head if there are
+    no states.
 
     Parameters
     ----------
     genes
-        int64 [n] tokens by rank, without special ones.
+        int64 [n] tokens by rank, without special tokens.
     num_breaks
-        Backward passes for the moving up; with as many as tokens it is exact.
+        Backward passes for the effect of moving up; with as many as tokens this effect is exact.
     """
     has_cls, embeddings = engine.vocabulary.has_cls, engine.encoder.embeddings
     assert isinstance(embeddings, BertEmbeddings)
@@ -92,7 +97,7 @@ def estimate(engine: Engine, genes: np.ndarray, num_breaks: int = _BREAKS) -> np
             value, by_word = _derivatives(engine, moved, moved, None)
         values.append(value)
         slopes.append((by_word[:, 0] * steps).sum(dim=2).double().cpu().numpy())
-    # effect[:, b]: all tokens from place b on moved up; nothing is at b = length.
+    # effect[:, b] is the effect of moving up all tokens from place b on; it is 0 at b = length.
     effect = _between(breaks, np.stack(values), np.stack(slopes), length)
     found = effect[:, 1:] - by_gate.double().cpu().numpy()
     return found[:, 1:-1] if has_cls else found
@@ -101,14 +106,14 @@ def estimate(engine: Engine, genes: np.ndarray, num_breaks: int = _BREAKS) -> np
 def _derivatives(
     engine: Engine, words: torch.Tensor, by: torch.Tensor, gates: torch.Tensor | None
 ) -> tuple[np.ndarray, torch.Tensor]:
-    """Return what is estimated, float64 [columns], and its derivative by a tensor."""
+    """Return the value to estimate, float64 [columns], and its derivative by a tensor."""
     inputs, share = {"inputs_embeds": words}, None
     if gates is not None:
         inputs["attention_mask"] = gates[None, None, None].expand(1, 1, len(gates), len(gates))
         share = (gates[1:-1] if engine.vocabulary.has_cls else gates).softmax(dim=0)
     states = engine.forward(**inputs)
     if engine.states:
-        # Before and after, the mean is over the genes that stay: no gate is on it.
+        # The mean is over the remaining genes before and after a deletion, so it has no gate.
         columns = engine.cosines(engine.embedding(states))[:1, 1]
     else:
         columns = engine.probabilities(states, share)[0]
@@ -117,19 +122,20 @@ def _derivatives(
 
 
 def _between(breaks: np.ndarray, values: np.ndarray, slopes: np.ndarray, length: int) -> np.ndarray:
-    """Return float64 [columns, length + 1]: the value at each break between the computed ones.
+    """Return float64 [columns, length + 1]: the value at each break, interpolated if necessary.
 
     Parameters
     ----------
     values
         float64 [breaks, columns].
     slopes
-        float64 [breaks, columns, length]: change by moving one token more.
+        float64 [breaks, columns, length]: change by moving one more token.
     """
     places = np.arange(length)
     after = np.searchsorted(breaks, places, side="right").clip(1, len(breaks) - 1)
     rows = np.arange(values.shape[1])[:, None]
-    # A token's own step is large too: half of it with the slope before, half with that after it.
+    # The step of a single token is large too, so half of it uses the slope before and half the
+    # slope after it.
     steps = (slopes[after - 1, rows, places] + slopes[after, rows, places]) / 2
     effect = np.zeros((values.shape[1], length + 1))
     effect[:, :-1] = steps[:, ::-1].cumsum(axis=1)[:, ::-1]
@@ -148,9 +154,9 @@ def screened_sets(
     digest: str,
     show: Callable[[str, int, int], None],
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Return which sets are of the genes with the largest estimates, and how well these agree.
+    """Return the indices of the sets of genes with the largest estimates, and their agreement.
 
-    Both are kept in a file, and read from it if it is of the same screen.
+    Both are stored in a file, and read from it if it belongs to the same screen.
     """
     if path.exists():
         stored = pq.read_table(path)
@@ -174,7 +180,10 @@ def _write_estimates(
     digest: str,
     show: Callable[[str, int, int], None],
 ) -> None:
-    """Estimate all genes in all cells; the mean over donors of each donor's mean orders them."""
+    """Estimate all genes in all cells and write them in order of their effect.
+
+    The order follows the mean over donors of each donor's mean.
+    """
     engine, genes = subject.engine, subject.cells.genes
     donors, codes = np.unique(subject.cells.table["donor"], return_inverse=True)
     rows = 1 if engine.states else len(engine.head.classes if engine.head else ())
@@ -209,9 +218,10 @@ def _write_estimates(
 
 
 def agree(subject: Subject, screen: Screen) -> dict[str, float]:
-    """Return how well estimates agree with exact deletions in some cells: means over them.
+    """Return how well estimates agree with exact deletions, as means over some cells.
 
-    ``spearman`` of the values, and ``overlap_of_top``: the share of the 50 largest in common.
+    ``spearman`` is the rank correlation of the values, ``overlap_of_top`` the share of the 50
+    largest that are the same.
     """
     engine, genes = subject.engine, subject.cells.genes
     chosen = np.linspace(0, len(genes) - 1, min(_CHECKED_CELLS, len(genes))).astype(int)

@@ -1,9 +1,10 @@
-"""The folder of a perturbation screen: parts that are complete or absent, and how to read them.
+"""Read and write the folder of a perturbation screen, whose parts are complete or absent.
 
-``manifest.json`` says what was computed and with what. ``cells.parquet`` and
-``perturbations.parquet`` name the rows and columns of the screen; ``shifts/part-NNNNN.parquet``
-hold its values, one part for each stretch of cells; ``gene_shifts/`` those of single genes, where
-they were asked for. docs/perturbation.md describes every column.
+`ResultsWriter` writes a screen and `Results` reads it. ``manifest.json`` describes what was
+computed and from what. ``cells.parquet`` and ``perturbations.parquet`` describe the rows and
+columns of the screen. ``shifts/part-NNNNN.parquet`` contain its values, one part for each range of
+cells; ``gene_shifts/`` contains those of single genes, if asked for. docs/perturbation.md describes
+every column.
 """
 
 from __future__ import annotations
@@ -55,12 +56,12 @@ class Results:
         Parameters
         ----------
         unfinished
-            Also open a screen that still runs or was killed: the parts that are there.
+            Also open a screen that still runs or was killed, with the parts that exist.
 
         Raises
         ------
         ValueError
-            No screen, one of another format, or an unfinished one.
+            The folder contains no screen, one of another format, or an unfinished one.
         """
         manifest = _read_manifest(folder)
         if manifest is None:
@@ -76,27 +77,29 @@ class Results:
 
     @property
     def columns(self) -> list[str]:
-        """Names of the values: ``shift``, ``toward_<state>``, ``class_<label>``."""
+        """Return the names of the values: ``shift``, ``toward_<state>``, ``class_<label>``."""
         return self.manifest["columns"]
 
     @cached_property
     def cells(self) -> pd.DataFrame:
-        """One row per perturbed cell: ``cell`` (its number), ``cell_id``, ``donor``, ..."""
+        """Return one row per perturbed cell: ``cell`` (its number), ``cell_id``, ``donor``, ..."""
         whole = self.folder / "cells.parquet"
         return pd.read_parquet(whole) if whole.exists() else _join(self.folder, "cells").to_pandas()
 
     @cached_property
     def perturbations(self) -> pd.DataFrame:
-        """One row per perturbation: ``perturbation`` (its number), ``kind``, ``genes``, ..."""
+        """Return a row per perturbation: ``perturbation`` (its number), ``kind``, ``genes``, ..."""
         return pd.read_parquet(self.folder / "perturbations.parquet")
 
     def shifts(self, columns: list[str] | None = None) -> Iterator[pd.DataFrame]:
-        """Yield the values part by part, by cell: ``cell``, ``perturbation``, ``changed`` and them.
+        """Yield tables of the values part by part, ordered by cell.
+
+        Their columns are ``cell``, ``perturbation``, ``changed`` and the values.
 
         Parameters
         ----------
         columns
-            Which values; None: all of them.
+            Names of the values; None: all of them.
 
         Raises
         ------
@@ -113,7 +116,7 @@ class Results:
             yield pq.read_table(path, columns=wanted).to_pandas()
 
     def gene_shifts(self) -> Iterator[pd.DataFrame]:
-        """Yield the shifts of genes part by part: sums over a part's cells by donor.
+        """Yield the shifts of genes part by part, as sums over a part's cells by donor.
 
         Columns ``donor``, ``perturbation``, ``gene``, ``cells``, ``sum``, ``sum_of_squares``.
         """
@@ -123,8 +126,9 @@ class Results:
     def donor_means(self, column: str) -> pd.DataFrame:
         """Return the mean of a value over each donor's cells, for each perturbation.
 
-        One row per perturbation and donor with a cell in which it applies: ``perturbation``,
-        ``donor``, ``mean`` (float64), ``cells`` (int64). Memory: perturbations x donors.
+        There is one row per perturbation and donor with a cell in which it applies:
+        ``perturbation``, ``donor``, ``mean`` (float64), ``cells`` (int64). The memory is
+        proportional to perturbations x donors.
         """
         donors = pd.Categorical(self.cells["donor"])
         code_of_cell = np.full(int(self.cells["cell"].max()) + 1, -1, dtype=np.int64)
@@ -147,37 +151,37 @@ class Results:
 
 
 class ResultsWriter:
-    """Writes one screen part by part; parts that are there stay.
+    """Writes one screen part by part; existing parts are kept.
 
     Several processes may write parts of one screen: the first one calls `begin` before the others
-    write and `finish` after them.
+    write, and `finish` after them.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], parts: int) -> None:
-        """Take `identity`: all that decides the values, as JSON (settings, model, cells)."""
+        """Take `identity`: all JSON values that determine the results (settings, model, cells)."""
         self.folder, self.identity, self.parts = folder, identity, parts
         text = json.dumps(identity, sort_keys=True)
         self.digest = hashlib.sha256(text.encode()).hexdigest()
 
     def begin(self, perturbations: pd.DataFrame, columns: list[str], about: dict[str, Any]) -> None:
-        """Write manifest and perturbations, or see that the folder holds this same screen.
+        """Write manifest and perturbations, or check that the folder contains this same screen.
 
-        A screen that is complete is left as it is.
+        A complete screen is left unchanged.
 
         Parameters
         ----------
         perturbations
-            `kind`, `genes` (list of ids), `name`, `cells`, `mean_rank`, `detection`, ...; numbered
-            here in their order.
+            `kind`, `genes` (list of ids), `name`, `cells`, `mean_rank`, `detection`, ...; they are
+            numbered here in their order.
         columns
-            The values that parts will have.
+            The names of the values in the parts.
         about
-            More for the manifest that decides nothing: counts, versions.
+            Further entries of the manifest that do not determine results: counts, versions.
 
         Raises
         ------
         ValueError
-            The folder holds another screen or other files.
+            The folder contains another screen or other files.
         """
         self.require_own()
         if self.is_complete:
@@ -199,10 +203,10 @@ class ResultsWriter:
         return manifest is not None and manifest["complete"]
 
     def require_own(self) -> None:
-        """Raise ValueError if the folder holds another screen or other files."""
+        """Raise ValueError if the folder contains another screen or other files."""
         manifest = _read_manifest(self.folder)
         if manifest is None:
-            # What a job leaves that is killed before it has written the manifest.
+            # A job that is killed before it has written the manifest leaves these files.
             left = {"shifts", *(f"{n}.parquet" for n in _BEFORE_MANIFEST)}
             if {n for n in names_in(self.folder) if not n.endswith(".partial")} - left:
                 raise ValueError(f"{self.folder}: holds other files; give --out a new folder")
@@ -214,7 +218,7 @@ class ResultsWriter:
             )
 
     def has_part(self, part: int) -> bool:
-        """Is a part there, complete and of this screen? (It is renamed when it is complete.)"""
+        """Return whether a part of this screen exists; it gets its name when it is complete."""
         path = self.folder / "shifts" / _part_name(part)
         if not path.exists():
             return False
@@ -223,7 +227,7 @@ class ResultsWriter:
     def write_part(
         self, part: int, cells: pa.Table, shifts: pa.Table, gene_shifts: pa.Table | None = None
     ) -> None:
-        """Write one part; its shifts, by which it counts as done, come last."""
+        """Write one part; its shifts come last, because they mark it as done."""
         for name, table in (("cells", cells), ("gene_shifts", gene_shifts), ("shifts", shifts)):
             if table is not None:
                 folder = self.folder / name
@@ -253,7 +257,7 @@ def _part_name(part: int) -> str:
 
 
 def _parts(folder: Path, name: str) -> list[Path]:
-    """Return the parts in their order: numbers have five digits, or more."""
+    """Return the parts in the order of their numbers, which have five digits or more."""
     return sorted((folder / name).glob("part-*.parquet"), key=lambda p: int(p.stem[5:]))
 
 
@@ -280,7 +284,7 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def _differences(manifest: dict[str, Any], identity: dict[str, Any]) -> list[str]:
-    """Return what differs, setting by setting, as `name: there / here`."""
+    """Return the differing settings, each as `name: there / here`."""
     found = []
     for key, here in identity.items():
         there = manifest.get(key)

@@ -1,4 +1,8 @@
-"""A whole screen: cells of a file through the engine into a results folder, part by part."""
+"""Run a whole screen: cells of a file through the engine into a results folder, part by part.
+
+`perturb_file` loads the model and cells (`load_subject`), prepares the folder (`_begin`) and writes
+the parts (`_write_parts`).
+"""
 
 from __future__ import annotations
 
@@ -42,9 +46,9 @@ from pretrain.run_folder.run_record import environment
 logger = logging.getLogger(__name__)
 
 STATES_NAME, SCREEN_NAME = "states.parquet", "screen.parquet"
-# What a kill loses: so many copies (a minute on a CPU core), or a thousandth of a larger screen.
+# A kill loses at most so many copies (a minute on a CPU core), or a thousandth of a larger screen.
 _PART_COPIES, _MOST_PARTS = 1024, 1000
-# Pairs of genes that one part holds in memory, where genes are compared.
+# The number of gene pairs that one part holds in memory if genes are compared.
 _PART_PAIRS = 8_000_000
 _MOST_CELLS = 4096
 _COMPACT_ROWS = 4_000_000
@@ -60,12 +64,13 @@ def load_subject(
     options: SourceOptions,
     screen: Screen,
 ) -> Subject:
-    """Return model (a head's own encoder, where there is one) and cells.
+    """Return the model (the head's own encoder, if a head is given) and the cells.
 
     Raises
     ------
     ValueError
-        Neither or both of model and head, one that is none, or wrong cells (`read_cells`).
+        Neither or both of model and head are given, one of them is invalid, or the cells are wrong
+        (`read_cells`).
     """
     if (model is None) == (head is None):
         raise ValueError("give --model DIR, or --head DIR (its own encoder is used): one of them")
@@ -95,20 +100,21 @@ def perturb_file(
     ranks: Ranks | None = None,
     show: Show = lambda what, done, total: None,
 ) -> str:
-    """Write the results folder of a screen and return a sentence about it.
+    """Write the results folder of a screen and return a summary sentence.
 
-    A screen that was killed goes on with the same arguments; parts that are there stay.
+    A killed screen continues when it is started with the same arguments; existing parts are kept.
 
     Parameters
     ----------
     ranks
-        Of `pretrain.ranks.dist.start`: parts are divided over them; the results are those of one.
+        The result of `pretrain.ranks.dist.start`: parts are divided over ranks, with the same
+        results as on one rank.
 
     Raises
     ------
     ValueError
-        Wrong cells, genes, states or settings; `out` holds another screen, or another job writes
-        into it. Nothing is written then.
+        Cells, genes, states or settings are wrong, `out` contains another screen, or another job
+        writes into it. Nothing is written then.
     """
     subject = load_subject(path, model, head, vocabulary_path, options, screen)
     sets = screen.genes.sets(subject.names, subject.cells.genes, screen.edit.kind)
@@ -143,9 +149,9 @@ def _begin(
     is_first: bool,
     show: Show,
 ) -> tuple[ResultsWriter, GeneSets]:
-    """Return the writer and the sets to compute; the first rank writes what comes before the parts.
+    """Return the writer and the sets to compute; the first rank writes everything before the parts.
 
-    The others come after it and read what it has found.
+    The other ranks call this after the first one, and read what it has written.
     """
     cells, most_genes = subject.cells, subject.engine.max_genes
     table = pd.DataFrame()
@@ -160,7 +166,8 @@ def _begin(
     about: dict[str, Any] = {"cells": len(cells.genes), "cells_per_part": per_part}
     if is_first:
         writer.require_own()
-        # Before anything is written: it refuses a screen in which nothing applies.
+        # This comes before anything is written, because it refuses a screen in which no set
+        # applies.
         table = describe_sets(sets, subject.names, cells.genes, screen.edit.kind, most_genes)
     if screen.cells.states:
         subject.engine.set_centroids(
@@ -186,7 +193,7 @@ def _begin(
 
 
 def cells_per_part(genes: list[np.ndarray], num_sets: int, gene_shifts: bool) -> int:
-    """Return how many cells a part holds: a function of the cells and sets only."""
+    """Return the number of cells in a part, a function of the cells and sets only."""
     typical = max(1.0, float(np.median([len(g) for g in genes])))
     copies = max(1.0, min(num_sets, typical))
     found = max(_PART_COPIES / copies, len(genes) / _MOST_PARTS)
@@ -196,7 +203,7 @@ def cells_per_part(genes: list[np.ndarray], num_sets: int, gene_shifts: bool) ->
 
 
 def _centroids(path: Path, subject: Subject, states: States, digest: str) -> dict[str, np.ndarray]:
-    """Return the states' centroids: those in the file if it is of this screen, or new ones."""
+    """Return the states' centroids, from the file if it belongs to this screen, else new ones."""
     if path.exists():
         table = pq.read_table(path)
         if (table.schema.metadata or {}).get(b"geneloom_screen") == digest.encode():
@@ -222,14 +229,15 @@ def _write_parts(
     ranks: Ranks | None,
     show: Show,
 ) -> None:
-    """Compute and write the parts of this rank that are not there yet."""
+    """Compute and write the parts of this rank that do not exist yet."""
     rank, world = (0, 1) if ranks is None else (ranks.rank, ranks.world_size)
     mine = range(rank, writer.parts, world)
     cells = subject.cells
     per_part = cells_per_part(cells.genes, screen.num_computed(len(sets)), screen.gene_shifts)
     positions = np.arange(len(cells.genes))
     stretches = {p: positions[p * per_part : (p + 1) * per_part] for p in mine}
-    # All copies, where each gene of a cell is perturbed once; else a measure of the work as good.
+    # This is the number of copies if each gene of a cell is perturbed once; otherwise it is an
+    # equally good measure of the work.
     work = np.array([min(len(sets), len(g)) for g in cells.genes])
     total, done = sum(int(work[s].sum()) for s in stretches.values()), 0
     for part, stretch in stretches.items():
@@ -238,7 +246,8 @@ def _write_parts(
             continue
         found: dict[int, CellShifts] = {}
         sums = GeneSums(cells.table["donor"].iloc[stretch], len(sets), subject.vocabulary)
-        # By length: the memory that one cell's batches have left free fits the next one's.
+        # The cells are ordered by length, so that the memory freed by one cell's batches fits the
+        # next cell's.
         for cell in sorted(stretch, key=lambda c: (len(cells.genes[c]), c)):
             shifts = subject.engine.perturb(
                 cells.genes[cell], sets, screen.edit, screen.gene_shifts
@@ -286,7 +295,7 @@ class GeneSums:
         self._sums: list[np.ndarray] = [np.zeros((0, 3))]
 
     def add(self, donor: str, shifts: CellShifts) -> None:
-        """Add a cell's."""
+        """Add the gene shifts of a cell."""
         first = self._donors.index(donor) * self._num_sets
         for sets, genes, compared, values in shifts.genes:
             keys = (first + sets[:, None]) * self._vocabulary.num_tokens + genes
@@ -303,7 +312,7 @@ class GeneSums:
         self._keys, self._sums = [keys], [sums]
 
     def table(self) -> pa.Table:
-        """Return one row per donor, perturbation and gene."""
+        """Return a table with one row per donor, perturbation and gene."""
         self._compact()
         keys, sums = self._keys[0], self._sums[0]
         rest, token = np.divmod(keys, self._vocabulary.num_tokens)

@@ -1,4 +1,4 @@
-"""What a screen is: its settings, and the model and cells that it is about."""
+"""The settings of a screen, and the model and cells that it uses."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from eval.perturb.screen.edits import Edit
 
 @dataclass(frozen=True)
 class Screen:
-    """All that decides what a screen gives, but the cells and the model.
+    """All settings that determine the results of a screen, except the cells and the model.
 
     Attributes
     ----------
     gene_shifts
-        Also the shift of every other gene, summed by donor.
+        Also compute the shift of every other gene, summed by donor.
     top
-        Compute only so many genes, chosen by an estimate (`eval.perturb.screen.estimate`);
-        0: all of them.
+        Compute only so many genes, chosen by an estimate (`eval.perturb.screen.estimate`); 0: all
+        of them.
     """
 
     edit: Edit
@@ -41,11 +41,11 @@ class Screen:
     top: int = 0
 
     def num_computed(self, num_sets: int) -> int:
-        """Return how many of so many sets are computed exactly."""
+        """Return how many of `num_sets` sets are computed exactly."""
         return min(num_sets, self.top) if self.top else num_sets
 
     def settings(self) -> dict[str, Any]:
-        """Return them as JSON values."""
+        """Return the settings as JSON values."""
         found = asdict(self.edit) | asdict(self.genes) | asdict(self.cells)
         found |= self.engine.deciding()
         return json.loads(json.dumps(found | {"gene_shifts": self.gene_shifts, "top": self.top}))
@@ -53,7 +53,7 @@ class Screen:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, and cells in its tokens."""
+    """A model, and cells encoded as its tokens."""
 
     engine: Engine
     vocabulary: Vocabulary
