@@ -216,3 +216,24 @@ def test_long_curves_are_thinned(largest):
         assert y[i] == pytest.approx(np.nanmax(part) if largest else np.nanmean(part))
     same, _ = _thinned(steps[:1000], values[:1000], largest)
     assert same.tolist() == steps[:1000].tolist()
+
+
+def test_scores_are_printed_best_first(capsys):
+    from eval.drawing.tables import print_scores
+
+    def row(f1: float) -> dict:
+        interval = {"mean": f1, "half_width": 0.01}
+        names = ("macro_f1", "balanced_accuracy", "accuracy")
+        return dict.fromkeys(names, interval) | {"f1_by_class": {"T": f1}}
+
+    results = {
+        "task": "cell_type", "classes": ["T", "B"], "cells": 1200, "split": "donor",
+        "seeds": [{"train_cells": 1000, "test_cells": 200}], "dropped": {"no label": 1500},
+        "summary": {"worse": row(0.5), "better": row(0.75)},
+    }  # fmt: skip
+    print_scores(results)
+    said = capsys.readouterr().out
+    assert "2 classes, 1,200 cells, split donor" in " ".join(said.split())
+    assert said.index("better") < said.index("worse")
+    assert "0.750 ± 0.010" in said and "left out: 1,500 cells: no label" in said
+    assert "-" in next(line for line in said.splitlines() if " B " in line)

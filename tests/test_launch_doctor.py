@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from launch.doctor import slow_places
+from launch.hosts import ask_hosts
 from launch.hosts.ask_hosts import Answer
 from launch.hosts.checks import ask_here, find_problems, find_warnings
 from tests.hosts import Host, hosts, why_no_hosts
+from tests.ranks import run_ranks
 from tests.test_launch_hosts import environment, launch, small, write_hostfile
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -159,6 +161,62 @@ def test_what_makes_a_run_impossible_and_what_may_go_wrong(tmp_path):
     for text, change in later.items():
         other = good | {"b": replace(good["b"], content=fact | {"open_files": 65536} | change)}
         assert any(text in t for t in find_warnings(other, True)["b"]), text
+
+
+def test_the_report_of_the_doctor_names_hosts_problems_and_speed(tmp_path, capsys):
+    from launch.doctor import print_report
+
+    mine = ask_here(tmp_path).content
+    speed = {"mib": 8, "ranks": 2, "device": "cpu", "seconds": 0.02, "bus_gib_s": 0.5}
+    report = {
+        "hosts": {"a": mine, "b": {"problem": "no answer"}},
+        "problems": {"b": ["no answer; is it on?"]},
+        "warnings": {"a": ["1024 open files allowed"]},
+        "speed": speed | {"problem": None, "slow": ["a computes 3.0 times as long [median]"]},
+    }
+    print_report(report, {"a": 1, "b": 2})
+    said = capsys.readouterr().out
+    for text in (
+        mine["python"], mine["code"], "b: no answer; is it on?", "a: 1024 open files allowed",
+        "all-reduce of 8 MiB over 2 ranks (cpu): 20.0 ms, bus 0.50 GiB/s",
+        "slow: a computes 3.0 times as long [median]",
+    ):  # fmt: skip
+        assert text in said, text
+    print_report(report | {"speed": {"problem": "the all-reduce failed: x"}}, {"a": 1, "b": 2})
+    assert "the all-reduce failed: x" in capsys.readouterr().out
+
+
+def test_an_all_reduce_is_measured_on_every_rank():
+    first, second = run_ranks(2, measured_here)
+    assert first["ranks"] == 2 and first["seconds"] > 0
+    assert len(first["link_gib_s"]) == len(first["matmul_s"]) == 2
+    assert first["bus_gib_s"] == first["algorithm_gib_s"]  # 2 (N - 1) / N of two ranks
+    assert first["matmul_s"] == second["matmul_s"]
+
+
+def measured_here() -> dict:
+    from pretrain.ranks import dist
+    from pretrain.ranks.all_reduce_speed import measure
+
+    found = measure(dist.start(60, threads=1), 1)
+    dist.leave()
+    return found
+
+
+def test_what_ssh_says_becomes_advice():
+    for complaint, advice in (
+        ("ssh: Could not resolve hostname a: Name or service not known", "correct the hostfile"),
+        ("root@a: Permission denied (publickey).", "`ssh-copy-id a`"),
+        ("ssh: connect to host a port 22: Connection refused", "start sshd"),
+        ("ssh: connect to host a port 22: Connection timed out", "is it on"),
+        ("something new", "try `ssh` by hand"),
+    ):
+        answer = ask_hosts._read("a", 255, "", f"a line before\n{complaint}\n")
+        assert answer.content is None and advice in (answer.problem or ""), complaint
+        assert complaint in (answer.problem or "")
+    assert ask_hosts._read("a", 0, 'a banner\n{"port": 7}\n', "") == Answer({"port": 7}, None)
+    broken = ask_hosts._read("a", 1, "", "No module named launch\n")
+    assert "No module named launch" in (broken.problem or "")
 
 
 def test_a_slow_place_is_named_once():

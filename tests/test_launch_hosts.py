@@ -14,7 +14,7 @@ import pytest
 
 from launch.verbs import saved_step
 from pretrain.config import RunConfig
-from tests.hosts import Host, hosts, why_no_hosts
+from tests.hosts import Host, hosts, skip_without_hosts, why_no_hosts
 from tests.ranks import run_ranks
 from tests.runs import metrics, run_training, tiny_config
 from tests.synthetic import write_cells
@@ -85,6 +85,46 @@ def require_same_run(config: RunConfig, expected: RunConfig) -> None:
 def events(config: RunConfig, kind: str) -> list[dict]:
     lines = (config.run.out / "launch" / "events.jsonl").read_text().splitlines()
     return [e for e in map(json.loads, lines) if e["event"] == kind]
+
+
+def test_what_every_way_starts_on_two_hosts(tmp_path):
+    """Hosts are asked over ssh, and answer; nothing is started."""
+    skip_without_hosts()
+    code = (
+        "import json, os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from launch.ways.hostfile import Pdsh, Ssh\n"
+        "from launch.ways.mpi import MpiCluster\n"
+        "slots, out = {'ds1': 2, 'ds2': 2}, Path(sys.argv[1])\n"
+        "first = Ssh(slots, out, 'cpu', ranks=3)\n"
+        "found = {'usable': first.usable_hosts()}\n"
+        "for way in (first, Pdsh(slots, out, 'cpu'), MpiCluster(slots, out, 'cpu')):\n"
+        "    way.know(first._facts)\n"
+        "    words = way.commands(found['usable'], out / 'attempt', ['m', 'x y'], {'A': 'b c'})\n"
+        "    found[type(way).__name__] = words\n"
+        "first.signal(found['usable'], 'nobody', signal.SIGKILL, True)\n"
+        "found['lost'] = first.lost({'ds2': 1, 'ds9': 1})\n"
+        "print(json.dumps(found))\n"
+    )
+    with hosts(2, tmp_path / "hosts") as (first, _):
+        words = [sys.executable, "-c", code, str(tmp_path)]
+        done = first.run(words, timeout=_LIMIT_S, env=environment())
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["usable"] == {"ds1": 2, "ds2": 1}, "three ranks, host by host"
+    assert found["lost"] == ["ds9"]
+    address = first.address
+    for number, (name, command) in enumerate(found["Ssh"].items()):
+        assert command[0] == "ssh" and command[-2] == name
+        assert f"--node_rank={number} --master_addr={address} --master_port=" in command[-1]
+        assert "exec env 'A=b c' " in command[-1] and command[-1].endswith("--module m 'x y'")
+    (pdsh,) = found["Pdsh"].values()
+    assert f"DS_ENV_FILE={tmp_path}/attempt/environment" in pdsh and address in pdsh
+    (mpirun,) = found["MpiCluster"].values()
+    assert mpirun[mpirun.index("--host") + 1] == "ds1:2,ds2:1"
+    assert mpirun[mpirun.index("-n") + 1] == "3"
+    assert mpirun[mpirun.index("btl_tcp_if_include") + 1] == "eth0"
+    assert f"MASTER_ADDR={address}" in mpirun and mpirun[-2:] == ["m", "x y"]
 
 
 @pytest.mark.long
