@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.hashing import mix64
+from data_prep.prepare.options import PrepareOptions
 from data_prep.prepare.run import prepare
-from data_prep.prepare.work_list import PrepareOptions, choose_heldout_groups
+from data_prep.prepare.work_list import choose_heldout_groups
 from data_prep.shards.format import lay_out
 from data_prep.shards.order import EpochPlan
 from data_prep.shards.reader import ShardSet

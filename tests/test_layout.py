@@ -19,19 +19,19 @@ FOLDERS = ("data_prep", "pretrain", "launch", "eval")
 # is a folder, or a file beside them; docs/architecture.md says what each is for.
 ROOMS = {
     "data_prep": """
-        __main__ | cli | inspection | prepare | encoding | sources | matrices shards
-        genes running | errors files hashing version
+        __main__ | cli api | inspection | prepare | encoding | sources | matrices shards
+        genes running | errors files hashing options version
     """,
     "pretrain": """
-        __main__ | cli | train | engine | start | export | optim summary device | measure
+        __main__ | cli | api | train | engine | start | export | optim summary device | measure
         batches run_folder cell_states | model optimizer | counting | checkpoints | ranks
-        plan objective ds_config | config | settings stop
+        plan objective ds_config | config options | settings stop
     """,
     "launch": """
         doctor stop cli | ways | attempts | hosts verbs runs environment
     """,
     "eval": """
-        perturb.__main__ finetune.__main__ | cli benchmark.cli perturb.cli probe api
+        perturb.__main__ finetune.__main__ | cli api | benchmark.cli perturb.cli probe
         benchmark.run | benchmark.kinds report | benchmark.matched benchmark.report
         benchmark.contest benchmark.own_task perturb.report | perturb.effects benchmark.material
         perturb.screen | finetune | cells simulate | drawing owning benchmark.neighbours
@@ -42,7 +42,7 @@ ROOMS = {
 ACROSS = {
     ("eval", "pretrain"): "*",
     ("eval", "data_prep"): "*",
-    ("pretrain", "data_prep"): "genes shards running errors files hashing version",
+    ("pretrain", "data_prep"): "genes shards running errors files hashing options version",
     ("launch", "pretrain"): "config ds_config",
     ("launch", "data_prep"): "running errors files version",
 }
@@ -50,6 +50,7 @@ NEVER_TORCH = [
     "data_prep",
     "launch",
     "pretrain/config.py",
+    "pretrain/options.py",
     "pretrain/settings/architecture.py",
     "pretrain/ds_config.py",
 ]

@@ -34,13 +34,8 @@ from data_prep.genes.vocabulary import Vocabulary
 from data_prep.prepare import lay_out_tars, write_pass
 from data_prep.prepare.lay_out_tars import WritePlan
 from data_prep.prepare.manifest import Decisions, write_manifest
-from data_prep.prepare.work_list import (
-    PrepareOptions,
-    Survey,
-    check_options,
-    encode_jobs,
-    survey_sources,
-)
+from data_prep.prepare.options import PrepareOptions, check_options
+from data_prep.prepare.work_list import Survey, encode_jobs, survey_sources
 from data_prep.prepare.workspace import (
     check_disk,
     complete_already,

@@ -23,7 +23,7 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from data_prep.genes.annotation import ORGANISMS, SPECIES
+from data_prep.genes.annotation import organism_name
 from data_prep.matrices.matrix_store import mtx_sample
 from data_prep.sources.hugging_face import PREFIX, hub_splits
 from data_prep.sources.source_spec import (
@@ -102,14 +102,6 @@ class _CorpusList(BaseModel):
     defaults: _Settings = _Settings()
     # What the corpus is made of.
     sources: list[_Entry] = Field(min_length=1)
-
-
-def organism_name(name: str) -> str:
-    """Return the short name of an organism: ``Homo sapiens`` -> ``human``."""
-    short = ORGANISMS.get(name.strip().lower(), name.strip().lower())
-    if short not in SPECIES.values():
-        raise ValueError(f"organism {name!r}: unknown; known are {sorted(SPECIES.values())}")
-    return short
 
 
 def expand_corpus(arguments: list[str], options: SourceOptions) -> list[SourceSpec]:

@@ -6,8 +6,8 @@ ones that are read, and the vocabulary head, are not computed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 
 from data_prep.genes.vocabulary import CLS, EOS, Vocabulary
 from eval.finetune.classifier import Classifier, Head
+from eval.options import choose_device
 from eval.perturb.screen.edits import (
     Copies,
     Edit,
@@ -23,6 +24,7 @@ from eval.perturb.screen.edits import (
     copies_of,
     places_in,
 )
+from eval.perturb.screen.settings import EngineSettings
 from pretrain.cell_states.frozen_states import (
     embed_cells,
     num_layers_up_to,
@@ -35,54 +37,6 @@ from pretrain.model.architectures import (
     set_layers,
     to_bfloat16,
 )
-
-Score = Literal["mean_state", "geneformer"]
-SCORES: tuple[Score, ...] = ("mean_state", "geneformer")
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """How copies are computed.
-
-    Attributes
-    ----------
-    pooling
-        Embedding of a cell: ``mean`` over the genes that are compared, or ``cls``.
-    layer
-        0: last, -1: second-to-last (Geneformer's count and default), ...
-    bf16
-        Compute the encoder in bfloat16; all that is compared stays float32 or float64.
-    token_budget
-        Tokens of one forward pass; no result depends on it but by rounding. 0: 4,096 on a CPU,
-        whose cache they fit, 65,536 on a GPU.
-    score
-        What is compared under pooling by the mean. ``mean_state``: mean states of the genes that
-        original and copy both hold, the perturbed ones left out. ``geneformer``: as its own
-        perturber does; ``shift`` is 1 - the mean over those genes of each one's own cosine, and
-        ``toward_<state>`` is of the mean states over all genes, the perturbed ones too. The state
-        of ``<cls>`` is compared in one way only, which is that of both.
-    """
-
-    pooling: str = "mean"
-    layer: int = -1
-    bf16: bool = False
-    device: str = "cpu"
-    token_budget: int = 0
-    score: Score = "mean_state"
-
-    def __post_init__(self) -> None:
-        if self.score not in SCORES:
-            raise ValueError(f"--score {self.score}: must be one of {', '.join(SCORES)}")
-
-    @property
-    def batch_tokens(self) -> int:
-        return self.token_budget or (4096 if self.device == "cpu" else 65_536)
-
-    def deciding(self) -> dict[str, Any]:
-        """Return what changes values by more than their last bits."""
-        return {
-            "pooling": self.pooling, "layer": self.layer, "bf16": self.bf16, "score": self.score,
-        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -143,6 +97,7 @@ class Engine:
             Unknown pooling, ``cls`` without ``<cls>`` tokens, no such layer, or a classifier
             without exactly one head of cells.
         """
+        settings = replace(settings, device=choose_device(settings.device))
         require_pooling(settings.pooling, vocabulary)
         number = num_layers_up_to(encoder, settings.layer)
         self.encoder, self.vocabulary, self.settings = encoder, vocabulary, settings
