@@ -23,7 +23,7 @@ from pretrain.plan.needs import (
     num_parameters,
     traffic_bytes,
 )
-from pretrain.plan.step_time import MACHINES, step_time
+from pretrain.plan.step_time import MACHINES, Compute, step_time
 from tests.ranks import run_ranks
 from tests.runs import run_training, tiny_config
 from tests.saved_tensors import kept_for_backward
@@ -214,7 +214,9 @@ def test_time_of_recorded_runs(run):
     parameters = num_parameters(config.model, 25_426, 2048)
     compute = tokens * flops_per_token(config, 25_426, length) / GPUS["cpu"].flops(precision)
     sent = traffic_bytes(parameters, precision, stage, ranks, 1)
-    found = step_time(config, MACHINES["cpu"], compute, 1.25, parameters, stage, ranks, 1, sent)
+    found = step_time(
+        config, MACHINES["cpu"], Compute(compute, 1.25), parameters, stage, ranks, 1, sent
+    )
     assert found.seconds == pytest.approx(seconds, rel=0.25)
     low, high = found.interval
     assert low < seconds < high

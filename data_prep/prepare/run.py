@@ -228,9 +228,8 @@ def decide_all(
             first += cells
     moments = merge_moments(r.moments for r in records)
     codes, same = lay_out_tars.decide_reasons(
-        work, chunks, moments, options.max_sd_counts, options.max_sd_mito, options.dedup,
-        options.memory_gib, [s.spec for s in survey.sources], options.heldout_by, options.same_side,
-    )  # fmt: skip
+        work, chunks, moments, [s.spec for s in survey.sources], options
+    )
     names = [s.spec.name for s in survey.sources]
     slots = survey.vocabulary.max_length - (2 if survey.vocabulary.has_cls else 0)
     specials = survey.vocabulary.max_length - slots
@@ -259,8 +258,8 @@ def plan_shards(
                 f"{int(histogram.sum())} kept): give more cells, or another --heldout share"
             )
     plan = lay_out_tars.plan_writing(
-        work, decisions.chunks, decisions.codes, histogram, length, options.shard_mib,
-        options.block_cells, list(survey.columns), survey.vocabulary.num_tokens,
+        work, decisions.chunks, decisions.codes, histogram, survey.vocabulary,
+        list(survey.columns), options,
     )  # fmt: skip
     return plan, histogram
 

@@ -20,7 +20,7 @@ from pretrain.plan.flops import (
     layer_matrices,
 )
 from pretrain.plan.roofline import rooflines
-from pretrain.plan.step_time import MACHINES, step_time
+from pretrain.plan.step_time import MACHINES, Compute, step_time
 from pretrain.settings.architecture import MODERNBERT
 from pretrain.settings.model_settings import ModelConfig
 
@@ -258,8 +258,8 @@ def make_plan(
         doubt = _DOUBT_OF_MFU if speed.mfu is None and gpu.name != "cpu" else 1.25
     stage = chosen.memory.stage if chosen else 3
     step = step_time(
-        config, MACHINES[gpu.name], compute, doubt, parameters, stage, gpus, passes, sent[stage],
-        includes_host=bool(measured),
+        config, MACHINES[gpu.name], Compute(compute, doubt, bool(measured)), parameters, stage,
+        gpus, passes, sent[stage],
     )  # fmt: skip
     source = "given" if measured else f"arithmetic at {share:.1%} of {gpu.name}'s peak"
     hours = steps * step.seconds / 3600

@@ -89,6 +89,18 @@ class StepTime:
         return busy + (self.optimizer + self.network + self.host) * of_others
 
 
+@dataclass(frozen=True)
+class Compute:
+    """Seconds of a step's arithmetic on one device, and by what factor they may be off.
+
+    `includes_host`: they were measured in a run, so launching and the host are in them.
+    """
+
+    seconds: float
+    doubt: float
+    includes_host: bool = False
+
+
 def kernels_per_pass(config: RunConfig) -> float:
     """Return how many kernels a forward and backward pass starts, about."""
     count = config.model.num_layers * _KERNELS[config.model.architecture] + _KERNELS_AROUND
@@ -98,29 +110,21 @@ def kernels_per_pass(config: RunConfig) -> float:
 def step_time(
     config: RunConfig,
     machine: Machine,
-    compute_s: float,
-    doubt: float,
+    compute: Compute,
     parameters: int,
     stage: int,
     gpus: int,
     passes: int,
     sent_bytes: float,
-    includes_host: bool = False,
 ) -> StepTime:
     """Return the time of a step.
 
     Parameters
     ----------
-    compute_s
-        Of the arithmetic of one device.
-    doubt
-        By what factor it may be off.
     passes
         Micro-batches of a device in a step.
     sent_bytes
         Of one device in a step (`plan.traffic_bytes`).
-    includes_host
-        `compute_s` was measured in a run: launching and the host are in it.
     """
     near = min(gpus, _NODE)
     rounds = math.log2(near) + 4 * math.log2(-(-gpus // _NODE)) if gpus > 1 else 0.0
@@ -130,10 +134,10 @@ def step_time(
     speed = machine.near if gpus <= _NODE else machine.far
     own = parameters / (gpus if stage else 1)
     return StepTime(
-        compute_s,
-        0.0 if includes_host else own * _ADAM_BYTES / machine.memory,
+        compute.seconds,
+        0.0 if compute.includes_host else own * _ADAM_BYTES / machine.memory,
         sent_bytes / speed + calls * rounds * machine.collective_s,
-        0.0 if includes_host else passes * kernels_per_pass(config) * machine.launch_s,
-        0.0 if includes_host else machine.host_s,
-        doubt,
+        0.0 if compute.includes_host else passes * kernels_per_pass(config) * machine.launch_s,
+        0.0 if compute.includes_host else machine.host_s,
+        compute.doubt,
     )
