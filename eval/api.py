@@ -33,7 +33,7 @@ __all__ = [
     "AttentionOptions", "BenchmarkOptions", "CellChoice", "Edit", "EmbedOptions", "EngineSettings",
     "FinetuneOptions", "FinetuneSettings", "GeneChoice", "ModelChoice", "OwnTask", "ProbeSettings",
     "Screen", "SourceOptions", "States", "attention", "benchmark", "embed", "embed_cells",
-    "finetune", "perturb", "predict", "probe", "report",
+    "finetune", "perturb", "predict", "probe", "report", "simulate",
 ]  # fmt: skip
 
 
@@ -240,6 +240,26 @@ def benchmark(
     from eval.benchmark.cli import run_tasks
 
     return run_tasks([Path(m) for m in models], Path(out), options, own)[0]
+
+
+def simulate(out: Path | str, perturb: str = "all", **settings: Any) -> dict[str, Any]:
+    """Write cells of a known gene network, as ``geneloom simulate``; return the folder's record.
+
+    Parameters
+    ----------
+    perturb
+        ``none``, ``all`` (each transcription factor), or gene ids as ``A,B,A+B``.
+    settings
+        Those of `eval.simulate.settings.SimulationSettings`; ValueError for any other.
+
+    Examples
+    --------
+    >>> simulate("cells", perturb="none", cells=600, genes=200, tfs=20)
+    """
+    from eval.simulate.settings import make_settings
+    from eval.simulate.write import simulate as write
+
+    return write(make_settings(**settings), Path(out), perturb)
 
 
 def report(folder: Path | str, out: Path | str | None = None) -> Path:

@@ -22,7 +22,8 @@ __all__ = ["RunConfig", "StartOptions", "export", "load_config", "train"]
 def train(config: RunConfig, start: StartOptions = StartOptions()) -> RunSummary:
     """Pretrain as ``geneloom pretrain``; under a launcher every rank calls it.
 
-    Environment variables that torch and NCCL read when they start are set here.
+    The environment is afterwards what it was: a process that is no rank of a launcher can train
+    again, and start other programs.
 
     Parameters
     ----------
@@ -36,9 +37,25 @@ def train(config: RunConfig, start: StartOptions = StartOptions()) -> RunSummary
 
     Examples
     --------
-    >>> config = load_config("tiny", ["data.shards=shards", "run.out=run", "run.max_steps=20"])
+    >>> config = load_config("tiny", ["data.shards=shards", "run.out=run", "run.max_steps=60"])
     >>> train(config).heldout["loss"]
     """
+    before = dict(os.environ)
+    try:
+        return train_as_rank(config, start)
+    except BaseException:
+        if "RANK" not in before:  # alone, so nobody waits for this rank to leave
+            from pretrain.ranks import dist
+
+            dist.leave()
+        raise
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def train_as_rank(config: RunConfig, start: StartOptions) -> RunSummary:
+    """Train in a process that is there for this alone, and keeps its environment of a rank."""
     # A connection that ends is told in one line here, with torch's own warnings in thirty.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if config.run.deterministic:

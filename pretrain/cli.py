@@ -15,7 +15,7 @@ from rich.table import Table
 
 from data_prep.errors import EXIT_RESUMABLE, run_app
 from data_prep.options import spread
-from pretrain.api import export, train, use_cpu_where_no_gpu
+from pretrain.api import export, train_as_rank, use_cpu_where_no_gpu
 from pretrain.config import RunConfig, load_config, settings_to_resume_from
 from pretrain.options import CorpusOptions, SpeedOptions, StartOptions, StepOption
 from pretrain.settings.model_settings import ModelConfig
@@ -52,7 +52,7 @@ def pretrain_command(
             print_resolved(found)
         return
     _log_to_console()
-    if train(settings, start).stopped:
+    if train_as_rank(settings, start).stopped:
         raise SystemExit(EXIT_RESUMABLE)
 
 

@@ -64,7 +64,7 @@ class PrepareOptions:
     )
     heldout_by: Annotated[str, typer.Option(help="cell, dataset, or an --obs column")] = "cell"
     block_cells: Annotated[int, typer.Option(help="cells of one tar member")] = 256
-    shard_mib: Annotated[float, typer.Option(help="mean size of a tar")] = 64
+    shard_mib: Annotated[float, typer.Option(help="mean size of a tar")] = 64.0
     memory_gib: Memory = 2.0
     vocabulary_min_cells: MinCells = 3
     max_length: MaxLength = None
