@@ -56,12 +56,11 @@ def test_saved_head_predicts_other_cells(model, tmp_path):
     import anndata
 
     from data_prep.genes.vocabulary import load_vocabulary
+    from eval.api import FinetuneOptions, finetune
     from eval.finetune.predict import predict_file
-    from eval.finetune.score_cells import finetune_cells
-    from eval.finetune.settings import FinetuneOptions
 
     settings = replace(fast(), patience=2)
-    finetune_cells(
+    finetune(
         model / "cells.h5ad", model, "cell_type", tmp_path / "scores",
         FinetuneOptions(
             donor="donor", settings=settings, max_test_per_class=5, save_head=tmp_path / "head"

@@ -243,6 +243,8 @@ def test_a_head_gives_changes_of_probability(model, tmp_path):
         anndata.read_h5ad(model / "cells.h5ad"), own, Screen(genes=GeneChoice(("G1",)))
     )
     expected = trained.predict_cells(cells.tokens, "state")
+    found = api.predict(model / "cells.h5ad", tmp_path / "head").obsm["geneloom_state"]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
     token = vocabulary.token_of[anndata.read_h5ad(model / "cells.h5ad").var_names[1]]
     held = [i for i in range(24) if token in cells.tokens[i]]
     without = [cells.tokens[i][cells.tokens[i] != token] for i in held]
@@ -261,6 +263,8 @@ def test_notebooks_get_tables(model):
     cells = anndata.read_h5ad(model / "cells.h5ad")
     embedded = api.embed(cells, model)
     assert embedded.obsm["X_geneloom"].shape == (24, 32) and "X_geneloom" not in cells.obsm
+    heads = api.attention(model / "cells.h5ad", model, api.AttentionOptions(group="donor"))
+    assert set(heads["group"]) == set(cells.obs["donor"]) and set(heads["layer"]) == {1, 2}
     asked = Screen(
         Edit("activate", to_quantile=0.0), GeneChoice(("G5",)), CellChoice({}, TOWARD, "donor")
     )
