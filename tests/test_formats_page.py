@@ -307,7 +307,7 @@ WRITTEN = [
     ("Other tables", "eval/simulate/write.py", "simulate"),
     (FINETUNING, "eval/finetune/score_cells.py", "finetune_cells"),
     (FINETUNING, "eval/finetune/score_cells.py", "_score_seed"),
-    (FINETUNING, "eval/finetune/classifier.py", "FinetuneSettings"),
+    (FINETUNING, "eval/finetune/settings.py", "FinetuneSettings"),
     (FINETUNING, "eval/scores/metrics.py", "score_classes"),
     (FINETUNING, "eval/scores/metrics.py", "mean_and_interval"),
     ("A classifier", "eval/finetune/classifier.py", "save_classifier"),
