@@ -123,8 +123,8 @@ def write_vocabulary(path: Path) -> None:
 def write_shards(work: Path, num_cells: int, typical_length: int) -> Path:
     """Return a folder of shards of generated cells."""
     from data_prep.genes.vocabulary import load_vocabulary
+    from data_prep.prepare.options import PrepareOptions
     from data_prep.prepare.run import prepare
-    from data_prep.prepare.work_list import PrepareOptions
     from data_prep.sources.source_spec import SourceOptions, source_at
 
     write_vocabulary(work / "vocabulary.json")

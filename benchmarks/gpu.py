@@ -332,8 +332,8 @@ def _random_shards(folder: Path, smoke: bool) -> Path:
     import anndata
     import scipy.sparse
 
+    from data_prep.prepare.options import PrepareOptions
     from data_prep.prepare.run import prepare
-    from data_prep.prepare.work_list import PrepareOptions
     from data_prep.sources.source_spec import SourceOptions, source_at
 
     cells, genes, detected = (60, 100, 0.4) if smoke else (6000, 24_000, 0.05)

@@ -38,14 +38,13 @@ from transformers import AutoModelForMaskedLM, BertForMaskedLM
 from transformers.utils.logging import disable_progress_bar
 
 from data_prep.genes.vocabulary import Vocabulary
-from data_prep.sources.source_spec import SourceOptions
 from eval.cells.embed import embed_cells
 from eval.cells.read_cells import encode_file
 from eval.perturb.screen.cells_and_genes import CellChoice, GeneChoice
 from eval.perturb.screen.compare_copies import Engine, EngineSettings
 from eval.perturb.screen.edits import Edit, GeneSets
 from eval.perturb.screen.run import perturb_file
-from eval.perturb.screen.settings import Screen
+from eval.perturb.screen.settings import ModelChoice, Screen
 from pretrain.export.model_folder import load_exported
 from pretrain.model.architectures import encoder_of
 
@@ -222,8 +221,8 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         said = perturb_file(
-            arguments.cells, Path(folder) / "out", screen, arguments.model,
-            vocabulary_path=arguments.vocab, options=SourceOptions(),
+            arguments.cells, Path(folder) / "out", screen,
+            ModelChoice(arguments.model, vocabulary=arguments.vocab),
         )  # fmt: skip
     return {"said": said, "with_model_mib": before, "peak_mib": peak(), "beside": peak() - before}
 

@@ -40,8 +40,8 @@ import numpy as np
 import torch
 
 from data_prep.genes.vocabulary import Vocabulary, open_vocabulary
+from data_prep.prepare.options import PrepareOptions
 from data_prep.prepare.run import prepare
-from data_prep.prepare.work_list import PrepareOptions
 from data_prep.shards.reader import ShardSet
 from data_prep.sources.source_spec import SourceOptions, source_at
 from pretrain.batches.step_dataset import StepDataset

@@ -10,25 +10,24 @@ from typing import Annotated, Any
 
 import typer
 
-from data_prep.genes.vocabulary import Vocabulary, open_vocabulary
 from data_prep.inspection.tables import print_check, print_manifest, print_problems
+from data_prep.options import AsJson, GeneTable, Memory, Processes, spread
 from data_prep.prepare.check import check_sources
-from data_prep.prepare.medians import (
-    RELATIVE_ERROR,
-    GeneMedians,
-    MedianSketch,
-    gene_medians,
+from data_prep.prepare.medians import SKETCH, TABLE, medians_of
+from data_prep.prepare.options import (
+    OF_CHECK,
+    MediansOptions,
+    PrepareOptions,
+    VocabularyFiles,
 )
 from data_prep.prepare.run import prepare
 from data_prep.prepare.verify_and_repair import repair, verify
-from data_prep.prepare.work_list import PrepareOptions
 from data_prep.running.progress import show_progress
 from data_prep.running.workers import mpi_size, open_workers
 from data_prep.shards.format import MANIFEST_NAME
 from data_prep.shards.reader import ShardSet
 from data_prep.sources.corpus_list import expand_corpus
-from data_prep.sources.reading_options import ALL, MATRIX, reading_options
-from data_prep.sources.source_spec import SourceOptions
+from data_prep.sources.source_spec import MATRIX, Only, SourceOptions
 
 Sources = Annotated[
     list[str],
@@ -37,125 +36,38 @@ Sources = Annotated[
         "hf:NAME, census:VERSION; globs, folders of files, and YAML corpus lists are expanded"
     ),
 ]
-_VOCABULARIES = "vocabulary.json, Geneformer's token dictionary (json, pkl) or its folder"
-Vocab = Annotated[str, typer.Option(help=_VOCABULARIES)]
-VocabOrBuild = Annotated[
-    str, typer.Option(help=f"{_VOCABULARIES}; or 'build' to make one from the sources")
-]
-Medians = Annotated[Path | None, typer.Option(help="median dictionary (json, pkl)")]
-Mapping = Annotated[
-    list[Path] | None,
-    typer.Option(help="other id or symbol -> gene id (json, pkl); adds to those of --vocab"),
-]
-MaxLength = Annotated[int | None, typer.Option(help="tokens; default 2048, V2 4096")]
-Table = Annotated[
-    Path | None, typer.Option(help="table of genes with biotypes (csv, tsv, parquet)")
-]
-MinGenes = Annotated[int, typer.Option(help="fewest vocabulary genes of a cell")]
-SdCounts = Annotated[
-    float, typer.Option(help="largest distance of a cell's counts from the mean, in SD; 0: any")
-]
-SdMito = Annotated[float, typer.Option(help="the same for the mitochondrial share; 0: any")]
-Dedup = Annotated[bool, typer.Option(help="reject cells that stood before, gene for gene")]
-MinOverlap = Annotated[float, typer.Option(help="smallest share of counts in known genes")]
-MinCells = Annotated[int, typer.Option(help="fewest cells of a gene in a built vocabulary")]
-Heldout = Annotated[float, typer.Option(help="share of cells held out")]
-HeldoutBy = Annotated[str, typer.Option(help="cell, dataset, or an --obs column")]
-Memory = Annotated[
-    float,
-    typer.Option(help="GiB of cells that each process may hold, beside 0.5 for the program itself"),
-]
-Processes = Annotated[
-    int, typer.Option(help="processes on this machine; or start with mpirun -n N")
-]
-
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
 
-def _vocabulary(
-    vocab: str, medians: Path | None, gene_mapping: list[Path] | None, max_length: int | None
-) -> Vocabulary | None:
-    if vocab != "build":
-        return open_vocabulary(Path(vocab), medians, gene_mapping, max_length)
-    if medians or gene_mapping:
-        raise ValueError("--vocab build: computes medians itself; leave out --medians, mapping")
-    return None
-
-
-@reading_options(*ALL)
+@spread
 def prepare_command(
     sources: Sources,
     out: Annotated[Path, typer.Option(help="folder for the shards; a killed run continues there")],
-    vocab: VocabOrBuild,
-    medians: Medians = None,
-    gene_mapping: Mapping = None,
-    max_length: MaxLength = None,
-    *,
+    vocabulary: VocabularyFiles,
     reading: SourceOptions,
-    annotation: Table = None,
-    min_genes: MinGenes = 7,
-    max_sd_counts: SdCounts = 3.0,
-    max_sd_mito: SdMito = 3.0,
-    dedup: Dedup = False,
-    min_overlap: MinOverlap = 0.5,
-    min_cells: MinCells = 3,
-    heldout: Heldout = 0.02,
-    heldout_by: HeldoutBy = "cell",
-    block_cells: Annotated[int, typer.Option(help="cells of one tar member")] = 256,
-    shard_mib: Annotated[float, typer.Option(help="mean size of a tar")] = 64,
-    memory: Memory = 2.0,
+    options: PrepareOptions,
     processes: Processes = 1,
-    seed: Annotated[int, typer.Option(help="of the shuffle and the split")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Cells -> ranked gene tokens -> length buckets -> webdataset tars with a manifest."""
-    options = PrepareOptions(
-        seed=seed,
-        min_genes=min_genes,
-        max_sd_counts=max_sd_counts,
-        max_sd_mito=max_sd_mito,
-        dedup=dedup,
-        min_overlap=min_overlap,
-        heldout_share=heldout,
-        heldout_by=heldout_by,
-        block_cells=block_cells,
-        shard_mib=shard_mib,
-        memory_gib=memory,
-        vocabulary_min_cells=min_cells,
-        max_length=max_length,
-        annotation=annotation,
-    )
     with open_workers(processes) as workers:
         if workers is None:
             return
-        vocabulary = _vocabulary(vocab, medians, gene_mapping, max_length)
+        opened = vocabulary.open(options.max_length)
         with show_progress() as progress:
             specs = expand_corpus(sources, reading)
-            manifest = prepare(specs, out, vocabulary, options, workers, progress)
+            manifest = prepare(specs, out, opened, options, workers, progress)
     if as_json:
         _print_json(manifest)
     else:
         print_manifest(manifest, str(out))
 
 
-@reading_options(*ALL)
+@spread
 def check_command(
     sources: Sources,
-    vocab: Vocab,
-    medians: Medians = None,
-    gene_mapping: Mapping = None,
-    max_length: MaxLength = None,
-    *,
+    vocabulary: VocabularyFiles,
     reading: SourceOptions,
-    annotation: Table = None,
-    min_genes: MinGenes = 7,
-    max_sd_counts: SdCounts = 3.0,
-    max_sd_mito: SdMito = 3.0,
-    dedup: Dedup = False,
-    min_overlap: MinOverlap = 0.5,
-    heldout: Heldout = 0.02,
-    heldout_by: HeldoutBy = "cell",
-    memory: Memory = 2.0,
+    options: Annotated[PrepareOptions, OF_CHECK],
     work_in: Annotated[
         Path | None, typer.Option("--work", help="folder for temporary files [the system's]")
     ] = None,
@@ -163,31 +75,20 @@ def check_command(
     as_json: AsJson = False,
 ) -> None:
     """Read the sources as `prepare` would, and print what would happen. Exit code 2 on problems."""
-    options = PrepareOptions(
-        min_genes=min_genes,
-        max_sd_counts=max_sd_counts,
-        max_sd_mito=max_sd_mito,
-        dedup=dedup,
-        min_overlap=min_overlap,
-        heldout_share=heldout,
-        heldout_by=heldout_by,
-        memory_gib=memory,
-        annotation=annotation,
-    )
     with open_workers(processes) as workers:
         if workers is None:
             return
         if work_in is None and mpi_size() > 1:
             raise ValueError("--work: under mpirun give a folder that all nodes share")
-        if vocab == "build":
+        opened = vocabulary.open(options.max_length)
+        if opened is None:
             raise ValueError("--vocab build: give `geneloom medians` the sources first, or a file")
-        vocabulary = open_vocabulary(Path(vocab), medians, gene_mapping, max_length)
         with (
             show_progress() as progress,
             tempfile.TemporaryDirectory(prefix="geneloom-", dir=work_in) as work,
         ):
             specs = expand_corpus(sources, reading)
-            result = check_sources(specs, Path(work), vocabulary, options, workers, progress)
+            result = check_sources(specs, Path(work), opened, options, workers, progress)
     if as_json:
         _print_json(asdict(result))
     else:
@@ -196,7 +97,7 @@ def check_command(
         raise typer.Exit(2)
 
 
-@reading_options(*MATRIX, "total_column", "obs_filter")
+@spread
 def medians_command(
     sources: Annotated[
         list[str],
@@ -205,63 +106,21 @@ def medians_command(
         ),
     ],
     out: Annotated[Path, typer.Option(help="vocabulary to write (.json)")],
-    min_cells: MinCells = 3,
-    with_cls: Annotated[
-        bool, typer.Option(help="<cls> and <eos> around each cell, as Geneformer V2")
-    ] = False,
-    max_length: MaxLength = None,
-    *,
-    reading: SourceOptions,
-    gene_mapping: Mapping = None,
-    annotation: Table = None,
-    memory: Memory = 2.0,
+    options: MediansOptions,
+    reading: Annotated[SourceOptions, Only(*MATRIX.names, "total_column", "obs_filter")],
     processes: Processes = 1,
 ) -> None:
     """Non-zero median of counts / total x 10,000 per gene -> a vocabulary."""
-    if out.suffix != ".json":
-        raise ValueError(f"--out {out}: must end in .json")
-    sketch_path = out.with_suffix(".sketch.parquet")
-    table_path = out.with_suffix(".genes.tsv")
-    for path in (out, sketch_path, table_path):
-        if path.exists():
-            raise ValueError(f"{path}: exists; give --out a new name")
     with open_workers(processes) as workers:
         if workers is None:
             return
-        earlier = [s for s in sources if s.endswith(".sketch.parquet")]
-        rest = [s for s in sources if s not in earlier]
-        if len(set(earlier)) < len(earlier):
-            raise ValueError("a sketch is given more than once: its cells would count twice")
-        if earlier and not rest and (annotation or gene_mapping):
-            raise ValueError(
-                "--annotation, --gene-mapping: belong to the call that made the sketch"
-            )
-        found: GeneMedians | None = None
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            show_progress() as progress,
-            # Beside the result: all nodes see that, and row-wise copies may be large.
-            tempfile.TemporaryDirectory(prefix=".geneloom-", dir=out.parent) as work,
-        ):
-            if rest:
-                found = gene_medians(
-                    expand_corpus(rest, reading), Path(work), workers, progress, annotation,
-                    gene_mapping, memory,
-                )  # fmt: skip
-            for path in earlier:
-                sketch = MedianSketch.load(Path(path))
-                sketch = found.sketch.merge(sketch) if found else sketch
-                found = GeneMedians(sketch, sketch.medians(), RELATIVE_ERROR)
-    assert found is not None
-    vocabulary = found.vocabulary(min_cells, max_length, with_cls)
-    found.sketch.save(sketch_path)
-    found.save_table(table_path)
-    vocabulary.save(out)
+        with show_progress() as progress:
+            found, vocabulary = medians_of(sources, out, options, reading, workers, progress)
     error = f"within {found.relative_error:.2%}" if found.relative_error else "exact"
     print(
         f"{len(found.sketch.genes):,} genes seen, {len(vocabulary.genes):,} in at least "
-        f"{min_cells} cells; medians {error}\n{out}: hash {vocabulary.sha256[:12]}; "
-        f"{sketch_path.name} for merging, {out.with_suffix('.genes.tsv').name} to read"
+        f"{options.min_cells} cells; medians {error}\n{out}: hash {vocabulary.sha256[:12]}; "
+        f"{out.with_suffix(SKETCH).name} for merging, {out.with_suffix(TABLE).name} to read"
     )
 
 
@@ -327,7 +186,7 @@ def verify_command(
             help="rebuild damaged shards from these sources; once for each, or a glob or list",
         ),
     ] = None,
-    annotation: Table = None,
+    annotation: GeneTable = None,
     memory: Memory = 2.0,
     processes: Processes = 1,
     as_json: AsJson = False,

@@ -138,7 +138,7 @@ def plans_table() -> str:
     gpu = GPUS["h100"]
     for name in _RECIPES:
         config = plan_corpus.read_config(name, ["run.precision=bf16"])
-        assumed = plan_corpus.assumed_corpus(name, None, None, None, None)
+        assumed = plan_corpus.assumed_corpus(name)
         corpus, length = plan_corpus.read_corpus(
             config, assumed.cells, assumed.mean_tokens, assumed.max_tokens, assumed.vocabulary_size
         )
@@ -166,7 +166,7 @@ def roofline_table() -> str:
     ]
     for name in _RECIPES:
         config = plan_corpus.read_config(name, ["run.precision=bf16"])
-        assumed = plan_corpus.assumed_corpus(name, None, None, None, None)
+        assumed = plan_corpus.assumed_corpus(name)
         corpus, length = plan_corpus.read_corpus(
             config, assumed.cells, assumed.mean_tokens, assumed.max_tokens, assumed.vocabulary_size
         )

@@ -1,108 +1,276 @@
-"""For notebooks: cells as AnnData in, AnnData or a table out, no files to look after."""
+"""For notebooks: the commands of evaluation as functions, with the same settings.
+
+Cells are an `anndata.AnnData` or a file; what a command writes beside them comes back in memory.
+Nothing heavy is imported before a function is called.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import anndata
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from data_prep.sources.source_spec import SourceOptions
-from eval.cells.embed import embed_file
-from eval.perturb.screen.cells_and_genes import ALL, CellChoice, GeneChoice, States
-from eval.perturb.screen.compare_copies import EngineSettings
-from eval.perturb.screen.edits import Edit, Kind
-from eval.perturb.screen.results import Results
-from eval.perturb.screen.run import perturb_file
-from eval.perturb.screen.settings import Screen
+from eval.benchmark.cli import BenchmarkOptions, OwnTask
+from eval.cells.settings import AttentionOptions, EmbedOptions
+from eval.finetune.settings import FinetuneOptions, FinetuneSettings
+from eval.perturb.screen.cells_and_genes import CellChoice, GeneChoice, States
+from eval.perturb.screen.edits import Edit
+from eval.perturb.screen.settings import EngineSettings, ModelChoice, Screen
+from eval.probe.settings import ProbeSettings
+
+if TYPE_CHECKING:
+    import anndata
+    import pandas as pd
+
+    from eval.probe.run import Probe
+
+    Cells = anndata.AnnData | Path | str
+
+__all__ = [
+    "AttentionOptions", "BenchmarkOptions", "CellChoice", "Edit", "EmbedOptions", "EngineSettings",
+    "FinetuneOptions", "FinetuneSettings", "GeneChoice", "ModelChoice", "OwnTask", "ProbeSettings",
+    "Screen", "SourceOptions", "States", "attention", "benchmark", "embed", "embed_cells",
+    "finetune", "perturb", "predict", "probe", "report", "simulate",
+]  # fmt: skip
 
 
-def embed_cells(
-    adata: anndata.AnnData,
+@contextlib.contextmanager
+def _as_file(cells: Cells) -> Iterator[tuple[Path, Path]]:
+    """Yield the file of cells, and a folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="geneloom-") as folder:
+        path = Path(folder) / "cells.h5ad"
+        if isinstance(cells, (str, Path)):
+            path = Path(cells)
+        else:
+            cells.write_h5ad(path)
+        yield path, Path(folder)
+
+
+def embed(
+    cells: Cells,
     model: Path | str,
-    vocabulary: Path | None = None,
-    options: SourceOptions = SourceOptions(),  # noqa: B008  frozen
-    **settings,
+    options: EmbedOptions = EmbedOptions(),
+    reading: SourceOptions = SourceOptions(),
 ) -> anndata.AnnData:
-    """Return a copy of the cells with embeddings in ``.obsm["X_geneloom"]``.
+    """Return a copy of the cells with embeddings in ``.obsm["X_geneloom"]``, as ``geneloom embed``.
 
     Parameters
     ----------
-    adata
+    cells
         Raw counts.
     model
-        Folder of ``geneloom export``, or Geneformer's (then give `vocabulary`: its dictionaries).
-    settings
-        Those of `eval.cells.embed.embed_file`: `pooling`, `layer`, `device`, `bf16`,
-        `token_budget`.
+        Folder of ``geneloom export``, or Geneformer's (then name its dictionaries as
+        ``EmbedOptions(vocabulary=...)``).
+
+    Raises
+    ------
+    ValueError
+        As `eval.cells.embed.embed_file`.
+
+    Examples
+    --------
+    >>> embed(cells, "model", EmbedOptions(pooling="mean", layer=0)).obsm["X_geneloom"]
     """
-    with tempfile.TemporaryDirectory() as folder:
-        cells, out = Path(folder) / "cells.h5ad", Path(folder) / "out.h5ad"
-        adata.write_h5ad(cells)
-        embed_file(cells, Path(model), out, vocabulary, options, **settings)
-        return anndata.read_h5ad(out)
+    import anndata
+
+    from eval.cells.embed import embed_file
+
+    with _as_file(cells) as (path, folder):
+        embed_file(path, Path(model), folder / "out.h5ad", options, reading)
+        return anndata.read_h5ad(folder / "out.h5ad")
+
+
+embed_cells = embed  # as it was called before
+
+
+def finetune(
+    cells: Cells,
+    model: Path | str,
+    label: str,
+    out: Path | str,
+    options: FinetuneOptions = FinetuneOptions(),
+    reading: SourceOptions = SourceOptions(),
+) -> dict[str, Any]:
+    """Return, and write into `out`, the scores of ``geneloom finetune cells`` beside baselines.
+
+    `label` is a column of obs. Errors as of `eval.finetune.score_cells.finetune_cells`.
+
+    Examples
+    --------
+    >>> options = FinetuneOptions(donor="donor", save_head=Path("head"))
+    >>> finetune(cells, "model", "cell_type", "scores", options)["summary"]
+    """
+    from eval.finetune.score_cells import finetune_cells
+
+    with _as_file(cells) as (path, _):
+        return finetune_cells(path, Path(model), label, Path(out), options, reading)
+
+
+def predict(
+    cells: Cells,
+    head: Path | str,
+    reading: SourceOptions = SourceOptions(),
+    device: str = "auto",
+) -> anndata.AnnData:
+    """Return a copy of the cells with a trained head's classes, as ``geneloom predict``.
+
+    Columns and errors as of `eval.finetune.predict.predict_file`.
+
+    Examples
+    --------
+    >>> predict(cells, "head").obs["geneloom_cell_type"]
+    """
+    import anndata
+
+    from eval.finetune.predict import predict_file
+    from eval.options import choose_device
+
+    with _as_file(cells) as (path, folder):
+        predict_file(path, Path(head), folder / "out.h5ad", reading, choose_device(device))
+        return anndata.read_h5ad(folder / "out.h5ad")
+
+
+def probe(
+    model: Path | str,
+    cells: Cells,
+    label: str,
+    settings: ProbeSettings = ProbeSettings(),
+    reading: SourceOptions = SourceOptions(),
+) -> Probe:
+    """Return what frozen cells know of a column of obs, beside counting, as ``geneloom probe``.
+
+    Errors as of `eval.probe.run.probe_cells`.
+
+    Examples
+    --------
+    >>> probe("run", cells, "cell_type", ProbeSettings(seeds=5)).scores
+    """
+    from eval.probe.run import probe_cells
+
+    with _as_file(cells) as (path, _):
+        return probe_cells(model, path, label, settings, reading)
 
 
 def perturb(
-    adata: anndata.AnnData,
-    model: Path | str | None = None,
-    kind: Kind = "delete",
-    genes: str | Sequence[str] = ALL,
-    *,
-    head: Path | str | None = None,
-    group: bool = False,
-    set_size: int = 1,
-    anchor: str | None = None,
-    rank_shift: int = 1,
-    to_quantile: float | None = None,
-    states: States | None = None,
-    keep: dict[str, str] | None = None,
-    donor: str | None = None,
-    max_cells: int | None = None,
-    seed: int = 0,
-    top: int = 0,
-    engine: EngineSettings = EngineSettings(),  # noqa: B008  frozen
-    vocabulary: Path | None = None,
-    options: SourceOptions = SourceOptions(),  # noqa: B008  frozen
+    cells: Cells,
+    model: ModelChoice | Path | str,
+    screen: Screen = Screen(),
+    reading: SourceOptions = SourceOptions(),
 ) -> pd.DataFrame:
-    """Return what each perturbation does to each cell: one row per cell and perturbation.
+    """Return what each perturbation does to each cell, as ``geneloom perturb``.
 
-    Columns ``cell_id``, ``donor``, ``name``, ``kind``, ``changed``, ``shift``, and, where they
-    were asked for, ``toward_<state>`` and ``class_<label>``. The table has as many rows as there
-    are copies (cells x genes for all genes): for large screens use
-    `eval.perturb.screen.run.perturb_file`, which streams them into a folder.
+    One row per cell and perturbation: ``cell_id``, ``donor``, ``name``, ``kind``, ``changed``,
+    ``shift``, and, where they were asked for, ``toward_<state>`` and ``class_<label>``. There are
+    as many rows as copies (cells x genes for all genes): large screens belong into a folder
+    (`eval.perturb.screen.run.perturb_file`).
 
     Parameters
     ----------
-    adata
+    cells
         Raw counts.
-    model, head
-        One of them: a pretrained model, or a classifier of ``geneloom finetune --save-head``.
-    genes
-        ``all``, or ids and symbols.
+    model
+        A model's folder; a head is ``ModelChoice(head=Path("head"))``.
 
-    The others are those of `Edit`, `GeneChoice`, `CellChoice` and `Screen`, errors too.
+    Raises
+    ------
+    ValueError
+        As `eval.perturb.screen.run.perturb_file`.
+
+    Examples
+    --------
+    >>> perturb(cells, "model", Screen(Edit("activate"), GeneChoice(("GATA4", "TBX5"), group=True)))
     """
-    named = (genes,) if isinstance(genes, str) else tuple(genes)
-    screen = Screen(
-        Edit(kind, rank_shift, to_quantile),
-        GeneChoice(named, group, set_size, anchor),
-        CellChoice(keep or {}, states, donor, max_cells=max_cells, seed=seed),
-        engine,
-        top=top,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        cells, out = Path(folder) / "cells.h5ad", Path(folder) / "screen"
-        adata.write_h5ad(cells)
-        perturb_file(
-            cells, out, screen, None if model is None else Path(model),
-            None if head is None else Path(head), vocabulary, options,
-        )  # fmt: skip
-        results = Results.open(out)
+    import pandas as pd
+
+    from eval.perturb.screen.results import Results
+    from eval.perturb.screen.run import perturb_file
+
+    chosen = model if isinstance(model, ModelChoice) else ModelChoice(Path(model))
+    with _as_file(cells) as (path, folder):
+        perturb_file(path, folder / "screen", screen, chosen, reading)
+        results = Results.open(folder / "screen")
         parts = pd.concat(results.shifts(), ignore_index=True)
         of_cell = results.cells.set_index("cell")[["cell_id", "donor"]]
         of_set = results.perturbations.set_index("perturbation")[["name", "kind"]]
         table = parts.join(of_cell, on="cell").join(of_set, on="perturbation")
     return table[["cell_id", "donor", "name", "kind", "changed", *results.columns]]
+
+
+def attention(
+    cells: Cells,
+    model: Path | str,
+    options: AttentionOptions = AttentionOptions(),
+    reading: SourceOptions = SourceOptions(),
+) -> pd.DataFrame:
+    """Return how much each gene is attended to in each head, as ``geneloom attention``.
+
+    Columns and errors as of `eval.cells.attention_tables`; pairs of genes belong into a folder.
+
+    Examples
+    --------
+    >>> attention(cells, "model", AttentionOptions(group="donor")).groupby("gene")["attention"]
+    """
+    import pandas as pd
+
+    from eval.cells.attention_tables import attention_file
+
+    with _as_file(cells) as (path, folder):
+        attention_file(path, Path(model), folder / "out", options, reading)
+        return pd.read_parquet(folder / "out" / "received.parquet")
+
+
+def benchmark(
+    models: Sequence[Path | str],
+    out: Path | str,
+    options: BenchmarkOptions = BenchmarkOptions(),
+    own: OwnTask = OwnTask(),
+) -> dict[str, Any]:
+    """Run tasks as ``geneloom benchmark``; return what ``results.json`` in `out` holds.
+
+    Errors as of `eval.benchmark.run.run_benchmark`; tasks that failed are in ``skipped``.
+
+    Examples
+    --------
+    >>> own = OwnTask(cells=Path("cells.h5ad"), label="cell_type", group="donor")
+    >>> benchmark(["model"], "bench", own=own)["tasks"]
+    """
+    from eval.benchmark.cli import run_tasks
+
+    return run_tasks([Path(m) for m in models], Path(out), options, own)[0]
+
+
+def simulate(out: Path | str, perturb: str = "all", **settings: Any) -> dict[str, Any]:
+    """Write cells of a known gene network, as ``geneloom simulate``; return the folder's record.
+
+    Parameters
+    ----------
+    perturb
+        ``none``, ``all`` (each transcription factor), or gene ids as ``A,B,A+B``.
+    settings
+        Those of `eval.simulate.settings.SimulationSettings`; ValueError for any other.
+
+    Examples
+    --------
+    >>> simulate("cells", perturb="none", cells=600, genes=200, tfs=20)
+    """
+    from eval.simulate.settings import make_settings
+    from eval.simulate.write import simulate as write
+
+    return write(make_settings(**settings), Path(out), perturb)
+
+
+def report(folder: Path | str, out: Path | str | None = None) -> Path:
+    """Write the page of a folder that a command made, and return its path: ``geneloom report``.
+
+    Errors as of `eval.report.any_folder.write_stage_report`.
+
+    Examples
+    --------
+    >>> report("run")
+    """
+    from eval.report.any_folder import write_stage_report
+
+    return Path(write_stage_report(Path(folder), None if out is None else Path(out)))

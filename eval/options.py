@@ -8,15 +8,7 @@ from typing import Annotated
 
 import typer
 
-VocabOption = Annotated[
-    Path | None, typer.Option(help="Geneformer's dictionaries, for models without vocabulary.json")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto")]
-Bf16Option = Annotated[bool, typer.Option(help="compute in bfloat16")]
-ConditionsOption = Annotated[
-    list[str] | None, typer.Option("--cells", help="KEY=VALUE of obs; may be repeated")
-]
+from data_prep.options import Read
 
 
 def choose_device(name: str) -> str:
@@ -41,9 +33,27 @@ def quiet() -> None:
     logging.getLogger("eval").setLevel(logging.INFO)
 
 
-def conditions(texts: list[str] | None) -> dict[str, str]:
+def conditions(texts: list[str]) -> dict[str, str]:
     """Return column -> value of texts KEY=VALUE; ValueError for any other text."""
-    wrong = [t for t in texts or [] if "=" not in t]
+    wrong = [t for t in texts if "=" not in t]
     if wrong:
         raise ValueError(f"--cells {wrong[0]}: must be KEY=VALUE, a column of obs and its value")
-    return dict(t.split("=", 1) for t in texts or [])
+    return dict(t.split("=", 1) for t in texts)
+
+
+VocabOption = Annotated[
+    Path | None,
+    typer.Option("--vocab", help="Geneformer's dictionaries, for models without vocabulary.json"),
+]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto")]
+Bf16Option = Annotated[bool, typer.Option(help="compute in bfloat16")]
+TokensOption = Annotated[
+    int, typer.Option("--tokens-per-batch", min=64, help="padded tokens of a pass on a GPU")
+]
+ConditionsOption = Annotated[
+    dict[str, str],
+    typer.Option("--cells", help="KEY=VALUE of obs; may be repeated"),
+    Read(conditions, list[str] | None),
+]
+CellsArgument = Annotated[Path, typer.Argument(help="h5ad with raw counts")]
+ModelOption = Annotated[Path, typer.Option(help="folder of `geneloom export`, or Geneformer's")]

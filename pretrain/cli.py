@@ -7,28 +7,28 @@ import logging
 import os
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from data_prep.errors import EXIT_RESUMABLE, run_app
+from data_prep.options import spread
+from pretrain.api import export, train_as_rank, use_cpu_where_no_gpu
 from pretrain.config import RunConfig, load_config, settings_to_resume_from
+from pretrain.options import CorpusOptions, SpeedOptions, StartOptions, StepOption
 from pretrain.settings.model_settings import ModelConfig
 
-StepOption = Annotated[
-    str | None, typer.Option(help="of which checkpoint: its step, or best; default: the newest")
-]
+ConfigOption = Annotated[str, typer.Option(help="YAML file, or the name of a supplied one")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value")]
 
 
+@spread
 def pretrain_command(
-    config: Annotated[str, typer.Option(help="YAML file, or the name of a supplied one")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.field=value")] = None,
-    resume: Annotated[bool, typer.Option(help="go on from the newest checkpoint")] = False,
-    restart: Annotated[
-        bool, typer.Option(help="as --resume; from step 0 if this run has no checkpoint yet")
-    ] = False,
+    config: ConfigOption,
+    start: StartOptions,
+    overrides: Overrides = None,
     resume_from: Annotated[
         Path | None,
         typer.Option(
@@ -36,47 +36,23 @@ def pretrain_command(
             "model.init_from=DIR model.init_moments=true"
         ),
     ] = None,
-    step: Annotated[
-        str | None,
-        typer.Option(help="of --resume: from this checkpoint, or from the best; later ones aside"),
-    ] = None,
-    allow_changes: Annotated[bool, typer.Option(help="resume with a changed recipe")] = False,
     dry_run: Annotated[bool, typer.Option(help="print the resolved settings and stop")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON, of --dry-run")] = False,
-    profile: Annotated[
-        int, typer.Option(min=0, help="steps to profile, after two; RUN/profile")
-    ] = 0,
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
     """Pretrain a masked encoder on prepared shards, alone or under a launcher."""
     settings = load_config(config, [*(overrides or []), *settings_to_resume_from(resume_from)])
-    which = chosen_step(step)
     if as_json and not dry_run:
         raise ValueError("--json: belongs to --dry-run; a run writes metrics.jsonl")
     if dry_run:
-        found = resolved(settings, resume or restart)
+        found = resolved(settings, start.resume or start.restart)
         if as_json:
             print(json.dumps(found, indent=1))
         else:
             print_resolved(found)
         return
     _log_to_console()
-    # A connection that ends is told in one line here, with torch's own warnings in thirty.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if settings.run.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch demands it
-        # NCCL else chooses how to add up by size and network, anew at each start.
-        os.environ.setdefault("NCCL_ALGO", "Ring")
-        os.environ.setdefault("NCCL_PROTO", "Simple")
-    # Torch asks for large pages then: a tenth less time on a CPU, no more memory.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # Heavy imports only now: a wrong setting is told in half a second.
-    from pretrain.ranks import dist
-    from pretrain.train import train
-
-    summary = train(settings, "if-saved" if restart else resume, allow_changes, profile, which)
-    dist.leave()
-    if summary.stopped:
+    if train_as_rank(settings, start).stopped:
         raise SystemExit(EXIT_RESUMABLE)
 
 
@@ -164,9 +140,12 @@ def print_resolved(found: dict[str, Any]) -> None:
     console.print(found["weights"], highlight=False, markup=False, soft_wrap=True)
 
 
+@spread
 def plan_command(
-    config: Annotated[str, typer.Option(help="YAML file, or the name of a supplied one")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.field=value")] = None,
+    config: ConfigOption,
+    corpus: CorpusOptions,
+    speed: SpeedOptions,
+    overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs in all")] = 1,
     gpu: Annotated[
         str, typer.Option(help="a100, a100-40, l40s, h100, h200, b200; cpu: cores")
@@ -174,17 +153,6 @@ def plan_command(
     shards: Annotated[
         Path | None, typer.Option(help="short for data.shards=; else a corpus is assumed")
     ] = None,
-    cells: Annotated[int | None, typer.Option(min=1, help="without shards: how many")] = None,
-    mean_tokens: Annotated[int | None, typer.Option(min=1, help="without shards: a cell")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=64, help="without shards")] = None,
-    vocabulary_size: Annotated[int | None, typer.Option(min=10, help="without shards")] = None,
-    tokens_per_second: Annotated[
-        float | None, typer.Option(min=1, help="of one GPU, measured; default: from --mfu")
-    ] = None,
-    mfu: Annotated[
-        float | None, typer.Option(min=0.001, max=1, help="share of peak; default: published")
-    ] = None,
-    price: Annotated[float | None, typer.Option(min=0, help="of a GPU for an hour")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Memory, steps, hours, traffic and cost of a pretraining, before it is started."""
@@ -198,12 +166,12 @@ def plan_command(
     )
     if gpu not in GPUS:
         raise ValueError(f"--gpu {gpu}: known are {', '.join(GPUS)}")
-    assumed = plan_corpus.assumed_corpus(config, cells, mean_tokens, max_tokens, vocabulary_size)
-    corpus, max_length = plan_corpus.read_corpus(
+    assumed = plan_corpus.assumed_corpus(config, corpus)
+    cells, max_length = plan_corpus.read_corpus(
         settings, assumed.cells, assumed.mean_tokens, assumed.max_tokens, assumed.vocabulary_size
     )
     found = plan.make_plan(
-        settings, corpus, max_length, GPUS[gpu], gpus, tokens_per_second, mfu, price,
+        settings, cells, max_length, GPUS[gpu], gpus, speed,
         None if plan_corpus.has_shards(settings) else assumed,
     )  # fmt: skip
     if as_json:
@@ -212,6 +180,7 @@ def plan_command(
         plan.print_plan(found, Console())
 
 
+@spread
 def export_command(
     run: Annotated[Path, typer.Argument(help="run folder of `geneloom pretrain`")],
     out: Annotated[Path, typer.Option(help="new or empty folder")],
@@ -234,39 +203,17 @@ def export_command(
     ] = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder, or as DeepSpeed's own engine would save it."""
-    import torch
-    from transformers.utils.logging import disable_progress_bar
-
     if to not in ("huggingface", "deepspeed"):
         raise ValueError(f"--to {to}: must be huggingface or deepspeed")
     if to == "huggingface" and (zero or ranks):
         raise ValueError("--zero, --ranks: belong to --to deepspeed")
-
-    if not torch.cuda.is_available():
-        # Transformers imports DeepSpeed to save, which would warn that it found no GPU.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    disable_progress_bar()
     if to == "huggingface":
-        from pretrain.export.model_folder import export
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        cells = {} if cell_state_cells is None else {"state_cells": cell_state_cells}
-        print(export(run, out, chosen_step(step), shards, device=device, **cells))
+        print(export(run, out, step, shards, cell_state_cells))
     else:
         from pretrain.export.to_deepspeed import export_deepspeed
 
-        # DeepSpeed calls a function that torch has renamed; nothing for the user to do.
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-        print(export_deepspeed(run, out, chosen_step(step), zero, ranks))
-
-
-def chosen_step(text: str | None) -> int | Literal["best"] | None:
-    """Return which checkpoint ``--step`` names: a step, ``best``, or None for the newest."""
-    if text is None or text == "best":
-        return text
-    if not text.isdecimal():
-        raise ValueError(f"--step {text}: must be the step of a checkpoint, or best")
-    return int(text)
+        use_cpu_where_no_gpu()
+        print(export_deepspeed(run, out, step, zero, ranks))
 
 
 def _log_to_console() -> None:

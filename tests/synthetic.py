@@ -15,8 +15,8 @@ import scipy.sparse
 
 from data_prep.files import file_sha256
 from data_prep.genes.vocabulary import Vocabulary
+from data_prep.prepare.options import PrepareOptions
 from data_prep.prepare.run import prepare
-from data_prep.prepare.work_list import PrepareOptions
 from data_prep.shards.format import INDEX_SCHEMA, SHARD_FORMAT, SPLITS, fingerprint
 from data_prep.shards.writer import summarise_buckets
 from data_prep.sources.source_spec import SourceOptions, source_at

@@ -9,8 +9,8 @@ import pytest
 import scipy.sparse
 
 from data_prep.genes.vocabulary import Vocabulary
+from data_prep.prepare.options import PrepareOptions
 from data_prep.prepare.run import prepare
-from data_prep.prepare.work_list import PrepareOptions
 from data_prep.sources.open_source import open_path
 from data_prep.sources.source_spec import SourceOptions, source_at
 from tests.data_files import WRITERS, read_counts, write_h5ad, write_tenx

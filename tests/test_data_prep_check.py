@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from data_prep.genes.vocabulary import Vocabulary, from_dictionaries
 from data_prep.prepare.check import check_sources
+from data_prep.prepare.options import PrepareOptions
 from data_prep.prepare.run import SERIAL, prepare
-from data_prep.prepare.work_list import PrepareOptions
 from data_prep.running.workers import open_workers
 from data_prep.sources.corpus_list import expand_corpus
 from data_prep.sources.source_spec import SourceOptions

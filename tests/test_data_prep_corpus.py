@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.io
 
+from data_prep.prepare.options import PrepareOptions
 from data_prep.prepare.run import prepare
-from data_prep.prepare.work_list import PrepareOptions
 from data_prep.shards.reader import ShardSet
 from data_prep.sources.corpus_list import expand_corpus, organism_name
 from data_prep.sources.source_spec import SourceOptions

@@ -11,8 +11,8 @@ import scipy.sparse
 
 from data_prep.genes.vocabulary import from_dictionaries
 from data_prep.prepare.check import check_sources
+from data_prep.prepare.options import PrepareOptions
 from data_prep.prepare.run import prepare
-from data_prep.prepare.work_list import PrepareOptions
 from data_prep.running.workers import SERIAL
 from data_prep.sources.count_kinds import Place, check_integers, fractional_values
 from data_prep.sources.count_source import CountSource

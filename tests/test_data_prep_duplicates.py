@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.genes.vocabulary import Vocabulary, open_vocabulary
+from data_prep.prepare.options import PrepareOptions
 from data_prep.prepare.run import prepare
-from data_prep.prepare.work_list import PrepareOptions
 from data_prep.running.workers import open_workers
 from data_prep.shards.reader import ShardSet
 from data_prep.sources.corpus_list import expand_corpus, expand_path

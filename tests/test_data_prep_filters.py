@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from data_prep.encoding.filters import REASONS, DatasetMoments, Moments, merge_moments
 from data_prep.genes.annotation import read_annotation
 from data_prep.genes.vocabulary import from_dictionaries
+from data_prep.prepare.options import PrepareOptions
 from data_prep.prepare.run import prepare
-from data_prep.prepare.work_list import PrepareOptions
 from data_prep.shards.reader import ShardSet
 from data_prep.sources.open_source import open_source
 from data_prep.sources.source_spec import SourceOptions, source_at

@@ -11,8 +11,8 @@ import pytest
 from data_prep.genes.vocabulary import Vocabulary, load_vocabulary, open_vocabulary
 from data_prep.inspection.tables import print_manifest
 from data_prep.prepare.medians import gene_medians
+from data_prep.prepare.options import PrepareOptions
 from data_prep.prepare.run import prepare
-from data_prep.prepare.work_list import PrepareOptions
 from data_prep.running.workers import SERIAL
 from data_prep.sources.count_source import CountSource
 from data_prep.sources.open_source import open_path

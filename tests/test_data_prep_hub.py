@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.genes.vocabulary import Vocabulary
+from data_prep.prepare.options import PrepareOptions
 from data_prep.prepare.run import prepare
-from data_prep.prepare.work_list import PrepareOptions
 from data_prep.shards.convert import convert
 from data_prep.shards.decode import decode
 from data_prep.shards.reader import ShardSet

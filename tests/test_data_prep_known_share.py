@@ -10,8 +10,8 @@ import pytest
 from data_prep.encoding.known_share import KnownCounter, KnownCounts
 from data_prep.genes.vocabulary import Vocabulary
 from data_prep.prepare.check import check_sources
+from data_prep.prepare.options import PrepareOptions
 from data_prep.prepare.run import prepare
-from data_prep.prepare.work_list import PrepareOptions
 from data_prep.running.workers import SERIAL
 from data_prep.sources.source_spec import SourceOptions, source_at
 from tests.synthetic import make_cells

@@ -20,8 +20,8 @@ from data_prep.prepare.medians import (
     gene_medians,
 )
 from data_prep.prepare.medians import build_vocabulary as build
+from data_prep.prepare.options import PrepareOptions
 from data_prep.prepare.run import SERIAL, prepare
-from data_prep.prepare.work_list import PrepareOptions
 from data_prep.running.workers import open_workers
 from data_prep.shards.reader import ShardSet
 from data_prep.sources.corpus_list import expand_corpus

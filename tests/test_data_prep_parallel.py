@@ -19,8 +19,8 @@ import pytest
 from data_prep.encoding.encode_pass import encode_stretch
 from data_prep.genes.vocabulary import Vocabulary, open_vocabulary
 from data_prep.prepare.medians import gene_medians
+from data_prep.prepare.options import PrepareOptions
 from data_prep.prepare.run import SERIAL, prepare
-from data_prep.prepare.work_list import PrepareOptions
 from data_prep.prepare.workspace import locked_workspace
 from data_prep.running.workers import open_workers
 from data_prep.shards.format import MANIFEST_NAME

@@ -11,8 +11,8 @@ import scipy.sparse
 
 from data_prep.genes.rank_genes import encode_cells
 from data_prep.inspection.tables import padding_share
+from data_prep.prepare.options import PrepareOptions
 from data_prep.prepare.run import prepare
-from data_prep.prepare.work_list import PrepareOptions
 from data_prep.shards.buckets import bucket_of, choose_buckets
 from data_prep.shards.reader import ShardSet
 from data_prep.sources.source_spec import SourceOptions, SourceSpec, source_at

@@ -27,8 +27,8 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from data_prep.prepare.options import PrepareOptions
 from data_prep.prepare.run import prepare
-from data_prep.prepare.work_list import PrepareOptions
 from data_prep.shards import tar_members
 from data_prep.shards.format import BucketExtent, fingerprint
 from data_prep.shards.reader import DamagedBlock, ShardSet

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.genes.vocabulary import Vocabulary, from_dictionaries
+from data_prep.prepare.options import PrepareOptions
 from data_prep.prepare.run import prepare
-from data_prep.prepare.work_list import PrepareOptions
 from data_prep.shards.reader import ShardSet
 from data_prep.sources.source_spec import SourceOptions, SourceSpec, source_at
 from tests.synthetic import write_cells

@@ -11,8 +11,8 @@ import scipy.sparse
 
 from data_prep.genes.vocabulary import Vocabulary
 from data_prep.prepare.check import check_sources
+from data_prep.prepare.options import PrepareOptions
 from data_prep.prepare.run import prepare
-from data_prep.prepare.work_list import PrepareOptions
 from data_prep.running.workers import SERIAL
 from data_prep.sources.count_source import CountSource
 from data_prep.sources.open_source import open_path

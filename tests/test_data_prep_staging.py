@@ -15,8 +15,8 @@ from data_prep.matrices import h5ad_zarr
 from data_prep.matrices.matrix_store import decoded
 from data_prep.matrices.row_copy import is_whole, staged_folder
 from data_prep.prepare import run as prepare_module
+from data_prep.prepare.options import PrepareOptions
 from data_prep.prepare.run import prepare
-from data_prep.prepare.work_list import PrepareOptions
 from data_prep.sources.count_source import CountSource
 from data_prep.sources.open_source import open_source
 from data_prep.sources.source_spec import SourceOptions, source_at

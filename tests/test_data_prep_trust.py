@@ -19,9 +19,9 @@ from data_prep.files import file_sha256
 from data_prep.genes.vocabulary import Vocabulary
 from data_prep.prepare import run as prepare_module
 from data_prep.prepare.manifest import record_sha256
+from data_prep.prepare.options import PrepareOptions
 from data_prep.prepare.run import prepare
 from data_prep.prepare.verify_and_repair import verify
-from data_prep.prepare.work_list import PrepareOptions
 from data_prep.prepare.workspace import full_disk_named
 from data_prep.running.owner import owned
 from data_prep.running.workers import SERIAL

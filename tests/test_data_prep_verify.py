@@ -16,9 +16,9 @@ import pytest
 from typer.testing import CliRunner
 
 from data_prep.genes.vocabulary import from_dictionaries
+from data_prep.prepare.options import PrepareOptions
 from data_prep.prepare.run import SERIAL, prepare
 from data_prep.prepare.verify_and_repair import Problem, repair, verify
-from data_prep.prepare.work_list import PrepareOptions
 from data_prep.running.workers import open_workers
 from data_prep.shards.reader import ShardSet
 from data_prep.sources.corpus_list import expand_corpus

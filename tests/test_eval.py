@@ -150,8 +150,8 @@ def test_embed_finetune_report(pretrained, tmp_path):
     import anndata
 
     from eval.cells.embed import OBSM_KEY, embed_file
-    from eval.finetune.classifier import FinetuneSettings
     from eval.finetune.score_cells import finetune_cells
+    from eval.finetune.settings import FinetuneOptions, FinetuneSettings
     from eval.report.run_page import write_report
 
     cells = make_cells(90)
@@ -171,8 +171,9 @@ def test_embed_finetune_report(pretrained, tmp_path):
 
     settings = FinetuneSettings(epochs=4, learning_rate=5e-3)
     results = finetune_cells(
-        tmp_path / "cells.h5ad", model, "cell_type", tmp_path / "scores", settings=settings
-    )
+        tmp_path / "cells.h5ad", model, "cell_type", tmp_path / "scores",
+        FinetuneOptions(settings=settings),
+    )  # fmt: skip
     assert results["dropped"] == {"no gene of the vocabulary": 1}
     contenders = {"majority class", "logistic regression on genes", "kNN on PCA"} | {
         f"{how}, {weights}"
@@ -196,13 +197,13 @@ def test_embed_finetune_report(pretrained, tmp_path):
 
 @pytest.mark.long
 def test_finetune_by_donor(pretrained, tmp_path):
-    from eval.finetune.classifier import FinetuneSettings
     from eval.finetune.score_cells import finetune_cells
+    from eval.finetune.settings import FinetuneOptions, FinetuneSettings
 
     make_cells(90).write_h5ad(tmp_path / "cells.h5ad")
     found = finetune_cells(
         tmp_path / "cells.h5ad", pretrained / "model", "cell_type", tmp_path / "scores",
-        donor="donor", settings=FinetuneSettings(epochs=1),
+        FinetuneOptions(donor="donor", settings=FinetuneSettings(epochs=1)),
     )  # fmt: skip
     assert found["split"] == "by donor"
 
@@ -213,14 +214,16 @@ def test_finetune_by_donor(pretrained, tmp_path):
 )
 def test_finetune_refuses(label, seeds, message, pretrained, tmp_path):
     from eval.finetune.score_cells import finetune_cells
+    from eval.finetune.settings import FinetuneOptions
 
     cells = make_cells(60)
     cells.obs["same"] = "x"
     cells.write_h5ad(tmp_path / "cells.h5ad")
     with pytest.raises(ValueError, match=message):
         finetune_cells(
-            tmp_path / "cells.h5ad", pretrained / "model", label, tmp_path / "o", seeds=seeds
-        )
+            tmp_path / "cells.h5ad", pretrained / "model", label, tmp_path / "o",
+            FinetuneOptions(seeds=seeds),
+        )  # fmt: skip
     assert not (tmp_path / "o").exists()
 
 

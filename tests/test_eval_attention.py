@@ -164,10 +164,11 @@ def test_tables_hold_what_was_summed(files, tmp_path):
 
     from eval.cells.attention import mean_attention
     from eval.cells.attention_tables import attention_file
+    from eval.cells.settings import AttentionOptions
 
     sentence = attention_file(
-        files["cells"], files["model"], tmp_path / "out", files["folder"] / "few.txt",
-        group="donor", with_pairs=True, token_budget=200,
+        files["cells"], files["model"], tmp_path / "out",
+        AttentionOptions(files["folder"] / "few.txt", "donor", pairs=True, token_budget=200),
     )  # fmt: skip
     assert "2 layers x 2 heads, 2 genes in 12 cells; 1 genes are not in the vocabulary" in sentence
     received = pd.read_parquet(tmp_path / "out" / "received.parquet")
@@ -215,10 +216,12 @@ def test_without_a_list_the_most_common_genes_are_taken(files, tmp_path):
 )
 def test_bad_lists_write_nothing(genes, message, files, tmp_path):
     from eval.cells.attention_tables import attention_file
+    from eval.cells.settings import AttentionOptions
 
     with pytest.raises(ValueError, match=message):
         attention_file(
-            files["cells"], files["model"], tmp_path / "out", files["folder"] / genes
+            files["cells"], files["model"], tmp_path / "out",
+            AttentionOptions(files["folder"] / genes),
         )  # fmt: skip
     assert not (tmp_path / "out").exists()
 

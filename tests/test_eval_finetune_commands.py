@@ -56,13 +56,15 @@ def test_saved_head_predicts_other_cells(model, tmp_path):
     import anndata
 
     from data_prep.genes.vocabulary import load_vocabulary
+    from eval.api import FinetuneOptions, finetune
     from eval.finetune.predict import predict_file
-    from eval.finetune.score_cells import finetune_cells
 
     settings = replace(fast(), patience=2)
-    finetune_cells(
-        model / "cells.h5ad", model, "cell_type", tmp_path / "scores", donor="donor",
-        settings=settings, max_test_per_class=5, save_head=tmp_path / "head",
+    finetune(
+        model / "cells.h5ad", model, "cell_type", tmp_path / "scores",
+        FinetuneOptions(
+            donor="donor", settings=settings, max_test_per_class=5, save_head=tmp_path / "head"
+        ),
     )  # fmt: skip
     record = json.loads((tmp_path / "head" / "classifier.json").read_text())
     results = json.loads((tmp_path / "scores" / "results.json").read_text())
@@ -138,6 +140,7 @@ def test_gene_heads_are_means_over_cells(model, tmp_path):
 def test_killed_command_goes_on(model, tmp_path):
     """Killed with SIGKILL in the second seed: the same bytes as a run that was left alone."""
     from eval.finetune.score_cells import finetune_cells
+    from eval.finetune.settings import FinetuneOptions
 
     out, log = tmp_path / "killed", tmp_path / "log"
     command = [
@@ -157,7 +160,7 @@ def test_killed_command_goes_on(model, tmp_path):
     written = seed.stat().st_mtime_ns
     (work,) = out.glob(".partial/*")
     other = finetune_cells(model / "cells.h5ad", model, "cell_type", tmp_path / "alone",
-                           settings=replace(fast(), epochs=6))  # fmt: skip
+                           FinetuneOptions(settings=replace(fast(), epochs=6)))  # fmt: skip
     again = start_geneloom(command, log)
     while seed.exists():
         assert seed.stat().st_mtime_ns == written, "a finished seed was computed again"
@@ -173,6 +176,7 @@ def test_killed_command_goes_on(model, tmp_path):
 def test_two_ranks_by_the_launcher(model, tmp_path):
     """Two ranks score and save once; the launcher and its ranks take 30 s to start and train."""
     from eval.finetune.score_cells import finetune_cells
+    from eval.finetune.settings import FinetuneOptions
 
     arguments = [
         str(model / "cells.h5ad"), "--model", str(model), "--label", "cell_type", "--epochs", "2",
@@ -189,7 +193,7 @@ def test_two_ranks_by_the_launcher(model, tmp_path):
     two = json.loads((tmp_path / "two" / "results.json").read_text())
     one = finetune_cells(
         model / "cells.h5ad", model, "cell_type", tmp_path / "one",
-        settings=replace(fast(), epochs=2, dropout=0.1),
+        FinetuneOptions(settings=replace(fast(), epochs=2, dropout=0.1)),
     )  # fmt: skip
     frozen = "frozen embedding, pretrained"
     assert two["summary"][frozen] == one["summary"][frozen]

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -24,12 +23,10 @@ from eval.perturb.cli import perturb_command
 from eval.perturb.screen.cells_and_genes import CellChoice, GeneChoice, States
 from eval.perturb.screen.edits import Edit
 from eval.perturb.screen.results import Results
+from eval.perturb.screen.settings import EngineSettings, ModelChoice, Screen
 from pretrain.settings.model_settings import ModelConfig
 from tests.ranks import kill, run_ranks, start_rank
 from tests.synthetic import make_cells
-
-if TYPE_CHECKING:
-    from eval.perturb.screen.settings import Screen
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=32, num_heads=2, intermediate_size=64,
@@ -55,9 +52,6 @@ def model(tmp_path_factory) -> Path:
 
 
 def screen(**changes) -> Screen:
-    from eval.perturb.screen.compare_copies import EngineSettings
-    from eval.perturb.screen.settings import Screen
-
     edit = Edit(changes.pop("kind", "delete"))
     choice = CellChoice({}, changes.pop("states", None), "donor", ("cell_type",))
     genes = changes.pop("genes", GeneChoice())
@@ -91,7 +85,7 @@ def in_small_parts(model: Path, out: Path, slowly: bool) -> None:
         run._shifts_table = lambda *a: (time.sleep(0.3), compute(*a))[1]
     ranks = dist.start(60, threads=None)
     chosen = screen(states=TOWARD, gene_shifts=True)
-    perturb_file(model / "cells.h5ad", out, chosen, model, ranks=ranks)
+    perturb_file(model / "cells.h5ad", out, chosen, ModelChoice(model), ranks=ranks)
     dist.leave()
 
 
@@ -120,7 +114,7 @@ def test_kill_and_ranks_change_no_byte(model, tmp_path):
     with pytest.raises(ValueError, match="is not finished"):
         Results.open(out)
     with pytest.raises(ValueError, match="another screen .kind: delete there, inhibit here"):
-        perturb_file(model / "cells.h5ad", out, screen(kind="inhibit"), model)
+        perturb_file(model / "cells.h5ad", out, screen(kind="inhibit"), ModelChoice(model))
     before = (out / "shifts" / "part-00000.parquet").stat().st_mtime_ns
     run_ranks(1, in_small_parts, model, out, False)
     assert files_of(out) == whole
@@ -196,9 +190,11 @@ def test_inserted_genes_and_all_detected_ones(model, tmp_path):
     from eval.perturb.screen.run import perturb_file
 
     listed = screen(kind="overexpress", genes=GeneChoice(("G1", "G2")))
-    perturb_file(model / "cells.h5ad", tmp_path / "list", listed, model)
+    perturb_file(model / "cells.h5ad", tmp_path / "list", listed, ModelChoice(model))
     assert Results.open(tmp_path / "list").perturbations["cells"].tolist() == [24, 24]
-    perturb_file(model / "cells.h5ad", tmp_path / "all", screen(kind="overexpress"), model)
+    perturb_file(
+        model / "cells.h5ad", tmp_path / "all", screen(kind="overexpress"), ModelChoice(model)
+    )
     every = Results.open(tmp_path / "all").perturbations
     assert every["cells"].tolist() == (every["detection"] * 24).round().tolist()
     assert len(every) == 60
@@ -210,8 +206,9 @@ def test_screen_computes_the_top_of_an_estimate(model, tmp_path, caplog, monkeyp
 
     monkeypatch.setattr(run, "_PART_COPIES", 100)
     caplog.set_level("INFO", logger="eval")
-    perturb_file(model / "cells.h5ad", tmp_path / "top", screen(states=TOWARD, top=8), model)
-    perturb_file(model / "cells.h5ad", tmp_path / "all", screen(states=TOWARD), model)
+    own = ModelChoice(model)
+    perturb_file(model / "cells.h5ad", tmp_path / "top", screen(states=TOWARD, top=8), own)
+    perturb_file(model / "cells.h5ad", tmp_path / "all", screen(states=TOWARD), own)
     top, every = Results.open(tmp_path / "top"), Results.open(tmp_path / "all")
     assert top.manifest["parts"] == 1 and every.manifest["parts"] > 1
     assert len(top.perturbations) == 8 and "Spearman" in caplog.text
@@ -241,17 +238,20 @@ def test_a_head_gives_changes_of_probability(model, tmp_path):
     settings = FinetuneSettings(epochs=2, learning_rate=5e-3)
     trained = finetune(network.bert, vocabulary, cells.tokens, [target], settings, 0)
     save_classifier(trained, tmp_path / "head", {})
+    own = ModelChoice(head=tmp_path / "head")
     table = api.perturb(
-        anndata.read_h5ad(model / "cells.h5ad"), head=tmp_path / "head", genes=["G1"], top=0
+        anndata.read_h5ad(model / "cells.h5ad"), own, Screen(genes=GeneChoice(("G1",)))
     )
     expected = trained.predict_cells(cells.tokens, "state")
+    found = api.predict(model / "cells.h5ad", tmp_path / "head").obsm["geneloom_state"]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
     token = vocabulary.token_of[anndata.read_h5ad(model / "cells.h5ad").var_names[1]]
     held = [i for i in range(24) if token in cells.tokens[i]]
     without = [cells.tokens[i][cells.tokens[i] != token] for i in held]
     change = trained.predict_cells(without, "state") - expected[held]
     assert table["cell_id"].tolist() == cells.metadata.index[held].tolist()
     np.testing.assert_allclose(table["class_well"], change[:, 1], atol=1e-5)
-    perturb_file(model / "cells.h5ad", tmp_path / "s", screen(top=3), head=tmp_path / "head")
+    perturb_file(model / "cells.h5ad", tmp_path / "s", screen(top=3), own)
     assert len(Results.open(tmp_path / "s").perturbations) == 3
 
 
@@ -261,10 +261,14 @@ def test_notebooks_get_tables(model):
     from eval import api
 
     cells = anndata.read_h5ad(model / "cells.h5ad")
-    embedded = api.embed_cells(cells, model)
+    embedded = api.embed(cells, model)
     assert embedded.obsm["X_geneloom"].shape == (24, 32) and "X_geneloom" not in cells.obsm
-    table = api.perturb(cells, model, "activate", ["G5"], to_quantile=0.0, states=TOWARD,
-                        donor="donor")  # fmt: skip
+    heads = api.attention(model / "cells.h5ad", model, api.AttentionOptions(group="donor"))
+    assert set(heads["group"]) == set(cells.obs["donor"]) and set(heads["layer"]) == {1, 2}
+    asked = Screen(
+        Edit("activate", to_quantile=0.0), GeneChoice(("G5",)), CellChoice({}, TOWARD, "donor")
+    )
+    table = api.perturb(cells, model, asked)
     columns = ["cell_id", "donor", "name", "kind", "changed", "shift", "toward_sick", "toward_well"]
     assert list(table) == columns
     assert set(table["name"]) == {"G5"} and set(table["donor"]) <= set(cells.obs["donor"])

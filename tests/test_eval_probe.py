@@ -74,6 +74,18 @@ def scores(record: dict[str, Any], step: int | None = None) -> dict[tuple[str, i
     }
 
 
+def test_a_notebook_gets_the_scores_of_the_command(folder: Path, record: dict[str, Any]):
+    import anndata
+
+    from eval.api import ProbeSettings, probe
+
+    cells = anndata.read_h5ad(folder / "new" / "cells.h5ad")
+    settings = ProbeSettings(keep={"good": "1"}, cells_a_class=(5, 10), seeds=3, device="cpu")
+    found = probe(folder / "model", cells, "cell_type", settings)
+    assert found.record["scores"] == record["scores"]
+    assert len(found.verdicts) == len(record["verdicts"])
+
+
 def test_every_score_is_that_of_a_plain_computation(folder: Path, record: dict[str, Any]):
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import f1_score

@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.hashing import mix64
+from data_prep.prepare.options import PrepareOptions
 from data_prep.prepare.run import prepare
-from data_prep.prepare.work_list import PrepareOptions, choose_heldout_groups
+from data_prep.prepare.work_list import choose_heldout_groups
 from data_prep.shards.format import lay_out
 from data_prep.shards.order import EpochPlan
 from data_prep.shards.reader import ShardSet
@@ -306,7 +307,7 @@ WRITTEN = [
     ("Other tables", "eval/simulate/write.py", "simulate"),
     (FINETUNING, "eval/finetune/score_cells.py", "finetune_cells"),
     (FINETUNING, "eval/finetune/score_cells.py", "_score_seed"),
-    (FINETUNING, "eval/finetune/classifier.py", "FinetuneSettings"),
+    (FINETUNING, "eval/finetune/settings.py", "FinetuneSettings"),
     (FINETUNING, "eval/scores/metrics.py", "score_classes"),
     (FINETUNING, "eval/scores/metrics.py", "mean_and_interval"),
     ("A classifier", "eval/finetune/classifier.py", "save_classifier"),

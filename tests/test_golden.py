@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_prep.prepare.options import PrepareOptions
 from data_prep.prepare.run import prepare
-from data_prep.prepare.work_list import PrepareOptions
 from data_prep.shards.format import SHARD_FORMAT
 from data_prep.shards.reader import ShardSet
 from data_prep.sources.source_spec import SourceOptions, source_at

@@ -7,6 +7,7 @@ import graphlib
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,19 +20,19 @@ FOLDERS = ("data_prep", "pretrain", "launch", "eval")
 # is a folder, or a file beside them; docs/architecture.md says what each is for.
 ROOMS = {
     "data_prep": """
-        __main__ | cli | inspection | prepare | encoding | sources | matrices shards
-        genes running | errors files hashing version
+        __main__ | cli api | inspection | prepare | encoding | sources | matrices shards
+        genes running | errors files hashing options version
     """,
     "pretrain": """
-        __main__ | cli | train | engine | start | export | optim summary device | measure
+        __main__ | cli | api | train | engine | start | export | optim summary device | measure
         batches run_folder cell_states | model optimizer | counting | checkpoints | ranks
-        plan objective ds_config | config | settings stop
+        plan objective ds_config | config options | settings stop
     """,
     "launch": """
         doctor stop cli | ways | attempts | hosts verbs runs environment
     """,
     "eval": """
-        perturb.__main__ finetune.__main__ | cli benchmark.cli perturb.cli probe api
+        perturb.__main__ finetune.__main__ | cli api | benchmark.cli perturb.cli probe
         benchmark.run | benchmark.kinds report | benchmark.matched benchmark.report
         benchmark.contest benchmark.own_task perturb.report | perturb.effects benchmark.material
         perturb.screen | finetune | cells simulate | drawing owning benchmark.neighbours
@@ -42,7 +43,7 @@ ROOMS = {
 ACROSS = {
     ("eval", "pretrain"): "*",
     ("eval", "data_prep"): "*",
-    ("pretrain", "data_prep"): "genes shards running errors files hashing version",
+    ("pretrain", "data_prep"): "genes shards running errors files hashing options version",
     ("launch", "pretrain"): "config ds_config",
     ("launch", "data_prep"): "running errors files version",
 }
@@ -50,6 +51,7 @@ NEVER_TORCH = [
     "data_prep",
     "launch",
     "pretrain/config.py",
+    "pretrain/options.py",
     "pretrain/settings/architecture.py",
     "pretrain/ds_config.py",
 ]
@@ -207,6 +209,54 @@ def test_functions_are_short():
                 body = node.body[1:] if ast.get_docstring(node) else node.body
                 lines = node.end_lineno - body[0].lineno + 1 if body else 0
                 assert lines <= 60, f"{path.relative_to(ROOT)}: {node.name} has {lines} lines"
+
+
+MOST_PARAMETERS = 8
+# Functions with more, and why; numba's kernels take arrays and numbers, for it knows no objects.
+MANY_PARAMETERS = {
+    "its options are typer's, one by one": (
+        "launch.ways.slurm.launch_slurm", "launch.ways.kubernetes.launch_kubernetes",
+        "launch.ways.hostfile.launch_hostfile",
+    ),
+    "fills arrays that the caller holds": ("pretrain.objective.masking.mask_rows",),
+    "torch calls it, with tensors": (
+        "pretrain.model.masked_gene_model.MaskedGeneModel.forward",
+        "pretrain.model.packing._by_cell_backward", "pretrain.model.packing._",
+    ),
+    "made once a run, of parts or settings that others set otherwise": (
+        "pretrain.train._Run.__init__", "pretrain.batches.step_dataset.StepDataset.__init__",
+        "launch.attempts.supervise.Attempt.__init__",
+    ),
+    "what is computed, with what, and how: its callers are many and give three or four of them": (
+        "eval.benchmark.run.run_benchmark", "eval.benchmark.material.twin_encoders.train",
+        "eval.cells.attention.mean_attention", "eval.finetune.search.search",
+        "eval.finetune.training.finetune", "pretrain.cell_states.frozen_states.embed_cells",
+        "pretrain.cell_states.frozen_states.embed_layers",
+    ),
+}  # fmt: skip
+
+
+def functions_of(body: list[ast.stmt], name: str) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Yield the functions below a module or class, with their dotted names."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef):
+            yield f"{name}.{node.name}", node
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield from functions_of(node.body, f"{name}.{node.name}")
+
+
+def test_functions_have_few_parameters():
+    """What is more than eight belongs into a dataclass; exceptions have a reason."""
+    found = set()
+    for path in [p for f in FOLDERS for p in modules(f)]:
+        for name, node in functions_of(ast.parse(path.read_text()).body, dotted(path)):
+            arguments = node.args
+            given = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+            is_kernel = any("njit" in ast.unparse(d) for d in node.decorator_list)
+            if len([a for a in given if a.arg != "self"]) > MOST_PARAMETERS:
+                found |= set() if is_kernel else {name}
+    many = {name for names in MANY_PARAMETERS.values() for name in names}
+    assert not found - many, f"more than {MOST_PARAMETERS} parameters: {found - many}"
 
 
 def test_help_needs_no_heavy_import():

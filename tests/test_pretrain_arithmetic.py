@@ -47,8 +47,8 @@ def shards(tmp_path_factory) -> Path:
 
 
 def two_datasets(folder: Path) -> Path:
+    from data_prep.prepare.options import PrepareOptions
     from data_prep.prepare.run import prepare
-    from data_prep.prepare.work_list import PrepareOptions
     from data_prep.sources.source_spec import SourceOptions, source_at
 
     sources = []

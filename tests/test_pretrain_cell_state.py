@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,7 @@ def test_embed_writes_states_unless_told_otherwise(exported: Path, tmp_path: Pat
     import anndata
 
     from eval.cells.embed import embed_file
+    from eval.cells.settings import EmbedOptions
     from pretrain.export.model_folder import load_exported
 
     make_cells(20, seed=3).write_h5ad(tmp_path / "cells.h5ad")
@@ -81,7 +83,7 @@ def test_embed_writes_states_unless_told_otherwise(exported: Path, tmp_path: Pat
     assert "cell states" in said
     found = anndata.read_h5ad(tmp_path / "states.h5ad")
     assert found.uns["geneloom"]["pooling"] == "state"
-    embed_file(tmp_path / "cells.h5ad", exported, tmp_path / "means.h5ad", layer=0)
+    embed_file(tmp_path / "cells.h5ad", exported, tmp_path / "means.h5ad", EmbedOptions(layer=0))
     means = anndata.read_h5ad(tmp_path / "means.h5ad")
     network, _ = load_exported(exported)
     assert means.obsm["X_geneloom"].shape == (20, network.config.hidden_size)
@@ -89,11 +91,12 @@ def test_embed_writes_states_unless_told_otherwise(exported: Path, tmp_path: Pat
     bare = tmp_path / "bare"
     shutil.copytree(exported, bare)
     (bare / "cell_state.safetensors").unlink()
+    of_state = EmbedOptions(pooling="state")
     with pytest.raises(ValueError, match=r"has no cell_state.*export the run again"):
-        embed_file(tmp_path / "cells.h5ad", bare, tmp_path / "no.h5ad", pooling="state")
+        embed_file(tmp_path / "cells.h5ad", bare, tmp_path / "no.h5ad", of_state)
     with pytest.raises(ValueError, match="--layer 0: belongs to"):
         embed_file(
-            tmp_path / "cells.h5ad", exported, tmp_path / "no.h5ad", pooling="state", layer=0
+            tmp_path / "cells.h5ad", exported, tmp_path / "no.h5ad", replace(of_state, layer=0)
         )
     assert "mean of layer -1" in embed_file(tmp_path / "cells.h5ad", bare, tmp_path / "old.h5ad")
     assert not (tmp_path / "no.h5ad").exists()

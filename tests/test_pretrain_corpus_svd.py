@@ -11,8 +11,8 @@ import scipy.sparse
 from scipy.sparse.linalg import svds
 
 from data_prep.genes.vocabulary import CLS, EOS, MASK, PAD, Vocabulary
+from data_prep.prepare.options import PrepareOptions
 from data_prep.prepare.run import prepare
-from data_prep.prepare.work_list import PrepareOptions
 from data_prep.shards.reader import ShardSet
 from data_prep.sources.source_spec import SourceOptions, source_at
 from pretrain.counting import corpus_svd as module

@@ -176,11 +176,11 @@ def test_wrong_wishes_are_refused(trained, tmp_path):
     from pretrain.cli import export_command
 
     with pytest.raises(ValueError, match="--zero 4: must be 1, 2 or 3"):
-        export_command(trained, tmp_path / "a", to="deepspeed", zero=4)
+        export_command(run=trained, out=tmp_path / "a", to="deepspeed", zero=4)
     with pytest.raises(ValueError, match="--zero, --ranks: belong to --to deepspeed"):
-        export_command(trained, tmp_path / "a", zero=1)
+        export_command(run=trained, out=tmp_path / "a", zero=1)
     with pytest.raises(ValueError, match="no checkpoint of step 7; kept are those of steps 5, 10"):
-        export_command(trained, tmp_path / "a", to="deepspeed", step="7")
+        export_command(run=trained, out=tmp_path / "a", to="deepspeed", step="7")
     assert not (tmp_path / "a").exists()
 
 

@@ -11,6 +11,7 @@ import pytest
 from data_prep.shards.order import EpochPlan
 from data_prep.shards.reader import ShardSet
 from pretrain.config import CONFIG_FOLDER
+from pretrain.options import CorpusOptions, SpeedOptions
 from pretrain.plan.corpus import Corpus, assumed_corpus, read_config, read_corpus
 from pretrain.plan.flops import GPUS, flops_per_token
 from pretrain.plan.needs import (
@@ -22,7 +23,7 @@ from pretrain.plan.needs import (
     num_parameters,
     traffic_bytes,
 )
-from pretrain.plan.step_time import MACHINES, step_time
+from pretrain.plan.step_time import MACHINES, Compute, step_time
 from tests.ranks import run_ranks
 from tests.runs import run_training, tiny_config
 from tests.saved_tensors import kept_for_backward
@@ -213,7 +214,9 @@ def test_time_of_recorded_runs(run):
     parameters = num_parameters(config.model, 25_426, 2048)
     compute = tokens * flops_per_token(config, 25_426, length) / GPUS["cpu"].flops(precision)
     sent = traffic_bytes(parameters, precision, stage, ranks, 1)
-    found = step_time(config, MACHINES["cpu"], compute, 1.25, parameters, stage, ranks, 1, sent)
+    found = step_time(
+        config, MACHINES["cpu"], Compute(compute, 1.25), parameters, stage, ranks, 1, sent
+    )
     assert found.seconds == pytest.approx(seconds, rel=0.25)
     low, high = found.interval
     assert low < seconds < high
@@ -231,17 +234,17 @@ def test_small_models_wait_for_kernels_and_network():
         low, high = plan["hours_interval"]
         assert low < plan["hours"] < high
     # A rate that was measured in a run holds what a run waits for.
-    given = make_plan(config, corpus, length, GPUS["h100"], 1, tokens_per_second=1e6)
+    given = make_plan(config, corpus, length, GPUS["h100"], 1, SpeedOptions(1e6))
     assert given["tokens_per_second_and_gpu"] == pytest.approx(1e6)
     assert given["hours_interval"][1] < 1.2 * given["hours"]
 
 
 def test_a_recipe_has_its_own_corpus_and_says_so():
     names = ("geneformer_v1_6l", "geneformer_v2_104m")
-    small, large = (assumed_corpus(name, None, None, None, None) for name in names)
+    small, large = (assumed_corpus(name) for name in names)
     assert (small.cells, small.vocabulary_size) == (27_400_000, 25_426)
     assert (large.cells, large.vocabulary_size) == (104_000_000, 20_275)
-    other = assumed_corpus("geneformer_v2_104m", 5_000_000, None, None, None)
+    other = assumed_corpus("geneformer_v2_104m", CorpusOptions(cells=5_000_000))
     assert (other.cells, other.max_tokens) == (5_000_000, 4_096)
     assert other.sentence().startswith("assumed, for no shards were given: Genecorpus-104M")
     assert "but for what was given: 5,000,000 cells of 1,440 tokens" in other.sentence()
@@ -250,9 +253,9 @@ def test_a_recipe_has_its_own_corpus_and_says_so():
 def test_shards_are_named_by_an_option(shards, capsys):
     from pretrain.cli import plan_command
 
-    plan_command("tiny", ["run.out=x"], shards=shards)
+    plan_command(config="tiny", overrides=["run.out=x"], shards=shards)
     assert capsys.readouterr().out.startswith("corpus: of the shards\n")
-    plan_command("geneformer_v2_104m", ["run.precision=bf16"], gpus=8)
+    plan_command(config="geneformer_v2_104m", overrides=["run.precision=bf16"], gpus=8)
     shown = capsys.readouterr().out
     assert shown.startswith("corpus: assumed, for no shards were given: Genecorpus-104M")
 

@@ -74,8 +74,8 @@ def test_other_settings_are_named_with_both_values(shards, tmp_path):
 
 
 def test_other_cells_of_the_same_vocabulary_are_found(shards, tmp_path):
+    from data_prep.prepare.options import PrepareOptions
     from data_prep.prepare.run import prepare
-    from data_prep.prepare.work_list import PrepareOptions
     from data_prep.shards.reader import ShardSet
     from data_prep.sources.source_spec import SourceOptions, source_at
     from tests.synthetic import make_cells

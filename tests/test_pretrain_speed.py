@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from data_prep.prepare.options import PrepareOptions
 from data_prep.prepare.run import prepare
-from data_prep.prepare.work_list import PrepareOptions
 from data_prep.sources.source_spec import SourceOptions, source_at
 from pretrain.config import ObjectiveConfig, load_config
 from pretrain.plan.flops import GPUS, Work, known_gpu

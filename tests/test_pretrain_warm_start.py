@@ -17,8 +17,8 @@ from data_prep.genes.vocabulary import (
     load_vocabulary,
     open_vocabulary,
 )
+from data_prep.prepare.options import PrepareOptions
 from data_prep.prepare.run import prepare
-from data_prep.prepare.work_list import PrepareOptions
 from data_prep.sources.source_spec import SourceOptions, source_at
 from pretrain.cli import print_resolved, resolved
 from pretrain.config import RunConfig, load_config

@@ -44,6 +44,14 @@ _MITOCHONDRIAL_CHROMOSOMES = {"mt", "m", "chrm", "chrmt"}
 BIOTYPES = ("protein_coding", "miRNA")
 
 
+def organism_name(name: str) -> str:
+    """Return the short name of an organism: ``Homo sapiens`` -> ``human``."""
+    short = ORGANISMS.get(name.strip().lower(), name.strip().lower())
+    if short not in SPECIES.values():
+        raise ValueError(f"organism {name!r}: unknown; known are {sorted(SPECIES.values())}")
+    return short
+
+
 @dataclass(frozen=True)
 class Annotation:
     """Gene ids from an annotation table: genes of the chosen biotypes, and mitochondrial genes."""

@@ -9,12 +9,11 @@ from data_prep.encoding.encode_pass import EncodeJob, EncodeRecord, encode_stret
 from data_prep.genes.annotation import read_annotation
 from data_prep.genes.vocabulary import Vocabulary
 from data_prep.prepare.manifest import dataset_reports, source_reports, warnings_of
+from data_prep.prepare.options import PrepareOptions, check_options
 from data_prep.prepare.run import KnownSoFar, decide_all
 from data_prep.prepare.work_list import (
-    PrepareOptions,
     SourceSurvey,
     Survey,
-    check_options,
     encode_jobs,
     survey_source,
 )

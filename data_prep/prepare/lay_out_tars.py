@@ -34,6 +34,8 @@ from data_prep.encoding.filters import (
 )
 from data_prep.files import file_sha256
 from data_prep.genes.rank_genes import token_dtype
+from data_prep.genes.vocabulary import Vocabulary
+from data_prep.prepare.options import PrepareOptions
 from data_prep.shards.buckets import bucket_of, choose_buckets
 from data_prep.shards.format import SPLITS
 from data_prep.sources.source_spec import SourceSpec
@@ -99,13 +101,8 @@ def decide_reasons(
     work: Path,
     chunks: list[Chunk],
     moments: dict[str, DatasetMoments],
-    max_sd_counts: float,
-    max_sd_mito: float,
-    dedup: bool,
-    memory_gib: float,
     sources: list[SourceSpec],
-    heldout_by: str,
-    same_side: bool,
+    options: PrepareOptions,
 ) -> tuple[str, SameCells]:
     """Write the reason codes of all cells to a file; return its name and the numbers of copies.
 
@@ -114,14 +111,9 @@ def decide_reasons(
     Parameters
     ----------
     moments
-        Moments of each data set, for the quality filters.
-    dedup
-        Whether to reject every cell whose genes and counts (or tokens) equal those of an earlier
-        cell.
-    sources, heldout_by
+        Per data set, for the quality filters.
+    sources
         See `data_prep.encoding.duplicates.settle_same_cells`.
-    same_side
-        Whether all copies of a cell go into one split; False only for shards of older versions.
     """
     aside = work / "decisions.new"
     codes = np.lib.format.open_memmap(
@@ -137,15 +129,16 @@ def decide_reasons(
                 totals[here],
                 mito[here],
                 moments[dataset],
-                max_sd_counts,
-                max_sd_mito,
+                options.max_sd_counts,
+                options.max_sd_mito,
             )
         codes[chunk.first : chunk.first + chunk.cells] = reasons
-    if dedup:
+    memory_gib = options.memory_gib
+    if options.dedup:
         _reject_duplicates(work, chunks, codes, memory_gib)
     same = SameCells()
-    if same_side:
-        same = settle_same_cells(work, chunks, codes, sources, heldout_by, memory_gib)
+    if options.same_side:
+        same = settle_same_cells(work, chunks, codes, sources, options.heldout_by, memory_gib)
     codes.flush()
     # The name contains a hash of the content, so a plan that refers to it is valid exactly if the
     # decisions are the same.
@@ -244,35 +237,33 @@ def plan_writing(
     chunks: list[Chunk],
     decisions: str,
     histogram: np.ndarray,
-    max_length: int,
-    shard_mib: float,
-    block_cells: int,
+    vocabulary: Vocabulary,
     columns: list[str],
-    num_tokens: int,
+    options: PrepareOptions,
 ) -> WritePlan:
     """Return the plan of pass 2.
 
     The number of tars of each bucket follows from the bytes of the split. A tar has `shard_mib` MiB
     on average; but if there is enough work for 16 processes, there are at least 16 tar numbers.
     """
-    buckets = choose_buckets(histogram.sum(axis=0), max_length)
+    buckets = choose_buckets(histogram.sum(axis=0), vocabulary.max_length)
     cells = int(histogram.sum())
     bin_bits = max(0, min(_MOST_BINS_BITS, (cells // _CELLS_PER_BIN).bit_length()))
     counts = _cells_per_bin(work, chunks, decisions, buckets, bin_bits)
-    token_bytes = token_dtype(num_tokens).itemsize
+    token_bytes = token_dtype(vocabulary.num_tokens).itemsize
     lengths = np.arange(histogram.shape[1])
     windows, bytes_per_task = [], []
     for split in range(len(SPLITS)):
         sizes = counts[split].sum(axis=1)
         split_bytes = int((histogram[split] * (lengths * token_bytes + _CELL_BYTES)).sum())
         used = max(1, int((sizes > 0).sum()))
-        by_size = round(split_bytes / (shard_mib * 2**20 * used))
+        by_size = round(split_bytes / (options.shard_mib * 2**20 * used))
         tasks = max(1, by_size, min(_TASKS, split_bytes // _TASK_BYTES))
-        windows.append(_windows(counts[split], tasks, block_cells))
+        windows.append(_windows(counts[split], tasks, options.block_cells))
         bytes_per_task.append(split_bytes // tasks)
     return WritePlan(
-        chunks, decisions, buckets, bin_bits, windows, bytes_per_task, block_cells, columns,
-        num_tokens,
+        chunks, decisions, buckets, bin_bits, windows, bytes_per_task,
+        options.block_cells, columns, vocabulary.num_tokens,
     )  # fmt: skip
 
 

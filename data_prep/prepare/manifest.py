@@ -18,7 +18,8 @@ from data_prep.encoding.filters import DatasetMoments, Moments
 from data_prep.encoding.known_share import KnownCounts
 from data_prep.files import file_sha256
 from data_prep.prepare import lay_out_tars, write_pass
-from data_prep.prepare.work_list import PrepareOptions, Survey
+from data_prep.prepare.options import PrepareOptions
+from data_prep.prepare.work_list import Survey
 from data_prep.shards.format import (
     INDEX_NAME,
     MANIFEST_NAME,

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,10 +46,12 @@ from data_prep.genes.vocabulary import (
     load_vocabulary,
     merged_mappings,
 )
+from data_prep.prepare.options import MediansOptions
 from data_prep.running.workers import Progress, Workers, counter
+from data_prep.sources.corpus_list import expand_corpus
 from data_prep.sources.count_source import CountBlock, CountSource
 from data_prep.sources.open_source import open_source
-from data_prep.sources.source_spec import SourceSpec
+from data_prep.sources.source_spec import SourceOptions, SourceSpec
 
 _CHUNK_CELLS = 16_384
 # The bin of a value is its exponent and the first 6 bits of its mantissa: 64 bins per octave, and
@@ -59,6 +62,7 @@ _SHIFT = 52 - _MANTISSA_BITS
 _FIRST_BIN = int(np.float64(2.0**-10).view(np.int64)) >> _SHIFT
 NUM_BINS = 25 << _MANTISSA_BITS
 RELATIVE_ERROR = 2.0**-_MANTISSA_BITS
+SKETCH, TABLE = ".sketch.parquet", ".genes.tsv"
 _VALUE_BYTES = 36  # memory per value while the values of the median bins are sorted
 
 
@@ -207,6 +211,62 @@ def build_vocabulary(
     vocabulary = found.vocabulary(min_cells, max_length, with_cls=False)
     write_text(path, vocabulary.to_json() + "\n")
     return vocabulary
+
+
+def medians_of(
+    sources: list[str],
+    out: Path,
+    options: MediansOptions,
+    reading: SourceOptions,
+    workers: Workers,
+    progress: Progress,
+) -> tuple[GeneMedians, Vocabulary]:
+    """Write a vocabulary with the medians of sources, its sketch and its table; return both.
+
+    Parameters
+    ----------
+    sources
+        Count matrices, as a user names them, or sketches of earlier calls, which are merged.
+    out
+        ``NAME.json``; beside it come ``NAME.sketch.parquet`` and ``NAME.genes.tsv``.
+
+    Raises
+    ------
+    ValueError
+        As `gene_medians`; one of the files exists; a sketch is given twice.
+    """
+    if out.suffix != ".json":
+        raise ValueError(f"--out {out}: must end in .json")
+    sketch_path, table_path = out.with_suffix(SKETCH), out.with_suffix(TABLE)
+    for path in (out, sketch_path, table_path):
+        if path.exists():
+            raise ValueError(f"{path}: exists; give --out a new name")
+    earlier = [s for s in sources if s.endswith(SKETCH)]
+    rest = [s for s in sources if s not in earlier]
+    if len(set(earlier)) < len(earlier):
+        raise ValueError("a sketch is given more than once: its cells would count twice")
+    if earlier and not rest and (options.annotation or options.gene_mapping):
+        raise ValueError("--annotation, --gene-mapping: belong to the call that made the sketch")
+    found: GeneMedians | None = None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the result: all nodes see that, and row-wise copies may be large.
+    with tempfile.TemporaryDirectory(prefix=".geneloom-", dir=out.parent) as work:
+        if rest:
+            found = gene_medians(
+                expand_corpus(rest, reading), Path(work), workers, progress, options.annotation,
+                options.gene_mapping, options.memory_gib,
+            )  # fmt: skip
+        for path in earlier:
+            sketch = MedianSketch.load(Path(path))
+            sketch = found.sketch.merge(sketch) if found else sketch
+            found = GeneMedians(sketch, sketch.medians(), RELATIVE_ERROR)
+    if found is None:
+        raise ValueError("no source is given")
+    vocabulary = found.vocabulary(options.min_cells, options.max_length, options.with_cls)
+    found.sketch.save(sketch_path)
+    found.save_table(table_path)
+    vocabulary.save(out)
+    return found, vocabulary
 
 
 def gene_medians(

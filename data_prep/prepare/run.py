@@ -39,13 +39,8 @@ from data_prep.genes.vocabulary import Vocabulary
 from data_prep.prepare import lay_out_tars, write_pass
 from data_prep.prepare.lay_out_tars import WritePlan
 from data_prep.prepare.manifest import Decisions, write_manifest
-from data_prep.prepare.work_list import (
-    PrepareOptions,
-    Survey,
-    check_options,
-    encode_jobs,
-    survey_sources,
-)
+from data_prep.prepare.options import PrepareOptions, check_options
+from data_prep.prepare.work_list import Survey, encode_jobs, survey_sources
 from data_prep.prepare.workspace import (
     check_disk,
     complete_already,
@@ -244,9 +239,8 @@ def decide_all(
             first += cells
     moments = merge_moments(r.moments for r in records)
     codes, same = lay_out_tars.decide_reasons(
-        work, chunks, moments, options.max_sd_counts, options.max_sd_mito, options.dedup,
-        options.memory_gib, [s.spec for s in survey.sources], options.heldout_by, options.same_side,
-    )  # fmt: skip
+        work, chunks, moments, [s.spec for s in survey.sources], options
+    )
     names = [s.spec.name for s in survey.sources]
     slots = survey.vocabulary.max_length - (2 if survey.vocabulary.has_cls else 0)
     specials = survey.vocabulary.max_length - slots
@@ -275,8 +269,8 @@ def plan_shards(
                 f"{int(histogram.sum())} kept): give more cells, or another --heldout share"
             )
     plan = lay_out_tars.plan_writing(
-        work, decisions.chunks, decisions.codes, histogram, length, options.shard_mib,
-        options.block_cells, list(survey.columns), survey.vocabulary.num_tokens,
+        work, decisions.chunks, decisions.codes, histogram, survey.vocabulary,
+        list(survey.columns), options,
     )  # fmt: skip
     return plan, histogram
 

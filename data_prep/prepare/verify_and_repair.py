@@ -23,8 +23,9 @@ from data_prep.files import file_sha256
 from data_prep.genes.vocabulary import CLS, EOS, Vocabulary
 from data_prep.prepare import write_pass
 from data_prep.prepare.manifest import record_sha256
+from data_prep.prepare.options import PrepareOptions
 from data_prep.prepare.run import decide_all, encode_all, plan_shards, write_jobs
-from data_prep.prepare.work_list import PrepareOptions, encode_jobs, survey_sources
+from data_prep.prepare.work_list import encode_jobs, survey_sources
 from data_prep.running.workers import Progress, Workers, counter
 from data_prep.shards.format import (
     INDEX_NAME,

@@ -1,19 +1,17 @@
-"""Before any cell is read: settings, sources opened once, held-out groups, and the work to do."""
+"""Before any cell is read: sources opened once, held-out groups, and the work to do."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from data_prep.encoding import encode_pass
-from data_prep.encoding.chunk_files import INTERNAL
 from data_prep.encoding.encode_pass import EncodeJob, EncodeSettings
 from data_prep.files import file_sha256
 from data_prep.genes.annotation import Annotation, read_annotation
@@ -22,6 +20,7 @@ from data_prep.genes.vocabulary import Vocabulary
 from data_prep.hashing import hash_strings, stream_key
 from data_prep.matrices.gene_table import GeneReport
 from data_prep.prepare.medians import build_vocabulary
+from data_prep.prepare.options import PrepareOptions
 from data_prep.running.workers import Progress, Workers
 from data_prep.sources.corpus_list import carried_columns
 from data_prep.sources.count_source import CountSource
@@ -32,99 +31,6 @@ logger = logging.getLogger(__name__)
 
 # Cells of one chunk: 40 MB of tokens at 1,300 genes.
 CHUNK_CELLS = 16_384
-RESERVED_COLUMNS = {"input_ids", "cell_id", "dataset", *INTERNAL}
-
-
-@dataclass(frozen=True)
-class PrepareOptions:
-    """Settings of ``geneloom prepare`` beyond the sources.
-
-    Attributes
-    ----------
-    min_genes
-        Cells with fewer detected genes of the vocabulary are rejected. 7: the paper's filter, so
-        that 15 % masking hides at least one gene (Geneformer, Nature 2023, Methods).
-    max_sd_counts, max_sd_mito
-        Cells whose total counts, or mitochondrial share, lie further than so many standard
-        deviations from the mean of their data set are rejected; 0 switches the filter off. 3: the
-        paper's.
-    dedup
-        Reject cells whose counts (or tokens) equal those of an earlier cell.
-    min_overlap
-        Smallest share of the counts of a data set that must be in genes of the vocabulary.
-    heldout_share
-        Share of cells in the held-out split; whole groups are taken until it is reached.
-    heldout_by
-        ``cell``, ``dataset``, or a metadata column: its values are never split up.
-    block_cells
-        Cells of one tar member. 256: 333,000 cells/s read on one core and 2,230 B a cell at 1,107
-        tokens, against 12,700 cells/s and 3,970 B at one cell a member (measured).
-    shard_mib
-        Mean size of a tar.
-    memory_gib
-        Bound of what each process holds at a time while the tars are written.
-    annotation
-        Table of genes with biotypes, for ``--vocab build`` and for mitochondrial genes.
-    same_side
-        Cells that stand more than once are held out together or not at all; False only to make
-        anew what was made before this was so.
-    """
-
-    seed: int = 0
-    min_genes: int = 7
-    max_sd_counts: float = 3.0
-    max_sd_mito: float = 3.0
-    dedup: bool = False
-    min_overlap: float = 0.5
-    heldout_share: float = 0.02
-    heldout_by: str = "cell"
-    block_cells: int = 256
-    shard_mib: float = 64
-    memory_gib: float = 2.0
-    vocabulary_min_cells: int = 3
-    max_length: int | None = None
-    annotation: Path | None = None
-    same_side: bool = True
-
-
-def check_options(options: PrepareOptions, columns: tuple[str, ...]) -> None:
-    """Raise ValueError for settings that cannot be."""
-    if not 0 <= options.heldout_share < 1:
-        raise ValueError(
-            f"--heldout {options.heldout_share}: must lie between 0 and 1, or be 0 to hold out none"
-        )
-    if options.heldout_by not in ("cell", "dataset", *columns):
-        raise ValueError(
-            f"--heldout-by {options.heldout_by}: must be cell, dataset, or a column given as --obs"
-        )
-    reserved = RESERVED_COLUMNS & set(columns)
-    if reserved:
-        raise ValueError(f"--obs {sorted(reserved)}: these names are used by the shards themselves")
-    numbers = asdict(options)
-    wrong = [n for n, v in numbers.items() if isinstance(v, float) and not math.isfinite(v)]
-    if wrong:
-        raise ValueError(f"--{wrong[0].replace('_', '-')} {numbers[wrong[0]]}: is no number")
-    if "" in columns:
-        raise ValueError("--obs: a column without a name")
-    for name, value in (
-        ("--memory", options.memory_gib),
-        ("--block-cells", options.block_cells),
-        ("--shard-mib", options.shard_mib),
-        ("--min-genes", options.min_genes),
-        ("--min-cells", options.vocabulary_min_cells),
-    ):
-        if value <= 0:
-            raise ValueError(f"{name} {value}: must be above 0")
-    for name, value in (
-        ("--max-sd-counts", options.max_sd_counts),
-        ("--max-sd-mito", options.max_sd_mito),
-    ):
-        if value < 0:
-            raise ValueError(f"{name} {value}: must be above 0, or 0 to switch the filter off")
-    if options.max_length is not None and options.max_length < 8:
-        raise ValueError(f"--max-length {options.max_length}: must be at least 8")
-    if not 0 <= options.min_overlap <= 1:
-        raise ValueError(f"--min-overlap {options.min_overlap}: must lie between 0 and 1")
 
 
 @dataclass(frozen=True)

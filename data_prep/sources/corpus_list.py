@@ -20,12 +20,13 @@ import glob
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, get_args, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
+from typer.models import ParameterInfo
 
-from data_prep.genes.annotation import ORGANISMS, SPECIES
+from data_prep.genes.annotation import organism_name
 from data_prep.matrices.matrix_store import mtx_sample
 from data_prep.sources.hugging_face import PREFIX, hub_splits
 from data_prep.sources.source_spec import (
@@ -45,36 +46,24 @@ _SIDES = {
 _SUFFIXES = {".h5ad", ".h5mu", ".loom", ".zarr", ".h5", ".parquet", ".arrow"}
 
 
-class _Settings(BaseModel):
-    """Settings of an entry of a corpus list: how its cells are read.
+def _optional(name: str, hint: Any) -> tuple[Any, Any]:
+    """Return a field of `SourceOptions` as one of a list, where it may be left out."""
+    kind, *marks = get_args(hint)
+    if name == "columns":
+        kind = dict[str, str] | list[str]  # name in the shards -> column
+    said = next(m.help for m in marks if isinstance(m, ParameterInfo))
+    return kind | None, Field(None, description=said)
 
-    A setting that is left out is taken from `defaults`, then from the command line.
-    """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+_Fields: Any = create_model(
+    "_Fields",
+    __config__=ConfigDict(extra="forbid", frozen=True),
+    **{n: _optional(n, h) for n, h in get_type_hints(SourceOptions, include_extras=True).items()},
+)
 
-    # X, raw, or layers/NAME.
-    counts: str | None = None
-    # Column of var with gene ids.
-    gene_column: str | None = None
-    # Columns of obs to carry along: a list, or a mapping from name in the shards to column.
-    columns: dict[str, str] | list[str] | None = None
-    # Column of obs with total counts.
-    total_column: str | None = None
-    # Cut .5 from ENSG00000141510.5.
-    strip_versions: bool | None = None
-    # Column of obs that names the data set.
-    dataset_column: str | None = None
-    # Species that the gene ids must be of.
-    organism: str | None = None
-    # Query over obs: only cells for which it is true are read.
-    obs_filter: str | None = None
-    # The genome whose features are read, for files with features of several genomes.
-    genome: str | None = None
-    # Take fractional counts: round, or keep (ranked as they are).
-    fractional: Literal["round", "keep"] | None = None
-    # Take integers that do not look like counts, such as binarised values or rounded CPM.
-    force_counts: bool | None = None
+
+class _Settings(_Fields):
+    """How sources are read; what is left out comes from `defaults`, then from the command line."""
 
     @field_validator("organism")
     @classmethod
@@ -107,14 +96,6 @@ class _CorpusList(BaseModel):
     defaults: _Settings = _Settings()
     # The sources that the corpus is made of.
     sources: list[_Entry] = Field(min_length=1)
-
-
-def organism_name(name: str) -> str:
-    """Return the short name of an organism, for example ``human`` for ``Homo sapiens``."""
-    short = ORGANISMS.get(name.strip().lower(), name.strip().lower())
-    if short not in SPECIES.values():
-        raise ValueError(f"organism {name!r}: unknown; known are {sorted(SPECIES.values())}")
-    return short
 
 
 def expand_corpus(arguments: list[str], options: SourceOptions) -> list[SourceSpec]:

@@ -8,9 +8,13 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import typer
+
+from data_prep.genes.annotation import organism_name
 from data_prep.matrices.matrix_store import mtx_sample
+from data_prep.options import Only, Read
 
 INDEX = "index"  # as a gene column: the index of var, also where it has a column of ids
 CENSUS = "census"  # in front of a version or URI, where others have a path
@@ -19,49 +23,55 @@ _SUFFIXES = (".h5ad", ".h5mu", ".loom", ".zarr", ".h5", ".parquet", ".arrow", ".
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """How a count matrix is read.
+    """How a count matrix is read; the help of an option says what a field is.
 
-    Attributes
-    ----------
-    counts
-        Where the raw counts are: ``X``, ``raw``, or ``layers/NAME``.
-    gene_column
-        Column of ``var`` with gene ids; ``index``: its index; None: ``ensembl_id`` where it exists,
-        else the index.
-    columns
-        Columns of ``obs`` to carry along, as strings: ``donor``, or ``donor=donor_id`` to call the
-        column ``donor_id`` of this source ``donor``.
-    total_column
-        Column of ``obs`` with totals, for files that hold some genes only; None: sums of the file.
-    strip_versions
-        Cut ``.5`` from ``ENSG00000141510.5``.
-    dataset_column
-        Column of ``obs`` that names the data set; None: the whole source is one.
-    organism
-        ``human``, ``mouse``, ...: the species that the gene ids must be of; None: not checked.
-    obs_filter
-        Query over obs: only cells for which it is true are read. Of a CELLxGENE Census or another
-        SOMA experiment its own, else that of pandas (`data_prep.matrices.choose_cells`).
-    genome
-        Of files with features of several genomes: the one whose features are read.
-    fractional
-        What becomes of fractional counts (`data_prep.sources.count_kinds`): ``round``, ``keep``
-        (they are ranked as they are), or None: refused.
-    force_counts
-        Take integers that do not look like counts: binarised, or rounded to a constant total.
+    None means: `gene_column` is ``ensembl_id`` where that exists, else the index; totals are sums
+    of the file; the whole source is one data set; the organism is not checked; all cells are read;
+    fractional counts are refused. The query of `obs_filter` is that of the SOMA experiment, of
+    other files that of pandas (`data_prep.matrices.choose_cells`).
     """
 
-    counts: str = "X"
-    gene_column: str | None = None
-    columns: tuple[str, ...] = ()
-    total_column: str | None = None
-    strip_versions: bool = False
-    dataset_column: str | None = None
-    organism: str | None = None
-    obs_filter: str | None = None
-    genome: str | None = None
-    fractional: Literal["round", "keep"] | None = None
-    force_counts: bool = False
+    counts: Annotated[str, typer.Option(help="X, raw, or layers/NAME")] = "X"
+    gene_column: Annotated[
+        str | None,
+        typer.Option(help="column of var with gene ids; 'index' [ensembl_id, else the index]"),
+    ] = None
+    columns: Annotated[
+        tuple[str, ...],
+        typer.Option("--obs", help="column of obs to carry along; NAME=COLUMN renames it"),
+    ] = ()
+    total_column: Annotated[
+        str | None, typer.Option(help="column of obs with total counts [sum over the file]")
+    ] = None
+    strip_versions: Annotated[
+        bool,
+        typer.Option(
+            "--strip-gene-versions/--no-strip-gene-versions",
+            help="cut .5 from ENSG00000141510.5 in every id",
+        ),
+    ] = False
+    dataset_column: Annotated[
+        str | None, typer.Option(help="column of obs that names the data set [the file is one]")
+    ] = None
+    organism: Annotated[
+        str | None,
+        typer.Option(help="species that the gene ids must be of"),
+        Read(organism_name, str | None),
+    ] = None
+    obs_filter: Annotated[
+        str | None, typer.Option(help="query over obs: only cells for which it is true are read")
+    ] = None
+    genome: Annotated[
+        str | None, typer.Option(help="of files with features of several genomes, such as GRCh38")
+    ] = None
+    fractional: Annotated[
+        Literal["round", "keep"] | None,
+        typer.Option(help="take fractional counts (RSEM, SoupX): rounded, or ranked as they are"),
+    ] = None
+    force_counts: Annotated[
+        bool,
+        typer.Option(help="take integers that do not look like counts: binarised, rounded CPM"),
+    ] = False
 
     @property
     def column_names(self) -> tuple[str, ...]:
@@ -72,6 +82,13 @@ class SourceOptions:
     def column_sources(self) -> dict[str, str]:
         """Name in the shards -> name in obs."""
         return {c.split("=", 1)[0]: c.split("=", 1)[-1] for c in self.columns}
+
+
+# Of commands that read cells for a model: neither which cells nor columns of obs.
+MATRIX = Only(
+    "counts", "gene_column", "strip_versions", "genome", "fractional", "force_counts"
+)  # fmt: skip
+MATRIX_AND_FILTER = Only(*MATRIX.names, "obs_filter")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from data_prep.options import AsJson, spread
 from eval.benchmark.task_file import (
     SUITES,
     AnyTask,
@@ -21,62 +23,72 @@ from eval.benchmark.task_file import (
     missing_files,
     read_task,
 )
-from eval.options import DeviceOption, JsonOption, VocabOption, choose_device, quiet
+from eval.options import Bf16Option, DeviceOption, VocabOption, choose_device, quiet
 
 _LINE_EVERY_S = 30.0
 
 
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """Which tasks are run, and how; the help of an option says what it is."""
+
+    suite: Annotated[Suite, typer.Option(help=", ".join(SUITES))] = "quick"
+    data: Annotated[Path | None, typer.Option(help="folder the tasks' files are below")] = None
+    task: Annotated[tuple[str, ...], typer.Option(help="only this one; may be repeated")] = ()
+    task_file: Annotated[
+        tuple[Path, ...],
+        typer.Option(help="YAML of a task of your own; without --task only it"),
+    ] = ()
+    seed: Annotated[int, typer.Option(min=0, help="splits, draws and heads follow from it")] = 0
+    bf16: Bf16Option = False
+    vocabulary: VocabOption = None
+    gene_names: Annotated[
+        Path | None, typer.Option(help="symbol -> gene id (JSON), for cells named by symbols")
+    ] = None
+    device: DeviceOption = "auto"
+
+    def __post_init__(self) -> None:
+        if self.suite not in SUITES:
+            raise ValueError(f"--suite {self.suite}: must be one of {', '.join(SUITES)}")
+
+
+@dataclass(frozen=True)
+class OwnTask:
+    """A task that files and a column describe (`eval.benchmark.own_task`)."""
+
+    cells: Annotated[
+        Path | None, typer.Option(help="a task of your own: cells whose --label is predicted")
+    ] = None
+    label: Annotated[str | None, typer.Option(help="column of --cells, or of --genes")] = None
+    genes: Annotated[
+        Path | None, typer.Option(help="table of genes whose --label is predicted, in --cells")
+    ] = None
+    group: Annotated[
+        str | None, typer.Option(help="column of --cells: groups (donors) stay whole")
+    ] = None
+    batch: Annotated[
+        str | None, typer.Option(help="column of --cells: score integration over it")
+    ] = None
+
+
+@spread
 def benchmark_command(
+    options: BenchmarkOptions,
+    own: OwnTask,
     model: Annotated[
         list[Path] | None,
         typer.Option(help="folder of `geneloom export`, or Geneformer's; repeat it to compare"),
     ] = None,
-    suite: Annotated[str, typer.Option(help=", ".join(SUITES))] = "quick",
     out: Annotated[
         Path | None, typer.Option(help="folder of the report; one that was stopped goes on")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="folder the tasks' files are below")] = None,
-    task: Annotated[list[str] | None, typer.Option(help="only this one; may be repeated")] = None,
-    task_file: Annotated[
-        list[Path] | None, typer.Option(help="YAML of a task of your own; without --task only it")
-    ] = None,
-    cells: Annotated[
-        Path | None, typer.Option(help="a task of your own: cells whose --label is predicted")
-    ] = None,
-    label: Annotated[str | None, typer.Option(help="column of --cells, or of --genes")] = None,
-    genes: Annotated[
-        Path | None, typer.Option(help="table of genes whose --label is predicted, in --cells")
-    ] = None,
-    group: Annotated[
-        str | None, typer.Option(help="column of --cells: groups (donors) stay whole")
-    ] = None,
-    batch: Annotated[
-        str | None, typer.Option(help="column of --cells: score integration over it")
-    ] = None,
     list_tasks: Annotated[bool, typer.Option("--list", help="show all tasks and end")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="splits, draws and heads follow from it")] = 0,
-    bf16: Annotated[bool, typer.Option(help="compute in bfloat16")] = False,
-    vocab: VocabOption = None,
-    gene_names: Annotated[
-        Path | None, typer.Option(help="symbol -> gene id (JSON), for cells named by symbols")
-    ] = None,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
+    as_json: AsJson = False,
 ) -> None:
     """Fine-tuning tasks beside the baselines that matter: did pretraining help?"""
-    names, own = task or [], list[Path | AnyTask](task_file or [])
-    chosen = suite_of(suite)
-    if cells or label or genes or group or batch:
-        if not cells or not label:
-            raise ValueError("--cells and --label: a task of your own needs both")
-        if data is not None:
-            raise ValueError("--data: is of the supplied tasks; --cells says where its file is")
-        from eval.benchmark.own_task import own_task
-
-        own.append(own_task(cells, label, genes, group, batch))
-        data = cells.resolve().parent
     if list_tasks:
-        tasks = list_of_tasks(data, task_file or [])
+        data = _own_tasks(own, options)[1]
+        tasks = list_of_tasks(data, list(options.task_file))
         if as_json:
             print(json.dumps(tasks, indent=1))
         else:
@@ -85,15 +97,10 @@ def benchmark_command(
     if not model or out is None:
         raise ValueError("--model and --out: a benchmark needs both (or only --list)")
     quiet()
-    from eval.benchmark.report.page import print_results, write_report
-    from eval.benchmark.run import run_benchmark
+    from eval.benchmark.report.page import print_results
 
     with _Shown() as shown:
-        results = run_benchmark(
-            model, chosen, out, data, names, own, vocab, gene_names, seed,
-            choose_device(device), bf16, shown,
-        )  # fmt: skip
-    page = write_report(results, out)
+        results, page = run_tasks(model, out, options, own, shown)
     if as_json:
         print(json.dumps(results, indent=1))
     else:
@@ -105,6 +112,26 @@ def benchmark_command(
             f"{len(failed)} tasks could not be run; the others' results stand. "
             + "; ".join(f"{s['name']}: {s['reason']}" for s in failed)
         )
+
+
+def run_tasks(
+    models: list[Path],
+    out: Path,
+    options: BenchmarkOptions,
+    own: OwnTask,
+    shown: _Shown | None = None,
+) -> tuple[dict[str, Any], Path]:
+    """Run the tasks; return what ``results.json`` holds, and the page that was written."""
+    from eval.benchmark.report.page import write_report
+    from eval.benchmark.run import SILENT, run_benchmark
+
+    tasks, data = _own_tasks(own, options)
+    results = run_benchmark(
+        models, options.suite, out, data, list(options.task), tasks, options.vocabulary,
+        options.gene_names, options.seed, choose_device(options.device), options.bf16,
+        shown or SILENT,
+    )  # fmt: skip
+    return results, write_report(results, out)
 
 
 def list_of_tasks(data: Path | None, files: list[Path]) -> list[dict[str, Any]]:
@@ -145,12 +172,19 @@ def print_tasks(tasks: list[dict[str, Any]], data: Path | None) -> None:
         console.print("Files are looked for below --data.", highlight=False)
 
 
-def suite_of(name: str) -> Suite:
-    """Return the suite of a name."""
-    by_name: dict[str, Suite] = {s: s for s in SUITES}
-    if name not in by_name:
-        raise ValueError(f"--suite {name}: must be one of {', '.join(SUITES)}")
-    return by_name[name]
+def _own_tasks(own: OwnTask, options: BenchmarkOptions) -> tuple[list[Path | AnyTask], Path | None]:
+    """Return the tasks of the user's own, and the folder in which all tasks' files are."""
+    files = list[Path | AnyTask](options.task_file)
+    if own == OwnTask():
+        return files, options.data
+    if not own.cells or not own.label:
+        raise ValueError("--cells and --label: a task of your own needs both")
+    if options.data is not None:
+        raise ValueError("--data: is of the supplied tasks; --cells says where its file is")
+    from eval.benchmark.own_task import own_task
+
+    made = own_task(own.cells, own.label, own.genes, own.group, own.batch)
+    return [*files, made], own.cells.resolve().parent
 
 
 class _Shown:

@@ -25,6 +25,8 @@ from data_prep.version import VERSION
 from eval.cells.attention import Attention, mean_attention
 from eval.cells.gene_lists import read_genes
 from eval.cells.read_cells import CellSet, encode_file
+from eval.cells.settings import AttentionOptions
+from eval.options import choose_device
 from pretrain.export.model_folder import load_exported
 from pretrain.model.architectures import encoder_of
 
@@ -38,23 +40,10 @@ def attention_file(
     cells: Path,
     model: Path,
     out: Path,
-    genes: Path | None = None,
-    group: str | None = None,
-    with_pairs: bool = False,
-    vocabulary: Path | None = None,
-    options: SourceOptions = SourceOptions(),  # noqa: B008  frozen
-    **settings: Any,
+    options: AttentionOptions = AttentionOptions(),
+    reading: SourceOptions = SourceOptions(),
 ) -> str:
     """Write a folder with tables of the attention that genes receive; return a summary sentence.
-
-    Parameters
-    ----------
-    genes
-        A gene list (`eval.cells.gene_lists.read_genes`); None: the 300 genes that most cells have.
-    group
-        Column of obs, such as the donor, whose groups are averaged separately.
-    settings
-        ``token_budget``, ``device`` and ``bf16`` of `eval.cells.attention.mean_attention`.
 
     Raises
     ------
@@ -63,9 +52,14 @@ def attention_file(
         empty.
     """
     require_new(out)
-    network, vocab = load_exported(model, vocabulary)
+    network, vocab = load_exported(model, options.vocabulary)
+    genes, group = options.genes, options.group
+    settings: dict[str, Any] = {
+        "token_budget": options.token_budget, "device": choose_device(options.device),
+        "bf16": options.bf16,
+    }  # fmt: skip
     columns = (group,) if group else ()
-    found = encode_file(cells, vocab, replace(options, columns=columns))
+    found = encode_file(cells, vocab, replace(reading, columns=columns))
     asked = read_genes(genes) if genes else _most_detected(found, vocab)
     tokens = vocab.tokens_of(list(asked)).astype(np.int64)
     known = {t: g for t, g in zip(tokens.tolist(), asked, strict=True) if t >= 0}
@@ -78,7 +72,7 @@ def attention_file(
         vocab,
         np.array(list(known)),
         numbers,
-        with_pairs,
+        options.pairs,
         **settings,
     )
     ids = list(known.values())

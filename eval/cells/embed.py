@@ -12,9 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.files import complete_file, require_new_file
+from data_prep.running.workers import Progress
 from data_prep.sources.source_spec import SourceOptions
 from data_prep.version import VERSION
 from eval.cells.read_cells import CellSet, encode_file
+from eval.cells.settings import EmbedOptions
+from eval.options import choose_device
 from pretrain.cell_states.cell_state import FILE_NAME as STATE_NAME
 from pretrain.cell_states.frozen_states import embed_cells
 from pretrain.export.model_folder import folder_cell_state, load_exported
@@ -28,11 +31,9 @@ def embed_file(
     cells: Path,
     model: Path,
     out: Path,
-    vocabulary: Path | None = None,
-    options: SourceOptions = SourceOptions(),  # noqa: B008  frozen
-    pooling: str | None = None,
-    layer: int | None = None,
-    **settings,
+    options: EmbedOptions = EmbedOptions(),
+    reading: SourceOptions = SourceOptions(),
+    progress: Progress | None = None,
 ) -> str:
     """Write the embeddings of a file's cells in the file's order, and return a summary sentence.
 
@@ -40,18 +41,6 @@ def embed_file(
     ``obs["geneloom_tokens"]`` and ``uns["geneloom"]``; nothing else is changed. A ``.parquet``
     output is a table of ``cell_id``, ``geneloom_tokens`` and ``embedding`` (float32 lists of the
     same length), with the same record as text under ``geneloom`` in its schema.
-
-    Parameters
-    ----------
-    pooling
-        ``state`` (`pretrain.cell_states.cell_state`), ``mean`` or ``cls``. By default it is the
-        cell state if the model folder has one and no layer is given, else the mean.
-    layer
-        Only for ``mean`` and ``cls``, counted as in
-        `pretrain.cell_states.frozen_states.embed_layers`; by default -1.
-    settings
-        ``token_budget``, ``device``, ``bf16`` and ``progress`` of
-        `pretrain.cell_states.frozen_states.embed_layers`.
 
     Raises
     ------
@@ -62,7 +51,12 @@ def embed_file(
     if out.suffix not in (".h5ad", ".zarr", ".parquet"):
         raise ValueError(f"--out {out}: must end in .h5ad, .zarr or .parquet")
     require_new_file(out)
-    network, vocab = load_exported(model, vocabulary)
+    network, vocab = load_exported(model, options.vocabulary)
+    pooling, layer = options.pooling, options.layer
+    settings: dict[str, Any] = {
+        "token_budget": options.token_budget, "device": choose_device(options.device),
+        "bf16": options.bf16, "progress": progress,
+    }  # fmt: skip
     state = folder_cell_state(model, vocab) if pooling in (None, STATE) else None
     if pooling is None:
         pooling = STATE if state and layer is None else "mean"
@@ -72,7 +66,7 @@ def embed_file(
         raise ValueError(
             f"--pooling {STATE}: {model} has no {STATE_NAME}; export the run again with its shards"
         )
-    cell_set = encode_file(cells, vocab, options)
+    cell_set = encode_file(cells, vocab, reading)
     encoder = encoder_of(network)
     if pooling == STATE and state:
         embeddings, layer = state.embed(cell_set.tokens, encoder, vocab, **settings), 0

@@ -22,6 +22,7 @@ from transformers import BertModel
 from data_prep.files import complete_folder, file_sha256, require_new
 from data_prep.genes.vocabulary import Vocabulary, load_vocabulary
 from data_prep.version import VERSION
+from eval.finetune.settings import FinetuneSettings
 from pretrain.cell_states.frozen_states import encode_batch, length_batches, pool_genes
 from pretrain.model.architectures import (
     Encoder,
@@ -34,89 +35,6 @@ from pretrain.model.architectures import (
 CLASSIFIER_FORMAT = "geneloom-classifier/1"
 RECORD_NAME = "classifier.json"
 WEIGHTS_NAME = "classifier.safetensors"
-
-
-@dataclass(frozen=True)
-class FinetuneSettings:
-    """The training settings of a classifier, the same for pretrained and random weights.
-
-    Attributes
-    ----------
-    epochs
-        Passes over the labelled cells.
-    steps
-        Minimum number of optimizer steps, reached with more epochs if necessary; 0: `epochs` alone
-        decide. A few hundred cells are not learnt in five passes.
-    start
-        Initial weights of the heads. ``probe``: those of a regression on the frozen states
-        (`eval.finetune.probe_start`); ``random``.
-    learning_rate
-        Peak learning rate of AdamW; linear warm-up over `warmup_share` of all steps, linear decay
-        to 0. Geneformer: 5e-5.
-    head_learning_rate
-        Peak learning rate of the heads; None: the same as `learning_rate`.
-    batch_cells
-        Cells of one optimizer step, over all ranks.
-    freeze_layers
-        Number of lowest encoder layers that are not trained (nor the embeddings); 0 trains
-        everything.
-    weight_decay, dropout
-        Weight decay of AdamW; dropout before each head.
-    token_budget
-        Padded tokens of one forward pass; results depend on it only by rounding.
-    bf16
-        Compute in bfloat16 (weights stay float32).
-    device
-        ``cpu`` or ``cuda``.
-    lora_rank, lora_alpha
-        Train low-rank adapters of queries and values (in a ModernBERT also of keys) and the heads
-        instead of the encoder's own weights; rank 0: off.
-    patience
-        Epochs without a lower validation loss before training stops; the best weights are returned.
-        0: all epochs, the last weights.
-    class_weights
-        All classes have the same weight in the loss (inverse frequency), because macro-F1 is the
-        main score.
-    """
-
-    epochs: int = 5
-    steps: int = 0
-    start: Literal["probe", "random"] = "random"
-    learning_rate: float = 2e-4
-    head_learning_rate: float | None = None
-    batch_cells: int = 16
-    freeze_layers: int = 0
-    weight_decay: float = 0.001
-    dropout: float = 0.1
-    token_budget: int = 16_384
-    bf16: bool = False
-    device: str = "cpu"
-    warmup_share: float = 0.1
-    lora_rank: int = 0
-    lora_alpha: int = 16
-    patience: int = 0
-    class_weights: bool = True
-
-    def __post_init__(self) -> None:
-        least = {
-            "epochs": 1, "steps": 0, "batch_cells": 1, "freeze_layers": 0, "weight_decay": 0,
-            "token_budget": 1, "lora_rank": 0, "lora_alpha": 1, "patience": 0, "warmup_share": 0,
-            "dropout": 0,
-        }  # fmt: skip
-        wrong = [f"{k}={getattr(self, k)} (at least {v})" for k, v in least.items()
-                 if not getattr(self, k) >= v]  # fmt: skip
-        if not self.learning_rate > 0:
-            wrong.append(f"learning_rate={self.learning_rate} (above 0)")
-        if self.head_learning_rate is not None and not self.head_learning_rate > 0:
-            wrong.append(f"head_learning_rate={self.head_learning_rate} (above 0)")
-        if self.start not in ("probe", "random"):
-            wrong.append(f"start={self.start} (probe or random)")
-        wrong += [f"{k}={getattr(self, k)} (below 1)" for k in ("warmup_share", "dropout")
-                  if not getattr(self, k) < 1]  # fmt: skip
-        if self.device not in ("cpu", "cuda"):
-            wrong.append(f"device={self.device} (cpu or cuda)")
-        if wrong:
-            raise ValueError("fine-tuning settings: " + ", ".join(wrong))
 
 
 @dataclass(frozen=True)

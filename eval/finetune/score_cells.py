@@ -18,13 +18,14 @@ from data_prep.version import VERSION
 from eval.cells.read_cells import CellSet, encode_file
 from eval.finetune.classifier import (
     Classifier,
-    FinetuneSettings,
     Head,
     Target,
     save_classifier,
 )
+from eval.finetune.settings import FinetuneOptions, FinetuneSettings
 from eval.finetune.training import finetune
 from eval.finetune.unfinished import Unfinished
+from eval.options import choose_device
 from eval.owning import owning
 from eval.scores.baselines import (
     CELL_STATE,
@@ -53,6 +54,8 @@ RESULTS_FORMAT = "geneloom-finetune/1"
 FEWEST_CELLS_OF_CLASS = 5
 # Macro-F1 by which fine-tuning may stay below the frozen embedding before it is called failed.
 _LESS = 0.01
+# What the record of a saved head keeps of its scores.
+_OF_HEAD = ("task", "label", "cells", "split", "model", "summary")
 PRETRAINED, RANDOM = "pretrained", "random weights"
 NO_VALUE = ["", "nan", "None", "NA", "unlabelled"]
 
@@ -140,14 +143,8 @@ def finetune_cells(
     model_folder: Path,
     label: str,
     out: Path,
-    donor: str | None = None,
-    seeds: int = 3,
-    vocabulary_path: Path | None = None,
-    settings: FinetuneSettings = FinetuneSettings(),  # noqa: B008  frozen
-    options: SourceOptions = SourceOptions(),  # noqa: B008  frozen
-    max_train_per_class: int | None = None,
-    max_test_per_class: int | None = None,
-    save_head: Path | None = None,
+    options: FinetuneOptions = FinetuneOptions(),
+    reading: SourceOptions = SourceOptions(),
     ranks: Ranks | None = None,
 ) -> dict:
     """Write and return the scores of a fine-tuned encoder beside its baselines.
@@ -160,9 +157,6 @@ def finetune_cells(
 
     Parameters
     ----------
-    save_head
-        Folder for a classifier to be applied to other cells. It is trained once more, on all
-        labelled cells (at most `max_train_per_class`): the scores say how well such a one does.
     ranks
         Of `pretrain.ranks.dist.start`: training is divided over them, and the first one writes.
 
@@ -172,29 +166,36 @@ def finetune_cells(
         Missing columns, fewer than two classes, fewer than three seeds, or `out` or `save_head` is
         not empty.
     """
-    if seeds < 3:
-        raise ValueError(f"--seeds {seeds}: at least 3, or there is no interval to report")
+    if options.seeds < 3:
+        raise ValueError(f"--seeds {options.seeds}: at least 3, or there is no interval to report")
+    save_head, donor = options.save_head, options.donor
     for folder in (out, save_head):
         if folder is not None:
             require_new(folder)
-    network, vocabulary = load_exported(model_folder, vocabulary_path)
+    device = ranks.device.type if ranks else choose_device(options.device)
+    settings = replace(options.settings, device=device)
+    limits = (options.max_train_per_class, options.max_test_per_class)
+    network, vocabulary = load_exported(model_folder, options.vocabulary)
     is_first = ranks is None or ranks.is_first
-    limits = (max_train_per_class, max_test_per_class)
-    identity = _what_decides(cells, model_folder, vocabulary, label, donor, settings, options)
-    unfinished = Unfinished(out, identity | {"limits": limits}, writes=is_first)
-    columns = tuple(dict.fromkeys([*options.columns, label, *([donor] if donor else [])]))
-    encoded = encode_file(cells, vocabulary, replace(options, columns=columns))
+    identity = {
+        "cells": file_sha256(cells),
+        "model": model_digest(model_folder, vocabulary),
+        **_what_decides(label, options, reading),
+    }
+    unfinished = Unfinished(out, identity, writes=is_first)
+    columns = tuple(dict.fromkeys([*reading.columns, label, *([donor] if donor else [])]))
+    encoded = encode_file(cells, vocabulary, replace(reading, columns=columns))
     labelled, dropped = _labelled(encoded, label, donor)
-    beside = (
-        CorpusSvd.found_in(model_folder, vocabulary),
-        folder_cell_state(model_folder, vocabulary),
-    )
-    problem = _problem(vocabulary, labelled, label, donor, settings, ranks, unfinished, *beside)
-    labels = problem.target.labels
+    donors = labelled.metadata[donor].to_numpy(dtype=str) if donor else None
+    problem = _Problem(
+        vocabulary, labelled, _target(labelled, label), donors, settings, ranks, unfinished,
+        CorpusSvd.found_in(model_folder, vocabulary), folder_cell_state(model_folder, vocabulary),
+    )  # fmt: skip
     per_seed = [
         unfinished.seed(seed, partial(_score_seed, problem, network, seed, limits))
-        for seed in range(seeds)
+        for seed in range(options.seeds)
     ]
+    labels = problem.target.labels
     results = {
         "format": RESULTS_FORMAT,
         "geneloom": VERSION,
@@ -208,8 +209,8 @@ def finetune_cells(
         "vocabulary_sha256": vocabulary.sha256,
         "settings": asdict(settings),
         "donor": donor,
-        "max_train_per_class": max_train_per_class,
-        "max_test_per_class": max_test_per_class,
+        "max_train_per_class": limits[0],
+        "max_test_per_class": limits[1],
         "summary": summarise(per_seed),
         "remarks": _remarks(per_seed),
         "seeds": per_seed,
@@ -217,54 +218,37 @@ def finetune_cells(
     for remark in results["remarks"]:
         logger.warning("%s", remark)
     if save_head is not None:
-        every = limit_per_class(np.arange(len(labels)), labels, max_train_per_class, 0)
+        every = limit_per_class(np.arange(len(labels)), labels, limits[0], 0)
         classifier = problem.finetuned(encoder_of(network), every, 0, "head")
         if is_first:
-            kept = ("task", "label", "cells", "split", "model", "summary")
-            save_classifier(classifier, save_head, {k: results[k] for k in kept})
+            save_classifier(classifier, save_head, {k: results[k] for k in _OF_HEAD})
     if is_first:
-        out.mkdir(parents=True, exist_ok=True)
-        with complete_file(out / RESULTS_NAME) as aside:
-            aside.write_text(json.dumps(results, indent=1) + "\n")
+        _write(out, results)
         unfinished.remove()
     return results
 
 
-def _what_decides(
-    cells: Path,
-    model: Path,
-    vocabulary: Vocabulary,
-    label: str,
-    donor: str | None,
-    settings: FinetuneSettings,
-    options: SourceOptions,
-) -> dict:
+def _write(out: Path, results: dict) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    with complete_file(out / RESULTS_NAME) as aside:
+        aside.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _what_decides(label: str, options: FinetuneOptions, reading: SourceOptions) -> dict:
+    """Return the settings that decide the scores, but for the number of seeds."""
     return {
-        "cells": file_sha256(cells),
-        "options": repr(options),
-        "model": model_digest(model, vocabulary),
-        "columns": [label, donor],
+        "options": repr(reading),
+        "columns": [label, options.donor],
         # Where it is computed changes no more than the last bits.
-        "settings": asdict(replace(settings, device="cpu")),
+        "settings": asdict(replace(options.settings, device="cpu")),
+        "limits": (options.max_train_per_class, options.max_test_per_class),
     }
 
 
-def _problem(
-    vocabulary: Vocabulary,
-    cells: CellSet,
-    label: str,
-    donor: str | None,
-    settings: FinetuneSettings,
-    ranks: Ranks | None,
-    unfinished: Unfinished,
-    svd: CorpusSvd | None,
-    state: CellState | None,
-) -> _Problem:
+def _target(cells: CellSet, label: str) -> Target:
     classes = sorted(set(cells.metadata[label]))
     labels = np.array([classes.index(v) for v in cells.metadata[label]])
-    donors = cells.metadata[donor].to_numpy(dtype=str) if donor else None
-    target = Target(Head(label, "cells", tuple(classes)), labels)
-    return _Problem(vocabulary, cells, target, donors, settings, ranks, unfinished, svd, state)
+    return Target(Head(label, "cells", tuple(classes)), labels)
 
 
 def _score_seed(

@@ -7,8 +7,8 @@ model's frozen states, and once from each neighbour, with the same cells and the
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,16 @@ from data_prep.genes.vocabulary import Vocabulary
 from data_prep.shards.reader import ShardSet
 from data_prep.sources.source_spec import SourceOptions
 from eval.cells.read_cells import CellSet, encode_file
+from eval.options import choose_device
 from eval.probe.classify import PENALTY_C, predict_classes
 from eval.probe.draws import Draw, Draws
 from eval.probe.features import LAST, cell_features, frozen_features
 from eval.probe.models import ProbedModel, open_probed
+from eval.probe.settings import ProbeSettings
 from eval.scores.baselines import CELL_STATE, CORPUS_SVD
 from eval.scores.metrics import mean_and_interval, score_classes
 from eval.scores.splits import repeated_cells
 from pretrain.cell_states.cell_state import NUM_COUNTED, fit_cell_state, reduced
-from pretrain.checkpoints.checkpoint import Which
 from pretrain.counting.corpus_svd import FILE_NAME, NUM_COMPONENTS, CorpusSvd, corpus_svd
 from pretrain.export.model_folder import random_twin
 from pretrain.model.architectures import encoder_of
@@ -35,46 +36,8 @@ from pretrain.model.architectures import encoder_of
 logger = logging.getLogger(__name__)
 
 FORMAT = "geneloom-probe/1"
-CELLS_A_CLASS = (10, 25, 100)
 RANDOM_PREFIX = "random weights, "
 ABOVE, BELOW, NEITHER = "above", "below", "not told apart from"
-_FEWEST_DRAWS = 3
-
-
-@dataclass(frozen=True)
-class ProbeSettings:
-    """How a model is probed.
-
-    Attributes
-    ----------
-    cells_a_class
-        Numbers of labelled cells.
-    seeds
-        Draws of each number.
-    random_models
-        Models of random weights; the draws take them in turn.
-    max_cells
-        Of more cells so many are drawn, with 200 of each class, or all it has; 0: all.
-    keep
-        Column of obs -> value that a cell must have.
-    """
-
-    cells_a_class: tuple[int, ...] = CELLS_A_CLASS
-    seeds: int = 10
-    random_models: int = 3
-    max_cells: int = 10_000
-    keep: Mapping[str, str] = field(default_factory=dict)
-    token_budget: int = 16_384
-    device: str = "cpu"
-    bf16: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.cells_a_class or min(self.cells_a_class) < 1:
-            raise ValueError(f"--cells-a-class {self.cells_a_class}: must be numbers from 1 on")
-        if self.seeds < _FEWEST_DRAWS:
-            raise ValueError(f"--seeds {self.seeds}: an interval needs {_FEWEST_DRAWS} draws")
-        if not 1 <= self.random_models <= self.seeds:
-            raise ValueError(f"--random-models {self.random_models}: must be 1 to --seeds")
 
 
 @dataclass(frozen=True)
@@ -98,12 +61,8 @@ def probe_cells(
     model: Path | str,
     cells: Path | str,
     label: str,
-    donor: str | None = None,
-    shards: Path | str | None = None,
-    vocabulary: Path | None = None,
-    settings: ProbeSettings = ProbeSettings(),  # noqa: B008  frozen
-    options: SourceOptions = SourceOptions(),  # noqa: B008  frozen
-    step: Which = None,
+    settings: ProbeSettings = ProbeSettings(),
+    options: SourceOptions = SourceOptions(),
 ) -> Probe:
     """Return how well frozen states of a model, and its neighbours, tell the classes of cells.
 
@@ -113,17 +72,10 @@ def probe_cells(
         Folder of ``geneloom export``, Geneformer's, or a run folder: all its checkpoints.
     cells
         h5ad with raw counts.
-    label, donor
-        Columns of obs. With donors, labelled cells and predicted ones are of different donors.
-    shards
-        Of the pretraining: for folders that the corpus SVD was not stored in, and for the cell
-        states of a run's checkpoints.
-    vocabulary
-        Geneformer's dictionaries, for folders without ``vocabulary.json``.
+    label
+        Column of obs.
     options
         Of the file; its columns are chosen here.
-    step
-        Of a run folder this checkpoint alone, or the best.
 
     Raises
     ------
@@ -131,11 +83,12 @@ def probe_cells(
         The folder holds no model, the file no counts or no such column, or fewer than two classes
         have enough cells.
     """
-    probed = open_probed(Path(model), vocabulary, step)
-    opened = None if shards is None else _open_shards(Path(shards), probed)
+    settings, donor = replace(settings, device=choose_device(settings.device)), settings.donor
+    probed = open_probed(Path(model), settings.vocabulary, settings.step)
+    opened = None if settings.shards is None else _open_shards(settings.shards, probed)
     svd, missing = find_svd(probed, opened)
     state_svd = probed.state.svd if probed.state else opened and corpus_svd(opened, NUM_COUNTED)
-    chosen, left_out = choose_cells(Path(cells), label, donor, probed.vocabulary, settings, options)
+    chosen, left_out = choose_cells(Path(cells), label, probed.vocabulary, settings, options)
     labels = chosen.metadata[label].to_numpy(dtype=str)
     donors = chosen.metadata[donor].to_numpy(dtype=str) if donor else None
     draws = Draws(labels, donors, settings.cells_a_class, settings.seeds)
@@ -208,7 +161,6 @@ def find_svd(probed: ProbedModel, shards: ShardSet | None) -> tuple[CorpusSvd | 
 def choose_cells(
     path: Path,
     label: str,
-    donor: str | None,
     vocabulary: Vocabulary,
     settings: ProbeSettings,
     options: SourceOptions,
@@ -220,12 +172,9 @@ def choose_cells(
     ValueError
         As `encode_file`; or no cell is left.
     """
-    asked = [label, *([donor] if donor else []), *settings.keep]
+    asked = [label, *([settings.donor] if settings.donor else []), *settings.keep]
     columns = tuple(sorted(set(asked), key=asked.index))
-    wanted = SourceOptions(
-        options.counts, options.gene_column, columns, strip_versions=options.strip_versions
-    )
-    found = encode_file(path, vocabulary, wanted)
+    found = encode_file(path, vocabulary, replace(options, columns=columns))
     metadata = found.metadata
     kept = np.ones(len(metadata), dtype=bool)
     for column, value in settings.keep.items():

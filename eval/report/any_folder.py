@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +17,11 @@ REPORT_NAME = "report.html"
 
 def write_stage_report(
     folder: Path,
-    out: Path | None,
-    score_folders: list[Path],
-    embedding: Path | None,
-    color: str | None,
-    commands: Path | None,
+    out: Path | None = None,
+    score_folders: Sequence[Path] = (),
+    embedding: Path | None = None,
+    color: str | None = None,
+    commands: Path | None = None,
     step: Which = None,
 ) -> str:
     """Write the page of a folder of any stage and return its path as text.
@@ -53,7 +54,7 @@ def write_stage_report(
     if stage == "pretrain":
         from eval.report.run_page import write_report
 
-        return write_report(folder, out, score_folders, embedding, color, commands, step)
+        return write_report(folder, out, list(score_folders), embedding, color, commands, step)
     if score_folders or embedding or color or commands or step is not None:
         raise ValueError(
             f"{folder}: is of `geneloom {stage}`; --scores, --embedding, --color, --commands and "

@@ -6,30 +6,34 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import yaml
 
-from eval.simulate.settings import make_settings
+from data_prep.options import AsJson, FieldsOf, spread
+from eval.simulate.settings import SimulationSettings, make_settings
 
 
+@spread
 def simulate_command(
     out: Annotated[Path, typer.Option(help="new folder for cells and truth")],
-    cells: Annotated[int, typer.Option(help="cells")] = 2_000,
-    genes: Annotated[int, typer.Option(help="genes: the most expressed ones of a genome")] = 1_000,
-    tfs: Annotated[int, typer.Option(help="genes that regulate others")] = 50,
-    types: Annotated[int, typer.Option(help="cell types on one differentiation tree")] = 5,
-    donors: Annotated[int, typer.Option(help="donors")] = 4,
-    batches: Annotated[int, typer.Option(help="batches, each with cells of all donors")] = 2,
-    depth: Annotated[
-        float | None, typer.Option(help="median counts of a cell [as in PBMC for these genes]")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="the same seed gives the same bytes")] = 0,
+    named: Annotated[
+        dict[str, Any],
+        FieldsOf(
+            SimulationSettings,
+            "cells",
+            "genes",
+            "tfs",
+            "types",
+            "donors",
+            "batches",
+            "depth",
+            "seed",
+            "perturb_cells",
+        ),
+    ],
     perturb: Annotated[str, typer.Option(help="none, all (each TF), or gene ids: A,B,A+B")] = "all",
-    perturb_cells: Annotated[
-        int, typer.Option(help="at most so many cells of origin, evenly over the types")
-    ] = 200,
     gene_ids: Annotated[
         Path | None,
         typer.Option(help="take gene ids of: .txt with one a line, vocabulary.json or its folder"),
@@ -41,17 +45,13 @@ def simulate_command(
         list[str] | None,
         typer.Option("--set", help="another setting of eval/simulate/settings.py, NAME=VALUE"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Simulate cells with a known gene regulatory network, and true perturbations of them."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     from eval.simulate.compare import print_moments
     from eval.simulate.write import simulate
 
-    named = {
-        "cells": cells, "genes": genes, "tfs": tfs, "types": types, "donors": donors,
-        "batches": batches, "depth": depth, "seed": seed, "perturb_cells": perturb_cells,
-    }  # fmt: skip
     settings = make_settings(**named | _named(other or []))
     start = time.monotonic()
     record = simulate(settings, out, perturb, gene_ids, compare)

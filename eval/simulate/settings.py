@@ -16,19 +16,16 @@ class SimulationSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    # number of cells without a perturbation
-    cells: int = Field(default=2_000, ge=1)
+    cells: int = Field(default=2_000, ge=1, description="cells without a perturbation")
     genes: int = Field(default=1_000, ge=2, description="the most expressed ones of a genome")
     tfs: int = Field(default=50, ge=1, description="genes that regulate others")
     types: int = Field(default=5, ge=1, description="cell types, leaves and nodes of one tree")
-    # number of people that the cells come from
-    donors: int = Field(default=4, ge=1)
+    donors: int = Field(default=4, ge=1, description="people the cells are of")
     batches: int = Field(default=2, ge=1, description="each with cells of all donors")
     depth: float | None = Field(
         default=None, gt=0, description="median counts of a cell; default as in PBMC"
     )
-    # the same seed gives the same bytes
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="the same seed gives the same bytes")
 
     regulators_per_gene: float = Field(
         default=3.0, gt=0, description="mean, but for hubs cut short"

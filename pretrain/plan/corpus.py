@@ -6,13 +6,14 @@ This module does not import torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
 
 from data_prep.shards.reader import ShardSet
 from pretrain.config import RunConfig, load_config
+from pretrain.options import CorpusOptions
 
 _NOT_GIVEN = "."
 _BUCKET = 64
@@ -97,20 +98,13 @@ _V2 = AssumedCorpus("Genecorpus-104M, vocabulary of V2", 104_000_000, 1_440, 4_0
 _CORPORA = {"geneformer_v2_104m": _V2, "geneformer_v2_316m": _V2, "geneloom_100m": _V2}
 
 
-def assumed_corpus(
-    config: str,
-    cells: int | None,
-    mean_tokens: int | None,
-    max_tokens: int | None,
-    vocabulary_size: int | None,
-) -> AssumedCorpus:
-    """Return the corpus of a supplied recipe (V1's for others), with the given values replaced."""
+def assumed_corpus(config: str, given: CorpusOptions = CorpusOptions()) -> AssumedCorpus:
+    """Return the corpus of a supplied recipe (of V1 for any other), with what was said of it."""
     usual = _CORPORA.get(config, _V1)
-    given = (cells, mean_tokens, max_tokens, vocabulary_size)
-    usual_ones = (usual.cells, usual.mean_tokens, usual.max_tokens, usual.vocabulary_size)
-    values = [u if g is None else g for g, u in zip(given, usual_ones, strict=True)]
-    name = usual.name if not any(given) else f"{usual.name}, but for what was given"
-    return AssumedCorpus(name, *values)
+    said = {name: value for name, value in asdict(given).items() if value is not None}
+    return replace(
+        usual, **said, name=f"{usual.name}, but for what was given" if said else usual.name
+    )
 
 
 def read_corpus(

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from pretrain.config import RunConfig
+from pretrain.options import SpeedOptions
 from pretrain.plan.corpus import AssumedCorpus, Corpus
 from pretrain.plan.flops import (
     CHUNK_BYTES,
@@ -21,7 +22,7 @@ from pretrain.plan.flops import (
     layer_matrices,
 )
 from pretrain.plan.roofline import rooflines
-from pretrain.plan.step_time import MACHINES, step_time
+from pretrain.plan.step_time import MACHINES, Compute, step_time
 from pretrain.settings.architecture import MODERNBERT
 from pretrain.settings.model_settings import ModelConfig
 
@@ -222,9 +223,7 @@ def make_plan(
     max_length: int,
     gpu: Gpu,
     gpus: int,
-    tokens_per_second: float | None = None,
-    mfu: float | None = None,
-    price: float | None = None,
+    speed: SpeedOptions = SpeedOptions(),
     assumed: AssumedCorpus | None = None,
 ) -> dict[str, Any]:
     """Return the dict that `geneloom plan --json` prints.
@@ -248,7 +247,7 @@ def make_plan(
     # The cost of attention depends on the padded length of each cell.
     flops = flops_per_token(config, corpus.num_tokens, mean_square / corpus.padded_tokens)
     usual = 1.0 if gpu.name == "cpu" else published_mfu(config.model)
-    share = usual if mfu is None else mfu
+    share = usual if speed.mfu is None else speed.mfu
     steps_per_epoch = corpus.num_steps(config.batch.tokens_per_step)
     steps = config.run.total_steps(steps_per_epoch)
     tokens = corpus.tokens / steps_per_epoch * steps
@@ -260,17 +259,17 @@ def make_plan(
         for stage in range(4)
     }
     padded = corpus.padded_tokens / steps_per_epoch / gpus
-    if tokens_per_second:
-        compute, doubt = padded * corpus.tokens / corpus.padded_tokens / tokens_per_second, 1.1
+    if measured := speed.tokens_per_second:
+        compute, doubt = padded * corpus.tokens / corpus.padded_tokens / measured, 1.1
     else:
         compute = padded * flops / (share * gpu.flops(precision))
-        doubt = _DOUBT_OF_MFU if mfu is None and gpu.name != "cpu" else 1.25
+        doubt = _DOUBT_OF_MFU if speed.mfu is None and gpu.name != "cpu" else 1.25
     stage = chosen.memory.stage if chosen else 3
     step = step_time(
-        config, MACHINES[gpu.name], compute, doubt, parameters, stage, gpus, passes, sent[stage],
-        includes_host=bool(tokens_per_second),
+        config, MACHINES[gpu.name], Compute(compute, doubt, bool(measured)), parameters, stage,
+        gpus, passes, sent[stage],
     )  # fmt: skip
-    source = "given" if tokens_per_second else f"arithmetic at {share:.1%} of {gpu.name}'s peak"
+    source = "given" if measured else f"arithmetic at {share:.1%} of {gpu.name}'s peak"
     hours = steps * step.seconds / 3600
     rate = tokens / (hours * 3600 * gpus)
     return {
@@ -291,7 +290,7 @@ def make_plan(
         "steps_per_second": 1 / step.seconds,
         "hours": hours,
         "hours_interval": [steps * s / 3600 for s in step.interval],
-        "cost": None if price is None else hours * gpus * price,
+        "cost": None if speed.price is None else hours * gpus * speed.price,
         "suggested": asdict(chosen) if chosen else None,
         "roofline": rooflines(config, gpu, gpus, corpus, parameters, micro_batch),
         "memory": _memory_rows(config, corpus, max_length, gpu, gpus, micro_batch),

@@ -96,6 +96,18 @@ class StepTime:
         return busy + (self.optimizer + self.network + self.host) * of_others
 
 
+@dataclass(frozen=True)
+class Compute:
+    """Seconds of a step's arithmetic on one device, and by what factor they may be off.
+
+    `includes_host`: they were measured in a run, so launching and the host are in them.
+    """
+
+    seconds: float
+    doubt: float
+    includes_host: bool = False
+
+
 def kernels_per_pass(config: RunConfig) -> float:
     """Return about how many kernels a forward and backward pass starts."""
     count = config.model.num_layers * _KERNELS[config.model.architecture] + _KERNELS_AROUND
@@ -105,29 +117,21 @@ def kernels_per_pass(config: RunConfig) -> float:
 def step_time(
     config: RunConfig,
     machine: Machine,
-    compute_s: float,
-    doubt: float,
+    compute: Compute,
     parameters: int,
     stage: int,
     gpus: int,
     passes: int,
     sent_bytes: float,
-    includes_host: bool = False,
 ) -> StepTime:
     """Return the duration of a step, part by part.
 
     Parameters
     ----------
-    compute_s
-        Seconds of arithmetic on one device.
-    doubt
-        The factor by which `compute_s` may be wrong.
     passes
         Micro-batches of a device in a step.
     sent_bytes
-        Bytes that one device sends in a step (`plan.traffic_bytes`).
-    includes_host
-        `compute_s` was measured in a run, so it includes kernel launches and the host.
+        Of one device in a step (`plan.traffic_bytes`).
     """
     near = min(gpus, _NODE)
     rounds = math.log2(near) + 4 * math.log2(-(-gpus // _NODE)) if gpus > 1 else 0.0
@@ -137,10 +141,10 @@ def step_time(
     speed = machine.near if gpus <= _NODE else machine.far
     own = parameters / (gpus if stage else 1)
     return StepTime(
-        compute_s,
-        0.0 if includes_host else own * _ADAM_BYTES / machine.memory,
+        compute.seconds,
+        0.0 if compute.includes_host else own * _ADAM_BYTES / machine.memory,
         sent_bytes / speed + calls * rounds * machine.collective_s,
-        0.0 if includes_host else passes * kernels_per_pass(config) * machine.launch_s,
-        0.0 if includes_host else machine.host_s,
-        doubt,
+        0.0 if compute.includes_host else passes * kernels_per_pass(config) * machine.launch_s,
+        0.0 if compute.includes_host else machine.host_s,
+        compute.doubt,
     )

@@ -7,10 +7,11 @@ combinations, a second screen, gene sets, and warnings for the reader.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
+import typer
 
 from eval.perturb.effects.agreement import compare_screens
 from eval.perturb.effects.columns import GENE_COLUMNS, GENE_SET_COLUMNS
@@ -37,25 +38,18 @@ _SUMMARY = ("mean", "low", "high", "size", "size_low", "size_high")
 class AnalysisSettings:
     """The settings of an analysis.
 
-    Attributes
-    ----------
-    effect
-        Name of the value to analyse; None: toward the goal if there is one, else the first of the
-        screen.
-    num_matched
-        Number of matched genes that each gene is compared with.
-    rate
-        False discovery rate at which a gene counts as found.
-    min_cells
-        A donor counts for a gene if the gene was perturbed in at least so many of the donor's
-        cells.
+    `effect` None: toward the goal where there is one, else the first value of the screen.
     """
 
-    effect: str | None = None
-    test: Test = "t"
-    num_matched: int = 50
-    rate: float = 0.05
-    min_cells: int = 3
+    effect: Annotated[
+        str | None, typer.Option(help="shift, toward_STATE, class_LABEL; default: toward the goal")
+    ] = None
+    test: Annotated[Test, typer.Option(help="t, or wilcoxon (over donors)")] = "t"
+    num_matched: Annotated[
+        int, typer.Option("--matched", help="genes that each one is held against")
+    ] = 50
+    rate: Annotated[float, typer.Option("--fdr", help="false discovery rate")] = 0.05
+    min_cells: Annotated[int, typer.Option(help="cells of a donor that counts for a gene")] = 3
 
     def __post_init__(self) -> None:
         problems = []

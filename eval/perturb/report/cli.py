@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from eval.options import JsonOption
+from data_prep.options import AsJson, spread
 from eval.perturb.effects.analysis import FOUND, Analysis, AnalysisSettings, analyse
 from eval.perturb.effects.gene_sets import read_gene_sets
 from eval.perturb.report.page import format_number, format_p, write_perturb_report
@@ -20,26 +20,20 @@ from eval.perturb.screen.results import Results
 _MOST_LINES = 15
 
 
+@spread
 def perturb_report_command(
     results: Annotated[Path, typer.Argument(help="folder of `geneloom perturb`")],
     out: Annotated[Path, typer.Option(help="folder of tables, figures and report.html")],
-    effect: Annotated[
-        str | None, typer.Option(help="shift, toward_STATE, class_LABEL; default: toward the goal")
-    ] = None,
+    settings: AnalysisSettings,
     also: Annotated[
         Path | None, typer.Option(help="a second screen: the opposite kind, or other donors")
     ] = None,
     gene_set: Annotated[
         Path | None, typer.Option(help=".gmt, or a list of genes: do they stand out as a group?")
     ] = None,
-    test: Annotated[str, typer.Option(help="t, or wilcoxon (over donors)")] = "t",
-    matched: Annotated[int, typer.Option(help="genes that each one is held against")] = 50,
-    fdr: Annotated[float, typer.Option(help="false discovery rate")] = 0.05,
-    min_cells: Annotated[int, typer.Option(help="cells of a donor that counts for a gene")] = 3,
-    as_json: JsonOption = False,
+    as_json: AsJson = False,
 ) -> None:
     """Which genes do more than genes like them, in how many donors: tables, figures, one page."""
-    settings = AnalysisSettings(effect, test, matched, fdr, min_cells)  # pyright: ignore
     screen = Results.open(results)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; give a folder")

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
+import typer
 
 from data_prep.genes.annotation import SYMBOL_COLUMNS
 from data_prep.genes.vocabulary import Vocabulary
 from data_prep.matrices.matrix_store import as_text
+from data_prep.options import Read
 from data_prep.sources.count_source import CountSource
 from data_prep.sources.open_source import open_path
 from data_prep.sources.source_spec import SourceOptions
 from eval.cells.read_cells import CellSet, encode_file
+from eval.options import ConditionsOption
 from eval.perturb.screen.edits import ABSENT, GeneSets, Kind, applicable, places_in
 
 _MOST_SETS = 5_000_000
@@ -50,27 +54,40 @@ class States:
 
 
 @dataclass(frozen=True)
+class StateOptions:
+    """The options that name `States`: all of them, or none."""
+
+    state_key: Annotated[str | None, typer.Option(help="column of obs with states")] = None
+    start: Annotated[str | None, typer.Option(help="state of the perturbed cells")] = None
+    goal: Annotated[str | None, typer.Option(help="state to move to")] = None
+    alternative: Annotated[
+        tuple[str, ...], typer.Option(help="another state; may be repeated")
+    ] = ()
+
+    def states(self) -> States | None:
+        """Return the states, if any are named; ValueError if one is missing."""
+        if self == StateOptions():
+            return None
+        if self.state_key is None or self.start is None or self.goal is None:
+            raise ValueError("states: --state-key COLUMN, --start A and --goal B go together")
+        return States(self.state_key, self.start, self.goal, self.alternative)
+
+
+@dataclass(frozen=True)
 class CellChoice:
     """The choice of cells of a file that are perturbed.
 
-    Attributes
-    ----------
-    keep
-        Column of obs -> required value; also for the cells of states.
-    donor
-        Column of obs with donors; None: all cells belong to one donor.
-    columns
-        Further columns to copy into the results.
-    max_cells
-        Largest number of cells, drawn with `seed`; None: all.
+    `keep` is for the cells of states too. Without `donor` all cells are of one.
     """
 
-    keep: dict[str, str]
+    keep: ConditionsOption = field(default_factory=dict)
     states: States | None = None
-    donor: str | None = None
-    columns: tuple[str, ...] = ()
-    max_cells: int | None = None
-    seed: int = 0
+    donor: Annotated[str | None, typer.Option(help="column of obs")] = None
+    columns: Annotated[
+        tuple[str, ...], typer.Option("--column", help="of obs, to carry; may be repeated")
+    ] = ()
+    max_cells: Annotated[int | None, typer.Option(min=1, help="drawn; default all")] = None
+    seed: Annotated[int, typer.Option(help="of the cells that are drawn")] = 0
 
     @property
     def carried(self) -> tuple[str, ...]:
@@ -240,6 +257,21 @@ def gene_names(path: Path, vocabulary: Vocabulary, options: SourceOptions) -> Ge
     return GeneNames(vocabulary, name_of, tokens_of)
 
 
+def named_genes(text: str) -> tuple[str, ...]:
+    """Return the genes that ``--genes`` names: A,B,C, or @FILE with one a line."""
+    if not text.startswith("@"):
+        names = text.split(",")
+    else:
+        try:
+            names = Path(text[1:]).read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--genes {text}: cannot be read ({error})") from error
+    found = tuple(n.strip() for n in names if n.strip())
+    if not found:
+        raise ValueError(f"--genes {text}: names no gene; give 'all', A,B,C or @FILE")
+    return found
+
+
 @dataclass(frozen=True)
 class GeneChoice:
     """The choice of genes that are perturbed, and of those perturbed together.
@@ -257,10 +289,14 @@ class GeneChoice:
         A gene that is added to every set.
     """
 
-    genes: tuple[str, ...] = (ALL,)
-    group: bool = False
-    set_size: int = 1
-    anchor: str | None = None
+    genes: Annotated[
+        tuple[str, ...],
+        typer.Option(help="all, or ids and symbols: A,B,C, or @FILE with one a line"),
+        Read(named_genes),
+    ] = (ALL,)
+    group: Annotated[bool, typer.Option("--group", help="--genes as one set")] = False
+    set_size: Annotated[int, typer.Option(help="all combinations of so many genes")] = 1
+    anchor: Annotated[str | None, typer.Option(help="a gene in every set besides")] = None
 
     def __post_init__(self) -> None:
         if self.set_size < 1:

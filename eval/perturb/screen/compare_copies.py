@@ -7,8 +7,8 @@ vocabulary head, are not computed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 
 from data_prep.genes.vocabulary import CLS, EOS, Vocabulary
 from eval.finetune.classifier import Classifier, Head
+from eval.options import choose_device
 from eval.perturb.screen.edits import (
     Copies,
     Edit,
@@ -24,6 +25,7 @@ from eval.perturb.screen.edits import (
     copies_of,
     places_in,
 )
+from eval.perturb.screen.settings import EngineSettings
 from pretrain.cell_states.frozen_states import (
     embed_cells,
     num_layers_up_to,
@@ -36,54 +38,6 @@ from pretrain.model.architectures import (
     set_layers,
     to_bfloat16,
 )
-
-Score = Literal["mean_state", "geneformer"]
-SCORES: tuple[Score, ...] = ("mean_state", "geneformer")
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """The settings for computing copies.
-
-    Attributes
-    ----------
-    pooling
-        Embedding of a cell: ``mean`` over the compared genes, or ``cls``.
-    layer
-        0: last, -1: second-to-last (Geneformer's count and default), ...
-    bf16
-        Compute the encoder in bfloat16; all comparisons stay in float32 or float64.
-    token_budget
-        Tokens of one forward pass; results depend on it only by rounding. 0: 4,096 on a CPU, which
-        fit into its cache, 65,536 on a GPU.
-    score
-        What is compared if the pooling is the mean. ``mean_state``: the mean states of the genes
-        that original and copy both have, without the perturbed ones. ``geneformer``: as
-        Geneformer's own perturber; ``shift`` is 1 - the mean over those genes of each gene's own
-        cosine, and ``toward_<state>`` uses the mean states over all genes, including the perturbed
-        ones. For the state of ``<cls>`` both scores are the same.
-    """
-
-    pooling: str = "mean"
-    layer: int = -1
-    bf16: bool = False
-    device: str = "cpu"
-    token_budget: int = 0
-    score: Score = "mean_state"
-
-    def __post_init__(self) -> None:
-        if self.score not in SCORES:
-            raise ValueError(f"--score {self.score}: must be one of {', '.join(SCORES)}")
-
-    @property
-    def batch_tokens(self) -> int:
-        return self.token_budget or (4096 if self.device == "cpu" else 65_536)
-
-    def deciding(self) -> dict[str, Any]:
-        """Return the settings that change values by more than their last bits."""
-        return {
-            "pooling": self.pooling, "layer": self.layer, "bf16": self.bf16, "score": self.score,
-        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -144,6 +98,7 @@ class Engine:
             The pooling is unknown, ``cls`` is asked for without ``<cls>`` tokens, the layer does
             not exist, or the classifier does not have exactly one head of cells.
         """
+        settings = replace(settings, device=choose_device(settings.device))
         require_pooling(settings.pooling, vocabulary)
         number = num_layers_up_to(encoder, settings.layer)
         self.encoder, self.vocabulary, self.settings = encoder, vocabulary, settings

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+import typer
 
 Kind = Literal["delete", "overexpress", "inhibit", "activate"]
 KINDS: tuple[Kind, ...] = ("delete", "overexpress", "inhibit", "activate")
@@ -36,9 +37,11 @@ class Edit:
         from the first rank (0) to the last (1). A gene that is already beyond it stays.
     """
 
-    kind: Kind
-    rank_shift: int = 1
-    to_quantile: float | None = None
+    kind: Annotated[Kind, typer.Option(help="delete, overexpress, inhibit or activate")] = "delete"
+    rank_shift: Annotated[int, typer.Option(help="quartiles, of inhibit and activate")] = 1
+    to_quantile: Annotated[float | None, typer.Option(help="instead: 0 first rank ... 1 last")] = (
+        None
+    )
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -35,7 +35,8 @@ from eval.perturb.screen.edits import ABSENT, GeneSets
 from pretrain.model.architectures import architecture_of
 
 if TYPE_CHECKING:
-    from eval.perturb.screen.settings import Screen, Subject
+    from eval.perturb.screen.settings import Screen
+    from eval.perturb.screen.subject import Subject
 
 logger = logging.getLogger(__name__)
 

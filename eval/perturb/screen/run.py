@@ -20,25 +20,20 @@ import pyarrow.parquet as pq
 from data_prep.files import complete_file
 from data_prep.genes.vocabulary import Vocabulary
 from data_prep.sources.source_spec import SourceOptions
-from eval.finetune.classifier import load_classifier, read_record
 from eval.owning import owned_by_ranks
 from eval.perturb.screen.cells_and_genes import (
     ScreenCells,
     States,
     describe_sets,
-    gene_names,
-    read_cells,
 )
 from eval.perturb.screen.compare_copies import (
     CellShifts,
-    Engine,
     centroid,
 )
 from eval.perturb.screen.edits import GeneSets
 from eval.perturb.screen.results import ResultsWriter
-from eval.perturb.screen.settings import Screen, Subject
-from pretrain.export.model_folder import load_exported, model_digest
-from pretrain.model.architectures import encoder_of
+from eval.perturb.screen.settings import ModelChoice, Screen
+from eval.perturb.screen.subject import Subject, load_subject
 from pretrain.ranks import dist
 from pretrain.ranks.dist import Ranks
 from pretrain.run_folder.run_record import environment
@@ -56,47 +51,12 @@ _COMPACT_ROWS = 4_000_000
 Show = Callable[[str, int, int], None]
 
 
-def load_subject(
-    path: Path,
-    model: Path | None,
-    head: Path | None,
-    vocabulary_path: Path | None,
-    options: SourceOptions,
-    screen: Screen,
-) -> Subject:
-    """Return the model (the head's own encoder, if a head is given) and the cells.
-
-    Raises
-    ------
-    ValueError
-        Neither or both of model and head are given, one of them is invalid, or the cells are wrong
-        (`read_cells`).
-    """
-    if (model is None) == (head is None):
-        raise ValueError("give --model DIR, or --head DIR (its own encoder is used): one of them")
-    if head is not None:
-        classifier = load_classifier(head, screen.engine.device)
-        vocabulary, encoder = classifier.vocabulary, classifier.encoder
-        digest = str(read_record(head)["weights_sha256"])
-    else:
-        assert model is not None
-        network, vocabulary = load_exported(model, vocabulary_path)
-        classifier, encoder = None, encoder_of(network)
-        digest = model_digest(model, vocabulary)
-    cells = read_cells(path, vocabulary, options, screen.cells)
-    engine = Engine(encoder, vocabulary, screen.engine, classifier)
-    names = gene_names(path, vocabulary, options)
-    return Subject(engine, vocabulary, digest, cells, names)
-
-
 def perturb_file(
     path: Path,
     out: Path,
     screen: Screen,
-    model: Path | None = None,
-    head: Path | None = None,
-    vocabulary_path: Path | None = None,
-    options: SourceOptions = SourceOptions(),  # noqa: B008  frozen
+    model: ModelChoice,
+    reading: SourceOptions = SourceOptions(),
     ranks: Ranks | None = None,
     show: Show = lambda what, done, total: None,
 ) -> str:
@@ -116,7 +76,7 @@ def perturb_file(
         Cells, genes, states or settings are wrong, `out` contains another screen, or another job
         writes into it. Nothing is written then.
     """
-    subject = load_subject(path, model, head, vocabulary_path, options, screen)
+    subject = load_subject(path, model, reading, screen)
     sets = screen.genes.sets(subject.names, subject.cells.genes, screen.edit.kind)
     if screen.top:
         from eval.perturb.screen.estimate import require_screenable

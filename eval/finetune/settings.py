@@ -1,0 +1,122 @@
+"""How an encoder is fine-tuned and scored: what the settings are called, mean and default to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from eval.options import Bf16Option, DeviceOption, VocabOption
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """How a classifier is trained; the same for pretrained and random weights.
+
+    Attributes
+    ----------
+    epochs
+        Passes over the labelled cells.
+    steps
+        0: as `epochs` say. A few hundred cells are not learnt in five passes.
+    start
+        ``probe``: of a regression on the frozen states (`eval.finetune.probe_start`).
+    learning_rate
+        Of AdamW; linear warm-up over `warmup_share` of all steps, linear decay to 0. Geneformer:
+        5e-5.
+    head_learning_rate
+        None: as `learning_rate`.
+    batch_cells
+        Cells of one optimizer step, over all ranks.
+    freeze_layers
+        The embeddings too; 0 trains everything.
+    weight_decay, dropout
+        Of AdamW; before each head.
+    token_budget
+        Padded tokens of one forward pass; no result depends on it but by rounding.
+    bf16
+        Weights stay float32.
+    lora_rank, lora_alpha
+        Adapters of queries and values (in a ModernBERT of keys too), beside the heads.
+    patience
+        The best weights are returned; of all epochs the last.
+    class_weights
+        Inverse frequency, since macro-F1 is the headline.
+    """
+
+    epochs: Annotated[int, typer.Option(min=1)] = 5
+    steps: Annotated[int, typer.Option(min=0, help="at least, in more epochs if need be")] = 0
+    start: Annotated[
+        Literal["probe", "random"],
+        typer.Option(help="head's first weights: probe (of the frozen encoder) or random"),
+    ] = "random"
+    learning_rate: Annotated[float, typer.Option(help="peak, of the encoder")] = 2e-4
+    head_learning_rate: Annotated[float | None, typer.Option(help="peak, of the head")] = None
+    batch_cells: Annotated[int, typer.Option(min=1)] = 16
+    freeze_layers: Annotated[int, typer.Option(min=0, help="lowest layers not trained")] = 0
+    weight_decay: float = 0.001
+    dropout: float = 0.1
+    token_budget: int = 16_384
+    bf16: Bf16Option = False
+    device: str = "cpu"
+    warmup_share: float = 0.1
+    lora_rank: Annotated[
+        int, typer.Option(min=0, help="train low-rank adapters instead of the encoder; 0: off")
+    ] = 0
+    lora_alpha: int = 16
+    patience: Annotated[
+        int, typer.Option(min=0, help="epochs without a better validation loss; 0: all epochs")
+    ] = 0
+    class_weights: Annotated[bool, typer.Option(help="classes weigh alike in the loss")] = True
+
+    def __post_init__(self) -> None:
+        least = {
+            "epochs": 1, "steps": 0, "batch_cells": 1, "freeze_layers": 0, "weight_decay": 0,
+            "token_budget": 1, "lora_rank": 0, "lora_alpha": 1, "patience": 0, "warmup_share": 0,
+            "dropout": 0,
+        }  # fmt: skip
+        wrong = [f"{k}={getattr(self, k)} (at least {v})" for k, v in least.items()
+                 if not getattr(self, k) >= v]  # fmt: skip
+        if not self.learning_rate > 0:
+            wrong.append(f"learning_rate={self.learning_rate} (above 0)")
+        if self.head_learning_rate is not None and not self.head_learning_rate > 0:
+            wrong.append(f"head_learning_rate={self.head_learning_rate} (above 0)")
+        if self.start not in ("probe", "random"):
+            wrong.append(f"start={self.start} (probe or random)")
+        wrong += [f"{k}={getattr(self, k)} (below 1)" for k in ("warmup_share", "dropout")
+                  if not getattr(self, k) < 1]  # fmt: skip
+        if self.device not in ("cpu", "cuda"):
+            wrong.append(f"device={self.device} (cpu or cuda)")
+        if wrong:
+            raise ValueError("fine-tuning settings: " + ", ".join(wrong))
+
+
+# What cells of a task of one's own are trained with: few cells in many steps, from a good start.
+OF_CELLS = FinetuneSettings(
+    steps=300, start="probe", learning_rate=3e-4, head_learning_rate=1e-3, batch_cells=8
+)
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """How cells are classified and scored; the help of an option says what it is.
+
+    `save_head`: that classifier is trained once more, on all labelled cells (at most
+    `max_train_per_class`): the scores say how well such a one does. `settings.device` is what
+    `device` means here; on several ranks it is that of the rank.
+    """
+
+    donor: Annotated[str | None, typer.Option(help="column of obs; donors stay whole")] = None
+    seeds: Annotated[int, typer.Option(help="splits and trainings, at least 3")] = 3
+    settings: FinetuneSettings = OF_CELLS
+    max_train_per_class: Annotated[
+        int | None, typer.Option(min=1, help="few-shot; default all")
+    ] = None
+    max_test_per_class: Annotated[int | None, typer.Option(min=1, help="default all")] = None
+    save_head: Annotated[
+        Path | None, typer.Option(help="new folder: a classifier of all labelled cells")
+    ] = None
+    vocabulary: VocabOption = None
+    device: DeviceOption = "auto"
