@@ -120,5 +120,10 @@ def embed_genes(
     return (sums / occurrences[:, None]).cpu().numpy()
 
 
+def input_embeddings(encoder: Encoder) -> np.ndarray:
+    """Return float32 [num_tokens, width]: the table that tokens are looked up in."""
+    return encoder.get_input_embeddings().weight.detach().float().cpu().numpy()
+
+
 def _row_sums(matrix: scipy.sparse.csr_matrix) -> np.ndarray:
     return np.asarray(matrix.sum(axis=1)).ravel()
