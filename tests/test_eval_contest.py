@@ -55,7 +55,7 @@ def contest_of(kind: str, folder: Path) -> Contest:
         made.make_cells(120, num_genes=80).write_h5ad(folder / "cells.h5ad")
         vocabulary = made.vocabulary_of(folder / "cells.h5ad")
         network = build_model(made.MODEL, vocabulary, 0).bert
-        size = Size(seeds=2, epochs=2, learning_rate=5e-3)
+        size = Size.model_validate({"seeds": 2, "epochs": 2, "learning_rate": 5e-3})
         return Integration(made.TASK, size, bench([Model("m", folder, network, vocabulary, "m")]))
     if kind in ("attention", "context"):
         from eval.benchmark.kinds.attention_task import AttentionToGenes
@@ -69,7 +69,9 @@ def contest_of(kind: str, folder: Path) -> Contest:
             folder, vocabulary, **{name: network, "zeros": network}
         ).models
         if kind == "attention":
-            return AttentionToGenes(test_eval_attention.TASK, Size(seeds=3), bench(models))
+            return AttentionToGenes(
+                test_eval_attention.TASK, Size.model_validate({"seeds": 3}), bench(models)
+            )
         return Context(test_eval_context.TASK, test_eval_context.SIZE, bench(models))
     if kind == "perturb_seq":
         from eval.benchmark.kinds.perturb_seq import MeasuredShifts

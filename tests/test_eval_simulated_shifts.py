@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -218,10 +219,13 @@ def test_planted_cooperativity(data, model, tmp_path):
 
     class Planted(Cooperativity):
         readings = ("excess", "other")
-        regulators = [  # noqa: RUF012  two pairs that are known beforehand
-            Regulator("a+b", genes[:20], np.zeros((20, 3))),
-            Regulator("a+c", genes[20:30], np.zeros((10, 3))),
-        ]
+
+        @cached_property
+        def regulators(self) -> list[Regulator]:
+            return [
+                Regulator("a+b", genes[:20], np.zeros((20, 3))),
+                Regulator("a+c", genes[20:30], np.zeros((10, 3))),
+            ]
 
         def contenders(self):
             return self.rows_of(())

@@ -9,7 +9,7 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -53,9 +53,18 @@ class CellContest(Contest[TaskT, FoldT]):
         """How a model is fine-tuned."""
         return settings_of(self.size, self.bench.device, self.bench.bf16)
 
-    def embeddings_of(self, layer: int) -> Embeddings:
+    def embeddings(self, layer: int) -> Embeddings:
         """Return embeddings of the cells, by layer as in `eval.cells.embed.embed_cells`."""
-        return Embeddings(self.known.cells.tokens, layer, self.bench.device, self.bench.bf16)
+        device, bf16 = self.bench.device, self.bench.bf16
+        make = partial(Embeddings, self.known.cells.tokens, layer, device, bf16)
+        return self.once.get(("embeddings", layer), None, make)
+
+    def described(self, fold: FoldT) -> dict[str, Any]:
+        """Return what is said about a fold beside its scores: numbers of cells, test groups."""
+        found: dict[str, Any] = {"train_cells": len(fold.train), "test_cells": len(fold.test)}
+        if self.known.groups is not None:
+            found["test_groups"] = np.unique(self.known.groups[fold.test]).tolist()
+        return found
 
     def decides(self, contender: Contender[FoldT], fold: FoldT) -> dict[str, Any]:
         """Return the cells, how they are divided, and how models are fine-tuned."""
@@ -103,11 +112,6 @@ class ClassifiedCells(CellContest[ClassTaskT, CellFold]):
         """The cells that can be classified."""
         return labelled_cells(self.task, self.task.group, self.size, self.bench)
 
-    @cached_property
-    def embeddings(self) -> Embeddings:
-        """Embeddings of the cells, shared by all folds."""
-        return self.embeddings_of(self.layer)
-
     def folds(self, number: int) -> list[CellFold]:
         """Return the fold of a seed; groups stay whole and no cell is on both sides."""
         known, seed = self.known, self.seed_of(number)
@@ -140,7 +144,7 @@ class ClassifiedCells(CellContest[ClassTaskT, CellFold]):
 
     def report(self, results: Results[CellFold]) -> TaskRun:
         """Return the outcomes; chance is that of shuffled labels' guesses."""
-        known, divided = self.known, [self._described(f) for f in results.folds]
+        known, divided = self.known, [self.described(f) for f in results.folds]
         excluded = dict(known.excluded)
         if copies := sum(f.copies for f in results.folds):
             excluded["test cells with the counts of a training cell (over all folds)"] = copies
@@ -198,13 +202,13 @@ class ClassifiedCells(CellContest[ClassTaskT, CellFold]):
     def genes(self, fold: CellFold) -> Features:
         """Return log-normalised variable genes of training and test cells."""
         counts = self.known.cells.counts
-        make = lambda: gene_features(counts, fold.capped, fold.test)  # noqa: E731
+        make = partial(gene_features, counts, fold.capped, fold.test)
         return self.once.get(("genes", fold.shots), fold.seed, make)
 
     def states(self, model: Model, role: Role, fold: CellFold) -> Features:
         """Return embeddings of training and test cells."""
         used = np.concatenate([fold.capped, fold.test])
-        states = self.embeddings.of(model, fold.twin_seed(role), used, fold.embedded)
+        states = self.embeddings(self.layer).of(model, fold.twin_seed(role), used, fold.embedded)
         return states[: len(fold.capped)], states[len(fold.capped) :]
 
     def inputs(self, model: Model, role: Role, fold: CellFold) -> Features:
@@ -220,12 +224,6 @@ class ClassifiedCells(CellContest[ClassTaskT, CellFold]):
         return predict_scvi(
             known.cells.counts, known.labels, fold.capped, fold.test, number, fold.seed
         )
-
-    def _described(self, fold: CellFold) -> dict[str, Any]:
-        found: dict[str, Any] = {"train_cells": len(fold.train), "test_cells": len(fold.test)}
-        if self.known.groups is not None:
-            found["test_groups"] = np.unique(self.known.groups[fold.test]).tolist()
-        return found
 
     def _split_sentence(self, divided: list[dict[str, Any]]) -> str:
         if self.task.group is None:

@@ -32,7 +32,7 @@ import hashlib
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, ClassVar, Generic, TypeVar
@@ -138,7 +138,7 @@ class Contender(Generic[FoldT]):
         return display_name(self.name, self.role, self.model.name if self.model else None)
 
 
-def baselines(by_name: dict[str, Callable[[FoldT], Any]]) -> list[Contender[FoldT]]:
+def baselines(by_name: Mapping[str, Callable[[FoldT], Any]]) -> list[Contender[FoldT]]:
     """Return contenders that know nothing of pretraining, from names and what they predict."""
     return [Contender(name, "baseline", None, predict) for name, predict in by_name.items()]
 

@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 
 from eval.benchmark.contest.contest import Contender, Results
+from eval.benchmark.material.gene_labels import LabelledGenes
+from eval.benchmark.outcome import Outcome
 from eval.benchmark.scoring.gene_scores import (
     HEADLINE,
     interval,
+    mean_by_gene,
     mean_roc,
     resample_genes,
     resampled_auroc,
@@ -61,3 +64,30 @@ def over_genes(
             of_row["difference"] = interval(resampled[main] - resampled[row])
         intervals[row.display_name] = of_row
     return roc, intervals
+
+
+def table_of_genes(
+    outcomes: list[Outcome], tested: list[np.ndarray], genes: LabelledGenes
+) -> list[dict[str, Any]]:
+    """Return every gene's label and out-of-fold mean probability, the most probable first.
+
+    ``cells`` is the mean number of cells that the gene was predicted in, over repetitions.
+    """
+    columns = {
+        key: mean_by_gene(
+            np.concatenate(tested),
+            np.concatenate([o.details[key] for o in outcomes]),
+            len(genes.ids),
+        )
+        for key in ("probability", "occurrences")
+    }
+    return [
+        ({"symbol": genes.symbols[g]} if genes.symbols[g] else {})
+        | {
+            "gene": genes.ids[g],
+            "label": int(genes.labels[g]),
+            "probability": round(float(columns["probability"][g]), 4),
+            "cells": round(float(columns["occurrences"][g]), 1),
+        }
+        for g in np.argsort(-columns["probability"], kind="stable")
+    ]

@@ -81,7 +81,7 @@ class ClassesOfCells(ClassifiedCells[CellTask]):
         used = np.concatenate([fold.capped, fold.test])
         tokens = [self.known.cells.tokens[model.name][i] for i in used]
         number, state = len(fold.capped), model.state
-        means = self.embeddings.last_layer.of(model, fold.twin_seed(role), used, fold.embedded)
+        means = self.embeddings(0).of(model, fold.twin_seed(role), used, fold.embedded)
         if role == "twin":
             state = reduced(state.svd, tokens[:number], means[:number])
         found = state.of_means(tokens, means)

@@ -60,22 +60,17 @@ class Context(MatchedContest[ContextTask]):
         return pairs
 
     @cached_property
-    def types(self) -> np.ndarray:
-        """int64 [cells]."""
-        return self.cells.codes(self.task.label)
-
-    @cached_property
-    def donors(self) -> np.ndarray:
-        """int64 [cells]."""
-        return self.cells.codes(self.task.donor)
+    def types_and_donors(self) -> tuple[np.ndarray, np.ndarray]:
+        """Both int64 [cells]."""
+        return self.cells.codes(self.task.label), self.cells.codes(self.task.donor)
 
     def is_usable(self, model: Model) -> np.ndarray:
         """Return bool [num_tokens]: in 3 cells of each of two types of one donor."""
         has = ranks_of_tokens(self.cells.tokens[model.name], model.vocabulary) > 0
-        strata = self.donors * (self.types.max() + 1) + self.types
-        counts = (has @ indicator(strata)).toarray() >= _FEWEST_OF_TYPE
-        donor_of = np.arange(counts.shape[1]) // (self.types.max() + 1)
-        per_donor = [counts[:, donor_of == d].sum(axis=1) >= 2 for d in np.unique(self.donors)]
+        types, donors = self.types_and_donors
+        counts = (has @ indicator(donors * (types.max() + 1) + types)).toarray() >= _FEWEST_OF_TYPE
+        donor_of = np.arange(counts.shape[1]) // (types.max() + 1)
+        per_donor = [counts[:, donor_of == d].sum(axis=1) >= 2 for d in np.unique(donors)]
         return np.any(per_donor, axis=0)
 
     def contenders(self) -> list[Contender[Fold]]:
@@ -98,7 +93,7 @@ class Context(MatchedContest[ContextTask]):
         """Order genes by the spread over types of their expression, or of their rank."""
         profiles = (self.ranks_of if name == "rank" else self.expression_of)(self.cells)
         own = profiles[self.pairs.tokens[self.models[0].name]]
-        make = partial(spread_over_types, own, self.types, self.donors, name == "rank")
+        make = partial(spread_over_types, own, *self.types_and_donors, name == "rank")
         return Ordered(self.once.get(name, None, make)[fold.test])
 
     def states(self, model: Model, role: Role, fold: Fold) -> GeneStates:
@@ -119,7 +114,7 @@ class Context(MatchedContest[ContextTask]):
     ) -> np.ndarray:
         """Return float64 [1 + permutations] of a gene: by the types, then by shuffled ones."""
         cells, of_gene = states.of(gene)
-        types, donors = self.types[cells], self.donors[cells]
+        types, donors = (codes[cells] for codes in self.types_and_donors)
         labellings = permuted_types(types, donors, _NUM_PERMUTATIONS, rng) if rng else types[None]
         return between_minus_within(of_gene, labellings, donors)
 
@@ -167,5 +162,5 @@ class Context(MatchedContest[ContextTask]):
     def spread(self, model: Model, role: Role, fold: Fold) -> Ordered:
         """Order genes by how far apart their states are, whatever the types."""
         states = self.states(model, role, fold)
-        of_genes = map(states.of, fold.test)
-        return Ordered(np.array([spread_of_states(s, self.donors[c]) for c, s in of_genes]))
+        of_genes, donors = map(states.of, fold.test), self.types_and_donors[1]
+        return Ordered(np.array([spread_of_states(s, donors[c]) for c, s in of_genes]))

@@ -23,14 +23,8 @@ from eval.benchmark.contest.contest import (
     hash_of,
     mean_scores,
 )
-from eval.benchmark.contest.over_genes import over_genes
-from eval.benchmark.material.gene_features import (
-    STATIC_NAMES,
-    embed_genes,
-    input_embeddings,
-    reduce_profiles,
-    static_features,
-)
+from eval.benchmark.contest.over_genes import over_genes, table_of_genes
+from eval.benchmark.material.gene_features import features_without_model
 from eval.benchmark.material.gene_labels import (
     LabelledGenes,
     choose_genes,
@@ -38,10 +32,10 @@ from eval.benchmark.material.gene_labels import (
     read_labels,
 )
 from eval.benchmark.material.models_and_cells import Model, TaskCells, at_most
-from eval.benchmark.material.twin_encoders import settings_of, tune_on_genes
+from eval.benchmark.material.twin_encoders import features_of_model, settings_of, tune_on_genes
 from eval.benchmark.neighbours.gene_baselines import LOGISTIC, predict_classes
-from eval.benchmark.outcome import Outcome, Role, TaskRun
-from eval.benchmark.scoring.gene_scores import HEADLINE, mean_by_gene, score_genes
+from eval.benchmark.outcome import Role, TaskRun
+from eval.benchmark.scoring.gene_scores import HEADLINE, score_genes
 from eval.benchmark.task_file import GeneTask
 from eval.finetune.classifier import FinetuneSettings
 
@@ -112,10 +106,8 @@ class ClassesOfGenes(Contest[GeneTask, Fold]):
         rows: list[Contender[Fold]] = []
 
         def add(name: str, role: Role, features: str, way: str, model: Model | None = None) -> None:
-            predict = partial(
-                self.shuffled if role == "control" else self.classified, features, way
-            )
-            rows.append(Contender(name, role, model, partial(predict, model, role)))
+            predict = partial(self.classified, features, way, model, role)
+            rows.append(Contender(name, role, model, predict))
 
         for model in self.models:
             for role in ROLES:
@@ -144,7 +136,7 @@ class ClassesOfGenes(Contest[GeneTask, Fold]):
 
     def decides(self, contender: Contender[Fold], fold: Fold) -> dict[str, Any]:
         """Return the cells, the genes, and settings where something is trained or computed."""
-        model, settings = contender.model, asdict(self.settings)
+        model = contender.model
         examples = [self.genes.ids, self.genes.labels.tolist(), fold.test.tolist()]
         key: dict[str, Any] = {
             "model": model.digest if model else None,
@@ -155,31 +147,24 @@ class ClassesOfGenes(Contest[GeneTask, Fold]):
         if model:
             key["bf16"] = self.bench.bf16
         if contender.name == FINE_TUNED:
+            settings = asdict(self.settings)
             key["settings"] = {k: v for k, v in settings.items() if k != "device"}
         return key
 
     def features(self, kind: str, model: Model | None, role: Role, fold: Fold) -> np.ndarray:
         """Return float [genes, features], made once for all folds of a seed."""
+        first, cells = model or self.models[0], self.cells(fold)
 
         def make() -> np.ndarray:
-            first, cells, seed = model or self.models[0], self.cells(fold), fold.seed
             tokens = first.tokens_of(self.genes.ids)
-            if kind == "loadings":
-                assert first.svd
-                return first.svd.components[tokens]
-            if kind == "input embeddings":
-                return input_embeddings(fold.encoder(first, role))[tokens]
-            if kind == "frozen embedding":
-                settings = self.settings
-                return embed_genes(
-                    cells.tokens[first.name], fold.encoder(first, role), first.vocabulary,
-                    settings.token_budget, settings.device, settings.bf16,
+            if model:
+                return features_of_model(
+                    kind, model, fold.twin_seed(role), cells, self.settings
                 )[tokens]  # fmt: skip
-            expression, ranks = self.expression_of(cells, seed), self.ranks_of(cells, seed)
-            if kind in ("counts", "ranks"):
-                return reduce_profiles(expression if kind == "counts" else ranks, tokens, seed)
-            static = static_features(expression, ranks, tokens, first.vocabulary)
-            return static[:, [STATIC_NAMES.index(kind)]] if kind in STATIC_NAMES else static
+            expression, ranks = (f(cells, fold.seed) for f in (self.expression_of, self.ranks_of))
+            return features_without_model(
+                kind, expression, ranks, tokens, first.vocabulary, fold.seed
+            )
 
         whose = (model.name, role == "twin") if model else ()
         return self.once.get((kind, *whose), fold.seed, make)
@@ -187,29 +172,18 @@ class ClassesOfGenes(Contest[GeneTask, Fold]):
     def classified(
         self, features: str, way: str, model: Model | None, role: Role, fold: Fold
     ) -> Guess:
-        """Return probabilities of test genes by a classifier that is trained on the others."""
-        known, labels = self.features(features, model, role, fold), self.genes.labels
-        found = predict_classes(way, known, labels, fold.train, fold.test, fold.seed)
-        return Guess(labels[fold.test][None], found[None])
+        """Return probabilities of test genes by a classifier that is trained on the others.
 
-    def shuffled(
-        self, features: str, way: str, model: Model | None, role: Role, fold: Fold
-    ) -> Guess:
-        """Return probabilities with labels shuffled among training and among test genes.
-
-        Apart, for a label that is used up in training is missing in the test: shuffled over all
-        genes, the mean AUROC is below 0.5. The same code as for the true labels runs on them.
+        A control's labels are shuffled among training and among test genes. Apart, for a label that
+        is used up in training is missing in the test: shuffled over all genes, the mean AUROC is
+        below 0.5.
         """
-        known = self.features(features, model, role, fold)
-        rng = np.random.default_rng([fold.seed, fold.number])
-        truth, found = [], []
-        for _ in range(_NUM_SHUFFLES):
-            labels = self.genes.labels.copy()
-            for side in (fold.train, fold.test):
-                labels[side] = rng.permutation(labels[side])
-            truth.append(labels[fold.test])
-            found.append(predict_classes(way, known, labels, fold.train, fold.test, fold.seed))
-        return Guess(np.stack(truth), np.stack(found))
+        known, drawn = self.features(features, model, role, fold), [self.genes.labels]
+        if role == "control":
+            rng = np.random.default_rng([fold.seed, fold.number])
+            drawn = [_shuffle(self.genes.labels, fold, rng) for _ in range(_NUM_SHUFFLES)]
+        found = [predict_classes(way, known, y, fold.train, fold.test, fold.seed) for y in drawn]
+        return Guess(np.stack([y[fold.test] for y in drawn]), np.stack(found))
 
     def tuned(self, model: Model, role: Role, fold: Fold) -> Guess:
         """Return what a head on the states of genes says, trained on training genes."""
@@ -248,6 +222,9 @@ class ClassesOfGenes(Contest[GeneTask, Fold]):
         left_out = dict(self.every.excluded)
         if not_drawn := self.every.counts.shape[0] - cells.counts.shape[0]:
             left_out["not drawn"] = not_drawn
+        seeds = self.size.seeds
+        split = f"{task.folds} folds over genes, stratified by class, no gene on both sides"
+        split += f"; {seeds} repetitions with other folds and cells" if seeds > 1 else ""
         tuned = [r for r in results.of if r.name == FINE_TUNED and r.role == "model"]
         tested = [f.test for f in results.folds]
         roc, intervals = over_genes(
@@ -256,12 +233,7 @@ class ClassesOfGenes(Contest[GeneTask, Fold]):
         return TaskRun(
             cells=cells.counts.shape[0],
             classes=[task.negative, task.positive],
-            split=f"{task.folds} folds over genes, stratified by class, no gene on both sides"
-            + (
-                f"; {self.size.seeds} repetitions with other folds and cells"
-                if self.size.seeds > 1
-                else ""
-            ),
+            split=split,
             headline=HEADLINE,
             chance=0.5,
             excluded={f"cells: {k}": v for k, v in left_out.items()}
@@ -275,34 +247,14 @@ class ClassesOfGenes(Contest[GeneTask, Fold]):
                 "intervals_over_genes": intervals,
                 "roc": roc,
                 "predictions": {
-                    r.display_name: predictions(results.of[r], tested, genes) for r in tuned
+                    r.display_name: table_of_genes(results.of[r], tested, genes) for r in tuned
                 },
             },
         )
 
 
-def predictions(
-    outcomes: list[Outcome], tested: list[np.ndarray], genes: LabelledGenes
-) -> list[dict[str, Any]]:
-    """Return every gene's label and out-of-fold mean probability, the most probable first.
-
-    ``cells`` is the mean number of cells that the gene was predicted in, over repetitions.
-    """
-    columns = {
-        key: mean_by_gene(
-            np.concatenate(tested),
-            np.concatenate([o.details[key] for o in outcomes]),
-            len(genes.ids),
-        )
-        for key in ("probability", "occurrences")
-    }
-    return [
-        ({"symbol": genes.symbols[g]} if genes.symbols[g] else {})
-        | {
-            "gene": genes.ids[g],
-            "label": int(genes.labels[g]),
-            "probability": round(float(columns["probability"][g]), 4),
-            "cells": round(float(columns["occurrences"][g]), 1),
-        }
-        for g in np.argsort(-columns["probability"], kind="stable")
-    ]
+def _shuffle(labels: np.ndarray, fold: Fold, rng: np.random.Generator) -> np.ndarray:
+    shuffled = labels.copy()
+    for side in (fold.train, fold.test):
+        shuffled[side] = rng.permutation(shuffled[side])
+    return shuffled

@@ -27,7 +27,7 @@ from eval.benchmark.material.labelled_cells import (
 )
 from eval.benchmark.material.models_and_cells import Model, at_most
 from eval.benchmark.material.planted_batches import add_planted_batch
-from eval.benchmark.material.twin_encoders import Embeddings, train
+from eval.benchmark.material.twin_encoders import train
 from eval.benchmark.neighbours import batch_correction as correct
 from eval.benchmark.outcome import Role, TaskRun
 from eval.benchmark.scoring.integration_scores import HEADLINE, score_embedding
@@ -58,11 +58,6 @@ class Integration(CellContest[IntegrationTask, Fold]):
         """str [cells]."""
         assert self.known.groups is not None
         return self.known.groups
-
-    @cached_property
-    def zero_shot(self) -> Embeddings:
-        """Embeddings of the second-to-last layer, as in `geneloom embed`."""
-        return self.embeddings_of(-1)
 
     def contenders(self) -> list[Contender[Fold]]:
         """Return methods that take out batches, and every model without and with training."""
@@ -101,8 +96,8 @@ class Integration(CellContest[IntegrationTask, Fold]):
         return self.once.get("components", fold.seed, make)
 
     def states(self, model: Model, role: Role, fold: Fold) -> np.ndarray:
-        """Return float32 [scored cells, width] without any training."""
-        return self.zero_shot.of(model, fold.twin_seed(role), fold.test, fold.test)
+        """Return float32 [scored cells, width] of the second-to-last layer, without training."""
+        return self.embeddings(-1).of(model, fold.twin_seed(role), fold.test, fold.test)
 
     def tuned(self, model: Model, role: Role, fold: Fold) -> np.ndarray:
         """Return float32 [scored cells, width] of a model that learnt labels of other cells."""
@@ -113,7 +108,7 @@ class Integration(CellContest[IntegrationTask, Fold]):
             self.settings, fold.seed, self.size.search_trials,
         )  # fmt: skip
         # The last layer: it is what the head read.
-        return self.embeddings_of(0).embed(classifier.encoder, model, fold.test)
+        return self.embeddings(0).embed(classifier.encoder, model, fold.test)
 
     def score(self, contender: Contender[Fold], fold: Fold, predicted: np.ndarray) -> Scored:
         """Return scores of an embedding; the first fold's has a picture."""
@@ -139,14 +134,7 @@ class Integration(CellContest[IntegrationTask, Fold]):
             outcomes=[o.without("umap") for o in results.outcomes],
             details={
                 "test_share": float(np.mean([len(t) for t in tested]) / len(known.labels)),
-                "folds": [
-                    {
-                        "train_cells": len(f.train),
-                        "test_cells": len(f.test),
-                        "test_groups": np.unique(self.batches[f.test]).tolist(),
-                    }
-                    for f in results.folds
-                ],
+                "folds": [self.described(f) for f in results.folds],
                 "umap": {row.display_name: o[0].details["umap"] for row, o in results.of.items()},
                 "labels": [known.classes[i] for i in known.labels[shown]],
                 "batches": self.batches[shown].tolist(),

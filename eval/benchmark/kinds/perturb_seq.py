@@ -7,7 +7,6 @@ Huber & Anders, Nature Methods 22, 2025), so a model is asked what its embedding
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
@@ -25,29 +24,23 @@ from eval.benchmark.contest.contest import (
     hash_of,
 )
 from eval.benchmark.contest.verdicts import RIDGE
-from eval.benchmark.material.gene_features import (
-    embed_genes,
-    input_embeddings,
-    reduce_profiles,
-)
+from eval.benchmark.material.gene_features import reduce_profiles
 from eval.benchmark.material.in_silico import chosen_holders, engine_of, gene_effects, genes_of
 from eval.benchmark.material.measured_shifts import Shifts, load_shifts, perturbation_folds
 from eval.benchmark.material.models_and_cells import Model, TaskCells
+from eval.benchmark.material.twin_encoders import features_of_model, settings_of
 from eval.benchmark.neighbours.gene_correlation import correlations
 from eval.benchmark.neighbours.shift_baselines import additive, ridge, scaled, train_mean
 from eval.benchmark.outcome import Role, TaskRun
-from eval.benchmark.scoring.shift_scores import (
-    affected_genes,
-    rank_of_truth,
-    score_ranking,
-    score_shift,
-)
+from eval.benchmark.scoring.shift_scores import mean_of_known, rank_of_truth, score_shifts
 from eval.benchmark.task_file import PerturbSeqTask
 
 # Mean of so many shuffles in each fold.
 _NUM_SHUFFLES = 10
 # Their values order genes by how much they move, and are no shifts.
 _ONLY_RANKS = ("size of training shifts", "mean expression", "in silico deletion")
+# Name -> kind of `features_of_model`: a row of the table, or a gene's mean state in the context.
+_EMBEDDINGS = {RIDGE: "input embeddings", "ridge on contextual embedding": "frozen embedding"}
 # Genes -> float [genes, features].
 Features = Callable[[list[str]], np.ndarray]
 
@@ -98,13 +91,13 @@ class MeasuredShifts(Contest[PerturbSeqTask, Fold]):
             rows += baselines({"additive": self.additive})
         for model in self.models:
             for role in ROLES:
-                for name, kind in ((RIDGE, "input"), ("ridge on contextual embedding", "context")):
+                for name, kind in _EMBEDDINGS.items():
                     predict = partial(self.ridge_on, model, role, kind)
                     rows.append(Contender(name, role, model, predict))
                 if self.size.max_cells_per_gene is not None:
                     predict = partial(self.deletion, model, role)
                     rows.append(Contender("in silico deletion", role, model, predict))
-            predict = partial(self.ridge_on, model, "model", "input")
+            predict = partial(self.ridge_on, model, "model", _EMBEDDINGS[RIDGE])
             rows.append(Contender(f"shuffled genes, {RIDGE}", "control", model, predict))
         return rows
 
@@ -130,46 +123,30 @@ class MeasuredShifts(Contest[PerturbSeqTask, Fold]):
         if contender.role == "control":
             return self._score_shuffled(predicted, fold), details
         only_ranks = contender.name in _ONLY_RANKS
-        scores = self.score_predictions(predicted, fold, only_ranks)
+        scores = self._scores(predicted, fold, only_ranks)
         if not only_ranks:
             # Of residuals: what all perturbations share tells none from another.
-            values = self.shifts.values
-            typical = values[fold.train].mean(axis=0)
+            values, typical = self.shifts.values, self._typical(fold)
             ranks = rank_of_truth(values[fold.test] - typical, predicted - typical)
-            scores["rank_of_truth"] = _mean(ranks.tolist())
+            scores["rank_of_truth"] = mean_of_known(ranks.tolist())
         return scores, details
 
-    def score_predictions(
-        self, predicted: np.ndarray, fold: Fold, only_ranks: bool
-    ) -> dict[str, float]:
-        """Return the mean over a fold's test perturbations of the scores of `shift_scores`.
+    def _typical(self, fold: Fold) -> np.ndarray:
+        return self.shifts.values[fold.train].mean(axis=0)
 
-        Ranks say nothing of shifts: they have AUROC and AUPRC of the affected genes only. The
-        perturbed genes themselves are not scored.
-        """
-        shifts = self.shifts
-        typical = shifts.values[fold.train].mean(axis=0)
-        found = []
-        for p, row in zip(fold.test, predicted, strict=True):
-            keep = shifts.scored_genes(p)
-            measured = shifts.values[p, keep]
-            strength = row if only_ranks or shifts.are_memberships else np.abs(row)
-            scores = score_ranking(affected_genes(measured), strength[keep])
-            if not (only_ranks or shifts.are_memberships):
-                scores |= score_shift(measured, row[keep], typical[keep])
-            found.append(scores)
-        return {k: _mean([f[k] for f in found]) for k in found[0]}
+    def _scores(self, predicted: np.ndarray, fold: Fold, only_ranks: bool) -> dict[str, float]:
+        shifts, scored = self.shifts, [self.shifts.scored_genes(p) for p in fold.test]
+        measured, only_ranks = shifts.values[fold.test], only_ranks or shifts.are_memberships
+        return score_shifts(measured, predicted, scored, self._typical(fold), only_ranks)
 
     def _score_shuffled(self, predicted: np.ndarray, fold: Fold) -> dict[str, float]:
         """Return mean scores of predictions whose genes were shuffled: those of chance."""
-        rng = np.random.default_rng([fold.seed, fold.number])
-        found = [
-            self.score_predictions(predicted[:, rng.permutation(predicted.shape[1])], fold, False)
-            for _ in range(_NUM_SHUFFLES)
-        ]
+        rng, number = np.random.default_rng([fold.seed, fold.number]), predicted.shape[1]
+        drawn = [predicted[:, rng.permutation(number)] for _ in range(_NUM_SHUFFLES)]
+        found = [self._scores(p, fold, False) for p in drawn]
         # Distances, and what is measured against the mean of training, have no chance of their own.
         kept = [k for k in found[0] if k.startswith(("pearson_delta", "auroc", "auprc"))]
-        return {k: _mean([f[k] for f in found]) for k in kept}
+        return {k: mean_of_known([f[k] for f in found]) for k in kept}
 
     def report(self, results: Results[Fold]) -> TaskRun:
         """Return the outcomes, with how well two replicates agree."""
@@ -209,22 +186,11 @@ class MeasuredShifts(Contest[PerturbSeqTask, Fold]):
     def embedding(
         self, model: Model, role: Role, kind: str, fold: Fold, genes: list[str]
     ) -> np.ndarray:
-        """Return float [genes, width] of a model or its twin, NaN where a gene has none.
-
-        ``input``: the gene's row of the embedding table; ``context``: its mean last-layer state in
-        the cells that hold it.
-        """
-
-        def make() -> np.ndarray:
-            encoder = fold.encoder(model, role)
-            if kind == "input":
-                return input_embeddings(encoder)
-            return embed_genes(
-                self.context.tokens[model.name], encoder, model.vocabulary,
-                device=self.bench.device, bf16=self.bench.bf16,
-            )  # fmt: skip
-
-        states = self.once.get((model.name, kind), fold.twin_seed(role), make)
+        """Return float [genes, width] of a model or its twin, NaN where a gene has none."""
+        settings = settings_of(self.size, self.bench.device, self.bench.bf16)
+        twin_seed = fold.twin_seed(role)
+        make = partial(features_of_model, kind, model, twin_seed, self.context, settings)
+        states = self.once.get((model.name, kind), twin_seed, make)
         tokens = model.tokens_of(genes)
         return np.where(tokens[:, None] >= 0, states[np.maximum(tokens, 0)], np.nan)
 
@@ -296,8 +262,3 @@ class MeasuredShifts(Contest[PerturbSeqTask, Fold]):
 
         similar = self.by_perturbation(correlated)
         return scaled(similar, self.shifts.values, fold.train, fold.test)
-
-
-def _mean(values: list[float]) -> float:
-    known = [v for v in values if math.isfinite(v)]
-    return float(np.mean(known)) if known else math.nan

@@ -23,7 +23,7 @@ from eval.benchmark.contest.contest import (
     mean_scores,
 )
 from eval.benchmark.contest.verdicts import ZERO_SHOT
-from eval.benchmark.material.in_silico import engine_of, genes_of, sets_of
+from eval.benchmark.material.in_silico import engine_of, genes_of, moves_of_cells
 from eval.benchmark.material.models_and_cells import Model
 from eval.benchmark.material.simulated_truth import (
     Moves,
@@ -32,8 +32,7 @@ from eval.benchmark.material.simulated_truth import (
     score_moves,
     shuffled,
 )
-from eval.benchmark.neighbours.gene_correlation import correlations
-from eval.benchmark.neighbours.move_baselines import SIGN, along_regressions, by_connection
+from eval.benchmark.neighbours.move_baselines import MOVE_BASELINES, KnownOfCells
 from eval.benchmark.outcome import Role, TaskRun
 from eval.benchmark.task_file import SimulatedShiftsTask
 from eval.perturb.screen.compare_copies import centroid
@@ -42,13 +41,6 @@ from eval.perturb.screen.edits import Edit
 _NUM_SHUFFLES = 20
 # Of cells of a type, so many place its centroid well enough.
 _MOST_CELLS_A_TYPE = 20
-_BASELINES = (
-    "no change",
-    "expression of the regulator",
-    "rank of the regulator",
-    "correlation with the cell's genes",
-    "linear shift by correlation",
-)
 
 
 class SimulatedShifts(Contest[SimulatedShiftsTask, Fold]):
@@ -65,9 +57,19 @@ class SimulatedShifts(Contest[SimulatedShiftsTask, Fold]):
         """Return int64 [regulators] tokens."""
         return model.tokens_of(self.world.truth.regulators)
 
+    @cached_property
+    def known(self) -> KnownOfCells:
+        """What is known of the cells without a model."""
+        world, cells = self.world, self.world.cells
+        profiles, ranks, regulators = (
+            self.expression_of(cells), self.ranks_of(cells), self.tokens(self.models[0])
+        )  # fmt: skip
+        types = world.truth.types
+        return KnownOfCells(profiles, ranks, world.context, regulators, world.kinds, types)
+
     def contenders(self) -> list[Contender[Fold]]:
         """Return edits by every model, and moves by what is known without one."""
-        rows = baselines({name: partial(self.without_model, name) for name in _BASELINES})
+        rows = baselines({name: partial(self.without_model, name) for name in MOVE_BASELINES})
         for model in self.models:
             own = partial(self.edited, model, "model")
             rows.append(Contender(ZERO_SHOT, "model", model, own))
@@ -87,30 +89,11 @@ class SimulatedShifts(Contest[SimulatedShiftsTask, Fold]):
 
     def without_model(self, name: str, fold: Fold) -> dict[str, Moves]:
         """Return a baseline's moves by edit, made once for all folds."""
-        return self.once.get(name, None, lambda: {e: self._moves(name, e) for e in self.task.edits})
 
-    def _moves(self, name: str, edit: str) -> Moves:
-        world, regulators = self.world, self.tokens(self.models[0])
-        if name == "no change":
-            shape = world.asked.shape
-            return Moves(np.zeros(shape), np.zeros((len(world.truth.types), *shape)))
-        if name == "rank of the regulator":
-            return Moves(SIGN[edit] * self.ranks_of(world.cells)[regulators].toarray().T, None)
-        expression = self.expression_of(world.cells).toarray().T
-        if name == "expression of the regulator":
-            return Moves(SIGN[edit] * expression[:, regulators], None)
-        everything = np.arange(world.context.shape[0])
-        together = self.once.get(
-            "correlations", None, lambda: correlations(world.context, regulators, everything)
-        )
-        if name == "correlation with the cell's genes":
-            return Moves(by_connection(expression, together, regulators), None)
-        types = world.truth.types
-        return Moves(
-            *along_regressions(
-                expression, world.context, together, regulators, world.kinds, types, edit
-            )
-        )
+        def make() -> dict[str, Moves]:
+            return {e: Moves(*self.known.moves(name, e)) for e in self.task.edits}
+
+        return self.once.get(name, None, make)
 
     def edited(self, model: Model, role: Role, fold: Fold) -> dict[str, Moves]:
         """Return a model's moves; the pretrained one edits everything once."""
@@ -133,12 +116,7 @@ class SimulatedShifts(Contest[SimulatedShiftsTask, Fold]):
         engine.set_centroids(types)
         tokens, moves = self.tokens(model), {}
         for edit in self.task.edits:
-            values = np.full((len(engine.columns), *asked.shape), np.nan)
-            for cell in np.flatnonzero(asked.any(axis=1)):
-                columns = np.flatnonzero(asked[cell])
-                found = engine.perturb(genes[cell], sets_of(tokens[columns]), Edit(edit))
-                for row, column in enumerate(engine.columns):
-                    values[row, cell, columns[found.sets]] = found.values[column]
+            values = moves_of_cells(engine, genes, tokens, asked, Edit(edit))
             moves[edit] = Moves(values[0], values[1:])
         return moves
 

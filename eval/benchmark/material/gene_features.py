@@ -94,6 +94,25 @@ def static_features(
     )
 
 
+def features_without_model(
+    kind: str,
+    expression: scipy.sparse.csr_matrix,
+    ranks: scipy.sparse.csr_matrix,
+    tokens: np.ndarray,
+    vocabulary: Vocabulary,
+    seed: int,
+) -> np.ndarray:
+    """Return float64 [len(tokens), features] of a kind.
+
+    ``counts`` and ``ranks``: reduced profiles over cells; ``static features``: all of
+    `static_features`, or the name of one of them.
+    """
+    if kind in ("counts", "ranks"):
+        return reduce_profiles(expression if kind == "counts" else ranks, tokens, seed)
+    static = static_features(expression, ranks, tokens, vocabulary)
+    return static[:, [STATIC_NAMES.index(kind)]] if kind in STATIC_NAMES else static
+
+
 def embed_genes(
     cells: list[np.ndarray],
     encoder: Encoder,

@@ -86,6 +86,29 @@ def gene_effects(
     return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
 
 
+def moves_of_cells(
+    engine: Engine, genes: list[np.ndarray], tokens: np.ndarray, asked: np.ndarray, edit: Edit
+) -> np.ndarray:
+    """Return float64 [columns of the engine, cells, tokens]: each cell's move; NaN: not asked.
+
+    Parameters
+    ----------
+    genes
+        Gene tokens of every cell.
+    tokens
+        int [genes] that are edited one by one.
+    asked
+        bool [cells, tokens]: which are edited in which cell.
+    """
+    values = np.full((len(engine.columns), *asked.shape), np.nan)
+    for cell in np.flatnonzero(asked.any(axis=1)):
+        columns = np.flatnonzero(asked[cell])
+        found = engine.perturb(genes[cell], sets_of(tokens[columns]), edit)
+        for row, column in enumerate(engine.columns):
+            values[row, cell, columns[found.sets]] = found.values[column]
+    return values
+
+
 def cell_effects(
     engine: Engine,
     genes: list[np.ndarray],

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 import torch
 
-from eval.benchmark.material.models_and_cells import Model
+from eval.benchmark.material.gene_features import embed_genes, input_embeddings
+from eval.benchmark.material.models_and_cells import Model, TaskCells
 from eval.benchmark.material.once import Once
 from eval.benchmark.scoring.gene_scores import mean_by_gene
 from eval.benchmark.task_file import Size
@@ -60,13 +60,6 @@ class Embeddings:
         self._device, self._bf16 = device, bf16
         self._once = Once()
 
-    @cached_property
-    def last_layer(self) -> Embeddings:
-        """The same cells' states of the last layer, which cell states are made of."""
-        if self._layer == 0:
-            return self
-        return Embeddings(self._tokens, 0, self._device, self._bf16)
-
     def of(
         self, model: Model, twin_seed: int | None, cells: np.ndarray, of_fold: np.ndarray
     ) -> np.ndarray:
@@ -103,6 +96,24 @@ def mean_of_inputs(
     table = architectures.input_table(encoder).detach().cpu().numpy()
     first = model.vocabulary.first_gene_token
     return np.stack([table[tokens[i][tokens[i] >= first]].mean(axis=0) for i in cells])
+
+
+def features_of_model(
+    kind: str, model: Model, twin_seed: int | None, cells: TaskCells, settings: FinetuneSettings
+) -> np.ndarray:
+    """Return float32 [num_tokens, width] of a model (`twin_seed` None) or its twin.
+
+    ``frozen embedding``: mean states of the last layer over the cells, NaN for tokens in none;
+    ``input embeddings``: the embedding table; ``loadings``: of the SVD of its training cells.
+    """
+    if kind == "loadings":
+        assert model.svd
+        return model.svd.components
+    encoder = encoder_of(model, twin_seed)
+    if kind == "input embeddings":
+        return input_embeddings(encoder)
+    tokens, budget = cells.tokens[model.name], settings.token_budget
+    return embed_genes(tokens, encoder, model.vocabulary, budget, settings.device, settings.bf16)
 
 
 def settings_of(size: Size, device: str, bf16: bool) -> FinetuneSettings:

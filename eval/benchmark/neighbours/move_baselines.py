@@ -1,35 +1,82 @@
 """How far cells move when a regulator is edited, by what is known without a model.
 
-Each function returns a shift, float [cells, regulators], and perhaps moves toward types, float64
-[types, cells, regulators]. `edit` is ``delete`` or ``overexpress``.
+A shift is float [cells, regulators], moves toward types float64 [types, cells, regulators].
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import numpy as np
 import scipy.sparse
 
+from eval.benchmark.neighbours.gene_correlation import correlations
+
+MOVE_BASELINES = (
+    "no change",
+    "expression of the regulator",
+    "rank of the regulator",
+    "correlation with the cell's genes",
+    "linear shift by correlation",
+)
 # What is high and is taken away moves a cell far; what is put in front, where it was low.
-SIGN = {"delete": 1.0, "overexpress": -1.0}
+_SIGN = {"delete": 1.0, "overexpress": -1.0}
 
 
-def by_connection(
-    expression: np.ndarray, correlations: np.ndarray, regulators: np.ndarray
-) -> np.ndarray:
-    """Return the sum of a regulator's absolute correlations with the other genes of a cell.
+@dataclass(frozen=True, eq=False)
+class KnownOfCells:
+    """What is known of cells without a model.
 
-    Parameters
+    Attributes
     ----------
-    expression
-        float32 [cells, tokens], log-normalised.
-    correlations
-        float64 [regulators, tokens].
+    profiles, ranks
+        CSR float32 [tokens, cells]: log-normalised expression, and the cells as a model reads them.
+    context
+        CSR float32 [tokens, cells of the context]: what correlations are of.
     regulators
         int64 [regulators] tokens.
+    kinds, types
+        str [cells], the type of each; the types that cells may move toward.
     """
-    together = np.abs(correlations)
-    together[np.arange(len(together)), regulators] = 0
-    return (expression > 0) @ together.T
+
+    profiles: scipy.sparse.csr_matrix
+    ranks: scipy.sparse.csr_matrix
+    context: scipy.sparse.csr_matrix
+    regulators: np.ndarray
+    kinds: np.ndarray
+    types: list[str]
+
+    @cached_property
+    def expression(self) -> np.ndarray:
+        """float32 [cells, tokens]."""
+        return self.profiles.toarray().T
+
+    @cached_property
+    def correlations(self) -> np.ndarray:
+        """float64 [regulators, tokens], over the context's cells."""
+        return correlations(self.context, self.regulators, np.arange(self.context.shape[0]))
+
+    def moves(self, name: str, edit: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the shift by one of `MOVE_BASELINES`, and moves toward types where it has some.
+
+        `edit` is ``delete`` or ``overexpress``.
+        """
+        if name == "no change":
+            shape = (len(self.kinds), len(self.regulators))
+            return np.zeros(shape), np.zeros((len(self.types), *shape))
+        if name == "expression of the regulator":
+            return _SIGN[edit] * self.expression[:, self.regulators], None
+        if name == "rank of the regulator":
+            return _SIGN[edit] * self.ranks[self.regulators].toarray().T, None
+        if name == "correlation with the cell's genes":
+            together = np.abs(self.correlations)
+            together[np.arange(len(together)), self.regulators] = 0
+            return (self.expression > 0) @ together.T, None
+        return along_regressions(
+            self.expression, self.context, self.correlations, self.regulators, self.kinds,
+            self.types, edit,
+        )  # fmt: skip
 
 
 def along_regressions(
@@ -47,12 +94,8 @@ def along_regressions(
 
     Parameters
     ----------
-    expression, correlations, regulators
-        As in `by_connection`.
-    context
-        CSR float32 [tokens, cells of the context]: what correlations are of.
-    kinds, types
-        str [cells], the type of each; the types that cells may move toward.
+    expression, context, correlations, regulators, kinds, types
+        As in `KnownOfCells`.
     """
     before = expression.astype(np.float64)
     spread = np.sqrt(_variances(context))
