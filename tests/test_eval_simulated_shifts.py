@@ -168,11 +168,12 @@ def test_moves_of_a_model_are_those_of_its_encoder(data, model, tmp_path):
     bench, _ = bench_in(tmp_path, data, model)
     contest = SimulatedShifts(shifts(edits=("delete",)), SIZE, bench)
     world = contest.world
+    tokens = model.tokens_of(world.truth.regulators)
     moves = contest.model_moves(model, None, world.asked)["delete"]
     assert (np.isfinite(moves.shift) == world.asked).all()
     cell, column = np.argwhere(world.asked)[0]
     genes = world.cells.tokens["random"][cell].astype(np.int64)
-    left = genes[genes != contest.tokens(model)[column]]
+    left = genes[genes != tokens[column]]
     assert len(left) == len(genes) - 1
     encoder = model.network.bert.eval()
     with torch.inference_mode():  # the second-to-last of two layers is the first
@@ -180,7 +181,7 @@ def test_moves_of_a_model_are_those_of_its_encoder(data, model, tmp_path):
             encoder(input_ids=torch.from_numpy(g)[None], output_hidden_states=True).hidden_states[1]
             for g in (genes, left)
         )
-    kept = torch.from_numpy(genes != contest.tokens(model)[column])
+    kept = torch.from_numpy(genes != tokens[column])
     cosine = torch.cosine_similarity(before[0, kept].mean(dim=0), after[0].mean(dim=0), dim=0)
     assert moves.shift[cell, column] == pytest.approx(1 - float(cosine), abs=1e-6)
 

@@ -18,7 +18,7 @@ from eval.benchmark.matched.matched_genes import GenePairs
 from eval.benchmark.material.gene_features import ranks_of_tokens
 from eval.benchmark.material.labelled_cells import usable_cells
 from eval.benchmark.material.models_and_cells import Model, TaskCells
-from eval.benchmark.neighbours.spread_over_types import indicator, spread_over_types
+from eval.benchmark.neighbours.spread_over_types import seen_in_two_types, spread_over_types
 from eval.benchmark.outcome import Role
 from eval.benchmark.scoring.gene_scores import HEADLINE
 from eval.benchmark.task_file import ContextTask
@@ -66,12 +66,8 @@ class Context(MatchedContest[ContextTask]):
 
     def is_usable(self, model: Model) -> np.ndarray:
         """Return bool [num_tokens]: in 3 cells of each of two types of one donor."""
-        has = ranks_of_tokens(self.cells.tokens[model.name], model.vocabulary) > 0
-        types, donors = self.types_and_donors
-        counts = (has @ indicator(donors * (types.max() + 1) + types)).toarray() >= _FEWEST_OF_TYPE
-        donor_of = np.arange(counts.shape[1]) // (types.max() + 1)
-        per_donor = [counts[:, donor_of == d].sum(axis=1) >= 2 for d in np.unique(donors)]
-        return np.any(per_donor, axis=0)
+        is_there = ranks_of_tokens(self.cells.tokens[model.name], model.vocabulary) > 0
+        return seen_in_two_types(is_there, *self.types_and_donors, _FEWEST_OF_TYPE)
 
     def contenders(self) -> list[Contender[Fold]]:
         """Return differences by type, plain spread, and the same of expression and rank."""

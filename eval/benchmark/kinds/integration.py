@@ -23,6 +23,7 @@ from eval.benchmark.material.labelled_cells import (
     LabelledCells,
     divide_batches,
     held_out_batches,
+    how_batches_are_divided,
     labelled_cells,
 )
 from eval.benchmark.material.models_and_cells import Model, at_most
@@ -53,21 +54,17 @@ class Integration(CellContest[IntegrationTask, Fold]):
         planted = change if self.task.planted_batch else None
         return labelled_cells(self.task, self.task.batch, self.size, self.bench, planted)
 
-    @property
-    def batches(self) -> np.ndarray:
-        """str [cells]."""
-        assert self.known.groups is not None
-        return self.known.groups
-
     def contenders(self) -> list[Contender[Fold]]:
         """Return methods that take out batches, and every model without and with training."""
         ways: dict[str, Callable[[Fold], np.ndarray]] = {
             "highly variable genes": self.genes,
             "PCA": self.components,
-            "Harmony": lambda f: correct.harmony(self.components(f), self.batches[f.test], f.seed),
-            "ComBat": lambda f: correct.combat(self.genes(f), self.batches[f.test], f.seed),
+            "Harmony": lambda f: correct.harmony(
+                self.components(f), self.known.batches[f.test], f.seed
+            ),
+            "ComBat": lambda f: correct.combat(self.genes(f), self.known.batches[f.test], f.seed),
             "scVI": lambda f: correct.scvi_states(
-                self.known.cells.counts[f.test], self.batches[f.test], f.seed
+                self.known.cells.counts[f.test], self.known.batches[f.test], f.seed
             ),
         }
         missing = correct.missing_methods()
@@ -81,8 +78,10 @@ class Integration(CellContest[IntegrationTask, Fold]):
     def folds(self, number: int) -> list[Fold]:
         """Return cells that are scored, and others that a model may learn labels from."""
         seed = self.seed_of(number)
-        train, test = divide_batches(self.known.labels, self.batches, self.size, seed)
-        require_clean_split(train, test, held_out_batches(self.batches), self.known.cells.counts)
+        train, test = divide_batches(self.known.labels, self.known.batches, self.size, seed)
+        require_clean_split(
+            train, test, held_out_batches(self.known.batches), self.known.cells.counts
+        )
         return [Fold(number, seed, test, train)]
 
     def genes(self, fold: Fold) -> np.ndarray:
@@ -104,7 +103,7 @@ class Integration(CellContest[IntegrationTask, Fold]):
         known = self.known
         classifier = train(
             fold.encoder(model, role), model, known.cells.tokens[model.name],
-            known.labels, held_out_batches(self.batches), fold.train, known.classes,
+            known.labels, held_out_batches(self.known.batches), fold.train, known.classes,
             self.settings, fold.seed, self.size.search_trials,
         )  # fmt: skip
         # The last layer: it is what the head read.
@@ -112,7 +111,7 @@ class Integration(CellContest[IntegrationTask, Fold]):
 
     def score(self, contender: Contender[Fold], fold: Fold, predicted: np.ndarray) -> Scored:
         """Return scores of an embedding; the first fold's has a picture."""
-        labels, batches = self.known.labels[fold.test], self.batches[fold.test]
+        labels, batches = self.known.labels[fold.test], self.known.batches[fold.test]
         scores = score_embedding(predicted, labels, batches, self.components(fold))
         details: dict[str, Any] = {"width": predicted.shape[1]}
         if fold.number == 0:
@@ -123,21 +122,26 @@ class Integration(CellContest[IntegrationTask, Fold]):
     def report(self, results: Results[Fold]) -> TaskRun:
         """Return the outcomes, with pictures of the first fold beside them."""
         known, shown = self.known, self._drawn(results.folds[0])
-        tested = [f.test for f in results.folds]
+        how = how_batches_are_divided(known.batches, self.task.batch)
+        planted = "the batch effect is planted; " if self.task.planted_batch else ""
+        test_cells = float(np.mean([len(f.test) for f in results.folds]))
         return TaskRun(
             cells=len(known.labels),
             classes=known.classes,
-            split=self._split_sentence(),
+            split=f"{planted}{self.size.seeds} seeds: {how}, and all contenders are scored on 80 % "
+            "of these cells; only fine-tuned models have seen labels, of the other cells. "
+            "Subsamples overlap: intervals say how scores vary with the cells, not with the data "
+            "set",
             headline=HEADLINE,
             chance=None,
             excluded=known.excluded,
             outcomes=[o.without("umap") for o in results.outcomes],
             details={
-                "test_share": float(np.mean([len(t) for t in tested]) / len(known.labels)),
+                "test_share": test_cells / len(known.labels),
                 "folds": [self.described(f) for f in results.folds],
                 "umap": {row.display_name: o[0].details["umap"] for row, o in results.of.items()},
                 "labels": [known.classes[i] for i in known.labels[shown]],
-                "batches": self.batches[shown].tolist(),
+                "batches": known.batches[shown].tolist(),
                 "skipped": correct.missing_methods(),
             },
         )
@@ -145,15 +149,3 @@ class Integration(CellContest[IntegrationTask, Fold]):
     def _drawn(self, fold: Fold) -> np.ndarray:
         """Return the scored cells that UMAPs show (int positions, sorted)."""
         return at_most(fold.test, _MOST_DRAWN_CELLS, fold.seed)
-
-    def _split_sentence(self) -> str:
-        if held_out_batches(self.batches) is not None:
-            how = f"about half of the '{self.task.batch}', two at least, are held out whole"
-        else:
-            how = f"half of the cells of each class and '{self.task.batch}' are held out"
-        planted = "the batch effect is planted; " if self.task.planted_batch else ""
-        return (
-            f"{planted}{self.size.seeds} seeds: {how}, and all contenders are scored on 80 % of "
-            "these cells; only fine-tuned models have seen labels, of the other cells. Subsamples "
-            "overlap: intervals say how scores vary with the cells, not with the data set"
-        )

@@ -13,6 +13,7 @@ import numpy as np
 
 from eval.benchmark.contest.contest import (
     DRAWN_SHARE,
+    ROLES,
     Contender,
     Contest,
     Fold,
@@ -23,7 +24,7 @@ from eval.benchmark.contest.contest import (
     mean_scores,
 )
 from eval.benchmark.contest.verdicts import ZERO_SHOT
-from eval.benchmark.material.in_silico import engine_of, genes_of, moves_of_cells
+from eval.benchmark.material.in_silico import engine_of, genes_of, moves_of_cells, set_types
 from eval.benchmark.material.models_and_cells import Model
 from eval.benchmark.material.simulated_truth import (
     Moves,
@@ -35,7 +36,6 @@ from eval.benchmark.material.simulated_truth import (
 from eval.benchmark.neighbours.move_baselines import MOVE_BASELINES, KnownOfCells
 from eval.benchmark.outcome import Role, TaskRun
 from eval.benchmark.task_file import SimulatedShiftsTask
-from eval.perturb.screen.compare_copies import centroid
 from eval.perturb.screen.edits import Edit
 
 _NUM_SHUFFLES = 20
@@ -53,27 +53,22 @@ class SimulatedShifts(Contest[SimulatedShiftsTask, Fold]):
         """Cells, true moves and where regulators are edited."""
         return load_simulated(self.task, self.size, self.bench)
 
-    def tokens(self, model: Model) -> np.ndarray:
-        """Return int64 [regulators] tokens."""
-        return model.tokens_of(self.world.truth.regulators)
-
     @cached_property
     def known(self) -> KnownOfCells:
         """What is known of the cells without a model."""
-        world, cells = self.world, self.world.cells
-        profiles, ranks, regulators = (
-            self.expression_of(cells), self.ranks_of(cells), self.tokens(self.models[0])
+        world, truth = self.world, self.world.truth
+        return KnownOfCells(
+            self.expression_of(world.cells), self.ranks_of(world.cells), world.context,
+            self.models[0].tokens_of(truth.regulators), world.kinds, truth.types,
         )  # fmt: skip
-        types = world.truth.types
-        return KnownOfCells(profiles, ranks, world.context, regulators, world.kinds, types)
 
     def contenders(self) -> list[Contender[Fold]]:
         """Return edits by every model, and moves by what is known without one."""
         rows = baselines({name: partial(self.without_model, name) for name in MOVE_BASELINES})
         for model in self.models:
-            own = partial(self.edited, model, "model")
+            own, twin = (partial(self.edited, model, role) for role in ROLES)
             rows.append(Contender(ZERO_SHOT, "model", model, own))
-            rows.append(Contender(ZERO_SHOT, "twin", model, partial(self.edited, model, "twin")))
+            rows.append(Contender(ZERO_SHOT, "twin", model, twin))
             rows.append(Contender(f"shuffled truth, {ZERO_SHOT}", "control", model, own))
         return rows
 
@@ -89,11 +84,8 @@ class SimulatedShifts(Contest[SimulatedShiftsTask, Fold]):
 
     def without_model(self, name: str, fold: Fold) -> dict[str, Moves]:
         """Return a baseline's moves by edit, made once for all folds."""
-
-        def make() -> dict[str, Moves]:
-            return {e: Moves(*self.known.moves(name, e)) for e in self.task.edits}
-
-        return self.once.get(name, None, make)
+        moves, edits = self.known.moves, self.task.edits
+        return self.once.get(name, None, lambda: {e: Moves(*moves(name, e)) for e in edits})
 
     def edited(self, model: Model, role: Role, fold: Fold) -> dict[str, Moves]:
         """Return a model's moves; the pretrained one edits everything once."""
@@ -108,17 +100,12 @@ class SimulatedShifts(Contest[SimulatedShiftsTask, Fold]):
         """Return how a model's states of cells move, by edit; NaN where it was not asked."""
         world, engine = self.world, engine_of(model, twin_seed, self.bench)
         genes = genes_of(model, world.cells.tokens[model.name])
-        types = {}
-        for kind in world.truth.types:
-            of_kind = np.flatnonzero(world.kinds == kind)[:_MOST_CELLS_A_TYPE]
-            states = engine.embed([genes[i] for i in of_kind])
-            types[kind] = centroid(states, np.zeros(len(of_kind), dtype=int))
-        engine.set_centroids(types)
-        tokens, moves = self.tokens(model), {}
-        for edit in self.task.edits:
-            values = moves_of_cells(engine, genes, tokens, asked, Edit(edit))
-            moves[edit] = Moves(values[0], values[1:])
-        return moves
+        set_types(engine, genes, world.kinds, world.truth.types, _MOST_CELLS_A_TYPE)
+        take = partial(
+            moves_of_cells, engine, genes, model.tokens_of(world.truth.regulators), asked
+        )
+        values = {edit: take(Edit(edit)) for edit in self.task.edits}
+        return {edit: Moves(v[0], v[1:]) for edit, v in values.items()}
 
     def decides(self, contender: Contender[Fold], fold: Fold) -> dict[str, Any]:
         """Return cells, true moves, and what is asked."""
@@ -137,10 +124,9 @@ class SimulatedShifts(Contest[SimulatedShiftsTask, Fold]):
         rng = np.random.default_rng([fold.seed, fold.number])
         by_edit = {}
         for edit, own in predicted.items():
-            truth = self.world.truth.moves[edit]
-            truths = [truth]
+            truths = [self.world.truth.moves[edit]]
             if contender.role == "control":
-                truths = [shuffled(truth, rng) for _ in range(_NUM_SHUFFLES)]
+                truths = [shuffled(truths[0], rng) for _ in range(_NUM_SHUFFLES)]
             by_edit[edit] = mean_scores([score_moves(t, own, fold.test) for t in truths])
         scores = mean_scores(list(by_edit.values()))
         if len(by_edit) > 1:

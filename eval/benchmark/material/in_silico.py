@@ -8,7 +8,7 @@ import numpy as np
 
 from eval.benchmark.material.models_and_cells import Bench, Model
 from eval.benchmark.material.twin_encoders import encoder_of
-from eval.perturb.screen.compare_copies import Engine, EngineSettings
+from eval.perturb.screen.compare_copies import Engine, EngineSettings, centroid
 from eval.perturb.screen.edits import Edit, GeneSets
 
 
@@ -84,6 +84,24 @@ def gene_effects(
                 sums[row, other[known]] += by[known]
                 counts[row, other[known]] += 1
     return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
+
+
+def set_types(
+    engine: Engine, genes: list[np.ndarray], kinds: np.ndarray, types: list[str], most: int
+) -> None:
+    """Give an engine the centroid of each type: of its first cells, at most so many.
+
+    Parameters
+    ----------
+    genes, kinds
+        Gene tokens and type (str) of every cell.
+    """
+    centroids = {}
+    for kind in types:
+        of_kind = np.flatnonzero(kinds == kind)[:most]
+        states = engine.embed([genes[i] for i in of_kind])
+        centroids[kind] = centroid(states, np.zeros(len(of_kind), dtype=int))
+    engine.set_centroids(centroids)
 
 
 def moves_of_cells(

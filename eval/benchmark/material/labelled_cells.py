@@ -46,6 +46,12 @@ class LabelledCells:
     groups: np.ndarray | None
     excluded: dict[str, int]
 
+    @property
+    def batches(self) -> np.ndarray:
+        """str [cells]: the groups, where the task has some."""
+        assert self.groups is not None, "the task names no groups"
+        return self.groups
+
 
 def labelled_cells(
     task: CellTask | AnnotationTask | IntegrationTask,
@@ -165,6 +171,13 @@ def divide_batches(
     training = limit_per_class(training, labels, size.max_train_per_class, seed)
     scored = limit_per_class(np.concatenate(drawn), labels, size.max_test_per_class, seed)
     return training, np.sort(scored)
+
+
+def how_batches_are_divided(batches: np.ndarray, column: str) -> str:
+    """Return in words what `divide_batches` does with these."""
+    if held_out_batches(batches) is not None:
+        return f"about half of the '{column}', two at least, are held out whole"
+    return f"half of the cells of each class and '{column}' are held out"
 
 
 def held_out_batches(batches: np.ndarray) -> np.ndarray | None:

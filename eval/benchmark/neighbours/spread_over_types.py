@@ -12,6 +12,25 @@ def indicator(groups: np.ndarray) -> scipy.sparse.csr_matrix:
     return scipy.sparse.csr_matrix((ones, (np.arange(len(groups)), groups)))
 
 
+def seen_in_two_types(
+    is_there: scipy.sparse.csr_matrix, types: np.ndarray, donors: np.ndarray, fewest: int
+) -> np.ndarray:
+    """Return bool [genes]: in `fewest` cells of each of two types of one donor.
+
+    Parameters
+    ----------
+    is_there
+        CSR bool [genes, cells].
+    types, donors
+        int64 [cells].
+    """
+    number = types.max() + 1
+    counts = (is_there @ indicator(donors * number + types)).toarray() >= fewest
+    donor_of = np.arange(counts.shape[1]) // number
+    per_donor = [counts[:, donor_of == d].sum(axis=1) >= 2 for d in np.unique(donors)]
+    return np.any(per_donor, axis=0)
+
+
 def spread_over_types(
     profiles: scipy.sparse.csr_matrix, types: np.ndarray, donors: np.ndarray, where_found: bool
 ) -> np.ndarray:
