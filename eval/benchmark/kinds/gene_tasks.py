@@ -26,12 +26,12 @@ from eval.benchmark.contest.contest import (
 from eval.benchmark.contest.over_genes import over_genes, table_of_genes
 from eval.benchmark.material.gene_features import features_without_model
 from eval.benchmark.material.gene_labels import (
+    DrawnGenes,
     LabelledGenes,
-    choose_genes,
+    draw_genes,
     gene_folds,
-    read_labels,
 )
-from eval.benchmark.material.models_and_cells import Model, TaskCells, at_most
+from eval.benchmark.material.models_and_cells import Model, TaskCells
 from eval.benchmark.material.twin_encoders import features_of_model, settings_of, tune_on_genes
 from eval.benchmark.neighbours.gene_baselines import LOGISTIC, predict_classes
 from eval.benchmark.outcome import Role, TaskRun
@@ -78,24 +78,15 @@ class ClassesOfGenes(Contest[GeneTask, Fold]):
         return replace(settings_of(self.size, self.bench.device, self.bench.bf16), patience=0)
 
     @cached_property
-    def every(self) -> TaskCells:
-        """All cells of the task."""
-        return self.bench.cells(self.task.cells)
+    def drawn(self) -> DrawnGenes:
+        """Genes, and the cells of each seed."""
+        seeds = [self.seed_of(number) for number in range(self.size.seeds)]
+        return draw_genes(self.task, self.size.max_cells, seeds, self.bench)
 
-    @cached_property
-    def draws(self) -> list[TaskCells]:
-        """The cells of each seed."""
-        number, most = self.every.counts.shape[0], self.size.max_cells
-        if most is None or number <= most:
-            return [self.every] * self.size.seeds
-        seeds = map(self.seed_of, range(self.size.seeds))
-        return [self.every.subset(at_most(np.arange(number), most, seed)) for seed in seeds]
-
-    @cached_property
+    @property
     def genes(self) -> LabelledGenes:
         """Genes that every model reads in the cells of every seed."""
-        labelled = read_labels(self.task, self.bench.data)
-        return choose_genes(labelled, self.models, self.draws, self.task)
+        return self.drawn.genes
 
     def seed_of(self, number: int) -> int:
         """Return the seed itself, and the ones after it."""
@@ -132,7 +123,7 @@ class ClassesOfGenes(Contest[GeneTask, Fold]):
 
     def cells(self, fold: Fold) -> TaskCells:
         """Return the cells that a fold looks at."""
-        return self.draws[fold.number // self.task.folds]
+        return self.drawn.draws[fold.number // self.task.folds]
 
     def decides(self, contender: Contender[Fold], fold: Fold) -> dict[str, Any]:
         """Return the cells, the genes, and settings where something is trained or computed."""
@@ -218,10 +209,7 @@ class ClassesOfGenes(Contest[GeneTask, Fold]):
         Differences are the first model's fine-tuned AUROC minus the contender's, in the same
         resamples.
         """
-        task, genes, cells = self.task, self.genes, self.draws[0]
-        left_out = dict(self.every.excluded)
-        if not_drawn := self.every.counts.shape[0] - cells.counts.shape[0]:
-            left_out["not drawn"] = not_drawn
+        task, genes = self.task, self.genes
         seeds = self.size.seeds
         split = f"{task.folds} folds over genes, stratified by class, no gene on both sides"
         split += f"; {seeds} repetitions with other folds and cells" if seeds > 1 else ""
@@ -231,13 +219,12 @@ class ClassesOfGenes(Contest[GeneTask, Fold]):
             results, "probability", genes.labels, tested, self.bench.seed, tuned[0]
         )
         return TaskRun(
-            cells=cells.counts.shape[0],
+            cells=self.drawn.draws[0].counts.shape[0],
             classes=[task.negative, task.positive],
             split=split,
             headline=HEADLINE,
             chance=0.5,
-            excluded={f"cells: {k}": v for k, v in left_out.items()}
-            | {f"genes: {k}": v for k, v in genes.excluded.items()},
+            excluded=self.drawn.excluded,
             outcomes=results.without("probability", "occurrences"),
             details={
                 "test_share": 1 / task.folds,

@@ -25,7 +25,7 @@ from eval.benchmark.contest.contest import (
 )
 from eval.benchmark.contest.verdicts import RIDGE
 from eval.benchmark.material.gene_features import reduce_profiles
-from eval.benchmark.material.in_silico import chosen_holders, engine_of, gene_effects, genes_of
+from eval.benchmark.material.in_silico import engine_of, genes_of, moved_by_deletions
 from eval.benchmark.material.measured_shifts import Shifts, load_shifts, perturbation_folds
 from eval.benchmark.material.models_and_cells import Model, TaskCells
 from eval.benchmark.material.twin_encoders import features_of_model, settings_of
@@ -79,16 +79,20 @@ class MeasuredShifts(Contest[PerturbSeqTask, Fold]):
         """Return ridge regressions on what is known; deletions only where the size says so."""
         rows = baselines(
             {
-                "no change": self.no_change,
-                "train mean": self.train_mean,
-                "ridge on PCA": lambda fold: self.ridge(fold, partial(self.components, fold)),
+                "no change": lambda f: np.zeros((len(f.test), len(self.shifts.genes))),
+                "train mean": lambda f: train_mean(self.shifts.values, f.train, f.test),
+                "ridge on PCA": lambda f: self.ridge(f, partial(self.components, f)),
                 "correlation": self.correlation,
-                "size of training shifts": self.training_size,
+                # Whatever is perturbed: usual suspects.
+                "size of training shifts": lambda f: train_mean(
+                    np.abs(self.shifts.values), f.train, f.test
+                ),
                 "mean expression": self.mean_expression,
             }
         )
         if self.task.split == "combinations":
-            rows += baselines({"additive": self.additive})
+            add = lambda f: additive(self.shifts.values, self.shifts.perturbed, f.train, f.test)  # noqa: E731
+            rows += baselines({"additive": add})
         for model in self.models:
             for role in ROLES:
                 for name, kind in _EMBEDDINGS.items():
@@ -194,16 +198,9 @@ class MeasuredShifts(Contest[PerturbSeqTask, Fold]):
         tokens = model.tokens_of(genes)
         return np.where(tokens[:, None] >= 0, states[np.maximum(tokens, 0)], np.nan)
 
-    def by_perturbation(self, features: Features) -> np.ndarray:
-        """Return float64 [perturbations, features]: sums over the genes that each perturbs."""
-        genes = sorted({g for p in self.shifts.perturbed for g in p})
-        place = {g: i for i, g in enumerate(genes)}
-        found = features(genes)
-        return np.stack([found[[place[g] for g in p]].sum(axis=0) for p in self.shifts.perturbed])
-
     def ridge(self, fold: Fold, features: Features) -> np.ndarray:
         """Return shifts by a ridge regression on features of the perturbed genes."""
-        known = self.by_perturbation(features)
+        known = self.shifts.sums(features, np.arange(len(self.shifts.names)))
         return ridge(known[fold.train], self.shifts.values[fold.train], known[fold.test])
 
     def ridge_on(self, model: Model, role: Role, kind: str, fold: Fold) -> np.ndarray:
@@ -215,31 +212,15 @@ class MeasuredShifts(Contest[PerturbSeqTask, Fold]):
 
         Nothing is trained. Sums over several perturbed genes; 0 where two genes never meet.
         """
-        shifts, most = self.shifts, self.size.max_cells_per_gene
-        perturbed = sorted({g for i in fold.test for g in shifts.perturbed[i]})
-        cells = genes_of(model, self.context.tokens[model.name])
-        tokens = model.tokens_of(perturbed)
-        held = chosen_holders(cells, tokens, most, fold.seed)
         engine = engine_of(model, fold.twin_seed(role), self.bench)
-        moved = np.nan_to_num(gene_effects(engine, cells, tokens, held))
-        wanted = model.tokens_of(shifts.genes)
-        found = np.where(wanted >= 0, moved[:, np.maximum(wanted, 0)], 0)
-        place = {g: i for i, g in enumerate(perturbed)}
-        return np.stack(
-            [found[[place[g] for g in shifts.perturbed[i]]].sum(axis=0) for i in fold.test]
-        )
+        cells = genes_of(model, self.context.tokens[model.name])
+        wanted, most = model.tokens_of(self.shifts.genes), self.size.max_cells_per_gene
 
-    def no_change(self, fold: Fold) -> np.ndarray:
-        """Return zeros."""
-        return np.zeros((len(fold.test), len(self.shifts.genes)))
+        def moved(genes: list[str]) -> np.ndarray:
+            deleted = model.tokens_of(genes)
+            return moved_by_deletions(engine, cells, deleted, wanted, most, fold.seed)
 
-    def train_mean(self, fold: Fold) -> np.ndarray:
-        """Return the mean shift of training."""
-        return train_mean(self.shifts.values, fold.train, fold.test)
-
-    def training_size(self, fold: Fold) -> np.ndarray:
-        """Return how much genes move in training, whatever is perturbed: usual suspects."""
-        return train_mean(np.abs(self.shifts.values), fold.train, fold.test)
+        return self.shifts.sums(moved, fold.test)
 
     def mean_expression(self, fold: Fold) -> np.ndarray:
         """Return the mean expression of genes, whatever is perturbed."""
@@ -247,10 +228,6 @@ class MeasuredShifts(Contest[PerturbSeqTask, Fold]):
         mean = np.asarray(self.expression_of(self.context).mean(axis=1)).ravel()
         found = np.where(tokens >= 0, mean[np.maximum(tokens, 0)], 0)
         return np.tile(found, (len(fold.test), 1))
-
-    def additive(self, fold: Fold) -> np.ndarray:
-        """Return sums of the shifts of single perturbations."""
-        return additive(self.shifts.values, self.shifts.perturbed, fold.train, fold.test)
 
     def correlation(self, fold: Fold) -> np.ndarray:
         """Return correlations with the perturbed gene over the context's cells, scaled."""
@@ -260,5 +237,5 @@ class MeasuredShifts(Contest[PerturbSeqTask, Fold]):
             tokens = first.tokens_of(perturbed), first.tokens_of(genes)
             return correlations(self.expression_of(self.context), *tokens)
 
-        similar = self.by_perturbation(correlated)
+        similar = self.shifts.sums(correlated, np.arange(len(self.shifts.names)))
         return scaled(similar, self.shifts.values, fold.train, fold.test)

@@ -86,6 +86,30 @@ def gene_effects(
     return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
 
 
+def moved_by_deletions(
+    engine: Engine,
+    cells: list[np.ndarray],
+    deleted: np.ndarray,
+    wanted: np.ndarray,
+    most: int | None,
+    seed: int,
+) -> np.ndarray:
+    """Return float64 [deleted, wanted]: how far genes move when others are deleted one by one.
+
+    0 where the two never meet, and for tokens of -1.
+
+    Parameters
+    ----------
+    cells
+        Gene tokens of every cell.
+    deleted, wanted
+        int tokens; each is deleted in at most `most` of the cells that hold it, drawn with `seed`.
+    """
+    held = chosen_holders(cells, deleted, most, seed)
+    moved = np.nan_to_num(gene_effects(engine, cells, deleted, held))
+    return np.where(wanted >= 0, moved[:, np.maximum(wanted, 0)], 0)
+
+
 def set_types(
     engine: Engine, genes: list[np.ndarray], kinds: np.ndarray, types: list[str], most: int
 ) -> None:

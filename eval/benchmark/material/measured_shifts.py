@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -66,6 +67,16 @@ class Shifts:
         scored = np.ones(len(self.genes), dtype=bool)
         scored[[self._place[g] for g in self.perturbed[perturbation] if g in self._place]] = False
         return scored
+
+    def sums(self, of_genes: Callable[[list[str]], np.ndarray], chosen: np.ndarray) -> np.ndarray:
+        """Return float64 [chosen perturbations, features]: sums over the genes that each perturbs.
+
+        `of_genes`: gene ids -> float [genes, features]; it is asked about all of them at once.
+        """
+        genes = sorted({g for i in chosen for g in self.perturbed[i]})
+        place = {g: row for row, g in enumerate(genes)}
+        found = of_genes(genes)
+        return np.stack([found[[place[g] for g in self.perturbed[i]]].sum(axis=0) for i in chosen])
 
     def restrict(self, genes: np.ndarray, perturbations: np.ndarray, why: dict) -> Shifts:
         """Return chosen genes and perturbations (bool), with reasons added to `excluded`."""
