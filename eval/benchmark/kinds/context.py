@@ -6,6 +6,7 @@ their states are in cells of different types, beyond what they are within a type
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property, partial
 
 import numpy as np
@@ -105,32 +106,29 @@ class Context(MatchedContest[ContextTask]):
 
         return self.once.get(("states", model.name), fold.twin_seed(role), make)
 
-    def specificity(
-        self, states: GeneStates, gene: int, rng: np.random.Generator | None
+    def differences(
+        self, states: GeneStates, genes: Iterable[int], rng: np.random.Generator | None
     ) -> np.ndarray:
-        """Return float64 [1 + permutations] of a gene: by the types, then by shuffled ones."""
-        cells, of_gene = states.of(gene)
-        types, donors = (codes[cells] for codes in self.types_and_donors)
-        labellings = permuted_types(types, donors, _NUM_PERMUTATIONS, rng) if rng else types[None]
-        return between_minus_within(of_gene, labellings, donors)
+        """Return float64 [1 + permutations, genes]: by the types, then by shuffled ones."""
+        types, donors = self.types_and_donors
+        columns = []
+        for cells, of_gene in map(states.of, genes):
+            own, of_donor = types[cells], donors[cells]
+            drawn = permuted_types(own, of_donor, _NUM_PERMUTATIONS, rng) if rng else own[None]
+            columns.append(between_minus_within(of_gene, drawn, of_donor))
+        return np.column_stack(columns)
 
     def permuted(self, model: Model, fold: Fold) -> np.ndarray:
-        """Return float64 [1 + permutations, all genes] of a pretrained model, once."""
-
-        def make() -> np.ndarray:
-            rng = np.random.default_rng(self.bench.seed)
-            states = self.states(model, "model", fold)
-            genes = range(len(self.pairs.ids))
-            return np.column_stack([self.specificity(states, g, rng) for g in genes])
-
+        """Return `differences` of all genes by a pretrained model, with permutations, once."""
+        rng, genes = np.random.default_rng(self.bench.seed), range(len(self.pairs.ids))
+        make = partial(self.differences, self.states(model, "model", fold), genes, rng)
         return self.once.get(("permuted", model.name), None, make)
 
     def by_type(self, model: Model, role: Role, fold: Fold) -> Ordered:
         """Order genes by how much their states differ between types."""
         if role == "model":
             return Ordered(self.permuted(model, fold)[0, fold.test])
-        states = self.states(model, role, fold)
-        return Ordered(np.array([self.specificity(states, g, None)[0] for g in fold.test]))
+        return Ordered(self.differences(self.states(model, role, fold), fold.test, None)[0])
 
     def permuted_by_type(self, model: Model, role: Role, fold: Fold) -> Ordered:
         """Order genes as `by_type` does, and say which differ by more than shuffled types do."""
@@ -147,12 +145,14 @@ class Context(MatchedContest[ContextTask]):
             }
             for g in fold.test
         }  # fmt: skip
-        scores = {"significant_listed": float(listed.mean())}
-        scores |= {"significant_others": float(partner.mean())}
         # No control: where listed genes are spread more, their skewed null lies below 0 more often.
         labels = np.repeat([1, 0], len(fold.test) // 2)
         null = [score_pairs(labels, v)[HEADLINE] for v in every[1:, fold.test]]
-        scores |= {f"{HEADLINE}_shuffled_types": float(np.mean(null))}
+        scores = {
+            "significant_listed": float(listed.mean()),
+            "significant_others": float(partner.mean()),
+            f"{HEADLINE}_shuffled_types": float(np.mean(null)),
+        }
         return Ordered(every[0, fold.test], scores, {"genes": genes})
 
     def spread(self, model: Model, role: Role, fold: Fold) -> Ordered:

@@ -91,8 +91,13 @@ class MeasuredShifts(Contest[PerturbSeqTask, Fold]):
             }
         )
         if self.task.split == "combinations":
-            add = lambda f: additive(self.shifts.values, self.shifts.perturbed, f.train, f.test)  # noqa: E731
-            rows += baselines({"additive": add})
+            rows += baselines(
+                {
+                    "additive": lambda f: additive(
+                        self.shifts.values, self.shifts.perturbed, f.train, f.test
+                    )
+                }
+            )
         for model in self.models:
             for role in ROLES:
                 for name, kind in _EMBEDDINGS.items():
