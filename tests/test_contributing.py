@@ -27,14 +27,15 @@ def shown_changes() -> list[tuple[str, list[str]]]:
 def test_the_shown_changes_work(tmp_path):
     """All in one copy, which costs one start of Python; each names other tests."""
     for folder in FOLDERS:
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
+        # With what is compiled already; times of files are kept, so that it is used.
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("golden"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     names, files = [], []
     for diff, (file, *rest) in shown_changes():
         done = subprocess.run(
-            ["git", "apply", "-"], cwd=tmp_path, input=diff, text=True, capture_output=True
-        )
+            ["git", "apply", "--whitespace=error-all", "-"], cwd=tmp_path, input=diff, text=True,
+            capture_output=True, env=os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)},
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr
         added = re.findall(r"^\+def (test_\w+)", diff, re.M)
         assert added and (not rest or all(rest[-1] in name for name in added)), (file, rest)

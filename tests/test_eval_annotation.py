@@ -10,6 +10,7 @@ import pytest
 
 from eval.benchmark.outcome import Store, TaskRun
 from eval.benchmark.task_file import AnnotationTask, Cells, Size
+from tests.contests import num_units
 from tests.synthetic import make_cells
 from tests.test_eval_cell_tasks import planted_models
 
@@ -37,9 +38,9 @@ def models(folder: Path) -> list[Model]:
 
 @pytest.fixture(scope="module")
 def found(folder: Path, models: list[Model]) -> TaskRun:
-    from eval.benchmark.kinds.annotation import run
+    from eval.benchmark.kinds.annotation import Annotation
 
-    return run(TASK, SIZE, bench(folder, models))
+    return Annotation(TASK, SIZE, bench(folder, models)).run()
 
 
 def bench(folder: Path, models: list[Model]) -> Bench:
@@ -78,8 +79,8 @@ def test_a_fold_equals_neighbours_by_hand(found, folder, models):
     """Of the second-to-last layer, by a plain loop over test cells."""
     from sklearn.neighbors import KNeighborsClassifier
 
-    from eval.benchmark.contest.folds import seed_of_fold
-    from eval.benchmark.kinds.cell_tasks import divide
+    from eval.benchmark.contest.contest import seed_of_fold
+    from eval.benchmark.material.labelled_cells import divide
     from eval.benchmark.material.models_and_cells import load_cells
     from eval.cells.embed import embed_cells
     from eval.scores.metrics import score_classes
@@ -102,20 +103,20 @@ def test_a_fold_equals_neighbours_by_hand(found, folder, models):
 
 def test_zero_shot_stands_for_the_model_and_every_contender_is_in_every_fold(found, models):
     from eval.benchmark.contest.verdicts import main_contender
-    from eval.benchmark.kinds.annotation import contenders, num_units
+    from eval.benchmark.kinds.annotation import Annotation
 
     assert main_contender(found) == "zero-shot"
-    assert len(found.outcomes) == num_units(TASK, SIZE, models) == 3 * len(contenders(models))
+    assert len(found.outcomes) == num_units(Annotation, TASK, SIZE, models)
     again = {(o.contender, o.role, o.model, o.fold) for o in found.outcomes}
     assert len(again) == len(found.outcomes)
     assert "each 'donor' whole on one side" in found.split
 
 
 def test_one_type_is_refused(folder, models, tmp_path):
-    from eval.benchmark.kinds.annotation import run
+    from eval.benchmark.kinds.annotation import Annotation
 
     cells = make_cells(60, num_genes=60)
     cells.obs["cell_type"] = "one"
     cells.write_h5ad(tmp_path / "cells.h5ad")
     with pytest.raises(ValueError, match="fewer than two classes"):
-        run(TASK, SIZE, bench(tmp_path, models))
+        Annotation(TASK, SIZE, bench(tmp_path, models)).run()

@@ -16,6 +16,7 @@ from eval.benchmark.task_file import AttentionTask, Cells, GeneList, Size
 from eval.cells.gene_lists import read_genes
 from eval.cells.read_cells import encode_file
 from pretrain.settings.model_settings import ModelConfig
+from tests.contests import num_units
 from tests.matched_worlds import bench_of, is_listed, passing_model, score_of, write_world
 from tests.synthetic import write_cells
 from tests.test_eval import vocabulary_of
@@ -254,15 +255,15 @@ def attending_model(vocabulary: Vocabulary) -> BertForMaskedLM:
 
 @pytest.fixture(scope="module")
 def task_run(tmp_path_factory) -> TaskRun:
-    from eval.benchmark.kinds.attention_task import num_units, run
+    from eval.benchmark.kinds.attention_task import AttentionToGenes
 
     folder = tmp_path_factory.mktemp("world")
     vocabulary = write_world(folder)
     bench = bench_of(
         folder, vocabulary, attending=attending_model(vocabulary), zeros=passing_model(vocabulary)
     )
-    found = run(TASK, Size(seeds=3), bench)
-    assert len(found.outcomes) == num_units(TASK, Size(seeds=3), bench.models)
+    found = AttentionToGenes(TASK, Size(seeds=3), bench).run()
+    assert len(found.outcomes) == num_units(AttentionToGenes, TASK, Size(seeds=3), bench.models)
     return found
 
 

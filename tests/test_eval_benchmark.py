@@ -202,12 +202,12 @@ def test_a_task_that_fails_leaves_the_others(world, tmp_path):
 
 
 def test_every_declared_task_is_complete():
-    from eval.benchmark.run import _KINDS, choose_tasks
+    from eval.benchmark.run import KINDS, choose_tasks
 
     tasks = all_tasks()
     kinds = {t.kind for t in tasks.values()}
     everywhere = {"genes", "cells", "integration", "annotation", "context", "attention"}
-    assert kinds <= set(_KINDS)
+    assert kinds <= set(KINDS)
     for suite in SUITES:
         assert {t.kind for t in choose_tasks(suite, [], [])} >= everywhere, suite
     for task in choose_tasks("quick", [], []):

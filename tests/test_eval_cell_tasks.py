@@ -14,6 +14,7 @@ import scipy.sparse
 from eval.benchmark.outcome import Outcome, Store, TaskRun
 from eval.benchmark.task_file import Cells, CellTask, Size
 from pretrain.settings.model_settings import ModelConfig
+from tests.contests import num_units
 from tests.synthetic import make_cells
 from tests.test_eval import vocabulary_of
 
@@ -103,12 +104,12 @@ def models(folder: Path) -> list[Model]:
 @pytest.fixture(scope="module")
 def found(folder: Path, models: list[Model]) -> tuple[TaskRun, list[str]]:
     """A whole run of two folds, and the names of its units."""
-    from eval.benchmark.kinds.cell_tasks import run
+    from eval.benchmark.kinds.cell_tasks import ClassesOfCells
     from eval.benchmark.material.models_and_cells import Bench
 
     units: list[str] = []
     store = Store(folder / "units", {}, lambda name, seconds: units.append(name))
-    return run(TASK, SIZE, Bench(models, folder, store, 0, "cpu", False)), units
+    return ClassesOfCells(TASK, SIZE, Bench(models, folder, store, 0, "cpu", False)).run(), units
 
 
 def mean_score(outcomes: list[Outcome], contender: str, model: str | None = None, role=None):
@@ -146,11 +147,11 @@ def test_shuffled_labels_give_chance(found):
 
 
 def test_every_contender_is_in_every_fold(found, models):
-    from eval.benchmark.kinds.cell_tasks import num_units
+    from eval.benchmark.kinds.cell_tasks import ClassesOfCells
     from eval.benchmark.neighbours.cell_baselines import BASELINES
 
     result, units = found
-    assert len(units) == num_units(TASK, SIZE, models)
+    assert len(units) == num_units(ClassesOfCells, TASK, SIZE, models)
     by_fold = [
         [(o.contender, o.role, o.model) for o in result.outcomes if o.fold == fold]
         for fold in range(2)
@@ -188,15 +189,19 @@ def test_donors_stay_whole_in_the_run(found):
 
 def test_same_seed_same_numbers_and_stored_ones_are_taken(found, folder, models, tmp_path):
     """One fold again: from the store without computing, and in a new folder from nothing."""
-    from eval.benchmark.kinds.cell_tasks import run
+    from eval.benchmark.kinds.cell_tasks import ClassesOfCells
     from eval.benchmark.material.models_and_cells import Bench
 
     size = SIZE.model_copy(update={"seeds": 1, "shots": ()})
     first = [o for o in found[0].outcomes if o.fold == 0 and o.model != "constant"]
     only = [models[0]]
-    stored = run(TASK, size, Bench(only, folder, Store(folder / "units", {}), 0, "cpu", False))
+    stored = ClassesOfCells(
+        TASK, size, Bench(only, folder, Store(folder / "units", {}), 0, "cpu", False)
+    ).run()
     assert stored.outcomes == first
-    new = run(TASK, size, Bench(only, folder, Store(tmp_path / "units", {}), 0, "cpu", False))
+    new = ClassesOfCells(
+        TASK, size, Bench(only, folder, Store(tmp_path / "units", {}), 0, "cpu", False)
+    ).run()
     assert [o.scores for o in new.outcomes] == [o.scores for o in first]
 
 
@@ -234,7 +239,7 @@ def test_leaked_splits_are_refused():
 
 
 def test_repeated_cells_leave_the_test_side():
-    from eval.benchmark.kinds.cell_tasks import divide
+    from eval.benchmark.material.labelled_cells import divide
 
     counts = random_counts(80)
     counts[1::20] = counts[0]
@@ -247,7 +252,7 @@ def test_repeated_cells_leave_the_test_side():
 
 
 def test_unusable_cells_are_counted():
-    from eval.benchmark.kinds.cell_tasks import usable_cells
+    from eval.benchmark.material.labelled_cells import usable_cells
 
     labels = ["a"] * 20 + ["b"] * 20 + ["rare"] * 3 + ["alone"] * 8 + ["", "nan"] + ["a"]
     donors = ["1", "2"] * 20 + ["1", "2", "1"] + ["3"] * 8 + ["1", "2"] + [""]
@@ -268,7 +273,7 @@ def test_unusable_cells_are_counted():
 
 
 def test_impossible_groups_are_refused():
-    from eval.benchmark.kinds.cell_tasks import divide
+    from eval.benchmark.material.labelled_cells import divide
 
     cells = task_cells(random_counts(40), label=["a", "b"] * 20)
     labels = np.arange(40) % 2

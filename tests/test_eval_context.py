@@ -12,6 +12,7 @@ from data_prep.genes.vocabulary import Vocabulary
 from eval.benchmark.outcome import TaskRun
 from eval.benchmark.task_file import Cells, ContextTask, GeneList, Size, read_task
 from eval.cells.read_cells import encode_file
+from tests.contests import num_units
 from tests.matched_worlds import (
     MODEL,
     bench_of,
@@ -62,18 +63,18 @@ def world(tmp_path_factory) -> tuple[Path, Vocabulary]:
 
 @pytest.fixture(scope="module")
 def found(world) -> tuple[TaskRun, Bench]:
-    from eval.benchmark.kinds.context import run
+    from eval.benchmark.kinds.context import Context
 
     folder, vocabulary = world
     bench = bench_of(
         folder, vocabulary, sensitive=sensitive_model(vocabulary), zeros=passing_model(vocabulary)
     )
-    return run(TASK, SIZE, bench), bench
+    return Context(TASK, SIZE, bench).run(), bench
 
 
 def test_planted_specificity_is_found_and_a_constant_model_is_at_chance(found):
     from eval.benchmark.contest.verdicts import main_contender
-    from eval.benchmark.kinds.context import num_units
+    from eval.benchmark.kinds.context import Context
 
     result, bench = found
     # Some listed genes have the same rank in all types: they are spread, but not by type.
@@ -89,7 +90,7 @@ def test_planted_specificity_is_found_and_a_constant_model_is_at_chance(found):
         spread = score_of(result, f"spread of {name} over types", "baseline", None)
         assert abs(spread - 0.5) < 0.3, "labels were drawn apart from the counts"
     assert main_contender(result) == "zero-shot"
-    assert len(result.outcomes) == num_units(TASK, SIZE, bench.models)
+    assert len(result.outcomes) == num_units(Context, TASK, SIZE, bench.models)
 
 
 def test_controls_are_at_chance(found):
@@ -193,7 +194,7 @@ def test_states_are_those_of_the_cell_alone(world, token_budget):
 
 
 def test_bad_input_is_named(world, tmp_path):
-    from eval.benchmark.kinds.context import run
+    from eval.benchmark.kinds.context import Context
 
     folder, vocabulary = world
     bench = bench_of(folder, vocabulary, zeros=passing_model(vocabulary))
@@ -201,17 +202,17 @@ def test_bad_input_is_named(world, tmp_path):
         update={"positive": GeneList(name="few", file="genes.tsv", keep={"listed": ("maybe",)})}
     )
     with pytest.raises(ValueError, match="no gene with"):
-        run(absent, SIZE, bench)
+        Context(absent, SIZE, bench).run()
     (folder / "two.txt").write_text("\n".join(vocabulary.genes[:2]))
     few = TASK.model_copy(update={"positive": GeneList(name="few", file="two.txt")})
     with pytest.raises(ValueError, match="pairs of 'few' and genes expressed alike; 10 are needed"):
-        run(few, SIZE, bench)
+        Context(few, SIZE, bench).run()
     cells = make_cells(60, 160)
     cells.obs["cell_type"] = "one"
     cells.write_h5ad(tmp_path / "cells.h5ad")
     (tmp_path / "genes.tsv").write_text((folder / "genes.tsv").read_text())
     with pytest.raises(ValueError, match="fewer than two classes"):
-        run(TASK, SIZE, bench_of(tmp_path, vocabulary, zeros=passing_model(vocabulary)))
+        Context(TASK, SIZE, bench_of(tmp_path, vocabulary, zeros=passing_model(vocabulary))).run()
 
 
 def test_a_list_beside_the_task_is_found(tmp_path):

@@ -15,6 +15,7 @@ from data_prep.genes.vocabulary import CLS, EOS, MASK, PAD, Vocabulary
 from eval.benchmark.outcome import Store, TaskRun
 from eval.benchmark.task_file import Cells, GeneTask, Size, all_tasks
 from pretrain.settings.model_settings import ModelConfig
+from tests.contests import num_units
 
 if TYPE_CHECKING:
     from eval.benchmark.material.models_and_cells import Model
@@ -113,7 +114,7 @@ class Planted:
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory) -> Planted:
     """One run of two models; takes some seconds, for all contenders train in it."""
-    from eval.benchmark.kinds.gene_tasks import run
+    from eval.benchmark.kinds.gene_tasks import ClassesOfGenes
     from eval.benchmark.material.models_and_cells import Bench
 
     folder = write_data(tmp_path_factory.mktemp("planted"))
@@ -121,7 +122,7 @@ def planted(tmp_path_factory) -> Planted:
     models = [knowing_model(vocabulary), constant_model(vocabulary)]
     units = []
     store = Store(folder / "store", {}, lambda name, seconds: units.append(name))
-    found = run(make_task(), SIZE, Bench(models, folder, store, 0, "cpu", False))
+    found = ClassesOfGenes(make_task(), SIZE, Bench(models, folder, store, 0, "cpu", False)).run()
     return Planted(found, units, folder, models)
 
 
@@ -159,10 +160,10 @@ def test_shuffled_labels_are_at_one_half(planted):
 
 
 def test_every_unit_is_counted_and_details_are_whole(planted):
-    from eval.benchmark.kinds.gene_tasks import num_units
+    from eval.benchmark.kinds.gene_tasks import ClassesOfGenes
 
     task_run = planted.run
-    assert num_units(make_task(), SIZE, planted.models) == len(planted.units)
+    assert num_units(ClassesOfGenes, make_task(), SIZE, planted.models) == len(planted.units)
     assert len(planted.units) == len(task_run.outcomes)
     assert (task_run.cells, task_run.chance, task_run.classes) == (24, 0.5, ["no", "yes"])
     assert task_run.excluded["cells: not drawn"] == 36
@@ -188,22 +189,24 @@ def test_again_from_the_store_and_from_nothing(planted, tmp_path):
 
     Some seconds: every contender trains.
     """
-    from eval.benchmark.kinds.gene_tasks import num_units, run
+    from eval.benchmark.kinds.gene_tasks import ClassesOfGenes
     from eval.benchmark.material.models_and_cells import Bench
 
     spent = []
     store = Store(planted.folder / "store", {}, lambda name, seconds: spent.append(seconds))
-    again = run(make_task(), SIZE, Bench(planted.models, planted.folder, store, 0, "cpu", False))
+    again = ClassesOfGenes(
+        make_task(), SIZE, Bench(planted.models, planted.folder, store, 0, "cpu", False)
+    ).run()
     assert again == planted.run
     assert set(spent) == {0.0}
     store = Store(tmp_path, {})
-    alone = run(
+    alone = ClassesOfGenes(
         make_task(), SIZE, Bench(planted.models[:1], planted.folder, store, 0, "cpu", False)
-    )
+    ).run()
     before = {(o.contender, o.role, o.model, o.fold): o.scores for o in planted.run.outcomes}
     for o in alone.outcomes:
         assert o.scores == before[o.contender, o.role, o.model, o.fold]
-    assert len(alone.outcomes) == num_units(make_task(), SIZE, planted.models[:1])
+    assert len(alone.outcomes) == num_units(ClassesOfGenes, make_task(), SIZE, planted.models[:1])
     for name, found in alone.details["intervals_over_genes"].items():
         assert found == planted.run.details["intervals_over_genes"][name], name
 

@@ -11,6 +11,7 @@ import scipy.sparse
 from eval.benchmark.outcome import Store
 from eval.benchmark.task_file import Cells, IntegrationTask, Size
 from pretrain.settings.model_settings import ModelConfig
+from tests.contests import num_units
 from tests.synthetic import make_cells
 from tests.test_eval import vocabulary_of
 
@@ -80,34 +81,34 @@ def test_kbet_looks_within_labels():
 
 
 def test_batches_are_held_out_whole_where_there_are_enough():
-    from eval.benchmark.kinds.integration import divide
+    from eval.benchmark.material.labelled_cells import divide_batches
 
     size = Size(seeds=1)
     labels = np.tile([0, 1], 100)
     batches = np.repeat(["a", "b", "c", "d", "e"], 40)
     sets = set()
     for seed in range(6):
-        train, scored = divide(labels, batches, size, seed)
+        train, scored = divide_batches(labels, batches, size, seed)
         assert not set(batches[train]) & set(batches[scored])
         assert len(np.unique(batches[scored])) >= 2
         assert set(labels[train]) == set(labels[scored]) == {0, 1}
         sets.add(tuple(scored))
     assert len(sets) == 6, "seeds score other cells"
     two = np.array(["a", "b"]).repeat(100)
-    train, scored = divide(labels, two, size, 0)
+    train, scored = divide_batches(labels, two, size, 0)
     assert not set(train) & set(scored)
     assert [(two[scored] == b).sum() for b in "ab"] == [40, 40]
     assert sum((labels[scored] == 0) & (two[scored] == "a")) == 20
     with pytest.raises(ValueError, match="integration needs two"):
-        divide(labels, np.array(["a"] * 200), size, 0)
+        divide_batches(labels, np.array(["a"] * 200), size, 0)
 
 
 def test_classes_that_are_rare_in_a_batch_are_divided_too():
-    from eval.benchmark.kinds.integration import divide
+    from eval.benchmark.material.labelled_cells import divide_batches
 
     labels = np.array([0] * 40 + [1] * 9 + [1])
     batches = np.array(["a", "b"] * 20 + ["a"] * 9 + ["b"])
-    train, scored = divide(labels, batches, Size(seeds=1), 0)
+    train, scored = divide_batches(labels, batches, Size(seeds=1), 0)
     assert set(labels[train]) == set(labels[scored]) == {0, 1}
 
 
@@ -169,7 +170,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Slow: compiles scores for the shapes of two folds, and UMAP: half a minute.
 @pytest.mark.slow
 def test_run_of_an_integration_task(folder, tmp_path):
-    from eval.benchmark.kinds.integration import num_units, run
+    from eval.benchmark.kinds.integration import Integration
     from eval.benchmark.material.models_and_cells import Bench, Model
     from pretrain.model.masked_gene_model import build_model
 
@@ -178,8 +179,8 @@ def test_run_of_an_integration_task(folder, tmp_path):
     size = Size(seeds=2, epochs=2, learning_rate=5e-3)
     units: list[str] = []
     store = Store(tmp_path / "units", {}, lambda name, seconds: units.append(name))
-    result = run(TASK, size, Bench([model], folder, store, 0, "cpu", False))
-    assert len(units) == num_units(TASK, size, [model])
+    result = Integration(TASK, size, Bench([model], folder, store, 0, "cpu", False)).run()
+    assert len(units) == num_units(Integration, TASK, size, [model])
     assert result.chance is None and result.headline == "overall"
     places = result.details["umap"]
     drawn = len(result.details["labels"])
@@ -193,9 +194,13 @@ def test_run_of_an_integration_task(folder, tmp_path):
     assert score["PCA", "baseline"]["pcr_comparison"] == 0
     assert score["ComBat", "baseline"]["batch"] > score["PCA", "baseline"]["batch"]
     assert score["PCA", "baseline"]["ari"] > 0.5
-    again = run(TASK, size, Bench([model], folder, Store(tmp_path / "units", {}), 0, "cpu", False))
+    again = Integration(
+        TASK, size, Bench([model], folder, Store(tmp_path / "units", {}), 0, "cpu", False)
+    ).run()
     assert again == result, "all stored"
     one = size.model_copy(update={"seeds": 1})
-    new = run(TASK, one, Bench([model], folder, Store(tmp_path / "new", {}), 0, "cpu", False))
+    new = Integration(
+        TASK, one, Bench([model], folder, Store(tmp_path / "new", {}), 0, "cpu", False)
+    ).run()
     first = [o.scores for o in result.outcomes if o.fold == 0]
     assert [o.scores for o in new.outcomes] == first, "same seed, same numbers"

@@ -15,6 +15,7 @@ from eval.benchmark.material.gene_pairs import read_edges
 from eval.benchmark.outcome import Store, TaskRun
 from eval.benchmark.task_file import Cells, Edges, PerturbSeqTask, Size
 from pretrain.settings.model_settings import ModelConfig
+from tests.contests import num_units
 
 if TYPE_CHECKING:
     from eval.benchmark.material.models_and_cells import Bench, Model
@@ -103,12 +104,12 @@ def means(result: TaskRun, contender: str, score: str, model: str | None = None)
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory) -> tuple[TaskRun, list[str], list[Model]]:
-    from eval.benchmark.kinds.perturb_seq import run
+    from eval.benchmark.kinds.perturb_seq import MeasuredShifts
 
     folder = write_cells(tmp_path_factory.mktemp("planted"))
     units: list[str] = []
     models = make_models()
-    return run(make_task(), SIZE, bench_in(folder, models, units)), units, models
+    return MeasuredShifts(make_task(), SIZE, bench_in(folder, models, units)).run(), units, models
 
 
 def test_scores_by_hand():
@@ -183,7 +184,7 @@ def test_no_test_perturbation_was_trained_on():
 
 
 def test_ridge_knows_nothing_of_what_it_is_not_told():
-    from eval.benchmark.kinds.perturb_seq import ridge
+    from eval.benchmark.neighbours.shift_baselines import ridge
 
     values = np.random.default_rng(0).normal(size=(12, 5))
     constant = ridge(np.ones((12, 3)), values, np.ones((2, 3)))
@@ -194,10 +195,12 @@ def test_ridge_knows_nothing_of_what_it_is_not_told():
 
 
 def test_planted_truth_wins(planted):
-    from eval.benchmark.kinds.perturb_seq import num_units
+    from eval.benchmark.kinds.perturb_seq import MeasuredShifts
 
     result, units, models = planted
-    assert len(units) == num_units(make_task(), SIZE, models) == len(result.outcomes)
+    assert (
+        len(units) == num_units(MeasuredShifts, make_task(), SIZE, models) == len(result.outcomes)
+    )
     assert result.headline == "pearson_delta_top20" and result.chance == 0
     name = "ridge on input embedding"
     knowing = means(result, name, "pearson_delta_top20", "knowing")
@@ -262,28 +265,30 @@ def test_shuffled_genes_are_at_chance(planted):
 
 @pytest.mark.long
 def test_same_numbers_again(planted, tmp_path):
-    from eval.benchmark.kinds.perturb_seq import run
+    from eval.benchmark.kinds.perturb_seq import MeasuredShifts
 
     result, _, models = planted
-    again = run(make_task(), SIZE, bench_in(write_cells(tmp_path), models[:1]))
+    again = MeasuredShifts(make_task(), SIZE, bench_in(write_cells(tmp_path), models[:1])).run()
     expected = [o.scores for o in result.outcomes if o.model == "knowing"]
     assert [o.scores for o in again.outcomes if o.model == "knowing"] == expected
 
 
 def test_additive_is_the_sum_of_singles(tmp_path):
     """Planted doubles are sums of log shifts; normalisation bends them only a little."""
-    from eval.benchmark.kinds.perturb_seq import run
+    from eval.benchmark.kinds.perturb_seq import MeasuredShifts
 
     pairs = tuple((i, i + 1) for i in range(8))
     folder = write_cells(tmp_path, pairs)
-    result = run(make_task(split="combinations"), SIZE, bench_in(folder, make_models()[1:]))
+    result = MeasuredShifts(
+        make_task(split="combinations"), SIZE, bench_in(folder, make_models()[1:])
+    ).run()
     assert means(result, "additive", "pearson_delta").mean() > 0.9
     assert (means(result, "additive", "l2") < means(result, "train mean", "l2")).all()
 
 
 def test_signatures(tmp_path):
     """Memberships are ranked; genes that the cells do not detect are left out."""
-    from eval.benchmark.kinds.perturb_seq import run
+    from eval.benchmark.kinds.perturb_seq import MeasuredShifts
     from eval.benchmark.material.measured_shifts import memberships
 
     write_cells(tmp_path)
@@ -305,7 +310,7 @@ def test_signatures(tmp_path):
     expected = {GENES[g] for g in np.flatnonzero(up[2]) if g != 2}
     assert {g for g, v in zip(shifts.genes, shifts.values[row], strict=True) if v} == expected
     task = make_task(perturbation="", control="", replicate=None, signatures=edges)
-    result = run(task, SIZE, bench_in(tmp_path, make_models()))
+    result = MeasuredShifts(task, SIZE, bench_in(tmp_path, make_models())).run()
     assert result.headline == "auroc" and result.chance == 0.5
     assert result.excluded["genes: not detected in the cells that are looked at"] == 1
     knowing = means(result, "ridge on input embedding", "auroc", "knowing")
@@ -313,16 +318,16 @@ def test_signatures(tmp_path):
 
 
 def test_bad_input(tmp_path):
-    from eval.benchmark.kinds.perturb_seq import run
+    from eval.benchmark.kinds.perturb_seq import MeasuredShifts
 
     write_cells(tmp_path)
     bench = bench_in(tmp_path, make_models())
     with pytest.raises(ValueError, match="no cell has 'untreated' in 'guide'.*correct `control`"):
-        run(make_task(control="untreated"), SIZE, bench)
+        MeasuredShifts(make_task(control="untreated"), SIZE, bench).run()
     with pytest.raises(ValueError, match="perturbations with 30 cells or more"):
-        run(make_task(min_cells=30, replicate=None), SIZE, bench)
+        MeasuredShifts(make_task(min_cells=30, replicate=None), SIZE, bench).run()
     with pytest.raises(ValueError, match="0 perturbations of genes that the vocabulary knows"):
-        run(make_task(gene_ids={}), SIZE, bench)
+        MeasuredShifts(make_task(gene_ids={}), SIZE, bench).run()
     edges = Edges(file="none.tsv", source="a", target="b", recipe="Ask for it.")
     with pytest.raises(ValueError, match="none.tsv: no such file. Ask for it."):
         read_edges(edges, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from eval.benchmark.task_file import (
 )
 from eval.simulate.settings import make_settings
 from pretrain.settings.model_settings import ModelConfig
+from tests.contests import num_units
 
 if TYPE_CHECKING:
     from eval.benchmark.material.models_and_cells import Bench, Model
@@ -35,10 +37,13 @@ EDITS = ("delete", "overexpress")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A folder with a simulation: 120 genes, 10 of them TFs, two types."""
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+def write_data(folder: Path) -> Path:
+    """Write a simulation: 120 genes, 10 of them TFs, two types."""
     from eval.simulate.write import simulate
 
-    folder = tmp_path_factory.mktemp("data")
     settings = make_settings(
         cells=150, genes=120, tfs=10, types=2, perturb_cells=20, regulators_per_gene=4
     )
@@ -48,6 +53,11 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(data) -> Model:
+    return make_model(data)
+
+
+def make_model(data: Path) -> Model:
+    """Return a model with random weights that knows the genes of a simulation."""
     import anndata
 
     from eval.benchmark.material.models_and_cells import Model
@@ -131,11 +141,11 @@ def test_scores_over_cells_and_over_regulators_differ(data):
 
 
 def test_run_of_shifts(data, model, tmp_path):
-    from eval.benchmark.kinds.simulated_shifts import num_units, run
+    from eval.benchmark.kinds.simulated_shifts import SimulatedShifts
 
     bench, units = bench_in(tmp_path, data, model)
-    result = run(shifts(), SIZE, bench)
-    assert len(units) == len(result.outcomes) == num_units(shifts(), SIZE, [model])
+    result = SimulatedShifts(shifts(), SIZE, bench).run()
+    assert len(units) == len(result.outcomes) == num_units(SimulatedShifts, shifts(), SIZE, [model])
     assert len(result.details["regulators"]) == 5
     by_name = {o.contender: o.scores for o in result.outcomes if o.role == "baseline"}
     assert by_name["no change"]["spearman"] == 0 == by_name["no change"]["spearman_toward"]
@@ -153,15 +163,17 @@ def test_run_of_shifts(data, model, tmp_path):
 def test_moves_of_a_model_are_those_of_its_encoder(data, model, tmp_path):
     import torch
 
-    from eval.benchmark.kinds.simulated_shifts import load_world, model_moves
+    from eval.benchmark.kinds.simulated_shifts import SimulatedShifts
 
     bench, _ = bench_in(tmp_path, data, model)
-    world = load_world(shifts(edits=("delete",)), SIZE, bench)
-    moves = model_moves(world, model, None, world.asked)["delete"]
+    contest = SimulatedShifts(shifts(edits=("delete",)), SIZE, bench)
+    world = contest.world
+    tokens = model.tokens_of(world.truth.regulators)
+    moves = contest.model_moves(model, None, world.asked)["delete"]
     assert (np.isfinite(moves.shift) == world.asked).all()
     cell, column = np.argwhere(world.asked)[0]
     genes = world.cells.tokens["random"][cell].astype(np.int64)
-    left = genes[genes != world.tokens(model)[column]]
+    left = genes[genes != tokens[column]]
     assert len(left) == len(genes) - 1
     encoder = model.network.bert.eval()
     with torch.inference_mode():  # the second-to-last of two layers is the first
@@ -169,18 +181,21 @@ def test_moves_of_a_model_are_those_of_its_encoder(data, model, tmp_path):
             encoder(input_ids=torch.from_numpy(g)[None], output_hidden_states=True).hidden_states[1]
             for g in (genes, left)
         )
-    kept = torch.from_numpy(genes != world.tokens(model)[column])
+    kept = torch.from_numpy(genes != tokens[column])
     cosine = torch.cosine_similarity(before[0, kept].mean(dim=0), after[0].mean(dim=0), dim=0)
     assert moves.shift[cell, column] == pytest.approx(1 - float(cosine), abs=1e-6)
 
 
 def test_run_of_cooperativity(data, model, tmp_path):
-    from eval.benchmark.kinds.cooperativity import num_units as units_of_pairs
-    from eval.benchmark.kinds.cooperativity import run as run_cooperativity
+    from eval.benchmark.kinds.cooperativity import Cooperativity
 
     bench, units = bench_in(tmp_path, data, model)
-    result = run_cooperativity(cooperativity(), SIZE, bench)
-    assert len(units) == len(result.outcomes) == units_of_pairs(cooperativity(), SIZE, [model])
+    result = Cooperativity(cooperativity(), SIZE, bench).run()
+    assert (
+        len(units)
+        == len(result.outcomes)
+        == num_units(Cooperativity, cooperativity(), SIZE, [model])
+    )
     network = pd.read_parquet(data / "simulated/network.parquet").query("direct")
     targets = network.groupby("tf")["target"].agg(set)
     for pair, number in result.details["regulators"].items():
@@ -192,38 +207,42 @@ def test_run_of_cooperativity(data, model, tmp_path):
         0 <= o.scores["auroc"] <= 1 for o in result.outcomes if o.scores["auroc"] is not None
     )
     pair = tuple(next(iter(result.details["regulators"])).split("+"))
-    named = run_cooperativity(cooperativity(pairs=(pair,)), SIZE, bench)
+    named = Cooperativity(cooperativity(pairs=(pair,)), SIZE, bench).run()
     assert list(named.details["regulators"]) == ["+".join(pair)]
 
 
 def test_planted_cooperativity(data, model, tmp_path):
     """Values that are planted at shared targets get the AUROC that they deserve."""
-    from eval.benchmark.kinds.cooperativity import draw_genes
-    from eval.benchmark.kinds.targets import Question, contenders, outcomes_of
+    from eval.benchmark.kinds.cooperativity import Cooperativity
     from eval.benchmark.matched.regulators import Regulator
-    from eval.benchmark.material.models_and_cells import load_cells
+
+    genes = list(model.vocabulary.genes)
+
+    class Planted(Cooperativity):
+        readings = ("excess", "other")
+
+        @cached_property
+        def regulators(self) -> list[Regulator]:
+            return [
+                Regulator("a+b", genes[:20], np.zeros((20, 3))),
+                Regulator("a+c", genes[20:30], np.zeros((10, 3))),
+            ]
+
+        def contenders(self):
+            return self.rows_of(())
+
+        def deleted(self, model, twin_seed, drawn):
+            truths = [self.regulators[i].is_target.astype(float) for i in drawn]
+            sign = 1 if twin_seed is None else 0
+            return [[sign * t for t in truths], [-sign * t for t in truths]]
 
     bench, _ = bench_in(tmp_path, data, model)
-    task = cooperativity()
-    cells = load_cells(task.cells, (), [model], data, 20, 0)
-    genes = list(model.vocabulary.genes)
-    pairs = [
-        Regulator("a+b", genes[:20], np.zeros((20, 3))),
-        Regulator("a+c", genes[20:30], np.zeros((10, 3))),
-    ]
-    question = Question(pairs, cells, bench, 5)
-
-    def planted(question, model, twin_seed, drawn):
-        truths = [question.regulators[i].is_target.astype(float) for i in drawn]
-        sign = 1 if twin_seed is None else 0
-        return [[sign * t for t in truths], [-sign * t for t in truths]]
-
-    draws = [draw_genes(question, n) for n in range(4)]
+    contest = Planted(cooperativity(), SIZE.model_copy(update={"seeds": 4}), bench)
+    draws = [draw for n in range(4) for draw in contest.folds(n)]
     assert [len(g) for g in draws[0].genes] == [16, 8]
     assert all((g[:8] + 10 == g[8:]).all() for g in (d.genes[0] for d in draws))
-    rows = contenders(question, {}, ("excess", "other"), planted)
     found = {}
-    for outcome in outcomes_of(question, rows, draws):
+    for outcome in contest.run().outcomes:
         found.setdefault((outcome.contender, outcome.role), []).append(outcome.scores["auroc"])
     assert found["excess", "model"] == [1] * 4 and found["other", "model"] == [0] * 4
     assert found["excess", "twin"] == [0.5] * 4
@@ -255,8 +274,8 @@ def test_two_genes_deleted_together(data, model, tmp_path):
 
 
 def test_bad_input(data, model, tmp_path):
-    from eval.benchmark.kinds.cooperativity import run as run_cooperativity
-    from eval.benchmark.kinds.simulated_shifts import run
+    from eval.benchmark.kinds.cooperativity import Cooperativity
+    from eval.benchmark.kinds.simulated_shifts import SimulatedShifts
     from eval.benchmark.material.simulated_truth import read_truth
 
     bench, _ = bench_in(tmp_path, data, model)
@@ -272,10 +291,10 @@ def test_bad_input(data, model, tmp_path):
     with pytest.raises(ValueError, match="cannot be read as a table"):
         read_truth(tmp_path / "text.parquet", EDITS, origins(data))
     with pytest.raises(ValueError, match="0 regulators are in 1000 of the cells"):
-        run(shifts(min_cells=1000), SIZE, bench)
+        SimulatedShifts(shifts(min_cells=1000), SIZE, bench).run()
     with pytest.raises(ValueError, match="no cell has 'type0' in 'donor'"):
-        run(shifts(label="donor"), SIZE, bench)
+        SimulatedShifts(shifts(label="donor"), SIZE, bench).run()
     with pytest.raises(ValueError, match="no two regulators share 100 targets"):
-        run_cooperativity(cooperativity(min_targets=100), SIZE, bench)
+        Cooperativity(cooperativity(min_targets=100), SIZE, bench).run()
     with pytest.raises(ValueError, match="nobody of `pairs` has no target"):
-        run_cooperativity(cooperativity(pairs=(("nobody", "nobody"),)), SIZE, bench)
+        Cooperativity(cooperativity(pairs=(("nobody", "nobody"),)), SIZE, bench).run()

@@ -23,6 +23,7 @@ from eval.benchmark.task_file import (
 )
 from eval.perturb.screen.edits import Edit
 from pretrain.settings.model_settings import ModelConfig
+from tests.contests import num_units
 
 if TYPE_CHECKING:
     from eval.benchmark.material.models_and_cells import Bench, Model
@@ -76,6 +77,10 @@ def write_data(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def models() -> list[Model]:
+    return make_models()
+
+
+def make_models() -> list[Model]:
     """Return a model in which all genes attend to all alike, and one of zeros.
 
     Embeddings of drivers have one direction in common, those of the last genes another.
@@ -125,18 +130,18 @@ def scores(result: TaskRun, contender: str, role: str, model: str | None = None)
 
 @pytest.fixture(scope="module")
 def planted(models, tmp_path_factory) -> tuple[TaskRun, list[str]]:
-    from eval.benchmark.kinds.perturbation import run
+    from eval.benchmark.kinds.perturbation import Perturbation
 
     folder = write_data(tmp_path_factory.mktemp("states"))
     units: list[str] = []
-    return run(make_task(), SIZE, bench_in(folder, models, units)), units
+    return Perturbation(make_task(), SIZE, bench_in(folder, models, units)).run(), units
 
 
 def test_planted_drivers_win(planted, models):
-    from eval.benchmark.kinds.perturbation import num_units
+    from eval.benchmark.kinds.perturbation import Perturbation
 
     result, units = planted
-    assert len(units) == len(result.outcomes) == num_units(make_task(), SIZE, models)
+    assert len(units) == len(result.outcomes) == num_units(Perturbation, make_task(), SIZE, models)
     assert result.headline == "auroc" and result.details["pairs"] >= 10
     assert scores(result, "zero-shot", "model", "averaging").min() > 0.9
     assert (scores(result, "zero-shot", "model", "constant") == 0.5).all(), "nothing ever moves"
@@ -151,24 +156,24 @@ def test_planted_drivers_win(planted, models):
 @pytest.mark.long
 def test_the_other_way_round(models, tmp_path):
     """Overexpressed in well cells, drivers move them toward sick ones."""
-    from eval.benchmark.kinds.perturbation import run
+    from eval.benchmark.kinds.perturbation import Perturbation
 
     folder = write_data(tmp_path)
     states = CellStates(key="state", start="well", goal="sick")
     task = make_task(edit="overexpress", states=states)
-    result = run(task, SIZE, bench_in(folder, models[:1]))
+    result = Perturbation(task, SIZE, bench_in(folder, models[:1])).run()
     assert scores(result, "zero-shot", "model", "averaging").min() > 0.9
     assert scores(result, "differential expression", "baseline").min() > 0.9
 
 
 def test_without_a_goal_genes_are_ordered_by_how_far_cells_move(models, tmp_path):
-    from eval.benchmark.kinds.perturbation import run
+    from eval.benchmark.kinds.perturbation import Perturbation
 
     folder = write_data(tmp_path)
     task = make_task(states=None, cells=Cells(
         files=("cells.h5ad",), recipe="made by the tests", keep={"state": ("sick",)}
     ))  # fmt: skip
-    result = run(task, SIZE, bench_in(folder, models[:1]))
+    result = Perturbation(task, SIZE, bench_in(folder, models[:1])).run()
     # What pulls a cell where the others pull it too moves it least when it is gone.
     assert scores(result, "zero-shot", "model", "averaging").max() < 0.2
     assert scores(result, "correlation with all genes", "baseline").shape == (3,)
@@ -176,11 +181,11 @@ def test_without_a_goal_genes_are_ordered_by_how_far_cells_move(models, tmp_path
 
 
 def test_fewer_genes_may_be_drawn(models, tmp_path):
-    from eval.benchmark.kinds.perturbation import run
+    from eval.benchmark.kinds.perturbation import Perturbation
 
     folder = write_data(tmp_path)
     size = Size.model_validate({"seeds": 1, "max_perturbed": 20, "max_cells_per_gene": 2})
-    result = run(make_task(), size, bench_in(folder, models[:1]))
+    result = Perturbation(make_task(), size, bench_in(folder, models[:1])).run()
     assert result.details["pairs"] == 10 and result.excluded["pairs: not drawn"] >= 1
 
 
@@ -227,17 +232,19 @@ def test_effects_by_hand(models, tmp_path):
 
 
 def test_bad_input(models, tmp_path):
-    from eval.benchmark.kinds.perturbation import run
+    from eval.benchmark.kinds.perturbation import Perturbation
 
     folder = write_data(tmp_path)
     bench = bench_in(folder, models)
     wrong = STATES.model_copy(update={"goal": "cured"})
     with pytest.raises(ValueError, match="no cell has 'cured' in 'state' .*sick, well.*`states`"):
-        run(make_task(states=wrong), SIZE, bench)
+        Perturbation(make_task(states=wrong), SIZE, bench).run()
     with pytest.raises(ValueError, match="pairs of 'driver'"):
-        run(make_task(min_cells=41), SIZE, bench)
+        Perturbation(make_task(min_cells=41), SIZE, bench).run()
     with pytest.raises(ValueError, match="absent.tsv: no such file"):
-        run(make_task(positive=GeneList(name="driver", file="absent.tsv")), SIZE, bench)
+        Perturbation(
+            make_task(positive=GeneList(name="driver", file="absent.tsv")), SIZE, bench
+        ).run()
 
 
 def test_the_paper_s_perturbations_are_declared():

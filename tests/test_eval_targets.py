@@ -16,6 +16,7 @@ from eval.benchmark.neighbours.gene_correlation import correlations
 from eval.benchmark.outcome import Store, TaskRun
 from eval.benchmark.task_file import Cells, Edges, Size, TargetsTask
 from pretrain.settings.model_settings import ModelConfig
+from tests.contests import num_units
 
 if TYPE_CHECKING:
     import torch
@@ -105,6 +106,11 @@ def attending_model(vocabulary: Vocabulary) -> BertForMaskedLM:
 
 @pytest.fixture(scope="module")
 def models() -> list[Model]:
+    return make_models()
+
+
+def make_models() -> list[Model]:
+    """Return a model that attends to targets, and one of zeros."""
     import torch
 
     from eval.benchmark.material.models_and_cells import Model
@@ -121,13 +127,13 @@ def models() -> list[Model]:
 
 @pytest.fixture(scope="module")
 def planted(models, tmp_path_factory) -> tuple[TaskRun, list[str]]:
-    from eval.benchmark.kinds.targets import run
+    from eval.benchmark.kinds.targets import Targets
     from eval.benchmark.material.models_and_cells import Bench
 
     folder = write_data(tmp_path_factory.mktemp("targets"))
     units: list[str] = []
     store = Store(folder / "units", {}, lambda name, _: units.append(name))
-    return run(make_task(), SIZE, Bench(models, folder, store, 0, "cpu", False)), units
+    return Targets(make_task(), SIZE, Bench(models, folder, store, 0, "cpu", False)).run(), units
 
 
 def means(result: TaskRun, contender: str, role: str, model: str | None = None) -> np.ndarray:
@@ -141,10 +147,10 @@ def means(result: TaskRun, contender: str, role: str, model: str | None = None) 
 
 
 def test_planted_targets_win(planted, models):
-    from eval.benchmark.kinds.targets import num_units
+    from eval.benchmark.kinds.targets import Targets
 
     result, units = planted
-    assert len(units) == len(result.outcomes) == num_units(make_task(), SIZE, models)
+    assert len(units) == len(result.outcomes) == num_units(Targets, make_task(), SIZE, models)
     assert set(result.details["regulators"]) == set(GENES[:NUM_REGULATORS])
     attending = means(result, "zero-shot", "model", "attending")
     assert attending.min() > 0.95
@@ -161,7 +167,7 @@ def test_shuffled_targets_are_at_chance(planted):
 
 
 def test_partners_may_be_listed(models, tmp_path):
-    from eval.benchmark.kinds.targets import run
+    from eval.benchmark.kinds.targets import Targets
     from eval.benchmark.material.models_and_cells import Bench
 
     folder = write_data(tmp_path)
@@ -170,7 +176,7 @@ def test_partners_may_be_listed(models, tmp_path):
     assert pairs.others[GENES[1]] == [GENES[g] for g in LISTED]
     task = make_task(partners="listed", min_targets=2)
     bench = Bench(models[:1], folder, Store(folder / "units", {}), 0, "cpu", False)
-    result = run(task, SIZE, bench)
+    result = Targets(task, SIZE, bench).run()
     assert means(result, "zero-shot", "model", "attending").min() > 0.9
     assert max(result.details["regulators"].values()) <= TARGETS_EACH
 
@@ -210,7 +216,7 @@ def test_effects_are_those_of_the_encoder(models, tmp_path):
 
 
 def test_scores_and_helpers_by_hand():
-    from eval.benchmark.kinds.targets import score_regulators
+    from eval.benchmark.matched.deletions import score_regulators
     from eval.benchmark.material.in_silico import chosen_holders
 
     truth = np.array([True, True, False, False])
@@ -227,14 +233,18 @@ def test_scores_and_helpers_by_hand():
 
 
 def test_bad_input(models, tmp_path):
-    from eval.benchmark.kinds.targets import run
+    from eval.benchmark.kinds.targets import Targets
     from eval.benchmark.material.models_and_cells import Bench
 
     folder = write_data(tmp_path)
     bench = Bench(models, folder, Store(folder / "units", {}), 0, "cpu", False)
     with pytest.raises(ValueError, match="0 regulators have 30 targets with partners"):
-        run(make_task(min_targets=30), SIZE, bench)
+        Targets(make_task(min_targets=30), SIZE, bench).run()
     with pytest.raises(ValueError, match="no column confidence"):
-        run(make_task(edges=EDGES.model_copy(update={"keep": {"confidence": ("A",)}})), SIZE, bench)
+        Targets(
+            make_task(edges=EDGES.model_copy(update={"keep": {"confidence": ("A",)}})), SIZE, bench
+        ).run()
     with pytest.raises(ValueError, match="no row has"):
-        run(make_task(edges=EDGES.model_copy(update={"keep": {"bound": ("?",)}})), SIZE, bench)
+        Targets(
+            make_task(edges=EDGES.model_copy(update={"keep": {"bound": ("?",)}})), SIZE, bench
+        ).run()

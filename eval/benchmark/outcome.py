@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +49,10 @@ class Outcome:
     scores: dict[str, float | None]
     seconds: float
     details: dict[str, Any] = field(default_factory=dict)
+
+    def without(self, *names: str) -> Outcome:
+        """Return the outcome without some details, which stay in the store only."""
+        return replace(self, details={k: v for k, v in self.details.items() if k not in names})
 
 
 @dataclass(frozen=True)

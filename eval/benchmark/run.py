@@ -10,24 +10,22 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 from data_prep.files import complete_file, names_in
+from eval.benchmark.contest.contest import Contest
 from eval.benchmark.contest.verdicts import holm, summarise, verdicts
-from eval.benchmark.kinds import (
-    annotation,
-    attention_task,
-    cell_tasks,
-    context,
-    cooperativity,
-    gene_tasks,
-    integration,
-    perturb_seq,
-    perturbation,
-    simulated_shifts,
-    targets,
-)
+from eval.benchmark.kinds.annotation import Annotation
+from eval.benchmark.kinds.attention_task import AttentionToGenes
+from eval.benchmark.kinds.cell_tasks import ClassesOfCells
+from eval.benchmark.kinds.context import Context
+from eval.benchmark.kinds.cooperativity import Cooperativity
+from eval.benchmark.kinds.gene_tasks import ClassesOfGenes
+from eval.benchmark.kinds.integration import Integration
+from eval.benchmark.kinds.perturb_seq import MeasuredShifts
+from eval.benchmark.kinds.perturbation import Perturbation
+from eval.benchmark.kinds.simulated_shifts import SimulatedShifts
+from eval.benchmark.kinds.targets import Targets
 from eval.benchmark.material.models_and_cells import Bench, Model, load_models
 from eval.benchmark.outcome import Store
 from eval.benchmark.task_file import AnyTask, Suite, all_tasks, missing_files, read_task
@@ -40,20 +38,19 @@ logger = logging.getLogger(__name__)
 RESULTS_FORMAT = "geneloom-benchmark/1"
 RESULTS_NAME = "results.json"
 _IDENTITY_NAME = "benchmark.json"
-# Imported when a suite has such a task: the metrics of integration load jax.
-# What runs tasks of a kind: `run` and `num_units`.
-_KINDS: dict[str, ModuleType] = {
-    "genes": gene_tasks,
-    "cells": cell_tasks,
-    "integration": integration,
-    "annotation": annotation,
-    "context": context,
-    "attention": attention_task,
-    "perturb_seq": perturb_seq,
-    "perturbation": perturbation,
-    "targets": targets,
-    "cooperativity": cooperativity,
-    "simulated_shifts": simulated_shifts,
+# `kind` of a task file -> what it means.
+KINDS: dict[str, type[Contest]] = {
+    "genes": ClassesOfGenes,
+    "cells": ClassesOfCells,
+    "integration": Integration,
+    "annotation": Annotation,
+    "context": Context,
+    "attention": AttentionToGenes,
+    "perturb_seq": MeasuredShifts,
+    "perturbation": Perturbation,
+    "targets": Targets,
+    "cooperativity": Cooperativity,
+    "simulated_shifts": SimulatedShifts,
 }
 _PACKAGES = ("scikit-learn", "scanpy", "scib-metrics", "harmonypy", "scvi-tools", "peft", "optuna")
 
@@ -150,7 +147,14 @@ def run_benchmark(
         )
     models = load_models(folders, vocabulary, gene_names)
     _claim(out, suite, seed, bf16, models)
-    progress.plan(sum(_KINDS[t.kind].num_units(t, t.sizes[suite], models) for t in runnable))
+
+    def bench_of(task: AnyTask) -> Bench:
+        what_decides = _what_decides(task, suite)
+        store = Store(out / "units", what_decides, lambda _, seconds: progress.unit(seconds))
+        return Bench(models, data, store, seed, device, bf16)
+
+    contests = (KINDS[t.kind](t, t.sizes[suite], bench_of(t)) for t in runnable)
+    progress.plan(sum(contest.num_units for contest in contests))
     found = environment()
     results: dict[str, Any] = {
         "format": RESULTS_FORMAT,
@@ -168,9 +172,8 @@ def run_benchmark(
     }
     for task in runnable:
         progress.task(task.title)
-        store = Store(out / "units", _what_decides(task, suite), lambda _, s: progress.unit(s))
         try:
-            record = _run_task(task, suite, Bench(models, data, store, seed, device, bf16))
+            record = _run_task(task, suite, bench_of(task))
         except ValueError as error:
             # The other tasks' results are worth having; the command says it and fails at the end.
             logger.error("%s: %s", task.name, error)
@@ -187,7 +190,7 @@ def _run_task(task: AnyTask, suite: Suite, bench: Bench) -> dict[str, Any]:
     """Return one entry of the results' tasks."""
     started = time.perf_counter()
     size = task.sizes[suite]
-    run = _KINDS[task.kind].run(task, size, bench)
+    run = KINDS[task.kind](task, size, bench).run()
     files = {p.stem for pattern in task.cells.files if bench.data for p in bench.data.glob(pattern)}
     return {
         **task.model_dump(

@@ -5,28 +5,18 @@ In the paper a fifth of the heads attends more to transcription factors, mostly 
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 from scipy.stats import false_discovery_control, wilcoxon
 
+from eval.benchmark.contest.contest import ROLES, Contender, Fold
 from eval.benchmark.contest.verdicts import ZERO_SHOT
-from eval.benchmark.matched.matched_genes import (
-    MATCHED,
-    Contender,
-    Fold,
-    GenePairs,
-    Scored,
-    compete,
-    matched_baselines,
-    pair_genes,
-    shuffled_control,
-)
-from eval.benchmark.material.models_and_cells import Bench, Model, TaskCells, load_cells
-from eval.benchmark.material.twin_encoders import OncePerEncoder, encoder_of
-from eval.benchmark.outcome import Role, TaskRun
-from eval.benchmark.task_file import AttentionTask, Size
+from eval.benchmark.matched.matched_contest import MatchedContest, Ordered
+from eval.benchmark.material.models_and_cells import Model, TaskCells
+from eval.benchmark.outcome import Role
+from eval.benchmark.task_file import AttentionTask
 from eval.cells.attention import Attention, mean_attention
 
 _FEWEST_CELLS = 10
@@ -35,79 +25,59 @@ _DECIMALS = 6  # what differs by less is rounding
 _EARLY = "zero-shot, early layers"
 
 
-class _World:
-    """Cells, their donors, and what the paired genes receive, computed once for each encoder."""
+class AttentionToGenes(MatchedContest[AttentionTask]):
+    """Genes are ordered by the attention that they receive."""
 
-    def __init__(self, cells: TaskCells, task: AttentionTask, bench: Bench) -> None:
-        self.cells, self.bench = cells, bench
-        self.donors = cells.codes(task.donor)
-        self._known: OncePerEncoder[Attention] = OncePerEncoder()
+    @cached_property
+    def cells(self) -> TaskCells:
+        """The cells, with their donors."""
+        return self.bench.cells(self.task.cells, (self.task.donor,), self.size.max_cells)
 
     def is_usable(self, model: Model) -> np.ndarray:
         """Return bool [num_tokens]: in 10 cells."""
         tokens = np.concatenate(self.cells.tokens[model.name])
         return np.bincount(tokens, minlength=model.vocabulary.num_tokens) >= _FEWEST_CELLS
 
-    def attention(self, model: Model, twin_seed: int | None, pairs: GenePairs) -> Attention:
-        return self._known.get(
-            model,
-            twin_seed,
-            lambda: mean_attention(
-                self.cells.tokens[model.name], encoder_of(model, twin_seed), model.vocabulary,
-                pairs.tokens[model.name], self.donors,
+    def contenders(self) -> list[Contender[Fold]]:
+        """Return all heads, those of early layers, and what the pairs were matched by."""
+        rows = self.matched_baselines()
+        for model in self.models:
+            for role in ROLES:
+                whole = Contender(ZERO_SHOT, role, model, partial(self.all_heads, model, role))
+                rows.append(whole)
+                if role == "model":
+                    rows.append(self.shuffled_control(whole))
+                early = partial(self.early_heads, model, role)
+                rows.append(Contender(_EARLY, role, model, early))
+        return rows
+
+    def attention(self, model: Model, role: Role, fold: Fold) -> Attention:
+        """Return what the paired genes receive, once for each encoder."""
+
+        def make() -> Attention:
+            return mean_attention(
+                self.cells.tokens[model.name], fold.encoder(model, role), model.vocabulary,
+                self.pairs.tokens[model.name], self.cells.codes(self.task.donor),
                 device=self.bench.device, bf16=self.bench.bf16,
-            ),
-        )  # fmt: skip
+            )  # fmt: skip
 
+        return self.once.get(model.name, fold.twin_seed(role), make)
 
-def run(task: AttentionTask, size: Size, bench: Bench) -> TaskRun:
-    """Return the outcomes of all contenders, one fold a seed; see `matched_genes.compete`.
+    def all_heads(self, model: Model, role: Role, fold: Fold) -> Ordered:
+        """Order genes by the mean over all heads, and compare the heads one by one."""
+        found = self.attention(model, role, fold)
+        received = found.over_groups()[:, :, fold.test].round(_DECIMALS)
+        scores, details = compare_heads(received)
+        if found.received.shape[0] > 1:
+            agree = _donors_agree(found.received[..., fold.test])
+            details["donors_agree"] = agree.round(3).tolist()
+        return Ordered(received.mean(axis=(0, 1)), scores, details)
 
-    Raises
-    ------
-    ValueError
-        The cells or lists cannot be had, or fewer than 10 pairs of genes are left.
-    """
-    columns = (task.donor,) if task.donor else ()
-    cells = load_cells(task.cells, columns, bench.models, bench.data, size.max_cells, bench.seed)
-    world = _World(cells, task, bench)
-    pairs = pair_genes(task, cells, bench, world.is_usable)
-    return compete(task, size, bench, cells, pairs, _contenders(bench.models, world, pairs))
-
-
-def num_units(task: AttentionTask, size: Size, models: list[Model]) -> int:
-    """Return how many outcomes `run` stores."""
-    return size.seeds * (len(MATCHED) + 5 * len(models))
-
-
-def _contenders(models: list[Model], world: _World, pairs: GenePairs) -> list[Contender]:
-    rows = matched_baselines(pairs)
-    roles: tuple[Role, ...] = ("model", "twin")
-    for model in models:
-        for role in roles:
-            whole = Contender(ZERO_SHOT, role, model, partial(_all, world, pairs, model, role))
-            rows.append(whole)
-            if role == "model":
-                rows.append(shuffled_control(whole))
-            early = partial(_early, world, pairs, model, role)
-            rows.append(Contender(_EARLY, role, model, early))
-    return rows
-
-
-def _all(world: _World, pairs: GenePairs, model: Model, role: Role, fold: Fold) -> Scored:
-    """Score genes by what they receive, mean over all heads; and compare the heads one by one."""
-    found = world.attention(model, fold.twin_seed(role), pairs)
-    received = found.over_groups()[:, :, fold.genes].round(_DECIMALS)
-    scores, details = compare_heads(received)
-    if found.received.shape[0] > 1:
-        details["donors_agree"] = _donors_agree(found.received[..., fold.genes]).round(3).tolist()
-    return Scored(received.mean(axis=(0, 1)), scores, details)
-
-
-def _early(world: _World, pairs: GenePairs, model: Model, role: Role, fold: Fold) -> Scored:
-    received = world.attention(model, fold.twin_seed(role), pairs).over_groups()
-    layers = -(-len(received) // 2)
-    return Scored(received[:layers, :, fold.genes].mean(axis=(0, 1)))
+    def early_heads(self, model: Model, role: Role, fold: Fold) -> Ordered:
+        """Order genes by the mean over the heads of the first half of the layers."""
+        received = self.attention(model, role, fold).over_groups()
+        layers = -(-len(received) // 2)
+        return Ordered(received[:layers, :, fold.test].mean(axis=(0, 1)))
 
 
 def compare_heads(received: np.ndarray) -> tuple[dict[str, float], dict[str, Any]]:

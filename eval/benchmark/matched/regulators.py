@@ -5,8 +5,9 @@ A regulator may be a set of genes that are deleted together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from eval.benchmark.matched.matched_genes import MATCHED, matched_features, near
 from eval.benchmark.material.gene_pairs import GenePairs
 from eval.benchmark.material.in_silico import chosen_holders, genes_of
 from eval.benchmark.material.models_and_cells import Bench, TaskCells
-from eval.benchmark.task_file import RegulatorsTask, Size, TargetsTask
+from eval.benchmark.task_file import CooperativityTask, RegulatorsTask, Size, TargetsTask
 
 FEWEST_REGULATORS = 3
 
@@ -143,6 +144,41 @@ def choose_regulators(
         "regulators: not among those with the most targets": len(possible) - len(found),
     }
     return found, {k: v for k, v in excluded.items() if v}
+
+
+def candidate_pairs(
+    task: CooperativityTask, edges: GenePairs, panel: Panel, seed: int
+) -> Iterator[Candidate]:
+    """Yield pairs of regulators with enough usable shared targets: the task's, or in random order.
+
+    Raises
+    ------
+    ValueError
+        A regulator of the task's own pairs has no target in the table, or is in no cell.
+    """
+    wanted = {g for pair in task.pairs for g in pair} or set(np.unique(edges.source).tolist())
+    place = {g: own for g in sorted(wanted) if (own := panel.place(g)) is not None}
+    targets = {g: panel.flags(edges.targets_of(g).tolist()) for g in place}
+    missing = [g for g in sorted(wanted) if g not in place or not targets[g].any()]
+    if task.pairs and missing:
+        raise ValueError(
+            f"{task.name}: {', '.join(missing)} of `pairs` has no target in {task.edges.file} or "
+            "is in none of the cells; name regulators as the table does"
+        )
+    pairs = list(task.pairs)
+    if not pairs:
+        every = list(combinations(place, 2))
+        pairs = [every[i] for i in np.random.default_rng(seed).permutation(len(every))]
+    for first, second in pairs:
+        both = targets[first] & targets[second]
+        own = (place[first], place[second])
+        if both.sum() < task.min_targets:
+            continue
+        usable = panel.usable(own, task.min_cells)
+        positive = np.flatnonzero(usable & both)
+        negative = np.flatnonzero(usable & (targets[first] ^ targets[second]))
+        if len(positive) >= task.min_targets:
+            yield Candidate(own, positive, negative)
 
 
 def with_partners(

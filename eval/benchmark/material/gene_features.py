@@ -94,6 +94,25 @@ def static_features(
     )
 
 
+def features_without_model(
+    kind: str,
+    expression: scipy.sparse.csr_matrix,
+    ranks: scipy.sparse.csr_matrix,
+    tokens: np.ndarray,
+    vocabulary: Vocabulary,
+    seed: int,
+) -> np.ndarray:
+    """Return float64 [len(tokens), features] of a kind.
+
+    ``counts`` and ``ranks``: reduced profiles over cells; ``static features``: all of
+    `static_features`, or the name of one of them.
+    """
+    if kind in ("counts", "ranks"):
+        return reduce_profiles(expression if kind == "counts" else ranks, tokens, seed)
+    static = static_features(expression, ranks, tokens, vocabulary)
+    return static[:, [STATIC_NAMES.index(kind)]] if kind in STATIC_NAMES else static
+
+
 def embed_genes(
     cells: list[np.ndarray],
     encoder: Encoder,
@@ -118,6 +137,11 @@ def embed_genes(
             sums.index_add_(0, tokens, hidden_BLD[place_L < lengths_B[:, None]].float())
             occurrences.index_add_(0, tokens, torch.ones_like(tokens, dtype=torch.float32))
     return (sums / occurrences[:, None]).cpu().numpy()
+
+
+def input_embeddings(encoder: Encoder) -> np.ndarray:
+    """Return float32 [num_tokens, width]: the table that tokens are looked up in."""
+    return encoder.get_input_embeddings().weight.detach().float().cpu().numpy()
 
 
 def _row_sums(matrix: scipy.sparse.csr_matrix) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedKFold
 
-from eval.benchmark.material.models_and_cells import Model, TaskCells
+from eval.benchmark.material.models_and_cells import Bench, Model, TaskCells, at_most
 from eval.benchmark.task_file import TASKS_FOLDER, GeneTask
 from eval.cells.gene_lists import GENE_COLUMNS
 
@@ -144,6 +144,48 @@ def choose_genes(
                 f"({ {k: v for k, v in excluded.items() if v} }); use more cells or fewer folds"
             )
     return labelled.subset(kept, {k: v for k, v in excluded.items() if v or k[0] == "("})
+
+
+@dataclass(frozen=True)
+class DrawnGenes:
+    """Genes of two classes, and the cells of each seed that they are looked at in.
+
+    Attributes
+    ----------
+    genes
+        Those that every model reads in the cells of every seed.
+    draws
+        Cells of each seed.
+    excluded
+        Reason -> cells and genes that were left out.
+    """
+
+    genes: LabelledGenes
+    draws: list[TaskCells]
+    excluded: dict[str, int]
+
+
+def draw_genes(
+    task: GeneTask, most_cells: int | None, seeds: list[int], bench: Bench
+) -> DrawnGenes:
+    """Return the genes of a task, and for each seed at most so many cells.
+
+    Raises
+    ------
+    ValueError
+        As `read_labels`, `choose_genes` and `load_cells`.
+    """
+    labelled, every = read_labels(task, bench.data), bench.cells(task.cells)
+    number = every.counts.shape[0]
+    draws = [every] * len(seeds)
+    if most_cells is not None and number > most_cells:
+        draws = [every.subset(at_most(np.arange(number), most_cells, seed)) for seed in seeds]
+    genes = choose_genes(labelled, bench.models, draws, task)
+    excluded = {f"cells: {k}": v for k, v in every.excluded.items()}
+    if not_drawn := number - draws[0].counts.shape[0]:
+        excluded["cells: not drawn"] = not_drawn
+    excluded |= {f"genes: {k}": v for k, v in genes.excluded.items()}
+    return DrawnGenes(genes, draws, excluded)
 
 
 def gene_folds(labels: np.ndarray, folds: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:

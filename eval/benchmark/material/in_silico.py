@@ -8,7 +8,7 @@ import numpy as np
 
 from eval.benchmark.material.models_and_cells import Bench, Model
 from eval.benchmark.material.twin_encoders import encoder_of
-from eval.perturb.screen.compare_copies import Engine, EngineSettings
+from eval.perturb.screen.compare_copies import Engine, EngineSettings, centroid
 from eval.perturb.screen.edits import Edit, GeneSets
 
 
@@ -84,6 +84,71 @@ def gene_effects(
                 sums[row, other[known]] += by[known]
                 counts[row, other[known]] += 1
     return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
+
+
+def moved_by_deletions(
+    engine: Engine,
+    cells: list[np.ndarray],
+    deleted: np.ndarray,
+    wanted: np.ndarray,
+    most: int | None,
+    seed: int,
+) -> np.ndarray:
+    """Return float64 [deleted, wanted]: how far genes move when others are deleted one by one.
+
+    0 where the two never meet, and for tokens of -1.
+
+    Parameters
+    ----------
+    cells
+        Gene tokens of every cell.
+    deleted, wanted
+        int tokens; each is deleted in at most `most` of the cells that hold it, drawn with `seed`.
+    """
+    held = chosen_holders(cells, deleted, most, seed)
+    moved = np.nan_to_num(gene_effects(engine, cells, deleted, held))
+    return np.where(wanted >= 0, moved[:, np.maximum(wanted, 0)], 0)
+
+
+def set_types(
+    engine: Engine, genes: list[np.ndarray], kinds: np.ndarray, types: list[str], most: int
+) -> None:
+    """Give an engine the centroid of each type: of its first cells, at most so many.
+
+    Parameters
+    ----------
+    genes, kinds
+        Gene tokens and type (str) of every cell.
+    """
+    centroids = {}
+    for kind in types:
+        of_kind = np.flatnonzero(kinds == kind)[:most]
+        states = engine.embed([genes[i] for i in of_kind])
+        centroids[kind] = centroid(states, np.zeros(len(of_kind), dtype=int))
+    engine.set_centroids(centroids)
+
+
+def moves_of_cells(
+    engine: Engine, genes: list[np.ndarray], tokens: np.ndarray, asked: np.ndarray, edit: Edit
+) -> np.ndarray:
+    """Return float64 [columns of the engine, cells, tokens]: each cell's move; NaN: not asked.
+
+    Parameters
+    ----------
+    genes
+        Gene tokens of every cell.
+    tokens
+        int [genes] that are edited one by one.
+    asked
+        bool [cells, tokens]: which are edited in which cell.
+    """
+    values = np.full((len(engine.columns), *asked.shape), np.nan)
+    for cell in np.flatnonzero(asked.any(axis=1)):
+        columns = np.flatnonzero(asked[cell])
+        found = engine.perturb(genes[cell], sets_of(tokens[columns]), edit)
+        for row, column in enumerate(engine.columns):
+            values[row, cell, columns[found.sets]] = found.values[column]
+    return values
 
 
 def cell_effects(

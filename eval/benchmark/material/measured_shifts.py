@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,10 +11,10 @@ import numpy as np
 import scipy.sparse
 from sklearn.model_selection import KFold
 
-from eval.benchmark.material.gene_pairs import GenePairs
-from eval.benchmark.material.models_and_cells import TaskCells
+from eval.benchmark.material.gene_pairs import GenePairs, read_edges
+from eval.benchmark.material.models_and_cells import Bench, Model, TaskCells, at_most
 from eval.benchmark.scoring.shift_scores import pearson
-from eval.benchmark.task_file import PerturbSeqTask
+from eval.benchmark.task_file import PerturbSeqTask, Size
 
 _PER = 1e4
 
@@ -66,6 +67,16 @@ class Shifts:
         scored = np.ones(len(self.genes), dtype=bool)
         scored[[self._place[g] for g in self.perturbed[perturbation] if g in self._place]] = False
         return scored
+
+    def sums(self, of_genes: Callable[[list[str]], np.ndarray], chosen: np.ndarray) -> np.ndarray:
+        """Return float64 [chosen perturbations, features]: sums over the genes that each perturbs.
+
+        `of_genes`: gene ids -> float [genes, features]; it is asked about all of them at once.
+        """
+        genes = sorted({g for i in chosen for g in self.perturbed[i]})
+        place = {g: row for row, g in enumerate(genes)}
+        found = of_genes(genes)
+        return np.stack([found[[place[g] for g in self.perturbed[i]]].sum(axis=0) for i in chosen])
 
     def restrict(self, genes: np.ndarray, perturbations: np.ndarray, why: dict) -> Shifts:
         """Return chosen genes and perturbations (bool), with reasons added to `excluded`."""
@@ -187,3 +198,61 @@ def perturbation_folds(
         tested = np.array([bool(unseen & set(p)) for p in shifts.perturbed])
         found.append((np.flatnonzero(~tested), np.flatnonzero(tested)))
     return found
+
+
+def load_shifts(task: PerturbSeqTask, size: Size, bench: Bench) -> tuple[Shifts, TaskCells]:
+    """Return measured shifts and context cells, at most `size.max_cells` of them.
+
+    Raises
+    ------
+    ValueError
+        As `load_cells`, `read_edges` and `measure_shifts`; too few perturbed genes are known.
+    """
+    if task.signatures:
+        context = bench.cells(task.cells, (), size.max_cells)
+        shifts = memberships(read_edges(task.signatures, bench.data))
+    else:
+        measured = bench.cells(task.cells, (task.perturbation, task.replicate))
+        shifts = measure_shifts(measured, task)
+        if task.context:
+            context = bench.cells(task.context, (), size.max_cells)
+        else:
+            is_control = (measured.metadata[task.perturbation] == task.control).to_numpy()
+            controls = np.flatnonzero(is_control)
+            context = measured.subset(at_most(controls, size.max_cells, bench.seed))
+    return _with_known_genes(shifts, context, task, bench.models), context
+
+
+def _with_known_genes(
+    shifts: Shifts, context: TaskCells, task: PerturbSeqTask, models: list[Model]
+) -> Shifts:
+    """Return shifts of perturbations that all vocabularies know.
+
+    Of signatures, only genes that the context detects: what is not expressed at all is too easily
+    told from what moves.
+    """
+    known = np.array(
+        [
+            all((m.reading_vocabulary.tokens_of(list(p)) >= 0).all() for m in models)
+            for p in shifts.perturbed
+        ]
+    )
+    genes = np.ones(len(shifts.genes), dtype=bool)
+    if task.signatures:
+        vocabulary = models[0].reading_vocabulary
+        detected = np.asarray(context.counts.sum(axis=0)).ravel() > 0
+        read = np.array([g for g, d in zip(context.genes, detected, strict=True) if d])
+        genes &= np.isin(shifts.genes, read) & (vocabulary.tokens_of(shifts.genes) >= 0)
+        # A signature of no gene, or of all, ranks nothing.
+        moved = shifts.values[:, genes].sum(axis=1)
+        known &= (moved > 0) & (moved < genes.sum())
+    why = {
+        "perturbations: of genes outside of a vocabulary, or without a gene": int((~known).sum()),
+        "genes: not detected in the cells that are looked at": int((~genes).sum()),
+    }
+    if known.sum() < task.folds or not genes.any():
+        raise ValueError(
+            f"{task.name}: {int(known.sum())} perturbations of genes that the vocabulary knows, "
+            f"fewer than {task.folds} folds; check `gene_ids`, or give --gene-names"
+        )
+    return shifts.restrict(genes, known, why)

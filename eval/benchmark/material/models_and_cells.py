@@ -59,6 +59,10 @@ class Model:
         names = {n: g for n, g in self.gene_names.items() if g in known and n not in known}
         return replace(self.vocabulary, aliases=names | self.vocabulary.aliases)
 
+    def tokens_of(self, genes: list[str]) -> np.ndarray:
+        """Return int64 tokens of gene ids or other names, -1 where the vocabulary lacks one."""
+        return self.reading_vocabulary.tokens_of(genes).astype(np.int64)
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -82,6 +86,17 @@ class Bench:
     seed: int
     device: str
     bf16: bool
+
+    def cells(
+        self,
+        cells: Cells,
+        columns: tuple[str | None, ...] = (),
+        max_cells: int | None = None,
+        change: Callable[[anndata.AnnData], anndata.AnnData] | None = None,
+    ) -> TaskCells:
+        """Return a task's cells for these models (`load_cells`); columns of None are none."""
+        named = tuple(c for c in columns if c)
+        return load_cells(cells, named, self.models, self.data, max_cells, self.seed, change)
 
 
 @dataclass(frozen=True)
@@ -129,6 +144,13 @@ class TaskCells:
             self.excluded,
             chosen.hexdigest(),
         )
+
+
+def at_most(cells: np.ndarray, most: int | None, seed: int) -> np.ndarray:
+    """Return sorted positions: all of these, or so many drawn from them; None: all."""
+    if most is None or len(cells) <= most:
+        return cells
+    return np.sort(np.random.default_rng(seed).choice(cells, most, replace=False))
 
 
 def load_models(
@@ -222,9 +244,9 @@ def load_cells(
     chosen = np.flatnonzero(kept & has_genes)
     if not len(chosen):
         raise ValueError(f"{paths[0]}: no cell is left ({excluded})")
-    if max_cells is not None and len(chosen) > max_cells:
-        excluded["not drawn"] = len(chosen) - max_cells
-        chosen = np.sort(np.random.default_rng(seed).choice(chosen, max_cells, replace=False))
+    drawn = at_most(chosen, max_cells, seed)
+    if len(drawn) < len(chosen):
+        excluded["not drawn"] = len(chosen) - len(drawn)
     whole = TaskCells(
         counts,
         genes,
@@ -233,7 +255,7 @@ def load_cells(
         {k: v for k, v in excluded.items() if v or k.startswith("(")},
         hashlib.sha256("".join([*digests, repr(options)]).encode()).hexdigest(),
     )
-    return whole.subset(chosen)
+    return whole.subset(drawn)
 
 
 def _paths(cells: Cells, data: Path | None, scratch: Path) -> list[Path]:

@@ -7,14 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import scipy.sparse
 from scipy.stats import rankdata
 
 from data_prep.files import file_sha256
+from eval.benchmark.material.gene_features import expression_of_tokens
+from eval.benchmark.material.in_silico import chosen_holders, genes_of
+from eval.benchmark.material.models_and_cells import Bench, TaskCells, load_cells
 from eval.benchmark.scoring.shift_scores import pearson
+from eval.benchmark.task_file import SimulatedShiftsTask, Size
 
 _TOWARD = "toward_"
 # A regulator in fewer cells has no correlation over cells.
 _FEWEST_CELLS = 3
+_FEWEST_REGULATORS = 3
 _DECIMALS = 10  # of the largest value; true shifts of one table span nine orders
 
 
@@ -97,6 +103,79 @@ def read_truth(path: Path, edits: tuple[str, ...], cells: list[str]) -> Truth:
         moves[edit] = Moves(values[0], np.stack(values[1:]))
     types = [c.removeprefix(_TOWARD) for c in columns]
     return Truth(regulators, types, moves, file_sha256(path))
+
+
+@dataclass(frozen=True)
+class SimulatedCells:
+    """Cells of origin, and what is edited in which of them.
+
+    Attributes
+    ----------
+    kinds
+        str [cells]: type of each cell.
+    context
+        CSR float32 [tokens of the first model, cells of the context], log-normalised.
+    truth, asked
+        True moves; bool [cells, regulators], which of them count.
+    """
+
+    cells: TaskCells
+    kinds: np.ndarray
+    context: scipy.sparse.csr_matrix
+    truth: Truth
+    asked: np.ndarray
+
+
+def load_simulated(task: SimulatedShiftsTask, size: Size, bench: Bench) -> SimulatedCells:
+    """Return the cells of origin, the truth of drawn regulators, and where these are edited.
+
+    `size.max_cells` are drawn from the context, regulators (at most `max_perturbed`) from those
+    that all models know and read in `min_cells` of the cells.
+
+    Raises
+    ------
+    ValueError
+        As `load_cells` and `read_truth`; a type has no cells, or fewer than 3 regulators are left.
+    """
+    first = bench.models[0]
+    assert bench.data is not None, "a task with files needs --data"
+    cells = bench.cells(task.cells, (task.label,))
+    context = cells
+    if task.context:
+        context = load_cells(
+            task.context, (), bench.models[:1], bench.data, size.max_cells, bench.seed
+        )
+    truth = read_truth(bench.data / task.shifts, task.edits, cells.metadata.index.tolist())
+    kinds = cells.metadata[task.label].to_numpy(dtype=str)
+    missing = sorted(set(truth.types) - set(kinds))
+    if missing:
+        raise ValueError(f"{task.name}: no cell has '{missing[0]}' in '{task.label}'")
+    held = np.ones((len(kinds), len(truth.regulators)), dtype=bool)
+    for model in bench.models:
+        genes = genes_of(model, cells.tokens[model.name])
+        tokens = model.reading_vocabulary.tokens_of(truth.regulators)
+        held &= np.stack([np.isin(tokens, cell) for cell in genes])
+    possible = np.flatnonzero(held.sum(axis=0) >= task.min_cells)
+    if len(possible) < _FEWEST_REGULATORS:
+        raise ValueError(
+            f"{task.name}: {len(possible)} regulators are in {task.min_cells} of the cells; "
+            f"{_FEWEST_REGULATORS} are needed. Has the model the simulation's vocabulary?"
+        )
+    drawn = np.random.default_rng(bench.seed).permutation(possible)[: size.max_perturbed]
+    truth = truth.of(np.sort(drawn))
+    # The first model's cells, as far as the others hold the gene there as well.
+    asked = np.zeros((len(kinds), len(drawn)), dtype=bool)
+    chosen = chosen_holders(
+        genes_of(first, cells.tokens[first.name]),
+        first.reading_vocabulary.tokens_of(truth.regulators),
+        size.max_cells_per_gene,
+        bench.seed,
+    )
+    for column, places in enumerate(chosen):
+        asked[places, column] = True
+    asked &= held[:, np.sort(drawn)]
+    expression = expression_of_tokens(context.counts, context.genes, first.reading_vocabulary)
+    return SimulatedCells(cells, kinds, expression, truth, asked)
 
 
 def score_moves(truth: Moves, predicted: Moves, asked: np.ndarray) -> dict[str, float]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import cached_property
-from typing import Generic, TypeVar
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from eval.benchmark.material.models_and_cells import Model
+from eval.benchmark.material.gene_features import embed_genes, input_embeddings
+from eval.benchmark.material.models_and_cells import Model, TaskCells
+from eval.benchmark.material.once import Once
+from eval.benchmark.scoring.gene_scores import mean_by_gene
 from eval.benchmark.task_file import Size
 from eval.finetune.classifier import Classifier, FinetuneSettings, Head, Target
 from eval.finetune.training import finetune
@@ -22,7 +23,7 @@ from pretrain.model import architectures
 from pretrain.model.architectures import Encoder
 
 HEAD_NAME = "label"
-Value = TypeVar("Value")
+_GENE_HEAD = "genes"
 # Epochs without a better validation loss; with so few epochs in all there is nothing to stop early,
 # and all training cells are used for training.
 _PATIENCE = 2
@@ -48,24 +49,6 @@ def encoder_of(model: Model, twin_seed: int | None) -> Encoder:
     return architectures.encoder_of(network)
 
 
-class OncePerEncoder(Generic[Value]):
-    """Values that are computed once for each encoder; those of a twin until another one is asked.
-
-    A twin belongs to one fold, and is not needed any more in the next.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[str, int | None], Value] = {}
-
-    def get(self, model: Model, twin_seed: int | None, make: Callable[[], Value]) -> Value:
-        """Return what `make` gives for a model (`twin_seed` None) or one of its twins."""
-        key = (model.name, twin_seed)
-        if key not in self._known:
-            self._known = {k: v for k, v in self._known.items() if k[1] in (None, twin_seed)}
-            self._known[key] = make()
-        return self._known[key]
-
-
 class Embeddings:
     """Mean gene states of cells, each computed once for each encoder."""
 
@@ -75,14 +58,7 @@ class Embeddings:
         """Take model name -> token ids of every cell; `layer` as `embed_cells` has it."""
         self._tokens, self._layer = tokens, layer
         self._device, self._bf16 = device, bf16
-        self._known: OncePerEncoder[tuple[np.ndarray, np.ndarray]] = OncePerEncoder()
-
-    @cached_property
-    def last_layer(self) -> Embeddings:
-        """The same cells' states of the last layer, which cell states are made of."""
-        if self._layer == 0:
-            return self
-        return Embeddings(self._tokens, 0, self._device, self._bf16)
+        self._once = Once()
 
     def of(
         self, model: Model, twin_seed: int | None, cells: np.ndarray, of_fold: np.ndarray
@@ -94,8 +70,8 @@ class Embeddings:
         (`of_fold`, sorted).
         """
         every = np.arange(len(self._tokens[model.name])) if twin_seed is None else of_fold
-        wanted, states = self._known.get(
-            model,
+        wanted, states = self._once.get(
+            model.name,
             twin_seed,
             lambda: (every, self.embed(encoder_of(model, twin_seed), model, every)),
         )
@@ -120,6 +96,24 @@ def mean_of_inputs(
     table = architectures.input_table(encoder).detach().cpu().numpy()
     first = model.vocabulary.first_gene_token
     return np.stack([table[tokens[i][tokens[i] >= first]].mean(axis=0) for i in cells])
+
+
+def features_of_model(
+    kind: str, model: Model, twin_seed: int | None, cells: TaskCells, settings: FinetuneSettings
+) -> np.ndarray:
+    """Return float32 [num_tokens, width] of a model (`twin_seed` None) or its twin.
+
+    ``frozen embedding``: mean states of the last layer over the cells, NaN for tokens in none;
+    ``input embeddings``: the embedding table; ``loadings``: of the SVD of its training cells.
+    """
+    if kind == "loadings":
+        assert model.svd
+        return model.svd.components
+    encoder = encoder_of(model, twin_seed)
+    if kind == "input embeddings":
+        return input_embeddings(encoder)
+    tokens, budget = cells.tokens[model.name], settings.token_budget
+    return embed_genes(tokens, encoder, model.vocabulary, budget, settings.device, settings.bf16)
 
 
 def settings_of(size: Size, device: str, bf16: bool) -> FinetuneSettings:
@@ -186,3 +180,65 @@ def train(
     return finetune(
         encoder, model.vocabulary, *examples(fit), settings, seed, validation=examples(held)
     )
+
+
+@dataclass(frozen=True)
+class TunedGenes:
+    """What a fine-tuned model says of test genes.
+
+    Attributes
+    ----------
+    probability
+        float64 [test genes]: mean over a gene's occurrences of the probability of the second class.
+    gene, by_occurrence
+        int [occurrences], position of the test gene; float [occurrences], its probability there.
+    freeze_layers
+        Layers that were not trained.
+    """
+
+    probability: np.ndarray
+    gene: np.ndarray
+    by_occurrence: np.ndarray
+    freeze_layers: int
+
+
+def tune_on_genes(
+    encoder: Encoder,
+    model: Model,
+    cells: list[np.ndarray],
+    tokens: np.ndarray,
+    labels: np.ndarray,
+    train: np.ndarray,
+    test: np.ndarray,
+    classes: tuple[str, str],
+    settings: FinetuneSettings,
+    seed: int,
+) -> TunedGenes:
+    """Return predictions of test genes by an encoder that is trained on the training genes.
+
+    Parameters
+    ----------
+    cells
+        Token ids of every cell.
+    tokens, labels
+        int64 [genes], of all genes.
+    train, test
+        int positions among the genes.
+    settings
+        A model of few layers keeps one to train, whatever `freeze_layers` says.
+    """
+    depth = encoder.config.num_hidden_layers
+    settings = replace(settings, freeze_layers=min(settings.freeze_layers, depth - 1))
+    num_tokens = model.vocabulary.num_tokens
+    targets = np.full(num_tokens, -1, dtype=np.int64)
+    targets[tokens[train]] = labels[train]
+    target = Target(Head(_GENE_HEAD, "genes", classes), targets)
+    classifier = finetune(encoder, model.vocabulary, cells, [target], settings, seed)
+    wanted = np.zeros(num_tokens, dtype=bool)
+    wanted[tokens[test]] = True
+    predictions = classifier.predict_genes(cells, _GENE_HEAD, wanted)
+    place = np.full(num_tokens, -1)
+    place[tokens[test]] = np.arange(len(test))
+    gene, by_occurrence = place[predictions.token], predictions.probabilities[:, 1]
+    probability = mean_by_gene(gene, by_occurrence, len(test))
+    return TunedGenes(probability, gene, by_occurrence, settings.freeze_layers)

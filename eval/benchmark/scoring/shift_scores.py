@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -71,6 +73,43 @@ def score_ranking(is_target: np.ndarray, strength: np.ndarray) -> dict[str, floa
         "auroc": float(roc_auc_score(is_target, strength)),
         "auprc": float(average_precision_score(is_target, strength)),
     }
+
+
+def score_shifts(
+    measured: np.ndarray,
+    predicted: np.ndarray,
+    scored: list[np.ndarray],
+    typical: np.ndarray,
+    only_ranks: bool,
+) -> dict[str, float]:
+    """Return means over perturbations of `score_ranking` of affected genes, and of `score_shift`.
+
+    Parameters
+    ----------
+    measured, predicted
+        float [perturbations, genes].
+    scored
+        bool [genes] of each perturbation: those that count.
+    typical
+        float [genes]: the mean shift of the training perturbations.
+    only_ranks
+        `predicted` orders genes by how much they move, and says nothing of shifts: it has no
+        scores of these.
+    """
+    found = []
+    for truth, row, keep in zip(measured, predicted, scored, strict=True):
+        strength = row if only_ranks else np.abs(row)
+        scores = score_ranking(affected_genes(truth[keep]), strength[keep])
+        if not only_ranks:
+            scores |= score_shift(truth[keep], row[keep], typical[keep])
+        found.append(scores)
+    return {k: mean_of_known([f[k] for f in found]) for k in found[0]}
+
+
+def mean_of_known(values: list[float]) -> float:
+    """Return the mean of what is finite; NaN where nothing is."""
+    known = [v for v in values if math.isfinite(v)]
+    return float(np.mean(known)) if known else math.nan
 
 
 def rank_of_truth(measured: np.ndarray, predicted: np.ndarray) -> np.ndarray:
