@@ -181,8 +181,9 @@ class ClassesOfGenes(Contest[GeneTask, Fold]):
         labels, task = self.genes.labels, self.task
         tokens = model.tokens_of(self.genes.ids)
         found = tune_on_genes(
-            fold.encoder(model, role), model, self.cells(fold).tokens[model.name], tokens, labels,
-            fold.train, fold.test, (task.negative, task.positive), self.settings, fold.seed,
+            fold.encoder(model, role), model, self.cells(fold).tokens[model.name],
+            (tokens[fold.train], labels[fold.train]), tokens[fold.test],
+            (task.negative, task.positive), self.settings, fold.seed,
         )  # fmt: skip
         truth = labels[fold.test]
         by_occurrence = float(roc_auc_score(truth[found.gene], found.by_occurrence))

@@ -206,9 +206,7 @@ def tune_on_genes(
     encoder: Encoder,
     model: Model,
     cells: list[np.ndarray],
-    tokens: np.ndarray,
-    labels: np.ndarray,
-    train: np.ndarray,
+    train: tuple[np.ndarray, np.ndarray],
     test: np.ndarray,
     classes: tuple[str, str],
     settings: FinetuneSettings,
@@ -220,10 +218,10 @@ def tune_on_genes(
     ----------
     cells
         Token ids of every cell.
-    tokens, labels
-        int64 [genes], of all genes.
-    train, test
-        int positions among the genes.
+    train
+        int64 [training genes], their tokens and their labels.
+    test
+        int64 [test genes], their tokens.
     settings
         A model of few layers keeps one to train, whatever `freeze_layers` says.
     """
@@ -231,14 +229,14 @@ def tune_on_genes(
     settings = replace(settings, freeze_layers=min(settings.freeze_layers, depth - 1))
     num_tokens = model.vocabulary.num_tokens
     targets = np.full(num_tokens, -1, dtype=np.int64)
-    targets[tokens[train]] = labels[train]
+    targets[train[0]] = train[1]
     target = Target(Head(_GENE_HEAD, "genes", classes), targets)
     classifier = finetune(encoder, model.vocabulary, cells, [target], settings, seed)
     wanted = np.zeros(num_tokens, dtype=bool)
-    wanted[tokens[test]] = True
+    wanted[test] = True
     predictions = classifier.predict_genes(cells, _GENE_HEAD, wanted)
     place = np.full(num_tokens, -1)
-    place[tokens[test]] = np.arange(len(test))
+    place[test] = np.arange(len(test))
     gene, by_occurrence = place[predictions.token], predictions.probabilities[:, 1]
     probability = mean_by_gene(gene, by_occurrence, len(test))
     return TunedGenes(probability, gene, by_occurrence, settings.freeze_layers)
