@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from data_prep.files import PARTIAL
 from data_prep.running.stages import stage_of
 
 State = Literal["running", "finished", "stopped", "failed", "silent"]
@@ -103,8 +104,8 @@ def look_at(folder: Path, now: float) -> Run | None:
     if stage == "finetune":
         done, age = len(record["seeds"]), _age(folder / "results.json", now)
         return Run(str(folder), stage, "finished", done, done, "seeds", age_s=age)
-    if (folder / ".partial").is_dir():
-        files = (folder / ".partial", *(folder / ".partial").glob("*"))
+    if (folder / PARTIAL).is_dir():
+        files = (folder / PARTIAL, *(folder / PARTIAL).glob("*"))
         age = min(_age(path, now) for path in files)
         return Run(str(folder), "unfinished", _alive(age), age_s=age)
     return None

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from data_prep.files import complete_file
 from launch.environment import ENV_HELP, named_variables
 from launch.verbs import MODULES, check_and_find_folder, module_of, named_values, to_go_on
 from launch.ways.render_template import MANIFEST, TEMPLATE_HELP, render_yaml
@@ -106,7 +107,8 @@ def launch_kubernetes(
     if out is not None:
         if out.exists():
             raise ValueError(f"{out}: exists; give --manifest a new name")
-        out.write_text(text)
+        with complete_file(out) as aside:
+            aside.write_text(text)
     print(text, end="")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shlex
@@ -18,7 +19,7 @@ from data_prep.files import LAUNCH_FOLDER, names_in
 from data_prep.running.network import TOKEN
 from data_prep.running.owner import refuse_if_in_use
 from data_prep.running.redact import is_public, redacted_command
-from launch.attempts.rank import make_private, write_whole
+from launch.attempts.rank import make_private, write_private
 from launch.attempts.rank_logs import read_events, record_event
 from launch.environment import ENV_HELP, named_variables
 from launch.verbs import MODULES, check_and_find_folder, module_of, to_go_on
@@ -156,10 +157,9 @@ def store(text: str, settings: dict, out: Path) -> Path:
     make_private(folder)
     token = {TOKEN: secrets.token_hex(32)}
     environment = settings["environment"] | token
-    write_whole(folder / "settings.json", settings | {"environment": environment})
+    write_private(folder / "settings.json", json.dumps(settings | {"environment": environment}))
     path = folder / "job.sbatch"
-    path.write_text(text)
-    path.chmod(0o600)
+    write_private(path, text)
     return path
 
 

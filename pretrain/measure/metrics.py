@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from data_prep.files import complete_file
 from data_prep.running.owner import Owner
 from pretrain.config import ObjectiveConfig, RunConfig
 from pretrain.counting.baselines import ARITHMETIC, BASELINE_NAMES
@@ -207,9 +208,8 @@ class RunLog:
         with _named(self._path):
             kept = read_metrics(run, resumed_step)
             # Aside: whoever is killed here has lost nothing.
-            aside = self._path.with_suffix(".partial")
-            aside.write_text("".join(json.dumps(m) + "\n" for m in kept))
-            aside.replace(self._path)
+            with complete_file(self._path) as aside:
+                aside.write_text("".join(json.dumps(m) + "\n" for m in kept))
         with _named(run / "tensorboard"):
             self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
             self._tensorboard.add_custom_scalars(LAYOUT)
