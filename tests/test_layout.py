@@ -20,7 +20,7 @@ FOLDERS = ("data_prep", "pretrain", "launch", "eval")
 ROOMS = {
     "data_prep": """
         __main__ | cli | inspection | prepare | encoding | sources | matrices shards
-        genes running | errors files hashing version
+        genes running | drawing errors files hashing version
     """,
     "pretrain": """
         __main__ | cli | train | engine | start | export | optim summary device | measure
