@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
 
 # In a folder that a command fills: what started it, what its ranks said. No part of the result.
 LAUNCH_FOLDER = "launch"
@@ -117,6 +122,20 @@ def complete_folder(out: Path, record: str) -> Iterator[Path]:
                 path.rename(out / path.name)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file to which lines are added; none if it is not there.
+
+    A line that is no JSON, which a killed process left half written, is skipped with a warning.
+    """
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            logger.warning("%s: a torn line is skipped", path)
+    return records
 
 
 def file_sha256(path: Path) -> str:

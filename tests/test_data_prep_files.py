@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from data_prep.files import complete_file, write_to_disk
+from data_prep.files import complete_file, read_json_lines, write_to_disk
 
 pytestmark = pytest.mark.quick
 
@@ -52,3 +52,11 @@ def test_to_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     write_to_disk(tmp_path / "a.json", "text")
     assert seen == [[".a.json.partial"]]
     assert (tmp_path / "a.json").read_text() == "text"
+
+
+def test_a_torn_line_is_skipped_and_said(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    assert read_json_lines(path) == []
+    path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert read_json_lines(path) == [{"step": 1}, {"step": 2}]
+    assert caplog.messages == [f"{path}: a torn line is skipped"]

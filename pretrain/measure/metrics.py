@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from data_prep.files import complete_file
+from data_prep.files import complete_file, read_json_lines
 from data_prep.running.owner import Owner
 from pretrain.config import ObjectiveConfig, RunConfig
 from pretrain.counting.baselines import ARITHMETIC, BASELINE_NAMES
@@ -277,13 +277,7 @@ def read_metrics(run: Path, last_step: int | None = None) -> list[dict[str, Any]
 
     The steps of each kind are in order; a checkpoint's record comes when it is finished.
     """
-    path = run / METRICS_NAME
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            logger.warning("%s: a torn line is skipped", path)
+    records = read_json_lines(run / METRICS_NAME)
     return [m for m in records if last_step is None or m["step"] <= last_step]
 
 
