@@ -35,6 +35,7 @@ setup(
         "pretrain": ["configs/*.yaml"],
         "deepspeed_configs": ["*.json"],
         "eval.benchmark": ["tasks/*"],
+        "launch.ways": ["templates/*"],
     },
     install_requires=[
         "aiohttp",

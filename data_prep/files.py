@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
+import logging
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
 
 # In a folder that a command fills: what started it, what its ranks said. No part of the result.
 LAUNCH_FOLDER = "launch"
 # In a folder that a run works in (`data_prep.running.owner`).
 OWNER_NAME = ".owner.json"
+# What is being written: the folder inside of a result, the end of a file's name.
+PARTIAL = ".partial"
 
 
 def names_in(folder: Path) -> set[str]:
@@ -53,11 +61,19 @@ def made_folder(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def complete_file(out: Path) -> Iterator[Path]:
-    """Give a path whose file or folder becomes `out` at the end, and is removed after an error."""
-    aside = out.with_name(f".{out.name}.partial")
+def complete_file(out: Path, to_disk: bool = False) -> Iterator[Path]:
+    """Give a path whose file or folder becomes `out` at the end, and is removed after an error.
+
+    `to_disk`: a file is forced to disk before it gets its name, so that no power failure leaves a
+    name without its content.
+    """
+    aside = out.with_name(f".{out.name}{PARTIAL}")
+    if aside.is_dir():  # of a process that was killed
+        shutil.rmtree(aside)
     try:
         yield aside
+        if to_disk:
+            force_to_disk(aside)
         aside.replace(out)
     finally:
         if aside.is_dir():
@@ -65,7 +81,19 @@ def complete_file(out: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
-PARTIAL = ".partial"
+def write_to_disk(out: Path, text: str) -> None:
+    """Write a small file that is complete or absent, also after a power failure."""
+    with complete_file(out, to_disk=True) as aside:
+        aside.write_text(text)
+
+
+def force_to_disk(path: Path) -> None:
+    """Return when the content of a file would survive a power failure."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def require_new(out: Path) -> None:
@@ -94,6 +122,20 @@ def complete_folder(out: Path, record: str) -> Iterator[Path]:
                 path.rename(out / path.name)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file to which lines are added; none if it is not there.
+
+    A line that is no JSON, which a killed process left half written, is skipped with a warning.
+    """
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            logger.warning("%s: a torn line is skipped", path)
+    return records
 
 
 def file_sha256(path: Path) -> str:

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from data_prep.files import PARTIAL, read_json_lines
 from data_prep.running.stages import stage_of
 
 State = Literal["running", "finished", "stopped", "failed", "silent"]
@@ -107,15 +108,15 @@ def look_at(folder: Path, now: float) -> Run | None:
     if stage == "finetune":
         done, age = len(record["seeds"]), _age(folder / "results.json", now)
         return Run(str(folder), stage, "finished", done, done, "seeds", age_s=age)
-    if (folder / ".partial").is_dir():
-        files = (folder / ".partial", *(folder / ".partial").glob("*"))
+    if (folder / PARTIAL).is_dir():
+        files = (folder / PARTIAL, *(folder / PARTIAL).glob("*"))
         age = min(_age(path, now) for path in files)
         return Run(str(folder), "unfinished", _alive(age), age_s=age)
     return None
 
 
 def _pretraining(folder: Path, now: float) -> Run:
-    records = _records(folder / "metrics.jsonl")
+    records = read_json_lines(folder / "metrics.jsonl")
     train = [r for r in records if r["kind"] == "train"]
     heldout = [r for r in records if r["kind"] == "heldout"]
     last: dict[str, Any] = train[-1] if train else {}
@@ -177,7 +178,7 @@ def _state(
 
 def _said_at_its_end(folder: Path, step: int) -> State | None:
     """Return the state in a run's ``ended.json``; None if there is none or the run continued."""
-    for ended in _records(folder / "ended.json"):
+    for ended in read_json_lines(folder / "ended.json"):
         if ended.get("step") == step and ended.get("state") in ("stopped", "failed"):
             return ended["state"]
     return None
@@ -248,17 +249,6 @@ def format_age(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{max(0.0, seconds):.0f} s"
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file of JSON lines; incomplete lines are left out."""
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
 
 
 def _step(checkpoint: Path) -> int:

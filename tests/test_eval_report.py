@@ -203,7 +203,7 @@ def test_the_page_needs_nothing_else(tmp_path):
 
 @pytest.mark.parametrize("largest", [False, True])
 def test_long_curves_are_thinned(largest):
-    from eval.drawing.figures import _thinned
+    from eval.report.run_figures import _thinned
 
     steps, values = np.arange(10, 25_010, 10), np.sin(np.arange(2500.0))
     values[[0, 1, 2, 50]] = np.nan

@@ -21,7 +21,7 @@ FOLDERS = ("data_prep", "pretrain", "launch", "eval")
 ROOMS = {
     "data_prep": """
         __main__ | cli api | inspection | prepare | encoding | sources | matrices shards
-        genes running | errors files hashing options version
+        genes running | drawing errors files hashing options version
     """,
     "pretrain": """
         __main__ | cli | api | train | engine | start | export | optim summary device | measure
@@ -142,6 +142,29 @@ def test_nothing_is_imported_by_a_text():
                 assert dotted(path) == "launch.cli" or text.split(".")[0].strip("'") in (
                     "deepspeed", "hdf5plugin",
                 ), f"{dotted(path)} imports {text}"  # fmt: skip
+
+
+# Elsewhere `data_prep.files.complete_file` writes aside. Here it means something else: a checkpoint
+# that many ranks write, the right to a folder, copies that several processes make at once, a name
+# that is known when the content is, finished work that moves.
+RENAMES_ITSELF = {
+    "data_prep.files", "data_prep.matrices.row_copy", "data_prep.prepare.lay_out_tars",
+    "data_prep.prepare.verify_and_repair", "data_prep.prepare.workspace",
+    "data_prep.running.owner", "data_prep.shards.remote",
+    "pretrain.checkpoints.checkpoint", "pretrain.checkpoints.publish",
+}  # fmt: skip
+
+
+def test_files_are_written_aside_in_one_place():
+    found = set()
+    for path in [p for f in FOLDERS for p in modules(f)]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            # Of a text, replace takes two arguments.
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                renames = node.func.attr in ("rename", "replace") and len(node.args) == 1
+                if renames and ast.unparse(node.func) != "sums.replace":  # of `measure.heldout`
+                    found.add(dotted(path))
+    assert found == RENAMES_ITSELF
 
 
 def test_every_room_is_on_the_map():

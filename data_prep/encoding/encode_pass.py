@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -32,7 +31,7 @@ from data_prep.encoding.filters import (
     moments_by_dataset,
 )
 from data_prep.encoding.known_share import KnownCounter, KnownCounts
-from data_prep.files import file_sha256
+from data_prep.files import file_sha256, write_to_disk
 from data_prep.genes.annotation import BIOTYPES, Annotation, read_annotation
 from data_prep.genes.rank_genes import EncodedCells, encode_cells
 from data_prep.genes.vocabulary import Vocabulary, load_vocabulary
@@ -221,7 +220,7 @@ def encode_stretch(job: EncodeJob) -> EncodeRecord:
         raise ValueError(_changed(job.spec))
     known = counter.result(source.gene_ids) if isinstance(source, CountSource) else KnownCounts()
     record = EncodeRecord(chunks, hashes, known, moments, (fractional, stored))
-    write_text(job.record_path, record.to_json())
+    write_to_disk(job.record_path, record.to_json())
     return record
 
 
@@ -392,16 +391,6 @@ def _write_chunk(path: Path, parts: list[Cells]) -> int:
         writer.write_batch(batch)
     cells.tokens.tofile(tokens_path(path))
     return _size(path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file such that it is complete or absent, even after a power failure."""
-    aside = path.with_suffix(path.suffix + f".{os.getpid()}")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
 
 
 _ROUNDING_NOISE = 1e-6  # largest distance of a count from an integer by rounding

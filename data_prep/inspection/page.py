@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Callable
@@ -10,13 +9,27 @@ from functools import partial
 from pathlib import Path
 
 import jinja2
-import matplotlib
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
+from data_prep.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    LIGHT_BLUE,
+    ORANGE,
+    PINK,
+    RED,
+    WIDTH,
+    inked,
+    new_figure,
+    png_bytes,
+    style,
+    svg_text,
+)  # fmt: skip
 from data_prep.encoding.filters import REASONS
 from data_prep.files import complete_file, file_sha256
 from data_prep.genes.annotation import mitochondrial_columns
@@ -27,19 +40,11 @@ from data_prep.shards.reader import ShardSet
 
 _TEMPLATE = Path(__file__).parent / "page.html"
 _MOST_DATASETS, _TOP_GENES, _MOST_BINS, _MOST_TICKS, _CURVE_POINTS = 30, 20, 80, 24, 2000
-_WIDTH, _HEIGHT, _BAR = 5.2, 3.1, 0.2  # inches: on a phone the text is still 9 pixels high
-# Okabe & Ito (2008): told apart with any colour vision. A reason has one colour on every page.
-_BLUE, _ORANGE, _GREY = "#0072b2", "#e69f00", "#8c8c8c"
-_COLOURS = (_BLUE, "#56b4e9", "#009e73", _ORANGE, "#d55e00", "#cc79a7", _GREY)
+_HEIGHT, _BAR = 3.1, 0.2  # inches
+_COLOURS = (BLUE, LIGHT_BLUE, GREEN, ORANGE, RED, PINK, GREY)  # of a reason, on every page
 # In the HTML these two become the colours of the page, light or dark.
 _INK, _LINE = "#1a1b1c", "#c9cacb"
-_INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-_STYLE: dict = dict.fromkeys(_INKED, _INK) | {
-    "font.size": 9.5, "figure.titlesize": 11, "legend.fontsize": 9, "legend.frameon": False,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
-    "grid.color": _LINE, "grid.linewidth": 0.6, "svg.fonttype": "none",
-    "text.parse_math": False,  # a name may hold a dollar sign
-}  # fmt: skip
+_STYLE: dict = inked(_INK) | {"figure.titlesize": 11, "grid.color": _LINE}
 # Title, height in inches, and what draws it.
 Panel = tuple[str, float, Callable[[Axes], None]]
 
@@ -115,13 +120,12 @@ def _html(shards: ShardSet, statistics: dict | None) -> bytes:
 def _svg(name: str, panel: Panel) -> Markup:
     """Return a plot as an element of the page; the same bytes every time."""
     title, height, draw = panel
-    buffer = io.StringIO()
-    with matplotlib.rc_context(_STYLE), matplotlib.rc_context({"svg.hashsalt": name}):
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    with style(_STYLE | {"svg.hashsalt": name}):
+        figure = new_figure(height)
         draw(figure.subplots())
         unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=unsaid)
-    text = buffer.getvalue().replace(_INK, "currentColor").replace(_LINE, "var(--line)")
+        text = svg_text(figure, transparent=True, metadata=unsaid)
+    text = text.replace(_INK, "currentColor").replace(_LINE, "var(--line)")
     # Groups are numbered within a figure: on one page their ids would repeat.
     text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])
     return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1))
@@ -140,16 +144,14 @@ def _png(shards: ShardSet, statistics: dict | None) -> bytes:
         lines.append(f"lengths and genes are not shown: the folder has no {STATISTICS_NAME}")
     if "datasets" not in manifest:
         lines.append(f"data sets are not shown: {manifest['format']} does not record them")
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(2 * _WIDTH + 0.4, sum(heights) + 0.7), layout="constrained")
+    with style(_STYLE):
+        figure = Figure(figsize=(2 * WIDTH + 0.4, sum(heights) + 0.7), layout="constrained")
         figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=9.5)
         parts = figure.subfigures(len(heights), 2, squeeze=False, height_ratios=heights).flat
         for part, (title, _, draw) in zip(parts, panels, strict=False):
             part.suptitle(title, x=0.01, ha="left")
             draw(part.subplots())
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
-    return buffer.getvalue()
+        return png_bytes(figure, dpi=150, metadata={"Software": None})
 
 
 def _panels(manifest: dict, statistics: dict | None) -> dict[str, Panel]:
@@ -164,14 +166,14 @@ def _panels(manifest: dict, statistics: dict | None) -> dict[str, Panel]:
         height = 0.9 + _BAR * len(top)
         panels["genes"] = ("cells by gene", height, partial(_draw_genes, genes))
         share = genes[: len(top)] / sum(b["cells"] for b in buckets)
-        parts = [("_other", _BLUE, share * ~mito), ("mitochondrial", _ORANGE, share * mito)]
+        parts = [("_other", BLUE, share * ~mito), ("mitochondrial", ORANGE, share * mito)]
         draw = partial(_draw_bars, top, parts, "share of the cells")
         panels["top"] = ("genes of most cells", height, draw)
     largest = sorted(manifest.get("datasets", []), key=lambda d: -d["cells_read"])[:_MOST_DATASETS]
     if largest:
         names, height = [d["name"] for d in largest], 1.2 + _BAR * len(largest)
         read, kept = (np.array([d[k] for d in largest]) for k in ("cells_read", "cells_kept"))
-        parts = [("kept", _BLUE, kept), ("rejected", _ORANGE, read - kept)]
+        parts = [("kept", BLUE, kept), ("rejected", ORANGE, read - kept)]
         which = "" if len(largest) == len(manifest["datasets"]) else f" (largest {len(largest)})"
         draw = partial(_draw_bars, names, parts, "cells")
         panels["datasets"] = (f"cells of the data sets{which}", height, draw)
@@ -189,9 +191,9 @@ def _draw_lengths(histogram: np.ndarray, buckets: list[dict], axes: Axes) -> Non
     width = 2 ** max(0, int(np.ceil(np.log2(longest / _MOST_BINS))))
     edges = np.arange(0, longest + width, width) + 0.5
     for number in {b["length"] for b in buckets}:
-        axes.axvline(number + 0.5, color=_GREY, lw=0.7, ls=":", zorder=0)
-    axes.plot([], [], color=_GREY, lw=0.7, ls=":", label="end of a bucket")
-    for split, row, colour in zip(SPLITS, histogram, (_BLUE, _ORANGE), strict=True):
+        axes.axvline(number + 0.5, color=GREY, lw=0.7, ls=":", zorder=0)
+    axes.plot([], [], color=GREY, lw=0.7, ls=":", label="end of a bucket")
+    for split, row, colour in zip(SPLITS, histogram, (BLUE, ORANGE), strict=True):
         share = np.histogram(np.arange(len(row)), edges, weights=row)[0] / row.sum()
         label = f"{split}, {row.sum():,} cells"
         axes.stairs(share, edges, fill=split == "train", color=colour, lw=1.3, label=label)
@@ -203,7 +205,7 @@ def _draw_lengths(histogram: np.ndarray, buckets: list[dict], axes: Axes) -> Non
 
 def _draw_padding(buckets: list[dict], axes: Axes) -> None:
     lengths = sorted({b["length"] for b in buckets})
-    for split, colour, shift in zip(SPLITS, (_BLUE, _ORANGE), (-0.2, 0.2), strict=True):
+    for split, colour, shift in zip(SPLITS, (BLUE, ORANGE), (-0.2, 0.2), strict=True):
         mine = [b for b in buckets if b["split"] == split]
         shares = [padding_share([b]) for b in mine]
         places = [lengths.index(b["length"]) + shift for b in mine]
@@ -219,10 +221,10 @@ def _draw_padding(buckets: list[dict], axes: Axes) -> None:
 def _draw_genes(cells: np.ndarray, axes: Axes) -> None:
     seen = cells[cells > 0]
     ranks = np.unique(np.geomspace(1, len(seen), _CURVE_POINTS).astype(int))
-    axes.fill_between(ranks, seen[ranks - 1], 0.8, color=_BLUE, alpha=0.25, lw=0)
-    axes.plot(ranks, seen[ranks - 1], color=_BLUE, lw=1.5)
+    axes.fill_between(ranks, seen[ranks - 1], 0.8, color=BLUE, alpha=0.25, lw=0)
+    axes.plot(ranks, seen[ranks - 1], color=BLUE, lw=1.5)
     if len(seen) < len(cells):
-        axes.axvspan(len(seen), len(cells), color=_GREY, alpha=0.3, lw=0, label="never seen")
+        axes.axvspan(len(seen), len(cells), color=GREY, alpha=0.3, lw=0, label="never seen")
         axes.legend()
     axes.set(yscale="log", ylim=(0.8, None), xlim=(0, len(cells)))
     axes.set(xlabel="genes of the vocabulary, most frequent first", ylabel="cells with the gene")

@@ -8,7 +8,6 @@ cell, and one batch of entries.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from data_prep.files import file_sha256
+from data_prep.files import file_sha256, write_to_disk
 from data_prep.matrices.matrix_store import Rows
 
 ROWS_DONE = "done.json"
@@ -81,10 +80,7 @@ def staged_folder(folder: Path, write: Callable[[Path], dict[str, int]]) -> None
     try:
         record: dict[str, Any] = {**write(aside)}
         record["sha256"] = {p.name: file_sha256(p) for p in sorted(aside.iterdir())}
-        with (aside / ROWS_DONE).open("w") as file:
-            json.dump(record, file)
-            file.flush()
-            os.fsync(file.fileno())
+        write_to_disk(aside / ROWS_DONE, json.dumps(record))
         try:
             aside.rename(folder)
         except OSError:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.encoding import encode_pass, known_share
+from data_prep.encoding import known_share
 from data_prep.encoding.chunk_files import Chunk
 from data_prep.encoding.duplicates import SameCells
 from data_prep.encoding.filters import DatasetMoments, Moments
 from data_prep.encoding.known_share import KnownCounts
-from data_prep.files import file_sha256
+from data_prep.files import file_sha256, write_to_disk
 from data_prep.prepare import lay_out_tars, write_pass
 from data_prep.prepare.options import PrepareOptions
 from data_prep.prepare.work_list import Survey
@@ -63,7 +63,7 @@ def write_manifest(
     write_index(work / INDEX_NAME, shards, members)
     per_token = np.sum([r.cells_per_token for r in records], axis=0).tolist()
     statistics = {"cells_by_length": histogram.tolist(), "cells_by_token": per_token}
-    encode_pass.write_text(work / STATISTICS_NAME, json.dumps(statistics) + "\n")
+    write_to_disk(work / STATISTICS_NAME, json.dumps(statistics) + "\n")
     settings = asdict(replace(options, annotation=None))
     # The manifest does not record paths, nor the memory limit, which does not change the result.
     settings.pop("memory_gib")
@@ -91,7 +91,7 @@ def write_manifest(
     manifest = json.loads(json.dumps(manifest))
     manifest["record_sha256"] = record_sha256(manifest)
     text = json.dumps(manifest, indent=1, sort_keys=True)
-    encode_pass.write_text(work / MANIFEST_NAME, text + "\n")
+    write_to_disk(work / MANIFEST_NAME, text + "\n")
     return json.loads(text)
 
 

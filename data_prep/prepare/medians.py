@@ -30,8 +30,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.encoding.encode_pass import write_text
-from data_prep.files import file_sha256
+from data_prep.files import file_sha256, write_to_disk
 from data_prep.genes.annotation import read_annotation
 from data_prep.genes.gene_names import plain_id, strip_version
 from data_prep.genes.vocabulary import (
@@ -209,7 +208,7 @@ def build_vocabulary(
         return load_vocabulary(path)
     found = gene_medians(specs, work, workers, progress, annotation)
     vocabulary = found.vocabulary(min_cells, max_length, with_cls=False)
-    write_text(path, vocabulary.to_json() + "\n")
+    write_to_disk(path, vocabulary.to_json() + "\n")
     return vocabulary
 
 
@@ -317,7 +316,7 @@ def gene_medians(
     names = sorted(genes)
     numbers = {n: i for i, n in enumerate(names)}
     path = work / "genes.json"
-    write_text(path, json.dumps([numbers, aliases]))
+    write_to_disk(path, json.dumps([numbers, aliases]))
     jobs = [_Job(spec, work, path, start, stop) for spec, start, stop in stretches]
     sizes = [j.stop - j.start for j in jobs]
     counts = np.zeros((len(names), NUM_BINS), dtype=np.int64)

@@ -34,7 +34,7 @@ from data_prep.encoding.chunk_files import Chunk, tokens_path
 from data_prep.encoding.encode_pass import EncodeJob, EncodeRecord, encode_stretch
 from data_prep.encoding.filters import merge_moments
 from data_prep.encoding.known_share import KnownCounts, refuse_unknown
-from data_prep.files import file_sha256
+from data_prep.files import file_sha256, force_to_disk
 from data_prep.genes.vocabulary import Vocabulary
 from data_prep.prepare import lay_out_tars, write_pass
 from data_prep.prepare.lay_out_tars import WritePlan
@@ -44,7 +44,6 @@ from data_prep.prepare.work_list import Survey, encode_jobs, survey_sources
 from data_prep.prepare.workspace import (
     check_disk,
     complete_already,
-    force_to_disk,
     full_disk_named,
     locked_workspace,
     move_up,
@@ -294,7 +293,8 @@ def _write_all(
     folder = jobs[0].folder
     manifest = write_manifest(folder, records, histogram, decisions, survey, options)
     names = [s["name"] for s in manifest["shards"]]
-    force_to_disk([folder / name for name in names])
+    for name in names:  # most of it has been written in the background by now
+        force_to_disk(folder / name)
     names += [
         INDEX_NAME, VOCABULARY_NAME, STATISTICS_NAME,
     ]  # fmt: skip

@@ -13,7 +13,7 @@ import numpy as np
 
 from data_prep.encoding import encode_pass
 from data_prep.encoding.encode_pass import EncodeJob, EncodeSettings
-from data_prep.files import file_sha256
+from data_prep.files import file_sha256, write_to_disk
 from data_prep.genes.annotation import Annotation, read_annotation
 from data_prep.genes.rank_genes import token_dtype
 from data_prep.genes.vocabulary import Vocabulary
@@ -175,7 +175,7 @@ def encode_jobs(
     lookup_sha256 = hashlib.sha256(text.encode()).hexdigest()
     path = work / f"vocabulary-{lookup_sha256[:24]}.json"
     if not path.exists():
-        encode_pass.write_text(path, text)
+        write_to_disk(path, text)
     encode_pass.keep_vocabulary(lookup_sha256, survey.vocabulary)
     sizes: Counter[str] = Counter()
     for source in survey.sources:

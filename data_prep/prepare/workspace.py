@@ -11,18 +11,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.files import names_in
+from data_prep.files import PARTIAL, names_in
 from data_prep.matrices.row_copy import ROWS_DONE, is_whole
 from data_prep.running.owner import FolderInUse, owned
 
 logger = logging.getLogger(__name__)
 
-PARTIAL, _REQUEST = ".partial", ".request"
+_REQUEST = ".request"
 _NOT_RESULTS = {PARTIAL, _REQUEST}
 _SPARE_BYTES = 64 << 20
 
@@ -133,20 +132,6 @@ def move_up(work: Path, folder: Path, names: list[str], manifest_name: str) -> N
         if (folder / name).exists():
             (folder / name).rename(work.parent / name)
     shutil.rmtree(work)
-
-
-def force_to_disk(paths: list[Path]) -> None:
-    """Wait until the content of all files would survive a power failure.
-
-    This is called once at the end, when the operating system has written most of it in the
-    background.
-    """
-    for path in paths:
-        file = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
 
 
 def check_disk(work: Path, needed_bytes: int) -> None:

@@ -17,10 +17,9 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.encoding.chunk_files import Chunk, Column, open_chunk, tokens_path
-from data_prep.encoding.encode_pass import write_text
 from data_prep.encoding.encoded_cells import Cells, count_tokens, place_rows, scatter_rows
 from data_prep.encoding.filters import KEPT, MOVED
-from data_prep.files import file_sha256
+from data_prep.files import file_sha256, write_to_disk
 from data_prep.genes.rank_genes import token_dtype
 from data_prep.prepare.lay_out_tars import Window, WritePlan, key_bins
 from data_prep.shards.buckets import bucket_of
@@ -64,7 +63,7 @@ class WriteRecord:
 def save_plan(work: Path, plan: WritePlan) -> str:
     """Write the plan to a file for all processes; return the name of the file."""
     name = f"plan-{plan.digest}.json"
-    write_text(work / name, json.dumps(asdict(plan)))
+    write_to_disk(work / name, json.dumps(asdict(plan)))
     return name
 
 
@@ -120,7 +119,7 @@ def write_tars(job: WriteJob) -> WriteRecord:
         members.append(writer.members)
         assert shards[-1]["cells"] == ready[number].taken, "cells were lost or doubled"
     record = WriteRecord(shards, members, seen.tolist())
-    write_text(job.record_path, json.dumps(vars(record)))
+    write_to_disk(job.record_path, json.dumps(vars(record)))
     return record
 
 

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import io
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-import matplotlib
 from matplotlib.figure import Figure
 
-from eval.drawing.figures import BLUE, GREY, LIGHT_BLUE, style
+from data_prep.drawing import BLUE, GREY, LIGHT_BLUE, ORANGE, inked, png_bytes, svg_text
+from eval.drawing.figures import GRID, style
 
-ROLE_COLOURS = {"model": BLUE, "twin": LIGHT_BLUE, "baseline": "#e69f00", "control": GREY}
+ROLE_COLOURS = {"model": BLUE, "twin": LIGHT_BLUE, "baseline": ORANGE, "control": GREY}
 ROLE_NAMES = {
     "model": "pretrained", "twin": "random weights", "baseline": "baseline", "control": "control"
 }  # fmt: skip
-INK, _GRID = "#222222", "#dcdddd"
+INK = "#222222"
 # A figure is an image: only its own style sheet can follow the reader's colour scheme.
 DARK_COLOURS = {
-    INK: "#e6e7e8", _GRID: "#43474b", BLUE: "#3b9fdd", LIGHT_BLUE: "#b3e0fa", "#6b7075": "#a3a8ad"
-}  # fmt: skip
-_INKS: dict = {
-    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
-    "ytick.color": INK, "axes.facecolor": "none",
+    INK: "#e6e7e8", GRID: "#43474b", BLUE: "#3b9fdd", LIGHT_BLUE: "#b3e0fa", "#6b7075": "#a3a8ad"
 }  # fmt: skip
 
 
@@ -37,27 +32,21 @@ class Plot:
 
 def benchmark_style() -> AbstractContextManager:
     """Return the context in which these figures are made and saved."""
-    stack = ExitStack()
-    stack.enter_context(style())
-    stack.enter_context(matplotlib.rc_context(_INKS))
-    return stack
+    return style(inked(INK) | {"axes.facecolor": "none"})
 
 
 def as_svg(figure: Figure) -> str:
     """Return a figure as SVG without a background, in the reader's light or dark scheme."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, dpi=160, metadata={"Date": None})
     rules = "".join(
         f'[style*="{kind}: {light}"]{{{kind}:{dark} !important}}'
         for light, dark in DARK_COLOURS.items()
         for kind in ("fill", "stroke")
     )
     sheet = f"<style>@media (prefers-color-scheme: dark) {{{rules}}}</style>"
-    return buffer.getvalue().replace("<defs>", f"{sheet}<defs>", 1)
+    text = svg_text(figure, transparent=True, dpi=160)
+    return text.replace("<defs>", f"{sheet}<defs>", 1)
 
 
 def as_png(figure: Figure) -> bytes:
     """Return a figure as PNG on white, 160 pixels an inch."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160, facecolor="white")
-    return buffer.getvalue()
+    return png_bytes(figure, dpi=160, facecolor="white")

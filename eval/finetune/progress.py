@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from data_prep.files import file_sha256
+from data_prep.files import complete_file, file_sha256
 from data_prep.genes.vocabulary import Vocabulary
 from eval.finetune.classifier import Classifier, FinetuneSettings
 
@@ -79,21 +79,19 @@ def save_progress(
         tensors |= {f"{kind}/{name}": state[kind] for kind in _MOMENTS}
     for name, tensor in (progress.best or {}).items():
         tensors[f"best/{name}"] = tensor
-    aside = folder / ".partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, aside / _TENSORS)
-    record = {
-        "format": PROGRESS_FORMAT,
-        "key": key,
-        "tensors_sha256": file_sha256(aside / _TENSORS),
-        "history": progress.history,
-        "best_epoch": progress.best_epoch,
-        "best_loss": progress.best_loss,
-    }
-    (aside / _RECORD).write_text(json.dumps(record, indent=1) + "\n")
     older = _epochs(folder)
-    aside.rename(folder / f"epoch-{len(progress.history):05d}")
+    with complete_file(folder / f"epoch-{len(progress.history):05d}") as aside:
+        aside.mkdir(parents=True)
+        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, aside / _TENSORS)
+        record = {
+            "format": PROGRESS_FORMAT,
+            "key": key,
+            "tensors_sha256": file_sha256(aside / _TENSORS),
+            "history": progress.history,
+            "best_epoch": progress.best_epoch,
+            "best_loss": progress.best_loss,
+        }
+        (aside / _RECORD).write_text(json.dumps(record, indent=1) + "\n")
     for path in older:
         shutil.rmtree(path)
 

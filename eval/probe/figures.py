@@ -8,21 +8,20 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from eval.drawing.figures import GREY, new_figure
+from data_prep.drawing import GREEN, GREY, ORANGE, RED, new_figure
 from eval.drawing.plot import ROLE_COLOURS, ROLE_NAMES, Plot
 from eval.probe.features import GENES, LAST, SECOND_LAST
 from eval.probe.run import RANDOM_PREFIX, Probe
 from eval.scores.baselines import CELL_STATE, CORPUS_SVD
 
-_SVD_COLOUR = "#d55e00"
 # The neighbours in the curve: name, colour, line.
 _LINES = (
-    (CORPUS_SVD, _SVD_COLOUR, "-"),
-    (GENES, "#e69f00", "--"),
+    (CORPUS_SVD, RED, "-"),
+    (GENES, ORANGE, "--"),
     (RANDOM_PREFIX + LAST, ROLE_COLOURS["twin"], "--"),
 )
 # What the model's own curves are of.
-_FROZEN = ((SECOND_LAST, GREY), (LAST, ROLE_COLOURS["model"]), (CELL_STATE, "#009e73"))
+_FROZEN = ((SECOND_LAST, GREY), (LAST, ROLE_COLOURS["model"]), (CELL_STATE, GREEN))
 
 
 def probe_plots(probe: Probe) -> list[Plot]:
@@ -44,13 +43,13 @@ def _contenders(record: dict[str, Any]) -> Plot:
     for axes, size in zip(panels, sizes, strict=True):
         for row in (r for r in shown if r["cells_a_class"] == size):
             place, score = names.index(row["contender"]), row["macro_f1"]
-            colour = _SVD_COLOUR if row["contender"] == CORPUS_SVD else ROLE_COLOURS[row["role"]]
+            colour = RED if row["contender"] == CORPUS_SVD else ROLE_COLOURS[row["role"]]
             axes.plot(row["draws"], [place] * len(row["draws"]), "o", color=colour, ms=2.5,
                       alpha=0.35, mew=0)  # fmt: skip
             axes.errorbar(score["mean"], place, xerr=score["half_width"], color=colour, fmt="o",
                           ms=5, lw=1.6)  # fmt: skip
             if row["contender"] == CORPUS_SVD:
-                axes.axvline(score["mean"], color=_SVD_COLOUR, lw=0.9)
+                axes.axvline(score["mean"], color=RED, lw=0.9)
         axes.set_title(f"{size} cells a class", fontsize=10)
         axes.set_xlabel("macro-F1")
         axes.grid(axis="x")

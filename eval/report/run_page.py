@@ -13,12 +13,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from data_prep.drawing import BLUE, GREY, new_figure
 from data_prep.files import complete_file
 from data_prep.inspection.tables import padding_share
 from eval.cells.embed import OBSM_KEY
-from eval.drawing.figures import BLUE, GREY, as_image, new_figure, run_figures, style
+from eval.drawing.figures import as_image, style
 from eval.drawing.tables import SCORE_NAMES, format_interval
 from eval.finetune.score_cells import RESULTS_NAME
+from eval.report.run_figures import run_figures
 from pretrain.checkpoints import checkpoint
 from pretrain.counting.baselines import ARITHMETIC, BASELINE_NAMES
 from pretrain.measure.heldout import BEYOND, arithmetic_sentence, format_score, score_rows

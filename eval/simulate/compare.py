@@ -14,13 +14,15 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from rich.console import Console
 from rich.table import Table
 
+from data_prep.drawing import BLUE, ORANGE, new_figure
 from data_prep.sources.count_source import CountSource
 from data_prep.sources.open_source import open_path
 from data_prep.sources.source_spec import SourceOptions
+from eval.drawing.figures import style
 
-_COLOURS = {"real": "#e69f00", "simulated": "#0072b2"}
-_PLAIN = FuncFormatter(lambda value, _: f"{value:,g}")  # the style's text cannot show powers
-_LEAST_MEAN = 0.1  # below it, a gene's dispersion is mostly sampling noise
+_COLOURS = {"real": ORANGE, "simulated": BLUE}
+_PLAIN = FuncFormatter(lambda value, _: f"{value:,g}")  # the style's text knows no powers
+_LEAST_MEAN = 0.1  # below, a gene's dispersion is mostly sampling noise
 
 
 @dataclass(frozen=True)
@@ -121,11 +123,6 @@ def print_moments(moments: dict[str, dict[str, float]]) -> None:
 
 def write_plot(path: Path, moments: dict[str, Moments]) -> None:
     """Write a figure: detection and variance against the mean; genes against counts of cells."""
-    from eval.drawing.figures import (  # it imports torch, which nothing else here needs
-        new_figure,
-        style,
-    )
-
     with style():
         figure = new_figure(9.0)
         detection, variance, cells = figure.subplots(3)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_prep.errors import EXIT_USAGE
-from data_prep.files import LAUNCH_FOLDER
+from data_prep.files import LAUNCH_FOLDER, complete_file
 from data_prep.running.launchers import SAVE_LIMIT_S, stop_with_launcher
 from data_prep.running.network import RANKS_HERE, interface_to
 from data_prep.running.owner import lives, machine
@@ -86,7 +86,7 @@ def main() -> int:
             threading.Thread(target=_stop_with_supervisor, args=watch, daemon=True).start()
         code = child.wait()
     end = {"rank": rank, "host": socket.gethostname(), "code": code, "from": started}
-    write_whole(Path(folder) / end_name(rank), end | {"to": time.time()})
+    write_private(Path(folder) / end_name(rank), json.dumps(end | {"to": time.time()}))
     return code if code >= 0 else 128 - code
 
 
@@ -131,12 +131,11 @@ def make_private(folder: Path) -> None:
         made.chmod(0o700)
 
 
-def write_whole(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file that only its owner can read and that is never seen incomplete."""
-    aside = path.with_suffix(".partial")
-    aside.touch(mode=0o600)
-    aside.write_text(json.dumps(content))
-    aside.replace(path)
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner can read and that is never seen incomplete."""
+    with complete_file(path) as aside:
+        aside.touch(mode=0o600)
+        aside.write_text(text)
 
 
 def _first(values: Mapping[str, str], names: tuple[str, ...], otherwise: str) -> str:

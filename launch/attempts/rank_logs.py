@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import EXIT_RESUMABLE
+from data_prep.files import read_json_lines
 from launch.attempts.rank import log_name
 
 EVENTS = "events.jsonl"
@@ -122,11 +123,7 @@ def record_event(folder: Path, event: str, **values: Any) -> None:
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
     """Return the events in a run's launch folder, oldest first."""
-    try:
-        lines = (folder / EVENTS).read_text().splitlines()
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines]
+    return read_json_lines(folder / EVENTS)
 
 
 def last_error(log: Path) -> str:

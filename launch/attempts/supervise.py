@@ -11,6 +11,7 @@ codes of the ranks, not from that of mpirun, pdsh or DeepSpeed's launcher.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import secrets
@@ -38,7 +39,7 @@ from data_prep.running.owner import (
     this_process,
 )
 from data_prep.running.redact import is_public, redacted_command
-from launch.attempts.rank import ALIVE, TOUCH_S, log_name, make_private, write_whole
+from launch.attempts.rank import ALIVE, TOUCH_S, log_name, make_private, write_private
 from launch.attempts.rank_logs import end_records, record_event, root_cause, tail
 from launch.verbs import check_and_find_folder, module_of, saved_step, to_go_on
 
@@ -435,7 +436,7 @@ class Attempt:
             "supervisor": this_process(),
             "environment": {**variables, **self._environment, **command},
         }
-        write_whole(self.folder / "settings.json", settings)
+        write_private(self.folder / "settings.json", json.dumps(settings))
 
 
 def _full_disk(out: Path) -> str:

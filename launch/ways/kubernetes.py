@@ -7,29 +7,25 @@ launcher pod with ``geneloom launch mpi``, and a worker pod for each node.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 import typer
-import yaml
 
+from data_prep.files import complete_file
 from launch.environment import ENV_HELP, named_variables
 from launch.verbs import MODULES, check_and_find_folder, module_of, named_values, to_go_on
+from launch.ways.render_template import MANIFEST, TEMPLATE_HELP, render_yaml
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
 _QUANTITY = re.compile(r"\d+(\.\d+)?(m|[kMGTPE]|[KMGTPE]i)?")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 # A pod's name is the job's and "-worker-" and a number; a label holds 63 characters.
 _LONGEST_NAME = 50
-_HOSTFILE = "/etc/mpi/hostfile"
 _CONFIG_FOLDER = "/etc/geneloom"
 # Of the grace period, for what is not the saving: the agent's own end.
 _SPARE_S = 15
-_SSHD = ["/usr/sbin/sshd", "-De"]
-# Before a worker's sshd is told to end: the launcher has asked the ranks to save. The brackets keep
-# the loop from finding itself.
-_UNTIL_RANKS_ENDED = "while grep -qs 'launch[.]rank' /proc/[0-9]*/cmdline; do sleep 1; done"
 
 
 @dataclass(frozen=True)
@@ -91,6 +87,7 @@ def launch_kubernetes(
     ] = 300,
     restart_policy: Annotated[str, typer.Option(help="OnFailure or Never")] = "OnFailure",
     restarts: Annotated[int, typer.Option(min=0, help="before the job has failed")] = 10,
+    template: Annotated[Path, typer.Option(help=TEMPLATE_HELP, show_default=False)] = MANIFEST,
     out: Annotated[Path | None, typer.Option("--manifest", help="write it here too")] = None,
 ) -> None:
     """Print a manifest: ``geneloom launch kubernetes --image IMAGE --claim runs:/runs --nodes 2
@@ -106,11 +103,12 @@ def launch_kubernetes(
         node_selector=named_values("--node-selector", node_selector or []), grace_s=grace,
         restart_policy=restart_policy, restarts=restarts,
     )  # fmt: skip
-    text = render(job, verb, context.args)
+    text = render(job, verb, context.args, template)
     if out is not None:
         if out.exists():
             raise ValueError(f"{out}: exists; give --manifest a new name")
-        out.write_text(text)
+        with complete_file(out) as aside:
+            aside.write_text(text)
     print(text, end="")
 
 
@@ -121,28 +119,52 @@ def _claim(text: str) -> Claim:
     return Claim(parts[0], parts[1], parts[2:] == ["ro"])
 
 
-def render(job: KubernetesJob, verb: str, arguments: list[str]) -> str:
+def render(job: KubernetesJob, verb: str, arguments: list[str], template: Path = MANIFEST) -> str:
     """Return the manifest as YAML: the job, and a ConfigMap if the settings are in a local file.
 
     Raises
     ------
     ValueError
-        Wrong settings or names; a run folder that is on no claim and would go with its pod.
+        Wrong settings or names; a run folder that is on no claim and would go with its pod; a
+        template that cannot be right.
     """
-    folder = check_and_find_folder(verb, arguments)
-    require_sound(job, folder)
+    require_sound(job, check_and_find_folder(verb, arguments))
+    if verb == "prepare" and (job.nodes > 1 or job.ranks_per_node > 1):
+        raise ValueError("launch kubernetes prepare: runs in one pod, with --processes cores")
+    return render_yaml(template, variables(job, verb, arguments))
+
+
+def variables(job: KubernetesJob, verb: str, arguments: list[str]) -> dict[str, Any]:
+    """Return what a template of a manifest gets, by name (docs/clusters.md lists them)."""
+    config, kind = None, job.kind
     if verb == "prepare":
-        if job.nodes > 1 or job.ranks_per_node > 1:
-            raise ValueError("launch kubernetes prepare: runs in one pod, with --processes cores")
-        words = ["python3", "-m", module_of(verb), *_literal(arguments)]
-        return _dump([_pytorch_job(job, words, None)])
-    config, arguments = _config_of(arguments)
-    arguments = _literal(_every_start(verb, arguments))
-    if job.kind == "pytorchjob":
-        manifest = _pytorch_job(job, [*_torchrun(job), module_of(verb), *arguments], config)
+        kind = "pytorchjob"
     else:
-        manifest = _mpi_job(job, [*_mpirun(job), verb, *arguments], config)
-    return _dump([_config_map(job, config), manifest] if config else [manifest])
+        config, arguments = _config_of(arguments)
+        arguments = _every_start(verb, arguments)
+    env = {"PYTHONSAFEPATH": "1"}
+    if not job.gpus_per_node:
+        env["DS_ACCELERATOR"] = "cpu"
+    if kind == "pytorchjob":
+        # torchrun gives its ranks half a minute to save, unless told otherwise.
+        env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(job.grace_s - _SPARE_S)
+    limits = {
+        "nvidia.com/gpu": str(job.gpus_per_node) if job.gpus_per_node else None,
+        "cpu": job.cpus,
+        "memory": job.memory,
+    }
+    return {
+        **asdict(job),
+        "kind": kind,
+        "env": env | job.env,
+        "limits": {name: value for name, value in limits.items() if value is not None},
+        "verb": verb,
+        "module": module_of(verb),
+        # The kubelet replaces $(NAME), not $$(.
+        "arguments": [a.replace("$(", "$$(") for a in arguments],
+        "config": config,
+        "config_folder": _CONFIG_FOLDER,
+    }
 
 
 def _every_start(verb: str, arguments: list[str]) -> list[str]:
@@ -197,11 +219,6 @@ def _is_below(folder: Path, path: str) -> bool:
     return PurePosixPath(path) in (PurePosixPath(folder), *PurePosixPath(folder).parents)
 
 
-def _literal(arguments: list[str]) -> list[str]:
-    """Return arguments as they reach the program: the kubelet replaces ``$(NAME)``, not ``$$(``."""
-    return [a.replace("$(", "$$(") for a in arguments]
-
-
 def _config_of(arguments: list[str]) -> tuple[str | None, list[str]]:
     """Return the text of a local settings file, and arguments that name it where pods see it."""
     for place, word in enumerate(arguments):
@@ -214,147 +231,3 @@ def _config_of(arguments: list[str]) -> tuple[str | None, list[str]]:
             rest = arguments[place + (1 if equals else 2) :]
             return path.read_text(), [*arguments[:place], *inside, *rest]
     return None, arguments
-
-
-def _torchrun(job: KubernetesJob) -> list[str]:
-    """Return the command in front of a module. RANK: the pod's number, set by the operator."""
-    return [
-        "python3", "-m", "torch.distributed.run", f"--nnodes={job.nodes}", "--node-rank=$(RANK)",
-        f"--nproc-per-node={job.ranks_per_node}", "--master-addr=$(MASTER_ADDR)",
-        "--master-port=$(MASTER_PORT)", "-m",
-    ]  # fmt: skip
-
-
-def _mpirun(job: KubernetesJob) -> list[str]:
-    device = "gpu" if job.gpus_per_node else "cpu"
-    return [
-        "geneloom", "launch", "mpi", "--hostfile", _HOSTFILE, "--device", device,
-        "--restarts", str(job.restarts),
-    ]  # fmt: skip
-
-
-def _pytorch_job(job: KubernetesJob, words: list[str], config: str | None) -> dict[str, Any]:
-    # torchrun gives its ranks half a minute to save, unless told otherwise.
-    extra = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(job.grace_s - _SPARE_S)}
-    replica = {
-        "restartPolicy": job.restart_policy,
-        "template": _pod(job, "pytorch", words, config, extra),
-    }
-    roles = {"Master": 1} | ({"Worker": job.nodes - 1} if job.nodes > 1 else {})
-    return {
-        "apiVersion": "kubeflow.org/v1",
-        "kind": "PyTorchJob",
-        "metadata": _metadata(job),
-        "spec": {
-            "runPolicy": {"cleanPodPolicy": "Running", "backoffLimit": job.restarts},
-            "pytorchReplicaSpecs": {
-                role: {"replicas": number, **replica} for role, number in roles.items()
-            },
-        },
-    }
-
-
-def _mpi_job(job: KubernetesJob, words: list[str], config: str | None) -> dict[str, Any]:
-    worker = _pod(job, "worker", _SSHD, config, {})
-    hook = {"preStop": {"exec": {"command": ["sh", "-c", _UNTIL_RANKS_ENDED]}}}
-    worker["spec"]["containers"][0]["lifecycle"] = hook
-    launcher = _pod(job, "launcher", words, config, {})
-    # It computes nothing: any node will do.
-    launcher["spec"]["containers"][0]["resources"] = {"requests": {"cpu": "1", "memory": "2Gi"}}
-    for key in ("nodeSelector", "tolerations"):
-        launcher["spec"].pop(key, None)
-    return {
-        "apiVersion": "kubeflow.org/v2beta1",
-        "kind": "MPIJob",
-        "metadata": _metadata(job),
-        "spec": {
-            "slotsPerWorker": job.ranks_per_node,
-            "mpiImplementation": "OpenMPI",
-            "runPolicy": {"cleanPodPolicy": "Running", "backoffLimit": job.restarts},
-            "mpiReplicaSpecs": {
-                "Launcher": {
-                    "replicas": 1,
-                    "restartPolicy": job.restart_policy,
-                    "template": launcher,
-                },
-                # Workers only wait for ranks; one that is gone comes back.
-                "Worker": {
-                    "replicas": job.nodes,
-                    "restartPolicy": "OnFailure",
-                    "template": worker,
-                },
-            },
-        },
-    }
-
-
-def _metadata(job: KubernetesJob) -> dict[str, Any]:
-    metadata: dict[str, Any] = {"name": job.name}
-    if job.namespace:
-        metadata["namespace"] = job.namespace
-    return metadata
-
-
-def _pod(
-    job: KubernetesJob, name: str, words: list[str], config: str | None, extra: dict[str, str]
-) -> dict[str, Any]:
-    """Return a pod's template with one container."""
-    device = {} if job.gpus_per_node else {"DS_ACCELERATOR": "cpu"}
-    limits = {
-        "nvidia.com/gpu": str(job.gpus_per_node) if job.gpus_per_node else None,
-        "cpu": job.cpus,
-        "memory": job.memory,
-    }
-    volumes: list[dict[str, Any]] = [
-        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": job.shm}}
-    ]
-    mounts: list[dict[str, Any]] = [{"name": "shm", "mountPath": "/dev/shm"}]
-    for number, claim in enumerate(job.claims):
-        source = {"claimName": claim.name, "readOnly": claim.read_only}
-        volumes.append({"name": f"claim-{number}", "persistentVolumeClaim": source})
-        mounts.append(
-            {"name": f"claim-{number}", "mountPath": claim.path, "readOnly": claim.read_only}
-        )
-    if config is not None:
-        volumes.append({"name": "config", "configMap": {"name": f"{job.name}-config"}})
-        mounts.append({"name": "config", "mountPath": _CONFIG_FOLDER, "readOnly": True})
-    values = {"PYTHONSAFEPATH": "1", **device, **extra, **job.env}
-    spec: dict[str, Any] = {
-        "terminationGracePeriodSeconds": job.grace_s,
-        "containers": [
-            {
-                "name": name,
-                "image": job.image,
-                "command": words,
-                "env": [{"name": n, "value": v} for n, v in values.items()],
-                "resources": {"limits": {n: v for n, v in limits.items() if v is not None}},
-                "volumeMounts": mounts,
-            }
-        ],
-        "volumes": volumes,
-    }
-    if job.gpus_per_node:
-        spec["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists"}]
-    if job.node_selector:
-        spec["nodeSelector"] = dict(job.node_selector)
-    return {"spec": spec}
-
-
-def _config_map(job: KubernetesJob, config: str | None) -> dict[str, Any]:
-    return {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": _metadata(job) | {"name": f"{job.name}-config"},
-        "data": {"config.yaml": config},
-    }
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes every use of a value in full: a reader of a manifest follows no anchors."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _dump(manifests: list[dict[str, Any]]) -> str:
-    return yaml.dump_all(manifests, Dumper=_Dumper, sort_keys=False, explicit_start=True, width=100)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shlex
@@ -18,10 +19,11 @@ from data_prep.files import LAUNCH_FOLDER, names_in
 from data_prep.running.network import TOKEN
 from data_prep.running.owner import refuse_if_in_use
 from data_prep.running.redact import is_public, redacted_command
-from launch.attempts.rank import make_private, write_whole
+from launch.attempts.rank import make_private, write_private
 from launch.attempts.rank_logs import read_events, record_event
 from launch.environment import ENV_HELP, named_variables
 from launch.verbs import MODULES, check_and_find_folder, module_of, to_go_on
+from launch.ways.render_template import BATCH_FILE, TEMPLATE_HELP, for_sbatch
 from launch.ways.slurm_script import RankCommand, SlurmJob, render
 
 JOB_NAME = "geneloom-"
@@ -62,6 +64,7 @@ def launch_slurm(
     sbatch: Annotated[
         list[str] | None, typer.Option(help="another #SBATCH option; may be repeated")
     ] = None,
+    template: Annotated[Path, typer.Option(help=TEMPLATE_HELP, show_default=False)] = BATCH_FILE,
     show: Annotated[bool, typer.Option("--show", help="print the file and stop")] = False,
 ) -> None:
     """Submit a verb to SLURM: ``geneloom launch slurm --nodes 2 --gpus-per-node 8 --time
@@ -80,11 +83,11 @@ def launch_slurm(
         gpus_per_node=gpus_per_node, cpus_per_task=cpus_per_task, mem=mem, partition=partition,
         account=account, qos=qos, signal_before_s=signal_before, restarts=restarts,
         container=container, runtime=runtime, mounts=mount or [], setup=setup or [],
-        sbatch=[f"--chdir={_quoted(str(Path.cwd()))}", *(sbatch or [])],
+        sbatch=[f"--chdir={for_sbatch(Path.cwd())}", *(sbatch or [])],
     )  # fmt: skip
     made_by = redacted_command(["geneloom", *sys.argv[1:]])
     command = RankCommand(sys.executable, module, arguments, to_go_on(verb, arguments))
-    text = render(job, command, out, made_by)
+    text = render(job, command, out, made_by, template)
     variables = named_variables(env or [])
     settings = rank_settings(job, variables, made_by)
     print(text, end="", flush=True)
@@ -114,10 +117,6 @@ def _one_task(
     if cpus and not any(a.split("=")[0] == "--processes" for a in arguments):
         arguments = [*arguments, "--processes", str(cpus)]
     return 1, 1, arguments
-
-
-def _quoted(path: str) -> str:
-    return '"' + path.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def rank_settings(job: SlurmJob, variables: dict[str, str], made_by: str) -> dict:
@@ -158,10 +157,9 @@ def store(text: str, settings: dict, out: Path) -> Path:
     make_private(folder)
     token = {TOKEN: secrets.token_hex(32)}
     environment = settings["environment"] | token
-    write_whole(folder / "settings.json", settings | {"environment": environment})
+    write_private(folder / "settings.json", json.dumps(settings | {"environment": environment}))
     path = folder / "job.sbatch"
-    path.write_text(text)
-    path.chmod(0o600)
+    write_private(path, text)
     return path
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-import shlex
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from data_prep.files import LAUNCH_FOLDER
 from launch.hosts.node import ROOT
+from launch.ways.render_template import BATCH_FILE, render_bash
 
-# Below the ports that systems give to connections (from 32768 on Linux).
-_FIRST_PORT, _NUM_PORTS = 15_000, 15_000
 _PLAIN = re.compile(r"[A-Za-z0-9_.,:+@\-]+")
 _TIMES = re.compile(r"(?:(?P<d>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
 
@@ -106,7 +105,9 @@ def require_sound(job: SlurmJob) -> None:
         raise ValueError("launch slurm: " + "; ".join(problems))
 
 
-def render(job: SlurmJob, command: RankCommand, out: Path, made_by: str) -> str:
+def render(
+    job: SlurmJob, command: RankCommand, out: Path, made_by: str, template: Path = BATCH_FILE
+) -> str:
     """Return the batch file.
 
     Parameters
@@ -115,137 +116,28 @@ def render(job: SlurmJob, command: RankCommand, out: Path, made_by: str) -> str:
         The run folder, absolute; the file and all logs go to its ``launch/``.
     made_by
         The command line that made it, for a comment.
+    template
+        The file whose gaps are filled in with `variables`.
+
+    Raises
+    ------
+    ValueError
+        The job or the template cannot be right.
     """
     require_sound(job)
+    return render_bash(template, variables(job, command, out, made_by))
+
+
+def variables(job: SlurmJob, command: RankCommand, out: Path, made_by: str) -> dict[str, Any]:
+    """Return what a template of a batch file gets, by name (docs/clusters.md lists them)."""
     folder = out / LAUNCH_FOLDER
-    parts = [
-        "#!/bin/bash",
-        "# Made by: " + made_by.replace("\n", " "),
-        *_header(job, folder),
-        "",
-        *job.setup,
-        "set -u",
-        f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        "export PYTHONSAFEPATH=1  # a file of the working folder is never taken for a module",
-        _meeting_point(),
-        _attempt(folder),
-        _step(job, command),
-        _verdict(job, out),
-    ]
-    return "\n".join(parts)
-
-
-def _header(job: SlurmJob, folder: Path) -> list[str]:
-    """Return the #SBATCH lines. Without ``B:`` the signal goes to the ranks, not to the script."""
-    log = str(folder).replace("%", "%%").replace("\\", "\\\\").replace('"', '\\"')
-    options = [
-        f"--job-name={job.name}",
-        f"--nodes={job.nodes}",
-        f"--ntasks-per-node={job.tasks_per_node}",
-        *([f"--gpus-per-node={job.gpus_per_node}"] if job.gpus_per_node else []),
-        *([f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task else []),
-        *(
-            f"--{name}={value}"
-            for name in ("mem", "partition", "account", "qos")
-            if (value := getattr(job, name)) is not None
-        ),
-        f"--time={job.time}",
-        f"--signal=USR1@{job.signal_before_s}",
-        "--requeue",
-        "--open-mode=append",
-        f'--output="{log}/job-%j.log"',
-        *job.sbatch,
-    ]
-    return [f"#SBATCH {option}" for option in options]
-
-
-def _meeting_point() -> str:
-    return f"""
-# The ranks meet on the first node.
-nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-MASTER_ADDR=${{nodes%%$'\\n'*}}
-# A port of this node, which is the first one, at which nobody listens.
-while MASTER_PORT=$(({_FIRST_PORT} + RANDOM % {_NUM_PORTS})); do
-    (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null || break
-done
-export MASTER_ADDR MASTER_PORT"""
-
-
-def _attempt(folder: Path) -> str:
-    return f"""
-# A folder for what this start says; a requeued job keeps those of its starts before.
-launch={shlex.quote(str(folder))}
-number=1
-while [ -e "$launch/attempt_$number" ]; do number=$((number + 1)); done
-attempt=$launch/attempt_$number
-mkdir "$attempt" && cp "$launch/settings.json" "$attempt/" || exit 1
-echo "start $((${{SLURM_RESTART_COUNT:-0}} + 1)) of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST," \\
-    "$(date '+%F %T'); logs of the ranks: $attempt\""""
-
-
-def _step(job: SlurmJob, command: RankCommand) -> str:
-    inside, around = _containers(job)
-    tasks = [
-        # Where SBATCH_EXPORT or SLURM_EXPORT_ENV say otherwise, ranks would start with nothing.
-        "srun", "--export=ALL", f"--nodes={job.nodes}",
-        f"--ntasks={job.nodes * job.tasks_per_node}",
-        f"--ntasks-per-node={job.tasks_per_node}", "--kill-on-bad-exit=1", *around,
-    ]  # fmt: skip
-    if job.cpus_per_task:
-        # Since 22.05 a step does not take this over from its job.
-        tasks.append(f"--cpus-per-task={job.cpus_per_task}")
-    python = shlex.join([*inside, command.python if not job.container else "python3"])
-    return f"""
-# What each task runs; after another start it goes on where that was ended.
-if [ "$number" = 1 ]; then
-    arguments=({shlex.join(command.first)})
-else
-    arguments=({shlex.join(command.again)})
-fi
-python=({python})
-
-# scancel and pre-emption tell the ranks and this script; who is stopped so is not requeued here.
-cancelled=
-trap 'cancelled=yes' TERM
-{shlex.join(tasks)} \\
-    "${{python[@]}}" -m launch.attempts.rank "$attempt" \\
-    {command.module} "${{arguments[@]}}" </dev/null &
-step=$!
-tail -n +1 -F --pid="$step" "$attempt/rank_00000.log" 2>/dev/null &
-console=$!
-while kill -0 "$step" 2>/dev/null; do wait "$step"; done  # a signal ends one wait, not the step
-wait "$step"
-code=$?
-wait "$console"  # for the last lines"""
-
-
-def _verdict(job: SlurmJob, out: Path) -> str:
-    _, around = _containers(job)
-    alone = shlex.join(["srun", "--nodes=1", "--ntasks=1", *around]) + " " if around else ""
-    return f"""
-# 0: done. 75: saved by a signal, or ended by something that may not come again: once more.
-{alone}"${{python[@]}}" -m launch.ways.requeue {shlex.quote(str(out))} "$attempt" "$code" \\
-    --job "$SLURM_JOB_ID" --hosts "${{nodes//$'\\n'/,}}" --ranks-per-host {job.tasks_per_node} \\
-    --restarts {job.restarts}
-verdict=$?
-if [ -n "$cancelled" ]; then
-    echo "ended by SIGTERM (scancel, pre-emption or the time limit); not requeued from here"
-elif [ "$verdict" = 75 ]; then
-    # Requeueing ends this script, and may end scontrol before it has said so.
-    scontrol requeue "$SLURM_JOB_ID" || [ "$?" -gt 128 ] || echo "requeue it by hand: sbatch again"
-    sleep 60
-fi
-exit "$verdict"
-"""
-
-
-def _containers(job: SlurmJob) -> tuple[list[str], list[str]]:
-    """Return what stands before python inside a task, and options of srun, for a container."""
-    if job.container is None:
-        return [], []
-    if job.runtime == "pyxis":
-        mounts = [f"--container-mounts={','.join(job.mounts)}"] if job.mounts else []
-        return [], [f"--container-image={job.container}", *mounts]
-    gpu = ["--nv"] if job.gpus_per_node else []
-    mounts = [word for mount in job.mounts for word in ("--bind", mount)]
-    return ["apptainer", "exec", *gpu, *mounts, job.container], []
+    return {
+        **asdict(job),
+        **asdict(command),
+        "out": str(out),
+        "launch_folder": str(folder),
+        # In a name of SLURM's, %j is the number of the job and %% a percent sign.
+        "log": str(folder).replace("%", "%%") + "/job-%j.log",
+        "root": str(ROOT),
+        "made_by": made_by,
+    }

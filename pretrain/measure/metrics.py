@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from data_prep.files import complete_file, read_json_lines
 from data_prep.running.owner import Owner
 from pretrain.config import ObjectiveConfig, RunConfig
 from pretrain.counting.baselines import ARITHMETIC, BASELINE_NAMES
@@ -211,9 +212,8 @@ class RunLog:
         with _named(self._path):
             kept = read_metrics(run, resumed_step)
             # The file is written aside first, so that a process killed here loses nothing.
-            aside = self._path.with_suffix(".partial")
-            aside.write_text("".join(json.dumps(m) + "\n" for m in kept))
-            aside.replace(self._path)
+            with complete_file(self._path) as aside:
+                aside.write_text("".join(json.dumps(m) + "\n" for m in kept))
         with _named(run / "tensorboard"):
             self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
             self._tensorboard.add_custom_scalars(LAYOUT)
@@ -280,13 +280,7 @@ def read_metrics(run: Path, last_step: int | None = None) -> list[dict[str, Any]
 
     The steps of each kind are in order. The record of a checkpoint comes when it is finished.
     """
-    path = run / METRICS_NAME
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            logger.warning("%s: a torn line is skipped", path)
+    records = read_json_lines(run / METRICS_NAME)
     return [m for m in records if last_step is None or m["step"] <= last_step]
 
 

@@ -1,26 +1,20 @@
-"""Attention by device: torch's fused kernels, and one of our own where torch has none.
+"""Attention by device: torch's fused kernels, and plain steps where torch has none.
 
-On a CPU torch has no fused attention with dropout: it writes all weights down, draws as many random
-numbers as there are weights, and keeps all of it for backward. Here a tile of weights is made,
-changed in place and used up while it lies in the cache, and made again in backward; whether a
-weight is dropped is a hash of where it stands.
+On a CPU torch has no fused attention with dropout. There one head of one cell comes after the
+other: its weights are written down, and made again in backward, so that memory holds those of one
+head at a time. That is slower than without dropout, and only the published recipe asks for it.
 
-Shapes: B cells, Q places that ask, L places that are asked, D width, H heads.
+Shapes: B cells, Q places that ask, L places that are asked, D width, H heads, E = D / H.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import numpy as np
 import torch
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from pretrain.model import cpu_kernels
-
-# Of a tile of weights: two of them and their keys fit the second-level cache of a core.
-_TILE_BYTES = 524_288
 
 
 def attention(
@@ -31,7 +25,7 @@ def attention(
     real_BL: torch.Tensor | None,
     dropout: float,
 ) -> torch.Tensor:
-    """Return [B, Q, D], softmax(query key' / sqrt(D / H)) value of each head.
+    """Return [B, Q, D], softmax(query key' / sqrt(E)) value of each head.
 
     Parameters
     ----------
@@ -40,12 +34,12 @@ def attention(
     dropout
         Share of weights that are dropped (the others are scaled up); 0 for evaluation.
     """
-    if dropout and query_BQD.device.type == "cpu":
-        arguments = query_BQD, key_BLD, value_BLD, num_heads, real_BL, dropout
-        return _with_dropout(*arguments)  # type: ignore  # the decorator hides its signature
     query, key, value = (
         x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query_BQD, key_BLD, value_BLD)
     )
+    if dropout and query_BQD.device.type == "cpu":
+        context = _with_dropout(query, key, value, real_BL, dropout)
+        return context.transpose(1, 2).flatten(2)  # type: ignore  # the decorator hides its type
     mask = None if real_BL is None else real_BL[:, None, None, :].expand(-1, -1, query.shape[2], -1)
     context = functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout
@@ -54,114 +48,41 @@ def attention(
 
 
 @torch.compiler.disable  # loops of numba, which torch.compile cannot see into
-def _with_dropout(*arguments: Any) -> torch.Tensor:
-    """Return what `attention` does, by our own kernel; arguments as there."""
-    seed = int(torch.randint(2**31, ()))
-    return _DroppedAttention.apply(*arguments, seed)  # type: ignore[return-value]
-
-
-class _DroppedAttention(torch.autograd.Function):
-    """Attention with dropout, tile by tile, for a CPU."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        num_heads: int,
-        real_BL: torch.Tensor | None,
-        dropout: float,
-        seed: int,
-    ) -> torch.Tensor:
-        plan = _Plan(query, key, num_heads, real_BL, dropout, seed)
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        # Of each place and head: log of the sum of exponentials.
-        log_sums = torch.empty((len(query), num_heads, query.shape[1]))
-        sums = torch.empty(query.shape[1], 1)
-        (room,) = plan.tiles(1)
-        for cell, head, part in plan.heads():
-            q, k, v = (x[cell, :, part].contiguous() for x in (query, key, value))
-            known, number = log_sums[cell, head], plan.key(cell, head)
-            for rows in plan.blocks:
-                scores = torch.mm(q[rows], k.t(), out=room[: rows.stop - rows.start])
-                cpu_kernels.exponentials(
-                    cpu_kernels.numbers(scores), plan.real[cell], plan.scale, plan.threshold,
-                    number, rows.start, sums[rows].numpy()[:, 0], known[rows].numpy(),
-                )  # fmt: skip
-                torch.div(scores @ v, sums[rows] * plan.kept, out=out[cell, rows, part])
-        ctx.save_for_backward(query, key, value, out, log_sums)
-        ctx.plan = plan
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple:
-        (gradient,) = gradients
-        query, key, value, out, log_sums = ctx.saved_tensors
-        plan: _Plan = ctx.plan
-        d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))
-        room, other_room = plan.tiles(2)
-        for cell, head, part in plan.heads():
-            q, k, v, o, g = (
-                x[cell, :, part].contiguous() for x in (query, key, value, out, gradient)
-            )
-            delta = (o.float() * g).sum(dim=-1).numpy()
-            known, number = log_sums[cell, head].numpy(), plan.key(cell, head)
-            # Sums over tiles, in float32.
-            dk, dv = torch.zeros(k.shape), torch.zeros(v.shape)
-            for rows in plan.blocks:
-                size = rows.stop - rows.start
-                weights = torch.mm(q[rows], k.t(), out=room[:size])
-                slopes = torch.mm(g[rows], v.t(), out=other_room[:size])
-                cpu_kernels.slopes_of_scores(
-                    cpu_kernels.numbers(weights), cpu_kernels.numbers(slopes), plan.real[cell],
-                    plan.scale, plan.threshold, np.float32(1 / plan.kept), number, rows.start,
-                    known[rows], delta[rows],
-                )  # fmt: skip
-                d_query[cell, rows, part] = slopes @ k
-                dk += slopes.t() @ q[rows]
-                dv += weights.t() @ g[rows]
-            d_key[cell, :, part], d_value[cell, :, part] = dk, dv
-        return d_query, d_key, d_value, None, None, None, None
-
-
-class _Plan:
-    """How a micro-batch is cut into tiles. Shapes depend on B, Q and L alone, not on the cells:
-    oneDNN makes and keeps a kernel for every shape."""
-
-    def __init__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        num_heads: int,
-        real_BL: torch.Tensor | None,
-        dropout: float,
-        seed: int,
-    ) -> None:
-        cells, asking, width = query.shape
-        self._num_heads, self._seed, self._dtype = num_heads, seed, query.dtype
-        self._length, self._width = key.shape[1], width // num_heads
-        self.scale = np.float32(self._width**-0.5)
-        self.kept = 1 - dropout
-        self.threshold = np.uint32(dropout * 2**32)
-        self.real = [self._length] * cells if real_BL is None else real_BL.sum(dim=1).tolist()
-        num_blocks = -(-asking * self._length * query.element_size() // _TILE_BYTES)
-        step = -(-asking // num_blocks)
-        self.blocks = [slice(a, min(a + step, asking)) for a in range(0, asking, step)]
-
-    def heads(self) -> Iterator[tuple[int, int, slice]]:
-        """Yield (cell, head, its part of the width)."""
-        for cell in range(len(self.real)):
-            for head in range(self._num_heads):
-                yield cell, head, slice(head * self._width, (head + 1) * self._width)
-
-    def key(self, cell: int, head: int) -> np.uint32:
-        """Return what the random numbers of a head begin with."""
-        return np.uint32(
-            cpu_kernels.mix(np.uint32(self._seed), np.uint32(cell * self._num_heads + head))
+def _with_dropout(
+    query_BHQE: torch.Tensor,
+    key_BHLE: torch.Tensor,
+    value_BHLE: torch.Tensor,
+    real_BL: torch.Tensor | None,
+    dropout: float,
+) -> torch.Tensor:
+    """Return [B, H, Q, E]; which weights are dropped is a hash of a seed and of where they are."""
+    cells, num_heads = query_BHQE.shape[:2]
+    seed = np.uint32(int(torch.randint(2**31, ())))
+    found = [
+        checkpoint(
+            _of_head, query_BHQE[cell, head], key_BHLE[cell, head], value_BHLE[cell, head],
+            None if real_BL is None else real_BL[cell], dropout,
+            cpu_kernels.mix(seed, np.uint32(cell * num_heads + head)),
+            use_reentrant=False, preserve_rng_state=False,
         )
+        for cell, head in np.ndindex(cells, num_heads)
+    ]  # fmt: skip
+    return torch.stack(found).unflatten(0, (cells, num_heads))
 
-    def tiles(self, number: int) -> list[torch.Tensor]:
-        """Return room for the largest block's weights."""
-        rows = self.blocks[0].stop
-        return [torch.empty((rows, self._length), dtype=self._dtype) for _ in range(number)]
+
+def _of_head(
+    query_QE: torch.Tensor,
+    key_LE: torch.Tensor,
+    value_LE: torch.Tensor,
+    real_L: torch.Tensor | None,
+    dropout: float,
+    number: int,
+) -> torch.Tensor:
+    """Return [Q, E]; `number`: what the hash of this head's weights begins with."""
+    scores_QL = (query_QE @ key_LE.t()).float() * query_QE.shape[1] ** -0.5
+    if real_L is not None:
+        scores_QL = scores_QL.masked_fill(~real_L, -torch.inf)
+    factors_QL = torch.empty_like(scores_QL, requires_grad=False)
+    cpu_kernels.dropout_factors(factors_QL.numpy(), number, dropout)
+    weights_QL = scores_QL.softmax(-1) * factors_QL
+    return weights_QL.to(value_LE.dtype) @ value_LE

@@ -102,29 +102,15 @@ def mix(key, number):
 _FAST = {"reassoc", "contract", "nsz"}  # sums in any order; numbers that are not finite stay so
 
 
-@numba.njit(cache=True, nogil=True, fastmath=_FAST)
-def exponentials(scores, real, scale, threshold, key, first, sums, log_sums):
-    """Turn [rows, L] scores into exponentials, dropped ones and those from `real` on into 0.
-
-    Written beside: their sums before dropping, and log(sum) + largest score.
-    """
-    base = np.float32(scale * _LOG2_E)
-    width, real = np.uintp(scores.shape[1]), np.uintp(real)
-    lanes = np.empty(_LANES, dtype=np.float32)
-    for number in range(np.uintp(scores.shape[0])):
-        row = scores[number]
-        row_key = mix(key, first + number)
-        largest = _largest(row, real, lanes)
-        total = np.float32(0.0)
-        for place in range(real):
-            weight = _power_of_2((_get(row[place]) - largest) * base)
-            total += weight
-            kept = np.float32(0.0) if mix(row_key, place) < threshold else np.float32(1.0)
-            _put(row, place, weight * kept)
-        for place in range(real, width):
-            _put(row, place, np.float32(0.0))
-        sums[number] = total
-        log_sums[number] = largest * scale + np.log(total)
+@numba.njit(cache=True, nogil=True)
+def dropout_factors(factors, key, dropout):
+    """Fill float32 [rows, L] with 0 where a weight is dropped, and with 1 / (1 - dropout)."""
+    threshold = np.uint32(dropout * 2**32)
+    kept = np.float32(1 / (1 - dropout))
+    for number in range(np.uintp(factors.shape[0])):
+        row, row_key = factors[number], mix(key, number)
+        for place in range(np.uintp(factors.shape[1])):
+            row[place] = np.float32(0.0) if mix(row_key, place) < threshold else kept
 
 
 @numba.njit(cache=True, nogil=True, fastmath=_FAST)
@@ -143,28 +129,6 @@ def _largest(row, real, lanes):
     for place in range(even, real):
         largest = max(largest, _get(row[place]))
     return np.float32(largest)
-
-
-@numba.njit(cache=True, nogil=True, fastmath=_FAST)
-def slopes_of_scores(weights, slopes, real, scale, threshold, factor, key, first, log_sums, delta):
-    """Turn scores into weights after dropping, and slopes by weights into slopes by scores.
-
-    `factor` scales what is kept; `delta` is the sum of each place's output times its slope.
-    """
-    base = scale * _LOG2_E
-    width, real = np.uintp(weights.shape[1]), np.uintp(real)
-    for number in range(np.uintp(weights.shape[0])):
-        row, slope_row = weights[number], slopes[number]
-        row_key = mix(key, first + number)
-        log_sum, shared = log_sums[number] * _LOG2_E, delta[number]
-        for place in range(real):
-            weight = _power_of_2(_get(row[place]) * base - log_sum)
-            kept = np.float32(0.0) if mix(row_key, place) < threshold else factor
-            _put(row, place, weight * kept)
-            _put(slope_row, place, weight * (_get(slope_row[place]) * kept - shared) * scale)
-        for place in range(real, width):
-            _put(row, place, np.float32(0.0))
-            _put(slope_row, place, np.float32(0.0))
 
 
 @numba.njit(cache=True, nogil=True, fastmath=_FAST)

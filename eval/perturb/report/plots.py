@@ -11,12 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from eval.drawing.figures import BLUE, GREY, new_figure
-from eval.drawing.plot import Plot
+from data_prep.drawing import BLUE, GREEN, GREY, RED, new_figure
+from eval.drawing.plot import INK, Plot
 from eval.perturb.effects.analysis import FOUND, Analysis
 
 # The points are pixels, which do not follow the reader's colour scheme: seen on black and white.
-ABOVE, BELOW, EXPECTED, INK = "#d55e00", BLUE, "#009e73", "#222222"
+ABOVE, BELOW, EXPECTED = RED, BLUE, GREEN
 _MOST_LABELS, _MOST_ROWS, _MOST_DONORS, _MOST_INTERVALS = 12, 30, 40, 200
 _LABEL_HEIGHT, _LABEL_WIDTH = 0.042, 0.017  # of the axes, for a line and for a letter
 _SMALLEST_FDR = 1e-12
