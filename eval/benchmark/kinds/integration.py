@@ -41,8 +41,7 @@ _MOST_DRAWN_CELLS = 2_000
 class Integration(CellContest[IntegrationTask, Fold]):
     """Every contender embeds the same cells and is scored on all of them, one fold a seed.
 
-    A fine-tuned model has learnt the labels of other cells: of other batches, where there are three
-    or more.
+    A fine-tuned model has learnt labels of other cells: of other batches, where these are three.
     """
 
     headline = HEADLINE
