@@ -18,7 +18,7 @@ BLUE, LIGHT_BLUE, GREEN, GREY = "#0072b2", "#56b4e9", "#009e73", "#8c8c8c"
 ORANGE, RED, PINK = "#e69f00", "#d55e00", "#cc79a7"
 WIDTH = 5.2  # inches: on a phone the text is still 9 pixels high
 _INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-_STYLE: dict[str, Any] = {
+_STYLE: dict = {  # of matplotlib's own names
     "font.size": 9.5, "legend.fontsize": 9, "legend.frameon": False, "axes.spines.top": False,
     "axes.spines.right": False, "axes.axisbelow": True, "grid.linewidth": 0.6,
     "svg.fonttype": "none",
@@ -26,12 +26,12 @@ _STYLE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def style(more: dict[str, Any]) -> AbstractContextManager:
+def style(more: dict) -> AbstractContextManager:
     """Return the context in which figures are made and saved; `more`: settings of matplotlib."""
     return matplotlib.rc_context(_STYLE | more)
 
 
-def inked(colour: str) -> dict[str, Any]:
+def inked(colour: str) -> dict:
     """Return the settings of matplotlib that give text and axes a colour."""
     return dict.fromkeys(_INKED, colour)
 
@@ -44,7 +44,8 @@ def new_figure(height: float) -> Figure:
 def svg_text(figure: Figure, **options: Any) -> str:
     """Return a figure as SVG, without the time of day; `options`: of matplotlib's ``savefig``."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", **{"metadata": {"Date": None}} | options)
+    options.setdefault("metadata", {"Date": None})
+    figure.savefig(buffer, format="svg", **options)
     return buffer.getvalue()
 
 

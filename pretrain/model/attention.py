@@ -38,8 +38,9 @@ def attention(
         x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query_BQD, key_BLD, value_BLD)
     )
     if dropout and query_BQD.device.type == "cpu":
-        context = _with_dropout(query, key, value, real_BL, dropout)
-        return context.transpose(1, 2).flatten(2)  # type: ignore  # the decorator hides its type
+        # The decorator hides the signature.
+        context: torch.Tensor = _with_dropout(query, key, value, real_BL, dropout)  # type: ignore
+        return context.transpose(1, 2).flatten(2)
     mask = None if real_BL is None else real_BL[:, None, None, :].expand(-1, -1, query.shape[2], -1)
     context = functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout
