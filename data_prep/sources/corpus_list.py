@@ -53,10 +53,10 @@ def _optional(name: str, hint: Any) -> tuple[Any, Any]:
     return kind | None, Field(None, description=said)
 
 
+_HINTS = get_type_hints(SourceOptions, include_extras=True)
+_OPTIONAL: dict[str, Any] = {name: _optional(name, hint) for name, hint in _HINTS.items()}
 _Fields: Any = create_model(
-    "_Fields",
-    __config__=ConfigDict(extra="forbid", frozen=True),
-    **{n: _optional(n, h) for n, h in get_type_hints(SourceOptions, include_extras=True).items()},
+    "_Fields", __config__=ConfigDict(extra="forbid", frozen=True), **_OPTIONAL
 )
 
 
