@@ -140,7 +140,7 @@ def test_gene_heads_are_means_over_cells(model, tmp_path):
 def test_killed_command_goes_on(model, tmp_path):
     """Killed with SIGKILL in the second seed: the same bytes as a run that was left alone."""
     from eval.finetune.score_cells import finetune_cells
-    from eval.finetune.settings import FinetuneOptions
+    from eval.finetune.settings import OF_CELLS, FinetuneOptions
 
     out, log = tmp_path / "killed", tmp_path / "log"
     command = [
@@ -159,8 +159,9 @@ def test_killed_command_goes_on(model, tmp_path):
     (seed,) = out.glob(".partial/*/seed-0.json")
     written = seed.stat().st_mtime_ns
     (work,) = out.glob(".partial/*")
-    other = finetune_cells(model / "cells.h5ad", model, "cell_type", tmp_path / "alone",
-                           FinetuneOptions(settings=replace(fast(), epochs=6)))  # fmt: skip
+    options = FinetuneOptions(settings=replace(OF_CELLS, epochs=6, learning_rate=0.005))
+    cells, alone = model / "cells.h5ad", tmp_path / "alone"
+    other = finetune_cells(cells, model, "cell_type", alone, options)
     again = start_geneloom(command, log)
     while seed.exists():
         assert seed.stat().st_mtime_ns == written, "a finished seed was computed again"

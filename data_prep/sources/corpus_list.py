@@ -55,12 +55,10 @@ def _optional(name: str, hint: Any) -> tuple[Any, Any]:
     return kind | None, Field(None, description=said)
 
 
-_FIELDS: dict[str, Any] = {
-    name: _optional(name, hint)
-    for name, hint in get_type_hints(SourceOptions, include_extras=True).items()
-}
+_HINTS = get_type_hints(SourceOptions, include_extras=True)
+_OPTIONAL: dict[str, Any] = {name: _optional(name, hint) for name, hint in _HINTS.items()}
 _Fields: Any = create_model(
-    "_Fields", __config__=ConfigDict(extra="forbid", frozen=True), **_FIELDS
+    "_Fields", __config__=ConfigDict(extra="forbid", frozen=True), **_OPTIONAL
 )
 
 
