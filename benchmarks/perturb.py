@@ -41,7 +41,7 @@ from data_prep.genes.vocabulary import Vocabulary
 from eval.cells.embed import embed_cells
 from eval.cells.read_cells import encode_file
 from eval.perturb.screen.cells_and_genes import CellChoice, GeneChoice
-from eval.perturb.screen.compare_copies import Engine, EngineSettings
+from eval.perturb.screen.compare_copies import CopyEngine, EngineSettings
 from eval.perturb.screen.edits import Edit, GeneSets
 from eval.perturb.screen.run import perturb_file
 from eval.perturb.screen.settings import ModelChoice, Screen
@@ -153,13 +153,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     order = np.random.default_rng(_SEED).permutation([i for i, t in enumerate(every) if len(t) > 2])
     original = Original(full, vocabulary)
     engines = {
-        "fp32": Engine(copy.deepcopy(encoder_of(network)), vocabulary),
-        "bf16": Engine(copy.deepcopy(encoder_of(network)), vocabulary, EngineSettings(bf16=True)),
+        "fp32": CopyEngine(copy.deepcopy(encoder_of(network)), vocabulary),
+        "bf16": CopyEngine(
+            copy.deepcopy(encoder_of(network)), vocabulary, EngineSettings(bf16=True)
+        ),
     }
     chosen = [every[i] for i in order[: arguments.num_cells]]
     results: dict[str, Any] = {"deletion": {"tokens": [len(c) for c in chosen]}}
 
-    def deletions(engine: Engine) -> np.ndarray:
+    def deletions(engine: CopyEngine) -> np.ndarray:
         found = []
         for cell in chosen:
             members = cell[: arguments.genes, None]

@@ -20,7 +20,7 @@ from transformers import BertConfig, BertModel
 
 from data_prep.genes.vocabulary import Vocabulary, from_dictionaries
 from eval.cells.embed import embed_cells
-from eval.perturb.screen.compare_copies import Engine, EngineSettings
+from eval.perturb.screen.compare_copies import CopyEngine, EngineSettings
 from eval.perturb.screen.edits import Edit, GeneSets
 
 _SEED = 0
@@ -68,7 +68,7 @@ def measure(size: str, length: int, budget: int, arguments: argparse.Namespace) 
     members = cell[: arguments.copies, None]
     sets = GeneSets(members, np.ones_like(members, dtype=bool))
     settings = EngineSettings(bf16=True, device=arguments.device, token_budget=budget)
-    engine = Engine(model, vocabulary, settings)
+    engine = CopyEngine(model, vocabulary, settings)
     copies = rate(
         lambda: engine.perturb(cell, sets, Edit("delete")) and None,
         len(members), arguments.seconds, arguments.device,

@@ -116,7 +116,7 @@ def test_states_by_windows_are_those_of_transformers(tmp_path):
 def test_deletions_and_what_changes_nothing(with_head, network, cells):
     """With a head all layers are computed, without only those that are read: the same shifts."""
     from eval.finetune.classifier import Classifier, FinetuneSettings, Head
-    from eval.perturb.screen.compare_copies import Engine
+    from eval.perturb.screen.compare_copies import CopyEngine
     from eval.perturb.screen.edits import Edit, GeneSets
 
     encoder, vocab = copy.deepcopy(network.base_model), vocabulary()
@@ -124,7 +124,7 @@ def test_deletions_and_what_changes_nothing(with_head, network, cells):
     if with_head:
         heads = (Head("type", "cells", ("a", "b")),)
         classifier = Classifier(encoder, vocab, heads, FinetuneSettings())
-    engine = Engine(encoder, vocab, classifier=classifier)
+    engine = CopyEngine(encoder, vocab, classifier=classifier)
     cell = cells[1]
     members = np.arange(2, NUM_GENES + 2)[:, None]
     sets = GeneSets(members, np.zeros_like(members, dtype=bool))

@@ -75,7 +75,7 @@ EDITS = [
 )
 def test_scores_equal_the_reference(with_cls, pooling, layer, score, edit):
     from eval.cells.embed import embed_cells
-    from eval.perturb.screen.compare_copies import Engine, EngineSettings
+    from eval.perturb.screen.compare_copies import CopyEngine, EngineSettings
 
     vocab = vocabulary(with_cls)
     model, every = network(vocab), cells(vocab)
@@ -84,7 +84,7 @@ def test_scores_equal_the_reference(with_cls, pooling, layer, score, edit):
     )
     centroids = {"here": some[0].astype(float), "there": some[1:].mean(axis=0).astype(float)}
     reference = Reference(model, vocab, layer, pooling, centroids, score=score)
-    engine = Engine(
+    engine = CopyEngine(
         copy.deepcopy(model.bert), vocab,
         EngineSettings(pooling, layer, token_budget=60, score=score), centroids=centroids,
     )  # fmt: skip
@@ -148,12 +148,14 @@ def golden(folder):
 @pytest.mark.parametrize("step", [24, pytest.param(1, marks=pytest.mark.long)])
 def test_the_score_named_geneformer_is_what_its_own_perturber_stored(real_data, step):
     """Of every gene, or every 24th; in the layer that it calls -1."""
-    from eval.perturb.screen.compare_copies import Engine, EngineSettings
+    from eval.perturb.screen.compare_copies import CopyEngine, EngineSettings
     from pretrain.model.architectures import encoder_of
 
     network, vocab, golden_cells = golden(real_data)
-    engine = Engine(copy.deepcopy(encoder_of(network)), vocab, EngineSettings(score="geneformer"))
-    other = Engine(copy.deepcopy(encoder_of(network)), vocab)
+    engine = CopyEngine(
+        copy.deepcopy(encoder_of(network)), vocab, EngineSettings(score="geneformer")
+    )
+    other = CopyEngine(copy.deepcopy(encoder_of(network)), vocab)
     for cell in golden_cells:
         genes = np.array(cell["input_ids"])
         sets = sets_of(*genes[::step, None].tolist())
@@ -170,7 +172,7 @@ def test_the_score_named_geneformer_is_what_its_own_perturber_stored(real_data, 
 
 def test_unperturbed_values_and_donor_centroids():
     from eval.cells.embed import embed_cells
-    from eval.perturb.screen.compare_copies import Engine, centroid
+    from eval.perturb.screen.compare_copies import CopyEngine, centroid
 
     vocab = vocabulary(False)
     model, every = network(vocab), cells(vocab, 5)
@@ -179,7 +181,7 @@ def test_unperturbed_values_and_donor_centroids():
     state = centroid(embeddings, donors)
     means = [embeddings[:3].mean(axis=0), embeddings[3:].mean(axis=0)]
     np.testing.assert_allclose(state, (means[0] + means[1]) / 2, rtol=1e-6)
-    engine = Engine(copy.deepcopy(model.bert), vocab, centroids={"s": state})
+    engine = CopyEngine(copy.deepcopy(model.bert), vocab, centroids={"s": state})
     np.testing.assert_allclose(engine.embed(every), embeddings, atol=1e-5)
     sets = sets_of([int(every[2][0])])
     before = engine.perturb(every[2], sets, Edit("delete")).before
@@ -189,7 +191,7 @@ def test_unperturbed_values_and_donor_centroids():
 @pytest.mark.parametrize("edit", [Edit("delete"), Edit("overexpress")], ids=lambda e: e.kind)
 def test_class_probabilities_are_the_classifiers(edit):
     from eval.finetune.classifier import Classifier, FinetuneSettings, Head
-    from eval.perturb.screen.compare_copies import Engine
+    from eval.perturb.screen.compare_copies import CopyEngine
 
     vocab = vocabulary(True)
     model, every = network(vocab), cells(vocab)
@@ -202,7 +204,7 @@ def test_class_probabilities_are_the_classifiers(edit):
         return classifier.predict_cells([np.array([2, *genes, 3])], "kind")[0]
 
     expected = Reference(model, vocab, -1, "mean", {}, probabilities)
-    engine = Engine(classifier.encoder, vocab, classifier=classifier)
+    engine = CopyEngine(classifier.encoder, vocab, classifier=classifier)
     assert engine.columns == ["shift", "class_a", "class_b", "class_c"]
     for cell in every:
         chosen = [[int(t)] for t in cell[:5]] + [[vocab.num_tokens - 1]]
@@ -219,25 +221,25 @@ def test_class_probabilities_are_the_classifiers(edit):
 
 
 def test_bfloat16_keeps_the_order():
-    from eval.perturb.screen.compare_copies import Engine, EngineSettings
+    from eval.perturb.screen.compare_copies import CopyEngine, EngineSettings
 
     vocab = vocabulary(False)
     model, every = network(vocab), cells(vocab)
     every_gene = sets_of(*[[t] for t in range(vocab.first_gene_token, vocab.num_tokens)])
-    exact = Engine(copy.deepcopy(model.bert), vocab)
-    short = Engine(copy.deepcopy(model.bert), vocab, EngineSettings(bf16=True))
+    exact = CopyEngine(copy.deepcopy(model.bert), vocab)
+    short = CopyEngine(copy.deepcopy(model.bert), vocab, EngineSettings(bf16=True))
     for cell in every:
         a, b = (e.perturb(cell, every_gene, Edit("delete")).values["shift"] for e in (exact, short))
         assert np.corrcoef(np.argsort(np.argsort(a)), np.argsort(np.argsort(b)))[0, 1] > 0.95
 
 
 def test_gene_sums_are_sums_over_cells():
-    from eval.perturb.screen.compare_copies import Engine
+    from eval.perturb.screen.compare_copies import CopyEngine
     from eval.perturb.screen.run import GeneSums
 
     vocab = vocabulary(False)
     model, every = network(vocab), cells(vocab)
-    engine = Engine(copy.deepcopy(model.bert), vocab)
+    engine = CopyEngine(copy.deepcopy(model.bert), vocab)
     chosen = sets_of(*[[t] for t in range(vocab.first_gene_token, vocab.num_tokens)])
     donors = ["x", "y", "x", "y"]
     sums, expected = GeneSums(donors, len(chosen), vocab), {}
@@ -265,7 +267,7 @@ def test_estimates_are_derivatives_and_exact_moves(with_cls):
     import torch
 
     from eval.cells.embed import embed_cells
-    from eval.perturb.screen.compare_copies import Engine
+    from eval.perturb.screen.compare_copies import CopyEngine
     from eval.perturb.screen.estimate import estimate
 
     vocab = vocabulary(with_cls)
@@ -273,7 +275,7 @@ def test_estimates_are_derivatives_and_exact_moves(with_cls):
     tokens = [np.r_[2, c, 3] if with_cls else c for c in every]
     states = embed_cells(tokens, model.bert, vocab)
     centroids = {"a": states[0].astype(float), "b": states[2].astype(float)}
-    engine = Engine(copy.deepcopy(model.bert), vocab, centroids=centroids)
+    engine = CopyEngine(copy.deepcopy(model.bert), vocab, centroids=centroids)
     bert, cell, step = copy.deepcopy(model.bert).double(), tokens[1], 1e-4
     found = estimate(engine, every[1], num_breaks=len(cell))[0]
     inner = slice(1, -1) if with_cls else slice(None)
@@ -363,7 +365,7 @@ def test_wrong_edits(arguments, message):
 
 def test_wrong_engines():
     from eval.finetune.classifier import Classifier, FinetuneSettings, Head
-    from eval.perturb.screen.compare_copies import Engine, EngineSettings
+    from eval.perturb.screen.compare_copies import CopyEngine, EngineSettings
 
     vocab = vocabulary(False)
     model = network(vocab)
@@ -375,9 +377,9 @@ def test_wrong_engines():
         (EngineSettings(layer=-3), "layers 0 .last. to -2"),
     ):
         with pytest.raises(ValueError, match=message):
-            Engine(copy.deepcopy(model.bert), vocab, settings_)
+            CopyEngine(copy.deepcopy(model.bert), vocab, settings_)
     genes_only = Classifier(
         copy.deepcopy(model.bert), vocab, (Head("g", "genes", ("a", "b")),), FinetuneSettings()
     )
     with pytest.raises(ValueError, match="one head of cells"):
-        Engine(genes_only.encoder, vocab, classifier=genes_only)
+        CopyEngine(genes_only.encoder, vocab, classifier=genes_only)

@@ -23,7 +23,7 @@ import pyarrow.ipc
 
 from data_prep.encoding.chunk_files import Column, tokens_path
 from data_prep.encoding.duplicates import hash_sequences
-from data_prep.encoding.encoded_cells import Cells
+from data_prep.encoding.encoded_cells import CellTable
 from data_prep.encoding.filters import (
     DatasetMoments,
     Moments,
@@ -190,7 +190,7 @@ def encode_stretch(job: EncodeJob) -> EncodeRecord:
     chunks: list[tuple[str, int, int]] = []
     hashes: list[str] = []
     moments: dict[str, DatasetMoments] = {}
-    parts: list[Cells] = []
+    parts: list[CellTable] = []
     row = job.start
 
     def write() -> None:
@@ -277,7 +277,7 @@ def _annotation(path: Path | None, sha256: str | None) -> Annotation | None:  # 
 
 def _of_counts(
     block: CountBlock, row: int, column_tokens: np.ndarray, vocabulary: Vocabulary, job: EncodeJob
-) -> Cells:
+) -> CellTable:
     encoded = encode_cells(
         block.data, block.indices, block.indptr, block.totals, column_tokens, vocabulary
     )
@@ -292,7 +292,7 @@ def _of_counts(
 
 def _of_tokens(
     block: TokenBlock, tokens: np.ndarray, row: int, vocabulary: Vocabulary, job: EncodeJob
-) -> Cells:
+) -> CellTable:
     lengths = np.diff(block.offsets)
     detected = (lengths - (2 if vocabulary.has_cls else 0)).astype(np.int32)
     nothing = np.full(len(lengths), np.nan)
@@ -314,8 +314,8 @@ def _cells(
     mitochondrial: np.ndarray,
     reasons: np.ndarray,
     job: EncodeJob,
-) -> Cells:
-    """Return a block as `Cells` with the internal columns; rejected cells have no tokens."""
+) -> CellTable:
+    """Return a block as `CellTable` with the internal columns; rejected cells have no tokens."""
     settings = job.settings
     rows = np.arange(row, row + len(reasons))
     columns = {
@@ -342,7 +342,7 @@ def _cells(
         tokens = tokens[np.repeat(~drop, lengths)]
         lengths = np.where(drop, 0, lengths)
     offsets = np.r_[0, np.cumsum(lengths)]
-    return Cells(tokens, offsets, pa.table(columns))
+    return CellTable(tokens, offsets, pa.table(columns))
 
 
 def _split(
@@ -364,7 +364,7 @@ def _split(
     return np.isin(groups, settings.heldout_groups).astype(np.uint8)
 
 
-def _moments(cells: Cells) -> dict[str, DatasetMoments]:
+def _moments(cells: CellTable) -> dict[str, DatasetMoments]:
     columns = cells.columns
     return moments_by_dataset(
         columns.column("dataset").to_numpy(),
@@ -374,7 +374,7 @@ def _moments(cells: Cells) -> dict[str, DatasetMoments]:
     )
 
 
-def _write_chunk(path: Path, parts: list[Cells]) -> int:
+def _write_chunk(path: Path, parts: list[CellTable]) -> int:
     """Write the cells of a chunk, sorted by split and key; return the number of bytes.
 
     The files are not forced to disk. If a power failure leaves a file shorter than its record says,
@@ -384,7 +384,7 @@ def _write_chunk(path: Path, parts: list[Cells]) -> int:
         np.concatenate([p.columns.column(name).to_numpy() for p in parts])
         for name in (Column.KEY, Column.SPLIT)
     )
-    cells = Cells.in_order(parts, np.lexsort((keys, splits)))
+    cells = CellTable.in_order(parts, np.lexsort((keys, splits)))
     columns = cells.columns.append_column(Column.LENGTH, pa.array(cells.lengths.astype(np.int32)))
     batch = columns.combine_chunks().to_batches()[0]
     with pa.ipc.new_file(str(path), batch.schema) as writer:

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 
 @dataclass(frozen=True)
-class Cells:
+class CellTable:
     """Encoded cells with their metadata.
 
     Attributes
@@ -35,15 +35,15 @@ class Cells:
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
-    def take(self, rows: np.ndarray) -> Cells:
+    def take(self, rows: np.ndarray) -> CellTable:
         """Return a copy of the cells at int64 positions `rows`, in the given order."""
         tokens, offsets = gather_rows(self.tokens, self.offsets, rows)
-        return Cells(tokens, offsets, self.columns.take(pa.array(rows)))
+        return CellTable(tokens, offsets, self.columns.take(pa.array(rows)))
 
-    def slice(self, start: int, stop: int) -> Cells:
+    def slice(self, start: int, stop: int) -> CellTable:
         """Return cells start..stop-1 without copying tokens."""
         low, high = self.offsets[start], self.offsets[stop]
-        return Cells(
+        return CellTable(
             self.tokens[low:high],
             self.offsets[start : stop + 1] - low,
             self.columns.slice(start, stop - start),
@@ -60,17 +60,17 @@ class Cells:
         return pa.record_batch([lists, *columns], names=["input_ids", *self.columns.column_names])
 
     @staticmethod
-    def concat(parts: list[Cells]) -> Cells:
+    def concat(parts: list[CellTable]) -> CellTable:
         """Return all cells of one or more `parts`, in order."""
         if len(parts) == 1:
             return parts[0]
         offsets = np.zeros(sum(len(p) for p in parts) + 1, dtype=np.int64)
         np.cumsum(np.concatenate([p.lengths for p in parts]), out=offsets[1:])
         columns = pa.concat_tables([p.columns for p in parts]).combine_chunks()
-        return Cells(np.concatenate([p.tokens for p in parts]), offsets, columns)
+        return CellTable(np.concatenate([p.tokens for p in parts]), offsets, columns)
 
     @staticmethod
-    def in_order(parts: list[Cells], order: np.ndarray) -> Cells:
+    def in_order(parts: list[CellTable], order: np.ndarray) -> CellTable:
         """Return ``concat(parts).take(order)``, copying every token only once."""
         lengths = np.concatenate([p.lengths for p in parts])
         offsets, starts = place_rows(lengths, order)
@@ -83,7 +83,7 @@ class Cells:
             )
             first = stop
         columns = pa.concat_tables([p.columns for p in parts]).combine_chunks()
-        return Cells(tokens, offsets, columns.take(pa.array(order)))
+        return CellTable(tokens, offsets, columns.take(pa.array(order)))
 
 
 def place_rows(lengths: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -168,7 +168,7 @@ def state_of(path: str, *options: Hashable) -> State | None:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenGenes:
     """The features and cells of a matrix that are read.
 
     Attributes
@@ -190,9 +190,9 @@ class _Tables:
     """The choice of features and cells of each file, and its gene table while that is cached."""
 
     def __init__(self) -> None:
-        self._known: dict[State, tuple[Choice, weakref.ref[GeneTable]]] = {}
+        self._known: dict[State, tuple[ChosenGenes, weakref.ref[GeneTable]]] = {}
 
-    def get(self, state: State | None) -> tuple[Choice, GeneTable] | None:
+    def get(self, state: State | None) -> tuple[ChosenGenes, GeneTable] | None:
         """Return the choice and the table that `put` stored, None if there are none any more."""
         if state not in self._known:
             return None
@@ -200,7 +200,7 @@ class _Tables:
         table = reference()
         return None if table is None else (choice, table)
 
-    def put(self, state: State | None, choice: Choice, table: GeneTable) -> None:
+    def put(self, state: State | None, choice: ChosenGenes, table: GeneTable) -> None:
         """Remember the choice and the table of a source; if `state_of` is None, do nothing."""
         if len(self._known) >= _SOURCES:
             self._known.clear()

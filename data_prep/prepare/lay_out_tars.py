@@ -48,7 +48,7 @@ _SORT_BYTES = 24  # memory per cell while duplicates are searched for
 
 
 @dataclass(frozen=True)
-class Window:
+class KeyWindow:
     """The cells of one bucket that one tar holds.
 
     Of the bucket's cells in the key bins first_bin..last_bin, in key order, the first `skip` belong
@@ -72,7 +72,7 @@ class WritePlan:
     buckets: list[int]
     bin_bits: int
     # The windows of the buckets, for each split and each tar number.
-    windows: list[list[list[Window]]]
+    windows: list[list[list[KeyWindow]]]
     bytes_per_task: list[int]
     block_cells: int
     columns: list[str]
@@ -292,12 +292,12 @@ def _cells_per_bin(
     return counts.reshape(shape)
 
 
-def _windows(counts: np.ndarray, tasks: int, block_cells: int) -> list[list[Window]]:
+def _windows(counts: np.ndarray, tasks: int, block_cells: int) -> list[list[KeyWindow]]:
     """Return the windows of the buckets for each tar number.
 
     `counts` is int64 [buckets, key bins], the number of kept cells.
     """
-    result: list[list[Window]] = [[] for _ in range(tasks)]
+    result: list[list[KeyWindow]] = [[] for _ in range(tasks)]
     for bucket, per_bin in enumerate(counts):
         before = np.r_[0, np.cumsum(per_bin)]
         size = int(before[-1])
@@ -307,7 +307,7 @@ def _windows(counts: np.ndarray, tasks: int, block_cells: int) -> list[list[Wind
             first = int(np.searchsorted(before, start, side="right")) - 1
             last = int(np.searchsorted(before, stop, side="left")) - 1
             result[number].append(
-                Window(
+                KeyWindow(
                     bucket, start // block_cells, start - int(before[first]), stop - start, first,
                     last,
                 )

@@ -17,11 +17,11 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.encoding.chunk_files import Chunk, Column, open_chunk, tokens_path
-from data_prep.encoding.encoded_cells import Cells, count_tokens, place_rows, scatter_rows
+from data_prep.encoding.encoded_cells import CellTable, count_tokens, place_rows, scatter_rows
 from data_prep.encoding.filters import KEPT, MOVED
 from data_prep.files import file_sha256, write_to_disk
 from data_prep.genes.rank_genes import token_dtype
-from data_prep.prepare.lay_out_tars import Window, WritePlan, key_bins
+from data_prep.prepare.lay_out_tars import KeyWindow, WritePlan, key_bins
 from data_prep.shards.buckets import bucket_of
 from data_prep.shards.format import SPLITS
 from data_prep.shards.writer import TarWriter
@@ -72,7 +72,7 @@ def _load_plan(path: Path) -> WritePlan:
     content = json.loads(path.read_text())
     content["chunks"] = [Chunk(**c) for c in content["chunks"]]
     content["windows"] = [
-        [[Window(**w) for w in windows] for windows in split] for split in content["windows"]
+        [[KeyWindow(**w) for w in windows] for windows in split] for split in content["windows"]
     ]
     return WritePlan(**content)
 
@@ -123,7 +123,7 @@ def write_tars(job: WriteJob) -> WriteRecord:
     return record
 
 
-def _parts(windows: list[Window], num_bytes: int, memory_gib: float) -> list[tuple[int, int]]:
+def _parts(windows: list[KeyWindow], num_bytes: int, memory_gib: float) -> list[tuple[int, int]]:
     """Return consecutive ranges of key bins whose cells fit into memory."""
     if not windows:
         return []
@@ -134,8 +134,8 @@ def _parts(windows: list[Window], num_bytes: int, memory_gib: float) -> list[tup
 
 
 def _gather(
-    job: WriteJob, plan: WritePlan, windows: list[Window], low: int, high: int
-) -> dict[int, Cells]:
+    job: WriteJob, plan: WritePlan, windows: list[KeyWindow], low: int, high: int
+) -> dict[int, CellTable]:
     """Return, for each bucket, the cells of its window in the key bins low..high-1, in key order.
 
     The chunk files are read twice: first the keys and small columns, then the tokens, which are
@@ -187,7 +187,7 @@ def _gather(
         scatter_rows(read, here - here[0], rows, starts[done : done + len(rows)], tokens)
         done += len(rows)
     columns = pa.concat_tables(tables).combine_chunks().take(pa.array(order))
-    together = Cells(tokens, offsets, columns)
+    together = CellTable(tokens, offsets, columns)
     edges = np.searchsorted(bucket[order], np.arange(len(plan.buckets) + 1))
     return {
         n: together.slice(int(edges[n]), int(edges[n + 1]))
@@ -205,10 +205,10 @@ class _Ready:
 
     def __init__(self, skip: int, take: int) -> None:
         self._skip, self._left = skip, take
-        self._rest: Cells | None = None
+        self._rest: CellTable | None = None
         self.taken = 0
 
-    def blocks(self, cells: Cells, block_cells: int) -> Iterator[Cells]:
+    def blocks(self, cells: CellTable, block_cells: int) -> Iterator[CellTable]:
         """Yield full blocks of `cells` and the cells that remained from the last call."""
         start = min(self._skip, len(cells))
         self._skip -= start
@@ -217,7 +217,7 @@ class _Ready:
         self.taken += stop - start
         if self._rest is not None:
             missing = min(block_cells - len(self._rest), stop - start)
-            self._rest = Cells.concat([self._rest, cells.slice(start, start + missing)])
+            self._rest = CellTable.concat([self._rest, cells.slice(start, start + missing)])
             start += missing
             if len(self._rest) == block_cells:
                 yield self._rest
@@ -229,12 +229,12 @@ class _Ready:
             # The rest is copied, because a slice would keep all cells of this part in memory.
             self._rest = cells.slice(start, stop).take(np.arange(stop - start))
 
-    def rest(self) -> list[Cells]:
+    def rest(self) -> list[CellTable]:
         """Return a list with the last, short block, or an empty list if there is none."""
         return [self._rest] if self._rest is not None else []
 
 
-def _write_block(writer: TarWriter, cells: Cells, columns: list[str], seen: np.ndarray) -> None:
+def _write_block(writer: TarWriter, cells: CellTable, columns: list[str], seen: np.ndarray) -> None:
     # The arrays are copied, because Arrow writes a slice with padding that depends on its position.
     coded = cells.columns.take(pa.array(np.arange(len(cells)))).combine_chunks()
     # A block has few different data sets, donors or cell types, so columns are stored as
@@ -243,7 +243,7 @@ def _write_block(writer: TarWriter, cells: Cells, columns: list[str], seen: np.n
         values = coded.column(name).combine_chunks()
         place = coded.schema.get_field_index(name)
         coded = coded.set_column(place, name, _dictionary(values))
-    writer.write(Cells(cells.tokens, cells.offsets, coded).to_batch())
+    writer.write(CellTable(cells.tokens, cells.offsets, coded).to_batch())
     count_tokens(cells.tokens, seen)
 
 

@@ -27,7 +27,7 @@ from data_prep.matrices.feature_kinds import (
     genes_of,
     of_one_genome,
 )
-from data_prep.matrices.gene_table import Choice, GeneReport, GeneTable, Names, names_of
+from data_prep.matrices.gene_table import ChosenGenes, GeneReport, GeneTable, Names, names_of
 from data_prep.matrices.matrix_store import Store, as_text
 from data_prep.sources import obs_columns
 from data_prep.sources.count_kinds import Place, check_integers, fractional_values
@@ -117,7 +117,7 @@ class CountSource:
             raise ValueError(f"{self.path}: obs has no column {missing}; it has {obs}")
         self._has_filter = FILTER_COLUMN in obs
 
-    def _find_genes(self, store: Store) -> tuple[Choice, GeneTable]:
+    def _find_genes(self, store: Store) -> tuple[ChosenGenes, GeneTable]:
         """Return the features and cells to read of a matrix, and the names of its genes.
 
         A process opens a source twice, first to check it and then to read it. The names are read
@@ -137,7 +137,7 @@ class CountSource:
         if found is not genes:
             ids, cells = self._read_ids(found), cells_of_genome(self.path, genes, found)
         table = gene_table.gene_table(ids, self._read_symbols(found), options.strip_versions)
-        choice = Choice(getattr(found, "chosen", None), cells, left_out | genomes)
+        choice = ChosenGenes(getattr(found, "chosen", None), cells, left_out | genomes)
         gene_table.TABLES.put(state, choice, table)
         return choice, table
 

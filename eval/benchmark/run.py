@@ -55,7 +55,7 @@ KINDS: dict[str, type[Contest]] = {
 _PACKAGES = ("scikit-learn", "scanpy", "scib-metrics", "harmonypy", "scvi-tools", "peft", "optuna")
 
 
-class Progress(Protocol):
+class UnitsShown(Protocol):
     """What is told while a benchmark runs."""
 
     def plan(self, units: int) -> None:
@@ -114,7 +114,7 @@ def run_benchmark(
     seed: int = 0,
     device: str = "cpu",
     bf16: bool = False,
-    progress: Progress = SILENT,
+    progress: UnitsShown = SILENT,
 ) -> dict[str, Any]:
     """Run a suite and return what ``out/results.json`` holds (docs/formats.md).
 

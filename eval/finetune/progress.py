@@ -27,7 +27,7 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass
-class Progress:
+class FinetuningProgress:
     """The finished epochs, and the weights of lowest validation loss (early stopping only)."""
 
     history: list[dict] = field(default_factory=list)
@@ -69,7 +69,7 @@ def save_progress(
     key: str,
     classifier: Classifier,
     optimizer: torch.optim.Optimizer,
-    progress: Progress,
+    progress: FinetuningProgress,
 ) -> None:
     """Write progress to a temporary folder, rename it, then remove the older progress."""
     tensors = {}
@@ -98,7 +98,7 @@ def save_progress(
 
 def load_progress(
     folder: Path, key: str, classifier: Classifier, optimizer: torch.optim.Optimizer
-) -> Progress | None:
+) -> FinetuningProgress | None:
     """Load the newest progress into classifier and optimizer and return it; None if there is none.
 
     Raises
@@ -135,7 +135,9 @@ def load_progress(
             }
     device = classifier.settings.device
     best = {k[len("best/") :]: v.to(device) for k, v in tensors.items() if k.startswith("best/")}
-    return Progress(record["history"], record["best_epoch"], record["best_loss"], best or None)
+    return FinetuningProgress(
+        record["history"], record["best_epoch"], record["best_loss"], best or None
+    )
 
 
 def _trained(classifier: Classifier) -> list[tuple[str, nn.Parameter]]:

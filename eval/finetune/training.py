@@ -25,7 +25,7 @@ from eval.finetune.classifier import (
     gene_items,
 )
 from eval.finetune.probe_start import start_from_probe
-from eval.finetune.progress import Progress, identity_of, load_progress, save_progress
+from eval.finetune.progress import FinetuningProgress, identity_of, load_progress, save_progress
 from pretrain.cell_states.frozen_states import length_batches
 from pretrain.model.architectures import Encoder
 from pretrain.optim import StageZeroClipper, parameter_groups
@@ -222,7 +222,7 @@ class _Training:
 
     def run(self, folder: Path | None, key: str) -> Classifier:
         """Train, from the progress in `folder` if there is any, and return the classifier."""
-        progress = Progress()
+        progress = FinetuningProgress()
         if folder is not None:
             progress = load_progress(folder, key, self._classifier, self._optimizer) or progress
         while not self._is_finished(progress):
@@ -249,7 +249,7 @@ class _Training:
         self._classifier.history = progress.history
         return self._classifier.eval()
 
-    def _is_finished(self, progress: Progress) -> bool:
+    def _is_finished(self, progress: FinetuningProgress) -> bool:
         done = len(progress.history)
         waited = done - 1 - progress.best_epoch
         impatient = 0 < self._settings.patience <= waited and progress.best is not None

@@ -31,7 +31,7 @@ def stream(seed: int, purpose: str, *keys: int) -> np.random.Generator:
 
 
 @dataclass(frozen=True)
-class Block:
+class SimulatedBlock:
     """The data of consecutive cells.
 
     Attributes
@@ -107,7 +107,7 @@ class Simulation:
     def num_blocks(self) -> int:
         return -(-self.settings.cells // BLOCK_CELLS)
 
-    def block(self, number: int) -> Block:
+    def block(self, number: int) -> SimulatedBlock:
         """Return the block of cells from index number x 512 on."""
         settings = self.settings
         rng = stream(settings.seed, "block", number)
@@ -123,7 +123,9 @@ class Simulation:
         expected = expressed * (table["depth"].to_numpy() / expressed.sum(axis=1))[:, None]
         gains = rng.gamma(1 / self.dispersion, self.dispersion, size=expected.shape)
         counts = rng.poisson(expected * gains).astype(np.int32)
-        return Block(table.index.to_numpy(), drives, active, state, expected, gains, counts)
+        return SimulatedBlock(
+            table.index.to_numpy(), drives, active, state, expected, gains, counts
+        )
 
     def log_expression(self, drives: np.ndarray, active: np.ndarray) -> np.ndarray:
         """Return the logarithm of expression of cells in a state, float64 [cells, genes]."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from eval.simulate.cells import Block, Simulation, stream
+from eval.simulate.cells import SimulatedBlock, Simulation, stream
 
 DELETE, OVEREXPRESS = "delete", "overexpress"
 KINDS = (DELETE, OVEREXPRESS)
@@ -74,13 +74,13 @@ def choose_origins(simulation: Simulation) -> np.ndarray:
     return np.sort(order[np.argsort(turn, kind="stable")[: settings.perturb_cells]])
 
 
-def subset(blocks: list[Block], cells: np.ndarray) -> Block:
+def subset(blocks: list[SimulatedBlock], cells: np.ndarray) -> SimulatedBlock:
     """Return the chosen cells of several blocks as one block; `cells` is sorted."""
     chosen = [np.isin(b.cells, cells) for b in blocks]
-    return Block(
+    return SimulatedBlock(
         *(
             np.concatenate([getattr(b, name)[c] for b, c in zip(blocks, chosen, strict=True)])
-            for name in Block.__dataclass_fields__
+            for name in SimulatedBlock.__dataclass_fields__
         )
     )
 
@@ -101,7 +101,9 @@ def reached_genes(simulation: Simulation, perturbation: Perturbation) -> pd.Data
     return pd.DataFrame({"gene": genes, "relation": relation[genes]})
 
 
-def log_change(simulation: Simulation, origins: Block, perturbation: Perturbation) -> np.ndarray:
+def log_change(
+    simulation: Simulation, origins: SimulatedBlock, perturbation: Perturbation
+) -> np.ndarray:
     """Return the true change of the logarithm of expression, float64 [cells, genes].
 
     It is -inf at deleted genes, and exactly 0 at genes that the perturbation does not reach.
@@ -122,7 +124,7 @@ def log_change(simulation: Simulation, origins: Block, perturbation: Perturbatio
 
 
 def draw_changed(
-    simulation: Simulation, origins: Block, perturbation: Perturbation, change: np.ndarray
+    simulation: Simulation, origins: SimulatedBlock, perturbation: Perturbation, change: np.ndarray
 ) -> np.ndarray:
     """Return the counts of the perturbed cells, int32 [cells, genes]."""
     key = zlib.crc32(f"{perturbation.kind}:{perturbation.genes}".encode())
@@ -137,7 +139,7 @@ def draw_changed(
 
 
 def mean_effects(
-    origins: Block, kinds: np.ndarray, change: np.ndarray, genes: np.ndarray
+    origins: SimulatedBlock, kinds: np.ndarray, change: np.ndarray, genes: np.ndarray
 ) -> pd.DataFrame:
     """Return true mean effects by cell type: type (int), gene (int), cells, and three means.
 
@@ -165,7 +167,7 @@ def mean_effects(
 
 
 def true_shifts(
-    simulation: Simulation, origins: Block, perturbation: Perturbation, change: np.ndarray
+    simulation: Simulation, origins: SimulatedBlock, perturbation: Perturbation, change: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return how far cells move, float64 [cells], and toward which types, [cells, types].
 

@@ -26,7 +26,7 @@ _LEAST_MEAN = 0.1  # below, a gene's dispersion is mostly sampling noise
 
 
 @dataclass(frozen=True)
-class Moments:
+class CountMoments:
     """Moments of the most expressed genes of a file, of raw counts without normalisation.
 
     Attributes
@@ -73,7 +73,7 @@ class Moments:
         return {name: float(f"{value:.4g}") for name, value in values.items()}
 
 
-def measure_cells(path: Path, num_genes: int) -> Moments:
+def measure_cells(path: Path, num_genes: int) -> CountMoments:
     """Return the moments of the `num_genes` most expressed genes of a file, read in blocks.
 
     Raises
@@ -101,7 +101,7 @@ def measure_cells(path: Path, num_genes: int) -> Moments:
         total.append(np.asarray(counts.sum(axis=1), dtype=float).ravel())
         detected.append(np.asarray((counts > 0).sum(axis=1), dtype=float).ravel())
     mean = sums[top] / cells
-    return Moments(
+    return CountMoments(
         np.concatenate(total),
         np.concatenate(detected),
         mean,
@@ -121,7 +121,7 @@ def print_moments(moments: dict[str, dict[str, float]]) -> None:
     Console().print(table)
 
 
-def write_plot(path: Path, moments: dict[str, Moments]) -> None:
+def write_plot(path: Path, moments: dict[str, CountMoments]) -> None:
     """Write a figure: detection and variance against the mean; genes against counts of cells."""
     with style():
         figure = new_figure(9.0)

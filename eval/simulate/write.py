@@ -21,7 +21,7 @@ from anndata.io import sparse_dataset, write_elem
 
 from data_prep.files import complete_folder, file_sha256, require_new
 from data_prep.genes.vocabulary import open_vocabulary
-from eval.simulate.cells import BLOCK_CELLS, Block, Simulation, stream
+from eval.simulate.cells import BLOCK_CELLS, SimulatedBlock, Simulation, stream
 from eval.simulate.changes import (
     Perturbation,
     choose_origins,
@@ -153,7 +153,7 @@ def write_network(folder: Path, simulation: Simulation, ids: list[str]) -> None:
     pq.write_table(pa.table(programs), folder / "programs.parquet")
 
 
-def write_cells(folder: Path, simulation: Simulation, ids: list[str]) -> Block:
+def write_cells(folder: Path, simulation: Simulation, ids: list[str]) -> SimulatedBlock:
     """Write cells.h5ad block by block, and return the cells that are to be perturbed."""
     origins = choose_origins(simulation)
     kept, totals = [], []
@@ -174,7 +174,7 @@ def write_perturbed(
     folder: Path,
     simulation: Simulation,
     ids: list[str],
-    origins: Block,
+    origins: SimulatedBlock,
     perturbations: list[Perturbation],
 ) -> None:
     """Write perturbed.h5ad, controls.h5ad (the original cells), effects and shifts."""
@@ -213,7 +213,7 @@ def write_perturbed(
 def _effects(
     label: dict[str, str],
     simulation: Simulation,
-    origins: Block,
+    origins: SimulatedBlock,
     kinds: np.ndarray,
     one: Perturbation,
     change: np.ndarray,

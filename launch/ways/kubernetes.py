@@ -1,4 +1,6 @@
-"""``geneloom launch kubernetes``: the manifest of a job for Kubeflow's operators. Applies nothing.
+"""``geneloom launch kubernetes``: print the manifest of a distributed job for a Kubeflow operator.
+
+Nothing is sent to a cluster: check the manifest, then submit it with ``kubectl apply``.
 
 PyTorchJob (kubeflow.org/v1): a pod for each node, torchrun inside. MPIJob (kubeflow.org/v2beta1): a
 launcher pod with ``geneloom launch mpi``, and a worker pod for each node.
@@ -30,7 +32,7 @@ _SPARE_S = 15
 
 @dataclass(frozen=True)
 class Claim:
-    """A PersistentVolumeClaim and where a pod sees it."""
+    """A PersistentVolumeClaim and the path at which a pod mounts it."""
 
     name: str
     path: str
@@ -39,7 +41,10 @@ class Claim:
 
 @dataclass(frozen=True)
 class KubernetesJob:
-    """What a manifest asks for. `gpus_per_node` 0: CPU nodes; `shm`, `memory`, `cpus` of a pod."""
+    """Resources and settings of the job that a manifest requests.
+
+    `gpus_per_node` is 0 for CPU nodes. `shm`, `memory` and `cpus` are per pod.
+    """
 
     kind: str
     name: str
@@ -125,8 +130,8 @@ def render(job: KubernetesJob, verb: str, arguments: list[str], template: Path =
     Raises
     ------
     ValueError
-        Wrong settings or names; a run folder that is on no claim and would go with its pod; a
-        template that cannot be right.
+        A setting or name is not valid, the run folder is not on a mounted PersistentVolumeClaim,
+        so that the run would be lost with its pod, or the template cannot be right.
     """
     require_sound(job, check_and_find_folder(verb, arguments))
     if verb == "prepare" and (job.nodes > 1 or job.ranks_per_node > 1):
@@ -168,12 +173,15 @@ def variables(job: KubernetesJob, verb: str, arguments: list[str]) -> dict[str, 
 
 
 def _every_start(verb: str, arguments: list[str]) -> list[str]:
-    """Return the arguments of every start of the pods: the first cannot be told from a later one.
+    """Return arguments that are valid for the first start of a pod and for every later one.
+
+    A pod cannot know whether it is started for the first time, so the same arguments must begin a
+    new run or resume it.
 
     Raises
     ------
     ValueError
-        ``--step``, to which every start would go back.
+        ``--step`` is given: every later start would go back to that step.
     """
     if any(a == "--step" or a.startswith("--step=") for a in arguments):
         raise ValueError(

@@ -64,7 +64,7 @@ _WARMUP_STEPS = 2
 
 
 @dataclass
-class Window:
+class LogWindow:
     """Sums over the steps since the last log line; all are over all ranks, except the times."""
 
     loss: float = 0.0
@@ -103,7 +103,7 @@ class Meter:
     world_size: int
     total_steps: int
     work: Work
-    window: Window = field(default_factory=Window)
+    window: LogWindow = field(default_factory=LogWindow)
     started: float = field(default_factory=time.perf_counter)
     _seen: int = 0
     _all_tokens: int = 0
@@ -155,7 +155,7 @@ class Meter:
 
     def close_window(self, step: int) -> dict[str, float]:
         """Return the rates and losses of the window, and start a new window."""
-        w, self.window = self.window, Window()
+        w, self.window = self.window, LogWindow()
         # A window that contains only warm-up steps has no rates.
         seconds, timed_steps = (w.timed_s, w.timed_steps) if w.timed_steps else (math.nan, 1)
         flops_per_s = w.timed_flops / seconds / self.world_size

@@ -182,7 +182,7 @@ def traffic_bytes(
 
 
 @dataclass(frozen=True)
-class Choice:
+class GpuChoice:
     """A ZeRO stage, and the padded tokens of a micro-batch that fits into memory."""
 
     memory: Memory
@@ -191,7 +191,7 @@ class Choice:
 
 def choose(
     config: RunConfig, corpus: Corpus, max_length: int, gpu: Gpu, gpus: int
-) -> Choice | None:
+) -> GpuChoice | None:
     """Return the lowest stage from 1 that fits, with its largest useful micro-batch, or None.
 
     Lower stages send less. Stage 1 is tried instead of stage 0, because it sends as much and keeps
@@ -204,7 +204,7 @@ def choose(
         for size in [*sizes, corpus.longest]:
             memory = memory_per_gpu(config, corpus, max_length, stage, gpus, size)
             if memory.fits(gpu):
-                return Choice(memory, size)
+                return GpuChoice(memory, size)
     return None
 
 

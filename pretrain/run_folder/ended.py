@@ -21,7 +21,7 @@ from pretrain.ranks.dist import Ranks
 ENDED_NAME = "ended.json"
 
 
-class Progress(Protocol):
+class TrainingProgress(Protocol):
     """The interface that tells how far a run is, and whether it was stopped."""
 
     stopped: bool
@@ -29,7 +29,9 @@ class Progress(Protocol):
 
 
 @contextlib.contextmanager
-def recorded_end(run: Path, ranks: Ranks, progress: Progress, owner: Owner) -> Iterator[None]:
+def recorded_end(
+    run: Path, ranks: Ranks, progress: TrainingProgress, owner: Owner
+) -> Iterator[None]:
     """Let rank 0 write how the ``with`` block ended.
 
     While the block runs, and after the process was killed, the file does not exist.

@@ -15,7 +15,7 @@ from scipy.stats import false_discovery_control
 from eval.benchmark.contest.contest import ROLES, Contender, Fold, baselines
 from eval.benchmark.contest.verdicts import ZERO_SHOT
 from eval.benchmark.matched.matched_contest import MatchedContest, Ordered, score_pairs
-from eval.benchmark.matched.matched_genes import GenePairs
+from eval.benchmark.matched.matched_genes import MatchedPairs
 from eval.benchmark.material.gene_features import ranks_of_tokens
 from eval.benchmark.material.labelled_cells import usable_cells
 from eval.benchmark.material.models_and_cells import Model, TaskCells
@@ -54,7 +54,7 @@ class Context(MatchedContest[ContextTask]):
         return self.usable[0]
 
     @cached_property
-    def pairs(self) -> GenePairs:
+    def pairs(self) -> MatchedPairs:
         """Listed genes and their partners."""
         pairs = super().pairs
         pairs.excluded.update({f"cells: {k}": v for k, v in self.usable[1].items()})

@@ -13,7 +13,7 @@ import numpy as np
 from eval.benchmark.contest.contest import Contender, Fold, baselines
 from eval.benchmark.contest.verdicts import ZERO_SHOT
 from eval.benchmark.matched.matched_contest import MatchedContest, Ordered
-from eval.benchmark.matched.matched_genes import GenePairs, fewer_pairs, pair_genes
+from eval.benchmark.matched.matched_genes import MatchedPairs, fewer_pairs, pair_genes
 from eval.benchmark.material.in_silico import cell_effects, chosen_holders, engine_of, genes_of
 from eval.benchmark.material.models_and_cells import Model, TaskCells
 from eval.benchmark.neighbours import state_baselines as baseline
@@ -71,7 +71,7 @@ class Perturbation(MatchedContest[PerturbationTask]):
         return np.flatnonzero(self.start_and_goal[0])
 
     @cached_property
-    def pairs(self) -> GenePairs:
+    def pairs(self) -> MatchedPairs:
         """Genes alike in the cells that are edited; genes that are inserted, in all cells."""
         inserted = self.task.edit == "overexpress"
         alike = self.cells if inserted else self.cells.subset(self.start)

@@ -23,7 +23,7 @@ from eval.benchmark.contest.contest import (
     mean_scores,
 )
 from eval.benchmark.contest.over_genes import over_genes
-from eval.benchmark.matched.matched_genes import MATCHED, GenePairs, pair_genes
+from eval.benchmark.matched.matched_genes import MATCHED, MatchedPairs, pair_genes
 from eval.benchmark.material.models_and_cells import Model, TaskCells
 from eval.benchmark.outcome import TaskRun
 from eval.benchmark.scoring.gene_scores import HEADLINE
@@ -72,7 +72,7 @@ class MatchedContest(Contest[MatchedT, Fold]):
         """Return bool [num_tokens]: tokens of genes that are in enough cells."""
 
     @cached_property
-    def pairs(self) -> GenePairs:
+    def pairs(self) -> MatchedPairs:
         """Listed genes and their partners."""
         return pair_genes(self.task, self.cells, self.bench, self.is_usable)
 

@@ -33,7 +33,7 @@ _FOREIGN = 1e3  # distance of genes that are no partners
 
 
 @dataclass(frozen=True)
-class GenePairs:
+class MatchedPairs:
     """Listed genes and their partners.
 
     Attributes
@@ -64,7 +64,7 @@ def pair_genes(
     cells: TaskCells,
     bench: Bench,
     is_usable: Callable[[Model], np.ndarray],
-) -> GenePairs:
+) -> MatchedPairs:
     """Return listed genes, each with another partner: the division that is nearest as a whole.
 
     Parameters
@@ -109,7 +109,7 @@ def pair_genes(
     tokens = np.concatenate([positive, negative])[chosen]
     ids = [first.vocabulary.genes[t - first.vocabulary.first_gene_token] for t in tokens]
     by_model = {m.name: m.reading_vocabulary.tokens_of(ids).astype(np.int64) for m in bench.models}
-    return GenePairs(
+    return MatchedPairs(
         ids, [symbols.get(int(t), "") for t in tokens], by_model, static[chosen], shown
     )
 
@@ -145,7 +145,7 @@ def nearest_pairs(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
     return np.column_stack([rows, columns])[distance[rows, columns] <= CALIPER]
 
 
-def fewer_pairs(pairs: GenePairs, most_genes: int | None, seed: int) -> GenePairs:
+def fewer_pairs(pairs: MatchedPairs, most_genes: int | None, seed: int) -> MatchedPairs:
     """Return pairs with at most so many genes in all, drawn with `seed`."""
     half = pairs.num_pairs
     if most_genes is None or 2 * half <= most_genes:

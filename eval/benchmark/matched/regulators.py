@@ -1,6 +1,9 @@
-"""Regulators with known targets, and for every target a gene that is expressed alike.
+"""Choose regulators with known target genes, and a matched partner gene for every target.
 
-A regulator may be a set of genes that are deleted together.
+A benchmark deletes a regulator in silico and asks whether its targets respond more than their
+partners. A partner is a gene with similar expression that the table does not list as a target;
+without it, a model could score well only because targets are highly expressed. A regulator may
+also be a set of genes that are deleted together.
 """
 
 from __future__ import annotations
@@ -22,10 +25,11 @@ FEWEST_REGULATORS = 3
 
 @dataclass(frozen=True)
 class Regulator:
-    """A regulator with targets, then the targets' partners in the same order: gene ids.
+    """A regulator; `genes` are the ids of its targets, then of their partners in the same order.
 
-    `gene` is the regulator's id; of several that are deleted together, their ids with + between.
-    `static` is float64 [genes, 3], columns as in `matched_genes.MATCHED`.
+    `gene` is the id of the regulator, or the ids of genes that are deleted together, joined by +.
+    `static` is float64 [genes, 3], the properties on which partners are matched, columns as in
+    `matched_genes.MATCHED`.
     """
 
     gene: str
@@ -40,9 +44,9 @@ class Regulator:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A regulator (positions of its genes), its usable targets and what may be their partners.
+    """A regulator that may be chosen, its usable targets, and the genes that may be partners.
 
-    All are int positions in the first model's vocabulary.
+    `own` are the genes of the regulator. All are positions in the first model's vocabulary.
     """
 
     own: tuple[int, ...]
@@ -51,14 +55,18 @@ class Candidate:
 
 
 class Panel:
-    """Genes of the first model's vocabulary, and the cells in which every model reads them.
+    """Genes of the first model's vocabulary, and the cells whose tokens contain them.
+
+    A gene that is expressed in a cell can be missing from a model's tokens, because the model cuts
+    long cells.
 
     Attributes
     ----------
     ids
-        str [genes].
+        str [genes], the gene ids.
     static
-        float64 [genes, 3], columns as in `matched_genes.MATCHED`; NaN for genes that are not read.
+        float64 [genes, 3], the properties on which partners are matched, columns as in
+        `matched_genes.MATCHED`; NaN for genes that are in no cell's tokens.
     """
 
     def __init__(self, cells: TaskCells, bench: Bench, most_cells: int | None) -> None:
@@ -77,14 +85,16 @@ class Panel:
         self.static[read] = matched_features(cells, self._first, read + self._start)
 
     def place(self, gene: str) -> int | None:
-        """Return the position of a gene; None where no cell has it."""
+        """Return the position of a gene; None if no cell's tokens contain it."""
         own = int(self._first.reading_vocabulary.tokens_of([gene])[0]) - self._start
         return own if own >= 0 and self._read[own] else None
 
     def usable(self, own: tuple[int, ...], min_cells: int) -> np.ndarray:
-        """Return bool [genes]: other genes that, for every model, are in enough cells with `own`.
+        """Return bool [genes]: genes that occur together with `own` in enough cells.
 
-        Only those cells count in which the genes `own` are deleted, for they hold all of them.
+        `own` are the positions of the regulator's genes, which are never usable themselves. Only
+        the cells in which the regulator is deleted are counted, since all of its genes occur there.
+        A gene must reach `min_cells` of these cells with every model.
         """
         usable = self._read.copy()
         usable[list(own)] = False
@@ -105,11 +115,12 @@ class Panel:
 def choose_regulators(
     task: TargetsTask, size: Size, cells: TaskCells, pairs: GenePairs, bench: Bench
 ) -> tuple[list[Regulator], dict[str, int]]:
-    """Return regulators with the most usable targets, and what was left out.
+    """Return the regulators with the most usable targets, and how many were left out, by reason.
 
-    Usable: known to every vocabulary, and read in the same cells as the regulator, for every model
-    in `min_cells` of those in which it is deleted. Partners are genes that are as usable and that
-    the table does not name as targets of this regulator.
+    A target is usable if its gene is in the vocabulary of every model and if, with every model, it
+    is among the tokens of at least `min_cells` of the cells in which the regulator is deleted. Its
+    partner is a gene that is usable too, but that the table `pairs` does not list as a target of
+    this regulator.
 
     Raises
     ------
@@ -188,7 +199,11 @@ def with_partners(
     most: int | None,
     seed: int,
 ) -> list[Regulator]:
-    """Return the first regulators, at most so many, whose targets find enough partners."""
+    """Match partners to the targets of each candidate; return those with enough of them.
+
+    `possible` is tried in its order until `most` regulators are found (None: no limit). `seed`
+    decides which targets stay where there are more than the task asks for.
+    """
     found: list[Regulator] = []
     for one in possible:
         paired = nearest_pairs(panel.static[one.positive], panel.static[one.negative])
@@ -204,7 +219,10 @@ def with_partners(
 
 
 def _met(cells: list[np.ndarray], tokens: np.ndarray, min_cells: int) -> np.ndarray:
-    """Return bool [genes]: genes that are among so many cells' tokens; -1 is no token."""
+    """Return bool [genes]: whether a gene's token occurs in at least `min_cells` cells.
+
+    A gene whose token is -1 is not in the vocabulary and never occurs.
+    """
     together = np.zeros(int(tokens.max()) + 1, dtype=int)
     for cell in cells:
         together[cell[cell < len(together)]] += 1

@@ -8,18 +8,18 @@ import numpy as np
 
 from eval.benchmark.material.models_and_cells import Bench, Model
 from eval.benchmark.material.twin_encoders import encoder_of
-from eval.perturb.screen.compare_copies import Engine, EngineSettings, centroid
+from eval.perturb.screen.compare_copies import CopyEngine, EngineSettings, centroid
 from eval.perturb.screen.edits import Edit, GeneSets
 
 
-def engine_of(model: Model, twin_seed: int | None, bench: Bench) -> Engine:
+def engine_of(model: Model, twin_seed: int | None, bench: Bench) -> CopyEngine:
     """Return an engine of a model (`twin_seed` None) or its twin, on weights of its own."""
     encoder = copy.deepcopy(encoder_of(model, twin_seed))
     settings = EngineSettings(
         layer=-1 if encoder.config.num_hidden_layers > 1 else 0,
         bf16=bench.bf16, device=bench.device,
     )  # fmt: skip
-    return Engine(encoder, model.vocabulary, settings)
+    return CopyEngine(encoder, model.vocabulary, settings)
 
 
 def genes_of(model: Model, tokens: list[np.ndarray]) -> list[np.ndarray]:
@@ -59,7 +59,7 @@ def sets_of(tokens: np.ndarray) -> GeneSets:
 
 
 def gene_effects(
-    engine: Engine, genes: list[np.ndarray], tokens: np.ndarray, cells: list[np.ndarray]
+    engine: CopyEngine, genes: list[np.ndarray], tokens: np.ndarray, cells: list[np.ndarray]
 ) -> np.ndarray:
     """Return float64 [tokens, num_tokens]: mean shift of every gene's state when one is deleted.
 
@@ -87,7 +87,7 @@ def gene_effects(
 
 
 def moved_by_deletions(
-    engine: Engine,
+    engine: CopyEngine,
     cells: list[np.ndarray],
     deleted: np.ndarray,
     wanted: np.ndarray,
@@ -111,7 +111,7 @@ def moved_by_deletions(
 
 
 def set_types(
-    engine: Engine, genes: list[np.ndarray], kinds: np.ndarray, types: list[str], most: int
+    engine: CopyEngine, genes: list[np.ndarray], kinds: np.ndarray, types: list[str], most: int
 ) -> None:
     """Give an engine the centroid of each type: of its first cells, at most so many.
 
@@ -129,7 +129,7 @@ def set_types(
 
 
 def moves_of_cells(
-    engine: Engine, genes: list[np.ndarray], tokens: np.ndarray, asked: np.ndarray, edit: Edit
+    engine: CopyEngine, genes: list[np.ndarray], tokens: np.ndarray, asked: np.ndarray, edit: Edit
 ) -> np.ndarray:
     """Return float64 [columns of the engine, cells, tokens]: each cell's move; NaN: not asked.
 
@@ -152,7 +152,7 @@ def moves_of_cells(
 
 
 def cell_effects(
-    engine: Engine,
+    engine: CopyEngine,
     genes: list[np.ndarray],
     donors: np.ndarray,
     tokens: np.ndarray,

@@ -1,6 +1,6 @@
 """Compute what a perturbation does to a cell: encode its copies and compare them with the original.
 
-`Engine.perturb` does this for one cell and all its gene sets. The copies of a cell in a batch have
+`CopyEngine.perturb` does this for one cell and all its gene sets. The copies in a batch have
 the same length, so there is no padding and no mask. Layers above those that are read, and the
 vocabulary head, are not computed.
 """
@@ -67,14 +67,14 @@ class CellShifts:
 
 
 @dataclass(frozen=True)
-class States:
+class CopyStates:
     """Hidden states of sequences of the same length: of the wanted layer and the head's layer."""
 
     cell_BLD: torch.Tensor
     head_BLD: torch.Tensor | None
 
 
-class Engine:
+class CopyEngine:
     """An encoder, optionally with a head, that compares perturbed copies with their cell."""
 
     def __init__(
@@ -207,29 +207,29 @@ class Engine:
         special = self.vocabulary.special_tokens
         return np.concatenate([edge * special[CLS], genes, edge * special[EOS]], axis=1)
 
-    def _run(self, genes: np.ndarray) -> States:
+    def _run(self, genes: np.ndarray) -> CopyStates:
         ids = torch.from_numpy(self.sequences(genes)).to(self._device)
         return self.forward(input_ids=ids)
 
-    def forward(self, **inputs: torch.Tensor) -> States:
+    def forward(self, **inputs: torch.Tensor) -> CopyStates:
         """Return the hidden states for inputs of the encoder."""
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self.settings.bf16):
             last = self.encoder(**inputs).last_hidden_state
         assert self._wanted is not None
         wanted = architecture_of(self.encoder).finished(self.encoder, self._wanted).float()
         self._wanted = None
-        return States(wanted, None if self.head is None else last.float())
+        return CopyStates(wanted, None if self.head is None else last.float())
 
     def genes_only(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
         return hidden_BLD[:, 1:-1] if self.vocabulary.has_cls else hidden_BLD
 
-    def embedding(self, states: States) -> torch.Tensor:
+    def embedding(self, states: CopyStates) -> torch.Tensor:
         """Return float64 [B, D], embeddings of whole cells, over all of their genes."""
         if self.settings.pooling == "cls":
             return states.cell_BLD[:, 0].double()
         return self.genes_only(states.cell_BLD).double().mean(dim=1)
 
-    def _before(self, original: States) -> dict[str, float]:
+    def _before(self, original: CopyStates) -> dict[str, float]:
         cosines = self.cosines(self.embedding(original))[0].tolist()
         found = {f"cosine_{s}": v for s, v in zip(self.states, cosines, strict=True)}
         if self.head is not None:
@@ -238,7 +238,7 @@ class Engine:
             found |= {f"probability_{c}": p for c, p in classes}
         return found
 
-    def _compare(self, original: States, states: States, copies: Copies) -> np.ndarray:
+    def _compare(self, original: CopyStates, states: CopyStates, copies: Copies) -> np.ndarray:
         """Return float64 [C, columns]; `shift` is that of pooled states, whatever the score."""
         if self.settings.pooling == "cls" or self.settings.score == "geneformer":
             after = self.embedding(states)
@@ -252,7 +252,7 @@ class Engine:
         return torch.cat(parts, dim=1).cpu().numpy()
 
     def _pooled(
-        self, original: States, states: States, copies: Copies
+        self, original: CopyStates, states: CopyStates, copies: Copies
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return two arrays float64 [C, D]: means over the compared genes, after and before."""
         compared_CG = torch.from_numpy(copies.compared).to(self._device)
@@ -271,7 +271,9 @@ class Engine:
         """Return float64 [C, states], the cosines of cells with the centroids."""
         return torch.cosine_similarity(cells[:, None], self._centroids[None], dim=2)
 
-    def probabilities(self, states: States, weights_L: torch.Tensor | None = None) -> torch.Tensor:
+    def probabilities(
+        self, states: CopyStates, weights_L: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return float64 [B, classes], the head's probabilities; it reads the mean over all genes.
 
         `weights_L` are the weights of the genes in this mean; None: all are equal.
@@ -281,7 +283,7 @@ class Engine:
         pooled = genes.mean(dim=1) if weights_L is None else (genes * weights_L[:, None]).sum(dim=1)
         return self._output(pooled).double().softmax(dim=1)
 
-    def _gene_shifts(self, original: States, states: States, copies: Copies) -> np.ndarray:
+    def _gene_shifts(self, original: CopyStates, states: CopyStates, copies: Copies) -> np.ndarray:
         """Return float32 [C, G]: 1 - cosine of each gene's state with that in the original."""
         after = self.genes_only(states.cell_BLD)
         origin = torch.from_numpy(copies.origin.clip(0, copies.num_kept - 1)).to(self._device)

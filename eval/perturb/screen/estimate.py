@@ -30,7 +30,7 @@ from scipy.stats import spearmanr
 from transformers.models.bert.modeling_bert import BertEmbeddings
 
 from data_prep.files import complete_file
-from eval.perturb.screen.compare_copies import Engine
+from eval.perturb.screen.compare_copies import CopyEngine
 from eval.perturb.screen.edits import ABSENT, GeneSets
 from pretrain.model.architectures import architecture_of
 
@@ -64,7 +64,7 @@ def require_screenable(screen: Screen, subject: Subject) -> None:
         raise ValueError("--screen: orders genes by a goal; give --start and --goal, or --head")
 
 
-def estimate(engine: Engine, genes: np.ndarray, num_breaks: int = _BREAKS) -> np.ndarray:
+def estimate(engine: CopyEngine, genes: np.ndarray, num_breaks: int = _BREAKS) -> np.ndarray:
     """Return float64 [columns, n], the estimated changes by deleting each gene of one cell.
 
     The rows are the first state after the start (the goal), or the classes of the head if there are
@@ -105,7 +105,7 @@ def estimate(engine: Engine, genes: np.ndarray, num_breaks: int = _BREAKS) -> np
 
 
 def _derivatives(
-    engine: Engine, words: torch.Tensor, by: torch.Tensor, gates: torch.Tensor | None
+    engine: CopyEngine, words: torch.Tensor, by: torch.Tensor, gates: torch.Tensor | None
 ) -> tuple[np.ndarray, torch.Tensor]:
     """Return the value to estimate, float64 [columns], and its derivative by a tensor."""
     inputs, share = {"inputs_embeds": words}, None
@@ -240,7 +240,7 @@ def agree(subject: Subject, screen: Screen) -> dict[str, float]:
     return {"spearman": spearman, "overlap_of_top": overlap}
 
 
-def _columns(engine: Engine) -> list[str]:
+def _columns(engine: CopyEngine) -> list[str]:
     if engine.states:
         return [f"toward_{engine.states[1]}"]
     return [f"class_{c}" for c in (engine.head.classes if engine.head else ())]

@@ -10,7 +10,7 @@ from data_prep.sources.source_spec import SourceOptions
 from eval.finetune.classifier import load_classifier, read_record
 from eval.options import choose_device
 from eval.perturb.screen.cells_and_genes import GeneNames, ScreenCells, gene_names, read_cells
-from eval.perturb.screen.compare_copies import Engine
+from eval.perturb.screen.compare_copies import CopyEngine
 from eval.perturb.screen.settings import ModelChoice, Screen
 from pretrain.export.model_folder import load_exported, model_digest
 from pretrain.model.architectures import encoder_of
@@ -20,7 +20,7 @@ from pretrain.model.architectures import encoder_of
 class Subject:
     """A model, and cells in its tokens."""
 
-    engine: Engine
+    engine: CopyEngine
     vocabulary: Vocabulary
     digest: str
     cells: ScreenCells
@@ -47,5 +47,5 @@ def load_subject(
         classifier, encoder = None, encoder_of(network)
         digest = model_digest(choice.model, vocabulary)
     cells = read_cells(path, vocabulary, reading, screen.cells)
-    engine = Engine(encoder, vocabulary, screen.engine, classifier)
+    engine = CopyEngine(encoder, vocabulary, screen.engine, classifier)
     return Subject(engine, vocabulary, digest, cells, gene_names(path, vocabulary, reading))
