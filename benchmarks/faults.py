@@ -35,16 +35,8 @@ def _kill_rank(host: Host) -> None:
     host.run(["kill", "-KILL", str(host.processes("-m pretrain ")[0])])
 
 
-def _stop_rank(host: Host) -> None:
-    host.run(["kill", "-STOP", str(host.processes("-m pretrain ")[0])])
-
-
-# What happens, to a host, and how it is made good again.
-FAULTS: dict[str, tuple[Callable[[Host], None], bool]] = {
-    "a rank is killed": (_kill_rank, False),
-    "a rank stands still": (_stop_rank, False),
-    "a host loses its cable": (Host.unplug, True),
-}
+# What happens to a host.
+FAULTS: dict[str, Callable[[Host], None]] = {"a rank is killed": _kill_rank}
 
 
 @contextlib.contextmanager
@@ -61,7 +53,6 @@ def loaded(cores: int) -> Iterator[None]:
 
 def disturbed(three: list[Host], shards: Path, folder: Path, fault: str) -> dict[str, float]:
     """Return seconds from a fault until it was noticed, and until the next training step."""
-    disturb, is_unplugged = FAULTS[fault]
     out, log, hostfile = folder / "run", folder / "log", folder / "hostfile"
     hostfile.write_text("ds2 slots=1\nds3 slots=1\n")
     # A checkpoint every five steps: what is trained again does not belong to what is measured.
@@ -69,7 +60,7 @@ def disturbed(three: list[Host], shards: Path, folder: Path, fault: str) -> dict
     process = start(three[0], hostfile, words, log)
     try:
         wait_for_step(out, 12, process, log)
-        disturb(three[2])
+        FAULTS[fault](three[2])
         at = time.time()
         while len(read_events(out / "launch")) < 2 or not _trains_again(out):
             if process.poll() is not None or time.time() > at + _LIMIT_S:
@@ -78,8 +69,6 @@ def disturbed(three: list[Host], shards: Path, folder: Path, fault: str) -> dict
     finally:
         process.terminate()
         process.wait(_LIMIT_S)
-        if is_unplugged:
-            three[2].plug_in(three[0])
     (ended,) = [e for e in read_events(out / "launch") if e["event"] == "ended"][:1]
     again = [r["time"] for r in records(out) if r["time"] > ended["time"]]
     return {"noticed_s": ended["time"] - at, "trains_again_s": again[0] - at}
