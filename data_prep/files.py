@@ -88,7 +88,7 @@ def write_to_disk(out: Path, text: str) -> None:
 
 
 def force_to_disk(path: Path) -> None:
-    """Return when the content of a file would survive a power failure."""
+    """Return when a file's content, or a folder's names, would survive a power failure."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)

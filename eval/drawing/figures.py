@@ -9,9 +9,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from data_prep import drawing
-from data_prep.drawing import BLUE, GREY, LIGHT_BLUE, new_figure, svg_text
+from data_prep.drawing import svg_text
 
-__all__ = ["BLUE", "GREY", "LIGHT_BLUE", "as_image", "new_figure", "style"]
 GRID = "#dcdddd"
 _STYLE: dict[str, Any] = {
     "lines.linewidth": 1.4, "lines.markersize": 3.5, "axes.grid": True, "axes.grid.axis": "y",

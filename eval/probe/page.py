@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from rich.console import Console
 from rich.table import Table
 
 from data_prep.files import complete_file, complete_folder, require_new, require_new_file
+from eval.drawing.page import page_template
 from eval.drawing.plot import Plot, as_png, as_svg, benchmark_style
 from eval.drawing.tables import format_interval
 from eval.probe.figures import probe_plots
@@ -141,11 +141,8 @@ def _title(record: dict[str, Any]) -> str:
 
 
 def _page(probe: Probe, figures: list[tuple[Plot, str]]) -> str:
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
     record = probe.record
-    return environment.from_string(_TEMPLATE.read_text()).render(
+    return page_template(_TEMPLATE).render(
         r=record,
         title=_title(record),
         answer=answer(record),

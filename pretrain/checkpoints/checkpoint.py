@@ -16,13 +16,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.files import file_sha256
+from data_prep.files import file_sha256, force_to_disk
 from pretrain.checkpoints.zero_state import FragmentReader
 from pretrain.settings.architecture import ARCHITECTURE, BERT
 
@@ -84,7 +83,7 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
     content = {"format": CHECKPOINT_FORMAT, **record}
     content["record_sha256"] = _record_sha256(content)
     (folder / _RECORD).write_text(json.dumps(content, indent=1))
-    sync(folder / _RECORD)
+    force_to_disk(folder / _RECORD)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -290,12 +289,3 @@ def require_same(record: dict[str, Any], now: dict[str, Any], allow_changes: boo
         logger.warning("recipe changed on resume: %s", "; ".join(changed.values()))
     if not changed.keys().isdisjoint({"shards", "batch.tokens_per_step", "masking.subset"}):
         logger.warning("the order of cells is another one: this epoch is not exact")
-
-
-def sync(path: Path) -> None:
-    """Force a file, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import SharedFailure
-from data_prep.files import file_sha256
+from data_prep.files import file_sha256, force_to_disk
 from data_prep.running.owner import Owner
 from pretrain.checkpoints import checkpoint
 from pretrain.checkpoints.zero_state import Snapshot
@@ -224,7 +224,7 @@ class Publisher:
         path = partial / f"rank-{self._ranks.rank:05d}.safetensors"
         try:
             self._snapshot.write(path)
-            checkpoint.sync(path)
+            force_to_disk(path)
             note = {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
         except Exception as error:
             # Deleting the file makes space for the note if the disk is full.
@@ -241,10 +241,10 @@ class Publisher:
         for note in notes:
             note.unlink()
         checkpoint.write_record(partial, record | {"files": files})
-        checkpoint.sync(partial)
+        force_to_disk(partial)
         self._owner.require()
         partial.rename(self._root / name)
-        checkpoint.sync(self._root)
+        force_to_disk(self._root)
         _point_latest(self._root, name)
         _remove_old(self._root, self._config)
 
@@ -288,9 +288,9 @@ def finish_interrupted(run: Path, newest: str, config: CheckpointConfig) -> None
 def _point_latest(root: Path, name: str) -> None:
     aside = root / _LATEST_PARTIAL
     aside.write_text(name + "\n")
-    checkpoint.sync(aside)
+    force_to_disk(aside)
     aside.replace(root / "latest")
-    checkpoint.sync(root)
+    force_to_disk(root)
 
 
 def _remove_old(root: Path, config: CheckpointConfig) -> None:

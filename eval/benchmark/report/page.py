@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +31,7 @@ from eval.benchmark.report.plots import (
     shown_contenders,
     task_plots,
 )
+from eval.drawing.page import page_template
 from eval.drawing.plot import (
     DARK_COLOURS,
     ROLE_COLOURS,
@@ -93,10 +93,7 @@ def benchmark_page(results: dict[str, Any], folder: Path | None) -> str:
             t["name"]: [_shown(p, t["name"], folder) for p in task_plots(t, models)]
             for t in results["tasks"]
         }
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.from_string(_TEMPLATE.read_text()).render(
+    return page_template(_TEMPLATE).render(
         results=results,
         models=models,
         about=json.dumps({k: results[k] for k in ("models", "environment")}, indent=1),

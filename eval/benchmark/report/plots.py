@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from data_prep.drawing import new_figure
 from eval.benchmark.contest.verdicts import state_of
 from eval.benchmark.report.overview import main_of, overview_rows, score_label
-from eval.drawing.figures import new_figure
 from eval.drawing.plot import INK, ROLE_COLOURS, ROLE_NAMES, Plot
 
 STATE_COLOURS = {

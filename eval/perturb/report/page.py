@@ -8,12 +8,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.files import complete_file
+from eval.drawing.page import page_template
 from eval.drawing.plot import Plot, as_png, as_svg, benchmark_style
 from eval.perturb.effects.analysis import FOUND, NOT_TESTED, Analysis
 from eval.perturb.effects.columns import (
@@ -71,13 +71,10 @@ def perturb_page(results: Results, analysis: Analysis) -> str:
 
 
 def _render(results: Results, analysis: Analysis, figures: dict[str, dict[str, str]]) -> str:
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {"number": format_number, "p": format_p, "rate": format_share}
+    template = page_template(_TEMPLATE, number=format_number, p=format_p, rate=format_share)
     genes = analysis.genes
     beside = [figures.pop(name) for name in ("agreement", "combinations") if name in figures]
-    return environment.from_string(_TEMPLATE.read_text()).render(
+    return template.render(
         a=analysis,
         effect=effect_name(analysis.effect),
         cells=len(results.cells),
