@@ -21,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.files import read_json_lines
+
 
 def settings(shards: Path, out: Path, steps: int, every: int) -> list[str]:
     """Return the settings of a run of the published 6-layer model, small batches."""
@@ -106,8 +108,9 @@ def main() -> None:
     (_, _), saved = apart(
         train_with_deepspeed_saves, run("deepspeed", 10**6), every, work / "saves"
     )
-    lines = (work / "own" / "metrics.jsonl").read_text().splitlines()
-    records = [r for r in map(json.loads, lines) if r["kind"] == "checkpoint"]
+    records = [
+        r for r in read_json_lines(work / "own" / "metrics.jsonl") if r["kind"] == "checkpoint"
+    ]
     blocked = float(np.median([r["blocked_s"] for r in records[1:]]))
     written = float(np.median([r["written_s"] for r in records]))
     usual = float(np.median(plain))

@@ -28,15 +28,38 @@ from launch.attempts.rank_logs import read_events
 from tests.hosts import Host, hosts, why_no_hosts
 
 _REPEATS = 3
+_STOP = "import sys; from launch.cli import main; sys.argv[1:1] = ['stop', '--now']; main()"
 _LIMIT_S = 300
 
 
-def _kill_rank(host: Host) -> None:
-    host.run(["kill", "-KILL", str(host.processes("-m pretrain ")[0])])
+def rank_of(run: Path, host: Host) -> str:
+    """Return the process id, as a host counts, of the rank of a run; not of what started it."""
+    of_run = host.processes(f"run.out={run} ")
+    (rank,) = [p for p in host.processes("-m pretrain ") if p in of_run]
+    return str(rank)
 
 
-# What happens to a host.
-FAULTS: dict[str, Callable[[Host], None]] = {"a rank is killed": _kill_rank}
+def _kill_rank(run: Path, host: Host) -> None:
+    host.run(["kill", "-KILL", rank_of(run, host)])
+
+
+def _freeze_rank(run: Path, host: Host) -> None:
+    host.run(["kill", "-STOP", rank_of(run, host)])
+
+
+def _unplug(_run: Path, host: Host) -> None:
+    host.unplug()
+
+
+FAULTS: dict[str, Callable[[Path, Host], None]] = {
+    "a rank is killed": _kill_rank,
+    "a rank stands still": _freeze_rank,
+    "a host loses its cable": _unplug,
+}
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
 
 
 @contextlib.contextmanager
@@ -60,14 +83,16 @@ def disturbed(three: list[Host], shards: Path, folder: Path, fault: str) -> dict
     process = start(three[0], hostfile, words, log)
     try:
         wait_for_step(out, 12, process, log)
-        FAULTS[fault](three[2])
+        FAULTS[fault](out, three[2])
         at = time.time()
         while len(read_events(out / "launch")) < 2 or not _trains_again(out):
             if process.poll() is not None or time.time() > at + _LIMIT_S:
                 raise RuntimeError(f"{fault}: the run does not go on:\n{log.read_text()}")
             time.sleep(0.05)
     finally:
-        process.terminate()
+        three[2].plug_in(three[0])
+        # `process` is what entered the host: the run inside is ended by its own command.
+        three[0].run([sys.executable, "-c", _STOP, str(out)], timeout=_LIMIT_S, env=_environment())
         process.wait(_LIMIT_S)
     (ended,) = [e for e in read_events(out / "launch") if e["event"] == "ended"][:1]
     again = [r["time"] for r in records(out) if r["time"] > ended["time"]]

@@ -39,6 +39,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from data_prep.files import read_json_lines
 from data_prep.genes.vocabulary import Vocabulary, from_dictionaries
 from pretrain.config import RunConfig, load_config
 from pretrain.measure.metrics import peak_memory_gib
@@ -363,7 +364,7 @@ def _pretrain(
     )
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return read_json_lines(out / "metrics.jsonl")
 
 
 def time_to_loss(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from data_prep.files import read_json_lines
 from data_prep.running.owner import LAUNCH_ID
 from tests.hosts import Host, hosts, why_no_hosts
 from tests.ranks import free_port
@@ -55,9 +56,7 @@ def start(host: Host, hostfile: Path, words: list[str], log: Path) -> subprocess
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [r for r in map(json.loads, lines) if r["kind"] == "train"]
+    return [r for r in read_json_lines(run / "metrics.jsonl") if r["kind"] == "train"]
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen, log: Path) -> None:

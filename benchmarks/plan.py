@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from data_prep.files import read_json_lines
 from pretrain.config import load_config
 from pretrain.plan.corpus import read_corpus
 from pretrain.plan.needs import (
@@ -58,8 +59,7 @@ def run(shards: Path, out: Path, model: list[str], micro_batch: int) -> tuple[li
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(done.stdout + done.stderr)
-    records = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
-    return settings, [r for r in records if r["kind"] == "train"][-1]
+    return settings, [r for r in read_json_lines(out / "metrics.jsonl") if r["kind"] == "train"][-1]
 
 
 def compare(shards: Path, folder: Path, name: str, base_gib: float) -> dict[str, Any]:
