@@ -30,6 +30,9 @@ class Gpu:
         return self.bf16_flops if precision == "bf16" else self.fp32_flops
 
 
+# The seconds of a CPU core for an attention weight with dropout, forward and backward: 11.9e-9 in
+# fp32 and 10.3e-9 in bf16 (docs/benchmarks/pretrain_cpu.json, with dropout against without).
+_CPU_DROPOUT_S = 11e-9
 # The size of float32 logits that a GPU holds at once (`pretrain.model.head_scores`).
 CHUNK_BYTES = 2**28
 
@@ -107,6 +110,19 @@ def flops_per_token(config: RunConfig, num_tokens: int, length: float) -> float:
     head = 6 * rows * (d * num_tokens + d * d)
     recomputed = (2 * matrices + attention / 3) if model.activation_checkpointing else 0
     return 6 * matrices + attention + head + recomputed
+
+
+def dropout_seconds_per_token(config: RunConfig, gpu: Gpu, length: float) -> float:
+    """Return what attention dropout costs per token in a cell of this length, besides operations.
+
+    GPUs have kernels that never write the attention weights down. On a CPU each of them is written,
+    masked by a hash, and read again in the backward pass.
+    """
+    model = config.model
+    if gpu.name != "cpu" or not model.attention_dropout:
+        return 0.0
+    whole, local = places_seen(model, asked_shares(config)[0])
+    return _CPU_DROPOUT_S * model.num_heads * (whole * length + local)
 
 
 @dataclass(frozen=True)

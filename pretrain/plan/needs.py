@@ -18,6 +18,7 @@ from pretrain.plan.flops import (
     CHUNK_BYTES,
     Gpu,
     asked_shares,
+    dropout_seconds_per_token,
     flops_per_token,
     layer_matrices,
 )
@@ -245,7 +246,8 @@ def make_plan(
     chosen = choose(config, corpus, max_length, gpu, gpus)
     mean_square = sum(n * length**2 for length, n in corpus.buckets)
     # The cost of attention depends on the padded length of each cell.
-    flops = flops_per_token(config, corpus.num_tokens, mean_square / corpus.padded_tokens)
+    length = mean_square / corpus.padded_tokens
+    flops = flops_per_token(config, corpus.num_tokens, length)
     usual = 1.0 if gpu.name == "cpu" else published_mfu(config.model)
     share = usual if speed.mfu is None else speed.mfu
     steps_per_epoch = corpus.num_steps(config.batch.tokens_per_step)
@@ -263,6 +265,7 @@ def make_plan(
         compute, doubt = padded * corpus.tokens / corpus.padded_tokens / measured, 1.1
     else:
         compute = padded * flops / (share * gpu.flops(precision))
+        compute += padded * dropout_seconds_per_token(config, gpu, length)
         doubt = _DOUBT_OF_MFU if speed.mfu is None and gpu.name != "cpu" else 1.25
     stage = chosen.memory.stage if chosen else 3
     step = step_time(
