@@ -333,11 +333,18 @@ def test_a_resume_with_another_objective_names_both(shards, tmp_path):
     assert not [k for k in older["recipe"] if k.startswith("objective")]
     require_same(older, record({"gene_weight": 1, "cell_weight": 0}), False)
     require_same(cells, record(_CELLS_ALONE), False)
-    named = r"objective.cell_weight: 0.0 -> 1.0; objective.gene_weight: 1.0 -> 0.0; give the old"
-    with pytest.raises(ValueError, match=named):
-        require_same(older, cells, False)
-    with pytest.raises(ValueError, match=r"objective.cell_weight: 1.3 -> 0.0"):
-        require_same(record(_BOTH), older, False)
+    with pytest.raises(ValueError, match=r"objective.cell_weight: 1.3 -> 1.0; give the old"):
+        require_same(record(_BOTH), record(_BOTH | {"cell_weight": 1}), False)
+    prior = record({})
+    prior["recipe"]["objective.prior"] = "arithmetic"
+    for allow_changes in (False, True):
+        for before, after, words in (
+            (older, cells, "trained on hidden genes, these settings ask for cells; give the old"),
+            (record(_BOTH), older, "trained on hidden genes and cells, these settings ask for hid"),
+            (older, prior, "ask for hidden genes with the prior 'arithmetic'; give the old"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                require_same(before, after, allow_changes)
 
 
 def test_what_cannot_be_is_refused():

@@ -239,11 +239,21 @@ def _record_sha256(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
+def _objective(recipe: dict[str, Any]) -> str:
+    """Return what a recipe's loss consists of, in words; weights only where they are zero."""
+    genes = "hidden genes" if recipe.get("objective.gene_weight", 1.0) else ""
+    prior = recipe.get("objective.prior", "none")
+    if genes and prior != "none":
+        genes += f" with the prior {prior!r}"
+    cells = "cells" if recipe.get("objective.cell_weight", 0.0) else ""
+    return " and ".join(filter(None, (genes, cells)))
+
+
 def require_same(record: dict[str, Any], now: dict[str, Any], allow_changes: bool) -> None:
     """Raise ValueError if a run would continue with other data, vocabulary, model or recipe.
 
     `allow_changes` permits other shards and another recipe, but never another vocabulary,
-    architecture or optimizer.
+    architecture, optimizer or objective.
     """
     if record["vocabulary_sha256"] != now["vocabulary_sha256"]:
         raise ValueError(
@@ -275,6 +285,13 @@ def require_same(record: dict[str, Any], now: dict[str, Any], allow_changes: boo
             f"resume: the checkpoint holds another optimizer's state: {changed['optim.kind']}; "
             f"give optim.kind={before['optim.kind']}. To go on from its weights, export the run "
             "and start a new one with model.init_from"
+        )
+    objectives = [_objective(recipe) for recipe in (before, after)]
+    if objectives[0] != objectives[1]:
+        raise ValueError(
+            f"resume: the run was trained on {objectives[0]}, these settings ask for "
+            f"{objectives[1]}; give the old values of objective.*. To go on from its weights, "
+            "export the run and start a new one with model.init_from"
         )
     if record["shards_fingerprint"] != now["shards_fingerprint"]:
         changed["shards"] = (
