@@ -115,14 +115,18 @@ def start_command(config: RunConfig, *arguments: str, ranks: int = 1) -> subproc
 
 
 def rank_processes(launcher_pid: int, module: str) -> list[psutil.Process]:
-    """Return the rank processes below a launcher: those whose command is ``python -m module``."""
-    found = []
+    """Return the rank processes below a launcher: those whose command is ``python -m module``.
+
+    They are in the order of ranks where the launcher sets RANK; on a busy machine they do not start
+    in this order.
+    """
+    found: list[tuple[int, psutil.Process]] = []
     for process in psutil.Process(launcher_pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             words = process.cmdline()
             if ("-m", module) in zip(words, words[1:], strict=False):
-                found.append(process)
-    return found
+                found.append((int(process.environ().get("RANK", 0)), process))
+    return [process for _, process in sorted(found, key=lambda pair: pair[0])]
 
 
 def console(config: RunConfig) -> str:
