@@ -40,7 +40,15 @@ from data_prep.running.owner import (
 )
 from data_prep.running.redact import is_public, redacted_command
 from launch.attempts.grace import UNKNOWN_S, Grace
-from launch.attempts.rank import ALIVE, TOUCH_S, log_name, make_private, write_private
+from launch.attempts.rank import (
+    ALIVE,
+    TOUCH_S,
+    log_name,
+    make_private,
+    remove_secrets,
+    write_private,
+    write_secrets,
+)
 from launch.attempts.rank_logs import end_records, record_event, root_cause, tail
 from launch.verbs import check_and_find_folder, module_of, saved_step, to_go_on
 
@@ -141,6 +149,7 @@ def run(way: Way, job: Job, show: bool = False) -> int:
             if was_there:
                 record_event(folder, "refused", attempt=number, code=code)
             return code
+        remove_secrets(folder)  # also those of a launcher that was killed before its ranks began
         if stop.at_once:
             record_event(folder, "ended", attempt=number, code=_INTERRUPTED, cause="Ctrl-C, twice")
             return _INTERRUPTED
@@ -290,7 +299,8 @@ class Attempt:
         finally:
             self._take_down()
             ended.set()
-            self._write_rank_settings({n: v for n, v in self._variables.items() if is_public(n)})
+            remove_secrets(self.folder)
+            self._write_rank_settings({})
         return self._code()
 
     def _touch(self, ended: threading.Event) -> None:
@@ -426,23 +436,27 @@ class Attempt:
     def _write_settings(self) -> None:
         """Write the files that `launch.attempts.rank` and launchers read."""
         make_private(self.folder)
-        self._write_rank_settings({TOKEN: secrets.token_hex(32), **self._variables})
+        self._write_rank_settings({TOKEN: secrets.token_hex(32)})
+        hidden = {n: v for n, v in self._variables.items() if not is_public(n)}
+        write_secrets(self.folder, sum(self._hosts.values()), hidden)
         (self.folder / ALIVE).touch(mode=0o600)
         hosts, variables = self._hosts.items(), sorted(self._environment.items())
         (self.folder / HOSTFILE).write_text("".join(f"{h} slots={n}\n" for h, n in hosts))
         (self.folder / ENVIRONMENT).write_text("".join(f"{k}={v}\n" for k, v in variables))
 
-    def _write_rank_settings(self, variables: Mapping[str, str]) -> None:
+    def _write_rank_settings(self, token: Mapping[str, str]) -> None:
         """Write settings.json for `launch.attempts.rank`.
 
-        It is written again at the end of the attempt, without variables that may be secret.
+        It is written again at the end of the attempt, without the token.
         """
         command = {"GENELOOM_LAUNCH_COMMAND": _own_command()}
+        public = {n: v for n, v in self._variables.items() if is_public(n)}
         settings = {
             "device": self._device,
             "nodes": len(self._hosts),
             "supervisor": this_process(),
-            "environment": {**variables, **self._environment, **command},
+            "environment": {**token, **public, **self._environment, **command},
+            "secrets": sorted(self._variables.keys() - public.keys()),
         }
         write_private(self.folder / "settings.json", json.dumps(settings))
 
