@@ -209,6 +209,7 @@ class Pdsh(Cluster):
         listed = f"DS_ENV_FILE={attempt / supervise.ENVIRONMENT}"
         return {
             "": [
+                sys.executable, "-m", "launch.attempts.keep",
                 "env", listed, sys.executable, "-m", "deepspeed.launcher.runner",
                 "--hostfile", str(attempt / supervise.HOSTFILE), "--launcher", "pdsh",
                 "--force_multi", "--no_ssh_check", "--no_local_rank", "--log_level", "error",
