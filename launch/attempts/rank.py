@@ -28,11 +28,11 @@ from typing import IO, Any
 from data_prep.errors import EXIT_FAILED, EXIT_USAGE
 from data_prep.files import LAUNCH_FOLDER, complete_file
 from data_prep.running.launchers import SAVE_LIMIT_S, stop_with_launcher
-from data_prep.running.network import RANKS_HERE, interface_to
+from data_prep.running.network import interface_to
 from data_prep.running.owner import lives, machine
+from data_prep.running.queue_variables import rank_of, ranks_here
 from launch.hosts.node import IN_RANK, ROOT, has_gpu
 
-_RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 _PR_SET_PDEATHSIG = 1
 # The supervisor touches this file in the folder of its attempt, as a heartbeat for ranks on other
 # machines.
@@ -95,7 +95,7 @@ def main() -> int:
     """Run a rank and return its exit code (128 + N if signal N ended it)."""
     folder, module, *arguments = sys.argv[1:]
     settings = json.loads((Path(folder) / "settings.json").read_text())
-    rank = int(_first(os.environ, _RANK, "0"))
+    rank = rank_of(os.environ)
     try:
         secret = take_secrets(Path(folder), rank, settings.get("secrets", ()))
     except FileNotFoundError as error:
@@ -150,7 +150,7 @@ def rank_environment(given: Mapping[str, str], settings: Mapping[str, Any]) -> d
     if settings["device"] == "cpu" or not has_gpu():
         environment["DS_ACCELERATOR"] = "cpu"
         cores = len(os.sched_getaffinity(0))
-        here = int(_first(given, RANKS_HERE, "1"))
+        here = int(ranks_here(given) or 1)
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // here)))
     if settings["nodes"] > 1 and "MASTER_ADDR" in environment:
         interface = interface_to(environment["MASTER_ADDR"])
@@ -186,10 +186,6 @@ def write_private(path: Path, text: str) -> None:
     with complete_file(path) as aside:
         aside.touch(mode=0o600)
         aside.write_text(text)
-
-
-def _first(values: Mapping[str, str], names: tuple[str, ...], otherwise: str) -> str:
-    return next((values[n] for n in names if values.get(n)), otherwise)
 
 
 def _stop_with_parent() -> None:
