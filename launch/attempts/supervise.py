@@ -59,6 +59,7 @@ _POLL_S = 0.2
 _SECOND_S = 0.5
 _RESEND_S = 2.0
 _LOOK_S = 0.5
+_SOON_S = 1.0
 _AFTERWARDS_S = 5.0
 _STACKS_S = 2.0
 _BACK_OFF_S = (1.0, 300.0)
@@ -351,9 +352,9 @@ class Attempt:
 
         On a network file system the records may appear late. Or the ranks are still running,
         because their launcher was killed; then they are asked to save. (DeepSpeed's runner ends
-        with exit code 0 if its pdsh is killed.)
+        with exit code 0 if its pdsh is killed.) Asking ranks that have ended does no harm.
         """
-        for limit_s in (_AFTERWARDS_S, UNKNOWN_S):
+        for limit_s in (_SOON_S, _AFTERWARDS_S, UNKNOWN_S):
             until = time.monotonic() + limit_s
             while time.monotonic() < until:
                 if self._all_ended():
