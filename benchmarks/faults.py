@@ -1,6 +1,6 @@
 """How soon a fault is noticed, and how soon the run trains again, on two loaded cores.
 
-    python -m benchmarks.faults SHARDS [--json OUT.json] [--idle]
+    python -m benchmarks.faults SHARDS [--json OUT.json] [--idle] [--repeats N]
 
 Three hosts (network namespaces, `tests.hosts`: needs root): one starts the run, two train with the
 default signs of life. A fault is caused on the second of them; the launcher's own record says when
@@ -27,7 +27,6 @@ from benchmarks.launch import config_of, records, start, wait_for_step
 from launch.attempts.rank_logs import read_events
 from tests.hosts import Host, hosts, why_no_hosts
 
-_REPEATS = 3
 _STOP = "import sys; from launch.cli import main; sys.argv[1:1] = ['stop', '--now']; main()"
 _LIMIT_S = 300
 
@@ -110,6 +109,7 @@ def main() -> None:
     parser.add_argument("shards", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--idle", action="store_true", help="without the load")
+    parser.add_argument("--repeats", type=int, default=3, help="of each fault; the median counts")
     given = parser.parse_args()
     if (why := why_no_hosts()) is not None:
         raise SystemExit(f"three hosts: {why}")
@@ -118,7 +118,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, hosts(3, Path(name) / "hosts") as three:
         for fault in FAULTS:
             runs = []
-            for number in range(_REPEATS):
+            for number in range(given.repeats):
                 folder = Path(name) / f"{fault.replace(' ', '_')}_{number}"
                 folder.mkdir()
                 with loaded(cores):

@@ -19,6 +19,7 @@ import typer
 from data_prep.errors import EXIT_FAILED
 from data_prep.files import LAUNCH_FOLDER
 from data_prep.running.owner import LAUNCH_ID, machine, owner_of
+from launch.attempts.rank import remove_secrets
 from launch.hosts.ask_hosts import ask_all, read_hostfile
 from launch.hosts.node import signal_process, signal_processes
 from launch.verbs import saved_step
@@ -45,6 +46,7 @@ def stop_command(
     traces = find_traces(folder)
     found = traces.count()
     if not found and not cancelled:
+        remove_secrets(folder / LAUNCH_FOLDER)
         print(f"{folder}: nothing runs here{_unreachable(traces)}")
         raise SystemExit(EXIT_FAILED if traces.silent else 0)
     if found and not now:
@@ -57,6 +59,8 @@ def stop_command(
     while (left := traces.count()) and time.monotonic() < until:
         traces.signal(signal.SIGKILL)
         time.sleep(_POLL_S)
+    if not left:
+        remove_secrets(folder / LAUNCH_FOLDER)
     step = saved_step(folder)
     saved = f"; saved is step {step}" if step >= 0 else ""
     print(f"{folder}: " + (f"{left} processes are left" if left else f"ended{saved}"), end="")

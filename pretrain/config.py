@@ -270,7 +270,8 @@ class RunSection(Section):
     heartbeat_s: float = Field(
         default=20,
         ge=0,
-        description="a rank without a sign of life for this long ends the run; 0: nobody watches",
+        description="a rank without a sign of life for this long ends the run, however long its "
+        "steps are; a thread gives one a second; 0: nobody watches",
     )
     stall_s: float | None = Field(
         default=None,

@@ -1,7 +1,7 @@
 """JSON Schema of what ``geneloom launch kubernetes`` writes: no field beyond these, none missing.
 
-From the API references of Kubernetes 1.31 (Pod, ConfigMap), of Kubeflow's training operator 1.9
-(PyTorchJob v1) and of its MPI operator 0.6 (MPIJob v2beta1).
+From the API references of Kubernetes 1.31 (Pod, ConfigMap, Secret), of Kubeflow's training operator
+1.9 (PyTorchJob v1) and of its MPI operator 0.6 (MPIJob v2beta1).
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ def _map(value: dict[str, Any]) -> dict[str, Any]:
 
 
 _METADATA = _object({"name": _NAME}, {"namespace": _NAME})
+_VARIABLE = {"type": "string", "pattern": r"^[-._a-zA-Z][-._a-zA-Z0-9]*$"}
+_FROM_SECRET = _object({"secretKeyRef": _object({"name": _NAME, "key": _VARIABLE})})
 _CONTAINER = _object(
     {"name": _NAME, "image": {"type": "string", "pattern": r"^\S+$"}, "command": _WORDS},
     {
         "env": _list(
-            _object({"name": {"type": "string", "pattern": r"^[-._a-zA-Z][-._a-zA-Z0-9]*$"},
-                     "value": _TEXT})
+            {"oneOf": [_object({"name": _VARIABLE, "value": _TEXT}),
+                       _object({"name": _VARIABLE, "valueFrom": _FROM_SECRET})]}
         ),
         "resources": _object({}, {"limits": _map(_QUANTITY), "requests": _map(_QUANTITY)}),
         "volumeMounts": _list(
@@ -93,6 +95,10 @@ SCHEMAS = {
     ("v1", "ConfigMap"): _object(
         {"apiVersion": {"const": "v1"}, "kind": {"const": "ConfigMap"}, "metadata": _METADATA,
          "data": _map(_TEXT)}
+    ),
+    ("v1", "Secret"): _object(
+        {"apiVersion": {"const": "v1"}, "kind": {"const": "Secret"}, "metadata": _METADATA,
+         "stringData": _map(_TEXT)}
     ),
     ("kubeflow.org/v1", "PyTorchJob"): _object(
         {

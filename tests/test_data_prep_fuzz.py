@@ -83,9 +83,18 @@ def write_splits(cells, folder: Path) -> Path:
     return folder / "splits"
 
 
+def write_soma(cells, folder: Path) -> Path:
+    """An experiment of SOMA, as a Census is one: many small files of TileDB."""
+    import tiledbsoma.io
+
+    path = folder / "experiment"
+    tiledbsoma.io.from_anndata(str(path), cells, measurement_name="RNA", X_layer_name="raw")
+    return path
+
+
 WRITERS: tuple[Callable, ...] = (
     write_h5ad, write_zarr, write_mudata, write_loom, write_tenx, write_mtx, write_packed_mtx,
-    write_parquet, write_arrow, write_dataset, write_splits,
+    write_parquet, write_arrow, write_dataset, write_splits, write_soma,
 )  # fmt: skip
 
 
@@ -128,7 +137,7 @@ def _fuzz(write: Callable, folder: Path, number: int, seed: int, queue) -> None:
     whole = folder / "whole"
     whole.mkdir(parents=True)
     path = write(make_cells(CELLS), whole)
-    files = [p for p in whole.rglob("*") if p.is_file()]
+    files = [p for p in whole.rglob("*") if p.is_file() and p.stat().st_size]
     outcomes = []
     for _ in range(number):
         chosen = files[int(rng.integers(len(files)))]
@@ -145,7 +154,8 @@ def _fuzz(write: Callable, folder: Path, number: int, seed: int, queue) -> None:
 
 def outcomes_of(write: Callable, folder: Path, number: int, seed: int) -> list[str]:
     """Return what became of mutated files, read in a process that may crash."""
-    context = multiprocessing.get_context("fork")
+    # A process in which TileDB has started its threads must not be forked.
+    context = multiprocessing.get_context("spawn" if write is write_soma else "fork")
     queue = context.SimpleQueue()
     process = context.Process(target=_fuzz, args=(write, folder, number, seed, queue))
     process.start()

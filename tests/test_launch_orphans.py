@@ -119,6 +119,26 @@ def test_a_rank_stops_with_its_parent_and_with_a_launcher_above(tmp_path):
 # Signals to ranks
 
 
+def test_what_a_killed_command_started_here_ends_with_it(tmp_path):
+    """`launch.attempts.keep`: a launcher, and what leaves its process group as pdsh's ssh does."""
+    started = tmp_path / "started"
+    tree = f"setsid sleep 600 & echo $! $$ > {started}.new; mv {started}.new {started}; wait"
+    kept = [sys.executable, "-m", "launch.attempts.keep", "sh", "-c", tree]
+    code = f"import subprocess; subprocess.run({kept}, start_new_session=True)"
+    command = subprocess.Popen([sys.executable, "-c", code], cwd=_ROOT)
+    try:
+        wait_for(started.exists, _LIMIT_S)
+        below = [psutil.Process(int(word)) for word in started.read_text().split()]
+        assert [p.name() for p in below] == ["sleep", "sh"]
+    finally:
+        command.kill()
+        command.wait()
+    _, alive = psutil.wait_procs(below, timeout=20)
+    assert alive == []
+    for asked, found in (("exit 75", 75), ("kill -9 $$", 137)):
+        assert subprocess.run([*kept[:-1], asked], cwd=_ROOT).returncode == found
+
+
 def endless(shards: Path, out: Path, **changes) -> RunConfig:
     settings = {"run__epochs": 10**5, "run__max_steps": 10**6, "checkpoint__every_steps": 10**5}
     return tiny_config(shards, out, **(settings | {"run__heartbeat_s": 3} | changes))

@@ -24,7 +24,7 @@ _WAYS = {
     "mpi": ["mpi", "--hostfile"],
 }
 # What waits for the ranks, in the words of its command line, and on which host.
-_ABOVE = {"ssh": (1, "deepspeed.launcher.launch"), "pdsh": (0, "pdsh"), "mpi": (0, "prterun")}
+_ABOVE = {"ssh": (1, "deepspeed.launcher.launch"), "pdsh": (0, "pdsh -S "), "mpi": (0, "prterun")}
 
 _LEFT = ("-m pretrain", "launch.attempts.rank", "deepspeed.launcher", "mpirun", "prte")
 

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
+import signal
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import jsonschema
 import psutil
 import pytest
+import yaml
 
+from launch.attempts.rank import remove_secrets, take_secrets, write_secrets
+from launch.ways.commands import app
+from tests.kubernetes_schema import SCHEMAS
 from tests.ranks import end_commands, start_geneloom
 from tests.runs import rank_processes
 
+ROOT = Path(__file__).resolve().parent.parent
 # Nothing that is written may contain it.
 CANARY = "canary7f3a"
 _SHADOWS = ("pretrain", "data_prep", "launch", "eval", "deepspeed", "torch", "numpy", "json")
@@ -97,6 +107,90 @@ def test_ranks_have_the_variables_and_no_module_of_the_working_folder(shards, tm
     assert leaks(tmp_path / "out") == []
     assert (tmp_path / "out" / "manifest.json").exists()
     assert not (here / "it_ran").exists()
+
+
+def test_secrets_vanish_when_they_were_read(shards, tmp_path):
+    """Also where the command is killed at once: then nobody is left who could tidy up."""
+    words = ["launch", "mpi", "--ranks", "2", "--device", "cpu", "--env", f"API_KEY={CANARY}",
+             "prepare", shards.parent / "cells.h5ad", "--vocab", shards / "vocabulary.json",
+             "--out", tmp_path / "out"]  # fmt: skip
+    process = start_geneloom(words, tmp_path / "log")
+    attempt = tmp_path / "out" / "launch" / "attempt_1"
+    try:
+        while not any(attempt.glob("secret_*.json")):
+            assert process.process.is_alive(), process.said
+            time.sleep(0.002)
+        modes = {stat.S_IMODE(p.stat().st_mode) for p in attempt.glob("secret_*.json")}
+        assert modes <= {0o600}
+        while len(list(attempt.glob("rank_*.log"))) < 2:
+            assert process.process.is_alive(), process.said
+            time.sleep(0.002)
+        process.signal(signal.SIGKILL)
+        process.process.join(60)
+    finally:
+        end_commands([process])
+    assert leaks(tmp_path / "out") == []
+    settings = json.loads((attempt / "settings.json").read_text())
+    assert "API_KEY" in settings["secrets"] and "API_KEY" not in settings["environment"]
+
+
+def test_a_rank_reads_its_secrets_once_and_leftovers_are_removed(tmp_path):
+    attempt = tmp_path / "launch" / "attempt_1"
+    attempt.mkdir(parents=True)
+    write_secrets(attempt, 3, {})
+    assert not any(attempt.iterdir())
+    write_secrets(attempt, 3, {"API_KEY": CANARY})
+    assert take_secrets(attempt, 1, ["API_KEY"]) == {"API_KEY": CANARY}
+    with pytest.raises(FileNotFoundError):
+        take_secrets(attempt, 1, ["API_KEY"])
+    settings = {"device": "cpu", "nodes": 1, "environment": {}, "secrets": ["API_KEY"]}
+    (attempt / "settings.json").write_text(json.dumps(settings))
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.attempts.rank", str(attempt), "data_prep"],
+        cwd=ROOT, env={**os.environ, "RANK": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and "rank 1 of this attempt was started before" in done.stderr
+    remove_secrets(tmp_path / "launch")
+    assert leaks(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["pytorchjob", "mpijob"])
+def test_a_manifest_has_secrets_in_a_secret_alone(kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["geneloom"])
+    path = tmp_path / "job.yaml"
+    words = ["--kind", kind, "--image", "i", "--claim", "runs:/runs", "--env", "NCCL_DEBUG=INFO",
+             "--manifest", str(path)]  # fmt: skip
+    pretrain = ["pretrain", "--config", "tiny", "data.shards=/s", "run.out=/runs/a"]
+
+    def manifests(*more: str) -> list[dict]:
+        path.unlink(missing_ok=True)
+        app([*("kubernetes", *words, *more, *pretrain)], standalone_mode=False)
+        assert capsys.readouterr().out == path.read_text()
+        found = list(yaml.safe_load_all(path.read_text()))
+        for one in found:
+            schema = SCHEMAS[one["apiVersion"], one["kind"]]
+            jsonschema.Draft202012Validator(schema).validate(one)
+        return found
+
+    secret, job = manifests("--env", f"API_KEY={CANARY}")
+    assert secret["kind"] == "Secret" and secret["stringData"] == {"API_KEY": CANARY}
+    assert CANARY not in json.dumps(job)
+    reference = {"name": secret["metadata"]["name"], "key": "API_KEY"}
+    assert json.dumps({"secretKeyRef": reference}) in json.dumps(job)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert ("--env" in json.dumps(job)) == (kind == "mpijob")
+    # One of the cluster: neither this shell nor the manifest has the value.
+    (job,) = manifests("--secret", "mine", "--env", "API_KEY")
+    assert json.dumps({"secretKeyRef": {"name": "mine", "key": "API_KEY"}}) in json.dumps(job)
+    assert {"name": "NCCL_DEBUG", "value": "INFO"} in _first_container(job)["env"]
+    with pytest.raises(ValueError, match="give `--env API_KEY` without its value"):
+        manifests("--secret", "mine", "--env", f"API_KEY={CANARY}")
+    assert not path.exists()
+
+
+def _first_container(job: dict) -> dict:
+    replicas = next(v for k, v in job["spec"].items() if k.endswith("ReplicaSpecs"))
+    return next(iter(replicas.values()))["template"]["spec"]["containers"][0]
 
 
 @pytest.mark.long

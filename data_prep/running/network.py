@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 import psutil
 
-# Environment variables in which launchers state the number of ranks on this machine.
-RANKS_HERE = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+from data_prep.running.queue_variables import ranks_here
+
 INTERFACE = "GLOO_SOCKET_IFNAME"
 # Environment variable with the secret of a launch, which only its ranks know: it comes from a file
 # that only its owner can read.
@@ -42,7 +42,7 @@ def interface_of_job(environment: Mapping[str, str]) -> str | None:
     ``MASTER_ADDR``. If that is a name of this machine that means loopback, it returns the only
     other interface that is up.
     """
-    here = next((environment[n] for n in RANKS_HERE if environment.get(n)), None)
+    here = ranks_here(environment)
     if INTERFACE in environment or here == environment["WORLD_SIZE"]:
         return None
     found = interface_to(environment["MASTER_ADDR"])
@@ -60,7 +60,7 @@ def address_to_listen_at(environment: Mapping[str, str]) -> str:
     translated address), or if the name means loopback here and another address on other machines.
     """
     master = environment["MASTER_ADDR"]
-    here = next((environment[n] for n in RANKS_HERE if environment.get(n)), None)
+    here = ranks_here(environment)
     try:
         found = socket.gethostbyname(master)
     except OSError:  # the name has an IPv6 address only, or is unknown here

@@ -32,6 +32,7 @@ import psutil
 
 from data_prep.errors import EXIT_FAILED, SharedFailure
 from data_prep.files import OWNER_NAME, made_folder
+from data_prep.running.queue_variables import job_of
 
 # All attempts of one launcher have the same series; it starts an attempt after the last one ended.
 SERIES, ATTEMPT = "GENELOOM_LAUNCH_SERIES", "GENELOOM_LAUNCH_ATTEMPT"
@@ -326,17 +327,17 @@ def _now_there(path: Path) -> float:
 
 
 def _mine(kind: str) -> dict[str, Any]:
-    job = os.environ.get("SLURM_JOB_ID", "")
+    job = job_of(os.environ)
     return {
         "id": uuid.uuid4().hex,
         "kind": kind,
         **this_process(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-        "job": job,
+        "job": job.number,
         "launch": os.environ.get(LAUNCH_ID, ""),
         # A requeued job keeps its number.
-        "series": os.environ.get(SERIES) or (job and f"slurm-{job}"),
-        "attempt": os.environ.get(ATTEMPT) or os.environ.get("SLURM_RESTART_COUNT", "0"),
+        "series": os.environ.get(SERIES) or (job.number and f"slurm-{job.number}"),
+        "attempt": os.environ.get(ATTEMPT) or job.restarts,
     }
 
 

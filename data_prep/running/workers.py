@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from typing import Any
 
+from data_prep.running.queue_variables import mpi_ranks, srun_tasks
+
 # A function that is called with the name of the step, the amount of work done, and the total.
 Progress = Callable[[str, int, int], None]
 # Number of tasks that each helper gets in advance: one runs, one waits.
 _AHEAD = 2
-_MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,7 @@ def mpi_size() -> int:
     ValueError
         srun started several tasks that MPI does not connect, so each would do all the work.
     """
-    size = max([int(os.environ.get(v, 1)) for v in _MPI_SIZE_VARIABLES])
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    size, tasks = mpi_ranks(os.environ), srun_tasks(os.environ)
     if size > 1 or tasks == 1:
         return size
     from mpi4py import MPI

@@ -2,8 +2,10 @@
 
 The command is ``python -m launch.attempts.rank FOLDER MODULE ARGUMENTS``. It runs
 ``python -m MODULE ARGUMENTS`` with the environment of FOLDER/settings.json, writes the output to
-FOLDER/rank_00000.log, and the exit code, host and times to FOLDER/rank_00000.json. The module needs
-the standard library and psutil only, because this extra process for each rank must cost nothing.
+FOLDER/rank_00000.log, and the exit code, host and times to FOLDER/rank_00000.json. Variables that
+may be secrets stand in FOLDER/secret_00000.json, which the rank removes when it has read it. The
+module needs the standard library and psutil only, because this extra process for each rank must
+cost nothing.
 """
 
 from __future__ import annotations
@@ -19,18 +21,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from data_prep.errors import EXIT_USAGE
+from data_prep.errors import EXIT_FAILED, EXIT_USAGE
 from data_prep.files import LAUNCH_FOLDER, complete_file
 from data_prep.running.launchers import SAVE_LIMIT_S, stop_with_launcher
-from data_prep.running.network import RANKS_HERE, interface_to
+from data_prep.running.network import interface_to
 from data_prep.running.owner import lives, machine
+from data_prep.running.queue_variables import rank_of, ranks_here
 from launch.hosts.node import IN_RANK, ROOT, has_gpu
 
-_RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 _PR_SET_PDEATHSIG = 1
 # The supervisor touches this file in the folder of its attempt, as a heartbeat for ranks on other
 # machines.
@@ -50,12 +52,60 @@ def end_name(rank: int) -> str:
     return f"rank_{rank:05d}.json"
 
 
+def write_secrets(folder: Path, ranks: int, variables: Mapping[str, str]) -> None:
+    """Write the variables that may be secrets for each rank of an attempt, which removes its file.
+
+    Each rank has a file of its own, so that nobody has to know whether others have read it yet.
+    """
+    for rank in range(ranks if variables else 0):
+        write_private(folder / secret_name(rank), json.dumps(dict(variables)))
+
+
+def secret_name(rank: int) -> str:
+    """Return the name of the file with a rank's secret variables, until the rank has read it."""
+    return f"secret_{rank:05d}.json"
+
+
+def remove_secrets(folder: Path) -> None:
+    """Remove the secret variables of ranks that never started, from ``OUT/launch`` or an attempt.
+
+    A process of the folder's own run calls it, not one that may yet be refused.
+    """
+    for path in folder.glob("**/secret_*.json"):
+        path.unlink(missing_ok=True)
+
+
+def take_secrets(folder: Path, rank: int, names: Sequence[str]) -> dict[str, str]:
+    """Return the secret variables of a rank, and remove the file that they are in.
+
+    Raises
+    ------
+    FileNotFoundError
+        The rank was started before.
+    """
+    path = folder / secret_name(rank)
+    if not names:
+        return {}
+    found = json.loads(path.read_text())
+    path.unlink()
+    return found
+
+
 def main() -> int:
     """Run a rank and return its exit code (128 + N if signal N ended it)."""
     folder, module, *arguments = sys.argv[1:]
     settings = json.loads((Path(folder) / "settings.json").read_text())
-    rank = int(_first(os.environ, _RANK, "0"))
-    environment = rank_environment(os.environ | settings["environment"], settings)
+    rank = rank_of(os.environ)
+    try:
+        secret = take_secrets(Path(folder), rank, settings.get("secrets", ()))
+    except FileNotFoundError as error:
+        print(
+            f"error: {error.filename} is gone: rank {rank} of this attempt was started before; "
+            "start the run again",
+            file=sys.stderr,
+        )
+        return EXIT_FAILED
+    environment = rank_environment(os.environ | settings["environment"] | secret, settings)
     if settings["device"] == "gpu" and not has_gpu():
         print(f"error: --device gpu: {socket.gethostname()} has no /dev/nvidia*", file=sys.stderr)
         return EXIT_USAGE
@@ -100,7 +150,7 @@ def rank_environment(given: Mapping[str, str], settings: Mapping[str, Any]) -> d
     if settings["device"] == "cpu" or not has_gpu():
         environment["DS_ACCELERATOR"] = "cpu"
         cores = len(os.sched_getaffinity(0))
-        here = int(_first(given, RANKS_HERE, "1"))
+        here = int(ranks_here(given) or 1)
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // here)))
     if settings["nodes"] > 1 and "MASTER_ADDR" in environment:
         interface = interface_to(environment["MASTER_ADDR"])
@@ -136,10 +186,6 @@ def write_private(path: Path, text: str) -> None:
     with complete_file(path) as aside:
         aside.touch(mode=0o600)
         aside.write_text(text)
-
-
-def _first(values: Mapping[str, str], names: tuple[str, ...], otherwise: str) -> str:
-    return next((values[n] for n in names if values.get(n)), otherwise)
 
 
 def _stop_with_parent() -> None:

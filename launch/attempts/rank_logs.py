@@ -31,6 +31,7 @@ _OF_OTHERS = (
     "a collective failed", "Connection closed by peer",
 )  # fmt: skip
 _TOLD = re.compile(r"^rank \d+ failed: ")
+_MISSED = re.compile(r"^rank (\d+)\b.* gave no sign of life")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,12 @@ class End:
         """Whether the rank ended because another rank failed."""
         return bool(_TOLD.match(self.text)) or any(mark in self.text for mark in _OF_OTHERS)
 
+    @property
+    def missed(self) -> int | None:
+        """The rank that this rank has found to give no sign of life."""
+        found = _MISSED.match(self.text)
+        return int(found[1]) if found else None
+
     def say(self) -> str:
         how = self.text or f"exit code {self.code}, without a word"
         if self.code < 0:
@@ -65,12 +72,14 @@ def end_records(attempt: Path) -> list[dict[str, Any]]:
 
 def ends(attempt: Path) -> list[End]:
     """Return the ends of the ranks that have ended, in the order of time."""
-    found = []
-    for record in end_records(attempt):
-        log = attempt / log_name(record["rank"])
-        text = last_error(log) if record["code"] else ""
-        found.append(End(record["rank"], record["host"], record["code"], record["to"], text, log))
-    return sorted(found, key=lambda e: e.at)
+    return sorted((end_of(attempt, r) for r in end_records(attempt)), key=lambda e: e.at)
+
+
+def end_of(attempt: Path, record: dict[str, Any]) -> End:
+    """Return the end of the rank that a record is of, with what its log says."""
+    log = attempt / log_name(record["rank"])
+    text = last_error(log) if record["code"] else ""
+    return End(record["rank"], record["host"], record["code"], record["to"], text, log)
 
 
 def root_cause(

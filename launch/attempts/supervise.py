@@ -39,7 +39,16 @@ from data_prep.running.owner import (
     this_process,
 )
 from data_prep.running.redact import is_public, redacted_command
-from launch.attempts.rank import ALIVE, TOUCH_S, log_name, make_private, write_private
+from launch.attempts.grace import UNKNOWN_S, Grace
+from launch.attempts.rank import (
+    ALIVE,
+    TOUCH_S,
+    log_name,
+    make_private,
+    remove_secrets,
+    write_private,
+    write_secrets,
+)
 from launch.attempts.rank_logs import end_records, record_event, root_cause, tail
 from launch.verbs import check_and_find_folder, module_of, saved_step, to_go_on
 
@@ -49,10 +58,8 @@ _POLL_S = 0.2
 # A second SIGINT within this time is the same Ctrl-C, which may arrive twice.
 _SECOND_S = 0.5
 _RESEND_S = 2.0
-_LOOK_S = 1.0
-# Time in which the other ranks notice that a rank has ended, and write why they end.
-_GRACE_S = 45.0
-_SOON_S = 8.0
+_LOOK_S = 0.5
+_SOON_S = 1.0
 _AFTERWARDS_S = 5.0
 _STACKS_S = 2.0
 _BACK_OFF_S = (1.0, 300.0)
@@ -143,13 +150,14 @@ def run(way: Way, job: Job, show: bool = False) -> int:
             if was_there:
                 record_event(folder, "refused", attempt=number, code=code)
             return code
+        remove_secrets(folder)  # also those of a launcher that was killed before its ranks began
         if stop.at_once:
             record_event(folder, "ended", attempt=number, code=_INTERRUPTED, cause="Ctrl-C, twice")
             return _INTERRUPTED
         if code in (0, EXIT_RESUMABLE):
             record_event(folder, "done" if code == 0 else "stopped", attempt=number)
             return code
-        lost = way.lost(hosts)
+        lost = attempt.lost()
         cause, log = root_cause(attempt.folder, hosts, lost)
         cause = _full_disk(out) or cause
         end = _End(cause, saved_step(out), tuple(hosts), tuple(lost))
@@ -263,6 +271,7 @@ class Attempt:
         self._commands = way.commands(hosts, folder, words, self._environment)
         self._printed = 0
         self._running: dict[str, subprocess.Popen] = {}
+        self._grace = Grace(folder, hosts, way.lost)
 
     def show(self, line_of: Callable[[list[str]], str] = shlex.join) -> list[str]:
         """Return the command lines of the launchers; `line_of` joins the words of a command."""
@@ -291,7 +300,8 @@ class Attempt:
         finally:
             self._take_down()
             ended.set()
-            self._write_rank_settings({n: v for n, v in self._variables.items() if is_public(n)})
+            remove_secrets(self.folder)
+            self._write_rank_settings({})
         return self._code()
 
     def _touch(self, ended: threading.Event) -> None:
@@ -303,8 +313,7 @@ class Attempt:
     def _watch(self) -> None:
         """Wait until all ranks or all launchers have ended, or for some time after a failure."""
         started = time.monotonic()
-        failed_at = sent_at = looked_at = -math.inf
-        waiting_for = -1
+        sent_at = looked_at = -math.inf
         while any(p.poll() is None for p in self._running.values()):
             time.sleep(_POLL_S)
             self._print_first_rank()
@@ -315,37 +324,37 @@ class Attempt:
                 self._way.signal(self._hosts, self._id, signal.SIGUSR1, True)
             if self._stop and self._stop.at_once:
                 return
-            if self._stop and self._stop.asked and self._all_ended():
-                return
-            if failed_at < 0 and now - looked_at > _LOOK_S:
+            if now - looked_at > _LOOK_S:
                 looked_at = now
                 if self._all_ended():
                     return
-                bad = [code for p in self._running.values() if (code := p.poll())]
-                if bad and min(bad) < 0:
-                    # A launcher was killed, and its ranks may still be running.
-                    self._way.signal(self._hosts, self._id, signal.SIGUSR1, True)
-                if bad or any(e["code"] for e in self._ends()):
-                    failed_at = now
-            if 0 < failed_at < now - _SOON_S and waiting_for < 0:
-                # mpirun would wait for a lost host, whose ranks cannot report their end either.
-                lost = self._way.lost(self._hosts)
-                waiting_for = sum(n for host, n in self._hosts.items() if host not in lost)
-            if 0 <= waiting_for <= len(self._ends()):
-                return
-            if 0 < failed_at < now - _GRACE_S or now - started > self._limit_s:
+                self._look_for_failure()
+                if self._grace.has_begun and self._grace.is_over():
+                    return
+            if now - started > self._limit_s:
                 return
         if not any((p.returncode or 0) > 0 for p in self._running.values()):
             self._wait_for_ends()
+
+    def _look_for_failure(self) -> None:
+        """Let the grace of the other ranks begin when a launcher or a rank has failed."""
+        if self._grace.has_begun:
+            return
+        bad = [code for p in self._running.values() if (code := p.poll())]
+        if bad and min(bad) < 0:
+            # A launcher was killed, and its ranks may still be running.
+            self._way.signal(self._hosts, self._id, signal.SIGUSR1, True)
+        if bad or any(e["code"] for e in self._ends()):
+            self._grace.begin()
 
     def _wait_for_ends(self) -> None:
         """Wait for the end records of the ranks after the launchers ended without an error.
 
         On a network file system the records may appear late. Or the ranks are still running,
         because their launcher was killed; then they are asked to save. (DeepSpeed's runner ends
-        with exit code 0 if its pdsh is killed.)
+        with exit code 0 if its pdsh is killed.) Asking ranks that have ended does no harm.
         """
-        for limit_s in (_AFTERWARDS_S, _GRACE_S):
+        for limit_s in (_SOON_S, _AFTERWARDS_S, UNKNOWN_S):
             until = time.monotonic() + limit_s
             while time.monotonic() < until:
                 if self._all_ended():
@@ -355,14 +364,20 @@ class Attempt:
 
     def _take_down(self) -> None:
         """Kill the processes that are left on every host, and the launchers."""
+        self._grace.end()
         codes = [p.poll() for p in self._running.values()]
         if any(codes) or not self._all_ended():
-            is_hurried = self._all_ended() or (self._stop is not None and self._stop.at_once)
-            if None in codes and not is_hurried:
+            lost = self._grace.known_lost()
+            answering = {h: n for h, n in self._hosts.items() if h not in lost}
+            at_once = self._stop is not None and self._stop.at_once
+            if None in codes and not at_once and self._grace.unaccounted():
                 # On SIGUSR2, ranks that hang write their stack traces to their logs.
-                self._way.signal(self._hosts, self._id, signal.SIGUSR2, True)
+                self._way.signal(answering, self._id, signal.SIGUSR2, True)
                 time.sleep(_STACKS_S)
-            self._way.signal(self._hosts, self._id, signal.SIGKILL, False)
+            # Hosts that may come back are told too; nobody waits for them.
+            later = (dict.fromkeys(lost, 0), self._id, signal.SIGKILL, False)
+            threading.Thread(target=self._way.signal, args=later, daemon=True).start()
+            self._way.signal(answering, self._id, signal.SIGKILL, False)
         for process in self._running.values():
             if process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
@@ -387,6 +402,10 @@ class Attempt:
     def _all_ended(self) -> bool:
         """Return whether all ranks have ended; their launchers need some seconds more."""
         return len(self._ends()) == sum(self._hosts.values())
+
+    def lost(self) -> list[str]:
+        """Return the hosts that do not answer any more."""
+        return self._grace.lost()
 
     def was_refused(self) -> bool:
         """Return whether rank 0 ended because of wrong input; it has printed the message."""
@@ -418,23 +437,27 @@ class Attempt:
     def _write_settings(self) -> None:
         """Write the files that `launch.attempts.rank` and launchers read."""
         make_private(self.folder)
-        self._write_rank_settings({TOKEN: secrets.token_hex(32), **self._variables})
+        self._write_rank_settings({TOKEN: secrets.token_hex(32)})
+        hidden = {n: v for n, v in self._variables.items() if not is_public(n)}
+        write_secrets(self.folder, sum(self._hosts.values()), hidden)
         (self.folder / ALIVE).touch(mode=0o600)
         hosts, variables = self._hosts.items(), sorted(self._environment.items())
         (self.folder / HOSTFILE).write_text("".join(f"{h} slots={n}\n" for h, n in hosts))
         (self.folder / ENVIRONMENT).write_text("".join(f"{k}={v}\n" for k, v in variables))
 
-    def _write_rank_settings(self, variables: Mapping[str, str]) -> None:
+    def _write_rank_settings(self, token: Mapping[str, str]) -> None:
         """Write settings.json for `launch.attempts.rank`.
 
-        It is written again at the end of the attempt, without variables that may be secret.
+        It is written again at the end of the attempt, without the token.
         """
         command = {"GENELOOM_LAUNCH_COMMAND": _own_command()}
+        public = {n: v for n, v in self._variables.items() if is_public(n)}
         settings = {
             "device": self._device,
             "nodes": len(self._hosts),
             "supervisor": this_process(),
-            "environment": {**variables, **self._environment, **command},
+            "environment": {**token, **public, **self._environment, **command},
+            "secrets": sorted(self._variables.keys() - public.keys()),
         }
         write_private(self.folder / "settings.json", json.dumps(settings))
 

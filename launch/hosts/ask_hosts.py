@@ -58,13 +58,18 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return hosts
 
 
-def ssh(host: str, words: Sequence[str], environment: Mapping[str, str] | None = None) -> list[str]:
+def ssh(
+    host: str,
+    words: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    connect_s: int = _CONNECT_S,
+) -> list[str]:
     """Return the ssh command line that runs `words` on a host, in the current folder."""
     given = {**package_first(), **(environment or {})}
     settings = [f"{name}={value}" for name, value in sorted(given.items())]
     remote = f"cd {shlex.quote(str(Path.cwd()))} && exec env {shlex.join([*settings, *words])}"
     return [
-        "ssh", "-n", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_S}",
+        "ssh", "-n", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={connect_s}",
         "-o", f"ServerAliveInterval={_ALIVE_S}", "-o", f"ServerAliveCountMax={_ALIVE_TIMES}",
         "--", host, remote,
     ]  # fmt: skip
@@ -88,7 +93,9 @@ class Answer:
     problem: str | None
 
 
-def ask_all(hosts: Sequence[str], *question: str, limit_s: float = 60) -> dict[str, Answer]:
+def ask_all(
+    hosts: Sequence[str], *question: str, limit_s: float = 60, connect_s: int = _CONNECT_S
+) -> dict[str, Answer]:
     """Return each host's answer to a question, asked of all hosts at once over ssh.
 
     The hosts run ``launch.hosts.node`` with the words of the question.
@@ -97,7 +104,10 @@ def ask_all(hosts: Sequence[str], *question: str, limit_s: float = 60) -> dict[s
     started = time.time()
     running = {
         host: subprocess.Popen(
-            ssh(host, words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            ssh(host, words, connect_s=connect_s),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for host in hosts
     }

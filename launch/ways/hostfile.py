@@ -24,6 +24,8 @@ from launch.ways.local import RESTARTS_HELP, base_environment, require_device
 
 _KILL_S = 20.0
 _LOST_S = 20.0
+# A connection is repeated after 1 and 3 s. The operating system answers it, however busy the host.
+_LOST_CONNECT_S = 5
 
 
 def launch_hostfile(
@@ -153,7 +155,7 @@ class Cluster:
 
     def lost(self, hosts: dict[str, int]) -> list[str]:
         """Return those of the hosts that do not answer any more."""
-        answers = ask_all(list(hosts), "port", "0", limit_s=_LOST_S)
+        answers = ask_all(list(hosts), "port", "0", limit_s=_LOST_S, connect_s=_LOST_CONNECT_S)
         return [host for host, answer in answers.items() if answer.problem]
 
     def signal(self, hosts: dict[str, int], launch: str, number: int, ranks_only: bool) -> None:
@@ -161,7 +163,9 @@ class Cluster:
         which = "ranks" if ranks_only else "all"
         words = [sys.executable, "-m", "launch.hosts.node", "signal", launch, str(number), which]
         silent: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        asking = [subprocess.Popen(ssh(h, words), **silent) for h in hosts]
+        asking = [
+            subprocess.Popen(ssh(h, words, connect_s=_LOST_CONNECT_S), **silent) for h in hosts
+        ]
         if number == signal.SIGKILL:
             until = time.monotonic() + _KILL_S
             for process in asking:
@@ -205,6 +209,7 @@ class Pdsh(Cluster):
         listed = f"DS_ENV_FILE={attempt / supervise.ENVIRONMENT}"
         return {
             "": [
+                sys.executable, "-m", "launch.attempts.keep",
                 "env", listed, sys.executable, "-m", "deepspeed.launcher.runner",
                 "--hostfile", str(attempt / supervise.HOSTFILE), "--launcher", "pdsh",
                 "--force_multi", "--no_ssh_check", "--no_local_rank", "--log_level", "error",

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from data_prep.files import complete_file
+from data_prep.running.redact import is_public
 from launch.environment import ENV_HELP, named_variables
 from launch.verbs import MODULES, check_and_find_folder, module_of, named_values, to_go_on
 from launch.ways.render_template import MANIFEST, TEMPLATE_HELP, render_yaml
@@ -43,7 +44,9 @@ class Claim:
 class KubernetesJob:
     """Resources and settings of the job that a manifest requests.
 
-    `gpus_per_node` is 0 for CPU nodes. `shm`, `memory` and `cpus` are per pod.
+    `gpus_per_node` is 0 for CPU nodes. `shm`, `memory` and `cpus` are per pod. Variables of
+    `secret_names` come from the Secret with the name `secret`; the manifest makes it if there are
+    `secret_values`.
     """
 
     kind: str
@@ -58,6 +61,9 @@ class KubernetesJob:
     namespace: str | None = None
     claims: list[Claim] = field(default_factory=list)
     env: dict[str, str] = field(default_factory=dict)
+    secret: str | None = None
+    secret_names: list[str] = field(default_factory=list)
+    secret_values: dict[str, str] = field(default_factory=dict)
     node_selector: dict[str, str] = field(default_factory=dict)
     grace_s: int = 300
     restart_policy: str = "OnFailure"
@@ -84,6 +90,9 @@ def launch_kubernetes(
     memory: Annotated[str | None, typer.Option(help="of a pod, e.g. 400Gi")] = None,
     shm: Annotated[str, typer.Option(help="of /dev/shm, which NCCL needs")] = "16Gi",
     env: Annotated[list[str] | None, typer.Option(help=ENV_HELP)] = None,
+    secret: Annotated[
+        str | None, typer.Option(help="Secret of the cluster with the values of each --env NAME")
+    ] = None,
     node_selector: Annotated[
         list[str] | None, typer.Option(help="label=value of the nodes; may be repeated")
     ] = None,
@@ -100,11 +109,12 @@ def launch_kubernetes(
 
     A pod that is evicted or fails comes back and resumes. `kubectl apply -f FILE` starts it.
     """
+    name = name or f"geneloom-{verb}"
     job = KubernetesJob(
-        kind=kind, name=name or f"geneloom-{verb}", image=image, nodes=nodes,
+        kind=kind, name=name, image=image, nodes=nodes,
         ranks_per_node=ranks_per_node or gpus_per_node or 1, gpus_per_node=gpus_per_node,
         cpus=cpus, memory=memory, shm=shm, namespace=namespace,
-        claims=[_claim(c) for c in claim or []], env=named_variables(env or []),
+        claims=[_claim(c) for c in claim or []], **_variables_of_pods(env or [], secret, name),
         node_selector=named_values("--node-selector", node_selector or []), grace_s=grace,
         restart_policy=restart_policy, restarts=restarts,
     )  # fmt: skip
@@ -113,8 +123,37 @@ def launch_kubernetes(
         if out.exists():
             raise ValueError(f"{out}: exists; give --manifest a new name")
         with complete_file(out) as aside:
+            if job.secret_values:
+                aside.touch(mode=0o600)
             aside.write_text(text)
     print(text, end="")
+
+
+def _variables_of_pods(given: list[str], secret: str | None, name: str) -> dict[str, Any]:
+    """Return the fields of a job for ``--env``: values that may be secrets go into a Secret.
+
+    With ``--secret`` they are in the cluster already, and neither the shell nor the manifest has
+    them.
+
+    Raises
+    ------
+    ValueError
+        A value that may be a secret is given beside ``--secret``.
+    """
+    there = [n for n in given if secret is not None and "=" not in n]
+    values = named_variables([n for n in given if n not in there])
+    hidden = {n: v for n, v in values.items() if not is_public(n)}
+    if secret is not None and hidden:
+        raise ValueError(
+            f"--secret {secret}: give `--env {next(iter(hidden))}` without its value, which is "
+            "read from that Secret"
+        )
+    return {
+        "env": {n: v for n, v in values.items() if is_public(n)},
+        "secret": secret if there else f"{name}-env" if hidden else None,
+        "secret_names": sorted([*there, *hidden]),
+        "secret_values": hidden,
+    }
 
 
 def _claim(text: str) -> Claim:
@@ -126,6 +165,8 @@ def _claim(text: str) -> Claim:
 
 def render(job: KubernetesJob, verb: str, arguments: list[str], template: Path = MANIFEST) -> str:
     """Return the manifest as YAML: the job, and a ConfigMap if the settings are in a local file.
+
+    A Secret comes first if the job has values for one.
 
     Raises
     ------
@@ -162,6 +203,8 @@ def variables(job: KubernetesJob, verb: str, arguments: list[str]) -> dict[str, 
         **asdict(job),
         "kind": kind,
         "env": env | job.env,
+        # What ranks of an MPIJob get, by name: its pods of workers hand on no environment.
+        "env_names": [*job.env, *job.secret_names],
         "limits": {name: value for name, value in limits.items() if value is not None},
         "verb": verb,
         "module": module_of(verb),
@@ -194,7 +237,7 @@ def _every_start(verb: str, arguments: list[str]) -> list[str]:
 def require_sound(job: KubernetesJob, folder: Path) -> None:
     """Raise ValueError, with all problems, if Kubernetes would refuse the job or lose its run."""
     problems = []
-    names = {"--name": job.name, "--namespace": job.namespace or "x"}
+    names = {"--name": job.name, "--namespace": job.namespace or "x", "--secret": job.secret or "x"}
     for option, value in [*names.items(), *(("--claim", c.name) for c in job.claims)]:
         if not _NAME.fullmatch(value) or len(value) > _LONGEST_NAME:
             problems.append(
@@ -207,7 +250,8 @@ def require_sound(job: KubernetesJob, folder: Path) -> None:
         problems.append(f"--kind {job.kind}: must be pytorchjob or mpijob")
     if job.restart_policy not in ("OnFailure", "Never"):
         problems.append(f"--restart-policy {job.restart_policy}: must be OnFailure or Never")
-    problems += [f"--env {n}: no name of a variable" for n in job.env if not _ENV_NAME.fullmatch(n)]
+    given = [*job.env, *job.secret_names]
+    problems += [f"--env {n}: no name of a variable" for n in given if not _ENV_NAME.fullmatch(n)]
     if not job.image or any(c.isspace() for c in job.image):
         problems.append(f"--image {job.image!r}: no name of an image")
     written = [c for c in job.claims if _is_below(folder, c.path) and not c.read_only]

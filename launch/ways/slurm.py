@@ -18,6 +18,7 @@ import typer
 from data_prep.files import LAUNCH_FOLDER, names_in
 from data_prep.running.network import TOKEN
 from data_prep.running.owner import refuse_if_in_use
+from data_prep.running.queue_variables import outside_of_allocation
 from data_prep.running.redact import is_public, redacted_command
 from launch.attempts.rank import make_private, write_private
 from launch.attempts.rank_logs import read_events, record_event
@@ -193,15 +194,11 @@ def submit(path: Path, variables: Mapping[str, str]) -> str:
         raise ValueError(
             f"launch slurm: no sbatch on this machine; run `sbatch {path}` where it is"
         )
-    # Of an allocation that this may run in: the new job has its own.
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name == "SLURM_CONF" or not name.startswith(("SLURM_", "SRUN_"))
-    }
+    # The new job has an allocation of its own.
+    environment = outside_of_allocation(os.environ)
     done = subprocess.run(
         ["sbatch", "--parsable", "--export=ALL", str(path)],
-        capture_output=True, text=True, env=environment | dict(variables),
+        capture_output=True, text=True, env={**environment, **variables},
     )  # fmt: skip
     if done.returncode:
         raise ValueError(f"launch slurm: sbatch refused {path}: {done.stderr.strip()}")

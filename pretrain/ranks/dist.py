@@ -30,6 +30,7 @@ from data_prep.running.network import (
     describe_network,
     interface_of_job,
 )
+from data_prep.running.queue_variables import OWN_NAMES, started_by_another
 from pretrain.ds_config import DEEPSPEED_VERSION
 from pretrain.ranks.signed_messages import Signer
 
@@ -38,16 +39,7 @@ _LINEAR = torch.nn.functional.linear
 # The place where this process has met the other ranks, the store there, and how often it was used.
 _met: dict[str, Any] = {}
 _hosts: torch.distributed.ProcessGroup | None = None
-_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# The names that other launchers use for RANK, WORLD_SIZE and LOCAL_RANK. A batch script of SLURM
-# has these variables too, except that of the step, which only processes of srun have.
-_OTHER_LAUNCHERS = {
-    "mpirun of Open MPI": (
-        "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
-    ),
-    "mpirun of MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
-}  # fmt: skip
+_RANK_VARIABLES = (*OWN_NAMES, "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -246,21 +238,18 @@ def gpu_of(local_rank: int, visible: int) -> int:
 
 def _of_other_launchers(environment: Mapping[str, str]) -> dict[str, str]:
     """Return RANK, WORLD_SIZE and LOCAL_RANK if mpirun or srun started several processes."""
-    if "RANK" in environment:
+    found = started_by_another(environment)
+    if found is None:
         return {}
-    for launcher, names in _OTHER_LAUNCHERS.items():
-        found = [environment.get(name, "") for name in names]
-        if not all(found) or found[1] == "1":
-            continue
-        missing = [v for v in ("MASTER_ADDR", "MASTER_PORT") if v not in environment]
-        if missing:
-            raise ValueError(
-                f"environment: {launcher} started rank {found[0]} of {found[1]}, but "
-                f"{' and '.join(missing)} are not set; start with `geneloom launch`, or export the "
-                "first host's name and a free port of it to all ranks"
-            )
-        return dict(zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), found, strict=True))
-    return {}
+    missing = [v for v in ("MASTER_ADDR", "MASTER_PORT") if v not in environment]
+    if missing:
+        rank, world_size, _ = found.values
+        raise ValueError(
+            f"environment: {found.launcher} started rank {rank} of {world_size}, but "
+            f"{' and '.join(missing)} are not set; start with `geneloom launch`, or export the "
+            "first host's name and a free port of it to all ranks"
+        )
+    return dict(zip(OWN_NAMES, found.values, strict=True))
 
 
 def _import_deepspeed():

@@ -21,6 +21,7 @@ import contextlib
 import faulthandler
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -38,11 +39,12 @@ from pretrain.ranks.signed_messages import Signer
 
 logger = logging.getLogger(__name__)
 
-# Rounds are counted, not seconds, because a job that was suspended as a whole must not report any
-# rank.
-_ROUNDS_PER_LIMIT = 10
+# Signs of life are counted in rounds, not in seconds, because a job that was suspended as a whole
+# must not report any rank. A round lasts a second, and a tenth of the limit if that is shorter.
+_ROUND_S = 1.0
+_LEAST_ROUNDS = 10
 # This many rounds are enough after a collective operation has failed.
-_HURRIED_ROUNDS = 4
+_HURRIED_ROUNDS = 6
 # One round for the news that a collective operation failed, one to find the rank that caused it,
 # one to receive its name, and some spare rounds.
 _ROUNDS_TO_FIND_OUT = _HURRIED_ROUNDS + 6
@@ -71,7 +73,8 @@ class Watch:
     def __init__(self, ranks: Ranks, limit_s: float, stall_s: float = 0) -> None:
         self._rank, self._others = ranks.rank, ranks.world_size - 1
         self._next = (ranks.rank + 1) % ranks.world_size
-        self._interval_s = limit_s / _ROUNDS_PER_LIMIT
+        self._interval_s = min(_ROUND_S, limit_s / _LEAST_ROUNDS)
+        self._rounds_per_limit = math.ceil(limit_s / self._interval_s) if limit_s > 0 else 0
         self._limit_s, self._stall_s = limit_s, stall_s
         self._step: int | None = None
         self._rounds_in_step = 0
@@ -151,7 +154,7 @@ class Watch:
             logger.warning("rank %d: a collective failed; looking for the reason", self._rank)
             self._is_hurried = True
             with contextlib.suppress(*dist.STORE_ERRORS):
-                self._store.add("suspicions", 1)
+                self._tell("suspicions")
             self._threads[0].join(_ROUNDS_TO_FIND_OUT * self._interval_s)
         behind = ""
         if self._threads and self._others:
@@ -179,12 +182,8 @@ class Watch:
                 self._store.add(f"beats/{self._rank}", 1)
                 self._store.set(f"passed/{self._rank}", json.dumps([self._step, *self._passed]))
                 now = self._store.add(f"beats/{self._next}", 0)
-                self._is_hurried |= self._store.add("suspicions", 0) > 0
-                if self._store.add("failures", 0) and (failure := self._told_failure()):
-                    # Rank 0 holds the store, so it stays until the others have read the failure
-                    # too.
-                    self._report(failure, self._others + 1)
-                    self._end(failure)
+                if self._store.add("news", 0):
+                    self._read_news()
             except dist.STORE_ERRORS:
                 if dist.store_is_the_launchers() and launcher_is_gone(within_s=1):
                     # The launcher asks the ranks to stop; they save a checkpoint without being
@@ -203,9 +202,29 @@ class Watch:
                 self._report(text, self._others)
                 self._end(text)
 
+    def _tell(self, news: str) -> int:
+        """Count one more of "suspicions", "failures" or "stalls"; return how many there were.
+
+        There may be a thousand ranks that ask rank 0's store every second. So they ask a single
+        question, and read what it is about only if there is anything.
+        """
+        count = self._store.add(news, 1)
+        self._store.add("news", 1)
+        return count
+
+    def _read_news(self) -> None:
+        """Hurry where a collective has failed, say where this rank is, or end with a failure."""
+        self._is_hurried |= self._store.add("suspicions", 0) > 0
+        if self._store.add("stalls", 0) and not self._has_said_where:
+            self._say_where()
+        if self._store.add("failures", 0) and (failure := self._told_failure()):
+            # Rank 0 holds the store, so it stays until the others have read the failure too.
+            self._report(failure, self._others + 1)
+            self._end(failure)
+
     def _look_at_main_thread(self) -> None:
-        """End the run if this rank is stalled; print where it is if any rank is stalled."""
-        if self._is_stalled() and self._store.add("stalls", 1) == 1:
+        """End the run if this rank is stalled."""
+        if self._is_stalled() and self._tell("stalls") == 1:
             self._say_where()
             # The other ranks write where they are in their next rounds.
             self._stopped.wait(_ROUNDS_TO_HEAR * self._interval_s)
@@ -213,8 +232,6 @@ class Watch:
             # All ranks read the report, also a stalled one, because another thread of it does so.
             self._report(text, self._others + 1)
             self._end(text)
-        if self._store.add("stalls", 0) and not self._has_said_where:
-            self._say_where()
 
     def _is_stalled(self) -> bool:
         self._rounds_in_step += self._step is not None
@@ -282,7 +299,7 @@ class Watch:
                 self._end(self._silence(_STORE_IS_GONE.rstrip(", ")))
 
     def _patience(self) -> int:
-        return _HURRIED_ROUNDS if self._is_hurried else _ROUNDS_PER_LIMIT
+        return _HURRIED_ROUNDS if self._is_hurried else self._rounds_per_limit
 
     def _silence(self, who: str) -> str:
         return f"{who} gave no sign of life for {self._patience() * self._interval_s:.1f} s"
@@ -308,7 +325,7 @@ class Watch:
         try:
             if self._store.add("reports", 1) == 1 or self._told_failure() is None:
                 self._store.set("failure", self._signer.sign(text))
-                self._store.add("failures", 1)
+                self._tell("failures")
             heard = self._store.add("heard", 1)
             for _ in range(4 * _ROUNDS_TO_HEAR):
                 # The store ends with rank 0, so only rank 0 has to wait.
