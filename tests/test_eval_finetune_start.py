@@ -162,7 +162,8 @@ def test_heads_have_a_rate_of_their_own(labelled):
 
 
 def test_a_training_below_its_frozen_embedding_is_called_failed():
-    from eval.finetune.score_cells import _remarks
+    from eval.finetune.results import remarks
+    from eval.scores.baselines import CORPUS_SVD
 
     def seed(tuned: float) -> dict:
         scores = {
@@ -171,13 +172,14 @@ def test_a_training_below_its_frozen_embedding_is_called_failed():
         }  # fmt: skip
         return {"scores": {name: {"macro_f1": score} for name, score in scores.items()}}
 
-    (said,) = _remarks([seed(0.55), seed(0.57)])
+    (said,) = remarks([seed(0.55), seed(0.57)], CORPUS_SVD)
     assert said.startswith("fine-tuned, pretrained: macro-F1 0.560 is below that of its own frozen")
-    assert _remarks([seed(0.595), seed(0.6)]) == []
+    assert remarks([seed(0.595), seed(0.6)], CORPUS_SVD) == []
 
 
 def test_a_model_that_is_not_above_the_svd_of_its_corpus_is_told_so():
-    from eval.finetune.score_cells import _remarks
+    from eval.finetune.results import remarks
+    from eval.scores.baselines import CORPUS_SVD
 
     scores = {
         f"{kind}, {weights}": 0.6
@@ -189,10 +191,10 @@ def test_a_model_that_is_not_above_the_svd_of_its_corpus_is_told_so():
         every = {**scores, "cell state, pretrained": 0.7, "corpus SVD": svd}
         return {"scores": {name: {"macro_f1": score} for name, score in every.items()}}
 
-    (said,) = _remarks([seed(0.75), seed(0.71)])
+    (said,) = remarks([seed(0.75), seed(0.71)], CORPUS_SVD)
     assert said.startswith("Nothing of the model is above the SVD of its corpus")
     assert "0.730 against 0.700 (cell state, pretrained)" in said
-    assert _remarks([seed(0.65)]) == []
+    assert remarks([seed(0.65)], CORPUS_SVD) == []
 
 
 def test_cells_that_are_in_a_file_twice_are_used_once():

@@ -23,7 +23,7 @@ STAGES = ("prepare", "pretrain", "finetune", "perturb", "benchmark")
 
 def write_scores(folder: Path) -> None:
     """Write results as `geneloom finetune` does, of classifiers that guess well and badly."""
-    from eval.finetune.score_cells import summarise
+    from eval.finetune.results import summarise
     from eval.scores.metrics import score_classes
 
     rng = np.random.default_rng(0)

@@ -98,6 +98,12 @@ OF_CELLS = FinetuneSettings(
     steps=300, start="probe", learning_rate=3e-4, head_learning_rate=1e-3, batch_cells=8
 )
 
+# Genes: few labels with many occurrences, so that a step needs few cells.
+OF_GENES = FinetuneSettings(
+    steps=300, start="probe", learning_rate=3e-4, head_learning_rate=1e-3, batch_cells=4
+)
+_FEWEST_FOLDS = 3
+
 
 @dataclass(frozen=True)
 class FinetuneOptions:
@@ -120,3 +126,39 @@ class FinetuneOptions:
     ] = None
     vocabulary: VocabOption = None
     device: DeviceOption = "auto"
+
+
+@dataclass(frozen=True)
+class FinetuneGenesOptions:
+    """How genes are classified and scored; the help of an option says what it is.
+
+    `save_head`: that classifier is trained once more, on all labelled genes: the scores say how
+    well such a one does. `settings.device` is what `device` means here; on several ranks it is that
+    of the rank.
+    """
+
+    folds: Annotated[int, typer.Option(help="over genes, at least 3")] = 5
+    seeds: Annotated[int, typer.Option(min=1, help="times that genes are divided anew")] = 1
+    settings: FinetuneSettings = OF_GENES
+    max_cells: Annotated[
+        int | None, typer.Option(min=10, help="cells that genes are looked at in, drawn")
+    ] = 120
+    save_head: Annotated[
+        Path | None, typer.Option(help="new folder: a classifier of all labelled genes")
+    ] = None
+    gene_names: Annotated[
+        Path | None, typer.Option(help="symbol -> gene id (JSON), for tables and cells of symbols")
+    ] = None
+    vocabulary: VocabOption = None
+    device: DeviceOption = "auto"
+
+    def __post_init__(self) -> None:
+        if self.folds < _FEWEST_FOLDS:
+            raise ValueError(
+                f"--folds {self.folds}: at least {_FEWEST_FOLDS}, or there is no interval to report"
+            )
+        if self.settings.patience:
+            raise ValueError(
+                f"--patience {self.settings.patience}: early stopping needs genes of its own, and "
+                "labelled genes are too few to spare some; leave it out"
+            )

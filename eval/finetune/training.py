@@ -227,7 +227,9 @@ class _Training:
             progress = load_progress(folder, key, self._classifier, self._optimizer) or progress
         while not self._is_finished(progress):
             epoch = len(progress.history)
-            entry = {"epoch": epoch + 1, "train_loss": self._train_epoch(epoch)}
+            train_loss, losses = self._train_epoch(epoch)
+            entry = {"epoch": epoch + 1, "train_loss": train_loss}
+            progress.losses += losses
             if self._checks is not None:
                 entry["validation_loss"] = self._validation_loss(self._checks)
             progress.history.append(entry)
@@ -246,7 +248,7 @@ class _Training:
                     dist.wait_for_all()
         if progress.best is not None:
             self._classifier.load_state_dict(progress.best, strict=False)
-        self._classifier.history = progress.history
+        self._classifier.history, self._classifier.losses = progress.history, progress.losses
         return self._classifier.eval()
 
     def _is_finished(self, progress: FinetuningProgress) -> bool:
@@ -255,8 +257,8 @@ class _Training:
         impatient = 0 < self._settings.patience <= waited and progress.best is not None
         return done >= self._epochs or impatient
 
-    def _train_epoch(self, epoch: int) -> float:
-        """Train for one epoch and return the mean loss of its steps."""
+    def _train_epoch(self, epoch: int) -> tuple[float, list[float]]:
+        """Train for one epoch; return the mean loss of its steps, and that of each step."""
         self._classifier.train()
         rng = np.random.default_rng([self._seed, epoch])
         order = rng.permutation(self._examples.active)
@@ -264,7 +266,9 @@ class _Training:
         for start in range(0, len(order), self._settings.batch_cells):
             step = epoch * self._steps_per_epoch + len(losses)
             losses.append(self._step(order[start : start + self._settings.batch_cells], step))
-        return self._over_ranks(float(torch.stack(losses).sum())) / len(losses)
+        stacked = torch.stack(losses)
+        total, *each = self._over_ranks([float(stacked.sum()), *stacked.tolist()])
+        return total / len(losses), each
 
     def _step(self, batch: np.ndarray, step: int) -> torch.Tensor:
         """Do one optimizer step and return this rank's part of its loss."""
@@ -316,13 +320,12 @@ class _Training:
         with torch.inference_mode():
             for batch in batches[self._rank :: self._world_size]:
                 total += checks.loss(self._classifier, checks.active[batch], scale)
-        return self._over_ranks(float(total))
+        return self._over_ranks([float(total)])[0]
 
-    def _over_ranks(self, value: float) -> float:
+    def _over_ranks(self, values: list[float]) -> list[float]:
         if self._deepspeed is None:
-            return value
-        (total,) = dist.sum_over_ranks([value], torch.device(self._settings.device))
-        return total
+            return values
+        return dist.sum_over_ranks(values, torch.device(self._settings.device))
 
 
 def _groups(classifier: Classifier) -> list[dict]:
