@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.ranks import run_ranks
+from tests.ranks import kill, run_ranks, start_geneloom
 from tests.test_cli import geneloom
 from tests.test_eval_genes import GENES, IS_POSITIVE, knowing_model, make_vocabulary, write_data
 
@@ -181,6 +182,43 @@ def test_refuses(changes, message, done):
         raise ValueError(ran.stderr)
 
 
+def test_a_table_in_memory_is_a_table(done, tmp_path):
+    """Two of its three classes are left where the third has no label."""
+    from eval.api import FinetuneGenesOptions, finetune_genes
+
+    table = pd.read_csv(done.folder / "labels.tsv", sep="\t")
+    table["three"] = np.arange(len(table)) % 3
+    given = (done.folder / "cells.h5ad", table, done.folder / "model")
+    with pytest.raises(ValueError, match="three has 3 classes.* leave the labels of others empty"):
+        finetune_genes(*given, "three", tmp_path / "out")
+    few = table.assign(two=table["three"].astype(str).replace("2", "")).head(10)
+    with pytest.raises(ValueError, match="3 genes of the class '1' are left for 5 folds"):
+        finetune_genes(given[0], few, given[2], "two", tmp_path / "out", FinetuneGenesOptions())
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.long
+def test_killed_command_goes_on(done, tmp_path):
+    """Killed with SIGKILL in a training of the second fold: the numbers of a run left alone."""
+    out = tmp_path / "killed"
+    command = [
+        "finetune", "genes", "cells.h5ad", "--genes", "labels.tsv", "--model", "model", "--out",
+        str(out), *map(str, ARGUMENTS),
+    ]  # fmt: skip
+    process = start_geneloom(command, tmp_path / "log", done.folder)
+    until = time.monotonic() + 240
+    while not list(out.glob(".partial/*/fold-1, */epoch-*")):
+        assert process.process.is_alive(), f"finished before it could be killed:\n{process.said}"
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    kill(process.process)
+    assert list(out.glob(".partial/*/units/*.json")) and not (out / "results.json").exists()
+    again = start_geneloom(command, tmp_path / "log", done.folder)
+    assert again.code() == 0, again.said
+    assert json.loads((out / "results.json").read_text()) == done.results
+    assert not (out / ".partial").exists()
+
+
 def _on_ranks(folder: Path, out: Path) -> dict:
     from eval.benchmark.finetune_genes import finetune_genes
     from pretrain.ranks import dist
@@ -194,10 +232,23 @@ def _on_ranks(folder: Path, out: Path) -> dict:
     return found
 
 
+@pytest.mark.long
 def test_two_ranks_write_the_same_scores_once(done, tmp_path):
+    """Its short siblings: `test_two_ranks_are_one` of the training, and the test below."""
     one, other = run_ranks(2, _on_ranks, done.folder, tmp_path / "two")
     assert one == other == json.loads((tmp_path / "two" / "results.json").read_text())
     frozen = "frozen embedding, random weights"
     assert one["summary"][frozen] == done.results["summary"][frozen]
     assert one["summary"]["fine-tuned, pretrained"]["auroc"]["mean"] > 0.97
     assert {p.name for p in (tmp_path / "two").iterdir()} <= {"results.json", ".owner.json"}
+
+
+def test_one_rank_writes_and_all_read(tmp_path):
+    from eval.benchmark.outcome import Outcome, Store
+
+    outcome = Outcome("fine-tuned", "model", "m", 0, {"auroc": 0.5}, 1.0)
+    other = replace(outcome, scores={"auroc": 0.6})
+    assert Store(tmp_path, {}, writes=False).outcome({}, lambda: outcome) == outcome
+    assert not list(tmp_path.iterdir())
+    assert Store(tmp_path, {}).outcome({}, lambda: other) == other
+    assert Store(tmp_path, {}, writes=False).outcome({}, lambda: outcome) == other

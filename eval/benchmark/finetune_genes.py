@@ -160,8 +160,7 @@ def _ask(
         "label": label,
         "reading": repr(reading),
         "gene_names": model.gene_names,
-        # Where it is computed changes no more than the last bits.
-        "settings": asdict(replace(settings, device="cpu")),
+        "settings": settings.deciding(),
     }
     unfinished = Unfinished(out, identity, writes=is_first)
     size = Size(seeds=options.seeds, max_cells=options.max_cells)

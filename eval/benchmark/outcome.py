@@ -85,8 +85,9 @@ class TaskRun:
         ``few_shot``: shots -> ``{"mean", "low", "high"}``; ``umap``: [[x, y], ...], with the lists
         ``labels`` and ``batches`` beside it. ``skipped``: contender -> why it did not run. In
         details of outcomes: ``confusion`` (int [classes, classes], rows are the truth),
-        ``f1_by_class``, ``calibration`` (bins with ``confidence``, ``accuracy``, ``cells``) and, of
-        controls, ``chance`` where it differs between folds.
+        ``f1_by_class``, ``calibration`` (bins with ``confidence``, ``accuracy``, ``cells``), of
+        controls ``chance`` where it differs between folds, and of fine-tuned contenders
+        ``training`` (`eval.finetune.results.training_record`).
     """
 
     cells: int

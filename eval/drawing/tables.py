@@ -28,7 +28,7 @@ def best_first(summary: dict[str, dict]) -> list[str]:
 
 def format_steps(row: dict) -> str:
     """Return the optimizer steps of a contender's trainings: ``300``, ``280 to 310``, or ``-``."""
-    if "steps" not in row:
+    if row.get("steps") is None:  # nothing was trained, or older results
         return "-"
     least, most = row["steps"]
     return f"{least:,}" if least == most else f"{least:,} to {most:,}"

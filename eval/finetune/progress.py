@@ -48,9 +48,7 @@ def identity_of(
     examples: list[tuple[list[np.ndarray], list[Target]] | None],
 ) -> str:
     """Return a hash of everything that determines the result of a fine-tuning."""
-    # The device is left out, because it changes only the last bits.
-    chosen = {k: v for k, v in asdict(settings).items() if k != "device"}
-    digest = hashlib.sha256(json.dumps([chosen, seed, vocabulary.sha256]).encode())
+    digest = hashlib.sha256(json.dumps([settings.deciding(), seed, vocabulary.sha256]).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

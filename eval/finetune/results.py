@@ -6,13 +6,15 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data_prep.files import complete_file
-from eval.finetune.classifier import Classifier
 from eval.scores.metrics import mean_and_interval
+
+if TYPE_CHECKING:
+    from eval.finetune.classifier import Classifier
 
 logger = logging.getLogger(__name__)
 

@@ -44,7 +44,12 @@ from eval.scores.baselines import (
     predict_from_embedding,
 )
 from eval.scores.metrics import score_classes
-from eval.scores.splits import limit_per_class, repeated_cells, split_cells
+from eval.scores.splits import (
+    limit_per_class,
+    repeated_cells,
+    split_cells,
+    validation_cells,
+)
 from pretrain.cell_states.cell_state import CellState, reduced
 from pretrain.cell_states.frozen_states import embed_cells
 from pretrain.counting.corpus_svd import CorpusSvd
@@ -89,13 +94,22 @@ class _Problem:
         """
         validation = None
         if self.settings.patience:
-            donors = None if self.donors is None else self.donors[train]
-            inner, held_out = split_cells(self.target.labels[train], donors, seed)
-            train, validation = train[inner], self._examples(train[held_out])
+            train, held = self.divided(train, seed)
+            validation = self._examples(held)
         return finetune(
             encoder, self.vocabulary, *self._examples(train), self.settings, seed, validation,
             self.unfinished.training(name), self.ranks,
         )  # fmt: skip
+
+    def divided(self, train: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return cells to fit and cells for early stopping; ValueError if these are too few."""
+        try:
+            return validation_cells(train, self.target.labels, self.donors, seed)
+        except ValueError as few:
+            raise ValueError(
+                f"--patience {self.settings.patience}: early stopping is judged by 15 % of the "
+                f"training cells, and of {len(train):,} there are only {few}; leave it out"
+            ) from few
 
     def predict(
         self, encoder: Encoder, train: np.ndarray, test: np.ndarray, seed: int, weights: str
@@ -199,6 +213,7 @@ def finetune_cells(
         vocabulary, labelled, _target(labelled, label), donors, settings, ranks, unfinished,
         CorpusSvd.found_in(model_folder, vocabulary), folder_cell_state(model_folder, vocabulary),
     )  # fmt: skip
+    _require_enough_to_stop(problem, options.seeds, limits)
     per_seed = [
         unfinished.seed(seed, partial(_score_seed, problem, network, seed, limits))
         for seed in range(options.seeds)
@@ -240,8 +255,7 @@ def _what_decides(label: str, options: FinetuneOptions, reading: SourceOptions) 
     return {
         "options": repr(reading),
         "columns": [label, options.donor],
-        # Where it is computed changes no more than the last bits.
-        "settings": asdict(replace(options.settings, device="cpu")),
+        "settings": options.settings.deciding() | {"device": "cpu"},  # wherever it is computed
         "limits": (options.max_train_per_class, options.max_test_per_class),
     }
 
@@ -252,6 +266,26 @@ def _target(cells: CellSet, label: str) -> Target:
     return Target(Head(label, "cells", tuple(classes)), labels)
 
 
+def _split(
+    problem: _Problem, seed: int, most_per_class: tuple[int | None, int | None]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the training and test cells of a seed."""
+    labels = problem.target.labels
+    train, test = split_cells(labels, problem.donors, seed)
+    return (
+        limit_per_class(train, labels, most_per_class[0], seed),
+        limit_per_class(test, labels, most_per_class[1], seed),
+    )
+
+
+def _require_enough_to_stop(
+    problem: _Problem, seeds: int, most_per_class: tuple[int | None, int | None]
+) -> None:
+    """Raise ValueError, before anything is trained, if some seed has too few validation cells."""
+    for seed in range(seeds) if problem.settings.patience else ():
+        problem.divided(_split(problem, seed, most_per_class)[0], seed)
+
+
 def _score_seed(
     problem: _Problem,
     network: Network,
@@ -260,9 +294,7 @@ def _score_seed(
 ) -> dict:
     """Return the scores of all contenders on the split of one seed."""
     labels = problem.target.labels
-    train, test = split_cells(labels, problem.donors, seed)
-    train = limit_per_class(train, labels, most_per_class[0], seed)
-    test = limit_per_class(test, labels, most_per_class[1], seed)
+    train, test = _split(problem, seed, most_per_class)
     started = time.perf_counter()
     predictions = predict_baselines(problem.cells.counts, labels, train, test, seed)
     if problem.svd:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional
 
 from data_prep.genes.vocabulary import Vocabulary
@@ -27,7 +28,7 @@ from eval.finetune.classifier import (
 from eval.finetune.probe_start import start_from_probe
 from eval.finetune.progress import FinetuningProgress, identity_of, load_progress, save_progress
 from pretrain.cell_states.frozen_states import length_batches
-from pretrain.model.architectures import Encoder
+from pretrain.model.architectures import Encoder, layers_of
 from pretrain.optim import StageZeroClipper, parameter_groups
 from pretrain.ranks import dist
 from pretrain.ranks.dist import Ranks
@@ -335,13 +336,28 @@ def _groups(classifier: Classifier) -> list[dict]:
     """
     settings, heads = classifier.settings, set(classifier.outputs.parameters())
     head_rate = settings.head_learning_rate or settings.learning_rate
+    above = _layers_above(classifier.encoder)
     groups = []
     for group in parameter_groups(classifier, settings.weight_decay):
-        for of_heads, rate in ((False, settings.learning_rate), (True, head_rate)):
-            members = [p for p in group["params"] if (p in heads) == of_heads]
-            share = rate / settings.learning_rate
-            groups += [group | {"params": members, "share": share}] if members else []
+        members: dict[tuple[bool, float], list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            of_head, share = parameter in heads, settings.layer_decay ** above.get(parameter, 0)
+            if of_head:
+                share = head_rate / settings.learning_rate
+            members.setdefault((of_head, share), []).append(parameter)
+        # The encoder before the heads, and its top before its lower layers.
+        for of_head, share in sorted(members, key=lambda key: (key[0], -key[1])):
+            groups.append(group | {"params": members[of_head, share], "share": share})
     return groups
+
+
+def _layers_above(encoder: Encoder) -> dict[nn.Parameter, int]:
+    """Return how many layers stand above each parameter of a layer, or of the embeddings."""
+    layers = list(layers_of(encoder))
+    found = {p: len(layers) for p in encoder.embeddings.parameters()}
+    for number, layer in enumerate(reversed(layers)):
+        found |= dict.fromkeys(layer.parameters(), number)
+    return found
 
 
 def _start_heads(classifier: Classifier, examples: _Examples, seed: int) -> None:

@@ -13,17 +13,18 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from eval.benchmark.contest.contest import (
-    FINE_TUNED,
     ROLES,
     Contender,
     Contest,
     Fold,
     Results,
     Scored,
+    Trained,
     hash_of,
     mean_scores,
 )
 from eval.benchmark.contest.over_genes import over_genes, table_of_genes
+from eval.benchmark.contest.verdicts import FINE_TUNED
 from eval.benchmark.material.gene_features import features_without_model
 from eval.benchmark.material.gene_labels import (
     DrawnGenes,
@@ -144,8 +145,7 @@ class ClassesOfGenes(Contest[GeneTask, Fold]):
         if model:
             key["bf16"] = self.bench.bf16
         if contender.name == FINE_TUNED:
-            settings = asdict(self.settings)
-            key["settings"] = {k: v for k, v in settings.items() if k != "device"}
+            key["settings"] = self.settings.deciding()
         return key
 
     def features(self, kind: str, model: Model | None, role: Role, fold: Fold) -> np.ndarray:
@@ -186,8 +186,8 @@ class ClassesOfGenes(Contest[GeneTask, Fold]):
         """Return how a model is trained in a fold."""
         return GeneTraining(self.settings, fold.seed, ranks=self.bench.ranks)
 
-    def tuned(self, model: Model, role: Role, fold: Fold) -> Guess:
-        """Return what a head on the states of genes says, trained on training genes."""
+    def tuned(self, model: Model, role: Role, fold: Fold) -> Trained:
+        """Return the `Guess` of a head on the states of genes, trained on training genes."""
         labels, task = self.genes.labels, self.task
         tokens = model.tokens_of(self.genes.ids)
         found = tune_on_genes(
@@ -200,9 +200,9 @@ class ClassesOfGenes(Contest[GeneTask, Fold]):
         details = {
             "occurrences": np.bincount(found.gene, minlength=len(truth)).tolist(),
             "freeze_layers": found.freeze_layers,
-            "training": found.training,
         }
-        return Guess(truth[None], found.probability[None], by_occurrence, details)
+        guess = Guess(truth[None], found.probability[None], by_occurrence, details)
+        return Trained(guess, found.training)
 
     def score(self, contender: Contender[Fold], fold: Fold, predicted: Guess) -> Scored:
         """Return means over repeats; probabilities are kept in the store."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,10 +28,12 @@ from pretrain.model import architectures
 from pretrain.model.architectures import Encoder
 from pretrain.ranks.dist import Ranks
 
+logger = logging.getLogger(__name__)
+
 HEAD_NAME = "label"
 _GENE_HEAD = "genes"
 # Epochs without a better validation loss; with so few epochs in all there is nothing to stop early,
-# and all training cells are used for training.
+# and all training cells are used for training. So they are where too few are left to stop by.
 _PATIENCE = 2
 
 
@@ -167,6 +170,13 @@ def train(
     def examples(chosen: np.ndarray) -> tuple[list[np.ndarray], list[Target]]:
         return [tokens[i] for i in chosen], [Target(head, labels[chosen].astype(np.int64))]
 
+    divided = None
+    if settings.patience:
+        try:
+            divided = validation_cells(cells, labels, groups, seed)
+        except ValueError as few:
+            logger.info("no early stopping: %s", few)
+            settings = replace(settings, patience=0)
     if search_trials:
         from eval.finetune.search import search
 
@@ -175,13 +185,9 @@ def train(
         settings = search(
             encoder, model.vocabulary, found, targets, settings, seed, search_trials, known, None
         )
-    if not settings.patience:
+    if divided is None:
         return finetune(encoder, model.vocabulary, *examples(cells), settings, seed)
-    try:
-        fit, held = validation_cells(cells, labels, groups, seed)
-    except ValueError:  # Too few cells of a class to divide.
-        settings = replace(settings, patience=0)
-        return finetune(encoder, model.vocabulary, *examples(cells), settings, seed)
+    fit, held = divided
     return finetune(
         encoder, model.vocabulary, *examples(fit), settings, seed, validation=examples(held)
     )
