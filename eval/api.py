@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.sources.source_spec import SourceOptions
 from eval.benchmark.cli import BenchmarkOptions, OwnTask
 from eval.cells.settings import AttentionOptions, EmbedOptions
-from eval.finetune.settings import FinetuneOptions, FinetuneSettings
+from eval.finetune.settings import FinetuneGenesOptions, FinetuneOptions, FinetuneSettings
 from eval.perturb.screen.cells_and_genes import CellChoice, GeneChoice, States
 from eval.perturb.screen.edits import Edit
 from eval.perturb.screen.settings import EngineSettings, ModelChoice, Screen
@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttentionOptions", "BenchmarkOptions", "CellChoice", "Edit", "EmbedOptions", "EngineSettings",
-    "FinetuneOptions", "FinetuneSettings", "GeneChoice", "ModelChoice", "OwnTask", "ProbeSettings",
-    "Screen", "SourceOptions", "States", "attention", "benchmark", "embed", "embed_cells",
-    "finetune", "perturb", "predict", "probe", "report", "simulate",
+    "FinetuneGenesOptions", "FinetuneOptions", "FinetuneSettings", "GeneChoice", "ModelChoice",
+    "OwnTask", "ProbeSettings", "Screen", "SourceOptions", "States", "attention", "benchmark",
+    "embed", "embed_cells", "finetune", "finetune_genes", "perturb", "predict", "predict_genes",
+    "probe", "report", "simulate",
 ]  # fmt: skip
 
 
@@ -109,6 +110,43 @@ def finetune(
         return finetune_cells(path, Path(model), label, Path(out), options, reading)
 
 
+def finetune_genes(
+    cells: Cells,
+    genes: pd.DataFrame | Path | str,
+    model: Path | str,
+    label: str,
+    out: Path | str,
+    options: FinetuneGenesOptions = FinetuneGenesOptions(),
+    reading: SourceOptions = SourceOptions(),
+) -> dict[str, Any]:
+    """Return, and write into `out`, the scores of ``geneloom finetune genes`` beside baselines.
+
+    Parameters
+    ----------
+    genes
+        Table with the column ``ensembl_id`` or ``gene``, and `label`; or its file.
+
+    Raises
+    ------
+    ValueError
+        As `eval.benchmark.finetune_genes.finetune_genes`.
+
+    Examples
+    --------
+    >>> options = FinetuneGenesOptions(save_head=Path("head"))
+    >>> finetune_genes(cells, "genes.csv", "model", "dosage", "scores", options)["summary"]
+    """
+    from eval.benchmark.finetune_genes import finetune_genes as score
+
+    with _as_file(cells) as (path, folder):
+        table = folder / "genes.csv"
+        if isinstance(genes, (str, Path)):
+            table = Path(genes)
+        else:
+            genes.to_csv(table, index=False)
+        return score(path, table, Path(model), label, Path(out), options, reading)
+
+
 def predict(
     cells: Cells,
     head: Path | str,
@@ -131,6 +169,31 @@ def predict(
     with _as_file(cells) as (path, folder):
         predict_file(path, Path(head), folder / "out.h5ad", reading, choose_device(device))
         return anndata.read_h5ad(folder / "out.h5ad")
+
+
+def predict_genes(
+    cells: Cells,
+    head: Path | str,
+    reading: SourceOptions = SourceOptions(),
+    device: str = "auto",
+) -> pd.DataFrame:
+    """Return the table of genes of ``geneloom predict --out FILE.csv``, by a head of genes.
+
+    Columns as of `eval.finetune.predict.gene_table`, errors as of `predict_file` there.
+
+    Examples
+    --------
+    >>> predict_genes(cells, "head").query("cells >= 20")
+    """
+    import pandas as pd
+
+    from eval.finetune.predict import predict_file
+    from eval.options import choose_device
+
+    with _as_file(cells) as (path, folder):
+        out = folder / "genes.csv"
+        predict_file(path, Path(head), out, reading, choose_device(device))
+        return pd.read_csv(out, dtype={"gene": str}, keep_default_na=False)
 
 
 def probe(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,9 +12,12 @@ from data_prep.options import AsJson, spread
 from data_prep.running.progress import show_progress
 from data_prep.sources.source_spec import MATRIX, MATRIX_AND_FILTER, SourceOptions
 from eval.cells.settings import AttentionOptions, EmbedOptions
-from eval.finetune.settings import FinetuneOptions
+from eval.finetune.settings import FinetuneGenesOptions, FinetuneOptions
 from eval.options import CellsArgument, DeviceOption, ModelOption, choose_device, quiet
 from pretrain.options import StepOption
+
+if TYPE_CHECKING:
+    from pretrain.ranks.dist import Ranks
 
 
 @spread
@@ -44,7 +47,7 @@ finetune_app = typer.Typer(no_args_is_help=True, help="Fine-tune and score besid
 
 @finetune_app.callback()
 def _finetune_group() -> None:
-    """Fine-tune a pretrained encoder and score it beside baselines."""
+    """Fine-tune a pretrained encoder on cells or on genes, and score it beside baselines."""
 
 
 @finetune_app.command("cells")
@@ -61,11 +64,39 @@ def finetune_command(
 ) -> None:
     """Classify cells: pretrained against random weights and simple baselines, over seeds."""
     quiet()
-    from eval.drawing.tables import print_scores
     from eval.finetune.score_cells import finetune_cells
 
     ranks = context.obj  # of `eval.finetune.__main__`; None without a launcher
     results = finetune_cells(cells, model, label, out, options, reading, ranks)
+    _say_scores(results, out, as_json, ranks)
+
+
+@finetune_app.command("genes")
+@spread
+def finetune_genes_command(
+    context: typer.Context,
+    cells: Annotated[Path, typer.Argument(help="h5ad with raw counts: genes are looked at in it")],
+    genes: Annotated[Path, typer.Option(help="table (csv, tsv): ensembl_id or gene, and --label")],
+    model: ModelOption,
+    label: Annotated[str, typer.Option(help="column of --genes with two classes")],
+    out: Annotated[Path, typer.Option(help="new folder for results.json")],
+    options: FinetuneGenesOptions,
+    reading: Annotated[SourceOptions, MATRIX_AND_FILTER],
+    as_json: AsJson = False,
+) -> None:
+    """Classify genes: pretrained against random weights and simple baselines, over folds."""
+    quiet()
+    from eval.benchmark.finetune_genes import finetune_genes
+
+    ranks = context.obj
+    results = finetune_genes(cells, genes, model, label, out, options, reading, ranks)
+    _say_scores(results, out, as_json, ranks)
+
+
+def _say_scores(results: dict, out: Path, as_json: bool, ranks: Ranks | None) -> None:
+    """Print the results of a fine-tuning; of several ranks the first one does."""
+    from eval.drawing.tables import print_scores
+
     if ranks is not None and not ranks.is_first:
         return
     if as_json:
@@ -78,12 +109,15 @@ def finetune_command(
 @spread
 def predict_command(
     cells: CellsArgument,
-    head: Annotated[Path, typer.Option(help="folder of `geneloom finetune cells --save-head`")],
-    out: Annotated[Path, typer.Option(help="new h5ad: the input and the predictions")],
+    head: Annotated[Path, typer.Option(help="folder of `geneloom finetune --save-head`")],
+    out: Annotated[
+        Path,
+        typer.Option(help="new h5ad: the input and the predictions; or .csv, .tsv: table of genes"),
+    ],
     reading: Annotated[SourceOptions, MATRIX],
     device: DeviceOption = "auto",
 ) -> None:
-    """Write a trained head's classes and probabilities beside the cells: all, in their order."""
+    """Write a trained head's classes and probabilities: of cells, or of genes over these cells."""
     quiet()
     from eval.finetune.predict import predict_file
 

@@ -68,6 +68,8 @@ def make_task(
                     scores["auroc_occurrence"] = None
                 seconds = {"model": 31.0, "twin": 30.0}.get(role, 1.5) * rng.uniform(0.8, 1.2)
                 details = _cell_details(classes, value, rng) if kind == "cells" else {}
+                if contender == "fine-tuned":
+                    details |= {"training": _training(40 + fold)}
                 outcomes.append(Outcome(contender, role, model, fold, scores, seconds, details))
     names = {display_name(o.contender, o.role, o.model): o for o in outcomes if o.role != "control"}
     run = TaskRun(
@@ -130,6 +132,11 @@ def full_results(models: list[str]) -> dict[str, Any]:
             make_task("pbmc_batches", "integration", INTEGRATION, models, 7, folds=1),
         ],
     )
+
+
+def _training(steps: int) -> dict[str, Any]:
+    curve = [[step, 0.7 * 0.97**step] for step in range(1, steps + 1)]
+    return {"steps": steps, "kept_step": steps, "curve": curve, "validation": curve[::10]}
 
 
 def _cell_details(classes: tuple[str, ...], value: float, rng: np.random.Generator) -> dict:

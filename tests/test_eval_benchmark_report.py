@@ -121,6 +121,7 @@ def test_every_figure_is_a_file_too(written):
         "all_overview", "genes_of_one_class_scores", "genes_of_one_class_roc",
         *(f"leaky_cells_{f}" for f in cells),
         *(f"batches_{f}" for f in ("scores", "umap_labels", "umap_batches")),
+        *(f"{task}_training" for task in ("genes_of_one_class", "leaky_cells", "batches")),
     }  # fmt: skip
     assert html.count("<img ") == len(names)
     for name in names:

@@ -285,7 +285,7 @@ def test_few_donors_are_tried_in_every_way():
     """Two donors of one arm, four of the other: 8 test sets of one each, all used in 8 seeds."""
     from eval.scores.splits import split_cells, validation_cells
 
-    donors = np.repeat(["h1", "h2", "c1", "c2", "c3", "c4"], 10)
+    donors = np.repeat(["h1", "h2", "c1", "c2", "c3", "c4"], 140)
     labels = np.array([int(d.startswith("c")) for d in donors])
     sets = []
     for seed in range(8):
@@ -295,7 +295,7 @@ def test_few_donors_are_tried_in_every_way():
         fit, held = validation_cells(train, labels, donors, seed)
         assert not set(fit) & set(held) and set(fit) | set(held) == set(train)
     assert len(set(sets)) == 8
-    three = np.array([0, 0, 1, 1, 2, 2]).repeat(10)
+    three = np.array([0, 0, 1, 1, 2, 2]).repeat(140)
     _, test = split_cells(three, donors, 0)
     assert len(np.unique(donors[test])) == 3, "fewer would leave a class out"
 
@@ -303,9 +303,9 @@ def test_few_donors_are_tried_in_every_way():
 def test_validation_keeps_donors_whole_where_it_can():
     from eval.scores.splits import validation_cells
 
-    donors = np.repeat([f"d{i}" for i in range(8)], 10)
-    labels = np.tile([0, 1], 40)
-    train = np.arange(60)
+    donors = np.repeat([f"d{i}" for i in range(8)], 50)
+    labels = np.tile([0, 1], 200)
+    train = np.arange(300)
     fit, held = validation_cells(train, labels, donors, 0)
     assert not set(donors[fit]) & set(donors[held])
     assert set(labels[held]) == {0, 1}

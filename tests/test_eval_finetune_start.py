@@ -162,7 +162,8 @@ def test_heads_have_a_rate_of_their_own(labelled):
 
 
 def test_a_training_below_its_frozen_embedding_is_called_failed():
-    from eval.finetune.score_cells import _remarks
+    from eval.finetune.results import remarks
+    from eval.scores.baselines import CORPUS_SVD
 
     def seed(tuned: float) -> dict:
         scores = {
@@ -171,13 +172,14 @@ def test_a_training_below_its_frozen_embedding_is_called_failed():
         }  # fmt: skip
         return {"scores": {name: {"macro_f1": score} for name, score in scores.items()}}
 
-    (said,) = _remarks([seed(0.55), seed(0.57)])
+    (said,) = remarks([seed(0.55), seed(0.57)], CORPUS_SVD)
     assert said.startswith("fine-tuned, pretrained: macro-F1 0.560 is below that of its own frozen")
-    assert _remarks([seed(0.595), seed(0.6)]) == []
+    assert remarks([seed(0.595), seed(0.6)], CORPUS_SVD) == []
 
 
 def test_a_model_that_is_not_above_the_svd_of_its_corpus_is_told_so():
-    from eval.finetune.score_cells import _remarks
+    from eval.finetune.results import remarks
+    from eval.scores.baselines import CORPUS_SVD
 
     scores = {
         f"{kind}, {weights}": 0.6
@@ -189,10 +191,10 @@ def test_a_model_that_is_not_above_the_svd_of_its_corpus_is_told_so():
         every = {**scores, "cell state, pretrained": 0.7, "corpus SVD": svd}
         return {"scores": {name: {"macro_f1": score} for name, score in every.items()}}
 
-    (said,) = _remarks([seed(0.75), seed(0.71)])
+    (said,) = remarks([seed(0.75), seed(0.71)], CORPUS_SVD)
     assert said.startswith("Nothing of the model is above the SVD of its corpus")
     assert "0.730 against 0.700 (cell state, pretrained)" in said
-    assert _remarks([seed(0.65)]) == []
+    assert remarks([seed(0.65)], CORPUS_SVD) == []
 
 
 def test_cells_that_are_in_a_file_twice_are_used_once():
@@ -216,3 +218,89 @@ def test_cells_that_are_in_a_file_twice_are_used_once():
     )  # fmt: skip
     assert dropped == {"exactly the counts of another cell": 20}
     assert list(found.metadata.index) == [f"c{i}" for i in range(20)]
+
+
+def test_a_benchmark_says_which_training_failed():
+    """Fine-tuned against its own frozen embedding, pretrained and random, by the headline."""
+    from eval.benchmark.run import _remarks
+
+    def row(contender: str, role: str, mean: float) -> dict:
+        name = f"{contender}, m" + " with random weights" * (role == "twin")
+        scores = {"auroc": {"mean": mean}, "auprc": {"mean": 0.1}}
+        return {"contender": contender, "role": role, "model": "m", "name": name, "scores": scores}
+
+    rows = [
+        row("fine-tuned", "model", 0.7), row("frozen embedding", "model", 0.705),
+        row("fine-tuned", "twin", 0.6), row("frozen embedding", "twin", 0.62),
+    ]  # fmt: skip
+    (said,) = _remarks(rows, "auroc")
+    assert said.startswith(
+        "fine-tuned, m with random weights: AUROC 0.600 is below that of its own"
+    )
+    assert _remarks(rows[:2] + [row("zero-shot", "twin", 0.1)], "auroc") == []
+
+
+def test_rates_fall_layer_by_layer(labelled):
+    """lr * decay^k, k layers below the top; embeddings below all; heads have their own."""
+    from eval.finetune.classifier import FinetuneSettings
+    from eval.finetune.training import _groups, finetune
+
+    encoder, vocabulary, cells, of_cells, _ = labelled
+    settings = FinetuneSettings(
+        epochs=1, batch_cells=48, learning_rate=1e-3, head_learning_rate=5e-3, weight_decay=0,
+        warmup_share=0, dropout=0.0, layer_decay=0.5,
+    )  # fmt: skip
+    trained = finetune(encoder, vocabulary, cells, [of_cells], settings, seed=0)
+    before = dict(encoder.named_parameters())
+    rates = {"embeddings.": 2.5e-4, "encoder.layer.0.": 5e-4, "encoder.layer.1.": 1e-3}
+    for prefix, rate in rates.items():
+        moved = [
+            (value - before[name]).abs().max().item()
+            for name, value in trained.encoder.named_parameters()
+            if name.startswith(prefix)
+        ]
+        # AdamW's first step moves what has a gradient by its rate.
+        assert max(moved) == pytest.approx(rate, rel=0.02), prefix
+    shares = {}
+    for group in _groups(trained):
+        shares |= dict.fromkeys(group["params"], group["share"])
+    named = dict(trained.named_parameters())
+    assert shares.keys() == set(named.values()), "each in one group"
+    assert {shares[p] for n, p in named.items() if n.startswith("outputs")} == {5.0}
+    assert {shares[p] for n, p in named.items() if "layer.0." in n} == {0.5}
+    for wrong in (0.0, 1.1):
+        with pytest.raises(ValueError, match="layer_decay"):
+            replace(settings, layer_decay=wrong)
+
+
+def test_no_decay_is_one_group_for_all_layers(labelled):
+    """So the optimizer, and every bit, is what it was: groups, their order and members."""
+    from eval.finetune.classifier import Classifier, FinetuneSettings
+    from eval.finetune.training import _groups
+    from pretrain.optim import parameter_groups
+
+    encoder, vocabulary, _, of_cells, of_genes = labelled
+    settings = FinetuneSettings(learning_rate=3e-4, head_learning_rate=1e-3)
+    made = Classifier(encoder, vocabulary, (of_cells.head, of_genes.head), settings)
+    heads = set(made.outputs.parameters())
+    expected = []
+    for group in parameter_groups(made, settings.weight_decay):
+        for of_heads, share in ((False, 1.0), (True, 1e-3 / 3e-4)):
+            members = [id(p) for p in group["params"] if (p in heads) == of_heads]
+            expected.append((group["weight_decay"], share, members))
+    found = [(g["weight_decay"], g["share"], [id(p) for p in g["params"]]) for g in _groups(made)]
+    assert found == expected
+
+
+def test_early_stopping_needs_twenty_validation_cells_of_each_class():
+    from eval.scores.splits import FEWEST_VALIDATION_CELLS, too_few_to_stop_by, validation_cells
+
+    assert FEWEST_VALIDATION_CELLS == 20
+    enough, few = np.repeat([0, 1], [134, 300]), np.repeat([0, 1], [120, 300])
+    fit, held = validation_cells(np.arange(434), enough, None, 0)
+    assert np.bincount(enough[held]).min() == 20 and len(fit) + len(held) == 434
+    with pytest.raises(ValueError, match="18 validation cells of the smallest class, at least 20"):
+        validation_cells(np.arange(420), few, None, 0)
+    with pytest.raises(ValueError, match="too few to divide"):
+        validation_cells(np.arange(3), np.array([0, 0, 1]), None, 0)
+    assert too_few_to_stop_by(np.array([-1, -1])).startswith("0 validation cells")

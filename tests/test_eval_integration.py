@@ -88,14 +88,14 @@ def test_batches_are_held_out_whole_where_there_are_enough():
     batches = np.repeat(["a", "b", "c", "d", "e"], 40)
     sets = set()
     for seed in range(6):
-        train, scored = divide_batches(labels, batches, size, seed)
+        train, (scored,) = divide_batches(labels, batches, size, seed)
         assert not set(batches[train]) & set(batches[scored])
         assert len(np.unique(batches[scored])) >= 2
         assert set(labels[train]) == set(labels[scored]) == {0, 1}
         sets.add(tuple(scored))
     assert len(sets) == 6, "seeds score other cells"
     two = np.array(["a", "b"]).repeat(100)
-    train, scored = divide_batches(labels, two, size, 0)
+    train, (scored,) = divide_batches(labels, two, size, 0)
     assert not set(train) & set(scored)
     assert [(two[scored] == b).sum() for b in "ab"] == [40, 40]
     assert sum((labels[scored] == 0) & (two[scored] == "a")) == 20
@@ -108,8 +108,33 @@ def test_classes_that_are_rare_in_a_batch_are_divided_too():
 
     labels = np.array([0] * 40 + [1] * 9 + [1])
     batches = np.array(["a", "b"] * 20 + ["a"] * 9 + ["b"])
-    train, scored = divide_batches(labels, batches, Size(seeds=1), 0)
+    train, (scored,) = divide_batches(labels, batches, Size(seeds=1), 0)
     assert set(labels[train]) == set(labels[scored]) == {0, 1}
+
+
+@pytest.mark.parametrize("num_batches", [2, 4])
+def test_parts_are_disjoint_and_alike(num_batches):
+    """Of one size, none of them among the training cells; a class and batch differ by few."""
+    from eval.benchmark.material.labelled_cells import divide_batches
+
+    rng = np.random.default_rng(0)
+    labels, names = rng.integers(0, 3, 600), np.array(list("abcd"))
+    batches = names[rng.integers(0, num_batches, 600)]
+    train, parts = divide_batches(labels, batches, Size(seeds=1), 0, folds=3)
+    every = np.concatenate(parts)
+    assert len({len(p) for p in parts}) == 1 and len(np.unique(every)) == len(every)
+    assert not set(every) & set(train)
+    if num_batches == 4:
+        assert not set(batches[every]) & set(batches[train]), "batches stay whole"
+    for group in (labels, batches):
+        counts = [[(group[p] == g).sum() for g in np.unique(group[every])] for p in parts]
+        assert np.ptp(counts, axis=0).max() <= 3
+    capped = divide_batches(labels, batches, Size(seeds=1, max_test_per_class=10), 0, folds=3)[1]
+    assert all(abs((labels[p] == c).sum() - 10) <= 1 for p in capped for c in range(3))
+    with pytest.raises(ValueError, match="has 2 scored cells for 3 folds"):
+        divide_batches(
+            np.tile([0, 1], 100), np.array(["a"] * 196 + ["b"] * 4), Size(seeds=1), 0, folds=3
+        )
 
 
 def test_planted_batch_is_the_effect_it_says():
@@ -167,16 +192,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# Slow: compiles scores for the shapes of two folds, and UMAP: half a minute.
+# Slow: compiles scores for the shape of the folds, and UMAP: half a minute.
 @pytest.mark.slow
 def test_run_of_an_integration_task(folder, tmp_path):
+    from eval.benchmark.contest.verdicts import verdicts
     from eval.benchmark.kinds.integration import Integration
     from eval.benchmark.material.models_and_cells import Bench, Model
     from pretrain.model.masked_gene_model import build_model
 
     vocabulary = vocabulary_of(folder / "cells.h5ad")
     model = Model("m", folder, build_model(MODEL, vocabulary, 0).bert, vocabulary, "m")
-    size = Size(seeds=2, epochs=2, learning_rate=5e-3)
+    size = Size(seeds=1, epochs=2, learning_rate=5e-3)
     units: list[str] = []
     store = Store(tmp_path / "units", {}, lambda name, seconds: units.append(name))
     result = Integration(TASK, size, Bench([model], folder, store, 0, "cpu", False)).run()
@@ -184,7 +210,13 @@ def test_run_of_an_integration_task(folder, tmp_path):
     assert result.chance is None and result.headline == "overall"
     places = result.details["umap"]
     drawn = len(result.details["labels"])
-    assert drawn == len(result.details["batches"]) == result.details["folds"][0]["test_cells"]
+    each = [f["test_cells"] for f in result.details["folds"]]
+    assert len(each) == 3 and drawn == len(result.details["batches"]) == sum(each)
+    assert result.details["test_share"] == pytest.approx(each[0] / 120)
+    words = {v["word"] for v in verdicts(result, ["m"])}
+    assert "not tested" not in words, "three folds are enough"
+    trained = [o.details["training"] for o in result.outcomes if o.contender == "fine-tuned"]
+    assert len(trained) == 6 and len({str(t) for t in trained}) == 2, "once for all parts"
     assert {"PCA", "ComBat", "zero-shot, m", "fine-tuned, m with random weights"} <= set(places)
     assert all(np.array(points).shape == (drawn, 2) for points in places.values())
     assert "umap" not in result.outcomes[0].details
@@ -198,9 +230,3 @@ def test_run_of_an_integration_task(folder, tmp_path):
         TASK, size, Bench([model], folder, Store(tmp_path / "units", {}), 0, "cpu", False)
     ).run()
     assert again == result, "all stored"
-    one = size.model_copy(update={"seeds": 1})
-    new = Integration(
-        TASK, one, Bench([model], folder, Store(tmp_path / "new", {}), 0, "cpu", False)
-    ).run()
-    first = [o.scores for o in result.outcomes if o.fold == 0]
-    assert [o.scores for o in new.outcomes] == first, "same seed, same numbers"

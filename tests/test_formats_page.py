@@ -308,6 +308,12 @@ WRITTEN = [
     (FINETUNING, "eval/finetune/score_cells.py", "finetune_cells"),
     (FINETUNING, "eval/finetune/score_cells.py", "_score_seed"),
     (FINETUNING, "eval/finetune/settings.py", "FinetuneSettings"),
+    (FINETUNING, "eval/finetune/results.py", "training_record"),
+    (FINETUNING, "eval/finetune/results.py", "summarise"),
+    (FINETUNING, "eval/benchmark/finetune_genes.py", "finetune_genes"),
+    (FINETUNING, "eval/benchmark/finetune_genes.py", "_results"),
+    (FINETUNING, "eval/benchmark/finetune_genes.py", "_fold"),
+    (FINETUNING, "eval/benchmark/contest/over_genes.py", "table_of_genes"),
     (FINETUNING, "eval/scores/metrics.py", "score_classes"),
     (FINETUNING, "eval/scores/metrics.py", "mean_and_interval"),
     ("A classifier", "eval/finetune/classifier.py", "save_classifier"),
@@ -330,6 +336,7 @@ ELSEWHERE = {
     # What a checkpoint says that goes on from another program's is never written as such.
     "_record": {"cells_seen", "cells_digest", "cells_quarantined", "prior", "init"},
     "finetune_cells": {"limits"},
+    "table_of_genes": {"occurrences"},
     "_score_seed": {"fine-tuned, N", "frozen embedding, N"},
     "_write_rank_settings": {"GENELOOM_LAUNCH_COMMAND"},
 }

@@ -33,7 +33,8 @@ ROOMS = {
     """,
     "eval": """
         perturb.__main__ finetune.__main__ | cli api | benchmark.cli perturb.cli probe
-        benchmark.run | benchmark.kinds report | benchmark.matched benchmark.report
+        benchmark.run benchmark.finetune_genes | benchmark.kinds report | benchmark.matched
+        benchmark.report
         benchmark.contest benchmark.own_task perturb.report | perturb.effects benchmark.material
         perturb.screen | finetune | cells simulate | drawing owning benchmark.neighbours
         benchmark.scoring benchmark.outcome benchmark.task_file | scores options
@@ -239,7 +240,7 @@ MOST_PARAMETERS = 8
 MANY_PARAMETERS = {
     "its options are typer's, one by one": (
         "launch.ways.slurm.launch_slurm", "launch.ways.kubernetes.launch_kubernetes",
-        "launch.ways.hostfile.launch_hostfile",
+        "launch.ways.hostfile.launch_hostfile", "eval.cli.finetune_genes_command",
     ),
     "fills arrays that the caller holds": ("pretrain.objective.masking.mask_rows",),
     "torch calls it, with tensors": (

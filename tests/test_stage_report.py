@@ -23,7 +23,7 @@ STAGES = ("prepare", "pretrain", "finetune", "perturb", "benchmark")
 
 def write_scores(folder: Path) -> None:
     """Write results as `geneloom finetune` does, of classifiers that guess well and badly."""
-    from eval.finetune.score_cells import summarise
+    from eval.finetune.results import summarise
     from eval.scores.metrics import score_classes
 
     rng = np.random.default_rng(0)
@@ -36,7 +36,12 @@ def write_scores(folder: Path) -> None:
             guesses = rng.random((120, 8))
             guesses[np.arange(120), labels] += right
             scores[name] = score_classes(labels, guesses.argmax(axis=1), classes)
-        per_seed.append({"seed": seed, "train_cells": 480, "test_cells": 120, "scores": scores})
+        curve = [[step, 2.0 * 0.9**step] for step in range(10, 310, 10)]
+        training = {"steps": 300, "kept_step": 300, "curve": curve, "validation": curve[::5]}
+        per_seed.append(
+            {"seed": seed, "train_cells": 480, "test_cells": 120, "scores": scores,
+             "trainings": {"fine-tuned, pretrained": training}}
+        )  # fmt: skip
     results = {
         "task": "cell_type of cells.h5ad", "label": "cell_type", "classes": classes, "cells": 600,
         "dropped": {}, "split": "by donor", "model": "model", "vocabulary_sha256": "ab" * 32,

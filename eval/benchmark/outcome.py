@@ -85,8 +85,9 @@ class TaskRun:
         ``few_shot``: shots -> ``{"mean", "low", "high"}``; ``umap``: [[x, y], ...], with the lists
         ``labels`` and ``batches`` beside it. ``skipped``: contender -> why it did not run. In
         details of outcomes: ``confusion`` (int [classes, classes], rows are the truth),
-        ``f1_by_class``, ``calibration`` (bins with ``confidence``, ``accuracy``, ``cells``) and, of
-        controls, ``chance`` where it differs between folds.
+        ``f1_by_class``, ``calibration`` (bins with ``confidence``, ``accuracy``, ``cells``), of
+        controls ``chance`` where it differs between folds, and of fine-tuned contenders
+        ``training`` (`eval.finetune.results.training_record`).
     """
 
     cells: int
@@ -103,10 +104,17 @@ class Store:
     """Outcomes in a folder, one JSON file each, named by a hash of everything that decides them."""
 
     def __init__(
-        self, folder: Path, base: dict[str, Any], done: Callable[[str, float], None] | None = None
+        self,
+        folder: Path,
+        base: dict[str, Any],
+        done: Callable[[str, float], None] | None = None,
+        writes: bool = True,
     ) -> None:
-        """Take `base` (the task, its size) as part of every key; `done` counts units."""
-        self._folder, self._base = folder, base
+        """Take `base` (the task, its size) as part of every key; `done` counts units.
+
+        Of several ranks only one `writes`.
+        """
+        self._folder, self._base, self._writes = folder, base, writes
         self._done = done or (lambda name, seconds: None)
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -124,7 +132,8 @@ class Store:
             return outcome
         started = time.perf_counter()
         outcome = compute()
-        with complete_file(path) as aside:
-            aside.write_text(json.dumps({"key": json.loads(whole), "outcome": asdict(outcome)}))
+        if self._writes:
+            with complete_file(path) as aside:
+                aside.write_text(json.dumps({"key": json.loads(whole), "outcome": asdict(outcome)}))
         self._done(outcome.contender, time.perf_counter() - started)
         return outcome

@@ -103,6 +103,7 @@ def _two_classes(path: Path, label: str) -> tuple[str, str]:
     if len(sizes) != 2:
         raise ValueError(
             f"{path}: column {label} has {len(sizes)} classes ({sizes.head(5).to_dict()}); two are "
-            "told apart. Name them in a task file (docs/evaluation.md)"
+            "told apart: leave the labels of others empty, or name two of them in a task file of "
+            "`geneloom benchmark` (docs/evaluation.md)"
         )
     return str(sizes.index[1]), str(sizes.index[0])

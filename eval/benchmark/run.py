@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from data_prep.files import complete_file, names_in
 from eval.benchmark.contest.contest import Contest
-from eval.benchmark.contest.verdicts import holm, summarise, verdicts
+from eval.benchmark.contest.verdicts import FINE_TUNED, holm, summarise, verdicts
 from eval.benchmark.kinds.annotation import Annotation
 from eval.benchmark.kinds.attention_task import AttentionToGenes
 from eval.benchmark.kinds.cell_tasks import ClassesOfCells
@@ -28,7 +28,9 @@ from eval.benchmark.kinds.simulated_shifts import SimulatedShifts
 from eval.benchmark.kinds.targets import Targets
 from eval.benchmark.material.models_and_cells import Bench, Model, load_models
 from eval.benchmark.outcome import Store
+from eval.benchmark.report.overview import score_label
 from eval.benchmark.task_file import AnyTask, Suite, all_tasks, missing_files, read_task
+from eval.finetune.results import FROZEN, below_frozen
 from eval.owning import owning
 from pretrain.export.model_folder import RECORD_NAME
 from pretrain.run_folder.run_record import environment
@@ -191,6 +193,7 @@ def _run_task(task: AnyTask, suite: Suite, bench: Bench) -> dict[str, Any]:
     started = time.perf_counter()
     size = task.sizes[suite]
     run = KINDS[task.kind](task, size, bench).run()
+    rows = summarise(run)
     files = {p.stem for pattern in task.cells.files if bench.data for p in bench.data.glob(pattern)}
     return {
         **task.model_dump(
@@ -201,9 +204,22 @@ def _run_task(task: AnyTask, suite: Suite, bench: Bench) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
         "pretrained_on": {m.name: _seen(m, files) for m in bench.models},
         **asdict(run),
-        "summary": summarise(run),
+        "remarks": _remarks(rows, run.headline),
+        "summary": rows,
         "verdicts": verdicts(run, [m.name for m in bench.models]),
     }
+
+
+def _remarks(rows: list[dict[str, Any]], headline: str) -> list[str]:
+    """Return what a reader has to know before the scores: trainings that failed."""
+    means = {(r["contender"], r["role"], r["model"]): r["scores"][headline]["mean"] for r in rows}
+    found = []
+    for row in rows:
+        key = (row["contender"], row["role"], row["model"])
+        tuned, frozen = means[key], means.get((FROZEN, *key[1:]))
+        if key[0] == FINE_TUNED and tuned is not None and frozen is not None:
+            found += below_frozen(row["name"], score_label(headline), tuned, frozen)
+    return found
 
 
 def _what_decides(task: AnyTask, suite: Suite) -> dict[str, Any]:

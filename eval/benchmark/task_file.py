@@ -190,6 +190,8 @@ class IntegrationTask(_Task):
     # Known effect put on half of the cells of a package without batches
     # (`eval.benchmark.material.planted_batches`).
     planted_batch: bool = False
+    # Disjoint parts of a seed's scored cells; what is compared needs three folds over all seeds.
+    folds: int = Field(3, ge=1)
 
 
 class GeneList(_Section):

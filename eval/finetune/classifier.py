@@ -105,6 +105,8 @@ class Classifier(nn.Module):
     ----------
     history
         One entry per finished epoch: its number, training and validation loss.
+    losses
+        The training loss of each step; empty in a classifier that was loaded.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class Classifier(nn.Module):
         self.encoder = encoder
         self.vocabulary, self.heads, self.settings = vocabulary, heads, settings
         self.history: list[dict] = []
+        self.losses: list[float] = []
         _freeze(encoder, settings)
         self.dropout = nn.Dropout(settings.dropout)
         self.outputs = nn.ModuleList(

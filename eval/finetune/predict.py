@@ -1,4 +1,4 @@
-"""``geneloom predict``: add the classes and probabilities of a trained head to a file of cells."""
+"""``geneloom predict``: classes and probabilities of a trained head, of cells or of genes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from data_prep.genes.vocabulary import Vocabulary
 from data_prep.sources.source_spec import SourceOptions
 from data_prep.version import VERSION
 from eval.cells.read_cells import CellSet, encode_file
-from eval.finetune.classifier import Classifier, load_classifier
+from eval.finetune.classifier import Classifier, Head, load_classifier
 
 _PREFIX = "geneloom"
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
 def predict_file(
@@ -25,7 +26,10 @@ def predict_file(
     options: SourceOptions = SourceOptions(),  # noqa: B008  frozen
     device: str = "cpu",
 ) -> str:
-    """Write the input file with the predictions of every head, and return a summary sentence.
+    """Write the predictions of every head, and return a summary sentence.
+
+    An `out` that ends in ``.csv`` or ``.tsv`` is a table of genes (`gene_table`), of a head of
+    genes; any other is the input file with what follows.
 
     Cells stay in their order. A head of cells named H adds ``obs["geneloom_H"]`` (class; '' for a
     cell without a gene of the vocabulary), ``obs["geneloom_H_probability"]`` (of that class) and
@@ -36,12 +40,21 @@ def predict_file(
     Raises
     ------
     ValueError
-        `head` contains no classifier, the cells cannot be encoded with its vocabulary, or `out`
-        exists.
+        `head` contains no classifier, the cells cannot be encoded with its vocabulary, `out`
+        exists, or is a table and there is no head of genes.
     """
     require_new_file(out)
     classifier = load_classifier(head, device)
+    of_genes = [h for h in classifier.heads if h.kind == "genes"]
+    if out.suffix in _SEPARATORS and len(of_genes) != 1:
+        known = ", ".join(f"{h.name} (of {h.kind})" for h in classifier.heads)
+        raise ValueError(
+            f"--out {out}: a table is of genes, by one head of genes; {head} has only {known}: "
+            "give an .h5ad"
+        )
     found = encode_file(cells, classifier.vocabulary, options)
+    if out.suffix in _SEPARATORS:
+        return _write_table(gene_table(classifier, found, of_genes[0]), out, classifier, found)
     data = anndata.read_h5ad(cells)
     for each in classifier.heads:
         if each.kind == "cells":
@@ -64,6 +77,28 @@ def predict_file(
     names = ", ".join(f"{h.name} (of {h.kind})" for h in classifier.heads)
     said = f"{out}: {data.n_obs:,} cells with predictions of {names}{note}"
     return f"{said}\n{overlap_sentence(found, classifier.vocabulary)}"
+
+
+def gene_table(classifier: Classifier, cells: CellSet, head: Head) -> pd.DataFrame:
+    """Return one row for each gene that is read in a cell, most probable of the last class first.
+
+    Columns: ``gene`` (id in the file), one for each class (the mean of its probability over the
+    cells that express the gene), ``class`` (the most probable) and ``cells``, their number.
+    """
+    found = gene_probabilities(classifier, cells, head.name)
+    found.insert(0, "gene", cells.genes)
+    found = found[found["cells"] > 0].drop_duplicates("gene")
+    classes = list(head.classes)
+    best = found[classes].to_numpy().argmax(axis=1)
+    found.insert(len(classes) + 1, "class", np.array(classes, dtype=object)[best])
+    return found.sort_values(classes[-1], ascending=False, kind="stable", ignore_index=True)
+
+
+def _write_table(table: pd.DataFrame, out: Path, classifier: Classifier, cells: CellSet) -> str:
+    with complete_file(out) as aside:
+        table.to_csv(aside, sep=_SEPARATORS[out.suffix], index=False, float_format="%.6g")
+    said = f"{out}: {len(table):,} genes, means over {len(cells.tokens):,} cells"
+    return f"{said}\n{overlap_sentence(cells, classifier.vocabulary)}"
 
 
 def overlap_sentence(cells: CellSet, vocabulary: Vocabulary) -> str:

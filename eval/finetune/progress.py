@@ -28,9 +28,13 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 @dataclass
 class FinetuningProgress:
-    """The finished epochs, and the weights of lowest validation loss (early stopping only)."""
+    """The finished epochs, the loss of each step, and the best weights.
+
+    These are of the lowest validation loss; with early stopping only.
+    """
 
     history: list[dict] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
     best_epoch: int = -1
     best_loss: float = float("inf")
     best: dict[str, torch.Tensor] | None = None
@@ -44,9 +48,7 @@ def identity_of(
     examples: list[tuple[list[np.ndarray], list[Target]] | None],
 ) -> str:
     """Return a hash of everything that determines the result of a fine-tuning."""
-    # The device is left out, because it changes only the last bits.
-    chosen = {k: v for k, v in asdict(settings).items() if k != "device"}
-    digest = hashlib.sha256(json.dumps([chosen, seed, vocabulary.sha256]).encode())
+    digest = hashlib.sha256(json.dumps([settings.deciding(), seed, vocabulary.sha256]).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -88,6 +90,7 @@ def save_progress(
             "key": key,
             "tensors_sha256": file_sha256(aside / _TENSORS),
             "history": progress.history,
+            "losses": progress.losses,
             "best_epoch": progress.best_epoch,
             "best_loss": progress.best_loss,
         }
@@ -135,8 +138,10 @@ def load_progress(
             }
     device = classifier.settings.device
     best = {k[len("best/") :]: v.to(device) for k, v in tensors.items() if k.startswith("best/")}
+    # What was begun before steps were recorded goes on without those.
+    losses = record.get("losses", [])
     return FinetuningProgress(
-        record["history"], record["best_epoch"], record["best_loss"], best or None
+        record["history"], losses, record["best_epoch"], record["best_loss"], best or None
     )
 
 

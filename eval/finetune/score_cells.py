@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.files import complete_file, file_sha256, require_new
+from data_prep.files import file_sha256, require_new
 from data_prep.genes.vocabulary import Vocabulary
 from data_prep.sources.source_spec import SourceOptions
 from data_prep.version import VERSION
@@ -21,6 +20,17 @@ from eval.finetune.classifier import (
     Head,
     Target,
     save_classifier,
+)
+from eval.finetune.results import (
+    FINE_TUNED,
+    FROZEN,
+    PRETRAINED,
+    RANDOM,
+    RESULTS_FORMAT,
+    remarks,
+    summarise,
+    training_record,
+    write_results,
 )
 from eval.finetune.settings import FinetuneOptions, FinetuneSettings
 from eval.finetune.training import finetune
@@ -33,8 +43,13 @@ from eval.scores.baselines import (
     predict_baselines,
     predict_from_embedding,
 )
-from eval.scores.metrics import mean_and_interval, score_classes
-from eval.scores.splits import limit_per_class, repeated_cells, split_cells
+from eval.scores.metrics import score_classes
+from eval.scores.splits import (
+    limit_per_class,
+    repeated_cells,
+    split_cells,
+    validation_cells,
+)
 from pretrain.cell_states.cell_state import CellState, reduced
 from pretrain.cell_states.frozen_states import embed_cells
 from pretrain.counting.corpus_svd import CorpusSvd
@@ -49,14 +64,9 @@ from pretrain.ranks.dist import Ranks
 
 logger = logging.getLogger(__name__)
 
-RESULTS_NAME = "results.json"
-RESULTS_FORMAT = "geneloom-finetune/1"
 FEWEST_CELLS_OF_CLASS = 5
-# Macro-F1 by which fine-tuning may stay below the frozen embedding before it is called failed.
-_LESS = 0.01
 # What the record of a saved head keeps of its scores.
 _OF_HEAD = ("task", "label", "cells", "split", "model", "summary")
-PRETRAINED, RANDOM = "pretrained", "random weights"
 NO_VALUE = ["", "nan", "None", "NA", "unlabelled"]
 
 
@@ -84,20 +94,30 @@ class _Problem:
         """
         validation = None
         if self.settings.patience:
-            donors = None if self.donors is None else self.donors[train]
-            inner, held_out = split_cells(self.target.labels[train], donors, seed)
-            train, validation = train[inner], self._examples(train[held_out])
+            train, held = self.divided(train, seed)
+            validation = self._examples(held)
         return finetune(
             encoder, self.vocabulary, *self._examples(train), self.settings, seed, validation,
             self.unfinished.training(name), self.ranks,
         )  # fmt: skip
 
+    def divided(self, train: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return cells to fit and cells for early stopping; ValueError if these are too few."""
+        try:
+            return validation_cells(train, self.target.labels, self.donors, seed)
+        except ValueError as few:
+            raise ValueError(
+                f"--patience {self.settings.patience}: early stopping is judged by 15 % of the "
+                f"training cells, and of {len(train):,} there are only {few}; leave it out"
+            ) from few
+
     def predict(
         self, encoder: Encoder, train: np.ndarray, test: np.ndarray, seed: int, weights: str
-    ) -> dict[str, np.ndarray]:
+    ) -> tuple[dict[str, np.ndarray], dict[str, dict]]:
         """Return predictions of linear layers on the frozen encoder, and of the fine-tuned one.
 
-        The axes of a random twin's cell state are those of the training cells.
+        With them comes the record of the fine-tuning. The axes of a random twin's cell state are
+        those of the training cells.
         """
         used = np.concatenate([train, test])
         tokens = self._tokens(used)
@@ -105,7 +125,7 @@ class _Problem:
             tokens, encoder, self.vocabulary, layer=0, token_budget=self.settings.token_budget,
             device=self.settings.device, bf16=self.settings.bf16,
         )  # fmt: skip
-        predictions = {f"frozen embedding, {weights}": self._from_states(means, train, used, seed)}
+        predictions = {f"{FROZEN}, {weights}": self._from_states(means, train, used, seed)}
         if self.state:
             state = self.state
             if weights != PRETRAINED:
@@ -114,7 +134,9 @@ class _Problem:
             predictions[f"{CELL_STATE}, {weights}"] = self._from_states(states, train, used, seed)
         classifier = self.finetuned(encoder, train, seed, f"seed-{seed}, {weights}")
         probabilities = classifier.predict_cells(self._tokens(test), self.target.head.name)
-        return predictions | {f"fine-tuned, {weights}": probabilities.argmax(axis=1)}
+        name = f"{FINE_TUNED}, {weights}"
+        predictions[name] = probabilities.argmax(axis=1)
+        return predictions, {name: training_record(classifier)}
 
     def of_corpus_svd(self, train: np.ndarray, test: np.ndarray, seed: int) -> np.ndarray:
         """Return predictions from the corpus SVD that the model folder holds."""
@@ -191,6 +213,7 @@ def finetune_cells(
         vocabulary, labelled, _target(labelled, label), donors, settings, ranks, unfinished,
         CorpusSvd.found_in(model_folder, vocabulary), folder_cell_state(model_folder, vocabulary),
     )  # fmt: skip
+    _require_enough_to_stop(problem, options.seeds, limits)
     per_seed = [
         unfinished.seed(seed, partial(_score_seed, problem, network, seed, limits))
         for seed in range(options.seeds)
@@ -199,6 +222,7 @@ def finetune_cells(
     results = {
         "format": RESULTS_FORMAT,
         "geneloom": VERSION,
+        "kind": "cells",
         "task": f"{label} of {cells.name}",
         "label": label,
         "classes": list(problem.target.head.classes),
@@ -212,26 +236,18 @@ def finetune_cells(
         "max_train_per_class": limits[0],
         "max_test_per_class": limits[1],
         "summary": summarise(per_seed),
-        "remarks": _remarks(per_seed),
+        "remarks": remarks(per_seed, CORPUS_SVD),
         "seeds": per_seed,
     }
-    for remark in results["remarks"]:
-        logger.warning("%s", remark)
     if save_head is not None:
         every = limit_per_class(np.arange(len(labels)), labels, limits[0], 0)
         classifier = problem.finetuned(encoder_of(network), every, 0, "head")
         if is_first:
             save_classifier(classifier, save_head, {k: results[k] for k in _OF_HEAD})
     if is_first:
-        _write(out, results)
+        write_results(out, results)
         unfinished.remove()
     return results
-
-
-def _write(out: Path, results: dict) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    with complete_file(out / RESULTS_NAME) as aside:
-        aside.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _what_decides(label: str, options: FinetuneOptions, reading: SourceOptions) -> dict:
@@ -239,8 +255,7 @@ def _what_decides(label: str, options: FinetuneOptions, reading: SourceOptions) 
     return {
         "options": repr(reading),
         "columns": [label, options.donor],
-        # Where it is computed changes no more than the last bits.
-        "settings": asdict(replace(options.settings, device="cpu")),
+        "settings": options.settings.deciding() | {"device": "cpu"},  # wherever it is computed
         "limits": (options.max_train_per_class, options.max_test_per_class),
     }
 
@@ -251,6 +266,26 @@ def _target(cells: CellSet, label: str) -> Target:
     return Target(Head(label, "cells", tuple(classes)), labels)
 
 
+def _split(
+    problem: _Problem, seed: int, most_per_class: tuple[int | None, int | None]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the training and test cells of a seed."""
+    labels = problem.target.labels
+    train, test = split_cells(labels, problem.donors, seed)
+    return (
+        limit_per_class(train, labels, most_per_class[0], seed),
+        limit_per_class(test, labels, most_per_class[1], seed),
+    )
+
+
+def _require_enough_to_stop(
+    problem: _Problem, seeds: int, most_per_class: tuple[int | None, int | None]
+) -> None:
+    """Raise ValueError, before anything is trained, if some seed has too few validation cells."""
+    for seed in range(seeds) if problem.settings.patience else ():
+        problem.divided(_split(problem, seed, most_per_class)[0], seed)
+
+
 def _score_seed(
     problem: _Problem,
     network: Network,
@@ -259,18 +294,18 @@ def _score_seed(
 ) -> dict:
     """Return the scores of all contenders on the split of one seed."""
     labels = problem.target.labels
-    train, test = split_cells(labels, problem.donors, seed)
-    train = limit_per_class(train, labels, most_per_class[0], seed)
-    test = limit_per_class(test, labels, most_per_class[1], seed)
+    train, test = _split(problem, seed, most_per_class)
     started = time.perf_counter()
     predictions = predict_baselines(problem.cells.counts, labels, train, test, seed)
     if problem.svd:
         predictions[CORPUS_SVD] = problem.of_corpus_svd(train, test, seed)
+    trainings: dict[str, dict] = {}
     for weights, encoder in (
         (PRETRAINED, encoder_of(network)),
         (RANDOM, encoder_of(random_twin(network, seed))),
     ):
-        predictions |= problem.predict(encoder, train, test, seed, weights)
+        found, trained = problem.predict(encoder, train, test, seed, weights)
+        predictions, trainings = predictions | found, trainings | trained
     classes = list(problem.target.head.classes)
     scores = {n: score_classes(labels[test], p, classes) for n, p in predictions.items()}
     logger.info(
@@ -278,54 +313,13 @@ def _score_seed(
         ", ".join(f"{s['macro_f1']:.3f} {n}" for n, s in scores.items()),
         time.perf_counter() - started,
     )  # fmt: skip
-    return {"seed": seed, "train_cells": len(train), "test_cells": len(test), "scores": scores}
-
-
-def summarise(per_seed: list[dict]) -> dict[str, dict]:
-    """Return contender -> score -> mean and 95 % half-width over seeds; F1 of classes as means."""
-    summary = {}
-    for name in per_seed[0]["scores"]:
-        scores = [s["scores"][name] for s in per_seed]
-        summary[name] = {
-            key: mean_and_interval([s[key] for s in scores])
-            for key in ("macro_f1", "balanced_accuracy", "accuracy")
-        }
-        classes = {c for s in scores for c in s["f1_by_class"]}
-        summary[name]["f1_by_class"] = {
-            c: float(np.mean([s["f1_by_class"].get(c, np.nan) for s in scores]))
-            for c in sorted(classes)
-        }
-    return summary
-
-
-def _remarks(per_seed: list[dict]) -> list[str]:
-    """Return what a reader has to know before the scores.
-
-    A training that did not train, and a model that is not above the corpus SVD.
-    """
-
-    def mean(name: str) -> float:
-        return float(np.mean([s["scores"][name]["macro_f1"] for s in per_seed]))
-
-    remarks = []
-    for weights in (PRETRAINED, RANDOM):
-        tuned, frozen = mean(f"fine-tuned, {weights}"), mean(f"frozen embedding, {weights}")
-        if tuned < frozen - _LESS:
-            remarks.append(
-                f"fine-tuned, {weights}: macro-F1 {tuned:.3f} is below that of its own frozen "
-                f"embedding, {frozen:.3f}. That is a training that failed, and says nothing of the "
-                "weights: more --steps, --start probe, or another --learning-rate"
-            )
-    if CORPUS_SVD in per_seed[0]["scores"]:
-        of_model = [n for n in per_seed[0]["scores"] if n.endswith(f", {PRETRAINED}")]
-        best, svd = max(of_model, key=mean), mean(CORPUS_SVD)
-        if mean(best) <= svd:
-            remarks.append(
-                f"Nothing of the model is above the SVD of its corpus on these cells: macro-F1 "
-                f"{svd:.3f} against {mean(best):.3f} ({best}). A table of gene loadings, which "
-                "takes seconds to make, tells them as well"
-            )
-    return remarks
+    return {
+        "seed": seed,
+        "train_cells": len(train),
+        "test_cells": len(test),
+        "scores": scores,
+        "trainings": trainings,
+    }
 
 
 def _labelled(cell_set: CellSet, label: str, donor: str | None) -> tuple[CellSet, dict[str, int]]:

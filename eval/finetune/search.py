@@ -21,9 +21,11 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from data_prep.genes.vocabulary import Vocabulary
 from data_prep.hashing import stream_key
-from eval.finetune.classifier import Classifier, FinetuneSettings, Target
+from eval.finetune.classifier import Classifier, Target
 from eval.finetune.progress import identity_of
+from eval.finetune.settings import SEARCHED, FinetuneSettings
 from eval.finetune.training import finetune
+from eval.scores.splits import too_few_to_stop_by
 from pretrain.model.architectures import Encoder
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,8 @@ _INNER_FOLDS = 4
 _LEARNING_RATE = (1e-6, 1e-3)
 _WEIGHT_DECAY = (0.0, 0.3)
 _DROPOUT = (0.0, 0.7)
+# Of a dozen layers the lowest then moves at least a two-thousandth as fast as the top one.
+_LAYER_DECAY = (0.5, 1.0)
 
 
 def macro_f1(classifier: Classifier, tokens: list[np.ndarray], targets: list[Target]) -> float:
@@ -73,9 +77,10 @@ def search(
 ) -> FinetuneSettings:
     """Return the settings with the best score on an inner validation split of the training cells.
 
-    Learning rate, weight decay, frozen layers, dropout and epochs are searched (epochs at most
-    those of `settings`, which are the first trial). All trials use the same inner split, a quarter
-    for validation: cells by group or stratified by class; for heads of genes, genes.
+    Learning rate and its decay by layer, weight decay, frozen layers, dropout and epochs are
+    searched (epochs at most those of `settings`, which are the first trial). All trials use the
+    same inner split, a quarter for validation: cells by group or stratified by class; for heads of
+    genes, genes. Where these are too few to stop early by, no trial does.
 
     Parameters
     ----------
@@ -98,8 +103,12 @@ def search(
     if trials < 1:
         raise ValueError(f"search: trials={trials}, at least 1")
     train, held_out = inner_split(tokens, targets, groups, seed)
-    study = _open_study(folder, identity_of(encoder, vocabulary, settings, seed, [train, held_out]))
+    if settings.patience and (few := too_few_to_stop_by(held_out[1][0].labels)):
+        logger.info("search: no trial stops early: %s", few)
+        settings = replace(settings, patience=0)
     space = _space(encoder, settings)
+    key = identity_of(encoder, vocabulary, settings, seed, [train, held_out])
+    study = _open_study(folder, f"{key} {' '.join(space)}")
     while (number := _num_finished(study)) < trials:
         # Each trial has its own sampler, so that a search that continues after a kill draws the
         # same values.
@@ -183,13 +192,16 @@ def _divide(
 def _space(encoder: Encoder, settings: FinetuneSettings) -> dict[str, BaseDistribution]:
     # Adapters need at least one layer that is not frozen.
     most_frozen = encoder.config.num_hidden_layers - (1 if settings.lora_rank else 0)
-    return {
+    found: dict[str, BaseDistribution] = {
         "learning_rate": FloatDistribution(*_LEARNING_RATE, log=True),
         "weight_decay": FloatDistribution(*_WEIGHT_DECAY),
         "freeze_layers": IntDistribution(0, most_frozen),
         "dropout": FloatDistribution(*_DROPOUT),
         "epochs": IntDistribution(1, settings.epochs),
+        "layer_decay": FloatDistribution(*_LAYER_DECAY),
     }
+    assert tuple(found) == SEARCHED, "keys of stored outcomes name what is searched"
+    return found
 
 
 def _inside(space: dict[str, Any], settings: FinetuneSettings) -> dict[str, float]:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from eval.options import Bf16Option, DeviceOption, VocabOption
+
+# What the search for settings looks for (`eval.finetune.search`).
+SEARCHED = (
+    "learning_rate", "weight_decay", "freeze_layers", "dropout", "epochs", "layer_decay"
+)  # fmt: skip
+_CHANGE_NOTHING = (("layer_decay", 1.0),)
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,9 @@ class FinetuneSettings:
         5e-5.
     head_learning_rate
         None: as `learning_rate`.
+    layer_decay
+        The rate of the k-th layer from the top (k = 0: the top one) is `learning_rate` times this
+        to the power k, that of the embeddings below all layers of the encoder; heads have theirs.
     batch_cells
         Cells of one optimizer step, over all ranks.
     freeze_layers
@@ -41,7 +50,8 @@ class FinetuneSettings:
     lora_rank, lora_alpha
         Adapters of queries and values (in a ModernBERT of keys too), beside the heads.
     patience
-        The best weights are returned; of all epochs the last.
+        The best weights are returned; of all epochs the last. Only where the validation cells have
+        `eval.scores.splits.FEWEST_VALIDATION_CELLS` of each class.
     class_weights
         Inverse frequency, since macro-F1 is the headline.
     """
@@ -54,6 +64,9 @@ class FinetuneSettings:
     ] = "random"
     learning_rate: Annotated[float, typer.Option(help="peak, of the encoder")] = 2e-4
     head_learning_rate: Annotated[float | None, typer.Option(help="peak, of the head")] = None
+    layer_decay: Annotated[
+        float, typer.Option(help="rate of a layer, as a share of that of the layer above it")
+    ] = 1.0
     batch_cells: Annotated[int, typer.Option(min=1)] = 16
     freeze_layers: Annotated[int, typer.Option(min=0, help="lowest layers not trained")] = 0
     weight_decay: float = 0.001
@@ -83,6 +96,8 @@ class FinetuneSettings:
             wrong.append(f"learning_rate={self.learning_rate} (above 0)")
         if self.head_learning_rate is not None and not self.head_learning_rate > 0:
             wrong.append(f"head_learning_rate={self.head_learning_rate} (above 0)")
+        if not 0 < self.layer_decay <= 1:
+            wrong.append(f"layer_decay={self.layer_decay} (above 0, at most 1)")
         if self.start not in ("probe", "random"):
             wrong.append(f"start={self.start} (probe or random)")
         wrong += [f"{k}={getattr(self, k)} (below 1)" for k in ("warmup_share", "dropout")
@@ -92,11 +107,27 @@ class FinetuneSettings:
         if wrong:
             raise ValueError("fine-tuning settings: " + ", ".join(wrong))
 
+    def deciding(self) -> dict[str, Any]:
+        """Return what decides a training's result, as JSON, for keys of what is kept.
+
+        The device is left out, for it changes only the last bits, and so are settings that came
+        later, where they change nothing: a key that was written before them stays.
+        """
+        return {
+            k: v for k, v in asdict(self).items() if k != "device" and (k, v) not in _CHANGE_NOTHING
+        }
+
 
 # What cells of a task of one's own are trained with: few cells in many steps, from a good start.
 OF_CELLS = FinetuneSettings(
     steps=300, start="probe", learning_rate=3e-4, head_learning_rate=1e-3, batch_cells=8
 )
+
+# Genes: few labels with many occurrences, so that a step needs few cells.
+OF_GENES = FinetuneSettings(
+    steps=300, start="probe", learning_rate=3e-4, head_learning_rate=1e-3, batch_cells=4
+)
+_FEWEST_FOLDS = 3
 
 
 @dataclass(frozen=True)
@@ -120,3 +151,39 @@ class FinetuneOptions:
     ] = None
     vocabulary: VocabOption = None
     device: DeviceOption = "auto"
+
+
+@dataclass(frozen=True)
+class FinetuneGenesOptions:
+    """How genes are classified and scored; the help of an option says what it is.
+
+    `save_head`: that classifier is trained once more, on all labelled genes: the scores say how
+    well such a one does. `settings.device` is what `device` means here; on several ranks it is that
+    of the rank.
+    """
+
+    folds: Annotated[int, typer.Option(help="over genes, at least 3")] = 5
+    seeds: Annotated[int, typer.Option(min=1, help="times that genes are divided anew")] = 1
+    settings: FinetuneSettings = OF_GENES
+    max_cells: Annotated[
+        int | None, typer.Option(min=10, help="cells that genes are looked at in, drawn")
+    ] = 120
+    save_head: Annotated[
+        Path | None, typer.Option(help="new folder: a classifier of all labelled genes")
+    ] = None
+    gene_names: Annotated[
+        Path | None, typer.Option(help="symbol -> gene id (JSON), for tables and cells of symbols")
+    ] = None
+    vocabulary: VocabOption = None
+    device: DeviceOption = "auto"
+
+    def __post_init__(self) -> None:
+        if self.folds < _FEWEST_FOLDS:
+            raise ValueError(
+                f"--folds {self.folds}: at least {_FEWEST_FOLDS}, or there is no interval to report"
+            )
+        if self.settings.patience:
+            raise ValueError(
+                f"--patience {self.settings.patience}: early stopping needs genes of its own, and "
+                "labelled genes are too few to spare some; leave it out"
+            )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional
 
 from data_prep.genes.vocabulary import Vocabulary
@@ -27,7 +28,7 @@ from eval.finetune.classifier import (
 from eval.finetune.probe_start import start_from_probe
 from eval.finetune.progress import FinetuningProgress, identity_of, load_progress, save_progress
 from pretrain.cell_states.frozen_states import length_batches
-from pretrain.model.architectures import Encoder
+from pretrain.model.architectures import Encoder, layers_of
 from pretrain.optim import StageZeroClipper, parameter_groups
 from pretrain.ranks import dist
 from pretrain.ranks.dist import Ranks
@@ -227,7 +228,9 @@ class _Training:
             progress = load_progress(folder, key, self._classifier, self._optimizer) or progress
         while not self._is_finished(progress):
             epoch = len(progress.history)
-            entry = {"epoch": epoch + 1, "train_loss": self._train_epoch(epoch)}
+            train_loss, losses = self._train_epoch(epoch)
+            entry = {"epoch": epoch + 1, "train_loss": train_loss}
+            progress.losses += losses
             if self._checks is not None:
                 entry["validation_loss"] = self._validation_loss(self._checks)
             progress.history.append(entry)
@@ -246,7 +249,7 @@ class _Training:
                     dist.wait_for_all()
         if progress.best is not None:
             self._classifier.load_state_dict(progress.best, strict=False)
-        self._classifier.history = progress.history
+        self._classifier.history, self._classifier.losses = progress.history, progress.losses
         return self._classifier.eval()
 
     def _is_finished(self, progress: FinetuningProgress) -> bool:
@@ -255,8 +258,8 @@ class _Training:
         impatient = 0 < self._settings.patience <= waited and progress.best is not None
         return done >= self._epochs or impatient
 
-    def _train_epoch(self, epoch: int) -> float:
-        """Train for one epoch and return the mean loss of its steps."""
+    def _train_epoch(self, epoch: int) -> tuple[float, list[float]]:
+        """Train for one epoch; return the mean loss of its steps, and that of each step."""
         self._classifier.train()
         rng = np.random.default_rng([self._seed, epoch])
         order = rng.permutation(self._examples.active)
@@ -264,7 +267,9 @@ class _Training:
         for start in range(0, len(order), self._settings.batch_cells):
             step = epoch * self._steps_per_epoch + len(losses)
             losses.append(self._step(order[start : start + self._settings.batch_cells], step))
-        return self._over_ranks(float(torch.stack(losses).sum())) / len(losses)
+        stacked = torch.stack(losses)
+        total, *each = self._over_ranks([float(stacked.sum()), *stacked.tolist()])
+        return total / len(losses), each
 
     def _step(self, batch: np.ndarray, step: int) -> torch.Tensor:
         """Do one optimizer step and return this rank's part of its loss."""
@@ -316,13 +321,12 @@ class _Training:
         with torch.inference_mode():
             for batch in batches[self._rank :: self._world_size]:
                 total += checks.loss(self._classifier, checks.active[batch], scale)
-        return self._over_ranks(float(total))
+        return self._over_ranks([float(total)])[0]
 
-    def _over_ranks(self, value: float) -> float:
+    def _over_ranks(self, values: list[float]) -> list[float]:
         if self._deepspeed is None:
-            return value
-        (total,) = dist.sum_over_ranks([value], torch.device(self._settings.device))
-        return total
+            return values
+        return dist.sum_over_ranks(values, torch.device(self._settings.device))
 
 
 def _groups(classifier: Classifier) -> list[dict]:
@@ -332,13 +336,28 @@ def _groups(classifier: Classifier) -> list[dict]:
     """
     settings, heads = classifier.settings, set(classifier.outputs.parameters())
     head_rate = settings.head_learning_rate or settings.learning_rate
+    above = _layers_above(classifier.encoder)
     groups = []
     for group in parameter_groups(classifier, settings.weight_decay):
-        for of_heads, rate in ((False, settings.learning_rate), (True, head_rate)):
-            members = [p for p in group["params"] if (p in heads) == of_heads]
-            share = rate / settings.learning_rate
-            groups += [group | {"params": members, "share": share}] if members else []
+        members: dict[tuple[bool, float], list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            of_head, share = parameter in heads, settings.layer_decay ** above.get(parameter, 0)
+            if of_head:
+                share = head_rate / settings.learning_rate
+            members.setdefault((of_head, share), []).append(parameter)
+        # The encoder before the heads, and its top before its lower layers.
+        for of_head, share in sorted(members, key=lambda key: (key[0], -key[1])):
+            groups.append(group | {"params": members[of_head, share], "share": share})
     return groups
+
+
+def _layers_above(encoder: Encoder) -> dict[nn.Parameter, int]:
+    """Return how many layers stand above each parameter of a layer, or of the embeddings."""
+    layers = list(layers_of(encoder))
+    found = {p: len(layers) for p in encoder.embeddings.parameters()}
+    for number, layer in enumerate(reversed(layers)):
+        found |= dict.fromkeys(layer.parameters(), number)
+    return found
 
 
 def _start_heads(classifier: Classifier, examples: _Examples, seed: int) -> None:

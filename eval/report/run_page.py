@@ -13,14 +13,21 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from data_prep.drawing import BLUE, GREY, new_figure
+from data_prep.drawing import new_figure
 from data_prep.files import complete_file
 from data_prep.inspection.tables import padding_share
 from eval.cells.embed import OBSM_KEY
 from eval.drawing.figures import as_image, style
-from eval.drawing.tables import SCORE_NAMES, format_interval
-from eval.finetune.score_cells import RESULTS_NAME
+from eval.drawing.tables import (
+    about_results,
+    best_first,
+    format_interval,
+    format_steps,
+    score_names,
+)
+from eval.finetune.results import RESULTS_NAME
 from eval.report.run_figures import run_figures
+from eval.report.score_figures import curves_image, score_figure
 from pretrain.checkpoints import checkpoint
 from pretrain.counting.baselines import ARITHMETIC, BASELINE_NAMES
 from pretrain.measure.heldout import BEYOND, arithmetic_sentence, format_score, score_rows
@@ -100,18 +107,21 @@ def scores_page(folder: Path) -> str:
 
 def _render(**content: Any) -> str:
     template = jinja2.Environment(autoescape=True).from_string(_TEMPLATE.read_text())
-    return template.render(score_names=SCORE_NAMES, **content)
+    return template.render(**content)
 
 
 def _task(folder: Path) -> dict:
-    """Return what the page shows of one fine-tuning, best macro-F1 first."""
+    """Return what the page shows of one fine-tuning, the best contender first."""
     path = folder / RESULTS_NAME
     if not path.exists():
         raise ValueError(f"{folder}: no {RESULTS_NAME}; expected a folder of `geneloom finetune`")
     results = json.loads(path.read_text())
-    summary = results["summary"]
-    ordered = sorted(summary, key=lambda n: -summary[n]["macro_f1"]["mean"])
-    rows = [(n, [format_interval(summary[n][k]) for k in SCORE_NAMES]) for n in ordered]
+    summary, names = results["summary"], score_names(results["summary"])
+    ordered = best_first(summary)
+    rows = [
+        (n, [*(format_interval(summary[n][k]) for k in names), format_steps(summary[n])])
+        for n in ordered
+    ]
     by_class = [
         (c, [f"{summary[n]['f1_by_class'].get(c, float('nan')):.3f}" for n in ordered])
         for c in results["classes"]
@@ -120,8 +130,21 @@ def _task(folder: Path) -> dict:
         "rows": rows,
         "ordered": ordered,
         "by_class": by_class,
-        "figure": _score_figure(summary, ordered),
+        "about": about_results(results),
+        "remarks": results.get("remarks", []),  # older results have none
+        "columns": [*names.values(), "steps"],
+        "figure": score_figure(summary),
+        "curves": curves_image(_trainings(results)),
     }
+
+
+def _trainings(results: dict) -> dict[str, list[dict]]:
+    """Return contender -> the records of its trainings; of older results nothing."""
+    found: dict[str, list[dict]] = {}
+    for fold in results["seeds"]:
+        for name, record in fold.get("trainings", {}).items():
+            found.setdefault(name, []).append(record)
+    return found
 
 
 def _bucket_rows(heldout: dict) -> list[list[str]]:
@@ -151,21 +174,6 @@ def _dataset_rows(heldout: dict) -> list[list[str]]:
         ]
         for name, loss in heldout.get("loss_by_dataset", {}).items()
     ]
-
-
-def _score_figure(summary: dict, ordered: list[str]) -> str:
-    with style():
-        figure = new_figure(0.7 + 0.33 * len(ordered))
-        axes = figure.subplots()
-        means = [summary[n]["macro_f1"]["mean"] for n in ordered]
-        spread = [summary[n]["macro_f1"]["half_width"] for n in ordered]
-        colours = [BLUE if n.endswith(", pretrained") else GREY for n in ordered]
-        axes.barh(ordered, means, xerr=spread, color=colours, capsize=3)
-        axes.invert_yaxis()
-        axes.grid(axis="x")
-        axes.grid(visible=False, axis="y")
-        axes.set(xlim=(0, 1), xlabel="macro-F1, mean and 95 % interval")
-        return as_image(figure)
 
 
 def _umap_figure(path: Path, color: str | None) -> str:

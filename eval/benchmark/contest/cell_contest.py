@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
 
 from eval.benchmark.contest.contest import Contender, Contest, Fold, FoldT, Results, Scored, TaskT
+from eval.benchmark.contest.verdicts import FINE_TUNED
 from eval.benchmark.material.labelled_cells import LabelledCells, divide, labelled_cells
 from eval.benchmark.material.models_and_cells import Model, at_most
 from eval.benchmark.material.twin_encoders import Embeddings, mean_of_inputs, settings_of
@@ -28,9 +29,9 @@ from eval.benchmark.neighbours.cell_baselines import (
 )
 from eval.benchmark.outcome import Role, TaskRun
 from eval.benchmark.task_file import AnnotationTask, CellTask
-from eval.finetune.classifier import FinetuneSettings
+from eval.finetune.settings import SEARCHED, FinetuneSettings
 from eval.scores.metrics import chance_macro_f1, score_probabilities
-from eval.scores.splits import limit_per_class
+from eval.scores.splits import FEWEST_VALIDATION_CELLS, limit_per_class
 
 BAG_OF_GENES = "bag of genes"
 SHUFFLED = "shuffled labels"
@@ -70,12 +71,17 @@ class CellContest(Contest[TaskT, FoldT]):
         """Return the cells, how they are divided, and how models are fine-tuned."""
         chosen = hashlib.sha256(fold.train.astype(np.int64).tobytes() + b"|")
         chosen.update(fold.test.astype(np.int64).tobytes())
-        return {
+        settings, trials = self.settings, self.size.search_trials
+        key = {
             "cells": self.known.cells.digest,
             "split": chosen.hexdigest(),
-            "settings": asdict(self.settings),
-            "search_trials": self.size.search_trials,
+            "settings": settings.deciding() | {"device": settings.device},
+            "search_trials": trials,
         }
+        if contender.name.startswith(FINE_TUNED):
+            key |= {"fewest_validation_cells": FEWEST_VALIDATION_CELLS} if settings.patience else {}
+            key |= {"searched": SEARCHED} if trials else {}
+        return key
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -49,7 +49,6 @@ from eval.benchmark.outcome import Outcome, Role, TaskRun
 from eval.benchmark.task_file import Size
 from pretrain.model.architectures import Encoder
 
-FINE_TUNED = "fine-tuned"
 ROLES: tuple[Role, ...] = ("model", "twin")
 # Score -> value, and small JSON values for the page.
 Scored = tuple[dict[str, Any], dict[str, Any]]
@@ -77,6 +76,21 @@ def mean_scores(each: list[dict[str, Any]]) -> dict[str, float]:
 def hash_of(value: object) -> str:
     """Return a hash of a value's `repr`, for keys: plain lists and texts, no arrays."""
     return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A prediction that something was fine-tuned for.
+
+    Attributes
+    ----------
+    training
+        The record of that (`eval.finetune.results.training_record`): goes into the outcome's
+        details.
+    """
+
+    prediction: Any
+    training: dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +135,7 @@ class Contender(Generic[FoldT]):
     Attributes
     ----------
     predict
-        Fold -> what the kind scores.
+        Fold -> what the kind scores; or that as `Trained`.
     settings
         What decides its outcomes beside name, role, model and fold, as JSON: part of the keys.
     """
@@ -272,6 +286,9 @@ class Contest(ABC, Generic[TaskT, FoldT]):
             predicted = row.predict(fold)
             seconds = time.perf_counter() - started
             seconds += correction(self.folds_per_seed, self.folds_per_seed * self.size.seeds)
+            training: dict[str, Any] = {}
+            if isinstance(predicted, Trained):
+                training["training"], predicted = predicted.training, predicted.prediction
             scores, details = self.score(row, fold, predicted)
         return Outcome(
             contender=row.name,
@@ -280,7 +297,7 @@ class Contest(ABC, Generic[TaskT, FoldT]):
             fold=fold.number,
             scores={k: _defined(v) for k, v in scores.items()},
             seconds=seconds,
-            details=details,
+            details=details | training,
         )
 
 

@@ -12,11 +12,13 @@ The best of several baselines is ahead of an equal by chance: losses to it are c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
+from eval.benchmark.contest.best_of_many import LargestT
 from eval.benchmark.outcome import Outcome, Role, TaskRun
 from eval.scores.metrics import CONFIDENCE
 
@@ -25,7 +27,8 @@ from eval.scores.metrics import CONFIDENCE
 ZERO_SHOT = "zero-shot"
 # Measured shifts of expression are predicted by a linear map from a gene's embedding.
 RIDGE = "ridge on input embedding"
-MAIN_CONTENDERS = (ZERO_SHOT, RIDGE, "fine-tuned")
+FINE_TUNED = "fine-tuned"
+MAIN_CONTENDERS = (ZERO_SHOT, RIDGE, FINE_TUNED)
 # Fewer paired folds say nothing about the spread.
 FEWEST_FOLDS = 3
 NOT_TESTED = "not tested"
@@ -74,7 +77,9 @@ def overlap_ratio(run: TaskRun) -> float:
     return share / (1 - share)
 
 
-def corrected_interval(values: np.ndarray, ratio: float, best_of: int = 1) -> dict[str, Any]:
+def corrected_interval(
+    values: np.ndarray, ratio: float, best_of: np.ndarray | None = None
+) -> dict[str, Any]:
     """Return mean, 95 % interval and p of "the mean is 0", by the corrected resampled t-test.
 
     Parameters
@@ -84,9 +89,9 @@ def corrected_interval(values: np.ndarray, ratio: float, best_of: int = 1) -> di
     ratio
         Test examples / training examples; 0 gives Student's test.
     best_of
-        The values are differences from the best of so many. Among equals the best one is ahead by
-        chance, so that negative means have p times this number (Bonferroni's bound: the chosen
-        one's p is no smaller than the smallest), and the interval's upper end lies as much
+        float64 [folds, baselines]: the values are the differences from the best of these. Among
+        equals the best one is ahead by chance, so that a negative mean has the p of the largest t
+        of all (`eval.benchmark.contest.best_of_many`), and the interval's upper end lies as much
         further off. Being ahead of the best is harder already: p and the lower end stay.
 
     Returns
@@ -107,10 +112,13 @@ def corrected_interval(values: np.ndarray, ratio: float, best_of: int = 1) -> di
         return found | {"low": mean, "high": mean, "p": float(abs(mean) < _NO_SPREAD)}
     freedom = len(known) - 1
     tail = (1 - CONFIDENCE) / 2
-    down, up = (float(stats.t.isf(t, freedom)) * error for t in (tail, tail / best_of))
+    down = up = float(stats.t.isf(tail, freedom)) * error
     p = 2 * float(stats.t.sf(abs(mean) / error, freedom))
-    if mean < 0:
-        p = min(1.0, best_of * p)
+    if best_of is not None and best_of.shape[1] > 1:
+        largest = LargestT(best_of[np.isfinite(values)])
+        up = largest.critical(tail) * error
+        if mean < 0:
+            p = min(1.0, 2 * largest.tail(-mean / error))
     return found | {"low": mean - down, "high": mean + up, "p": p}
 
 
@@ -118,7 +126,8 @@ def summarise(run: TaskRun) -> list[dict[str, Any]]:
     """Return every contender's scores over folds, the best mean headline first.
 
     Each has ``contender``, ``role``, ``model``, ``name`` (see `display_name`), ``folds``,
-    ``seconds`` (mean of a fold) and ``scores``: score -> ``mean``, ``low``, ``high`` (corrected
+    ``seconds`` (mean of a fold), ``steps`` (fewest and most optimizer steps of a fold's training;
+    None where nothing was trained) and ``scores``: score -> ``mean``, ``low``, ``high`` (corrected
     95 % interval; None for a single fold) and ``folds``, those in which the score is defined.
     """
     ratio = overlap_ratio(run)
@@ -129,11 +138,13 @@ def summarise(run: TaskRun) -> list[dict[str, Any]]:
         for score in dict.fromkeys(s for o in outcomes for s in o.scores):
             interval = corrected_interval(_values(outcomes, score), ratio)
             scores[score] = {k: interval[k] for k in ("mean", "low", "high", "folds")}
+        steps = [o.details["training"]["steps"] for o in outcomes if "training" in o.details]
         rows.append(
             {
                 "contender": key[0], "role": key[1], "model": key[2], "name": display_name(*key),
                 "folds": len(outcomes),
                 "seconds": float(np.mean([o.seconds for o in outcomes])),
+                "steps": [min(steps), max(steps)] if steps else None,
                 "scores": scores,
             }
         )  # fmt: skip
@@ -171,7 +182,7 @@ def verdicts(run: TaskRun, models: list[str]) -> list[dict[str, Any]]:
             if key[1:] == own[1:] and twin in rows:
                 found.append(_compare(run, "pretraining", key, twin))
         if own in rows and baselines:
-            found.append(_compare(run, "baselines", own, baselines[0], len(baselines)))
+            found.append(_compare(run, "baselines", own, baselines[0], baselines))
     for number, first in enumerate(models):
         for second in models[number + 1 :]:
             one: Contender = (main, "model", first)
@@ -281,11 +292,15 @@ def _headline(row: dict, headline: str) -> float:
 
 
 def _compare(
-    run: TaskRun, question: str, first: Contender, second: Contender | float, best_of: int = 1
+    run: TaskRun,
+    question: str,
+    first: Contender,
+    second: Contender | float,
+    best_of: Sequence[Contender] = (),
 ) -> dict:
     """Return one verdict, against a contender or chance (that of each fold, where it is kept).
 
-    `best_of`: the second was chosen out of so many for its score.
+    `best_of`: the second was chosen out of these for its score.
     """
     own = _by_fold(run, first)
     if isinstance(second, tuple):
@@ -296,7 +311,13 @@ def _compare(
         against, against_model = "chance", None
     folds = sorted(own.keys() & other.keys())
     differences = np.array([own[f] - other[f] for f in folds], dtype=np.float64)
-    interval = corrected_interval(differences, overlap_ratio(run), best_of)
+    rivals = [_by_fold(run, other) for other in best_of]
+    all_differences = np.array(
+        [[own[f] - rival.get(f, np.nan) for rival in rivals] for f in folds], dtype=np.float64
+    )
+    interval = corrected_interval(
+        differences, overlap_ratio(run), all_differences if rivals and folds else None
+    )
     return {
         "question": question, "model": first[2], "contender": first[0],
         "against": against, "against_model": against_model,

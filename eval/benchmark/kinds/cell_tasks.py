@@ -15,8 +15,14 @@ from eval.benchmark.contest.cell_contest import (
     ClassifiedCells,
     Features,
 )
-from eval.benchmark.contest.contest import FINE_TUNED, ROLES, Contender, Results, baselines
-from eval.benchmark.contest.verdicts import corrected_interval
+from eval.benchmark.contest.contest import (
+    ROLES,
+    Contender,
+    Results,
+    Trained,
+    baselines,
+)
+from eval.benchmark.contest.verdicts import FINE_TUNED, corrected_interval
 from eval.benchmark.material.models_and_cells import Model
 from eval.benchmark.material.twin_encoders import HEAD_NAME, train
 from eval.benchmark.neighbours.cell_baselines import (
@@ -28,6 +34,7 @@ from eval.benchmark.neighbours.cell_baselines import (
 )
 from eval.benchmark.outcome import Role
 from eval.benchmark.task_file import CellTask
+from eval.finetune.results import training_record
 from eval.scores.baselines import CELL_STATE, CORPUS_SVD
 from pretrain.cell_states.cell_state import reduced
 
@@ -69,7 +76,7 @@ class ClassesOfCells(ClassifiedCells[CellTask]):
     def few_shot(self, row: Contender[CellFold], shots: int) -> Contender[CellFold]:
         """Return a contender that gets at most so many training cells of each class."""
 
-        def predict(fold: CellFold) -> np.ndarray:
+        def predict(fold: CellFold) -> Any:
             return row.predict(self.few(fold, shots))
 
         name, settings = f"{row.name}, {shots} a class", {"shots": shots}
@@ -94,8 +101,8 @@ class ClassesOfCells(ClassifiedCells[CellTask]):
         fitted, test = (svd.embed_cells([tokens[i] for i in c]) for c in (fold.capped, fold.test))
         return fitted, test
 
-    def tuned(self, model: Model, role: Role, fold: CellFold) -> np.ndarray:
-        """Return float64 [test cells, classes] of a model that is trained on the fold."""
+    def tuned(self, model: Model, role: Role, fold: CellFold) -> Trained:
+        """Return float32 [test cells, classes] of a model that is trained on the fold."""
         settings, known = self.settings, self.known
         steps = -(-len(fold.train) // settings.batch_cells) * settings.epochs
         if steps < _FEWEST_STEPS:
@@ -106,7 +113,8 @@ class ClassesOfCells(ClassifiedCells[CellTask]):
             fold.encoder(model, role), model, tokens, known.labels, known.groups,
             fold.train, known.classes, settings, fold.seed, self.size.search_trials,
         )  # fmt: skip
-        return classifier.predict_cells([tokens[i] for i in fold.test], HEAD_NAME)
+        predicted = classifier.predict_cells([tokens[i] for i in fold.test], HEAD_NAME)
+        return Trained(predicted, training_record(classifier))
 
     def curves(self, results: Results[CellFold], test_share: float) -> dict[str, Any]:
         """Return display name -> cells a class -> mean, low, high of macro-F1."""

@@ -13,17 +13,18 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from eval.benchmark.contest.contest import (
-    FINE_TUNED,
     ROLES,
     Contender,
     Contest,
     Fold,
     Results,
     Scored,
+    Trained,
     hash_of,
     mean_scores,
 )
 from eval.benchmark.contest.over_genes import over_genes, table_of_genes
+from eval.benchmark.contest.verdicts import FINE_TUNED
 from eval.benchmark.material.gene_features import features_without_model
 from eval.benchmark.material.gene_labels import (
     DrawnGenes,
@@ -32,13 +33,19 @@ from eval.benchmark.material.gene_labels import (
     gene_folds,
 )
 from eval.benchmark.material.models_and_cells import Model, TaskCells
-from eval.benchmark.material.twin_encoders import features_of_model, settings_of, tune_on_genes
+from eval.benchmark.material.twin_encoders import (
+    GeneTraining,
+    features_of_model,
+    settings_of,
+    tune_on_genes,
+)
 from eval.benchmark.neighbours.gene_baselines import LOGISTIC, predict_classes
 from eval.benchmark.outcome import Role, TaskRun
 from eval.benchmark.scoring.gene_scores import HEADLINE, score_genes
 from eval.benchmark.task_file import GeneTask
 from eval.finetune.classifier import FinetuneSettings
 
+LOADINGS = "corpus SVD's loadings"
 _SHUFFLED = "shuffled labels"
 # Mean of so many shuffles in each fold: a single one of some dozen test genes is off by 0.1.
 _NUM_SHUFFLES = 10
@@ -106,7 +113,7 @@ class ClassesOfGenes(Contest[GeneTask, Fold]):
                 for features in ("frozen embedding", "input embeddings"):
                     add(features, role, features, LOGISTIC, model)
             if model.svd:
-                add("corpus SVD's loadings", "baseline", "loadings", LOGISTIC, model)
+                add(LOADINGS, "baseline", "loadings", LOGISTIC, model)
             add(f"{_SHUFFLED}, frozen embedding", "control", "frozen embedding", LOGISTIC, model)
         for features, ways in _CLASSIFIERS.items():
             for way in ways:
@@ -138,8 +145,7 @@ class ClassesOfGenes(Contest[GeneTask, Fold]):
         if model:
             key["bf16"] = self.bench.bf16
         if contender.name == FINE_TUNED:
-            settings = asdict(self.settings)
-            key["settings"] = {k: v for k, v in settings.items() if k != "device"}
+            key["settings"] = self.settings.deciding()
         return key
 
     def features(self, kind: str, model: Model | None, role: Role, fold: Fold) -> np.ndarray:
@@ -176,14 +182,18 @@ class ClassesOfGenes(Contest[GeneTask, Fold]):
         found = [predict_classes(way, known, y, fold.train, fold.test, fold.seed) for y in drawn]
         return Guess(np.stack([y[fold.test] for y in drawn]), np.stack(found))
 
-    def tuned(self, model: Model, role: Role, fold: Fold) -> Guess:
-        """Return what a head on the states of genes says, trained on training genes."""
+    def training(self, model: Model, role: Role, fold: Fold) -> GeneTraining:
+        """Return how a model is trained in a fold."""
+        return GeneTraining(self.settings, fold.seed, ranks=self.bench.ranks)
+
+    def tuned(self, model: Model, role: Role, fold: Fold) -> Trained:
+        """Return the `Guess` of a head on the states of genes, trained on training genes."""
         labels, task = self.genes.labels, self.task
         tokens = model.tokens_of(self.genes.ids)
         found = tune_on_genes(
             fold.encoder(model, role), model, self.cells(fold).tokens[model.name],
             (tokens[fold.train], labels[fold.train]), tokens[fold.test],
-            (task.negative, task.positive), self.settings, fold.seed,
+            (task.negative, task.positive), self.training(model, role, fold),
         )  # fmt: skip
         truth = labels[fold.test]
         by_occurrence = float(roc_auc_score(truth[found.gene], found.by_occurrence))
@@ -191,7 +201,8 @@ class ClassesOfGenes(Contest[GeneTask, Fold]):
             "occurrences": np.bincount(found.gene, minlength=len(truth)).tolist(),
             "freeze_layers": found.freeze_layers,
         }
-        return Guess(truth[None], found.probability[None], by_occurrence, details)
+        guess = Guess(truth[None], found.probability[None], by_occurrence, details)
+        return Trained(guess, found.training)
 
     def score(self, contender: Contender[Fold], fold: Fold, predicted: Guess) -> Scored:
         """Return means over repeats; probabilities are kept in the store."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -10,15 +11,16 @@ import numpy as np
 
 from eval.benchmark.contest.cell_contest import CellContest
 from eval.benchmark.contest.contest import (
-    FINE_TUNED,
     ROLES,
     Contender,
     Fold,
     Results,
     Scored,
+    Trained,
     baselines,
+    hash_of,
 )
-from eval.benchmark.contest.verdicts import ZERO_SHOT
+from eval.benchmark.contest.verdicts import FINE_TUNED, ZERO_SHOT
 from eval.benchmark.material.labelled_cells import (
     LabelledCells,
     divide_batches,
@@ -33,18 +35,43 @@ from eval.benchmark.neighbours import batch_correction as correct
 from eval.benchmark.outcome import Role, TaskRun
 from eval.benchmark.scoring.integration_scores import HEADLINE, score_embedding
 from eval.benchmark.task_file import IntegrationTask
+from eval.finetune.results import training_record
 from eval.scores.splits import require_clean_split
 
 _MOST_DRAWN_CELLS = 2_000
 
 
-class Integration(CellContest[IntegrationTask, Fold]):
-    """Every contender embeds the same cells and is scored on all of them, one fold a seed.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Part(Fold):
+    """Scored cells, and all those of its seed, which are embedded together.
+
+    Attributes
+    ----------
+    pool
+        Sorted positions; the parts of a seed have these cells among themselves.
+    """
+
+    pool: np.ndarray
+
+    @property
+    def place(self) -> np.ndarray:
+        """Positions of the scored cells in `pool`."""
+        return np.searchsorted(self.pool, self.test)
+
+
+class Integration(CellContest[IntegrationTask, Part]):
+    """Every contender embeds the same cells of a seed, and is scored on each part of them.
 
     A fine-tuned model has learnt labels of other cells: of other batches, where these are three.
+    What is fitted, trained or drawn is so once for all parts of a seed.
     """
 
     headline = HEADLINE
+
+    @property
+    def folds_per_seed(self) -> int:
+        """How many parts the scored cells of a seed have."""
+        return self.task.folds
 
     @cached_property
     def known(self) -> LabelledCells:
@@ -53,72 +80,93 @@ class Integration(CellContest[IntegrationTask, Fold]):
         planted = change if self.task.planted_batch else None
         return labelled_cells(self.task, self.task.batch, self.size, self.bench, planted)
 
-    def contenders(self) -> list[Contender[Fold]]:
+    def contenders(self) -> list[Contender[Part]]:
         """Return methods that take out batches, and every model without and with training."""
-        ways: dict[str, Callable[[Fold], np.ndarray]] = {
+        ways: dict[str, Callable[[Part], np.ndarray]] = {
             "highly variable genes": self.genes,
             "PCA": self.components,
             "Harmony": lambda f: correct.harmony(
-                self.components(f), self.known.batches[f.test], f.seed
+                self.components(f), self.known.batches[f.pool], f.seed
             ),
-            "ComBat": lambda f: correct.combat(self.genes(f), self.known.batches[f.test], f.seed),
+            "ComBat": lambda f: correct.combat(self.genes(f), self.known.batches[f.pool], f.seed),
             "scVI": lambda f: correct.scvi_states(
-                self.known.cells.counts[f.test], self.known.batches[f.test], f.seed
+                self.known.cells.counts[f.pool], self.known.batches[f.pool], f.seed
             ),
         }
         missing = correct.missing_methods()
-        rows = baselines({name: way for name, way in ways.items() if name not in missing})
+        rows = baselines({n: partial(self.once_for_all, n, w) for n, w in ways.items()
+                          if n not in missing})  # fmt: skip
         for model in self.models:
             for role in ROLES:
                 rows.append(Contender(ZERO_SHOT, role, model, partial(self.states, model, role)))
                 rows.append(Contender(FINE_TUNED, role, model, partial(self.tuned, model, role)))
         return rows
 
-    def folds(self, number: int) -> list[Fold]:
-        """Return cells that are scored, and others that a model may learn labels from."""
-        seed = self.seed_of(number)
-        train, test = divide_batches(self.known.labels, self.known.batches, self.size, seed)
+    def folds(self, number: int) -> list[Part]:
+        """Return the parts of the scored cells; a model may learn labels from the others."""
+        seed, folds = self.seed_of(number), self.folds_per_seed
+        train, parts = divide_batches(self.known.labels, self.known.batches, self.size, seed, folds)
+        pool = np.sort(np.concatenate(parts))
         require_clean_split(
-            train, test, held_out_batches(self.known.batches), self.known.cells.counts
+            train, pool, held_out_batches(self.known.batches), self.known.cells.counts
         )
-        return [Fold(number, seed, test, train)]
+        return [
+            Part(number * folds + i, seed, test, train, pool=pool) for i, test in enumerate(parts)
+        ]
 
-    def genes(self, fold: Fold) -> np.ndarray:
-        """Return float32 [scored cells, genes], log-normalised variable genes."""
-        make = partial(correct.log_variable_genes, self.known.cells.counts[fold.test])
+    def decides(self, contender: Contender[Part], fold: Part) -> dict[str, Any]:
+        """Return what `CellContest` does, and the cells that are embedded together."""
+        key = super().decides(contender, fold)
+        if len(fold.pool) > len(fold.test):
+            key["pool"] = hash_of(fold.pool.tolist())
+        return key
+
+    def once_for_all(self, key: Hashable, make: Callable[[Part], Any], fold: Part) -> Any:
+        """Return what is made of the cells of a seed, for all parts of them."""
+        return self.once.get(("of all parts", key), fold.seed, partial(make, fold))
+
+    def genes(self, fold: Part) -> np.ndarray:
+        """Return float32 [cells of the seed, genes], log-normalised variable genes."""
+        make = partial(correct.log_variable_genes, self.known.cells.counts[fold.pool])
         return self.once.get("genes", fold.seed, make)
 
-    def components(self, fold: Fold) -> np.ndarray:
-        """Return float32 [scored cells, components], a PCA of `genes`."""
+    def components(self, fold: Part) -> np.ndarray:
+        """Return float32 [cells of the seed, components], a PCA of `genes`."""
         make = partial(correct.components, self.genes(fold), fold.seed)
         return self.once.get("components", fold.seed, make)
 
-    def states(self, model: Model, role: Role, fold: Fold) -> np.ndarray:
-        """Return float32 [scored cells, width] of the second-to-last layer, without training."""
-        return self.embeddings(-1).of(model, fold.twin_seed(role), fold.test, fold.test)
+    def states(self, model: Model, role: Role, fold: Part) -> np.ndarray:
+        """Return float32 [cells of the seed, width] of the second-to-last layer, untrained."""
+        return self.embeddings(-1).of(model, fold.twin_seed(role), fold.pool, fold.pool)
 
-    def tuned(self, model: Model, role: Role, fold: Fold) -> np.ndarray:
-        """Return float32 [scored cells, width] of a model that learnt labels of other cells."""
-        known = self.known
-        classifier = train(
-            fold.encoder(model, role), model, known.cells.tokens[model.name],
-            known.labels, held_out_batches(self.known.batches), fold.train, known.classes,
-            self.settings, fold.seed, self.size.search_trials,
-        )  # fmt: skip
-        # The last layer: it is what the head read.
-        return self.embeddings(0).embed(classifier.encoder, model, fold.test)
+    def tuned(self, model: Model, role: Role, fold: Part) -> Trained:
+        """Return float32 [cells of the seed, width] of a model that learnt others' labels."""
 
-    def score(self, contender: Contender[Fold], fold: Fold, predicted: np.ndarray) -> Scored:
-        """Return scores of an embedding; the first fold's has a picture."""
+        def make(fold: Part) -> Trained:
+            known = self.known
+            classifier = train(
+                fold.encoder(model, role), model, known.cells.tokens[model.name],
+                known.labels, held_out_batches(self.known.batches), fold.train, known.classes,
+                self.settings, fold.seed, self.size.search_trials,
+            )  # fmt: skip
+            # The last layer: it is what the head read.
+            states = self.embeddings(0).embed(classifier.encoder, model, fold.pool)
+            return Trained(states, training_record(classifier))
+
+        return self.once_for_all((FINE_TUNED, model.name, role), make, fold)
+
+    def score(self, contender: Contender[Part], fold: Part, predicted: np.ndarray) -> Scored:
+        """Return scores of the part in an embedding; the first fold's has a picture of all."""
         labels, batches = self.known.labels[fold.test], self.known.batches[fold.test]
-        scores = score_embedding(predicted, labels, batches, self.components(fold))
+        place = fold.place
+        scores = score_embedding(predicted[place], labels, batches, self.components(fold)[place])
         details: dict[str, Any] = {"width": predicted.shape[1]}
         if fold.number == 0:
-            place = np.searchsorted(fold.test, self._drawn(fold))
-            details["umap"] = correct.umap(predicted[place], fold.seed)
+            shown = np.searchsorted(fold.pool, self._drawn(fold))
+            details["umap"] = correct.umap(predicted[shown], fold.seed)
         return scores, details
 
-    def report(self, results: Results[Fold]) -> TaskRun:
+    def report(self, results: Results[Part]) -> TaskRun:
         """Return the outcomes, with pictures of the first fold beside them."""
         known, shown = self.known, self._drawn(results.folds[0])
         how = how_batches_are_divided(known.batches, self.task.batch)
@@ -127,10 +175,10 @@ class Integration(CellContest[IntegrationTask, Fold]):
         return TaskRun(
             cells=len(known.labels),
             classes=known.classes,
-            split=f"{planted}{self.size.seeds} seeds: {how}, and all contenders are scored on 80 % "
-            "of these cells; only fine-tuned models have seen labels, of the other cells. "
-            "Subsamples overlap: intervals say how scores vary with the cells, not with the data "
-            "set",
+            split=f"{planted}{self.size.seeds} seeds: {how}, and all contenders embed 80 % of "
+            f"these cells and are scored on {self.folds_per_seed} disjoint parts of them; only "
+            "fine-tuned models have seen labels, of the other cells. Intervals say how scores vary "
+            "with the cells and the seed, not with the data set",
             headline=HEADLINE,
             chance=None,
             excluded=known.excluded,
@@ -145,6 +193,6 @@ class Integration(CellContest[IntegrationTask, Fold]):
             },
         )
 
-    def _drawn(self, fold: Fold) -> np.ndarray:
-        """Return the scored cells that UMAPs show (int positions, sorted)."""
-        return at_most(fold.test, _MOST_DRAWN_CELLS, fold.seed)
+    def _drawn(self, fold: Part) -> np.ndarray:
+        """Return the cells that UMAPs show (int positions, sorted)."""
+        return at_most(fold.pool, _MOST_DRAWN_CELLS, fold.seed)

@@ -134,17 +134,19 @@ def divide(
 
 
 def divide_batches(
-    labels: np.ndarray, batches: np.ndarray, size: Size, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return cells to learn labels from, and cells to score (int positions, sorted).
+    labels: np.ndarray, batches: np.ndarray, size: Size, seed: int, folds: int = 1
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return cells to learn labels from, and disjoint parts to score (int positions, sorted).
 
     With three batches or more, about half of them, two at least, are scored; with two, half of the
-    cells of each class and batch. Of these, 80 % of each class and batch are drawn.
+    cells of each class and batch. Of these, 80 % of each class and batch are drawn, and dealt out
+    to parts of one size.
 
     Raises
     ------
     ValueError
-        Fewer than two batches, or no division has every class on both sides.
+        Fewer than two batches, no division has every class on both sides, or a batch has fewer
+        scored cells than there are parts.
     """
     names = np.unique(batches)
     if len(names) < 2:
@@ -169,8 +171,33 @@ def divide_batches(
         for part in (scored[strata[scored] == s] for s in np.unique(strata[scored]))
     ]
     training = limit_per_class(training, labels, size.max_train_per_class, seed)
-    scored = limit_per_class(np.concatenate(drawn), labels, size.max_test_per_class, seed)
-    return training, np.sort(scored)
+    most = None if size.max_test_per_class is None else folds * size.max_test_per_class
+    scored = limit_per_class(np.concatenate(drawn), labels, most, seed)
+    if folds == 1:
+        return training, [np.sort(scored)]
+    return training, _parts(scored, strata, batches, folds, rng)
+
+
+def _parts(
+    scored: np.ndarray,
+    strata: np.ndarray,
+    batches: np.ndarray,
+    folds: int,
+    rng: np.random.Generator,
+) -> list[np.ndarray]:
+    """Return so many disjoint parts of one size, each with its share of every stratum."""
+    names, sizes = np.unique(batches[scored], return_counts=True)
+    if sizes.min() < folds:
+        raise ValueError(
+            f"batches: '{names[sizes.argmin()]}' has {sizes.min()} scored cells for {folds} folds; "
+            "give more cells, or fewer `folds` in the task's file"
+        )
+    # Dealt like cards, stratum after stratum, so that no part has two more than another.
+    shuffled = rng.permutation(scored)
+    dealt = shuffled[np.argsort(strata[shuffled], kind="stable")]
+    dealt = np.concatenate([dealt[batches[dealt] == b] for b in names])
+    size = len(dealt) // folds
+    return [np.sort(dealt[part::folds][:size]) for part in range(folds)]
 
 
 def how_batches_are_divided(batches: np.ndarray, column: str) -> str:

@@ -25,6 +25,7 @@ from pretrain.cell_states.cell_state import CellState
 from pretrain.counting.corpus_svd import CorpusSvd
 from pretrain.export.model_folder import folder_cell_state, load_exported, model_digest
 from pretrain.model.architectures import Network
+from pretrain.ranks.dist import Ranks
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,10 @@ class Bench:
         Of the cells that are drawn, splits, heads and random twins.
     device, bf16
         ``cpu`` or ``cuda``; compute the encoders in bfloat16.
+    ranks
+        Of `pretrain.ranks.dist.start`: fine-tunings of genes are divided over them.
+    reading
+        How files are read, beside what a task says of its cells.
     """
 
     models: list[Model]
@@ -86,6 +91,8 @@ class Bench:
     seed: int
     device: str
     bf16: bool
+    ranks: Ranks | None = None
+    reading: SourceOptions = SourceOptions()
 
     def cells(
         self,
@@ -96,7 +103,8 @@ class Bench:
     ) -> TaskCells:
         """Return a task's cells for these models (`load_cells`); columns of None are none."""
         named = tuple(c for c in columns if c)
-        return load_cells(cells, named, self.models, self.data, max_cells, self.seed, change)
+        drawn = (max_cells, self.seed)
+        return load_cells(cells, named, self.models, self.data, *drawn, change, self.reading)
 
 
 @dataclass(frozen=True)
@@ -191,6 +199,7 @@ def load_cells(
     max_cells: int | None,
     seed: int,
     change: Callable[[anndata.AnnData], anndata.AnnData] | None = None,
+    reading: SourceOptions = SourceOptions(),
 ) -> TaskCells:
     """Return a task's cells: those that pass `keep`, with genes for every model, at most so many.
 
@@ -204,6 +213,8 @@ def load_cells(
         Which cells are drawn when there are more than `max_cells`.
     change
         What is done to the cells of each file before they are encoded.
+    reading
+        How files are read, but for counts, gene column and columns of obs.
 
     Raises
     ------
@@ -212,7 +223,8 @@ def load_cells(
         vocabulary, or no cell is left.
     """
     wanted = tuple(dict.fromkeys([*columns, *cells.keep]))
-    options = SourceOptions(cells.counts, cells.gene_column, wanted)
+    of_task = {"counts": cells.counts, "gene_column": cells.gene_column, "columns": wanted}
+    options = replace(reading, **of_task)
     with tempfile.TemporaryDirectory() as scratch:
         paths = _paths(cells, data, Path(scratch))
         if change is not None:

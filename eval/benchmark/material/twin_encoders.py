@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from data_prep.genes.vocabulary import Vocabulary
 from eval.benchmark.material.gene_features import embed_genes, input_embeddings
 from eval.benchmark.material.models_and_cells import Model, TaskCells
 from eval.benchmark.material.once import Once
 from eval.benchmark.scoring.gene_scores import mean_by_gene
 from eval.benchmark.task_file import Size
 from eval.finetune.classifier import Classifier, FinetuneSettings, Head, Target
+from eval.finetune.results import training_record
 from eval.finetune.training import finetune
 from eval.scores.splits import validation_cells
 from pretrain.cell_states.frozen_states import embed_cells
 from pretrain.export.model_folder import random_twin
 from pretrain.model import architectures
 from pretrain.model.architectures import Encoder
+from pretrain.ranks.dist import Ranks
+
+logger = logging.getLogger(__name__)
 
 HEAD_NAME = "label"
 _GENE_HEAD = "genes"
 # Epochs without a better validation loss; with so few epochs in all there is nothing to stop early,
-# and all training cells are used for training.
+# and all training cells are used for training. So they are where too few are left to stop by.
 _PATIENCE = 2
 
 
@@ -162,6 +170,13 @@ def train(
     def examples(chosen: np.ndarray) -> tuple[list[np.ndarray], list[Target]]:
         return [tokens[i] for i in chosen], [Target(head, labels[chosen].astype(np.int64))]
 
+    divided = None
+    if settings.patience:
+        try:
+            divided = validation_cells(cells, labels, groups, seed)
+        except ValueError as few:
+            logger.info("no early stopping: %s", few)
+            settings = replace(settings, patience=0)
     if search_trials:
         from eval.finetune.search import search
 
@@ -170,13 +185,9 @@ def train(
         settings = search(
             encoder, model.vocabulary, found, targets, settings, seed, search_trials, known, None
         )
-    if not settings.patience:
+    if divided is None:
         return finetune(encoder, model.vocabulary, *examples(cells), settings, seed)
-    try:
-        fit, held = validation_cells(cells, labels, groups, seed)
-    except ValueError:  # Too few cells of a class to divide.
-        settings = replace(settings, patience=0)
-        return finetune(encoder, model.vocabulary, *examples(cells), settings, seed)
+    fit, held = divided
     return finetune(
         encoder, model.vocabulary, *examples(fit), settings, seed, validation=examples(held)
     )
@@ -194,12 +205,52 @@ class TunedGenes:
         int [occurrences], position of the test gene; float [occurrences], its probability there.
     freeze_layers
         Layers that were not trained.
+    training
+        Its record (`eval.finetune.results.training_record`).
     """
 
     probability: np.ndarray
     gene: np.ndarray
     by_occurrence: np.ndarray
     freeze_layers: int
+    training: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class GeneTraining:
+    """How an encoder is trained on genes.
+
+    Attributes
+    ----------
+    settings
+        A model of few layers keeps one to train, whatever `freeze_layers` says.
+    folder, ranks
+        As in `eval.finetune.training.finetune`.
+    """
+
+    settings: FinetuneSettings
+    seed: int
+    folder: Path | None = None
+    ranks: Ranks | None = None
+
+    def run(
+        self,
+        encoder: Encoder,
+        vocabulary: Vocabulary,
+        cells: list[np.ndarray],
+        genes: tuple[np.ndarray, np.ndarray],
+        head: Head,
+    ) -> Classifier:
+        """Return a classifier of genes, int64 tokens and labels, trained in cells' token ids."""
+        depth = encoder.config.num_hidden_layers
+        frozen = min(self.settings.freeze_layers, depth - 1)
+        targets = np.full(vocabulary.num_tokens, -1, dtype=np.int64)
+        targets[genes[0]] = genes[1]
+        return finetune(
+            encoder, vocabulary, cells, [Target(head, targets)],
+            replace(self.settings, freeze_layers=frozen), self.seed,
+            folder=self.folder, ranks=self.ranks,
+        )  # fmt: skip
 
 
 def tune_on_genes(
@@ -209,8 +260,7 @@ def tune_on_genes(
     train: tuple[np.ndarray, np.ndarray],
     test: np.ndarray,
     classes: tuple[str, str],
-    settings: FinetuneSettings,
-    seed: int,
+    training: GeneTraining,
 ) -> TunedGenes:
     """Return predictions of test genes by an encoder that is trained on the training genes.
 
@@ -222,16 +272,12 @@ def tune_on_genes(
         int64 [training genes], their tokens and their labels.
     test
         int64 [test genes], their tokens.
-    settings
-        A model of few layers keeps one to train, whatever `freeze_layers` says.
+    training
+        How the encoder is trained.
     """
-    depth = encoder.config.num_hidden_layers
-    settings = replace(settings, freeze_layers=min(settings.freeze_layers, depth - 1))
+    head = Head(_GENE_HEAD, "genes", classes)
+    classifier = training.run(encoder, model.vocabulary, cells, train, head)
     num_tokens = model.vocabulary.num_tokens
-    targets = np.full(num_tokens, -1, dtype=np.int64)
-    targets[train[0]] = train[1]
-    target = Target(Head(_GENE_HEAD, "genes", classes), targets)
-    classifier = finetune(encoder, model.vocabulary, cells, [target], settings, seed)
     wanted = np.zeros(num_tokens, dtype=bool)
     wanted[test] = True
     predictions = classifier.predict_genes(cells, _GENE_HEAD, wanted)
@@ -239,4 +285,5 @@ def tune_on_genes(
     place[test] = np.arange(len(test))
     gene, by_occurrence = place[predictions.token], predictions.probabilities[:, 1]
     probability = mean_by_gene(gene, by_occurrence, len(test))
-    return TunedGenes(probability, gene, by_occurrence, settings.freeze_layers)
+    frozen = classifier.settings.freeze_layers
+    return TunedGenes(probability, gene, by_occurrence, frozen, training_record(classifier))

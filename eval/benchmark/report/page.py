@@ -41,6 +41,7 @@ from eval.drawing.plot import (
     as_svg,
     benchmark_style,
 )
+from eval.drawing.tables import format_steps
 from eval.scores.metrics import CONFIDENCE
 
 REPORT_NAME, PLOTS_FOLDER = "report.html", "plots"
@@ -138,6 +139,9 @@ def print_results(results: dict[str, Any], console: Console | None = None) -> No
         console.print(f"control failed, not counted: {', '.join(failed)}", style="bold red")
     for skipped in results["skipped"]:
         console.print(f"skipped: {skipped['name']}: {skipped['reason']}", highlight=False)
+    for task in results["tasks"]:
+        for remark in task.get("remarks", []):
+            console.print(f"{task['name']}: {remark}", highlight=False)
     for conclusion in conclusions(results):
         console.print(f"{conclusion['model']}: {conclusion['sentence']}", highlight=False)
 
@@ -232,6 +236,7 @@ def _task(task: dict[str, Any], models: list[str], figures: list[dict[str, str]]
             "values": [format_mean(row["scores"].get(s)) for s in scores],
             "over_genes": _range(over_genes.get(row["name"])),
             "folds": row["folds"],
+            "steps": format_steps(row),
             "seconds": f"{row['seconds']:.1f}",
         }
         for row in task["summary"]
@@ -243,6 +248,7 @@ def _task(task: dict[str, Any], models: list[str], figures: list[dict[str, str]]
         "verdict_rows": [_verdict(v, models) for v in task["verdicts"]],
         "control": control_state(task),
         "figures": figures,
+        "remarks": task.get("remarks", []),  # older results have none
         "side_by_side": _side_by_side(task, models) if len(models) > 1 else [],
         "wrong_genes": _wrong_genes(task, models),
         "skipped": task["details"].get("skipped", {}),

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from data_prep.drawing import new_figure
-from eval.benchmark.contest.verdicts import state_of
+from eval.benchmark.contest.verdicts import FINE_TUNED, state_of
 from eval.benchmark.report.overview import main_of, overview_rows, score_label
+from eval.drawing.curves import draw_curves
 from eval.drawing.plot import INK, ROLE_COLOURS, ROLE_NAMES, Plot
 
 STATE_COLOURS = {
@@ -81,8 +82,23 @@ def task_plots(task: dict[str, Any], models: list[str]) -> list[Plot]:
         "context": [_score_plot, _roc_plot],
         "attention": [_score_plot, _heads_plot, _roc_plot],
     }
-    plots = (make(task, models) for make in makers.get(task["kind"], [_score_plot]))
+    chosen = [*makers.get(task["kind"], [_score_plot]), _training_plot]
+    plots = (make(task, models) for make in chosen)
     return [plot for plot in plots if plot is not None]
+
+
+def _training_plot(task: dict[str, Any], models: list[str]) -> Plot | None:
+    trainings, colours = {}, {}
+    for row in task["summary"]:
+        records = [o["details"].get("training") for o in outcomes_of(task, row)]
+        # Of few-shot curves only the scores are shown.
+        if row["contender"] == FINE_TUNED and all(records):
+            name = short_name(row["name"], models)
+            trainings[name], colours[name] = records, ROLE_COLOURS[row["role"]]
+    if not trainings:
+        return None
+    caption = "Loss of every fold's training by optimizer step"
+    return Plot("training", caption, draw_curves(trainings, colours))
 
 
 def shown_contenders(task: dict[str, Any], models: list[str]) -> list[dict[str, Any]]:
