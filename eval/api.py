@@ -20,6 +20,7 @@ from eval.perturb.screen.cells_and_genes import CellChoice, GeneChoice, States
 from eval.perturb.screen.edits import Edit
 from eval.perturb.screen.settings import EngineSettings, ModelChoice, Screen
 from eval.probe.settings import ProbeSettings
+from eval.saturate.settings import SaturateOptions
 
 if TYPE_CHECKING:
     import anndata
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
 __all__ = [
     "AttentionOptions", "BenchmarkOptions", "CellChoice", "Edit", "EmbedOptions", "EngineSettings",
     "FinetuneGenesOptions", "FinetuneOptions", "FinetuneSettings", "GeneChoice", "ModelChoice",
-    "OwnTask", "ProbeSettings", "Screen", "SourceOptions", "States", "attention", "benchmark",
-    "embed", "embed_cells", "finetune", "finetune_genes", "perturb", "predict", "predict_genes",
-    "probe", "report", "simulate",
+    "OwnTask", "ProbeSettings", "SaturateOptions", "Screen", "SourceOptions", "States", "attention",
+    "benchmark", "embed", "embed_cells", "finetune", "finetune_genes", "perturb", "predict",
+    "predict_genes", "probe", "report", "saturate", "simulate",
 ]  # fmt: skip
 
 
@@ -303,6 +304,27 @@ def benchmark(
     from eval.benchmark.cli import run_tasks
 
     return run_tasks([Path(m) for m in models], Path(out), options, own)[0]
+
+
+def saturate(
+    shards: Path | str,
+    out: Path | str,
+    config: str = "geneloom_tiny",
+    overrides: Sequence[str] = (),
+    options: SaturateOptions = SaturateOptions(),
+    reading: SourceOptions = SourceOptions(),
+) -> dict[str, Any]:
+    """Return what growing shares of a corpus bring, as ``geneloom saturate``; `out` goes on.
+
+    Errors as of `eval.saturate.run.saturate`; `reading` is of the cells to probe.
+
+    Examples
+    --------
+    >>> saturate("shards", "saturation", overrides=["run.max_steps=500"])["words"]
+    """
+    from eval.saturate.run import saturate as measure
+
+    return measure(shards, Path(out), config, overrides, options, reading)
 
 
 def simulate(out: Path | str, perturb: str = "all", **settings: Any) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def attention_command(
 @spread
 def report_command(
     folder: Annotated[
-        Path, typer.Argument(help="of prepare, pretrain, finetune, perturb or benchmark")
+        Path, typer.Argument(help="of prepare, pretrain, finetune, perturb, benchmark or saturate")
     ],
     out: Annotated[Path | None, typer.Option(help="HTML file [FOLDER/report.html]")] = None,
     scores: Annotated[

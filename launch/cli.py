@@ -32,6 +32,7 @@ VERBS = {
     "runs": ("launch.runs", "runs_command", "what lies in a folder, and how far it is"),
     "stop": ("launch.stop", "stop_command", "end a run, and what is left of it, on all its hosts"),
     "doctor": ("launch.doctor", "doctor_command", "can these hosts train together, and how fast"),
+    "saturate": ("eval.saturate.cli", "saturate_command", "does more data pay? growing shares"),
     "export": ("pretrain.cli", "export_command", "checkpoint -> Hugging Face folder"),
     "embed": ("eval.cli", "embed_command", "cells -> embeddings in an h5ad"),
     "probe": ("eval.probe.cli", "probe_command", "frozen cells beside what counting knows"),

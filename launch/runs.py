@@ -108,6 +108,9 @@ def look_at(folder: Path, now: float) -> Run | None:
     if stage == "finetune":
         done, age = len(record["seeds"]), _age(folder / "results.json", now)
         return Run(str(folder), stage, "finished", done, done, "seeds", age_s=age)
+    if stage == "saturate":
+        done, age = len(record["sizes"]), _age(folder / "results.json", now)
+        return Run(str(folder), stage, "finished", done, done, "sizes", age_s=age)
     if (folder / PARTIAL).is_dir():
         files = (folder / PARTIAL, *(folder / PARTIAL).glob("*"))
         age = min(_age(path, now) for path in files)

@@ -72,7 +72,7 @@ def resolved(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     from pretrain.start.warm_start import describe, start_weights
 
     ds_config = derive_ds_config(config)
-    shards = ShardSet(config.data.shards, config.data.cache)
+    shards = ShardSet(config.data.shards, config.data.cache, share=config.data.share)
     budget, subset = config.batch.tokens_per_step, config.masking.subset
     plan = EpochPlan(shards, "train", config.run.seed, budget, subset)
     steps = config.run.total_steps(plan.steps_per_epoch)

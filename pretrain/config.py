@@ -28,6 +28,13 @@ class DataConfig(Section):
     cache: Path | None = Field(
         default=None, description="folder for a local copy of what is read from a URL"
     )
+    share: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="of the training cells that the run uses, chosen by hash: those of a smaller "
+        "share are among them",
+    )
     on_damage: Literal["stop", "quarantine"] = Field(
         default="stop",
         description="a block with a wrong checksum: stop, or leave its cells out and count them",
@@ -391,6 +398,7 @@ class RunConfig(Section):
             "model": self.model.decisive(),
             "masking": self.masking.decisive(),
             # Older versions had these defaults, and their records do not name these settings.
+            "data": self.data.model_dump(include={"share"}, exclude_defaults=True),
             "objective": self.objective.model_dump(exclude_defaults=True),
             "batch": self.batch.model_dump(include={"tokens_per_step"}),
             # A value of None means that the setting does not apply; older records do not contain

@@ -24,12 +24,8 @@ from pretrain.config import RunConfig
 from pretrain.device import Computing
 from pretrain.ds_config import derive_ds_config
 from pretrain.engine import Engine
-from pretrain.measure.heldout import (
-    Heldout,
-    heldout_evaluation,
-    heldout_history,
-    log_heldout,
-)
+from pretrain.measure.heldout import Heldout, heldout_evaluation, log_heldout
+from pretrain.measure.loss_curve import heldout_history
 from pretrain.measure.metrics import RunLog, console_line, meter_of, read_metrics
 from pretrain.measure.not_finite import Skips, stop_not_finite
 from pretrain.measure.step_loss import StepLoss

@@ -21,7 +21,7 @@ from tests.synthetic import make_shards
 # Others print a sentence, a path, or nothing.
 TABLES = {
     "prepare", "check", "inspect", "verify", "pretrain", "plan", "runs", "finetune cells",
-    "finetune genes",    "benchmark", "simulate", "perturb-report", "doctor", "probe",
+    "finetune genes", "benchmark", "simulate", "perturb-report", "doctor", "probe", "saturate",
 }  # fmt: skip
 
 

@@ -32,9 +32,9 @@ ROOMS = {
         doctor stop cli | ways | attempts | hosts verbs runs environment
     """,
     "eval": """
-        perturb.__main__ finetune.__main__ | cli api | benchmark.cli perturb.cli probe
+        perturb.__main__ finetune.__main__ | cli api | saturate | benchmark.cli perturb.cli probe
         benchmark.run benchmark.finetune_genes | benchmark.kinds report | benchmark.matched
-        benchmark.report
+        benchmark.report saturate.report
         benchmark.contest benchmark.own_task perturb.report | perturb.effects benchmark.material
         perturb.screen | finetune | cells simulate | drawing owning benchmark.neighbours
         benchmark.scoring benchmark.outcome benchmark.task_file | scores options

@@ -211,7 +211,7 @@ def remarks_of(
 ) -> dict[int, tuple[int, str]]:
     """Return the remarks of a run that evaluates every 10 steps, by step."""
 
-    from pretrain.measure.heldout import curve_remark
+    from pretrain.measure.loss_curve import curve_remark
 
     history = [(10 * (i + 1), loss) for i, loss in enumerate(losses)]
     found = {history[i][0]: curve_remark(history[: i + 1], bars, total_steps, 0.25)
@@ -284,7 +284,7 @@ def test_a_lost_number_is_a_loss_above_everything():
 
 
 def test_a_resumed_run_repeats_no_remark(tmp_path):
-    from pretrain.measure.heldout import curve_remark, heldout_history
+    from pretrain.measure.loss_curve import curve_remark, heldout_history
     from pretrain.measure.metrics import RunLog, read_metrics
 
     log = RunLog(tmp_path, 0)

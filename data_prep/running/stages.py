@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-Stage = Literal["prepare", "pretrain", "finetune", "perturb", "benchmark"]
+Stage = Literal["prepare", "pretrain", "finetune", "perturb", "benchmark", "saturate"]
 # For each command: the file to read, and the beginning of its entry "format".
 _FORMATS: dict[Stage, tuple[str, str]] = {
     "prepare": ("manifest.json", "geneloom-shards/"),
     "perturb": ("manifest.json", "geneloom-perturb/"),
     "benchmark": ("results.json", "geneloom-benchmark/"),
+    "saturate": ("results.json", "geneloom-saturation/"),
     "finetune": ("results.json", "geneloom-finetune/"),
 }
 

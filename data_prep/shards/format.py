@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -33,6 +33,8 @@ READABLE_FORMATS = ("geneloom-shards/1", SHARD_FORMAT)
 MANIFEST_NAME, INDEX_NAME, VOCABULARY_NAME = "manifest.json", "index.parquet", "vocabulary.json"
 STATISTICS_NAME = "statistics.json"
 SPLITS = ("train", "heldout")
+# The golden ratio: multiples of it, without their whole part, are spread evenly over 0..1.
+_SPREAD = 0.6180339887498949
 INDEX_SCHEMA = pa.schema(
     [
         ("split", pa.int8()),
@@ -109,11 +111,14 @@ def parse_manifest(text: bytes, path: str | Path) -> dict:
     return manifest
 
 
-def lay_out(manifest: dict) -> tuple[list[tuple[str, BucketExtent]], np.ndarray]:
+def lay_out(
+    manifest: dict, share: float = 1.0
+) -> tuple[list[tuple[str, BucketExtent]], np.ndarray]:
     """Return the extents of all buckets and the first block of each tar, from the manifest alone.
 
     The extents are pairs (split, extent) in the order of cell numbers. All blocks of a bucket
-    except the last are full, so nothing else has to be read.
+    except the last are full, so nothing else has to be read. With a share, the extents of the train
+    split hold so many of their cells, and those that would hold none are left out.
     """
     block_cells = manifest["settings"]["block_cells"]
     tars: dict[tuple[str, int], list[int]] = {}
@@ -129,4 +134,24 @@ def lay_out(manifest: dict) -> tuple[list[tuple[str, BucketExtent]], np.ndarray]
         first_block += extent.num_blocks
     blocks = (-(-shard["cells"] // block_cells) for shard in manifest["shards"])
     first_blocks = np.fromiter(accumulate(blocks, initial=0), np.int64)[:-1]
-    return extents, first_blocks
+    if share == 1:
+        return extents, first_blocks
+    train = [e for split, e in extents if split == "train"]
+    shown = [(split, _share_of(e, share, train) if split == "train" else e) for split, e in extents]
+    return [(split, e) for split, e in shown if e.num_cells], first_blocks
+
+
+def _share_of(extent: BucketExtent, share: float, buckets: list[BucketExtent]) -> BucketExtent:
+    """Return the first cells of a bucket, a share of them.
+
+    The cells of a bucket are in the order of their shuffle keys, which are hashes. So its first
+    cells are a random choice, and a smaller share is a part of a larger one. Its place among the
+    `buckets` decides whether a part of a cell is rounded up, so that small buckets together have
+    their share.
+    """
+    round_up = (buckets.index(extent) + 1) * _SPREAD % 1
+    cells = int(share * extent.num_cells + round_up)
+    is_one_tar = cells <= extent.run_cells
+    return replace(
+        extent, num_cells=cells, run_cells=extent.block_cells if is_one_tar else extent.run_cells
+    )

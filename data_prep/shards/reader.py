@@ -6,6 +6,7 @@ returns one block by its number, and `iter_blocks` yields all blocks of a split.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -82,12 +83,16 @@ class ShardSet:
     retry_pauses_s
         For a URL: seconds to wait after each temporary failure. After the last pause, another
         failure raises an error.
+    share
+        Share of the training cells that this object shows, above 0 to 1: those with the smallest
+        shuffle keys of each bucket. A smaller share is a part of a larger one. The fingerprint
+        names the share if it is below 1; numbers of cells and blocks stay what they are.
 
     Raises
     ------
     ValueError
-        There is no manifest, it has another format, its index or vocabulary do not belong to it, or
-        a URL is given without a cache.
+        There is no manifest, it has another format, its index or vocabulary do not belong to it, a
+        URL is given without a cache, or the share leaves no training cell.
     ConnectionError
         The URL could not be read.
     """
@@ -97,8 +102,9 @@ class ShardSet:
         location: str | Path,
         cache: Path | None = None,
         retry_pauses_s: Sequence[float] = RETRY_PAUSES_S,
+        share: float = 1.0,
     ) -> None:
-        self.location = location
+        self.location, self.share = location, share
         self._cache: ShardCache | None = None
         if "://" in str(location):
             # Imported only if there is a URL: importing network libraries takes a third of a
@@ -112,17 +118,33 @@ class ShardSet:
             self.manifest = _read_manifest(self.folder)
         self._open_files = OpenFiles()
         try:
-            self._extents, self._first_blocks = lay_out(self.manifest)
+            self._extents, self._first_blocks = lay_out(self.manifest, share)
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"{location}: {MANIFEST_NAME} is incomplete or edited ({error!r})"
             ) from error
+        self._cut = self._cut_blocks() if share != 1 else {}
         self.vocabulary: Vocabulary = self._load_vocabulary()
         self.index = IndexColumns(self._find_index())
         # The columns that every block needs are read now, before threads or forks exist, so that
         # all of them share the columns.
         for name in _PLACE:
             self.index[name]
+
+    def _cut_blocks(self) -> dict[int, int]:
+        """Return for each block that only a part of its cells is shown of how many; or raise."""
+        whole = {e.first_block: e.num_cells for _, e in lay_out(self.manifest)[0]}
+        train = self.extents("train")
+        if not 0 < self.share <= 1 or not train:
+            raise ValueError(
+                f"{self.location}: a share of {self.share} of the training cells leaves none, or "
+                "is no share; give a number above 0 and at most 1"
+            )
+        return {
+            e.first_block + e.num_blocks - 1: e.num_cells - (e.num_blocks - 1) * e.block_cells
+            for e in train
+            if e.num_cells < whole[e.first_block]
+        }
 
     def _load_vocabulary(self) -> Vocabulary:
         wanted = self.manifest["vocabulary_sha256"]
@@ -166,7 +188,11 @@ class ShardSet:
 
     @property
     def fingerprint(self) -> str:
-        return self.manifest["fingerprint"]
+        """Hash of everything that decides the cells that are shown, and their order."""
+        whole = self.manifest["fingerprint"]
+        if self.share == 1:
+            return whole
+        return hashlib.sha256(f"{whole} share {self.share!r}".encode()).hexdigest()
 
     @property
     def num_cells(self) -> int:
@@ -186,6 +212,13 @@ class ShardSet:
             if extent.length == bucket_length:
                 return np.arange(extent.first_block, extent.first_block + extent.num_blocks)
         return np.arange(0)
+
+    def cells_of_blocks(self, numbers: np.ndarray) -> np.ndarray:
+        """Return int64 [blocks], how many cells `read_block` gives of each of these blocks."""
+        cells = np.asarray(self.index["cells"])[numbers].astype(np.int64)
+        for block, kept in self._cut.items():
+            cells[np.asarray(numbers) == block] = kept
+        return cells
 
     def read_block(self, number: int) -> Block:
         """Return the decoded cells of one block; its number is a row of the index.
@@ -210,9 +243,11 @@ class ShardSet:
         if payload is None:
             raise self._damaged(number, shard, offset)
         batch = pa.ipc.open_stream(pa.py_buffer(payload)).read_next_batch()
+        if number in self._cut:
+            batch = batch.slice(0, self._cut[number])
         lists = batch.column("input_ids")
         offsets = np.asarray(lists.offsets, dtype=np.int64)
-        return Block(np.asarray(lists.values), offsets, batch)
+        return Block(np.asarray(lists.values)[: offsets[-1]], offsets, batch)
 
     def _read_local(self, tar: str, offset: int, size: int, crc32: int) -> bytes | None:
         path = self.folder / tar

@@ -17,6 +17,7 @@ from pretrain.export.model_folder import (
     folder_cell_state,
     load_checkpoint,
     load_exported,
+    trained_share,
 )
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ class ProbedModel:
     sources: tuple[str, ...]
     loaders: tuple[tuple[int | None, Callable[[], Any]], ...]
     state: CellState | None = None
+    # Of the training cells of its shards.
+    share: float = 1.0
 
     @property
     def name(self) -> str:
@@ -71,20 +74,24 @@ def open_probed(
     content = json.loads(record.read_text()) if record.exists() else {}
     names = tuple(source["name"] for source in content.get("sources", []))
     state = folder_cell_state(folder, found)
-    return ProbedModel(folder, found, names, ((content.get("step"), lambda: network),), state)
+    share = trained_share(content) if "recipe" in content else 1.0
+    loader = content.get("step"), lambda: network
+    return ProbedModel(folder, found, names, (loader,), state, share)
 
 
 def _open_run(run: Path, step: checkpoint.Which) -> ProbedModel:
-    loaders = []
+    loaders, share = [], 1.0
     folders = sorted((run / "checkpoints").glob("step-*"))
     for folder in [checkpoint.find(run, step).folder] if step is not None else folders:
         if problem := checkpoint.damage(folder):
             logger.warning("checkpoint %s is skipped: %s", folder, problem)
             continue
         found = checkpoint.open_checkpoint(folder)
+        share = trained_share(found.record)
         loaders.append((found.step, lambda found=found: load_checkpoint(run, found)))
     if not loaders:
         raise ValueError(f"{run}: has no complete checkpoint to probe")
     manifest = json.loads((run / "shards_manifest.json").read_text())
     names = tuple(source["name"] for source in manifest["sources"])
-    return ProbedModel(run, load_vocabulary(run / "vocabulary.json"), names, tuple(loaders))
+    vocabulary = load_vocabulary(run / "vocabulary.json")
+    return ProbedModel(run, vocabulary, names, tuple(loaders), share=share)

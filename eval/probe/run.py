@@ -137,7 +137,7 @@ def main_contender(record: dict[str, Any]) -> str:
 
 
 def _open_shards(folder: Path, probed: ProbedModel) -> ShardSet:
-    opened = ShardSet(folder)
+    opened = ShardSet(folder, share=probed.share)
     if opened.vocabulary.sha256 != probed.vocabulary.sha256:
         raise ValueError(
             f"--shards {folder}: vocabulary {opened.vocabulary.sha256[:12]}, the model has "

@@ -46,7 +46,7 @@ def write_stage_report(
     if stage is None:
         raise ValueError(
             f"{folder}: nothing to report on; expected a folder of `geneloom prepare`, `pretrain`, "
-            "`finetune`, `perturb` or `benchmark`"
+            "`finetune`, `perturb`, `benchmark` or `saturate`"
         )
     out = out or folder / REPORT_NAME
     if not out.suffix:
@@ -79,6 +79,10 @@ def _page(stage: str, record: dict, folder: Path) -> str:
         from eval.report.run_page import scores_page
 
         return scores_page(folder)
+    if stage == "saturate":
+        from eval.saturate.report.page import saturation_page
+
+        return saturation_page(record)
     if stage == "benchmark":
         from eval.benchmark.report.page import benchmark_page
 

@@ -206,7 +206,7 @@ def some_training_cells(shards: ShardSet, number: int) -> list[np.ndarray]:
     if not extents:
         return []
     blocks = np.concatenate([shards.block_numbers("train", e.length) for e in extents])
-    sizes = np.asarray(shards.index["cells"])[blocks]
+    sizes = shards.cells_of_blocks(blocks)
     wanted = min(number, int(sizes.sum()))
     chosen = np.arange(len(blocks))
     if len(blocks) > _MOST_BLOCKS:

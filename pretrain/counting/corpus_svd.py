@@ -227,7 +227,7 @@ def _count(
     return {
         "components": np.ascontiguousarray(vectors, dtype=np.float32),
         "singular_values": np.sqrt(values).astype(np.float32),
-        "cells": np.array([shards.index["cells"][read].sum()]),
+        "cells": np.array([shards.cells_of_blocks(read).sum()]),
         "residual": np.array([residual]),
     }
 
@@ -297,7 +297,7 @@ class RankWeights:
         blocks_of_a_group = max(1, _GROUP_CELLS // shards.manifest["settings"]["block_cells"])
         cuts = range(blocks_of_a_group, len(numbers), blocks_of_a_group)
         self._groups = np.split(numbers, cuts)
-        self.num_cells = int(shards.index["cells"][numbers].sum())
+        self.num_cells = int(shards.cells_of_blocks(numbers).sum())
 
     def gram(self, vectors: np.ndarray) -> np.ndarray:
         """Return float64 [tokens, columns]: transposed matrix times matrix times `vectors`."""

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from data_prep.files import complete_folder, file_sha256, require_new
 from data_prep.genes.vocabulary import Vocabulary, load_vocabulary, open_vocabulary
+from data_prep.shards.format import lay_out
 from data_prep.shards.reader import ShardSet
 from pretrain.cell_states.cell_state import FILE_NAME as STATE_NAME
 from pretrain.cell_states.cell_state import NUM_CELLS, CellState, fit_cell_state
@@ -91,8 +92,10 @@ def export(
         write_vocabulary(partial, vocabulary)
         if svd := CorpusSvd.found_in(run, vocabulary):
             svd.save(partial)
-        state = _write_cell_state(partial, run, bert, vocabulary, shards, state_cells, device)
         record = export_record(run, last)
+        state = _write_cell_state(
+            partial, run, bert, vocabulary, shards, state_cells, device, trained_share(record)
+        )
         if record["prior"]:
             ArithmeticPrior.load(run, vocabulary).save(partial)
         (partial / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n")
@@ -108,6 +111,7 @@ def _write_cell_state(
     shards: Path | str | None,
     cells: int,
     device: str,
+    share: float,
 ) -> str:
     """Write the cell state of a model into its folder; return a part of a sentence."""
     if cells == 0:
@@ -116,7 +120,7 @@ def _write_cell_state(
     try:
         if "://" in location:
             raise ValueError(f"{location}: is a URL, a folder is needed")
-        opened = ShardSet(location)
+        opened = ShardSet(location, share=share)
         if opened.vocabulary.sha256 != vocabulary.sha256:
             raise ValueError(
                 f"{location}: vocabulary {opened.vocabulary.sha256[:12]}, the run has "
@@ -345,8 +349,17 @@ def export_record(run: Path, last: checkpoint.Checkpoint) -> dict[str, Any]:
         "heldout": heldout[-1] if heldout else None,
         "environment": {k: environment[k] for k in _PUBLISHED if k in environment},
         "sources": [{k: s[k] for k in ("name", "cells_kept")} for s in manifest["sources"]],
-        "train_cells": sum(b["cells"] for b in manifest["buckets"] if b["split"] == "train"),
+        "train_cells": sum(
+            extent.num_cells
+            for split, extent in lay_out(manifest, trained_share(last.record))[0]
+            if split == "train"
+        ),
     }
+
+
+def trained_share(record: dict[str, Any]) -> float:
+    """Return the share of the training cells that a checkpoint or an exported model was made of."""
+    return record["recipe"].get("data.share", 1.0)
 
 
 def _without_path(init: dict | None) -> dict | None:

@@ -7,7 +7,6 @@ and `log_heldout` logs the result, with a remark on the curve of held-out losses
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +40,7 @@ from pretrain.measure.heldout_sums import (
     CellDatasets,
     HeldoutSums,
 )
+from pretrain.measure.loss_curve import curve_remark
 from pretrain.measure.metrics import RunLog
 from pretrain.objective.cell_objective import CellTargets
 from pretrain.objective.masking import EVALUATION_MASKING, NO_LABEL
@@ -55,8 +55,6 @@ EVALUATION_SEED = 0
 EVALUATION_TOKENS = 16_384
 BEYOND = f"beyond_{ARITHMETIC}"
 UNIGRAM = "unigram"
-# Cells and masks are always the same, so a loss this far above the lowest one is no noise.
-_TOLERANCE = 0.02
 
 
 class HeldoutEvaluation:
@@ -91,6 +89,9 @@ class HeldoutEvaluation:
             cells += plan.step(steps).num_cells
             steps += 1
         self._num_steps, self.num_cells = steps, cells
+        self._cells = np.sort(np.concatenate([plan.cells(plan.step(i)) for i in range(steps)]))
+        # The last scores of each cell, by name of a column.
+        self.of_cells: dict[str, np.ndarray] = {}
         self._lengths = shards.bucket_lengths("heldout")
         self.expect_below_baseline_by = config.evaluation.expect_below_baseline_by
         self.asks_genes = config.objective.gene_weight > 0
@@ -138,7 +139,7 @@ class HeldoutEvaluation:
                 yield bucket, micro
 
     def _no_sums(self) -> HeldoutSums:
-        return HeldoutSums(len(self._lengths), len(self._datasets.names))
+        return HeldoutSums(len(self._lengths), len(self._datasets.names), self._cells)
 
     def _score_baselines(self, baselines: Baselines) -> dict[str, dict[str, Any]]:
         sums = {name: self._no_sums() for name in baselines.names}
@@ -146,12 +147,14 @@ class HeldoutEvaluation:
             hidden = _Hidden.of(micro, self._datasets)
             scores = baselines.scores(_masked_rows(micro, hidden.labels), hidden.ranks)
             for name, total in sums.items():
-                total.add(bucket, hidden.ranks, hidden.datasets, *scores[name])
+                total.add(bucket, hidden.ranks, hidden.datasets, hidden.cells, *scores[name])
             if micro.targets:
                 # The other baselines use the rank of each hidden gene, which the mean of a cell
                 # does not contain.
                 sums[UNIGRAM].add_cells(hidden.means_of_cells(micro.targets, scores[UNIGRAM][0]))
-        return {name: self._result(total) for name, total in sums.items()}
+        found = {name: self._result(total) for name, total in sums.items()}
+        self.of_cells = {f"baseline_{n}": total.losses_of_cells() for n, total in sums.items()}
+        return found
 
     def run(
         self, model: torch.nn.Module, on_batch: Callable[[], None] = lambda: None
@@ -183,13 +186,17 @@ class HeldoutEvaluation:
             if last:
                 self._add(sums, *last)
         model.train(was_training)
-        return self._result(sums)
+        result = self._result(sums)
+        genes = sums.by_cell[0].astype(np.int64)
+        first = {"cell": sums.numbers, "genes": genes, "loss": sums.losses_of_cells()}
+        self.of_cells = first | {k: v for k, v in self.of_cells.items() if k not in first}
+        return result
 
     def _add(self, sums: HeldoutSums, bucket: int, micro: MicroBatch, scored: _OnItsWay) -> None:
         losses, places, *of_cells = scored.numbers()
         hidden = _Hidden.of(micro, self._datasets)
         scores = (part[hidden.is_real] for part in (losses, places))
-        sums.add(bucket, hidden.ranks, hidden.datasets, *scores)
+        sums.add(bucket, hidden.ranks, hidden.datasets, hidden.cells, *scores)
         if micro.targets:
             sums.add_cells(of_cells[0][micro.targets.scored_rows.numpy()])
 
@@ -201,7 +208,7 @@ class HeldoutEvaluation:
 
 @dataclass(frozen=True)
 class _Hidden:
-    """The hidden genes of a micro-batch: labels, relative ranks, data set numbers, all [H].
+    """The hidden genes of a micro-batch: labels, relative ranks, data sets and cells, all [H].
 
     `is_real` bool [M] tells which of the micro-batch's hidden-gene entries are not filler.
     """
@@ -210,13 +217,15 @@ class _Hidden:
     labels: np.ndarray
     ranks: np.ndarray
     datasets: np.ndarray
+    cells: np.ndarray
 
     @staticmethod
     def of(micro: MicroBatch, datasets: CellDatasets) -> _Hidden:
         is_real = micro.labels.numpy() != NO_LABEL
         rows = micro.masked_places.numpy()[is_real] // micro.input_ids.shape[1]
         labels, ranks = micro.labels.numpy()[is_real], micro.relative_ranks.numpy()[is_real]
-        return _Hidden(is_real, labels, ranks, datasets.of(micro.cells[rows]))
+        cells = micro.cells[rows]
+        return _Hidden(is_real, labels, ranks, datasets.of(cells), cells)
 
     def means_of_cells(self, targets: CellTargets, losses: np.ndarray) -> np.ndarray:
         """Return the mean loss of each scored cell, from the losses [H] of its hidden genes."""
@@ -393,12 +402,6 @@ def heldout_line(
     )
 
 
-def heldout_history(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
-    """Return (step, loss) of the evaluations in a run's records; a loss of None is infinite."""
-    heldout = (m for m in records if m["kind"] == "heldout")
-    return [(m["step"], math.inf if m["loss"] is None else m["loss"]) for m in heldout]
-
-
 def log_heldout(
     log: RunLog,
     history: list[tuple[int, float]],
@@ -422,79 +425,8 @@ def log_heldout(
     remark = None
     if evaluation.asks_genes:
         remark = curve_remark(history, bars, steps, evaluation.expect_below_baseline_by)
+    log.write_heldout_cells(step, evaluation.of_cells)
     log.write("heldout", step, heldout_record(result, evaluation, remark[1] if remark else None))
     logger.info("%s", heldout_line(step, steps, result, evaluation))
     if remark:
         logger.log(*remark)
-
-
-def curve_remark(
-    history: list[tuple[int, float]],
-    baselines: dict[str, float],
-    total_steps: int,
-    expected_by: float,
-) -> tuple[int, str] | None:
-    """Return (logging level, text) if something new begins at the last evaluation, else None.
-
-    A state that continues is not reported again. The remark is a function of the curve alone, so a
-    resumed run makes the same remarks.
-
-    Parameters
-    ----------
-    history
-        (step, held-out loss) of all evaluations, in order; at least one.
-    baselines
-        Held-out losses that the model should beat.
-    expected_by
-        Share of `total_steps` after which a loss that was never below them causes a warning.
-    """
-    step = history[-1][0]
-    losses = [loss if math.isfinite(loss) else math.inf for _, loss in history]
-    bar, best, known, unknown = _bar(baselines)
-    is_below = [loss < bar for loss in losses]
-    if is_below[-1] and not any(is_below[:-1]):
-        return logging.INFO, (
-            f"step {step}: held-out loss {losses[-1]:.4f} is below {best} for the first time, by "
-            f"{bar - losses[-1]:.4f}; {known}"
-        )
-    warnings = []
-    is_due = [at >= expected_by * total_steps for at, _ in history]
-    if not any(is_below) and is_due[-1] and not any(is_due[:-1]):
-        warnings.append(
-            f"after {step / total_steps:.0%} of the steps the held-out loss {losses[-1]:.4f} has "
-            f"not been below {best}: {unknown}. Look at "
-            "optim.learning_rate, optim.warmup_steps and the number of training cells"
-        )
-    if not is_below[-1] and any(is_below[-2:]):
-        warnings.append(f"the held-out loss has risen to {losses[-1]:.4f}, above {best} again")
-    if _is_diverging(losses) and not _is_diverging(losses[:-1]):
-        lowest = min(range(len(losses)), key=losses.__getitem__)
-        warnings.append(
-            f"the held-out loss {losses[-1]:.4f} is {losses[-1] / losses[lowest] - 1:.1%} above "
-            f"its lowest ({losses[lowest]:.4f} in step {history[lowest][0]}): the run diverges or "
-            "overfits"
-        )
-    return (logging.WARNING, f"step {step}: " + "; ".join(warnings)) if warnings else None
-
-
-def _bar(baselines: dict[str, float]) -> tuple[float, str, str, str]:
-    """Return the loss to beat, its name, and what a loss below or above it means."""
-    if ARITHMETIC in baselines:
-        bar = baselines[ARITHMETIC]
-        return (
-            bar,
-            f"counting ({ARITHMETIC}, {bar:.4f})",
-            "from here on the model knows more than medians and frequencies tell",
-            "the model has learned less than counting tells, without learning",
-        )
-    name, bar = min(baselines.items(), key=lambda item: item[1])
-    return (
-        bar,
-        f"the best baseline ({name}, {bar:.4f})",
-        "from here on the model uses more than a gene's own rank",
-        "the model knows no more than each gene's rank",
-    )
-
-
-def _is_diverging(losses: list[float]) -> bool:
-    return len(losses) > 0 and losses[-1] > min(losses) * (1 + _TOLERANCE)

@@ -50,28 +50,34 @@ class HeldoutSums:
 
     ``cells`` float64 [buckets, deciles, 1 + scores]. ``datasets`` float64 [data sets, 1 + scores].
     ``cell_loss`` float64 [2]: the number of cells and the sum of their losses in the cell
-    objective.
+    objective. ``by_cell`` float64 [2, cells]: the number of hidden genes of each held-out cell, and
+    the sum of their losses; the numbers of these cells are `numbers`, ascending.
     """
 
-    def __init__(self, num_buckets: int, num_datasets: int) -> None:
+    def __init__(self, num_buckets: int, num_datasets: int, numbers: np.ndarray) -> None:
         self.cells = np.zeros((num_buckets, RANK_DECILES, 1 + len(SCORES)))
         self.datasets = np.zeros((num_datasets, 1 + len(SCORES)))
         self.cell_loss = np.zeros(2)
+        self.numbers, self.by_cell = numbers, np.zeros((2, len(numbers)))
 
     def add(
         self,
         bucket: int,
         ranks: np.ndarray,
         datasets: np.ndarray,
+        cells: np.ndarray,
         losses: np.ndarray,
         places: np.ndarray,
     ) -> None:
-        """Add hidden genes of one bucket: relative ranks, data set numbers, scores, all [H]."""
+        """Add hidden genes of one bucket: ranks, numbers of data set and cell, scores, all [H]."""
         decile = np.minimum((ranks * RANK_DECILES).astype(np.int64), RANK_DECILES - 1)
         columns = (np.ones(len(losses)), losses, places == 0, places < TOP_GUESSES)
         for number, column in enumerate(columns):
             self.cells[bucket, :, number] += np.bincount(decile, column, RANK_DECILES)
             self.datasets[:, number] += np.bincount(datasets, column, len(self.datasets))
+        rows = np.searchsorted(self.numbers, cells)
+        for total, weights in zip(self.by_cell, (None, losses), strict=True):
+            total += np.bincount(rows, weights, len(total))
 
     def add_cells(self, losses: np.ndarray) -> None:
         """Add the losses of cells in the cell objective."""
@@ -79,15 +85,22 @@ class HeldoutSums:
 
     def flat(self) -> list[float]:
         """Return all sums as one list."""
-        parts = [self.cells.ravel(), self.datasets.ravel(), self.cell_loss]
+        parts = [self.cells.ravel(), self.datasets.ravel(), self.by_cell.ravel(), self.cell_loss]
         return np.concatenate(parts).tolist()
 
     def replace(self, flat: list[float]) -> None:
         """Replace the sums by others in the order of `flat`, such as those over all ranks."""
         values = np.array(flat)
         self.cells[:] = values[: self.cells.size].reshape(self.cells.shape)
-        self.datasets[:] = values[self.cells.size : -2].reshape(self.datasets.shape)
+        of_cells = len(values) - self.by_cell.size - 2
+        self.datasets[:] = values[self.cells.size : of_cells].reshape(self.datasets.shape)
+        self.by_cell[:] = values[of_cells:-2].reshape(self.by_cell.shape)
         self.cell_loss[:] = values[-2:]
+
+    def losses_of_cells(self) -> np.ndarray:
+        """Return float64 [cells], the mean loss of each cell; NaN for one without hidden genes."""
+        genes, losses = self.by_cell
+        return np.divide(losses, genes, out=np.full(len(genes), np.nan), where=genes > 0)
 
     def means(self, buckets: list[str], datasets: list[str]) -> dict[str, Any]:
         """Return the number of hidden genes and their mean scores, overall and as curves.

@@ -17,6 +17,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from data_prep.files import complete_file, read_json_lines
@@ -28,6 +31,7 @@ from pretrain.plan.flops import Work, known_gpu
 logger = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
+HELDOUT_CELLS_NAME = "heldout_cells.parquet"
 # The plots in TensorBoard's tab "Custom scalars"; each list is shown in one plot.
 LAYOUT = {
     "does it learn?": {
@@ -232,6 +236,14 @@ class RunLog:
         with _named(self._path.with_name("tensorboard")):
             for name, value in _scalars(kind, finite):
                 self._tensorboard.add_scalar(name, value, step)
+
+    def write_heldout_cells(self, step: int, columns: dict[str, np.ndarray]) -> None:
+        """Write a table with a row for each held-out cell, in place of that of an earlier step."""
+        self._require_own()
+        table = pa.table(columns).replace_schema_metadata({"step": str(step)})
+        path = self._path.with_name(HELDOUT_CELLS_NAME)
+        with _named(path), complete_file(path) as aside:
+            pq.write_table(table, aside)
 
     def _require_own(self) -> None:
         if self._owner is not None:

@@ -116,11 +116,13 @@ def read_corpus(
     of 1,100 about 7 % of the cells reach 2,048, as the paper reports for Genecorpus-30M.
     """
     if has_shards(config):
-        shards = ShardSet(config.data.shards, config.data.cache)
-        train = [b for b in shards.manifest["buckets"] if b["split"] == "train"]
-        cells, tokens = (sum(b[k] for b in train) for k in ("cells", "tokens"))
-        lengths = [(b["length"], b["cells"]) for b in train]
-        size = sum(b["bytes"] for b in train) / tokens
+        shards = ShardSet(config.data.shards, config.data.cache, share=config.data.share)
+        train = {b["length"]: b for b in shards.manifest["buckets"] if b["split"] == "train"}
+        lengths = [(e.length, e.num_cells) for e in shards.extents("train")]
+        cells = sum(n for _, n in lengths)
+        # The cells of a bucket are nearly as long as each other.
+        tokens = round(sum(train[k]["tokens"] * n / train[k]["cells"] for k, n in lengths))
+        size = sum(b["bytes"] for b in train.values()) / sum(b["tokens"] for b in train.values())
         corpus = Corpus(cells, tokens, lengths, shards.vocabulary.num_tokens, size)
         return corpus.shown(config.masking.subset), shards.vocabulary.max_length
     if mean_tokens >= max_tokens:

@@ -209,12 +209,14 @@ def choose(
     return None
 
 
-def published_mfu(model: ModelConfig) -> float:
+def usual_mfu(model: ModelConfig, gpu: Gpu) -> float:
     """Return the share of peak that a published trainer of such models reached (NVIDIA BioNeMo).
 
     Its chart for A100 gives 11.5 % at 10 million parameters and 32 % at 106 million, relative to
-    the floating point operations counted here.
+    the floating point operations counted here. What is listed for a CPU is reached, so it is 1.
     """
+    if gpu.name == "cpu":
+        return 1.0
     return 0.115 if model.hidden_size < 512 else 0.32
 
 
@@ -244,12 +246,10 @@ def make_plan(
     config, precision = (found := _without_auto(config)), found.run.precision
     parameters = num_parameters(config.model, corpus.num_tokens, max_length)
     chosen = choose(config, corpus, max_length, gpu, gpus)
-    mean_square = sum(n * length**2 for length, n in corpus.buckets)
-    # The cost of attention depends on the padded length of each cell.
-    length = mean_square / corpus.padded_tokens
+    # What attention costs depends on the length of each cell.
+    length = sum(n * each**2 for each, n in corpus.buckets) / corpus.padded_tokens
     flops = flops_per_token(config, corpus.num_tokens, length)
-    usual = 1.0 if gpu.name == "cpu" else published_mfu(config.model)
-    share = usual if speed.mfu is None else speed.mfu
+    share = usual_mfu(config.model, gpu) if speed.mfu is None else speed.mfu
     steps_per_epoch = corpus.num_steps(config.batch.tokens_per_step)
     steps = config.run.total_steps(steps_per_epoch)
     tokens = corpus.tokens / steps_per_epoch * steps
@@ -264,8 +264,8 @@ def make_plan(
     if measured := speed.tokens_per_second:
         compute, doubt = padded * corpus.tokens / corpus.padded_tokens / measured, 1.1
     else:
-        compute = padded * flops / (share * gpu.flops(precision))
-        compute += padded * dropout_seconds_per_token(config, gpu, length)
+        of_dropout = dropout_seconds_per_token(config, gpu, length)
+        compute = padded * (flops / (share * gpu.flops(precision)) + of_dropout)
         doubt = _DOUBT_OF_MFU if speed.mfu is None and gpu.name != "cpu" else 1.25
     stage = chosen.memory.stage if chosen else 3
     step = step_time(

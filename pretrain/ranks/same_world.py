@@ -70,7 +70,7 @@ def _require_same_settings(config: RunConfig, ds_config: dict[str, Any], ranks: 
 def _agreed_shards(config: RunConfig, ranks: Ranks) -> ShardSet:
     shards, problem = None, ""
     try:
-        shards = ShardSet(config.data.shards, config.data.cache)
+        shards = ShardSet(config.data.shards, config.data.cache, share=config.data.share)
     except ValueError as error:
         problem = str(error)
     except OSError as error:
