@@ -190,7 +190,7 @@ def test_embed_finetune_report(pretrained, tmp_path):
     )  # fmt: skip
     html = (tmp_path / "report.html").read_text()
     assert page.endswith("report.html")
-    assert html.count('<img src="data:image/svg+xml;base64,') == 9, "seven of the run, two others"
+    assert html.count('<img src="data:image/svg+xml;base64,') == 10, "seven of the run, three more"
     for text in ("unigram by rank", "kNN on PCA", "UMAP", f"{len(contenders)}"):
         assert text in html
 

@@ -76,6 +76,7 @@ def test_a_model_that_knows_is_told_from_all_neighbours(done):
     genes = {row["gene"]: row for row in found["predictions"]}
     assert len(genes) == found["genes"]
     assert all(genes[g]["label"] == IS_POSITIVE[GENES.index(g)] for g in genes)
+    assert "F1 by class" in done.said and "fine-tuned, pretrained" in done.said
     assert "AUROC" in done.said and "steps" in done.said and f"{FOLDS} folds" in done.said
     assert not (done.folder / "scores" / ".partial").exists()
 

@@ -69,6 +69,7 @@ def test_search_finds_and_a_killed_one_finds_the_same(tmp_path):
 
     whole = _search_into(None, _scored_by_rate)
     assert 10**-4.7 < whole.learning_rate < 10**-3.3, "the first trial has 1e-3"
+    assert 0.5 <= whole.layer_decay < 1, "the first trial has 1"
     assert (whole.batch_cells, whole.warmup_share) == (quick().batch_cells, quick().warmup_share)
     process = multiprocessing.get_context("forkserver").Process(
         target=_search_into, args=(tmp_path, _slowly_scored)

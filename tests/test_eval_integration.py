@@ -201,7 +201,7 @@ def test_run_of_an_integration_task(folder, tmp_path):
     from pretrain.model.masked_gene_model import build_model
 
     vocabulary = vocabulary_of(folder / "cells.h5ad")
-    model = Model("m", folder, build_model(MODEL, vocabulary, 0).bert, vocabulary, "m")
+    model = Model("m", folder, build_model(MODEL, vocabulary, 7).bert, vocabulary, "m")
     size = Size(seeds=1, epochs=2, learning_rate=5e-3)
     units: list[str] = []
     store = Store(tmp_path / "units", {}, lambda name, seconds: units.append(name))

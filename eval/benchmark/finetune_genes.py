@@ -156,14 +156,16 @@ def _ask(
     (model,) = load_models([model_folder], options.vocabulary, options.gene_names)
     is_first = ranks is None or ranks.is_first
     identity = {
+        "cells": file_sha256(cells),
         "genes": file_sha256(genes),
+        "model": model.digest,
         "label": label,
         "reading": repr(reading),
         "gene_names": model.gene_names,
         "settings": settings.deciding(),
     }
     unfinished = Unfinished(out, identity, writes=is_first)
-    size = Size(seeds=options.seeds, max_cells=options.max_cells)
+    size = Size.model_validate({"seeds": options.seeds, "max_cells": options.max_cells})
     # A key names the cells, the genes, the folds and the model itself.
     store = Store(unfinished.training("units"), {}, writes=is_first)
     data = cells.resolve().parent

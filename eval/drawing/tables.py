@@ -67,14 +67,25 @@ def print_scores(results: dict, console: Console | None = None) -> None:
         scores = (format_interval(summary[name][k]) for k in names)
         table.add_row(name, *scores, format_steps(summary[name]))
     console.print(table)
-    classes = Table(title="F1 by class, mean over seeds", title_justify="left")
-    classes.add_column("class")
-    for name in ordered:
-        classes.add_column(name, justify="right")
-    for c in results["classes"]:
-        cells = (summary[n]["f1_by_class"].get(c) for n in ordered)
-        classes.add_row(c, *("-" if v is None else f"{v:.3f}" for v in cells))
-    console.print(classes)
+    console.print(_f1_by_class(summary, ordered, results["classes"]))
     what = "cells: " if results.get("kind") != "genes" else ""  # there the reason says it
     for reason, number in results["dropped"].items():
         console.print(f"left out: {number:,} {what}{reason}", highlight=False)
+
+
+def _f1_by_class(summary: dict[str, dict], ordered: list[str], classes: list[str]) -> Table:
+    """Return F1 of all classes and contenders; what is many more than the other is in rows."""
+    title = "F1 by class, mean over splits"
+    found = {
+        (n, c): "-" if (v := summary[n]["f1_by_class"].get(c)) is None else f"{v:.3f}"
+        for n in ordered
+        for c in classes
+    }
+    are_rows = len(ordered) > 2 * len(classes)
+    columns = classes if are_rows else ordered
+    table = Table("classifier" if are_rows else "class", title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for name in ordered if are_rows else classes:
+        table.add_row(name, *(found[(name, c) if are_rows else (c, name)] for c in columns))
+    return table

@@ -51,7 +51,7 @@ def training_record(classifier: Classifier) -> dict[str, Any]:
     return {
         "steps": len(losses),
         "kept_step": kept,
-        "curve": [[e, _short(np.mean(s))] for e, s in zip(ends, stretches, strict=True)],
+        "curve": [[e, _short(float(np.mean(s)))] for e, s in zip(ends, stretches, strict=True)],
         "validation": validation,
     }
 

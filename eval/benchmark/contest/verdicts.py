@@ -104,9 +104,10 @@ def corrected_interval(
     known = values[np.isfinite(values)]
     found: dict[str, Any] = dict.fromkeys(("mean", "low", "high", "p")) | {"folds": len(known)}
     if len(known):
-        found["mean"] = mean = float(known.mean())
+        found["mean"] = float(known.mean())
     if len(known) < 2:
         return found
+    mean = float(known.mean())
     error = float(np.sqrt((1 / len(known) + ratio) * known.var(ddof=1)))
     if error < _NO_SPREAD:
         return found | {"low": mean, "high": mean, "p": float(abs(mean) < _NO_SPREAD)}
