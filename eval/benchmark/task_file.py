@@ -336,6 +336,8 @@ class TargetsTask(RegulatorsTask):
     # Partners of targets: any other gene, or those that the table lists for the same regulator in
     # rows that `keep` turns away, such as indirect targets.
     partners: Literal["any", "listed"] = "any"
+    # What a deletion moves: the state of a gene that is shown, or the logit of one that is hidden.
+    reading: Literal["state", "logit"] = "state"
 
 
 class CooperativityTask(RegulatorsTask):

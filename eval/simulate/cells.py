@@ -22,7 +22,7 @@ _STREAMS = ("network", "genes", "types", "donors", "batches", "cells", "block", 
 # Genomics (pbmc3k).
 PBMC_COUNTS, PBMC_GENES = 2197.0, 16_634
 _DISPERSION_SLOPE = -0.5  # on the logarithm of a gene's mean count
-_ON, _OFF, _TYPE_SD, _ON_SHARE = 1.2, -1.2, 0.3, 0.4
+_TYPE_SD, _ON_SHARE = 0.3, 0.4
 
 
 def stream(seed: int, purpose: str, *keys: int) -> np.random.Generator:
@@ -156,9 +156,15 @@ class Simulation:
         for kind in range(1, settings.types):
             switched = rng.random(settings.tfs) < settings.switched_share
             is_on[kind] = is_on[self.parents[kind]] ^ switched
+        if settings.program_share:
+            # Not drawn otherwise, so that older settings give the bytes they gave.
+            follows = rng.random(is_on.shape) < settings.program_share
+            switch = np.arange(settings.types)[:, None] % 2 == 1
+            is_on = np.where(follows, switch, is_on)
         # There is one offset for each TF and state, so types with the same state have the same
         # level.
-        levels = np.array([_OFF, _ON])[:, None] + _TYPE_SD * rng.normal(size=(2, settings.tfs))
+        ends = np.array([-settings.switch_level, settings.switch_level])
+        levels = ends[:, None] + _TYPE_SD * rng.normal(size=(2, settings.tfs))
         self.programs = np.where(is_on, levels[1], levels[0])
 
     def _draw_cells(self, rng: np.random.Generator) -> None:

@@ -110,6 +110,8 @@ def draw_network(
     """
     num_genes, num_tfs = settings.genes, settings.tfs
     tfs = rng.choice(num_genes, num_tfs, replace=False)
+    if settings.wiring == "opposed":
+        return _opposed(settings, tfs, rng)
     mean_targets = settings.regulators_per_gene * num_genes / num_tfs
     pareto = 1 + rng.pareto(_PARETO, num_tfs)
     most = max(1, int(_MOST_TARGETS_SHARE * num_genes))
@@ -129,4 +131,19 @@ def draw_network(
     sizes = rng.gamma(_EFFECT_SHAPE, settings.mean_effect / _EFFECT_SHAPE, size=len(row))
     signs = np.where(rng.random(len(row)) < settings.activator_share, 1.0, -1.0)
     weights = scipy.sparse.csr_array((signs * sizes, (row, column)), shape=(num_tfs, num_genes))
+    return Network(tfs, weights)
+
+
+def _opposed(settings: SimulationSettings, tfs: np.ndarray, rng: np.random.Generator) -> Network:
+    """Return a network in which each gene that is no TF has one activator and one repressor.
+
+    Where both follow the same programme, a target hardly varies with either of them.
+    """
+    targets = np.setdiff1d(np.arange(settings.genes), tfs)
+    pairs = np.stack([rng.choice(settings.tfs, 2, replace=False) for _ in targets])
+    signs = np.array([settings.mean_effect, -settings.mean_effect])
+    weights = scipy.sparse.csr_array(
+        (np.tile(signs, len(targets)), (pairs.ravel(), np.repeat(targets, 2))),
+        shape=(settings.tfs, settings.genes),
+    )
     return Network(tfs, weights)

@@ -6,7 +6,7 @@ are on the scale of natural logarithms of expression.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -27,6 +27,10 @@ class SimulationSettings(BaseModel):
     )
     seed: int = Field(default=0, ge=0, description="the same seed gives the same bytes")
 
+    wiring: Literal["hubs", "opposed"] = Field(
+        default="hubs",
+        description="opposed: each gene has an activator and a repressor, equally strong; TFs none",
+    )
     regulators_per_gene: float = Field(
         default=3.0, gt=0, description="mean, but for hubs cut short"
     )
@@ -36,6 +40,11 @@ class SimulationSettings(BaseModel):
     switched_share: float = Field(
         default=0.35, ge=0, le=1, description="TFs switched between a type and its parent"
     )
+    program_share: float = Field(
+        default=0.0, ge=0, le=1, description="TFs of a type that follow one switch, on or off"
+    )
+    # level of a TF that is on in a type; one that is off has minus that
+    switch_level: float = Field(default=1.2, gt=0)
     mature_share: float = Field(
         default=0.6, ge=0, le=1, description="cells at the end of their branch, not on the way"
     )

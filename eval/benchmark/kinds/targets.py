@@ -10,19 +10,23 @@ from functools import cached_property
 
 import numpy as np
 import scipy.sparse
+from sklearn.covariance import ledoit_wolf
 from sklearn.ensemble import RandomForestRegressor
 
 from eval.benchmark.contest.contest import Contender, Results, draw_share
 from eval.benchmark.contest.verdicts import ZERO_SHOT
 from eval.benchmark.matched.deletions import DeletionContest, Draw, Values
 from eval.benchmark.matched.regulators import Regulator, choose_regulators
+from eval.benchmark.matched.hidden_genes import logit_effects
 from eval.benchmark.material.in_silico import chosen_holders, engine_of, gene_effects, genes_of
 from eval.benchmark.material.models_and_cells import Model
 from eval.benchmark.neighbours.gene_correlation import correlations
 from eval.benchmark.outcome import TaskRun
 from eval.benchmark.task_file import TargetsTask
+from pretrain.export.model_folder import random_twin
 
 _TREES = 30
+PARTIAL = "partial correlation"
 
 
 class Targets(DeletionContest[TargetsTask]):
@@ -42,7 +46,8 @@ class Targets(DeletionContest[TargetsTask]):
 
     def contenders(self) -> list[Contender[Draw]]:
         """Return deletions, and what goes with a regulator over cells."""
-        return self.rows_of(("correlation", "co-detection", "random forest importance"))
+        names = ("correlation", "co-detection", "random forest importance")
+        return self.rows_of(names if self.task.reading == "state" else (*names, PARTIAL))
 
     def folds(self, number: int) -> list[Draw]:
         """Return a draw of regulators, with all of their targets."""
@@ -52,12 +57,17 @@ class Targets(DeletionContest[TargetsTask]):
         return [Draw(number, seed, drawn, genes=genes)]
 
     def deleted(self, model: Model, twin_seed: int | None, drawn: np.ndarray) -> list[Values]:
-        """Return the mean shift of each gene's state when its regulator is deleted."""
+        """Return how much each gene's state, or logit, changes when its regulator is deleted."""
         asked = [self.regulators[i] for i in drawn]
         genes = genes_of(model, self.cells.tokens[model.name])
         tokens = model.tokens_of([r.gene for r in asked])
         cells = chosen_holders(genes, tokens, self.size.max_cells_per_gene, self.bench.seed)
-        moved = gene_effects(engine_of(model, twin_seed, self.bench), genes, tokens, cells)
+        if self.task.reading == "logit":
+            network = model.network if twin_seed is None else random_twin(model.network, twin_seed)
+            network = network.to(self.bench.device).eval()
+            moved = logit_effects(network, model.vocabulary, genes, tokens, cells, self.bench.seed)
+        else:
+            moved = gene_effects(engine_of(model, twin_seed, self.bench), genes, tokens, cells)
         return [[row[model.tokens_of(r.genes)] for row, r in zip(moved, asked, strict=True)]]
 
     def without_model(self, name: str) -> Values:
@@ -68,6 +78,8 @@ class Targets(DeletionContest[TargetsTask]):
         if name == "co-detection":
             profiles = profiles.copy()
             profiles.data[:] = 1
+        if name == PARTIAL:
+            return self._partial(profiles)
         return self._together(profiles)
 
     def _together(self, profiles: scipy.sparse.csr_matrix) -> Values:
@@ -75,6 +87,20 @@ class Targets(DeletionContest[TargetsTask]):
         first = self.models[0]
         pairs = ((first.tokens_of([r.gene]), first.tokens_of(r.genes)) for r in self.regulators)
         return [np.abs(correlations(profiles, own, genes)[0]) for own, genes in pairs]
+
+    def _partial(self, profiles: scipy.sparse.csr_matrix) -> Values:
+        """Return absolute correlations given all other genes of the task.
+
+        The precision is that of a covariance shrunk after Ledoit & Wolf (2004).
+        """
+        ids = sorted({g for r in self.regulators for g in (r.gene, *r.genes)})
+        place = {gene: i for i, gene in enumerate(ids)}
+        x = profiles[self.models[0].tokens_of(ids)].toarray().T
+        x = (x - x.mean(axis=0)) / np.maximum(x.std(axis=0), 1e-9)
+        precision = np.linalg.inv(ledoit_wolf(x)[0])
+        scale = np.sqrt(np.diag(precision))
+        partial = np.abs(precision / np.outer(scale, scale))
+        return [partial[place[r.gene], [place[g] for g in r.genes]] for r in self.regulators]
 
     def _random_forest(self) -> Values:
         """Return how much a regulator helps to predict a gene from all regulators' expression.

@@ -2,7 +2,8 @@
 
 The loss of n cells is taken as a + b (n / N)^-c, with N the whole corpus: a is what no number of
 cells brings away, a + b the loss of the corpus. Intervals come from a bootstrap: held-out cells are
-drawn anew, the same for all sizes, and with several seeds the seeds too.
+drawn anew, the same for all sizes, and with several seeds the seeds too. A curve flattens by its
+form; a straight line over the logarithm of the cells does not: the two bracket what cells bring.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 _POWERS = np.geomspace(0.02, 3.0, 120)
 _DRAWS = 2000
 _INTERVAL = (2.5, 97.5)
-FEWEST_SIZES = 4
+FEWEST_SIZES, _OF_LINE = 4, 3
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ class Saturation:
     ----------
     curves
         float64 [1 + draws, 3]: a, b, c.
+    slopes
+        float64 [1 + draws], nats that ten times the cells bring by a straight line over the
+        logarithm of the cells, through the three largest sizes.
     losses
         float64 [1 + draws, sizes].
     half
@@ -54,6 +58,7 @@ class Saturation:
     """
 
     curves: np.ndarray
+    slopes: np.ndarray
     losses: np.ndarray
     half: np.ndarray
 
@@ -65,13 +70,15 @@ class Saturation:
         """Return float64 [1 + draws] nats of each gain, as docs/formats.md names them.
 
         With equal epochs, more cells bring more tokens too: of what doubling both brings, the part
-        of the tokens is taken away.
+        of the tokens is taken away. A doubling is near the sizes that were measured, so it is of
+        the line.
         """
-        whole, both = self.at(1.0), self.at(0.5) - self.at(1.0)
+        whole, both = self.at(1.0), self.slopes * np.log10(2)
         tokens = self.half - self.losses[:, -1]
         cells = both if equal == "tokens" else both - tokens
         return {
             "ten_times_cells": whole - self.at(10.0),
+            "ten_times_cells_line": self.slopes,
             "twice_cells": cells,
             "twice_tokens": tokens,
             "tokens_above_cells": tokens - cells,
@@ -121,7 +128,10 @@ def saturation(scored: Scored, draws: int = _DRAWS) -> Saturation:
     losses, half = np.nan_to_num(scored.losses), np.nan_to_num(scored.half)
     by_size = np.einsum("ds,skc,dc->dk", of_seeds, losses, weights, optimize=True)
     by_half = np.einsum("ds,sc,dc->d", of_seeds, half, weights, optimize=True)
-    return Saturation(fit_curves(scored.shares, by_size), by_size, by_half)
+    decades = np.log10(scored.shares[-_OF_LINE:])
+    spread = decades - decades.mean()
+    slopes = -by_size[:, -_OF_LINE:] @ spread / (spread @ spread)
+    return Saturation(fit_curves(scored.shares, by_size), slopes, by_size, by_half)
 
 
 def with_interval(values: np.ndarray) -> dict[str, float]:

@@ -38,10 +38,15 @@ def _ten_times(record: dict[str, Any]) -> str:
     gain, whole = record["gains"]["ten_times_cells"], _whole(record)
     along = "the same tokens" if record["equal"] == "tokens" else "as many epochs"
     what = f"10 times as many cells ({10 * whole['cells']:,}) and {along}"
-    bound = f"{_nats(gain)} by the fitted curve"
-    if gain["low"] <= 0:
-        return f"{what} would bring nothing that can be told from zero: {bound}."
-    return f"{what} would bring {bound}: {whole['loss']:.3f} to {_loss_then(record):.3f}."
+    line, residual = record["gains"]["ten_times_cells_line"], record["fit"]["residual"]
+    both = f"{_nats(gain)} by the fitted curve, {_nats(line)} by a straight line on log cells"
+    if max(gain["low"], line["low"]) <= 0:
+        return f"{what} would bring nothing that can be told from zero: {both}."
+    found = f"{what} would bring {both}: a loss of {whole['loss'] - line['value']:.3f} to "
+    found += f"{whole['loss'] - gain['value']:.3f} instead of {whole['loss']:.3f}."
+    if residual > gain["value"]:
+        found += f" The curve misses the sizes by {residual:.3f} nats, more than it promises."
+    return found
 
 
 def _limit(record: dict[str, Any]) -> str:
@@ -59,7 +64,7 @@ def _limit(record: dict[str, Any]) -> str:
     return (
         f"{sentence} Twice the tokens on the same cells brought {_nats(gains['twice_tokens'])}, "
         f"measured; twice the cells at the same tokens brought {_nats(gains['twice_cells'])}, by "
-        "the fitted curve."
+        "the line through the three largest sizes."
     )
 
 
@@ -99,10 +104,6 @@ def _interval(record: dict[str, Any]) -> str:
 
 def _whole(record: dict[str, Any]) -> dict[str, Any]:
     return next(s for s in record["sizes"] if s["share"] == 1 and s["tokens_part"] == 1)
-
-
-def _loss_then(record: dict[str, Any]) -> float:
-    return record["fit"]["loss_of_ten_times"]["value"]
 
 
 def _are_the_same(record: dict[str, Any]) -> bool:
