@@ -16,8 +16,8 @@ from sklearn.ensemble import RandomForestRegressor
 from eval.benchmark.contest.contest import Contender, Results, draw_share
 from eval.benchmark.contest.verdicts import ZERO_SHOT
 from eval.benchmark.matched.deletions import DeletionContest, Draw, Values
-from eval.benchmark.matched.regulators import Regulator, choose_regulators
 from eval.benchmark.matched.hidden_genes import logit_effects
+from eval.benchmark.matched.regulators import Regulator, choose_regulators
 from eval.benchmark.material.in_silico import chosen_holders, engine_of, gene_effects, genes_of
 from eval.benchmark.material.models_and_cells import Model
 from eval.benchmark.neighbours.gene_correlation import correlations
