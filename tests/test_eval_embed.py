@@ -118,13 +118,15 @@ def test_it_goes_on_after_the_last_part(home, tmp_path, monkeypatch):
     assert np.array_equal(vectors_of(out), vectors_of(whole), equal_nan=True)
 
 
-def test_two_at_once_are_refused(home, tmp_path, monkeypatch):
+def test_two_at_once_are_refused(home, tmp_path):
     from data_prep.running.owner import FolderInUse, owned
     from eval.cells.embed import embed_file
 
-    with owned(tmp_path / ".out.h5ad.parts", "embed"):
-        with pytest.raises(FolderInUse, match="another run works in this folder: embed"):
-            embed_file(home / "cells.h5ad", home / "model", tmp_path / "out.h5ad")
+    with (
+        owned(tmp_path / ".out.h5ad.parts", "embed"),
+        pytest.raises(FolderInUse, match="another run works in this folder: embed"),
+    ):
+        embed_file(home / "cells.h5ad", home / "model", tmp_path / "out.h5ad")
 
 
 def test_genes(home, tmp_path):
