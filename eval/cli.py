@@ -32,13 +32,18 @@ def embed_command(
 ) -> None:
     """Write cell embeddings beside the cells: every cell, in the file's order.
 
-    Without --pooling: the cell state where the model folder has one, else the mean.
+    Without --pooling: the cell state where the model folder has one, else the mean. With --genes:
+    the model's input table, and the mean state of each gene over the cells (of each --group).
+
+    A killed command goes on after the last thousands of cells that are done.
     """
     quiet()
     from eval.cells.embed import embed_file
+    from eval.cells.embed_genes import embed_genes_file
 
+    embed = embed_genes_file if options.genes else embed_file
     with show_progress() as progress:
-        said = embed_file(cells, model, out, options, reading, progress)
+        said = embed(cells, model, out, options, reading, progress)
     print(said)
 
 

@@ -316,6 +316,8 @@ WRITTEN = [
     (FINETUNING, "eval/benchmark/contest/over_genes.py", "table_of_genes"),
     (FINETUNING, "eval/scores/metrics.py", "score_classes"),
     (FINETUNING, "eval/scores/metrics.py", "mean_and_interval"),
+    ("Embeddings", "eval/cells/embed_genes.py", "embed_genes_file"),
+    ("Embeddings", "eval/cells/embedded_parts.py", "as_json"),
     ("Does more data pay", "eval/saturate/run.py", "saturate"),
     ("Does more data pay", "eval/saturate/run.py", "_record"),
     ("Does more data pay", "eval/saturate/run.py", "_sizes"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,72 @@ class CellSet:
         )
 
 
+@dataclass(frozen=True)
+class EncodedPart:
+    """Consecutive cells of a file; `tokens` and `has_genes` as in `CellSet`.
+
+    `metadata`: column of obs -> text of each cell.
+    """
+
+    start: int
+    tokens: list[np.ndarray]
+    has_genes: np.ndarray
+    cell_ids: list[str]
+    metadata: dict[str, list[str]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(t) for t in self.tokens], dtype=np.int64)
+
+
+def open_counts(path: Path, options: SourceOptions) -> CountSource:
+    """Return an opened count matrix; ValueError if the file is something else."""
+    source = open_path(path, options)
+    if not isinstance(source, CountSource):
+        raise ValueError(f"{path}: expected a count matrix, e.g. an .h5ad with raw counts")
+    return source
+
+
+def encode_parts(
+    source: CountSource, vocabulary: Vocabulary, part_cells: int, min_overlap: float = 0.5
+) -> Iterator[EncodedPart]:
+    """Yield all cells of a file in parts of `part_cells` cells, without their counts.
+
+    Raises
+    ------
+    ValueError
+        As `encode_file`; what needs all cells to be seen, after the last part.
+    """
+    column_tokens = source.column_tokens(vocabulary, min_overlap)
+    known = KnownCounter(column_tokens)
+    if source.num_cells == 0:
+        raise ValueError(f"{source.path}: holds no cells")
+    for start, stop in source.stretches(part_cells):
+        tokens: list[np.ndarray] = []
+        has_genes, ids = [], []
+        metadata: dict[str, list[str]] = {c: [] for c in source.options.column_names}
+        for block in source.blocks(start, stop):
+            known.add(block.data, block.indices, block.indptr, block.datasets)
+            encoded = encode_cells(
+                block.data, block.indices, block.indptr, block.totals, column_tokens, vocabulary
+            )
+            tokens += np.split(encoded.tokens, encoded.offsets[1:-1])
+            has_genes.append(encoded.detected > 0)
+            ids += block.cell_ids
+            for name, values in block.metadata.items():
+                metadata[name] += values
+        yield EncodedPart(start, tokens, np.concatenate(has_genes), ids, metadata)
+    _judge(source, known, min_overlap)
+
+
+def _judge(source: CountSource, known: KnownCounter, min_overlap: float) -> None:
+    """Refuse a file whose counts are mostly unknown to the vocabulary; warn where some are."""
+    found = known.result(source.gene_ids)
+    refuse_unknown(str(source.path), found, min_overlap, "A model sees nothing of the rest.")
+    for warning in warnings_of(source.name, found):
+        logger.warning("%s", warning)
+
+
 def encode_file(
     path: Path,
     vocabulary: Vocabulary,
@@ -75,9 +142,7 @@ def encode_file(
         match, lacks columns, or has less than `min_overlap` of its counts in genes of the
         vocabulary.
     """
-    source = open_path(path, options)
-    if not isinstance(source, CountSource):
-        raise ValueError(f"{path}: expected a count matrix, e.g. an .h5ad with raw counts")
+    source = open_counts(path, options)
     column_tokens = source.column_tokens(vocabulary, min_overlap)
     tokens: list[np.ndarray] = []
     has_genes, counts, ids = [], [], []
@@ -101,10 +166,7 @@ def encode_file(
             metadata[name] += values
     if not ids:
         raise ValueError(f"{path}: holds no cells")
-    found = known.result(source.gene_ids)
-    refuse_unknown(str(path), found, min_overlap, "A model sees nothing of the rest.")
-    for warning in warnings_of(source.name, found):
-        logger.warning("%s", warning)
+    _judge(source, known, min_overlap)
     return CellSet(
         tokens,
         np.concatenate(has_genes),

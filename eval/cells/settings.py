@@ -27,9 +27,19 @@ class EmbedOptions:
     layer: Annotated[
         int | None, typer.Option(help="of mean and cls: 0 last, -1 second-to-last, ... [-1]")
     ] = None
+    genes: Annotated[
+        bool, typer.Option("--genes", help="of genes, not of cells: a .parquet of both tables")
+    ] = False
+    group: Annotated[
+        str | None, typer.Option(help="of --genes: column of obs, a mean state for each value")
+    ] = None
     bf16: Bf16Option = False
     token_budget: TokensOption = 16_384
     device: DeviceOption = "auto"
+
+    def __post_init__(self) -> None:
+        if self.group and not self.genes:
+            raise ValueError(f"--group {self.group}: belongs to --genes")
 
 
 @dataclass(frozen=True)

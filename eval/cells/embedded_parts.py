@@ -1,0 +1,202 @@
+"""Embeddings of cells part by part: kept until all are there, then written as one output.
+
+The parts lie in ``.NAME.parts`` beside the output, each a parquet table that is complete or absent,
+with a record of what decides their content. A part is read when it is written on, so memory does
+not grow with the cells.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import anndata
+import h5py
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from anndata.io import write_elem
+
+from data_prep.files import complete_file, write_to_disk
+from data_prep.running.owner import Owner
+
+_RECORD_NAME = "parts.json"
+_COUNT, _UNS = "geneloom_tokens", "geneloom"
+
+
+@dataclass(frozen=True)
+class PartsOf:
+    """What decides the content of the parts.
+
+    Attributes
+    ----------
+    record
+        Is written into the output.
+    computed
+        What else decides the bits: device, precision.
+    """
+
+    cells: Path
+    reading: dict[str, Any]
+    record: dict[str, Any]
+    model_sha256: str
+    part_cells: int
+    computed: list[Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it with size and time of the file, as JSON gives it back."""
+        about = self.cells.stat()
+        content = {
+            "cells": [str(self.cells.absolute()), about.st_size, about.st_mtime_ns],
+            "reading": self.reading, "record": self.record, "model_sha256": self.model_sha256,
+            "part_cells": self.part_cells, "computed": self.computed,
+        }  # fmt: skip
+        return json.loads(json.dumps(content, default=str))
+
+
+class Parts:
+    """The parts of one output, owned by one process inside a ``with`` block.
+
+    Raises
+    ------
+    ValueError
+        The folder holds parts of another call.
+    data_prep.running.owner.FolderInUse
+        Another process makes the same output.
+    """
+
+    def __init__(self, out: Path, decides: PartsOf, width: int) -> None:
+        self._out, self._decides = out, decides
+        self.folder = out.with_name(f".{out.name}.parts")
+        self._owner = Owner(self.folder, "embed")
+        self._schema = pa.schema(
+            {
+                "cell_id": pa.string(),
+                _COUNT: pa.int64(),
+                "embedding": pa.list_(pa.float32(), width),
+            },
+            {_UNS: json.dumps(decides.record)},
+        )
+        self._number = 0
+
+    def __enter__(self) -> Parts:
+        self._owner.__enter__()
+        try:
+            self._owner.take()
+            record, now = self.folder / _RECORD_NAME, self._decides.as_json()
+            if not record.exists():
+                write_to_disk(record, json.dumps(now) + "\n")
+            begun = json.loads(record.read_text())
+            changed = [k for k in now if begun.get(k) != now[k]]
+            if changed:
+                raise ValueError(
+                    f"{self.folder}: holds parts that were made with another {', '.join(changed)}; "
+                    "give the same file and options to go on with them, or remove that folder"
+                )
+        except BaseException:
+            self._owner.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        is_done = self._out.exists()
+        if kind is not None and not is_done and not any(self.folder.glob("*.parquet")):
+            (self.folder / _RECORD_NAME).unlink(missing_ok=True)
+        self._owner.__exit__(kind, error, trace)
+        if is_done:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def has(self, number: int) -> bool:
+        """Return whether a part is there; numbers count up from 0."""
+        self._number = number + 1
+        return self._path(number).exists()
+
+    def put(self, number: int, cell_ids: list[str], lengths: np.ndarray, found: np.ndarray) -> None:
+        """Keep a part: cell ids, int64 [cells] and float32 [cells, width]."""
+        self._owner.require()
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(found.ravel()), found.shape[1])
+        columns = [pa.array(cell_ids, pa.string()), pa.array(lengths, pa.int64()), vectors]
+        with complete_file(self._path(number), to_disk=True) as aside:
+            pq.write_table(pa.table(columns, schema=self._schema), aside)
+
+    def write(self, cells: Path, key: str) -> None:
+        """Write the output; `key` is the name in ``obsm``."""
+        self._owner.require()
+        with complete_file(self._out) as aside:
+            if self._out.suffix == ".parquet":
+                with pq.ParquetWriter(aside, self._schema) as writer:
+                    for table in self._tables():
+                        writer.write_table(table)
+            elif self._out.suffix == ".h5ad" and _takes_columns(cells):
+                shutil.copyfile(cells, aside)
+                with h5py.File(aside, "r+") as file:
+                    self._add(file, key)
+            else:
+                self._write_whole(cells, aside, key)
+
+    def _add(self, file: h5py.File, key: str) -> None:
+        """Add embeddings, lengths and record to a copy of the input, part by part."""
+        width = self._schema.field("embedding").type.list_size
+        obs = file["obs"]
+        assert isinstance(obs, h5py.Group)
+        cells = sum(pq.read_metadata(self._path(i)).num_rows for i in range(self._number))
+        for name in ("obsm", "uns"):
+            if name not in file:
+                write_elem(file, name, {})
+        for group, name in ((file["obsm"], key), (obs, _COUNT), (file["uns"], _UNS)):
+            assert isinstance(group, h5py.Group)
+            if name in group:
+                del group[name]
+        vectors = file.create_dataset(f"obsm/{key}", (cells, width), np.float32)
+        counts = obs.create_dataset(_COUNT, (cells,), np.int64)
+        for made in (vectors, counts):
+            made.attrs["encoding-type"], made.attrs["encoding-version"] = "array", "0.2.0"
+        names = [str(n) for n in np.atleast_1d(obs.attrs["column-order"]) if n != _COUNT]
+        obs.attrs["column-order"] = np.array([*names, _COUNT], dtype=h5py.string_dtype())
+        start = 0
+        for table in self._tables():
+            stop = start + table.num_rows
+            vectors[start:stop] = _matrix(table, width)
+            counts[start:stop] = table[_COUNT].to_numpy()
+            start = stop
+        write_elem(file, f"uns/{_UNS}", self._decides.record)
+
+    def _write_whole(self, cells: Path, aside: Path, key: str) -> None:
+        """Write by anndata, which reads the whole input: zarr, and h5ad of its first versions."""
+        data, tables = anndata.read_h5ad(cells), list(self._tables())
+        width = self._schema.field("embedding").type.list_size
+        data.obsm[key] = np.concatenate([_matrix(table, width) for table in tables])
+        data.obs[_COUNT] = np.concatenate([table[_COUNT].to_numpy() for table in tables])
+        data.uns[_UNS] = self._decides.record
+        (data.write_h5ad if self._out.suffix == ".h5ad" else data.write_zarr)(aside)
+
+    def _tables(self) -> Iterator[pa.Table]:
+        for number in range(self._number):
+            yield pq.read_table(self._path(number))
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.parquet"
+
+
+def _matrix(table: pa.Table, width: int) -> np.ndarray:
+    vectors = table["embedding"].combine_chunks()
+    return np.asarray(vectors.values, dtype=np.float32).reshape(-1, width)
+
+
+def _takes_columns(cells: Path) -> bool:
+    """Return whether a file is an h5ad whose obs is a group of columns."""
+    if not h5py.is_hdf5(cells):
+        return False
+    with h5py.File(cells) as file:
+        obs = file.get("obs")
+        return isinstance(obs, h5py.Group) and "column-order" in obs.attrs
