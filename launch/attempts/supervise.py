@@ -374,9 +374,10 @@ class Attempt:
                 # On SIGUSR2, ranks that hang write their stack traces to their logs.
                 self._way.signal(answering, self._id, signal.SIGUSR2, True)
                 time.sleep(_STACKS_S)
-            # Hosts that may come back are told too; nobody waits for them.
-            later = (dict.fromkeys(lost, 0), self._id, signal.SIGKILL, False)
-            threading.Thread(target=self._way.signal, args=later, daemon=True).start()
+            if lost:
+                # They may come back, and are told too; nobody waits for them.
+                later = (dict.fromkeys(lost, 0), self._id, signal.SIGKILL, False)
+                threading.Thread(target=self._way.signal, args=later, daemon=True).start()
             self._way.signal(answering, self._id, signal.SIGKILL, False)
         for process in self._running.values():
             if process.poll() is None:
