@@ -193,7 +193,7 @@ def test_a_table_in_memory_is_a_table(done, tmp_path):
     with pytest.raises(ValueError, match="three has 3 classes.* leave the labels of others empty"):
         finetune_genes(*given, "three", tmp_path / "out")
     few = table.assign(two=table["three"].astype(str).replace("2", "")).head(10)
-    with pytest.raises(ValueError, match="3 genes of the class '1' are left for 5 folds"):
+    with pytest.raises(ValueError, match="genes of the class '0' are left for 5 folds"):
         finetune_genes(given[0], few, given[2], "two", tmp_path / "out", FinetuneGenesOptions())
     assert not (tmp_path / "out" / "results.json").exists()
 
