@@ -15,7 +15,7 @@ import numpy as np
 
 from data_prep.matrices.compression import require_filters
 from data_prep.matrices.feature_kinds import KIND_COLUMNS, genes_among, is_gene_kind
-from data_prep.matrices.matrix_store import Rows, as_text, decoded, decoded_texts
+from data_prep.matrices.matrix_store import Rows, as_text, decoded
 from data_prep.matrices.row_copy import StagedRows, stage_rows
 
 _STAGE_VALUES = 1 << 24
@@ -263,10 +263,7 @@ def read_column(
     """
     element = frame[name]
     if not hasattr(element, "keys"):
-        is_whole = start == 0 and stop == len(element)
-        values = decoded_texts(element) if is_whole else None
-        if values is None:
-            values = decoded(np.asarray(element[start:stop]))
+        values = decoded(np.asarray(element[start:stop]))
         kept = element.attrs.get("categories")
         if kept is None:
             return values

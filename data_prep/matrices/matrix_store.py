@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
-
-from data_prep.matrices.heap_texts import joined_texts
 
 # Numbers of names and of bytes that are typical for a gene table: such texts are cached.
 _FEWEST, _MOST, _MOST_BYTES = 1000, 100_000, 4 << 20
@@ -95,14 +93,6 @@ def decoded(values: np.ndarray) -> np.ndarray:
     if values.dtype.kind == "S":
         return np.char.decode(values, "utf-8").astype(object)
     return np.array([v.decode() if isinstance(v, bytes) else v for v in values], dtype=object)
-
-
-def decoded_texts(dataset: Any) -> np.ndarray | None:
-    """Return the texts of a whole HDF5 dataset as `decoded` does; None if it has to be read so."""
-    if not _FEWEST <= len(dataset) <= _MOST or (joined := joined_texts(dataset)) is None:
-        return None
-    texts = _lately_decoded(joined) if len(joined) <= _MOST_BYTES else _decode(joined)
-    return texts if len(texts) == len(dataset) else None
 
 
 def _decode(joined: bytes) -> np.ndarray:
