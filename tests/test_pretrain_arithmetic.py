@@ -402,7 +402,7 @@ def test_many_data_sets_are_told_apart_up_to_a_limit():
     shards = SimpleNamespace(manifest=manifest, index={"first_cell": np.array([0])})
     listed = CellDatasets(shards).names  # type: ignore[arg-type]
     assert listed == [*names, OTHER_DATASETS]
-    sums = HeldoutSums(1, len(listed))
+    sums = HeldoutSums(1, len(listed), np.arange(0))
     sums.datasets[:, 0] = np.arange(len(listed))  # the last: of none that the manifest names
     rows = sums.by_dataset(listed)
     assert list(rows) == [*names[10:], OTHER_DATASETS]
