@@ -158,8 +158,11 @@ class Integration(CellContest[IntegrationTask, Part]):
     def score(self, contender: Contender[Part], fold: Part, predicted: np.ndarray) -> Scored:
         """Return scores of the part in an embedding; the first fold's has a picture of all."""
         labels, batches = self.known.labels[fold.test], self.known.batches[fold.test]
-        place = fold.place
-        scores = score_embedding(predicted[place], labels, batches, self.components(fold)[place])
+        before = self.components(fold)
+        part = before[fold.place]
+        # One array, where it is compared with itself: bits may depend on where a copy lies.
+        embedding = part if predicted is before else predicted[fold.place]
+        scores = score_embedding(embedding, labels, batches, part)
         details: dict[str, Any] = {"width": predicted.shape[1]}
         if fold.number == 0:
             shown = np.searchsorted(fold.pool, self._drawn(fold))
