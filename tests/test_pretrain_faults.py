@@ -269,7 +269,7 @@ def test_a_lost_rank_below_the_launcher_leaves_no_orphans(number, rank, shards, 
         assert process.wait(limit_s) not in (0, _RESUMABLE), console(config)
         _, alive = psutil.wait_procs(everybody, timeout=20)
         assert not alive
-    assert f" ends: rank {rank} " in console(config)
+    assert f"attempt 1 ended: rank {rank} on " in console(config)
 
 
 def test_without_watching_a_hung_collective_ends_in_time(shards, tmp_path):
