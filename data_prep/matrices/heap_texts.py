@@ -106,7 +106,7 @@ def _content(file: int, heaps: np.ndarray) -> np.ndarray:
 def _number(content: np.ndarray, at: int, size: int) -> int:
     found = 0
     for place in range(size):
-        found |= np.int64(content[at + place]) << (8 * place)
+        found |= int(content[at + place]) << (8 * place)
     return found
 
 
@@ -155,7 +155,7 @@ def _copy(
     for length in lengths:
         if length:
             number = numbers[text]
-            at = places[which[text], number]
+            at = int(places[which[text], number])
             if at < 0 or _number(content, at + 8, 8) != length:
                 return False
             for place in range(at + 16, at + 16 + length):
