@@ -53,7 +53,7 @@ def check_and_find_folder(verb: str, arguments: list[str]) -> Path:
 def to_go_on(verb: str, arguments: list[str]) -> list[str]:
     """Return the arguments with which the next attempt continues a run."""
     if verb != "pretrain":
-        return arguments  # prepare and perturb continue their work; finetune begins again
+        return arguments  # these commands read what is finished, and go on
     # A step that the user chose for the first attempt is dropped, because newer checkpoints may
     # exist.
     kept = _without_option(arguments, "--step")
