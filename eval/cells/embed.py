@@ -47,7 +47,7 @@ class _Embedder:
 
     def embed(self, tokens: list[np.ndarray], progress: Progress | None) -> np.ndarray:
         """Return float32 [cells, width]; NaN for cells without a gene."""
-        settings = self.settings | {"progress": progress}
+        settings: dict[str, Any] = self.settings | {"progress": progress}
         if self.state:
             return self.state.embed(tokens, self.encoder, self.vocabulary, **settings)
         return embed_cells(

@@ -10,6 +10,7 @@ from functools import cached_property
 
 import numpy as np
 import scipy.sparse
+import torch
 from sklearn.covariance import ledoit_wolf
 from sklearn.ensemble import RandomForestRegressor
 
@@ -64,7 +65,7 @@ class Targets(DeletionContest[TargetsTask]):
         cells = chosen_holders(genes, tokens, self.size.max_cells_per_gene, self.bench.seed)
         if self.task.reading == "logit":
             network = model.network if twin_seed is None else random_twin(model.network, twin_seed)
-            network = network.to(self.bench.device).eval()
+            torch.nn.Module.to(network, device=torch.device(self.bench.device)).eval()
             moved = logit_effects(network, model.vocabulary, genes, tokens, cells, self.bench.seed)
         else:
             moved = gene_effects(engine_of(model, twin_seed, self.bench), genes, tokens, cells)
