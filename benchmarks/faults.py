@@ -11,20 +11,19 @@ process for each core computes beside it all the time, at the same priority.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.launch import config_of, records, start, wait_for_step
 from launch.attempts.rank_logs import read_events
+from tests.busy import busy
 from tests.hosts import Host, hosts, why_no_hosts
 
 _STOP = "import sys; from launch.cli import main; sys.argv[1:1] = ['stop', '--now']; main()"
@@ -59,18 +58,6 @@ FAULTS: dict[str, Callable[[Path, Host], None]] = {
 
 def _environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
-
-
-@contextlib.contextmanager
-def loaded(cores: int) -> Iterator[None]:
-    """Keep so many cores busy inside a ``with`` block."""
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores)]
-    try:
-        yield
-    finally:
-        for process in busy:
-            process.kill()
-            process.wait()
 
 
 def disturbed(three: list[Host], shards: Path, folder: Path, fault: str) -> dict[str, float]:
@@ -121,7 +108,7 @@ def main() -> None:
             for number in range(given.repeats):
                 folder = Path(name) / f"{fault.replace(' ', '_')}_{number}"
                 folder.mkdir()
-                with loaded(cores):
+                with busy(cores):
                     runs.append(disturbed(three, given.shards.absolute(), folder, fault))
                 print(fault, json.dumps(runs[-1]), flush=True)
             found[fault] = {k: statistics.median(r[k] for r in runs) for k in runs[0]}

@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.busy import busy
 from tests.ranks import Command, commands, end_commands, start_functions
 from tests.runs import last_step, metrics, tiny_config
 from tests.synthetic import make_shards
 
 _LIMIT_S = 300
 _BURNERS = 4
-
-
-@contextlib.contextmanager
-def burning(processes: int) -> Iterator[None]:
-    """Keep so many processes busy beside the ranks, at the same priority."""
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
-    try:
-        yield
-    finally:
-        for process in busy:
-            process.kill()
-            process.wait()
 
 
 def stop_for(ranks: list[Command], seconds: float) -> None:
@@ -63,7 +48,7 @@ def test_busy_ranks_and_stops_shorter_than_the_limit_are_no_alarm(tmp_path):
         while not all(Path(f"{ready}{rank}").exists() for rank in range(2)):
             assert time.monotonic() < until, ranks[0].said
             time.sleep(0.02)
-        with burning(_BURNERS):
+        with busy(_BURNERS):
             time.sleep(1.1 * limit_s)
         stop_for(ranks, limit_s / 2)
         done.touch()
@@ -92,7 +77,7 @@ def test_a_loaded_run_with_the_default_signs_of_life_is_no_alarm(tmp_path):
         while last_step(config.run.out) < 2:
             assert time.monotonic() < until, ranks[0].said
             time.sleep(0.1)
-        with burning(_BURNERS):
+        with busy(_BURNERS):
             time.sleep(3 * limit_s)
             stop_for(ranks, 0.75 * limit_s)
             before = last_step(config.run.out)
