@@ -67,6 +67,7 @@ def test_equal_epochs_and_seeds(shards, tmp_path):
         (["data.share=0.5"], {}, "data.share=0.5: each size has its own; leave it out"),
         (["run.out=elsewhere"], {}, "run.out=elsewhere: each size has its own"),
         (["run.max_steps=1"], {}, "1 step for the whole corpus, which cannot be halved"),
+        (["run.max_steps=4", "optim.warmup_steps=4"], {}, "the run has only 4 steps"),
         ([], {"gpu": "abacus"}, "--gpu abacus: known are"),
         (["optim.larning_rate=1"], {}, "optim.larning_rate"),
     ],

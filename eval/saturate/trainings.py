@@ -91,6 +91,8 @@ def plan_trainings(
         The settings are wrong, name what each size has of its own, or leave a size without steps
         or without held-out cells.
     """
+    from pretrain.optim import require_reachable_peak  # imports torch
+
     for override in overrides:
         if override.partition("=")[0] in _OWN:
             raise ValueError(f"{override}: each size has its own; leave it out")
@@ -106,6 +108,8 @@ def plan_trainings(
             f"{shards}: {steps} step for the whole corpus, which cannot be halved; give more "
             "run.epochs, or a smaller batch.tokens_per_step"
         )
+    # Warm-ups are scaled with the steps: if that of the whole does not fit, no training starts.
+    require_reachable_peak(whole.optim, steps)
     sizes = [(share, 1.0) for share in options.shares] + [(1.0, 0.5)]
     made = []
     for seed in range(options.seeds):
