@@ -53,13 +53,13 @@ def run(name: str, seed: int, shards: Path, work: Path, steps: int) -> dict[str,
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     settings = [*RUNS[name], f"run.seed={seed}", f"run.max_steps={steps}"]
     settings += [f"optim.warmup_steps={max(1, steps // 8)}", "checkpoint.every_steps=100000"]
-    settings += [f"evaluation.every_steps={steps}"]
+    settings += [f"evaluation.every_steps={steps}", "evaluation.at_start=true"]
     pretrain("geneloom_tiny", settings, shards, out)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    last = [m for m in read_metrics(out) if m["kind"] == "heldout"][-1]
+    first, *_, last = [m for m in read_metrics(out) if m["kind"] == "heldout"]
     reached = {
         "run": name, "seed": seed, "tokens": steps * TOKENS_PER_STEP,
-        "processor_seconds": sum(after[:2]) - sum(before[:2]),
+        "processor_seconds": sum(after[:2]) - sum(before[:2]), "loss_at_start": first["loss"],
         **{k: last[k] for k in ("loss", "masked_accuracy", "top10", "beyond_arithmetic", "cells")},
         "beyond_arithmetic_by_dataset": last["beyond_arithmetic_by_dataset"],
     }  # fmt: skip

@@ -311,6 +311,9 @@ class EvaluationConfig(Section):
     """The evaluation on held-out cells, whose masks stay the same for the whole run."""
 
     every_steps: int = Field(default=1000, ge=1, description="and after the last step")
+    at_start: bool = Field(
+        default=False, description="before the first step too: what first weights and prior know"
+    )
     max_cells: int = Field(default=2000, ge=1, description="held-out cells that are scored")
     baseline_cells: int = Field(
         default=50_000, ge=1, description="train cells the baselines are made of"

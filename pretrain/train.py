@@ -168,6 +168,8 @@ class _Run:
         )  # fmt: skip
         if first < steps:
             self._engine.dry_pass(self._dataset.heaviest_micro_batch())
+        if config.evaluation.at_start and not first:
+            self._evaluate(0, watch)
         batches = profiled(self._steps_with_waits(), profile, config.run.out, self._ranks)
         for step, data, wait_s in batches:
             started = time.perf_counter()

@@ -64,7 +64,7 @@ def test_gradients_in_half_the_bytes_train_alike(as_zero1, shards, tmp_path):
     assert losses[0] != losses[1], "the gradients were not sent in bfloat16"
 
 
-@pytest.mark.parametrize("name", ["one_node", "nodes_slow"])
+@pytest.mark.parametrize("name", ["nodes_slow", pytest.param("one_node", marks=pytest.mark.long)])
 def test_two_ranks_in_bf16(name, as_zero1, shards, tmp_path):
     """Where the type of what is sent matters."""
     changes = {"run__max_steps": 5, "run__deepspeed": name, "run__precision": "bf16"}

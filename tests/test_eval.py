@@ -21,6 +21,7 @@ from tests.synthetic import make_cells, write_cells
 if TYPE_CHECKING:
     from transformers import BertForMaskedLM
 
+_IMAGE = '<img src="data:image/svg+xml;base64,'
 MODEL = ModelConfig(
     num_layers=2, hidden_size=32, num_heads=2, intermediate_size=64,
     hidden_dropout=0.0, attention_dropout=0.0,
@@ -185,14 +186,29 @@ def test_embed_finetune_report(pretrained, tmp_path):
     assert results["summary"]["fine-tuned, pretrained"]["macro_f1"]["mean"] > 0.5
     assert results["summary"]["majority class"]["macro_f1"]["mean"] < 0.3
     page = write_report(
-        pretrained / "run", tmp_path / "report.html", [tmp_path / "scores"],
-        tmp_path / "out.h5ad", "cell_type", None,
-    )  # fmt: skip
+        pretrained / "run", tmp_path / "report.html", [tmp_path / "scores"], None, None, None
+    )
     html = (tmp_path / "report.html").read_text()
     assert page.endswith("report.html")
-    assert html.count('<img src="data:image/svg+xml;base64,') == 10, "seven of the run, three more"
-    for text in ("unigram by rank", "kNN on PCA", "UMAP", f"{len(contenders)}"):
+    assert html.count(_IMAGE) == 9, "seven of the run, two of the scores"
+    for text in ("unigram by rank", "kNN on PCA", f"{len(contenders)}"):
         assert text in html
+    assert "UMAP" not in html
+
+
+@pytest.mark.long  # compiling UMAP takes longer than all else
+def test_report_with_embedding(pretrained, tmp_path):
+    from eval.cells.embed import embed_file
+    from eval.report.run_page import write_report
+
+    make_cells(90).write_h5ad(tmp_path / "cells.h5ad")
+    embed_file(tmp_path / "cells.h5ad", pretrained / "model", tmp_path / "out.h5ad")
+    write_report(
+        pretrained / "run", tmp_path / "report.html", [], tmp_path / "out.h5ad", "cell_type", None
+    )
+    html = (tmp_path / "report.html").read_text()
+    assert html.count(_IMAGE) == 8, "seven of the run, and the UMAP"
+    assert "UMAP" in html
 
 
 @pytest.mark.long

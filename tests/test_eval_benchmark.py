@@ -188,6 +188,7 @@ def test_a_task_that_fails_leaves_the_others(world, tmp_path):
         "max_cells: 24, seeds: 1, epochs: 2", "max_cells: 10, seeds: 1, epochs: 1"
     )
     assert small != _TASK
+    small += "folds: 3\n"
     files = [tmp_path / "small.yaml", tmp_path / "broken.yaml"]
     files[0].write_text(small)
     files[1].write_text(small.replace('"yes"', '"perhaps"'))

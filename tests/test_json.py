@@ -70,7 +70,7 @@ VOCAB = ("--vocab", "shards/vocabulary.json")
           "2", "--perturb", "none"), {"moments"}),
         (("perturb-report", "screen", "--out", "report"), {"warnings", "genes"}),
         (("finetune", "cells", "cells.h5ad", "--model", "model", "--label", "cell_type",
-          "--epochs", "1", "--out", "scores"), {"summary", "seeds", "format"}),
+          "--epochs", "1", "--steps", "1", "--out", "scores"), {"summary", "seeds", "format"}),
     ],
     ids=lambda x: "-".join(x[:3]) if isinstance(x, tuple) else "",
 )  # fmt: skip

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from data_prep.running.owner import this_process
-from launch.attempts.rank import ALIVE
+from launch.attempts.rank import _LOOK_S, _LOOKS, ALIVE
 from pretrain.config import RunConfig
 from tests.ranks import commands
 from tests.runs import last_step, tiny_config
@@ -27,6 +27,12 @@ _LIMIT_S = 150
 # What is promised: a launcher that is gone is noticed in so many seconds, and then its ranks save.
 _NOTICED_S, _SAVED_S = 15, 15
 _RESUMABLE = 75
+_START = ("-m", "launch.attempts.rank")
+# It looks ten times as often.
+_START_QUICK = (
+    "-c",
+    "import sys; from launch.attempts import rank; rank._LOOK_S /= 10; sys.exit(rank.main())",
+)
 
 
 def wait_for(condition: Callable[[], bool], limit_s: float, what: Callable[[], str] = str) -> None:
@@ -40,19 +46,13 @@ def wait_for(condition: Callable[[], bool], limit_s: float, what: Callable[[], s
 
 
 @contextlib.contextmanager
-def rank_below(folder: Path, supervisor: dict | None, *above: str) -> Iterator[subprocess.Popen]:
+def rank_below(
+    folder: Path, supervisor: dict | None, *above: str, start: tuple[str, ...] = _START
+) -> Iterator[subprocess.Popen]:
     """Start `launch.attempts.rank` with a rank that waits until it is asked to stop."""
     settings = {"device": "cpu", "nodes": 1, "environment": {}, "supervisor": supervisor}
     (folder / "settings.json").write_text(json.dumps(settings))
-    words = [
-        *above,
-        sys.executable,
-        "-m",
-        "launch.attempts.rank",
-        str(folder),
-        "tests.waiting",
-        str(folder),
-    ]
+    words = [*above, sys.executable, *start, str(folder), "tests.waiting", str(folder)]
     environment = os.environ | {"PYTHONPATH": str(_ROOT)}
     process = subprocess.Popen(words, cwd=folder, env=environment, start_new_session=True)
     try:
@@ -87,18 +87,20 @@ def test_a_supervisor_of_this_machine_that_is_killed_is_noticed(tmp_path):
 
 
 def test_a_supervisor_elsewhere_that_touches_nothing_any_more_is_noticed(tmp_path):
+    assert (_LOOKS + 1) * _LOOK_S <= _NOTICED_S
     record = this_process() | {"machine": "elsewhere"}
     alive = tmp_path / ALIVE
     alive.touch()
-    with rank_below(tmp_path, record) as rank:
-        until = time.monotonic() + 4
+    silence_s = _LOOKS * _LOOK_S / 10
+    with rank_below(tmp_path, record, start=_START_QUICK) as rank:
+        until = time.monotonic() + 2 * silence_s
         while time.monotonic() < until:
             alive.touch()
-            time.sleep(1)
+            time.sleep(_LOOK_S / 10)
         assert not (tmp_path / "asked").exists(), "it lived"
         started = time.monotonic()
         require_asked(tmp_path, _NOTICED_S)
-        assert time.monotonic() - started > 8
+        assert time.monotonic() - started > 0.8 * silence_s
         assert rank.wait(10) == _RESUMABLE
 
 

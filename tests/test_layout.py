@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import re
 import subprocess
@@ -63,9 +64,15 @@ def modules(folder: str) -> list[Path]:
     return [path] if path.suffix == ".py" else sorted(path.rglob("*.py"))
 
 
+@functools.cache
+def syntax(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imports(path: Path) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(syntax(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -137,7 +144,7 @@ def test_no_circle_of_files():
 def test_nothing_is_imported_by_a_text():
     """But the verbs, by `launch.cli`, and what belongs to others."""
     for path in [p for f in FOLDERS for p in modules(f)]:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(syntax(path)):
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
                 text = ast.unparse(node.args[0])
                 assert dotted(path) == "launch.cli" or text.split(".")[0].strip("'") in (
@@ -159,7 +166,7 @@ RENAMES_ITSELF = {
 def test_files_are_written_aside_in_one_place():
     found = set()
     for path in [p for f in FOLDERS for p in modules(f)]:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(syntax(path)):
             # Of a text, replace takes two arguments.
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 renames = node.func.attr in ("rename", "replace") and len(node.args) == 1
@@ -184,7 +191,7 @@ def test_the_way_of_a_cell_exists():
     named = re.findall(r"`(\w+/[a-z_/]+\.py)`,\s+`(\w+)`", page)
     assert len(named) >= 15
     for file, name in named:
-        found = {getattr(n, "name", "") for n in ast.parse((ROOT / file).read_text()).body}
+        found = {getattr(n, "name", "") for n in syntax(ROOT / file).body}
         assert name in found, f"{file}: {name}"
 
 
@@ -227,7 +234,7 @@ def test_no_file_is_long():
 
 def test_functions_are_short():
     for path in [p for f in FOLDERS for p in modules(f)]:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(syntax(path)):
             if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:
                 # Without signature and docstring: the options of a command are a long list.
                 body = node.body[1:] if ast.get_docstring(node) else node.body
@@ -273,7 +280,7 @@ def test_functions_have_few_parameters():
     """What is more than eight belongs into a dataclass; exceptions have a reason."""
     found = set()
     for path in [p for f in FOLDERS for p in modules(f)]:
-        for name, node in functions_of(ast.parse(path.read_text()).body, dotted(path)):
+        for name, node in functions_of(syntax(path).body, dotted(path)):
             arguments = node.args
             given = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
             is_kernel = any("njit" in ast.unparse(d) for d in node.decorator_list)

@@ -170,15 +170,18 @@ def test_an_owner_that_was_killed_is_noticed_at_once(tmp_path):
     process.wait()
 
 
-def enter(folder: Path, start, all_have_tried, entered) -> None:
+def enter(folders: list[Path], together, entered) -> None:
+    """Try every folder at the same moment as the others, and hold it until all have tried."""
     random.seed()  # each its own moments, not those of the process that it was forked from
-    start.wait()
-    try:
-        with owned(folder, "pretrain"):
-            entered.put(True)
-            all_have_tried.wait()
-    except FolderInUse:
-        entered.put(False)
+    for folder in folders:
+        together.wait(60)
+        try:
+            with owned(folder, "pretrain"):
+                entered.put((folder, True))
+                together.wait(60)
+        except FolderInUse:
+            entered.put((folder, False))
+            together.wait(60)
 
 
 @pytest.fixture
@@ -198,26 +201,26 @@ def slow_moments(monkeypatch):
 
 @pytest.mark.parametrize("what", ["nobody", "a dead owner", "a dead owner and a dead heir"])
 def test_of_many_that_start_at_once_one_gets_in(what, slow_moments, tmp_path):
-    context = multiprocessing.get_context("fork")
-    for number in range(10):
-        folder = tmp_path / f"run_{number}"
+    folders = [tmp_path / f"run_{number}" for number in range(10)]
+    for folder in folders:
         if what != "nobody":
             path = write_owner(folder, age_s=LEASE_S + 1)
         if what == "a dead owner and a dead heir":  # killed while it took over
             heir = path.with_name(f"{OWNER_NAME}.other.next")
             heir.write_text(path.read_text().replace("other", "heir"))
             os.utime(heir, (path.stat().st_mtime,) * 2)
-        start, all_have_tried, entered = context.Event(), context.Event(), context.Queue()
-        given = (folder, start, all_have_tried, entered)
-        racers = [context.Process(target=enter, args=given) for _ in range(6)]
-        for racer in racers:
-            racer.start()
-        start.set()
-        got = [entered.get(timeout=30) for _ in racers]
-        all_have_tried.set()
-        for racer in racers:
-            racer.join(30)
-        assert got.count(True) == 1, number
+    context = multiprocessing.get_context("fork")
+    together, entered = context.Barrier(6), context.Queue()
+    # For all folders: to fork this process, which has imported much, takes long.
+    racers = [context.Process(target=enter, args=(folders, together, entered)) for _ in range(6)]
+    for racer in racers:
+        racer.start()
+    got = [entered.get(timeout=60) for _ in racers for _ in folders]
+    for racer in racers:
+        racer.join(30)
+        assert racer.exitcode == 0
+    assert {folder: got.count((folder, True)) for folder in folders} == dict.fromkeys(folders, 1)
+    assert len(got) == 60
     assert not [p for p in tmp_path.rglob("*") if not p.is_dir()]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from pretrain.counting.baselines import BASELINE_NAMES, RANK_BINS, RankBaselines
 from tests.ranks import run_ranks
-from tests.runs import tiny_config
+from tests.runs import metrics, require_same_state, run_training, tiny_config
 from tests.synthetic import make_shards
 
 BASELINES = BASELINE_NAMES
@@ -66,6 +66,7 @@ def scores_of_a_new_model(shards: Path, out: Path) -> dict[str, Any]:
         "record": heldout_record(result, evaluation, "a remark"),
         "line": heldout_line(7, 9, result, evaluation),
         "rows": rows,
+        "num_tokens": opened.vocabulary.num_tokens,
     }
 
 
@@ -296,3 +297,20 @@ def test_a_resumed_run_repeats_no_remark(tmp_path):
     history = heldout_history(read_metrics(tmp_path))
     assert history == [(10, 6.5), (20, math.inf), (30, 5.9)]
     assert curve_remark([*history, (40, 5.8)], BARS, 100, 0.25) is None
+
+
+def test_an_evaluation_at_the_start_changes_nothing(shards, one_rank, tmp_path):
+    """It is of the first weights; a run that goes on has none."""
+    changes = {"run__max_steps": 2, "evaluation__max_cells": 1000, "optim__warmup_steps": 1}
+    at_start = {"evaluation__at_start": True}
+    plain = tiny_config(shards, tmp_path / "plain", **changes)
+    looked = tiny_config(shards, tmp_path / "looked", **changes | at_start)
+    losses = [run_ranks(1, run_training, config)[0][0].losses for config in (plain, looked)]
+    assert losses[0] == losses[1]
+    require_same_state(plain.run.out, looked.run.out)
+    before, after = metrics(looked.run.out, "heldout")
+    assert (before["step"], after["step"]) == (0, 2)
+    assert after["loss"] == metrics(plain.run.out, "heldout")[0]["loss"]
+    assert abs(before["loss"] - math.log(one_rank["num_tokens"])) < 0.05, "a new model knows none"
+    run_ranks(1, run_training, looked, True)
+    assert [m["step"] for m in metrics(looked.run.out, "heldout")] == [0, 2]

@@ -225,8 +225,8 @@ def test_signals_during_checkpoints(shards, tmp_path):
         (signal.SIGKILL, 2, 1, 3),
         (signal.SIGKILL, 3, 0, 3),
         (signal.SIGSTOP, 2, 1, 3),
-        (signal.SIGSTOP, 3, 0, 3),
-        (signal.SIGKILL, 3, 2, 20),
+        pytest.param(signal.SIGSTOP, 3, 0, 3, marks=pytest.mark.long),
+        pytest.param(signal.SIGKILL, 3, 2, 20, marks=pytest.mark.long),
         pytest.param(signal.SIGKILL, 2, 0, 20, marks=pytest.mark.slow),
         pytest.param(signal.SIGSTOP, 3, 1, 20, marks=pytest.mark.slow),
     ],
@@ -417,10 +417,14 @@ def with_weights(run: Path, to: Path, change: Callable[[dict[str, torch.Tensor]]
     return to
 
 
-def cells_with(gene: int, config: RunConfig, rank: int) -> list[int]:
-    """Return the numbers of a rank's cells of one step that show a gene, or hide it."""
+def step_of_two_ranks(config: RunConfig) -> list[list[MicroBatch]]:
+    return [dataset_of(config, rank, 2)[_STEP].micro_batches for rank in (0, 1)]
+
+
+def cells_with(gene: int, micro_batches: list[MicroBatch]) -> list[int]:
+    """Return the numbers of the cells that show a gene, or hide it."""
     found = []
-    for micro in dataset_of(config, rank, 2)[_STEP].micro_batches:
+    for micro in micro_batches:
         shows = (micro.input_ids == gene).any(dim=1).numpy()
         shows[micro.masked_places[micro.labels == gene] // micro.input_ids.shape[1]] = True
         found += micro.cells[shows].tolist()
@@ -429,15 +433,17 @@ def cells_with(gene: int, config: RunConfig, rank: int) -> list[int]:
 
 def gene_of_few_cells(config: RunConfig) -> tuple[int, list[int]]:
     """Return a token that only rank 1 has, and in which cells."""
+    other, own = step_of_two_ranks(config)
     for gene in genes(config):
-        cells = cells_with(gene, config, 1)
-        if 1 < len(cells) < 5 and not cells_with(gene, config, 0):
+        cells = cells_with(gene, own)
+        if 1 < len(cells) < 5 and not cells_with(gene, other):
             return gene, cells
     raise AssertionError("no such gene: other cells, please")
 
 
 def absent_gene(config: RunConfig) -> int:
-    return next(g for g in genes(config) if not any(cells_with(g, config, r) for r in (0, 1)))
+    ranks = step_of_two_ranks(config)
+    return next(g for g in genes(config) if not any(cells_with(g, rank) for rank in ranks))
 
 
 def genes(config: RunConfig) -> range:
