@@ -552,6 +552,7 @@ print(memory_mib("VmHWM") - before, time.perf_counter() - start, sum(c.nbytes fo
 """
 
 
+@pytest.mark.long  # test_data_prep_order.py: what is read of so many
 def test_a_billion_cells_are_opened_in_little_memory(tmp_path):
     """Takes 4 s: what is measured is the size."""
     folder = make_large_manifest(tmp_path / "shards")

@@ -193,7 +193,7 @@ def _wait_for_moment(
     else:
         target = saved + int(rng.integers(0, most + 1))
         # Writing a checkpoint of this model takes 10 ms.
-        in_time = wait_until(lambda: writes_after(target), process, look_every_s=0.001)
+        in_time = wait_until(lambda: writes_after(target), process, look_every_s=0.003)
     assert in_time, f"the run has ended, too early to be killed:\n{_said(config, process)}"
     return processes
 
