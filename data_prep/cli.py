@@ -10,7 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from data_prep.inspection.tables import print_check, print_manifest, print_problems
+from data_prep.inspection.tables import (
+    print_check,
+    print_manifest,
+    print_problems,
+    print_remarks,
+)
 from data_prep.options import AsJson, GeneTable, Memory, Processes, spread
 from data_prep.prepare.check import check_sources
 from data_prep.prepare.medians import SKETCH, TABLE, medians_of
@@ -116,6 +121,7 @@ def medians_command(
             return
         with show_progress() as progress:
             found, vocabulary = medians_of(sources, out, options, reading, workers, progress)
+    print_remarks(found.remarks, found.warnings)
     error = f"within {found.relative_error:.2%}" if found.relative_error else "exact"
     print(
         f"{len(found.sketch.genes):,} genes seen, {len(vocabulary.genes):,} in at least "

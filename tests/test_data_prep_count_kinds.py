@@ -203,3 +203,18 @@ def test_real_cells_rounded_equal_those_rounded_before(case, real_data):
     for name, message in (("binarised", "binarised"), ("rounded_cpm", "the same total")):
         with pytest.raises(ValueError, match=message):
             encode_file(folder / f"{name}.h5ad", vocabulary)
+
+
+def test_a_few_cells_at_the_end_are_judged_with_those_before(tmp_path, monkeypatch):
+    """Two cells have the same total by chance: that says nothing of the file."""
+    from data_prep.sources import count_source
+
+    monkeypatch.setattr(count_source, "_READ_CELLS", 40)
+    cells = make_cells(42)
+    values = cells.X.toarray() * 9.0
+    values[values > 0] += 0.37
+    values[41] = values[40]
+    cells.X = scipy.sparse.csr_matrix(values)
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    source = open_path(tmp_path / "cells.h5ad", SourceOptions(fractional="keep"))
+    assert sum(len(b.cell_ids) for b in source.blocks()) == 42

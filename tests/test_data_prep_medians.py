@@ -12,13 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from data_prep.genes.median_sketch import RELATIVE_ERROR, MedianSketch
 from data_prep.genes.vocabulary import load_vocabulary
-from data_prep.prepare.medians import (
-    RELATIVE_ERROR,
-    GeneMedians,
-    MedianSketch,
-    gene_medians,
-)
+from data_prep.prepare.medians import GeneMedians, gene_medians
 from data_prep.prepare.medians import build_vocabulary as build
 from data_prep.prepare.options import PrepareOptions
 from data_prep.prepare.run import SERIAL, prepare

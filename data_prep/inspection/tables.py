@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from data_prep.genes.gene_names import FOUND_AS
+from data_prep.sources.remarks import remarks
 
 if TYPE_CHECKING:
     from data_prep.prepare.check import CheckResult
@@ -84,7 +85,17 @@ def print_problems(problems: list[Problem], console: Console | None = None) -> N
         console.print("every checksum, count and bound is as recorded")
 
 
-def _print_warnings(warnings: list[str], console: Console) -> None:
+def print_remarks(
+    remarks: Sequence[str], warnings: Sequence[str], console: Console | None = None
+) -> None:
+    """Print what was noticed about sources, and what a user should mend."""
+    console = console or _console()
+    for line in remarks:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    _print_warnings(warnings, console)
+
+
+def _print_warnings(warnings: Sequence[str], console: Console) -> None:
     for warning in warnings:
         console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
 
@@ -110,40 +121,8 @@ def _print_same_cells(same: dict, console: Console) -> None:
 
 def _print_rejections(manifest: dict, console: Console) -> None:
     """Print how the genes of each source were found, and the rejected cells by data set."""
-    for s in manifest["sources"]:
-        genes = s["genes"]
-        if s.get("filtered_out"):
-            line = f"{s['name']}: {s['filtered_out']:,} cells left out by --obs-filter"
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
-        if not isinstance(genes, dict):  # a token corpus, or a manifest of format 1
-            continue
-        for number, text in (
-            (genes["duplicated"], "columns with a repeated gene id: their counts are summed"),
-            (genes["by_alias"], "gene ids mapped to current ones"),
-            (genes["nameless"], "columns without a gene id: they count in the totals only"),
-        ):
-            if number:
-                line = f"{s['name']}: {number:,} {text}"
-                console.print(line, highlight=False, markup=False, soft_wrap=True)
-        found = genes.get("found_as", {})
-        if set(found) - {"id", "not found"}:
-            counts = ", ".join(
-                f"{number:,} as {how}" for how in FOUND_AS if (number := found.get(how))
-            )
-            upper = genes["upper_cased"]
-            counts += f"; {upper:,} in upper case only" if upper else ""
-            line = f"{s['name']}: genes found as: {counts}"
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
-        if genes.get("case_collisions"):
-            names = ", ".join(genes["case_collisions"])
-            line = f"{s['name']}: names that differ in case only from another gene's: {names}"
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
-        if s.get("fractional_values"):
-            done = {"round": "rounded", "keep": "ranked as they are"}[s["options"]["fractional"]]
-            line = f"{s['name']}: {s['fractional_values']:.1%} of the values are fractions: {done}"
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
-        for kind, number in genes.get("left_out", {}).items():
-            line = f"{s['name']}: {number:,} features left out: {kind}"
+    for source in manifest["sources"]:
+        for line in remarks(source):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     datasets = [d for d in manifest.get("datasets", manifest["sources"]) if d["rejected"]]
     if not datasets:

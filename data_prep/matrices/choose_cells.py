@@ -116,6 +116,10 @@ class ChosenCells:
 
     def __init__(self, store: Store, cells: np.ndarray) -> None:
         self._store, self._cells = store, cells
+        before_rows: np.ndarray | None = getattr(store, "row_numbers", None)
+        # int64 [cells], where the cells stand in the file.
+        self.row_numbers = cells if before_rows is None else before_rows[cells]
+        self.cells_in_file: int = getattr(store, "cells_in_file", store.num_cells)
         self.path: Path = store.path
         self.num_cells, self.num_genes = len(cells), store.num_genes
         self.counts_choices = store.counts_choices

@@ -188,6 +188,8 @@ class ChosenFeatures:
         self.num_cells, self.num_genes = store.num_cells, len(self._kept)
         self.counts_choices = store.counts_choices
         self.num_filtered_out: int | None = getattr(store, "num_filtered_out", 0)
+        self.row_numbers: np.ndarray | None = getattr(store, "row_numbers", None)
+        self.cells_in_file: int = getattr(store, "cells_in_file", store.num_cells)
 
     def rows(self, start: int, stop: int) -> Rows:
         data, features, indptr = self._store.rows(start, stop)

@@ -108,6 +108,15 @@ class GeneTable:
     def species(self) -> str | None:
         return species_of(self.ids)
 
+    @property
+    def _repeated(self) -> int:
+        """Number of columns whose id stands in an earlier column too."""
+        return sum(n - 1 for i, n in Counter(self.ids).items() if i and n > 1)
+
+    @property
+    def _nameless(self) -> int:
+        return sum(not i for i in self.ids)
+
     def mitochondrial(self, annotation: Annotation | None) -> np.ndarray:
         """Return bool [genes], True for mitochondrial genes by id, annotation or symbol."""
         if self._mitochondrial is None or self._mitochondrial[0] != annotation:
@@ -123,16 +132,21 @@ class GeneTable:
             self._found = vocabulary, vocabulary.lookup.find_all(self.ids, symbols)
         return self._found[1]
 
-    def report(self, vocabulary: Vocabulary) -> GeneReport:
-        """Return how many of the genes a vocabulary knows, and by which names."""
+    def report(self, vocabulary: Vocabulary | None) -> GeneReport:
+        """Return how many of the genes a vocabulary knows, and by which names.
+
+        Without a vocabulary no gene is known, and only the ids are counted.
+        """
+        if vocabulary is None:
+            return GeneReport(len(self.ids), 0, 0, self._repeated, self._nameless, self.species)
         if self._report is None or self._report[0] is not vocabulary:
             found = self.find(vocabulary)
             report = GeneReport(
                 len(self.ids),
                 int((found.tokens >= 0).sum()),
                 sum(i in vocabulary.aliases for i in self.ids),
-                sum(n - 1 for i, n in Counter(self.ids).items() if i and n > 1),
-                sum(not i for i in self.ids),
+                self._repeated,
+                self._nameless,
                 self.species,
                 {},
                 found.found_as,

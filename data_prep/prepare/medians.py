@@ -21,18 +21,24 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numba
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from data_prep.files import file_sha256, write_to_disk
 from data_prep.genes.annotation import read_annotation
 from data_prep.genes.gene_names import plain_id, strip_version
+from data_prep.genes.median_sketch import (
+    BIN_SHIFT,
+    FIRST_BIN,
+    NUM_BINS,
+    RELATIVE_ERROR,
+    MedianSketch,
+    middle_bins,
+)
 from data_prep.genes.vocabulary import (
     CLS,
     EOS,
@@ -49,106 +55,33 @@ from data_prep.prepare.options import MediansOptions
 from data_prep.running.workers import Progress, Workers, counter
 from data_prep.sources.corpus_list import expand_corpus
 from data_prep.sources.count_source import CountBlock, CountSource
+from data_prep.sources.obs_columns import FILTER_COLUMN
 from data_prep.sources.open_source import open_source
+from data_prep.sources.remarks import entry_of, remarks
 from data_prep.sources.source_spec import SourceOptions, SourceSpec
 
 _CHUNK_CELLS = 16_384
-# The bin of a value is its exponent and the first 6 bits of its mantissa: 64 bins per octave, and
-# values of a bin differ by a ratio of at most 1 + 1/64. The bins cover values from 2**-10 (one
-# count among ten million) to 10,000.
-_MANTISSA_BITS = 6
-_SHIFT = 52 - _MANTISSA_BITS
-_FIRST_BIN = int(np.float64(2.0**-10).view(np.int64)) >> _SHIFT
-NUM_BINS = 25 << _MANTISSA_BITS
-RELATIVE_ERROR = 2.0**-_MANTISSA_BITS
 SKETCH, TABLE = ".sketch.parquet", ".genes.tsv"
 _VALUE_BYTES = 36  # memory per value while the values of the median bins are sorted
 
 
 @dataclass(frozen=True)
-class MedianSketch:
-    """Histogram of the values of each gene over cells.
+class GeneMedians:
+    """Medians of all genes, and what was noticed while the sources were read.
 
     Attributes
     ----------
-    genes
-        Gene ids, ascending.
-    counts
-        int64 [genes, NUM_BINS], number of cells whose value of the gene is in the bin.
-    aliases
-        For each retired id or symbol, the gene that it was counted as.
+    relative_error
+        The largest relative error of a median, 0 if they are exact.
+    remarks, warnings
+        Lines for the user about each source; nothing of sources whose sketches were merged.
     """
-
-    genes: tuple[str, ...]
-    counts: np.ndarray
-    aliases: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def detected(self) -> np.ndarray:
-        """int64 [genes], the number of cells that express each gene."""
-        return self.counts.sum(axis=1)
-
-    def medians(self) -> np.ndarray:
-        """Return float64 [genes], medians interpolated in their bins; NaN for genes in no cell."""
-        before = np.cumsum(self.counts, axis=1)
-        number, rows = before[:, -1], np.arange(len(self.genes))
-        middle = []
-        for rank, bins in zip(
-            ((number - 1) // 2, number // 2), _middle_bins(self.counts).T, strict=True
-        ):
-            inside = self.counts[rows, bins]
-            with np.errstate(invalid="ignore", divide="ignore"):
-                share = (rank + 0.5 - (before[rows, bins] - inside)) / inside
-            low, high = bin_edge(bins), bin_edge(bins + 1)
-            middle.append(np.where(number > 0, low + share * (high - low), np.nan))
-        return (middle[0] + middle[1]) / 2
-
-    def merge(self, other: MedianSketch) -> MedianSketch:
-        """Return the sketch of all cells of both sketches."""
-        genes = sorted({*self.genes, *other.genes})
-        place = {g: i for i, g in enumerate(genes)}
-        counts = np.zeros((len(genes), NUM_BINS), dtype=np.int64)
-        for part in (self, other):
-            counts[[place[g] for g in part.genes]] += part.counts
-        return MedianSketch(tuple(genes), counts, self.aliases | other.aliases)
-
-    def save(self, path: Path) -> None:
-        """Write the sketch as parquet, with one row per gene and occupied bin."""
-        rows, bins = np.nonzero(self.counts)
-        table = pa.table(
-            {
-                "gene": pa.array(np.array(self.genes, dtype=object)[rows], pa.string()),
-                "bin": pa.array(bins.astype(np.int16)),
-                "cells": pa.array(self.counts[rows, bins]),
-            }
-        )
-        names = json.dumps(self.aliases, sort_keys=True)
-        pq.write_table(table.replace_schema_metadata({"aliases": names}), path, compression="zstd")
-
-    @staticmethod
-    def load(path: Path) -> MedianSketch:
-        """Return the sketch that `save` wrote; raise ValueError for other files."""
-        try:
-            table = pq.read_table(path, columns=["gene", "bin", "cells"])
-            aliases = json.loads((table.schema.metadata or {}).get(b"aliases", b"{}"))
-            coded = table.column("gene").combine_chunks().dictionary_encode()
-            names = coded.dictionary.to_pylist()
-            order = np.argsort(names)
-            counts = np.zeros((len(names), NUM_BINS), dtype=np.int64)
-            place = (np.argsort(order)[coded.indices.to_numpy()], table.column("bin").to_numpy())
-            np.add.at(counts, place, table.column("cells").to_numpy())
-        except (pa.ArrowInvalid, OSError, KeyError, IndexError, ValueError) as error:
-            raise ValueError(f"{path}: not a sketch of `geneloom medians` ({error})") from error
-        return MedianSketch(tuple(names[i] for i in order), counts, aliases)
-
-
-@dataclass(frozen=True)
-class GeneMedians:
-    """Medians of all genes; `relative_error` is the largest relative error, 0 if they are exact."""
 
     sketch: MedianSketch
     medians: np.ndarray
     relative_error: float
+    remarks: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def save_table(self, path: Path) -> None:
         """Write a tsv table with each gene, the number of cells that express it, and the median."""
@@ -258,7 +191,8 @@ def medians_of(
         for path in earlier:
             sketch = MedianSketch.load(Path(path))
             sketch = found.sketch.merge(sketch) if found else sketch
-            found = GeneMedians(sketch, sketch.medians(), RELATIVE_ERROR)
+            said = (found.remarks, found.warnings) if found else ((), ())
+            found = GeneMedians(sketch, sketch.medians(), RELATIVE_ERROR, *said)
     if found is None:
         raise ValueError("no source is given")
     vocabulary = found.vocabulary(options.min_cells, options.max_length, options.with_cls)
@@ -298,7 +232,7 @@ def gene_medians(
     aliases = merged_mappings(gene_mapping)
     chosen = read_annotation(annotation).chosen if annotation else None
     genes: set[str] = set()
-    stretches = []
+    stretches, entries, warnings = [], [], []
     for number, spec in enumerate(specs):
         progress("opening", number, len(specs))
         source = open_source(spec, work)
@@ -310,31 +244,59 @@ def gene_medians(
         source.check_ids()
         ids = {_gene_of(i, aliases) for i in source.gene_ids if i}
         genes |= ids if chosen is None else {i for i in ids if strip_version(i) in chosen}
-        stretches += [(spec, start, stop) for start, stop in source.stretches(_CHUNK_CELLS)]
+        stretches += [(number, start, stop) for start, stop in source.stretches(_CHUNK_CELLS)]
+        entries.append(entry_of(source, None))
+        warnings += source.warnings()
     if not genes:
         raise ValueError("no gene of the sources is in the annotation; are the ids of its kind?")
     names = sorted(genes)
     numbers = {n: i for i, n in enumerate(names)}
     path = work / "genes.json"
     write_to_disk(path, json.dumps([numbers, aliases]))
-    jobs = [_Job(spec, work, path, start, stop) for spec, start, stop in stretches]
+    jobs = [_Job(specs[number], work, path, start, stop) for number, start, stop in stretches]
     sizes = [j.stop - j.start for j in jobs]
     counts = np.zeros((len(names), NUM_BINS), dtype=np.int64)
     shown = counter(progress, "counting genes", sizes)
+    seen = np.zeros((len(specs), 4), dtype=np.int64)
     with contextlib.closing(workers.each(_count_stretch, jobs)) as ended:
-        for number, (places, added) in ended:  # added one by one: all of them would fill the memory
+        # Added one by one: all of them would fill the memory.
+        for number, (places, added, of_cells) in ended:
             counts.reshape(-1)[places] += added
+            seen[stretches[number][0]] += of_cells
             shown(number)
+    lines, more = _said(entries, seen)
+    said = (tuple(lines), tuple(warnings + more))
     sketch = MedianSketch(tuple(names), counts, {a: g for a, g in aliases.items() if g in genes})
-    wanted = _middle_bins(counts)
+    wanted = middle_bins(counts)
     held = int(counts[np.arange(len(names))[:, None], wanted].sum())
     if held * _VALUE_BYTES > memory_gib * 2**30:
-        return GeneMedians(sketch, sketch.medians(), RELATIVE_ERROR)
+        return GeneMedians(sketch, sketch.medians(), RELATIVE_ERROR, *said)
     np.save(work / "wanted.npy", wanted)
     shown = counter(progress, "taking medians", sizes)
     found = workers.run(partial(_collect_stretch, work / "wanted.npy"), jobs, shown)
     medians = _exact_medians(counts, wanted, *(np.concatenate(p) for p in zip(*found, strict=True)))
-    return GeneMedians(sketch, medians, 0.0)
+    return GeneMedians(sketch, medians, 0.0, *said)
+
+
+def _said(entries: list[dict], seen: np.ndarray) -> tuple[list[str], list[str]]:
+    """Return remarks and warnings about the sources, after their cells were read.
+
+    Parameters
+    ----------
+    entries
+        Of `data_prep.sources.remarks.entry_of`.
+    seen
+        int64 [sources, 4]: as `_count_stretch` returns them.
+    """
+    lines, warnings = [], []
+    for entry, (fractional, stored, excluded, cells) in zip(entries, seen.tolist(), strict=True):
+        lines += remarks(entry | {"fractional_values": fractional / stored if stored else 0.0})
+        if excluded:
+            warnings.append(
+                f"{entry['name']}: {excluded:,} of {cells:,} cells do not count: they do not pass "
+                f"obs['{FILTER_COLUMN}']"
+            )
+    return lines, warnings
 
 
 def _gene_of(gene_id: str, aliases: dict[str, str]) -> str:
@@ -347,20 +309,6 @@ def _gene_of(gene_id: str, aliases: dict[str, str]) -> str:
         if name in aliases:
             return aliases[name]
     return plain
-
-
-def bin_edge(bins: np.ndarray) -> np.ndarray:
-    """Return float64, the smallest value of each bin."""
-    return ((np.asarray(bins, dtype=np.int64) + _FIRST_BIN) << _SHIFT).view(np.float64)
-
-
-def _middle_bins(counts: np.ndarray) -> np.ndarray:
-    """Return int64 [genes, 2], the bins of the lower and the upper middle value of each gene."""
-    before = np.cumsum(counts, axis=1)
-    number = before[:, -1:]
-    lower, upper = (number - 1) // 2, number // 2
-    bins = [(before <= rank).sum(axis=1) for rank in (lower, upper)]
-    return np.stack(bins, axis=1).clip(max=NUM_BINS - 1)
 
 
 def _exact_medians(
@@ -404,15 +352,21 @@ def _scales(block: CountBlock) -> np.ndarray:
     return np.where(block.passes & (block.totals > 0), block.totals, np.nan)
 
 
-def _count_stretch(job: _Job) -> tuple[np.ndarray, np.ndarray]:
-    """Return (flat indices into [genes, bins], numbers of cells) that a stretch adds."""
-    counts = np.zeros(0, dtype=np.uint32)
+def _count_stretch(job: _Job) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (flat indices into [genes, bins], numbers of cells) that a stretch adds.
+
+    The third is int64 [4]: values that were no integers, all values, cells that ``filter_pass``
+    excludes, all cells.
+    """
+    counts, seen = np.zeros(0, dtype=np.uint32), np.zeros(4, dtype=np.int64)
     for block, columns, num_genes in _blocks(job):
         if not counts.size:
             counts = np.zeros(num_genes * NUM_BINS, dtype=np.uint32)
+        excluded = int((~block.passes).sum())
+        seen += (block.fractional, len(block.data), excluded, len(block.passes))
         _count(block.data, block.indices, block.indptr, _scales(block), columns, num_genes, counts)
     places = np.flatnonzero(counts)
-    return places, counts[places].astype(np.int64)
+    return places, counts[places].astype(np.int64), seen
 
 
 def _collect_stretch(wanted_path: Path, job: _Job) -> tuple[np.ndarray, np.ndarray]:
@@ -446,7 +400,7 @@ def _cell_values(data, indices, indptr, totals, cell, columns, sums, touched, va
         sums[touched[i]] = 0.0
     bits = values.view(np.int64)
     for i in range(size):
-        bins[i] = min(max((bits[i] >> _SHIFT) - _FIRST_BIN, 0), NUM_BINS - 1)
+        bins[i] = min(max((bits[i] >> BIN_SHIFT) - FIRST_BIN, 0), NUM_BINS - 1)
     return size
 
 

@@ -8,6 +8,7 @@ of integers, `fractional_values` at all others.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,13 +42,22 @@ class Place:
         )
 
 
-def fractional_values(place: Place, data: np.ndarray, indptr: np.ndarray, allowed: bool) -> int:
+def fractional_values(
+    place: Place,
+    data: np.ndarray,
+    indptr: np.ndarray,
+    allowed: bool,
+    wider: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None,
+) -> int:
     """Return how many values of a CSR block are fractional, after checking that they are counts.
 
     Parameters
     ----------
     allowed
         Whether fractional counts are accepted. Logarithms, scores and normalised values never are.
+    wider
+        Returns data and index pointers of more cells of the file, if this block has too few to
+        tell what its values are: two cells may have the same total by chance.
 
     Raises
     ------
@@ -78,7 +88,7 @@ def fractional_values(place: Place, data: np.ndarray, indptr: np.ndarray, allowe
         f"{place.path}: {number / len(data):.1%} of the stored values in '{place.counts}' are no "
         f"integers (e.g. {data[is_fraction][0]:.4g}, largest {data.max():.4g})"
     )
-    wrong = _made_of_counts(data, indptr)
+    wrong = _made_of_counts(*(wider() if wider else (data, indptr)))
     if wrong:
         raise ValueError(f"{said}: {wrong}; {place.advice}")
     if not allowed:

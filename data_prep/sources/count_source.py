@@ -12,6 +12,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -42,6 +43,7 @@ from data_prep.sources.source_spec import INDEX, SourceSpec
 
 _READ_CELLS = 4096
 _READ_VALUES = 1 << 24  # values per block; each takes 12 to 16 bytes while a block is in use
+_JUDGED_CELLS = 256  # so many tell whether fractions are counts
 _FEWEST_KNOWN = 0.01  # share of genes that is enough, however large --min-overlap is
 # Errors that the readers of formats raise for damaged files, also for sizes above memory.
 DAMAGE = (
@@ -103,6 +105,8 @@ class CountSource:
         # Number of features of each kind that are left out because they are no genes.
         self.left_out = choice.left_out
         self.store: Store = store
+        # bool [features of the file], True for genes; None: all of them are.
+        self.chosen_features = choice.features
         if choice.features is not None:
             self.store = ChosenFeatures(self.store, choice.features)
         if choice.cells is not None:
@@ -228,8 +232,11 @@ class CountSource:
             )
         return "Another annotation, or a small panel? Lower --min-overlap only if this is meant."
 
-    def gene_report(self, vocabulary: Vocabulary) -> GeneReport:
-        """Return how many of the source's genes a vocabulary knows, and by which names."""
+    def gene_report(self, vocabulary: Vocabulary | None) -> GeneReport:
+        """Return how many of the source's genes a vocabulary knows, and by which names.
+
+        Without a vocabulary: of the ids alone.
+        """
         return replace(self._genes.report(vocabulary), left_out=self.left_out)
 
     def group_sizes(self, column: str) -> Counter[str]:
@@ -247,6 +254,16 @@ class CountSource:
                 values = self.store.obs(name, start, min(start + (1 << 20), self.num_cells))
             sizes.update(as_text(values))
         return sizes
+
+    @property
+    def row_numbers(self) -> np.ndarray | None:
+        """int64 [cells], where the cells stand in the file; None if all its cells are read."""
+        return getattr(self.store, "row_numbers", None)
+
+    @property
+    def cells_in_file(self) -> int:
+        """Number of cells of the file, those included that are not read."""
+        return getattr(self.store, "cells_in_file", self.num_cells)
 
     @property
     def num_filtered_out(self) -> int | None:
@@ -321,20 +338,20 @@ class CountSource:
                 f"{self.path}: cells {start}-{stop} name gene {indices.max()} of {self.num_genes}; "
                 "the file is damaged"
             )
-        data, fractional, scan = self._checked(data, indices, indptr)
+        data, fractional, scan = self._checked(start, data, indices, indptr)
         with self._damage_named(f"cells {start}-{stop}"):
             cell_ids = self.store.cell_ids(start, stop)
             metadata = {
                 name: as_text(self.store.obs(column, start, stop))
                 for name, column in self.options.column_sources.items()
             }
-            passes = np.ones(stop - start, dtype=bool)
-            if self._has_filter:
-                text = as_text(self.store.obs(FILTER_COLUMN, start, stop))
-                passes = obs_columns.passes(self.path, text)
+            words = as_text(self.store.obs(FILTER_COLUMN, start, stop)) if self._has_filter else []
             datasets = [self.spec.dataset] * (stop - start)
             if self.options.dataset_column:
                 datasets = as_text(self.store.obs(self.options.dataset_column, start, stop))
+        passes = np.ones(stop - start, dtype=bool)
+        if self._has_filter:
+            passes = obs_columns.passes(self.path, words)
         totals = self._totals(scan.totals, cell_ids, start, stop)
         with np.errstate(invalid="ignore", divide="ignore"):
             share = scan.mitochondrial / scan.totals
@@ -345,7 +362,7 @@ class CountSource:
         )
 
     def _checked(
-        self, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray
+        self, start: int, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray
     ) -> tuple[np.ndarray, int, CountScan]:
         """Return the values to be used, how many of them were fractional, and sums over cells."""
         place = Place(self.path, self.options.counts, self.store.counts_choices)
@@ -355,11 +372,21 @@ class CountSource:
                 check_integers(place, data, indptr, scan.totals)
             return data, 0, scan
         wanted = self.options.fractional
-        number = fractional_values(place, data, indptr, wanted is not None)
+        is_small = len(indptr) - 1 < min(_JUDGED_CELLS, self.num_cells)
+        wider = partial(self._around, start) if is_small else None
+        number = fractional_values(place, data, indptr, wanted is not None, wider)
         if wanted == "round" and number:
             data = np.rint(data)
             scan = scan_counts(data, indices, indptr, self.mitochondrial)
         return data, number, scan
+
+    def _around(self, start: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return data and index pointers of the cells from `start` on, and of some before."""
+        first = max(0, min(start, self.num_cells - _JUDGED_CELLS))
+        stop = min(first + _JUDGED_CELLS, self.num_cells)
+        with self._damage_named(f"cells {first}-{stop}"):
+            data, _, indptr = self.store.rows(first, stop)
+        return data, np.asarray(indptr, dtype=np.int64)
 
     def _totals(self, sums: np.ndarray, ids: list[str], start: int, stop: int) -> np.ndarray:
         if (column := self.options.total_column) is None:

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from data_prep.files import file_sha256
 from data_prep.genes.annotation import organism_name
 from data_prep.matrices.matrix_store import mtx_sample
 from data_prep.options import Only, Read
@@ -115,18 +116,45 @@ class SourceSpec:
         """
         path = split_path(self.path.removeprefix("hf:"))[0]
         found = [path] if path.exists() else []
-        sample = mtx_sample(path)
-        if sample is not None and path.is_file():  # the tables beside it belong to it
-            found += [
-                p for name in ("barcodes", "features", "genes")
-                for p in path.parent.glob(f"{glob.escape(sample[0] + name + sample[1])}.tsv*")
-            ]  # fmt: skip
+        found += _tables_beside(path)
         found += path.rglob("*") if deep else [*path.glob("*"), *path.glob("*/*")]
         base = path.parent if path.is_file() else path
         states = sorted((str(p.relative_to(base)) if p != path else ".", p.stat()) for p in found)
         files = [(name, s.st_size, s.st_mtime_ns) for name, s in states]
         text = f"[{_settings_text(self)}, {json.dumps(files)}]"
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _tables_beside(path: Path) -> list[Path]:
+    """Return the tables of a sample's mtx file (``GSM1_P1_matrix.mtx.gz``); they belong to it."""
+    sample = mtx_sample(path)
+    if sample is None or not path.is_file():
+        return []
+    return [
+        p for name in ("barcodes", "features", "genes")
+        for p in path.parent.glob(f"{glob.escape(sample[0] + name + sample[1])}.tsv*")
+    ]  # fmt: skip
+
+
+def content_sha256(path: Path) -> str:
+    """Return a hash of all bytes of a source: of a file its SHA-256.
+
+    Of folders it is over names and hashes of all files in it, so a copy has the same. A Census by
+    its version has no files here: the hash is of its name.
+    """
+    if path.is_file() and not _tables_beside(path):
+        return file_sha256(path)
+    if path.exists():
+        files = [path, *_tables_beside(path)] if path.is_file() else path.rglob("*")
+        base = path.parent if path.is_file() else path
+        parts = sorted(
+            f"{p.relative_to(base).as_posix()} {file_sha256(p)}" for p in files if p.is_file()
+        )
+    elif str(path).startswith(f"{CENSUS}:"):
+        parts = [str(path)]
+    else:
+        raise ValueError(f"{path}: no such file or folder")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 @lru_cache(maxsize=64)

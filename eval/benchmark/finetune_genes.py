@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.files import file_sha256, require_new
-from data_prep.sources.source_spec import SourceOptions
+from data_prep.sources.source_spec import SourceOptions, content_sha256
 from data_prep.version import VERSION
 from eval.benchmark.contest.contest import Contender, Fold, Scored
 from eval.benchmark.contest.verdicts import corrected_interval, display_name, overlap_ratio
@@ -156,7 +156,7 @@ def _ask(
     (model,) = load_models([model_folder], options.vocabulary, options.gene_names)
     is_first = ranks is None or ranks.is_first
     identity = {
-        "cells": file_sha256(cells),
+        "cells": content_sha256(cells),
         "genes": file_sha256(genes),
         "model": model.digest,
         "label": label,

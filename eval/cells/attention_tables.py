@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.files import complete_folder, file_sha256, require_new
+from data_prep.files import complete_folder, require_new
 from data_prep.genes.vocabulary import Vocabulary
-from data_prep.sources.source_spec import SourceOptions
+from data_prep.sources.source_spec import SourceOptions, content_sha256
 from data_prep.version import VERSION
 from eval.cells.attention import Attention, mean_attention
 from eval.cells.gene_lists import read_genes
@@ -83,7 +83,7 @@ def attention_file(
         "geneloom": VERSION,
         "model": model.resolve().name,
         "vocabulary_sha256": vocab.sha256,
-        "cells": {"file": cells.name, "sha256": file_sha256(cells), "number": len(found.tokens)},
+        "cells": {"file": cells.name, "sha256": content_sha256(cells), "number": len(found.tokens)},
         "genes": len(known),
         "not_in_vocabulary": unknown,
         "in_no_cell": absent,

@@ -19,6 +19,7 @@ from data_prep.running.workers import Progress
 from data_prep.sources.count_source import CountSource
 from data_prep.sources.source_spec import SourceOptions
 from data_prep.version import VERSION
+from eval.cells.annotated import require_annotated
 from eval.cells.embedded_parts import Parts, PartsOf
 from eval.cells.read_cells import EncodedPart, encode_parts, open_counts
 from eval.cells.settings import EmbedOptions
@@ -70,7 +71,8 @@ def embed_file(
     """Write the embeddings of a file's cells in the file's order, and return a summary sentence.
 
     A ``.h5ad`` or ``.zarr`` output is the input with ``obsm["X_geneloom"]``,
-    ``obs["geneloom_tokens"]`` and ``uns["geneloom"]``; nothing else is changed. A ``.parquet``
+    ``obs["geneloom_tokens"]`` and ``uns["geneloom"]``; nothing else is changed. Cells that were not
+    read (of another genome) are NaN there. A ``.parquet``
     output is a table of ``cell_id``, ``geneloom_tokens`` and ``embedding`` (float32 lists of the
     same length), with the same record as text under ``geneloom`` in its schema.
 
@@ -79,12 +81,15 @@ def embed_file(
     Raises
     ------
     ValueError
-        `out` exists or has another suffix; or the cell state is asked for, and the model has none
-        or a layer is given; or the parts are of another call.
+        `out` exists or has another suffix, or the cells are no AnnData file and `out` is to be one;
+        or the cell state is asked for, and the model has none or a layer is given; or the parts are
+        of another call.
     """
     if out.suffix not in (".h5ad", ".zarr", ".parquet"):
         raise ValueError(f"--out {out}: must end in .h5ad, .zarr or .parquet")
     require_new_file(out)
+    if out.suffix != ".parquet":
+        require_annotated(cells, out, "NAME.parquet")
     embedder = _open_embedder(model, options)
     vocabulary = embedder.vocabulary
     record = {
@@ -96,8 +101,8 @@ def embed_file(
     }
     source = open_counts(cells, reading)
     decides = PartsOf(
-        cells, asdict(reading), record, model_digest(model, vocabulary), PART_CELLS,
-        [embedder.settings["device"], options.bf16],
+        cells, source.spec.signature(deep=True), asdict(reading), record,
+        model_digest(model, vocabulary), PART_CELLS, [embedder.settings["device"], options.bf16],
     )  # fmt: skip
     empty = 0
     with Parts(out, decides, embedder.width) as parts:
@@ -106,7 +111,7 @@ def embed_file(
             if not parts.has(number):
                 found = embedder.embed(part.tokens, _of_all(progress, part.start, source.num_cells))
                 parts.put(number, part.cell_ids, part.lengths, found)
-        parts.write(cells, OBSM_KEY)
+        parts.write(source, OBSM_KEY)
     note = f"; {empty} cells without any gene of the vocabulary are NaN" if empty else ""
     kind = "cell states" if embedder.state else f"{embedder.pooling} of layer {embedder.layer}"
     return (

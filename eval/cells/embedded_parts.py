@@ -15,7 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import anndata
 import h5py
 import numpy as np
 import pyarrow as pa
@@ -24,6 +23,8 @@ from anndata.io import write_elem
 
 from data_prep.files import complete_file, write_to_disk
 from data_prep.running.owner import Owner
+from data_prep.sources.count_source import CountSource
+from eval.cells.annotated import on_all_cells, read_annotated
 
 _RECORD_NAME = "parts.json"
 _COUNT, _UNS = "geneloom_tokens", "geneloom"
@@ -35,6 +36,8 @@ class PartsOf:
 
     Attributes
     ----------
+    signature
+        Of the cells, as of `data_prep.sources.source_spec.SourceSpec`.
     record
         Is written into the output.
     computed
@@ -42,6 +45,7 @@ class PartsOf:
     """
 
     cells: Path
+    signature: str
     reading: dict[str, Any]
     record: dict[str, Any]
     model_sha256: str
@@ -49,10 +53,9 @@ class PartsOf:
     computed: list[Any]
 
     def as_json(self) -> dict[str, Any]:
-        """Return it with size and time of the file, as JSON gives it back."""
-        about = self.cells.stat()
+        """Return it as JSON gives it back."""
         content = {
-            "cells": [str(self.cells.absolute()), about.st_size, about.st_mtime_ns],
+            "cells": [str(self.cells.absolute()), self.signature],
             "reading": self.reading, "record": self.record, "model_sha256": self.model_sha256,
             "part_cells": self.part_cells, "computed": self.computed,
         }  # fmt: skip
@@ -129,8 +132,13 @@ class Parts:
         with complete_file(self._path(number), to_disk=True) as aside:
             pq.write_table(pa.table(columns, schema=self._schema), aside)
 
-    def write(self, cells: Path, key: str) -> None:
-        """Write the output; `key` is the name in ``obsm``."""
+    def write(self, source: CountSource, key: str) -> None:
+        """Write the output; `key` is the name in ``obsm``.
+
+        A ``.parquet`` output has the cells that were read; others have all cells of the file, and
+        NaN for those that were not.
+        """
+        cells = Path(source.path)
         self._owner.require()
         with complete_file(self._out) as aside:
             if self._out.suffix == ".parquet":
@@ -140,16 +148,16 @@ class Parts:
             elif self._out.suffix == ".h5ad" and _takes_columns(cells):
                 shutil.copyfile(cells, aside)
                 with h5py.File(aside, "r+") as file:
-                    self._add(file, key)
+                    self._add(file, key, source)
             else:
-                self._write_whole(cells, aside, key)
+                self._write_whole(source, aside, key)
 
-    def _add(self, file: h5py.File, key: str) -> None:
+    def _add(self, file: h5py.File, key: str, source: CountSource) -> None:
         """Add embeddings, lengths and record to a copy of the input, part by part."""
         width = self._schema.field("embedding").type.list_size
         obs = file["obs"]
         assert isinstance(obs, h5py.Group)
-        cells = sum(pq.read_metadata(self._path(i)).num_rows for i in range(self._number))
+        cells, places = source.cells_in_file, source.row_numbers
         for name in ("obsm", "uns"):
             if name not in file:
                 write_elem(file, name, {})
@@ -157,7 +165,7 @@ class Parts:
             assert isinstance(group, h5py.Group)
             if name in group:
                 del group[name]
-        vectors = file.create_dataset(f"obsm/{key}", (cells, width), np.float32)
+        vectors = file.create_dataset(f"obsm/{key}", (cells, width), np.float32, fillvalue=np.nan)
         counts = obs.create_dataset(_COUNT, (cells,), np.int64)
         for made in (vectors, counts):
             made.attrs["encoding-type"], made.attrs["encoding-version"] = "array", "0.2.0"
@@ -166,17 +174,20 @@ class Parts:
         start = 0
         for table in self._tables():
             stop = start + table.num_rows
-            vectors[start:stop] = _matrix(table, width)
-            counts[start:stop] = table[_COUNT].to_numpy()
+            here = slice(start, stop) if places is None else places[start:stop]
+            vectors[here] = _matrix(table, width)
+            counts[here] = table[_COUNT].to_numpy()
             start = stop
         write_elem(file, f"uns/{_UNS}", self._decides.record)
 
-    def _write_whole(self, cells: Path, aside: Path, key: str) -> None:
+    def _write_whole(self, source: CountSource, aside: Path, key: str) -> None:
         """Write by anndata, which reads the whole input: zarr, and h5ad of its first versions."""
-        data, tables = anndata.read_h5ad(cells), list(self._tables())
+        data, tables = read_annotated(Path(source.path)), list(self._tables())
         width = self._schema.field("embedding").type.list_size
-        data.obsm[key] = np.concatenate([_matrix(table, width) for table in tables])
-        data.obs[_COUNT] = np.concatenate([table[_COUNT].to_numpy() for table in tables])
+        vectors = np.concatenate([_matrix(table, width) for table in tables])
+        counts = np.concatenate([table[_COUNT].to_numpy() for table in tables])
+        data.obsm[key] = on_all_cells(vectors, source, np.nan)
+        data.obs[_COUNT] = on_all_cells(counts, source, 0)
         data.uns[_UNS] = self._decides.record
         (data.write_h5ad if self._out.suffix == ".h5ad" else data.write_zarr)(aside)
 

@@ -14,8 +14,10 @@ import scipy.sparse
 from data_prep.encoding.known_share import KnownCounter, refuse_unknown, warnings_of
 from data_prep.genes.rank_genes import encode_cells
 from data_prep.genes.vocabulary import Vocabulary
-from data_prep.sources.count_source import CountSource
+from data_prep.sources.count_source import CountBlock, CountSource
+from data_prep.sources.obs_columns import FILTER_COLUMN
 from data_prep.sources.open_source import open_path
+from data_prep.sources.remarks import entry_of, remarks
 from data_prep.sources.source_spec import SourceOptions
 
 logger = logging.getLogger(__name__)
@@ -87,6 +89,55 @@ def open_counts(path: Path, options: SourceOptions) -> CountSource:
     return source
 
 
+class _Reading:
+    """The cells of an opened source as tokens, and all that is to be said of the source.
+
+    Every command that reads cells for a model goes through here: what `prepare` writes into tables
+    and manifest is said by the log.
+    """
+
+    def __init__(self, source: CountSource, vocabulary: Vocabulary, min_overlap: float) -> None:
+        self._source, self._vocabulary, self._min_overlap = source, vocabulary, min_overlap
+        self._tokens = source.column_tokens(vocabulary, min_overlap)
+        self._known = KnownCounter(self._tokens)
+        self._fractional = self._stored = self._not_passing = 0
+        for warning in source.warnings():
+            logger.warning("%s", warning)
+
+    def cells(
+        self, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[CountBlock, list[np.ndarray], np.ndarray]]:
+        """Yield blocks, with the tokens of their cells, and bool [cells] whether there are any."""
+        for block in self._source.blocks(start, stop):
+            self._known.add(block.data, block.indices, block.indptr, block.datasets)
+            self._fractional += block.fractional
+            self._stored += len(block.data)
+            self._not_passing += int((~block.passes).sum())
+            encoded = encode_cells(
+                block.data, block.indices, block.indptr, block.totals, self._tokens,
+                self._vocabulary,
+            )  # fmt: skip
+            tokens = np.split(encoded.tokens, encoded.offsets[1:-1])
+            yield block, tokens, encoded.detected > 0
+
+    def judge(self) -> None:
+        """Say what all cells have shown; refuse a file whose counts are mostly unknown."""
+        source = self._source
+        for line in remarks(entry_of(source, self._vocabulary, (self._fractional, self._stored))):
+            logger.info("%s", line)
+        found = self._known.result(source.gene_ids)
+        unseen = "A model sees nothing of the rest."
+        refuse_unknown(str(source.path), found, self._min_overlap, unseen)
+        for warning in warnings_of(source.name, found):
+            logger.warning("%s", warning)
+        if self._not_passing:
+            logger.warning(
+                "%s: %s of %s cells do not pass obs['%s']; `geneloom prepare` leaves such cells "
+                "out, this command reads them",
+                source.name, f"{self._not_passing:,}", f"{source.num_cells:,}", FILTER_COLUMN,
+            )  # fmt: skip
+
+
 def encode_parts(
     source: CountSource, vocabulary: Vocabulary, part_cells: int, min_overlap: float = 0.5
 ) -> Iterator[EncodedPart]:
@@ -97,34 +148,19 @@ def encode_parts(
     ValueError
         As `encode_file`; what needs all cells to be seen, after the last part.
     """
-    column_tokens = source.column_tokens(vocabulary, min_overlap)
-    known = KnownCounter(column_tokens)
-    if source.num_cells == 0:
-        raise ValueError(f"{source.path}: holds no cells")
+    reading = _Reading(source, vocabulary, min_overlap)
     for start, stop in source.stretches(part_cells):
         tokens: list[np.ndarray] = []
         has_genes, ids = [], []
         metadata: dict[str, list[str]] = {c: [] for c in source.options.column_names}
-        for block in source.blocks(start, stop):
-            known.add(block.data, block.indices, block.indptr, block.datasets)
-            encoded = encode_cells(
-                block.data, block.indices, block.indptr, block.totals, column_tokens, vocabulary
-            )
-            tokens += np.split(encoded.tokens, encoded.offsets[1:-1])
-            has_genes.append(encoded.detected > 0)
+        for block, of_cells, filled in reading.cells(start, stop):
+            tokens += of_cells
+            has_genes.append(filled)
             ids += block.cell_ids
             for name, values in block.metadata.items():
                 metadata[name] += values
         yield EncodedPart(start, tokens, np.concatenate(has_genes), ids, metadata)
-    _judge(source, known, min_overlap)
-
-
-def _judge(source: CountSource, known: KnownCounter, min_overlap: float) -> None:
-    """Refuse a file whose counts are mostly unknown to the vocabulary; warn where some are."""
-    found = known.result(source.gene_ids)
-    refuse_unknown(str(source.path), found, min_overlap, "A model sees nothing of the rest.")
-    for warning in warnings_of(source.name, found):
-        logger.warning("%s", warning)
+    reading.judge()
 
 
 def encode_file(
@@ -142,19 +178,18 @@ def encode_file(
         match, lacks columns, or has less than `min_overlap` of its counts in genes of the
         vocabulary.
     """
-    source = open_counts(path, options)
-    column_tokens = source.column_tokens(vocabulary, min_overlap)
+    return encode_source(open_counts(path, options), vocabulary, min_overlap)
+
+
+def encode_source(source: CountSource, vocabulary: Vocabulary, min_overlap: float = 0.5) -> CellSet:
+    """Return all cells of an opened source, as `encode_file` does."""
+    reading = _Reading(source, vocabulary, min_overlap)
     tokens: list[np.ndarray] = []
     has_genes, counts, ids = [], [], []
-    metadata: dict[str, list[str]] = {c: [] for c in options.column_names}
-    known = KnownCounter(column_tokens)
-    for block in source.blocks():
-        known.add(block.data, block.indices, block.indptr, block.datasets)
-        encoded = encode_cells(
-            block.data, block.indices, block.indptr, block.totals, column_tokens, vocabulary
-        )
-        tokens += np.split(encoded.tokens, encoded.offsets[1:-1])
-        has_genes.append(encoded.detected > 0)
+    metadata: dict[str, list[str]] = {c: [] for c in source.options.column_names}
+    for block, of_cells, filled in reading.cells():
+        tokens += of_cells
+        has_genes.append(filled)
         shape = (len(block.cell_ids), source.num_genes)
         counts.append(
             scipy.sparse.csr_matrix(
@@ -164,9 +199,7 @@ def encode_file(
         ids += block.cell_ids
         for name, values in block.metadata.items():
             metadata[name] += values
-    if not ids:
-        raise ValueError(f"{path}: holds no cells")
-    _judge(source, known, min_overlap)
+    reading.judge()
     return CellSet(
         tokens,
         np.concatenate(has_genes),

@@ -12,7 +12,13 @@ from data_prep.files import complete_file, require_new_file
 from data_prep.genes.vocabulary import Vocabulary
 from data_prep.sources.source_spec import SourceOptions
 from data_prep.version import VERSION
-from eval.cells.read_cells import CellSet, encode_file
+from eval.cells.annotated import (
+    on_all_cells,
+    on_all_features,
+    read_annotated,
+    require_annotated,
+)
+from eval.cells.read_cells import CellSet, encode_source, open_counts
 from eval.finetune.classifier import Classifier, Head, load_classifier
 
 _PREFIX = "geneloom"
@@ -52,18 +58,25 @@ def predict_file(
             f"--out {out}: a table is of genes, by one head of genes; {head} has only {known}: "
             "give an .h5ad"
         )
-    found = encode_file(cells, classifier.vocabulary, options)
+    if out.suffix not in _SEPARATORS:
+        require_annotated(cells, out, "an .h5ad of cells that were saved as AnnData before")
+    source = open_counts(cells, options)
+    found = encode_source(source, classifier.vocabulary)
     if out.suffix in _SEPARATORS:
         return _write_table(gene_table(classifier, found, of_genes[0]), out, classifier, found)
-    data = anndata.read_h5ad(cells)
+    data = read_annotated(cells)
     for each in classifier.heads:
         if each.kind == "cells":
             probabilities = classifier.predict_cells(found.tokens, each.name)
+            probabilities = on_all_cells(probabilities, source, np.nan)
             _add_cells(data, each.name, each.classes, probabilities)
         else:
             table = gene_probabilities(classifier, found, each.name)
             for column in table.columns:
-                data.var[f"{_PREFIX}_{each.name}_{column}"] = table[column].to_numpy()
+                values = table[column].to_numpy()
+                fill = 0 if column == "cells" else np.nan
+                column_name = f"{_PREFIX}_{each.name}_{column}"
+                data.var[column_name] = on_all_features(values, source, fill)
     data.uns["geneloom_predict"] = {
         "version": VERSION,
         "head": head.resolve().name,

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.files import file_sha256, require_new
+from data_prep.files import require_new
 from data_prep.genes.vocabulary import Vocabulary
-from data_prep.sources.source_spec import SourceOptions
+from data_prep.sources.source_spec import SourceOptions, content_sha256
 from data_prep.version import VERSION
 from eval.cells.read_cells import CellSet, encode_file
 from eval.finetune.classifier import (
@@ -200,7 +200,7 @@ def finetune_cells(
     network, vocabulary = load_exported(model_folder, options.vocabulary)
     is_first = ranks is None or ranks.is_first
     identity = {
-        "cells": file_sha256(cells),
+        "cells": content_sha256(cells),
         "model": model_digest(model_folder, vocabulary),
         **_what_decides(label, options, reading),
     }

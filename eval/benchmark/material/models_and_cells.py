@@ -14,9 +14,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 
-from data_prep.files import file_sha256
 from data_prep.genes.vocabulary import Vocabulary, read_dictionary
-from data_prep.sources.source_spec import SourceOptions
+from data_prep.sources.source_spec import SourceOptions, content_sha256
 from eval.benchmark.outcome import Store
 from eval.benchmark.task_file import Cells
 from eval.cells.demo_cells import recover_counts
@@ -229,7 +228,7 @@ def load_cells(
         paths = _paths(cells, data, Path(scratch))
         if change is not None:
             paths = [_changed(p, change, Path(scratch)) for p in paths]
-        digests = [file_sha256(p) for p in paths]
+        digests = [content_sha256(p) for p in paths]
         by_model = {
             m.name: [encode_file(p, m.reading_vocabulary, options) for p in paths] for m in models
         }
