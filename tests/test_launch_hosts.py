@@ -118,8 +118,8 @@ def test_what_every_way_starts_on_two_hosts(tmp_path):
     address = first.address
     for number, (name, command) in enumerate(found["Ssh"].items()):
         assert command[0] == "ssh" and command[-2] == name
-        assert f"--node_rank={number} --master_addr={address} --master_port=" in command[-1]
-        assert "exec env 'A=b c' " in command[-1] and command[-1].endswith("--module m 'x y'")
+        assert f" -m launch.attempts.node_ranks {number} 2,1 {address} " in command[-1]
+        assert "exec env 'A=b c' " in command[-1] and command[-1].endswith(" m 'x y'")
     (pdsh,) = found["Pdsh"].values()
     assert f"DS_ENV_FILE={tmp_path}/attempt/environment" in pdsh and address in pdsh
     (mpirun,) = found["MpiCluster"].values()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import json
 import shutil
 import signal
 import subprocess
@@ -179,22 +177,19 @@ class Cluster:
 
 
 class Ssh(Cluster):
-    """DeepSpeed's launcher of a node, started on each host by a plain ssh."""
+    """The ranks of a node, started on each host by a plain ssh (`launch.attempts.node_ranks`)."""
 
     def commands(
         self, hosts: dict[str, int], attempt: Path, words: list[str], environment: dict[str, str]
     ) -> dict[str, list[str]]:
         address, port = self.meeting_point(hosts)
-        world = {host: list(range(slots)) for host, slots in hosts.items()}
-        encoded = base64.urlsafe_b64encode(json.dumps(world).encode()).decode()
+        ranks = ",".join(map(str, hosts.values()))
         return {
             host: ssh(
                 host,
                 [
-                    sys.executable, "-u", "-m", "deepspeed.launcher.launch",
-                    f"--world_info={encoded}", f"--node_rank={number}",
-                    f"--master_addr={address}", f"--master_port={port}",
-                    "--no_local_rank", "--log_level=error", "--module", *words,
+                    sys.executable, "-u", "-m", "launch.attempts.node_ranks", str(number), ranks,
+                    address, str(port), *words,
                 ],
                 environment,
             )
