@@ -1,6 +1,6 @@
 """How soon a fault is noticed, and how soon the run trains again, on two loaded cores.
 
-    python -m benchmarks.faults SHARDS [--json OUT.json] [--idle] [--repeats N]
+    python -m benchmarks.faults SHARDS [--json OUT.json] [--idle] [--repeats N] [--only WORDS]
 
 Three hosts (network namespaces, `tests.hosts`: needs root): one starts the run, two train with the
 default signs of life. A fault is caused on the second of them; the launcher's own record says when
@@ -97,13 +97,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--idle", action="store_true", help="without the load")
     parser.add_argument("--repeats", type=int, default=3, help="of each fault; the median counts")
+    parser.add_argument("--only", default="", help="faults whose name holds these words")
     given = parser.parse_args()
     if (why := why_no_hosts()) is not None:
         raise SystemExit(f"three hosts: {why}")
     cores = 0 if given.idle else len(os.sched_getaffinity(0))
     found: dict[str, Any] = {"load_before": os.getloadavg()[0], "busy_processes": cores}
     with tempfile.TemporaryDirectory() as name, hosts(3, Path(name) / "hosts") as three:
-        for fault in FAULTS:
+        for fault in (f for f in FAULTS if given.only in f):
             runs = []
             for number in range(given.repeats):
                 folder = Path(name) / f"{fault.replace(' ', '_')}_{number}"

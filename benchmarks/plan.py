@@ -28,7 +28,6 @@ from pretrain.config import load_config
 from pretrain.plan.corpus import read_corpus
 from pretrain.plan.needs import (
     GIB,
-    activation_bytes,
     checkpoint_bytes,
     memory_per_gpu,
     num_parameters,
@@ -114,11 +113,10 @@ def compare(shards: Path, folder: Path, name: str, base: tuple[Run, Run]) -> dic
     usual = run(shards, out, model, micro_batch, {})
     config = load_config("geneformer_v1_6l", usual.settings)
     corpus, max_length = read_corpus(config, 0, 0, 0, 0)
-    memory = memory_per_gpu(config, corpus, max_length, 1, 1, micro_batch)
+    memory = memory_per_gpu(config, corpus, max_length, 1, 1, micro_batch, on_gpu=False)
     states = memory.weights + memory.gradients + memory.optimizer
     parameters = num_parameters(config.model, corpus.num_tokens, max_length)
-    activations = micro_batch * activation_bytes(config, on_gpu=False)
-    planned = (states + memory.logits + activations) / GIB
+    planned = (states + memory.logits + memory.activations) / GIB
     saved = next((out / "checkpoints").glob("step-*"))
     size = sum(p.stat().st_size for p in saved.glob("*.safetensors"))
     measured = [r.peak_gib - b.before_gib for r, b in zip((usual, given_back), base, strict=True)]

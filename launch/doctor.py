@@ -16,9 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from data_prep.errors import EXIT_FAILED
+from data_prep.options import spread
 from launch.attempts.rank_logs import root_cause
 from launch.attempts.supervise import Attempt, Way
-from launch.hosts.ask_hosts import read_hostfile
 from launch.hosts.checks import (
     USED_GPU_GIB,
     ask_facts,
@@ -26,6 +26,7 @@ from launch.hosts.checks import (
     find_problems,
     find_warnings,
 )
+from launch.hosts.host_choice import HostChoice
 from launch.hosts.node import gpus
 from launch.ways.hostfile import Ssh
 from launch.ways.local import HERE, Local, base_environment, require_device
@@ -35,6 +36,7 @@ _TABLE_WIDTH = 150
 _SPEED_S = 180.0
 
 
+@spread
 def doctor_command(
     hostfile: Annotated[
         Path | None, typer.Option(help="lines like `node1 slots=8`; default: this machine")
@@ -44,6 +46,7 @@ def doctor_command(
     ] = Path(),
     device: Annotated[str, typer.Option(help="auto, cpu or gpu")] = "auto",
     mib: Annotated[int, typer.Option(min=0, help="of the all-reduce; 0: none")] = 64,
+    choice: HostChoice = HostChoice(),
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Check hosts before a run: login, versions, GPUs, clock, shared folder, disk, limits, speed.
@@ -51,7 +54,7 @@ def doctor_command(
     Exit code 0: all hosts can be used; 1: some cannot, or they do not get through an all-reduce.
     """
     require_device(device, here=hostfile is None)
-    slots = read_hostfile(hostfile) if hostfile else {HERE: _slots_here(device)}
+    slots = choice.read(hostfile) if hostfile else {HERE: _slots_here(device)}
     out = folder.absolute()
     if not out.is_dir():
         raise ValueError(f"--folder {folder}: no such folder; give one that all hosts share")

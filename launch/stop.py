@@ -7,6 +7,7 @@ signals.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -20,7 +21,7 @@ from data_prep.errors import EXIT_FAILED
 from data_prep.files import LAUNCH_FOLDER
 from data_prep.running.owner import LAUNCH_ID, machine, owner_of
 from launch.attempts.rank import remove_secrets
-from launch.hosts.ask_hosts import ask_all, read_hostfile
+from launch.hosts.ask_hosts import SSH_ARGUMENTS, ask_all, read_hostfile
 from launch.hosts.node import signal_process, signal_processes
 from launch.verbs import saved_step
 from launch.ways.local import HERE
@@ -130,6 +131,8 @@ def find_traces(folder: Path) -> Traces:
         if supervisor is None:  # the attempt of a SLURM job; SLURM knows its processes
             continue
         traces.launches.append(settings["environment"][LAUNCH_ID])
+        if arguments := settings.get("ssh_arguments"):
+            os.environ.setdefault(SSH_ARGUMENTS, arguments)
         if supervisor not in traces.processes:
             traces.processes.append(supervisor)
         for host in read_hostfile(path.with_name("hostfile")):

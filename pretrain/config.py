@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from data_prep.running.redact import without_credentials
 from pretrain.settings.architecture import take_architecture
 from pretrain.settings.model_settings import ModelConfig, Section, filled_in
 from pretrain.settings.settings_text import apply_override, explain
@@ -414,8 +415,10 @@ class RunConfig(Section):
         return {f"{s}.{k}": v for s, fields in decisive.items() for k, v in fields.items()}
 
     def to_yaml(self) -> str:
-        """Return all settings, defaults included, as YAML."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        """Return all settings, defaults included, as YAML; URLs without their credentials."""
+        found = self.model_dump(mode="json")
+        found["data"]["shards"] = without_credentials(found["data"]["shards"])
+        return yaml.safe_dump(found, sort_keys=False)
 
 
 def load_config(path: str | Path, overrides: list[str] = []) -> RunConfig:  # noqa: B006

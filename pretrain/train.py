@@ -86,7 +86,8 @@ def train(
             start = resume, from_step
             last = agreed_start(config, shards, steps, start, allow_changes, ranks, owner)
             # This reads shards and may refuse them, so it comes before anything is written.
-            heldout = heldout_evaluation(shards, config, ranks, chosen.packed)
+            # A run that goes on was accepted before, and trains first.
+            heldout = heldout_evaluation(shards, config, ranks, chosen.packed, bool(last))
             engine = Engine(config, ds_config, shards, ranks, last)
             engine.compile_for(chosen, dataset.full_shapes())
             run = _Run(config, shards, dataset, engine, heldout, ranks, steps, last, owner, chosen)

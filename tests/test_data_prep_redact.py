@@ -21,12 +21,17 @@ from data_prep.running.redact import is_public, redacted
         ("hub.secret=x run.out=y", "hub.secret=HIDDEN run.out=y"),
         ("batch.tokens_per_step=12", "batch.tokens_per_step=12"),
         ("a=https://me:x@host/p", "a=https://HIDDEN@host/p"),
+        ("--setup=export\tA=x --time 5", "--setup=HIDDEN --time 5"),
+        ("--setup x --time 5", "--setup HIDDEN --time 5"),
+        ("--sbatch=--export=ALL,A=x", "--sbatch=--export=HIDDEN"),
+        ("--sbatch --export=A=x --sbatch=--mem=3G", "--sbatch --export=HIDDEN --sbatch=--mem=3G"),
+        ("A=b\tHF_TOKEN=x\thub.secret=y", "A=b\tHF_TOKEN=HIDDEN\thub.secret=HIDDEN"),
         ("s3://bucket/p?X-Amz-Signature=x&b=1", "s3://bucket/p?HIDDEN"),
         ("https://host/p#part me@host", "https://host/p#part me@host"),
     ],
 )
 def test_what_is_recorded_of_a_command(given, recorded):
-    assert redacted(given.split()) == recorded.split()
+    assert redacted(given.split(" ")) == recorded.split(" ")
 
 
 @pytest.mark.quick

@@ -326,6 +326,12 @@ def test_a_server_that_knows_no_ranges(served, corpus, tmp_path, caplog):
     assert len([r for r in caplog.records if "no range requests" in r.message]) == 1
 
 
+def test_no_message_has_the_password_of_a_url(tmp_path, caplog):
+    with pytest.raises(ConnectionError, match="http://HIDDEN@127.0.0.1:1/manifest.json") as raised:
+        open_at("http://me:canary@127.0.0.1:1", tmp_path, pauses_s=(0.0,))
+    assert "canary" not in f"{raised.value}{caplog.text}" and "trying again" in caplog.text
+
+
 def test_another_corpus_at_the_same_url(served, corpus, other_corpus, tmp_path):
     first = open_at(served.url, tmp_path)
     expected = contents(ShardSet(corpus))

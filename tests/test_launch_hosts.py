@@ -88,14 +88,14 @@ def events(config: RunConfig, kind: str) -> list[dict]:
 
 
 def test_what_every_way_starts_on_two_hosts(tmp_path):
-    """Hosts are asked over ssh, and answer; nothing is started."""
+    """Hosts are asked over ssh, by user and by an alias of ssh, and answer; nothing is started."""
     skip_without_hosts()
     code = (
         "import json, os, signal, sys\n"
         "from pathlib import Path\n"
         "from launch.ways.hostfile import Pdsh, Ssh\n"
         "from launch.ways.mpi import MpiCluster\n"
-        "slots, out = {'ds1': 2, 'ds2': 2}, Path(sys.argv[1])\n"
+        "slots, out = {'root@ds1': 2, 'b': 2}, Path(sys.argv[1])\n"
         "first = Ssh(slots, out, 'cpu', ranks=3)\n"
         "found = {'usable': first.usable_hosts()}\n"
         "for way in (first, Pdsh(slots, out, 'cpu'), MpiCluster(slots, out, 'cpu')):\n"
@@ -103,25 +103,27 @@ def test_what_every_way_starts_on_two_hosts(tmp_path):
         "    words = way.commands(found['usable'], out / 'attempt', ['m', 'x y'], {'A': 'b c'})\n"
         "    found[type(way).__name__] = words\n"
         "first.signal(found['usable'], 'nobody', signal.SIGKILL, True)\n"
-        "found['lost'] = first.lost({'ds2': 1, 'ds9': 1})\n"
+        "found['lost'] = first.lost({'b': 1, 'ds9': 1})\n"
         "print(json.dumps(found))\n"
     )
-    with hosts(2, tmp_path / "hosts") as (first, _):
+    with hosts(2, tmp_path / "hosts") as (first, second):
+        with (tmp_path / "hosts/ds1/ssh/config").open("a") as config:
+            config.write(f"Host b\n  HostName {second.address}\n")
         words = [sys.executable, "-c", code, str(tmp_path)]
         done = first.run(words, timeout=_LIMIT_S, env=environment())
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["usable"] == {"ds1": 2, "ds2": 1}, "three ranks, host by host"
+    assert found["usable"] == {"root@ds1": 2, "b": 1}, "three ranks, host by host"
     assert found["lost"] == ["ds9"]
     address = first.address
     for number, (name, command) in enumerate(found["Ssh"].items()):
         assert command[0] == "ssh" and command[-2] == name
-        assert f"--node_rank={number} --master_addr={address} --master_port=" in command[-1]
-        assert "exec env 'A=b c' " in command[-1] and command[-1].endswith("--module m 'x y'")
+        assert f" -m launch.attempts.node_ranks {number} 2,1 {address} " in command[-1]
+        assert "exec env 'A=b c' " in command[-1] and command[-1].endswith(" m 'x y'")
     (pdsh,) = found["Pdsh"].values()
     assert f"DS_ENV_FILE={tmp_path}/attempt/environment" in pdsh and address in pdsh
     (mpirun,) = found["MpiCluster"].values()
-    assert mpirun[mpirun.index("--host") + 1] == "ds1:2,ds2:1"
+    assert mpirun[mpirun.index("--host") + 1] == "root@ds1:2,b:1"
     assert mpirun[mpirun.index("-n") + 1] == "3"
     assert mpirun[mpirun.index("btl_tcp_if_include") + 1] == "eth0"
     assert f"MASTER_ADDR={address}" in mpirun and mpirun[-2:] == ["m", "x y"]

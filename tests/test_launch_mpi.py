@@ -11,7 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.ways.mpi import mpi_command, read_hostfile
+from launch.hosts.ask_hosts import SSH_ARGUMENTS, names_on_network, read_hostfile, ssh
+from launch.hosts.host_choice import HostChoice, chosen_hosts
+from launch.ways.mpi import mpi_command
 from tests.ranks import commands, end_commands, run_command, start_functions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,6 +122,48 @@ def test_hostfile_is_refused(text, message, tmp_path):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_hostfile(path)
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude"),
+    [("", ""), ("node2", ""), ("me@node1@node2", ""), ("node3@me@node1", ""), ("", "me@node1"),
+     ("", "node2@node3")],
+)  # fmt: skip
+def test_chosen_hosts_are_deepspeeds(include, exclude):
+    from deepspeed.launcher.runner import parse_inclusion_exclusion
+
+    slots = {"me@node1": 8, "node2": 4, "node3": 2}
+    # DeepSpeed has no users in its hostfiles: it separates hosts at the same sign.
+    theirs = parse_inclusion_exclusion(
+        {h.removeprefix("me@"): n for h, n in slots.items()},
+        include.replace("me@", ""), exclude.replace("me@", ""),
+    )  # fmt: skip
+    found = chosen_hosts(slots, include, exclude)
+    assert {h.removeprefix("me@"): n for h, n in found.items()} == {
+        h: len(found) for h, found in theirs.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "message"),
+    [
+        ("node1", "node2", "give one of them"),
+        ("node9", "", "'node9' is not in the hostfile, which has node1, node2"),
+        ("node1:0,1", "", "slots .* cannot be named"),
+        ("", "node1@node2", "leaves no host"),
+    ],
+)
+def test_a_wrong_choice_of_hosts_is_refused(include, exclude, message):
+    with pytest.raises(ValueError, match=message):
+        chosen_hosts({"node1": 1, "node2": 1}, include, exclude)
+
+
+def test_every_ssh_takes_the_port(tmp_path, monkeypatch):
+    monkeypatch.setenv(SSH_ARGUMENTS, "-i 'my key'")
+    (tmp_path / "hosts").write_text("a slots=1\n")
+    assert HostChoice(ssh_port=2222).read(tmp_path / "hosts") == {"a": 1}
+    assert ssh("a", ["true"])[-7:-1] == ["-i", "my key", "-p", "2222", "--", "a"]
+    assert names_on_network(["me@a"]) == {"me@a": "a"}
 
 
 def test_command_exports_what_ranks_need(monkeypatch):

@@ -139,6 +139,10 @@ def test_what_a_killed_command_started_here_ends_with_it(tmp_path):
     assert alive == []
     for asked, found in (("exit 75", 75), ("kill -9 $$", 137)):
         assert subprocess.run([*kept[:-1], asked], cwd=_ROOT).returncode == found
+    # pdsh itself is killed: its ssh processes would hold on to ranks that nobody watches.
+    killed = f"setsid sleep 600 & echo $! > {started}; kill -9 $$"
+    assert subprocess.run([*kept[:-1], killed], cwd=_ROOT).returncode == 137
+    assert not psutil.pid_exists(int(started.read_text()))
 
 
 def endless(shards: Path, out: Path, **changes) -> RunConfig:

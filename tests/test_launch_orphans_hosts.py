@@ -24,9 +24,9 @@ _WAYS = {
     "mpi": ["mpi", "--hostfile"],
 }
 # What waits for the ranks, in the words of its command line, and on which host.
-_ABOVE = {"ssh": (1, "deepspeed.launcher.launch"), "pdsh": (0, "pdsh -S "), "mpi": (0, "prterun")}
+_ABOVE = {"ssh": (1, "launch.attempts.node_ranks"), "pdsh": (0, "pdsh -S "), "mpi": (0, "prterun")}
 
-_LEFT = ("-m pretrain", "launch.attempts.rank", "deepspeed.launcher", "mpirun", "prte")
+_LEFT = ("-m pretrain", "launch.attempts", "deepspeed.launcher", "mpirun", "prte")
 
 
 @pytest.fixture(scope="module")

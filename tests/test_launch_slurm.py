@@ -213,6 +213,10 @@ def test_arguments_reach_the_ranks_whatever_they_hold(tmp_path):
             env={"number": number}, cwd=tmp_path, capture_output=True, check=True,
         )  # fmt: skip
         assert done.stdout.decode().split("\0")[:-1] == expected
+    # Submitted by hand as an array, or through SBATCH_ARRAY_INX.
+    done = subprocess.run(["bash"], input=text, env={"SLURM_ARRAY_TASK_ID": "1"}, cwd=tmp_path,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 2 and "all tasks of an array would write" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -248,6 +252,9 @@ def test_gpu_nodes_and_containers(tmp_path):
         (["--time", "60", "--mount", "/x"], "--mount belongs to --container"),
         (["--time", "60", "--container", "i", "--runtime", "docker"], "apptainer or pyxis"),
         (["--time", "60", "--sbatch", "exclusive"], "one option of sbatch"),
+        (["--time", "60", "--sbatch=--array=0-3"], "all tasks of an array would write"),
+        (["--time", "60", "--sbatch=--arra 0-3"], "all tasks of an array would write"),
+        (["--time", "60", "--sbatch=-a0-3"], "all tasks of an array would write"),
         (["--time", "60", "--env", "A"], "--env A: this shell has no such variable"),
     ],
 )

@@ -47,7 +47,7 @@ ACROSS = {
     ("eval", "data_prep"): "*",
     ("pretrain", "data_prep"): "genes shards running errors files hashing options version",
     ("launch", "pretrain"): "config ds_config",
-    ("launch", "data_prep"): "running errors files version",
+    ("launch", "data_prep"): "running errors files options version",
 }
 NEVER_TORCH = [
     "data_prep",
@@ -247,7 +247,8 @@ MOST_PARAMETERS = 8
 MANY_PARAMETERS = {
     "its options are typer's, one by one": (
         "launch.ways.slurm.launch_slurm", "launch.ways.kubernetes.launch_kubernetes",
-        "launch.ways.hostfile.launch_hostfile", "eval.cli.finetune_genes_command",
+        "launch.ways.hostfile.launch_hostfile", "launch.ways.mpi.launch_mpi",
+        "eval.cli.finetune_genes_command",
     ),
     "fills arrays that the caller holds": ("pretrain.objective.masking.mask_rows",),
     "torch calls it, with tensors": (

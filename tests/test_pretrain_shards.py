@@ -20,7 +20,7 @@ def test_training_from_a_url_is_training_from_the_folder(shards, tmp_path):
     summary, weights = run_ranks(2, run_training, near)[0]
     with Server(shards) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_address[1]}"
+        url = f"http://me:canary7f3a@127.0.0.1:{server.server_address[1]}"
         far = tiny_config(
             shards, tmp_path / "far", data__shards=url, data__cache=tmp_path / "cache",
             data__num_workers=2,
@@ -31,6 +31,9 @@ def test_training_from_a_url_is_training_from_the_folder(shards, tmp_path):
     assert far_summary.cells_digest == summary.cells_digest
     for name, weight in weights.items():
         np.testing.assert_array_equal(far_weights[name], weight, err_msg=name)
+    written = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert "://HIDDEN@127.0.0.1" in (tmp_path / "far" / "config.yaml").read_text()
+    assert not [p for p in written if b"canary7f3a" in p.read_bytes()], "the URL's password"
 
 
 @pytest.fixture

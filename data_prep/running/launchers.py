@@ -30,7 +30,7 @@ _PROGRAMS = {
 }  # fmt: skip
 _MODULES = {
     "deepspeed.launcher.runner", "deepspeed.launcher.launch", "torch.distributed.run",
-    "torch.distributed.launch", "launch.attempts.rank",
+    "torch.distributed.launch", "launch.attempts.node_ranks", "launch.attempts.rank",
 }  # fmt: skip
 _known: list[psutil.Process] = []
 _SOON_S = 0.05

@@ -16,19 +16,36 @@ INTERFACE = "GLOO_SOCKET_IFNAME"
 TOKEN = "GENELOOM_TOKEN"
 
 
+def address_of(host: str) -> str | None:
+    """Return the address of a host, one of IPv4 if it has any, None if it is unknown here."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return None
+    return min(found, key=lambda entry: entry[0] != socket.AF_INET)[4][0]
+
+
+def family_of(address: str) -> socket.AddressFamily:
+    """Return the family of an address, IPv6 if it has colons."""
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
 def interface_to(address: str) -> str | None:
     """Return the name of the network interface that leads to an address, None if none is known.
 
     For an address of this machine it is the interface that has the address, not loopback.
     """
+    found = address_of(address)
+    if found is None:
+        return None
     try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((address, 9))  # for UDP this sends nothing
+        with socket.socket(family_of(found), socket.SOCK_DGRAM) as probe:
+            probe.connect((found, 9))  # for UDP this sends nothing
             own = probe.getsockname()[0]
     except OSError:
         return None
     for name, addresses in psutil.net_if_addrs().items():
-        if any(a.address == own for a in addresses) and not own.startswith("127."):
+        if any(a.address == own for a in addresses) and not _is_loopback(own):
             return name
     return None
 
@@ -61,15 +78,18 @@ def address_to_listen_at(environment: Mapping[str, str]) -> str:
     """
     master = environment["MASTER_ADDR"]
     here = ranks_here(environment)
-    try:
-        found = socket.gethostbyname(master)
-    except OSError:  # the name has an IPv6 address only, or is unknown here
+    found = address_of(master)
+    if found is None:
         return ""
-    if found.startswith("127."):
+    if _is_loopback(found):
         alone = environment["WORLD_SIZE"] in ("1", here)
         return found if alone or found == master else ""
     own = {a.address for addresses in psutil.net_if_addrs().values() for a in addresses}
     return found if found in own else ""
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.") or address == "::1"
 
 
 def outer_interfaces() -> list[str]:
@@ -86,9 +106,6 @@ def outer_interfaces() -> list[str]:
 def describe_network() -> str:
     """Return text with this machine's name, its address and its interfaces, for a message."""
     name = socket.gethostname()
-    try:
-        address = socket.gethostbyname(name)
-    except OSError:
-        address = "no address"
+    address = address_of(name) or "no address"
     chosen = os.environ.get(INTERFACE, "the one of that address")
     return f"{name} ({address}) uses {chosen} of {', '.join(outer_interfaces()) or 'none'}"

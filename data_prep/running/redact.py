@@ -22,6 +22,14 @@ _SECRET = re.compile(
     r"(api|access|private|secret)[-_]?key)$",
     re.IGNORECASE,
 )
+# The same names inside of a word, such as a command that is handed to another shell.
+_ASSIGNED = re.compile(
+    r"(?<![\w.-])((?:[\w.-]*[-_.])?(?:token|secrets?|password|passwd|passphrase|credentials?|auth|"
+    r"(?:api|access|private|secret)[-_]?key))=([^\s,;&'\"]+)",
+    re.IGNORECASE,
+)
+# Lines of a shell, and variables that sbatch hands on.
+_HIDDEN_WHOLE = ("--setup=", "--export=", "--sbatch=--export=")
 _URL_USER = re.compile(r"(?<=://)[^/@\s]+@")
 # The query of a URL may be a signature with which anyone can open the file.
 _URL_QUERY = re.compile(r"(://[^\s?#]*\?)[^\s#]+")
@@ -36,9 +44,9 @@ def is_public(variable: str) -> bool:
 def redacted(words: Sequence[str]) -> list[str]:
     """Return a command line without secrets, so that it may be recorded.
 
-    It hides the values of ``--env NAME=VALUE`` unless the variable is on a short list, the values
-    of settings and options whose names look like those of secrets, and user names, passwords and
-    queries in URLs.
+    It hides the values of ``--env NAME=VALUE`` unless the variable is on a short list, lines of
+    ``--setup``, variables of ``--sbatch=--export``, whatever is assigned to a name that looks like
+    that of a secret, and user names, passwords and queries in URLs.
     """
     found, is_value_of = [], ""
     for word in words:
@@ -48,11 +56,14 @@ def redacted(words: Sequence[str]) -> list[str]:
             word = HIDDEN
         elif word.startswith("--env="):
             word = "--env=" + _without_value(word.removeprefix("--env="))
+        elif word.startswith(_HIDDEN_WHOLE):
+            word = next(p for p in _HIDDEN_WHOLE if word.startswith(p)) + HIDDEN
         elif "=" in word and _SECRET.search(word.partition("=")[0]):
             word = f"{word.partition('=')[0]}={HIDDEN}"
         is_option = word.startswith("--") and "=" not in word
-        is_value_of = word if word == "--env" or (is_option and _SECRET.search(word)) else ""
-        found.append(without_credentials(word))
+        has_secret = word in ("--env", "--setup") or (is_option and _SECRET.search(word))
+        is_value_of = word if has_secret else ""
+        found.append(_ASSIGNED.sub(rf"\1={HIDDEN}", without_credentials(word)))
     return found
 
 

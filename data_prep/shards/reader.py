@@ -19,6 +19,7 @@ import pyarrow.ipc
 
 from data_prep.files import file_sha256
 from data_prep.genes.vocabulary import Vocabulary, load_vocabulary
+from data_prep.running.redact import without_credentials
 from data_prep.shards.format import (
     INDEX_NAME,
     MANIFEST_NAME,
@@ -104,7 +105,7 @@ class ShardSet:
         retry_pauses_s: Sequence[float] = RETRY_PAUSES_S,
         share: float = 1.0,
     ) -> None:
-        self.location, self.share = location, share
+        self.location, self.share = without_credentials(str(location)), share
         self._cache: ShardCache | None = None
         if "://" in str(location):
             # Imported only if there is a URL: importing network libraries takes a third of a
@@ -121,7 +122,7 @@ class ShardSet:
             self._extents, self._first_blocks = lay_out(self.manifest, share)
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"{location}: {MANIFEST_NAME} is incomplete or edited ({error!r})"
+                f"{self.location}: {MANIFEST_NAME} is incomplete or edited ({error!r})"
             ) from error
         self._cut = self._cut_blocks() if share != 1 else {}
         self.vocabulary: Vocabulary = self._load_vocabulary()
@@ -183,7 +184,7 @@ class ShardSet:
     def name(self) -> str:
         """Name of the folder, or the last part of the URL."""
         if self._cache:
-            return str(self.location).rstrip("/").rsplit("/", 1)[-1]
+            return self.location.rstrip("/").rsplit("/", 1)[-1]
         return self.folder.resolve().name
 
     @property

@@ -22,6 +22,7 @@ import aiohttp
 import fsspec.core
 from fsspec import AbstractFileSystem
 
+from data_prep.running.redact import without_credentials
 from data_prep.shards.format import MANIFEST_NAME, fingerprint, parse_manifest
 from data_prep.shards.tar_members import OpenFiles, is_intact
 
@@ -45,18 +46,20 @@ class Remote:
     Parameters
     ----------
     url
-        Any URL that fsspec opens. Credentials come from fsspec's own configuration.
+        Any URL that fsspec opens. Credentials come from fsspec's own configuration, or stand in the
+        URL; then no message contains them.
     retry_pauses_s
         Seconds to wait after each temporary failure. After the last pause, another failure raises
         an error.
     """
 
     def __init__(self, url: str, retry_pauses_s: Sequence[float]) -> None:
-        self.url = url.rstrip("/")
+        self._root = url.rstrip("/")
+        self.url = without_credentials(self._root)
         self._retry_pauses_s = tuple(retry_pauses_s)
 
     def address(self, name: str) -> str:
-        """Return the URL of a file below the URL."""
+        """Return the URL of a file below the URL, without credentials, for messages."""
         return f"{self.url}/{name}"
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
@@ -78,14 +81,15 @@ class Remote:
         failures = 0
         while True:
             try:
-                filesystem, root = _open_in(os.getpid(), self.url)
+                filesystem, root = _open_in(os.getpid(), self._root)
                 return filesystem.cat_file(f"{root}/{name}", start=start, end=stop)
             except FileNotFoundError:
                 raise
             except Exception as error:  # noqa: BLE001  every file system has errors of its own
                 if getattr(error, "status", None) == _RANGE_BEHIND_END:
                     return b""
-                text = f"{self.address(name)}: cannot be read ({type(error).__name__}: {error})"
+                why = without_credentials(f"{type(error).__name__}: {error}")
+                text = f"{self.address(name)}: cannot be read ({why})"
                 if not _may_pass(error):
                     raise ValueError(f"{text}; check the URL and the permission") from error
                 if failures == len(self._retry_pauses_s):

@@ -50,6 +50,7 @@ from launch.attempts.rank import (
     write_secrets,
 )
 from launch.attempts.rank_logs import end_records, record_event, root_cause, tail
+from launch.hosts.ask_hosts import SSH_ARGUMENTS
 from launch.verbs import check_and_find_folder, module_of, saved_step, to_go_on
 
 # Files in the folder of an attempt, with lines like `node1 slots=8` and like `NAME=VALUE`.
@@ -132,10 +133,10 @@ def run(way: Way, job: Job, show: bool = False) -> int:
             {**job.environment, SERIES: series, ATTEMPT: str(number)}, stop,
             variables=job.variables,
         )  # fmt: skip
-        print("\n".join(attempt.show()), flush=True)
+        commands = attempt.show(redacted_command)
+        print("\n".join(attempt.show() if show else commands), flush=True)
         if show:
             return 0
-        commands = attempt.show(redacted_command)
         record_event(folder, "started", attempt=number, hosts=hosts, commands=commands)
         command = folder / "command.sh"
         before = command.read_text() if command.exists() else None
@@ -457,6 +458,7 @@ class Attempt:
             "device": self._device,
             "nodes": len(self._hosts),
             "supervisor": this_process(),
+            "ssh_arguments": os.environ.get(SSH_ARGUMENTS, ""),
             "environment": {**token, **public, **self._environment, **command},
             "secrets": sorted(self._variables.keys() - public.keys()),
         }

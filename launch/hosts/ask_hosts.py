@@ -22,6 +22,9 @@ _ALIVE_S, _ALIVE_TIMES = 5, 3
 # A host is a name, an alias of ~/.ssh/config or an address, with or without `user@`. A name that
 # begins with a hyphen would be an option of ssh, which could run a command here.
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:%@-]*")
+# Environment variable with further arguments of every ssh, such as `-p 2222 -i KEY`; pdsh and
+# DeepSpeed read it too.
+SSH_ARGUMENTS = "PDSH_SSH_ARGS_APPEND"
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
@@ -58,6 +61,20 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return hosts
 
 
+def names_on_network(hosts: Sequence[str]) -> dict[str, str]:
+    """Return the name or address behind each host, without ``user@``, and for aliases of ssh too.
+
+    Only ssh on this machine knows the aliases of its ``~/.ssh/config``; it connects to nobody here.
+    """
+    names = {}
+    for host in hosts:
+        words = ["ssh", *shlex.split(os.environ.get(SSH_ARGUMENTS, "")), "-G", "--", host]
+        said = subprocess.run(words, capture_output=True, text=True).stdout
+        found = re.search(r"^hostname (.+)$", said, re.MULTILINE)
+        names[host] = found[1] if found else host.rpartition("@")[2]
+    return names
+
+
 def ssh(
     host: str,
     words: Sequence[str],
@@ -71,7 +88,7 @@ def ssh(
     return [
         "ssh", "-n", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={connect_s}",
         "-o", f"ServerAliveInterval={_ALIVE_S}", "-o", f"ServerAliveCountMax={_ALIVE_TIMES}",
-        "--", host, remote,
+        *shlex.split(os.environ.get(SSH_ARGUMENTS, "")), "--", host, remote,
     ]  # fmt: skip
 
 

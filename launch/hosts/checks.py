@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.hosts.ask_hosts import Answer, ask_all
+from launch.hosts.ask_hosts import Answer, ask_all, names_on_network
 from launch.hosts.node import PACKAGES, facts
 
 USED_GPU_GIB = 1.0
@@ -32,14 +32,17 @@ def ask_facts(hosts: Sequence[str], out: Path) -> dict[str, Answer]:
     `out` is a folder that all hosts must share; it may not exist yet.
     """
     with _shared_token(out) as (folder, token):
+        names = names_on_network(hosts)
         asked = time.time()
-        answers = ask_all(hosts, "facts", str(folder), token, *hosts)
+        answers = ask_all(hosts, "facts", str(folder), token, *names.values())
         for host, answer in answers.items():
             if answer.problem is None:
                 # The host read its clock at some time between the question and the answer.
                 answer.content["skew_s"] = max(
                     asked - answer.content["time"], answer.content["time"] - time.time(), 0.0
                 )
+                known = answer.content["addresses"]
+                answer.content["addresses"] = {host: known[name] for host, name in names.items()}
                 seen = folder / f"seen-by-{answer.content['hostname']}"
                 if not answer.content["shared"]["problem"] and not seen.exists():
                     answer.content["shared"]["problem"] = f"what {host} wrote is not seen here"

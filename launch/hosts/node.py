@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from data_prep.running.network import interface_to
+from data_prep.running.network import address_of, interface_to
 from data_prep.running.owner import LAUNCH_ID, lives
 from data_prep.version import code_digest
 
@@ -86,7 +86,7 @@ def facts(folder: Path, token: str, hosts: list[str]) -> dict[str, Any]:
     token
         Content of that file.
     hosts
-        All hosts of the run; the ranks connect to the first one.
+        Names or addresses of all hosts of the run; the ranks connect to the first one.
     """
     now = time.time()
     shared = _look_at(folder, token)
@@ -107,7 +107,7 @@ def facts(folder: Path, token: str, hosts: list[str]) -> dict[str, Any]:
         "disk_gib": shared.pop("disk_gib"),
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "locked_memory": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
-        "addresses": {host: _address(host) for host in hosts},
+        "addresses": {host: address_of(host) for host in hosts},
         "interface": interface_to(_first_other(hosts)) if hosts else None,
         "shared": shared,
     }
@@ -132,13 +132,6 @@ def _look_at(folder: Path, token: str) -> dict[str, Any]:
     except OSError as error:
         return disk | {"problem": f"cannot be written ({error.strerror})"}
     return disk | {"problem": None}
-
-
-def _address(host: str) -> str | None:
-    try:
-        return socket.gethostbyname(host)
-    except OSError:
-        return None
 
 
 def _first_other(hosts: list[str]) -> str:

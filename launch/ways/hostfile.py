@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import json
 import shutil
 import signal
 import subprocess
@@ -15,10 +13,12 @@ from typing import Annotated, Any
 
 import typer
 
+from data_prep.options import spread
 from launch.attempts import supervise
 from launch.environment import ENV_HELP, passed_on
-from launch.hosts.ask_hosts import ask_all, read_hostfile, ssh
+from launch.hosts.ask_hosts import ask_all, ssh
 from launch.hosts.checks import ask_facts, find_problems
+from launch.hosts.host_choice import HostChoice
 from launch.verbs import module_of
 from launch.ways.local import RESTARTS_HELP, base_environment, require_device
 
@@ -28,6 +28,7 @@ _LOST_S = 20.0
 _LOST_CONNECT_S = 5
 
 
+@spread
 def launch_hostfile(
     context: typer.Context,
     verb: Annotated[str, typer.Argument(help="what to run: pretrain, finetune, perturb")],
@@ -37,6 +38,7 @@ def launch_hostfile(
     restarts: Annotated[int, typer.Option(min=0, help=RESTARTS_HELP)] = 3,
     min_hosts: Annotated[int, typer.Option(min=1, help="go on with no fewer hosts")] = 1,
     port: Annotated[int, typer.Option(min=0, max=65535, help="to meet at; 0: a free one")] = 0,
+    choice: HostChoice = HostChoice(),
     env: Annotated[list[str] | None, typer.Option(help=ENV_HELP)] = None,
     show: Annotated[bool, typer.Option("--show", help="print the commands and stop")] = False,
 ) -> None:
@@ -54,7 +56,7 @@ def launch_hostfile(
         raise ValueError(f"--launcher {launcher}: must be ssh or pdsh")
     if launcher == "pdsh" and shutil.which("pdsh") is None:
         raise ValueError("--launcher pdsh: there is no pdsh here; install it, or use ssh")
-    slots = read_hostfile(hostfile)
+    slots = choice.read(hostfile)
     out = supervise.check_and_find_folder(verb, context.args)
     way = ways[launcher](slots, out, device, None, min_hosts, port)
     job = supervise.Job(
@@ -175,22 +177,19 @@ class Cluster:
 
 
 class Ssh(Cluster):
-    """DeepSpeed's launcher of a node, started on each host by a plain ssh."""
+    """The ranks of a node, started on each host by a plain ssh (`launch.attempts.node_ranks`)."""
 
     def commands(
         self, hosts: dict[str, int], attempt: Path, words: list[str], environment: dict[str, str]
     ) -> dict[str, list[str]]:
         address, port = self.meeting_point(hosts)
-        world = {host: list(range(slots)) for host, slots in hosts.items()}
-        encoded = base64.urlsafe_b64encode(json.dumps(world).encode()).decode()
+        ranks = ",".join(map(str, hosts.values()))
         return {
             host: ssh(
                 host,
                 [
-                    sys.executable, "-u", "-m", "deepspeed.launcher.launch",
-                    f"--world_info={encoded}", f"--node_rank={number}",
-                    f"--master_addr={address}", f"--master_port={port}",
-                    "--no_local_rank", "--log_level=error", "--module", *words,
+                    sys.executable, "-u", "-m", "launch.attempts.node_ranks", str(number), ranks,
+                    address, str(port), *words,
                 ],
                 environment,
             )

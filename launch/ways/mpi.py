@@ -10,9 +10,11 @@ from typing import Annotated
 
 import typer
 
+from data_prep.options import spread
 from launch.attempts import supervise
 from launch.environment import ENV_HELP, passed_on
-from launch.hosts.ask_hosts import read_hostfile
+from launch.hosts.ask_hosts import SSH_ARGUMENTS
+from launch.hosts.host_choice import HostChoice
 from launch.hosts.node import port_state
 from launch.verbs import MODULES, module_of
 from launch.ways.hostfile import Cluster
@@ -23,6 +25,7 @@ _EXPORTED = ("PATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")
 _EXPORTED_PREFIXES = ("NCCL_", "UCX_", "GLOO_", "TORCH_", "GENELOOM_")
 
 
+@spread
 def launch_mpi(
     context: typer.Context,
     verb: Annotated[str, typer.Argument(help=f"what to run: {', '.join(MODULES)}")],
@@ -32,6 +35,7 @@ def launch_mpi(
     hostfile: Annotated[Path | None, typer.Option(help="lines like `node1 slots=8`")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or gpu")] = "auto",
     restarts: Annotated[int, typer.Option(min=0, help=RESTARTS_HELP)] = 0,
+    choice: HostChoice = HostChoice(),
     env: Annotated[list[str] | None, typer.Option(help=ENV_HELP)] = None,
     show: Annotated[bool, typer.Option("--show", help="print the command and stop")] = False,
 ) -> None:
@@ -45,7 +49,7 @@ def launch_mpi(
     if hostfile is None:
         way: supervise.Way = MpiHere(ranks or 1)
     else:
-        slots = read_hostfile(hostfile)
+        slots = choice.read(hostfile)
         out = supervise.check_and_find_folder(verb, context.args)
         way = MpiCluster(slots, out, device, ranks)
     job = supervise.Job(
@@ -78,6 +82,8 @@ class MpiCluster(Cluster):
         table = ",".join(f"{host}:{slots}" for host, slots in hosts.items())
         where = ["--host", table]
         # Without it Open MPI tries every interface, those of containers too.
+        if arguments := os.environ.get(SSH_ARGUMENTS):
+            where += ["--mca", "plm_rsh_args", arguments]
         network = self.network(hosts)
         if network:
             for layer in ("btl", "oob"):

@@ -96,7 +96,7 @@ def require_sound(job: SlurmJob) -> None:
     for line in job.sbatch:
         if not line.startswith("-") or "\n" in line:
             problems.append(f"--sbatch {line!r}: one option of sbatch, e.g. --sbatch=--exclusive")
-        if line.split("=")[0] in ("--array", "-a"):
+        if line.startswith(("--arr", "-a")):  # sbatch takes options cut short
             problems.append(
                 f"--sbatch {line}: all tasks of an array would write into one folder; "
                 "launch a job for each, with a folder of its own"

@@ -61,12 +61,18 @@ class HeldoutEvaluation:
     """Evaluates the same held-out cells and masks each time; the baselines are computed once.
 
     Every rank evaluates its share of every batch. `packs` is True if the model takes packed cells.
+    With `later` the baselines are computed at the first evaluation, not before the first step.
     """
 
     def __init__(
-        self, shards: ShardSet, config: RunConfig, ranks: Ranks, packs: bool = False
+        self,
+        shards: ShardSet,
+        config: RunConfig,
+        ranks: Ranks,
+        packs: bool = False,
+        later: bool = False,
     ) -> None:
-        self._ranks = ranks
+        self._ranks, self._shards, self._config = ranks, shards, config
         quarantine = config.data.on_damage == "quarantine"
         self._dataset = StepDataset(
             shards,
@@ -98,12 +104,20 @@ class HeldoutEvaluation:
         self.prior = config.objective.prior
         self._datasets = CellDatasets(shards)
         self.without_arithmetic = ""
-        self.baselines = self._score_baselines(self._count(shards, config, quarantine))
-        if next(iter(self.baselines.values()))["genes"] == 0:
-            raise ValueError(f"{shards.name}: no held-out cell can be read; copy the shards again")
+        self.baselines: dict[str, Any] = {}
+        if not later:
+            self._compute_baselines()
 
-    def _count(self, shards: ShardSet, config: RunConfig, quarantine: bool) -> Baselines:
+    def _compute_baselines(self) -> None:
+        self.baselines = self._score_baselines(self._count())
+        if next(iter(self.baselines.values()))["genes"] == 0:
+            name = self._shards.name
+            raise ValueError(f"{name}: no held-out cell can be read; copy the shards again")
+
+    def _count(self) -> Baselines:
         """Return the baselines; warn if the vocabulary does not allow the arithmetic baseline."""
+        shards, config = self._shards, self._config
+        quarantine = config.data.on_damage == "quarantine"
         cells, out = config.evaluation.baseline_cells, config.run.out
         by_rank = RankBaselines(shards, cells, set() if quarantine else None)
         if not shards.vocabulary.has_medians:
@@ -167,6 +181,8 @@ class HeldoutEvaluation:
         ``genes``, the number of hidden genes. With a cell objective there is also ``cell_loss``, in
         nats, the mean over cells.
         """
+        if not self.baselines:
+            self._compute_baselines()
         was_training = model.training
         model.eval()
         sums, last = self._no_sums(), None
@@ -272,11 +288,15 @@ Heldout = HeldoutEvaluation | NothingHeldOut
 
 
 def heldout_evaluation(
-    shards: ShardSet, config: RunConfig, ranks: Ranks, packs: bool = False
+    shards: ShardSet,
+    config: RunConfig,
+    ranks: Ranks,
+    packs: bool = False,
+    later: bool = False,
 ) -> Heldout:
     """Return the evaluation of held-out cells; warn once if there are no held-out cells."""
     if shards.extents("heldout"):
-        return HeldoutEvaluation(shards, config, ranks, packs)
+        return HeldoutEvaluation(shards, config, ranks, packs, later)
     if ranks.is_first:
         logger.warning(
             "%s: no cell is held out (prepared with --heldout 0): nothing is evaluated, and no "

@@ -89,8 +89,12 @@ def memory_per_gpu(
     stage: int,
     gpus: int,
     micro_batch: int,
+    on_gpu: bool = True,
 ) -> Memory:
-    """Return the memory of one GPU in a step of ZeRO `stage` with `micro_batch` padded tokens."""
+    """Return the memory of one GPU in a step of ZeRO `stage` with `micro_batch` padded tokens.
+
+    `on_gpu` is False for a rank that computes on a CPU.
+    """
     p = num_parameters(config.model, corpus.num_tokens, max_length)
     if config.run.precision != "bf16":
         # ZeRO's optimizer has its own copy of the weights (counted in a run: 16 B a parameter after
@@ -104,13 +108,15 @@ def memory_per_gpu(
         # weights.
         weights, gradients, optimizer = 2 * p, 6 * p, 12 * p
     optimizer -= _MUON_SAVES * muon_parameters(config)
-    activations = micro_batch * activation_bytes(config)
-    # These are the head's input, and the logits, which their gradients overwrite; in addition some
-    # rows have float32 copies: of the logits, of the logits minus their log-sum, and of the
-    # exponentials.
+    activations = micro_batch * activation_bytes(config, on_gpu)
+    # These are the head's input, and the logits, which their gradients overwrite. On a GPU some
+    # rows have float32 copies too: of the logits, of the logits minus their log-sum, and of the
+    # exponentials; on a CPU a kernel computes in the logits themselves.
     size, rows = (2 if config.run.precision == "bf16" else 4), micro_batch * asked_shares(config)[1]
     row = 4 * size * config.model.hidden_size + size * corpus.num_tokens
-    logits = rows * row + 3 * min(CHUNK_BYTES, rows * 4 * corpus.num_tokens)
+    logits = rows * row
+    if on_gpu:
+        logits += 3 * min(CHUNK_BYTES, rows * 4 * corpus.num_tokens)
     if config.objective.cell_weight:
         # A micro-batch of the shortest bucket has the most cells; each cell also has its shares of
         # hidden genes.
@@ -203,7 +209,9 @@ def choose(
     sizes = [s for s in (2**n for n in range(17, 5, -1)) if corpus.longest <= s <= share]
     for stage in (1, 2, 3):
         for size in [*sizes, corpus.longest]:
-            memory = memory_per_gpu(config, corpus, max_length, stage, gpus, size)
+            memory = memory_per_gpu(
+                config, corpus, max_length, stage, gpus, size, gpu.name != "cpu"
+            )
             if memory.fits(gpu):
                 return GpuChoice(memory, size)
     return None
@@ -315,7 +323,8 @@ def _memory_rows(
 ) -> list[dict[str, Any]]:
     """Return the memory needs of each ZeRO stage as rows of a plan."""
     of_stages = [
-        memory_per_gpu(config, corpus, max_length, stage, gpus, micro_batch) for stage in range(4)
+        memory_per_gpu(config, corpus, max_length, stage, gpus, micro_batch, gpu.name != "cpu")
+        for stage in range(4)
     ]
     return [asdict(m) | {"total": m.total, "fits": m.fits(gpu)} for m in of_stages]
 

@@ -28,6 +28,7 @@ from data_prep.running.network import (
     TOKEN,
     address_to_listen_at,
     describe_network,
+    family_of,
     interface_of_job,
 )
 from data_prep.running.queue_variables import OWN_NAMES, started_by_another
@@ -161,11 +162,12 @@ def _listener(port: int) -> int:
     ValueError
         The port is in use.
     """
-    listener = socket.socket()
+    address = address_to_listen_at(os.environ)
+    listener = socket.socket(family_of(address))
     # As in torch's own store, a port that was closed a minute ago can be opened again.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((address_to_listen_at(os.environ), port))
+        listener.bind((address, port))
     except OSError as error:
         listener.close()
         in_use = error.errno == errno.EADDRINUSE
