@@ -137,6 +137,43 @@ def test_it_begins_at_the_probe_and_takes_the_steps_asked_for(labelled):
     assert loss["probe"] < 0.6 * loss["random"]
 
 
+def test_dropout_does_not_undo_the_probe(labelled):
+    """States vary little around their mean, and the probe's weights are large: a 0 among them says
+    more than any cell, so dropout puts the mean there. Heads of random weights have no centre."""
+    import torch
+    from torch.nn import functional
+
+    from eval.finetune.classifier import FinetuneSettings, Items
+    from eval.finetune.training import finetune
+
+    encoder, vocabulary, cells, of_cells, of_genes = labelled
+    settings = FinetuneSettings(
+        epochs=1, batch_cells=48, learning_rate=1e-9, head_learning_rate=1e-9, dropout=0.2
+    )
+    both = [of_genes, of_cells]
+    assert not finetune(encoder, vocabulary, cells, both, settings, seed=0).centres.any()
+    trained = finetune(encoder, vocabulary, cells, both, replace(settings, start="probe"), seed=0)
+    every, labels = np.arange(len(cells)), torch.from_numpy(of_cells.labels)
+    none = Items(every[:0], every[:0], every[:0])
+    items = [none, Items(every, np.zeros_like(every), of_cells.labels)]
+    states = trained.states(cells, items)[1]
+    torch.testing.assert_close(trained.centres[1], states.mean(dim=0), rtol=0, atol=1e-5)
+
+    @torch.no_grad()
+    def loss() -> float:
+        torch.manual_seed(0)
+        each = [functional.cross_entropy(trained(cells, items)[1], labels) for _ in range(20)]
+        return float(torch.stack(each).mean())
+
+    of_probe = loss()
+    trained.train()
+    around_mean = loss()
+    trained.centres.zero_()
+    around_zero = loss()
+    assert around_mean < 0.2 and around_mean < 3 * of_probe, "as measured: 0.05 and 0.09"
+    assert around_zero > 1, "as measured: 1.5"
+
+
 def test_heads_have_a_rate_of_their_own(labelled):
     from eval.finetune.classifier import FinetuneSettings
     from eval.finetune.training import finetune

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -158,8 +159,14 @@ def test_the_interval_is_that_of_new_cells():
 
 
 def record_of(
-    twice_tokens, twice_cells, ten=0.1, equal="tokens", beyond=0.3, epochs=4.0, width=0.02
-):
+    twice_tokens: float,
+    twice_cells: float,
+    ten: float = 0.1,
+    equal: str = "tokens",
+    beyond: float | None = 0.3,
+    epochs: float = 4.0,
+    width: float = 0.02,
+) -> dict[str, Any]:
     def around(value):
         return {"value": value, "low": value - width, "high": value + width}
 

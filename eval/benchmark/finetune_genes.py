@@ -162,7 +162,7 @@ def _ask(
         "label": label,
         "reading": repr(reading),
         "gene_names": model.gene_names,
-        "settings": settings.deciding(),
+        "settings": settings.deciding() | settings.of_training,
     }
     unfinished = Unfinished(out, identity, writes=is_first)
     size = Size.model_validate({"seeds": options.seeds, "max_cells": options.max_cells})

@@ -107,7 +107,13 @@ class Classifier(nn.Module):
         One entry per finished epoch: its number, training and validation loss.
     losses
         The training loss of each step; empty in a classifier that was loaded.
+    centres
+        float32 [heads, width]: dropout sets a state's numbers to these. They are 0, or, in a
+        training that begins at a probe, the means of the states that it was fitted on: between
+        cells a state varies by a small part of its mean, so that a 0 there says more than any cell.
     """
+
+    centres: torch.Tensor
 
     def __init__(
         self,
@@ -128,9 +134,10 @@ class Classifier(nn.Module):
         self.losses: list[float] = []
         _freeze(encoder, settings)
         self.dropout = nn.Dropout(settings.dropout)
-        self.outputs = nn.ModuleList(
-            nn.Linear(encoder.config.hidden_size, len(h.classes)) for h in heads
-        )
+        width = encoder.config.hidden_size
+        self.outputs = nn.ModuleList(nn.Linear(width, len(h.classes)) for h in heads)
+        # Not saved: without dropout, as in predictions, it changes nothing.
+        self.register_buffer("centres", torch.zeros(len(heads), width), persistent=False)
         nn.Module.to(self, torch.device(settings.device))
 
     def train(self, mode: bool = True) -> Classifier:
@@ -143,9 +150,8 @@ class Classifier(nn.Module):
     def forward(self, cells: list[np.ndarray], items: list[Items]) -> list[torch.Tensor]:
         """Return float32 [items, classes] logits of each head; `items` is in the order of heads."""
         states = self.states(cells, items)
-        return [
-            output(self.dropout(state)) for output, state in zip(self.outputs, states, strict=True)
-        ]
+        found = zip(self.outputs, states, self.centres, strict=True)
+        return [output(centre + self.dropout(state - centre)) for output, state, centre in found]
 
     def states(self, cells: list[np.ndarray], items: list[Items]) -> list[torch.Tensor]:
         """Return float32 [items, width], the states that each head reads."""

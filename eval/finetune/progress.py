@@ -48,7 +48,8 @@ def identity_of(
     examples: list[tuple[list[np.ndarray], list[Target]] | None],
 ) -> str:
     """Return a hash of everything that determines the result of a fine-tuning."""
-    digest = hashlib.sha256(json.dumps([settings.deciding(), seed, vocabulary.sha256]).encode())
+    how = settings.deciding() | settings.of_training
+    digest = hashlib.sha256(json.dumps([how, seed, vocabulary.sha256]).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -255,7 +255,9 @@ def _what_decides(label: str, options: FinetuneOptions, reading: SourceOptions) 
     return {
         "options": repr(reading),
         "columns": [label, options.donor],
-        "settings": options.settings.deciding() | {"device": "cpu"},  # wherever it is computed
+        "settings": options.settings.deciding()
+        | options.settings.of_training
+        | {"device": "cpu"},  # wherever it is computed
         "limits": (options.max_train_per_class, options.max_test_per_class),
     }
 

@@ -42,7 +42,7 @@ class FinetuneSettings:
     freeze_layers
         The embeddings too; 0 trains everything.
     weight_decay, dropout
-        Of AdamW; before each head.
+        Of AdamW; before each head, around the mean state where training begins at the probe.
     token_budget
         Padded tokens of one forward pass; no result depends on it but by rounding.
     bf16
@@ -116,6 +116,11 @@ class FinetuneSettings:
         return {
             k: v for k, v in asdict(self).items() if k != "device" and (k, v) not in _CHANGE_NOTHING
         }
+
+    @property
+    def of_training(self) -> dict[str, Any]:
+        """What else decides a training: rules that are no settings, where they change a number."""
+        return {"dropout_around": "mean"} if self.start == "probe" and self.dropout else {}
 
 
 # What cells of a task of one's own are trained with: few cells in many steps, from a good start.

@@ -384,6 +384,7 @@ def _start_heads(classifier: Classifier, examples: _Examples, seed: int) -> None
     for i, output in enumerate(classifier.outputs):
         assert isinstance(output, torch.nn.Linear)
         found, label, group = (np.concatenate(x[i]) for x in (states, labels, groups))
+        classifier.centres[i] = torch.from_numpy(found.mean(axis=0))
         strength = start_from_probe(output, found, label, group, settings.class_weights, seed)
         logger.debug("head %s: from a probe, C = %g", classifier.heads[i].name, strength)
 
