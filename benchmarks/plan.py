@@ -122,6 +122,10 @@ def compare(shards: Path, folder: Path, name: str, base: tuple[Run, Run]) -> dic
     measured = [r.peak_gib - b.before_gib for r, b in zip((usual, given_back), base, strict=True)]
     return {
         "run": name,
+        "model": model,
+        "micro_batch": micro_batch,
+        "num_tokens": corpus.num_tokens,
+        "max_length": max_length,
         "parameters": parameters,
         "memory_gib": {"planned": planned, "measured": measured[0], "given_back": measured[1]},
         "memory_error": planned / measured[0] - 1,

@@ -15,6 +15,7 @@ from pretrain.options import CorpusOptions, SpeedOptions
 from pretrain.plan.corpus import Corpus, assumed_corpus, read_config, read_corpus
 from pretrain.plan.flops import GPUS, dropout_seconds_per_token, flops_per_token
 from pretrain.plan.needs import (
+    GIB,
     activation_bytes,
     checkpoint_bytes,
     choose,
@@ -160,6 +161,24 @@ def test_a_cell_objective_costs_a_whole_last_layer_and_a_row_of_logits_a_cell():
     assert found[1] - found[2] == pytest.approx(0.15 * head)
     logits = [memory_per_gpu(c, CORPUS, 2048, 1, 1, 2048).logits for c in (genes, both, cells)]
     assert logits[1] > logits[0] > logits[2] > 0
+
+
+_MEMORY = json.loads((ROOT / "docs" / "benchmarks" / "plan_cpu.json").read_text())["runs"]
+
+
+@pytest.mark.parametrize("run", _MEMORY, ids=lambda run: run["run"])
+def test_memory_of_recorded_runs(run):
+    config = read_config("geneformer_v1_6l", run["model"])
+    corpus = Corpus(1000, 1_000_000, [(1024, 900)], run["num_tokens"], 2.05)
+    memory = memory_per_gpu(config, corpus, run["max_length"], 1, 1, run["micro_batch"], False)
+    states = memory.weights + memory.gradients + memory.optimizer
+    planned = (states + memory.logits + memory.activations) / GIB
+    assert planned == pytest.approx(run["memory_gib"]["planned"])
+    # Without what the C library keeps of freed blocks: that no plan can know.
+    assert planned == pytest.approx(run["memory_gib"]["given_back"], rel=0.1)
+    assert checkpoint_bytes(run["parameters"]) == pytest.approx(
+        run["checkpoint_bytes"]["measured"], rel=0.001
+    )
 
 
 # What was counted on a cable between two hosts: bytes a parameter and step of each of two ranks.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from tests.ranks import run_ranks, start_functions
 
@@ -115,8 +116,24 @@ def meets(name: str) -> str:
     return said
 
 
+def meets_at(address: str) -> str:
+    before, os.environ["MASTER_ADDR"] = os.environ["MASTER_ADDR"], address
+    try:
+        return meets("all")
+    finally:
+        os.environ["MASTER_ADDR"] = before
+
+
 def test_ranks_of_one_launch_meet():
     assert run_ranks(2, meets, "all") == ["hello", "hello"]
+
+
+def test_ranks_meet_at_an_address_of_ipv6():
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    assert run_ranks(2, meets_at, "::1") == ["hello", "hello"]
 
 
 def test_where_rank_0_listens():
@@ -131,6 +148,7 @@ def test_where_rank_0_listens():
     job = {"WORLD_SIZE": "2"}
     assert address_to_listen_at(job | {"MASTER_ADDR": "127.0.0.1"}) == "127.0.0.1"
     assert address_to_listen_at(job | {"MASTER_ADDR": "localhost"}) == ""
+    assert address_to_listen_at(job | {"MASTER_ADDR": "::1"}) == "::1"
     here = {"MASTER_ADDR": "localhost", "LOCAL_WORLD_SIZE": "2"}
     assert address_to_listen_at(job | here) == "127.0.0.1"
     for address in own:

@@ -128,6 +128,7 @@ def test_plan_beside_a_run():
     text = section((DOCS / "benchmarks.md").read_text(), "launching")
     rows = [x.split(" | ")[1:] for x in text.splitlines() if x.endswith("% |")]
     for cells, run in zip(rows, recorded("plan_cpu")["runs"], strict=True):
-        memory = run["memory_gib"]
-        expected = [f"{memory['planned']:.2f}", f"{memory['measured']:.2f}"]
-        assert cells == [*expected, f"{run['memory_error']:+.0%}".replace("%", " % |")]
+        expected = [f"{run['memory_gib'][k]:.2f}" for k in ("planned", "given_back", "measured")]
+        errors = [run["memory_error_given_back"], run["memory_error"]]
+        without, usual = (f"{e:+.0%}".replace("%", " %") for e in errors)
+        assert cells == [*expected[:2], without, expected[2], f"{usual} |"]

@@ -22,7 +22,7 @@ def address_of(host: str) -> str | None:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:
         return None
-    return min(found, key=lambda entry: entry[0] != socket.AF_INET)[4][0]
+    return str(min(found, key=lambda entry: entry[0] != socket.AF_INET)[4][0])
 
 
 def family_of(address: str) -> socket.AddressFamily:
