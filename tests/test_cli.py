@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ def geneloom(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
         patch.setattr(sys, "argv", words)
+        patch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # as the command does, but taken back
         for name in _OF_RANKS:  # with them, an error would end this process at once
             patch.delenv(name, raising=False)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -130,6 +132,20 @@ def test_version_and_a_wrong_word(run, tmp_path):
     wrong = run("inspect", ".", cwd=tmp_path)
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr.startswith("error: ") and "no manifest.json" in wrong.stderr
+
+
+def test_threads_that_wait_do_not_spin():
+    """It is said before any library is loaded that reads it; a user's own word stays."""
+    code = (
+        "import os, sys; from data_prep.errors import run_app\n"
+        "run_app(lambda: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules))"
+    )
+    for own, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        others = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+        ran = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=others | own, capture_output=True, text=True
+        )
+        assert ran.stdout == f"{expected} False\n", ran.stderr
 
 
 @pytest.mark.parametrize(
