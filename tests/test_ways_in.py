@@ -314,3 +314,14 @@ def test_cells_in_a_folder_have_a_hash(folder, tmp_path):
     assert record["cells"]["sha256"] != content_sha256(tmp_path / "copy.zarr")
     with pytest.raises(ValueError, match="no such file or folder"):
         content_sha256(tmp_path / "nothing")
+
+
+def test_a_folder_may_hold_the_one_source(tmp_path):
+    from data_prep.sources.open_source import open_path
+
+    write_h5ad(_plain(), tmp_path)
+    assert open_path(tmp_path, SourceOptions()).num_cells == CELLS
+    (tmp_path / "cells.h5ad").rename(tmp_path / "a.h5ad")
+    write_h5ad(_plain(), tmp_path)
+    with pytest.raises(ValueError, match=r"holds 2 sources.*give one: .*a\.h5ad"):
+        open_path(tmp_path, SourceOptions())
