@@ -325,3 +325,26 @@ def test_a_folder_may_hold_the_one_source(tmp_path):
     write_h5ad(_plain(), tmp_path)
     with pytest.raises(ValueError, match=r"holds 2 sources.*give one: .*a\.h5ad"):
         open_path(tmp_path, SourceOptions())
+
+
+def test_a_benchmark_reads_its_own_cells_as_it_is_told(folder, tmp_path):
+    """Options of reading reach the cells of --cells; tasks of files say it themselves."""
+    from eval.api import BenchmarkOptions, OwnTask, benchmark
+    from eval.benchmark import cli
+    from eval.benchmark.material.models_and_cells import Bench, load_models
+    from eval.benchmark.outcome import Store
+
+    cells = _two_species()
+    cells.layers["raw"] = cells.X.copy()
+    cells.X = scipy.sparse.csr_matrix(np.log1p(cells.X.toarray()))
+    reading = SourceOptions(counts="layers/raw", genome="GRCh38")
+    own = OwnTask(cells=write_h5ad(cells, tmp_path), label="label")
+    (task,), data = cli._own_tasks(own, BenchmarkOptions(), reading)
+    models = load_models([folder / "model"])
+    bench = Bench(models, data, Store(tmp_path / "units", {}), 0, "cpu", False, reading=reading)
+    assert len(bench.cells(task.cells).metadata) == CELLS - 1
+    plain = Bench(models, data, Store(tmp_path / "units", {}), 0, "cpu", False)
+    with pytest.raises(ValueError, match="2 genomes"):
+        plain.cells(task.cells)
+    with pytest.raises(ValueError, match="are of --cells alone"):
+        benchmark([folder / "model"], tmp_path / "out", reading=reading)
