@@ -348,3 +348,20 @@ def test_a_benchmark_reads_its_own_cells_as_it_is_told(folder, tmp_path):
         plain.cells(task.cells)
     with pytest.raises(ValueError, match="are of --cells alone"):
         benchmark([folder / "model"], tmp_path / "out", reading=reading)
+
+
+def test_a_benchmark_has_no_cell_twice(folder, tmp_path):
+    """Folds would train on a copy of a cell that they ask for."""
+    from eval.benchmark.material.models_and_cells import load_cells, load_models
+    from eval.benchmark.task_file import Cells
+
+    cells = _plain()
+    values = cells.X.toarray()
+    values[-3:] = values[:3]
+    cells.X = scipy.sparse.csr_matrix(values)
+    write_h5ad(cells, tmp_path)
+    asked = Cells(files=("cells.h5ad",), recipe="made here")
+    models = load_models([folder / "model"])
+    found = load_cells(asked, ("label",), models, tmp_path, None, 0)
+    assert found.excluded == {"exactly the counts of another cell": 3}
+    assert list(found.metadata.index) == list(cells.obs_names[:-3])
