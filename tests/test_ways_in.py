@@ -340,6 +340,7 @@ def test_a_benchmark_reads_its_own_cells_as_it_is_told(folder, tmp_path):
     reading = SourceOptions(counts="layers/raw", genome="GRCh38")
     own = OwnTask(cells=write_h5ad(cells, tmp_path), label="label")
     (task,), data = cli._own_tasks(own, BenchmarkOptions(), reading)
+    assert not isinstance(task, Path)
     models = load_models([folder / "model"])
     bench = Bench(models, data, Store(tmp_path / "units", {}), 0, "cpu", False, reading=reading)
     assert len(bench.cells(task.cells).metadata) == CELLS - 1
