@@ -31,8 +31,8 @@ def run_app(app: typer.Typer) -> None:
     This project raises ValueError for wrong input; its text says what is wrong, where, and what to
     do.
     """
-    # Before torch or scikit-learn loads OpenMP. Threads that wait for each other by spinning take the
-    # cores away from those they wait for wherever something else computes (docs/speed_log.md).
+    # Before torch or scikit-learn loads OpenMP. Threads that spin while they wait take the cores
+    # away from those they wait for, where something else computes too (docs/speed_log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()

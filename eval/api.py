@@ -291,10 +291,12 @@ def benchmark(
     out: Path | str,
     options: BenchmarkOptions = BenchmarkOptions(),
     own: OwnTask = OwnTask(),
+    reading: SourceOptions = SourceOptions(),
 ) -> dict[str, Any]:
     """Run tasks as ``geneloom benchmark``; return what ``results.json`` in `out` holds.
 
-    Errors as of `eval.benchmark.run.run_benchmark`; tasks that failed are in ``skipped``.
+    `reading` says how ``own.cells`` is read. Errors as of `eval.benchmark.run.run_benchmark`; tasks
+    that failed are in ``skipped``.
 
     Examples
     --------
@@ -303,7 +305,7 @@ def benchmark(
     """
     from eval.benchmark.cli import run_tasks
 
-    return run_tasks([Path(m) for m in models], Path(out), options, own)[0]
+    return run_tasks([Path(m) for m in models], Path(out), options, own, reading=reading)[0]
 
 
 def saturate(

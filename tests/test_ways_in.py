@@ -314,3 +314,55 @@ def test_cells_in_a_folder_have_a_hash(folder, tmp_path):
     assert record["cells"]["sha256"] != content_sha256(tmp_path / "copy.zarr")
     with pytest.raises(ValueError, match="no such file or folder"):
         content_sha256(tmp_path / "nothing")
+
+
+def test_a_folder_may_hold_the_one_source(tmp_path):
+    from data_prep.sources.open_source import open_path
+
+    write_h5ad(_plain(), tmp_path)
+    assert open_path(tmp_path, SourceOptions()).num_cells == CELLS
+    (tmp_path / "cells.h5ad").rename(tmp_path / "a.h5ad")
+    write_h5ad(_plain(), tmp_path)
+    with pytest.raises(ValueError, match=r"holds 2 sources.*give one: .*a\.h5ad"):
+        open_path(tmp_path, SourceOptions())
+
+
+def test_a_benchmark_reads_its_own_cells_as_it_is_told(folder, tmp_path):
+    """Options of reading reach the cells of --cells; tasks of files say it themselves."""
+    from eval.api import BenchmarkOptions, OwnTask, benchmark
+    from eval.benchmark import cli
+    from eval.benchmark.material.models_and_cells import Bench, load_models
+    from eval.benchmark.outcome import Store
+
+    cells = _two_species()
+    cells.layers["raw"] = cells.X.copy()
+    cells.X = scipy.sparse.csr_matrix(np.log1p(cells.X.toarray()))
+    reading = SourceOptions(counts="layers/raw", genome="GRCh38")
+    own = OwnTask(cells=write_h5ad(cells, tmp_path), label="label")
+    (task,), data = cli._own_tasks(own, BenchmarkOptions(), reading)
+    assert not isinstance(task, Path)
+    models = load_models([folder / "model"])
+    bench = Bench(models, data, Store(tmp_path / "units", {}), 0, "cpu", False, reading=reading)
+    assert len(bench.cells(task.cells).metadata) == CELLS - 1
+    plain = Bench(models, data, Store(tmp_path / "units", {}), 0, "cpu", False)
+    with pytest.raises(ValueError, match="2 genomes"):
+        plain.cells(task.cells)
+    with pytest.raises(ValueError, match="are of --cells alone"):
+        benchmark([folder / "model"], tmp_path / "out", reading=reading)
+
+
+def test_a_benchmark_has_no_cell_twice(folder, tmp_path):
+    """Folds would train on a copy of a cell that they ask for."""
+    from eval.benchmark.material.models_and_cells import load_cells, load_models
+    from eval.benchmark.task_file import Cells
+
+    cells = _plain()
+    values = cells.X.toarray()
+    values[-3:] = values[:3]
+    cells.X = scipy.sparse.csr_matrix(values)
+    write_h5ad(cells, tmp_path)
+    asked = Cells(files=("cells.h5ad",), recipe="made here")
+    models = load_models([folder / "model"])
+    found = load_cells(asked, ("label",), models, tmp_path, None, 0)
+    assert found.excluded == {"exactly the counts of another cell": 3}
+    assert list(found.metadata.index) == list(cells.obs_names[:-3])

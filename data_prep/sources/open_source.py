@@ -18,6 +18,7 @@ from data_prep.genes.annotation import Annotation
 from data_prep.matrices.choose_cells import choose_cells
 from data_prep.matrices.compression import missing_codec
 from data_prep.matrices.matrix_store import Store, mtx_sample
+from data_prep.sources.corpus_list import expand_path
 from data_prep.sources.count_source import DAMAGE, CountSource
 from data_prep.sources.hugging_face import PREFIX, stage_dataset
 from data_prep.sources.source_spec import (
@@ -80,8 +81,16 @@ def open_source(
 
 
 def open_path(path: Path | str, options: SourceOptions) -> Source:
-    """Return the opened source at a path, as `open_source` does for a spec."""
-    return open_source(source_at(path, options))
+    """Return the opened source at a path, as `open_source` does for a spec.
+
+    A folder may hold it (GEO's three files of a sample); ValueError if it holds several.
+    """
+    inside = expand_path(str(path))
+    if len(inside) > 1:
+        raise ValueError(
+            f"{path}: holds {len(inside)} sources, and one is read at a time; give one: {inside[0]}"
+        )
+    return open_source(source_at(inside[0], options))
 
 
 def _is_tokens(path: Path) -> bool:

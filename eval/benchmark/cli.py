@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from data_prep.options import AsJson, spread
+from data_prep.sources.source_spec import MATRIX_AND_FILTER, SourceOptions
 from eval.benchmark.task_file import (
     SUITES,
     AnyTask,
@@ -75,6 +76,7 @@ class OwnTask:
 def benchmark_command(
     options: BenchmarkOptions,
     own: OwnTask,
+    reading: Annotated[SourceOptions, MATRIX_AND_FILTER],
     model: Annotated[
         list[Path] | None,
         typer.Option(help="folder of `geneloom export`, or Geneformer's; repeat it to compare"),
@@ -85,9 +87,13 @@ def benchmark_command(
     list_tasks: Annotated[bool, typer.Option("--list", help="show all tasks and end")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tuning tasks beside the baselines that matter: did pretraining help?"""
+    """Fine-tuning tasks beside the baselines that matter: did pretraining help?
+
+    How files are read (--counts and what follows it) is asked of --cells; a task's own file says it
+    of its cells.
+    """
     if list_tasks:
-        data = _own_tasks(own, options)[1]
+        data = _own_tasks(own, options, reading)[1]
         tasks = list_of_tasks(data, list(options.task_file))
         if as_json:
             print(json.dumps(tasks, indent=1))
@@ -100,7 +106,7 @@ def benchmark_command(
     from eval.benchmark.report.page import print_results
 
     with _Shown() as shown:
-        results, page = run_tasks(model, out, options, own, shown)
+        results, page = run_tasks(model, out, options, own, shown, reading)
     if as_json:
         print(json.dumps(results, indent=1))
     else:
@@ -120,16 +126,17 @@ def run_tasks(
     options: BenchmarkOptions,
     own: OwnTask,
     shown: _Shown | None = None,
+    reading: SourceOptions = SourceOptions(),
 ) -> tuple[dict[str, Any], Path]:
     """Run the tasks; return what ``results.json`` holds, and the page that was written."""
     from eval.benchmark.report.page import write_report
     from eval.benchmark.run import SILENT, run_benchmark
 
-    tasks, data = _own_tasks(own, options)
+    tasks, data = _own_tasks(own, options, reading)
     results = run_benchmark(
         models, options.suite, out, data, list(options.task), tasks, options.vocabulary,
         options.gene_names, options.seed, choose_device(options.device), options.bf16,
-        shown or SILENT,
+        shown or SILENT, reading,
     )  # fmt: skip
     return results, write_report(results, out)
 
@@ -172,9 +179,16 @@ def print_tasks(tasks: list[dict[str, Any]], data: Path | None) -> None:
         console.print("Files are looked for below --data.", highlight=False)
 
 
-def _own_tasks(own: OwnTask, options: BenchmarkOptions) -> tuple[list[Path | AnyTask], Path | None]:
+def _own_tasks(
+    own: OwnTask, options: BenchmarkOptions, reading: SourceOptions
+) -> tuple[list[Path | AnyTask], Path | None]:
     """Return the tasks of the user's own, and the folder in which all tasks' files are."""
     files = list[Path | AnyTask](options.task_file)
+    if reading != SourceOptions() and (not own.cells or files):
+        raise ValueError(
+            "--counts, --genome and other options of reading are of --cells alone; the YAML of a "
+            "task says how its cells are read"
+        )
     if own == OwnTask():
         return files, options.data
     if not own.cells or not own.label:
@@ -184,6 +198,8 @@ def _own_tasks(own: OwnTask, options: BenchmarkOptions) -> tuple[list[Path | Any
     from eval.benchmark.own_task import own_task
 
     made = own_task(own.cells, own.label, own.genes, own.group, own.batch)
+    read = {"counts": reading.counts, "gene_column": reading.gene_column}
+    made = made.model_copy(update={"cells": made.cells.model_copy(update=read)})
     return [*files, made], own.cells.resolve().parent
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_prep.files import complete_file, names_in
+from data_prep.sources.source_spec import SourceOptions
 from eval.benchmark.contest.contest import Contest
 from eval.benchmark.contest.verdicts import FINE_TUNED, holm, summarise, verdicts
 from eval.benchmark.kinds.annotation import Annotation
@@ -117,6 +118,7 @@ def run_benchmark(
     device: str = "cpu",
     bf16: bool = False,
     progress: UnitsShown = SILENT,
+    reading: SourceOptions = SourceOptions(),
 ) -> dict[str, Any]:
     """Run a suite and return what ``out/results.json`` holds (docs/formats.md).
 
@@ -133,6 +135,8 @@ def run_benchmark(
         the only ones.
     vocabulary, gene_names
         As in `eval.benchmark.material.models_and_cells.load_models`.
+    reading
+        How files are read, beside what a task says of its cells.
 
     Raises
     ------
@@ -153,7 +157,7 @@ def run_benchmark(
     def bench_of(task: AnyTask) -> Bench:
         what_decides = _what_decides(task, suite)
         store = Store(out / "units", what_decides, lambda _, seconds: progress.unit(seconds))
-        return Bench(models, data, store, seed, device, bf16)
+        return Bench(models, data, store, seed, device, bf16, reading=reading)
 
     contests = (KINDS[t.kind](t, t.sizes[suite], bench_of(t)) for t in runnable)
     progress.plan(sum(contest.num_units for contest in contests))

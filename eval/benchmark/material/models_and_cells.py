@@ -20,6 +20,7 @@ from eval.benchmark.outcome import Store
 from eval.benchmark.task_file import Cells
 from eval.cells.demo_cells import recover_counts
 from eval.cells.read_cells import CellSet, encode_file
+from eval.scores.splits import repeated_cells
 from pretrain.cell_states.cell_state import CellState
 from pretrain.counting.corpus_svd import CorpusSvd
 from pretrain.export.model_folder import folder_cell_state, load_exported, model_digest
@@ -246,13 +247,17 @@ def load_cells(
     has_genes = np.all(
         [np.concatenate([s.has_genes for s in found]) for found in by_model.values()], axis=0
     )
+    usable = np.flatnonzero(kept & has_genes)
+    # A copy could be trained on in one fold and be asked for in another.
+    again = repeated_cells(counts[usable])
     excluded = {
         f"not {' and '.join(cells.keep)} as the task asks": int((~kept).sum()),
         "no gene of a vocabulary": int((kept & ~has_genes).sum()),
+        "exactly the counts of another cell": int(again.sum()),
     }
     if cells.expected_cells not in (None, int(kept.sum())):
         excluded[f"(expected {cells.expected_cells:,} cells, found {int(kept.sum()):,})"] = 0
-    chosen = np.flatnonzero(kept & has_genes)
+    chosen = usable[~again]
     if not len(chosen):
         raise ValueError(f"{paths[0]}: no cell is left ({excluded})")
     drawn = at_most(chosen, max_cells, seed)
