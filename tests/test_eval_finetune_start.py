@@ -174,6 +174,31 @@ def test_dropout_does_not_undo_the_probe(labelled):
     assert around_zero > 1, "as measured: 1.5"
 
 
+def test_early_stopping_may_keep_the_probe(labelled, tmp_path):
+    """A rate that destroys the start: validation says so, also to a training that goes on."""
+    from eval.finetune.classifier import FinetuneSettings
+    from eval.finetune.results import training_record
+    from eval.finetune.training import finetune
+
+    encoder, vocabulary, cells, of_cells, _ = labelled
+    settings = FinetuneSettings(
+        epochs=4, batch_cells=48, learning_rate=0.5, warmup_share=0, start="probe", patience=2
+    )
+    examples = (cells, [of_cells])
+    wild = finetune(encoder, vocabulary, *examples, settings, 0, examples, tmp_path)
+    record = training_record(wild)
+    assert [step for step, _ in record["validation"]] == [0, 1, 2] and record["kept_step"] == 0
+    assert record["validation"][0][1] < 0.2 < 1 < record["validation"][1][1]
+    still = replace(settings, learning_rate=1e-12, patience=0, epochs=1)
+    probe = finetune(encoder, vocabulary, *examples, still, 0)
+    for p, q in zip(probe.parameters(), wild.parameters(), strict=True):
+        assert (p - q).abs().max() < 1e-6
+    again = finetune(encoder, vocabulary, *examples, settings, 0, examples, tmp_path)
+    assert training_record(again) == record
+    good = replace(settings, learning_rate=1e-3)
+    assert training_record(finetune(encoder, vocabulary, *examples, good, 0, examples))["kept_step"]
+
+
 def test_heads_have_a_rate_of_their_own(labelled):
     from eval.finetune.classifier import FinetuneSettings
     from eval.finetune.training import finetune

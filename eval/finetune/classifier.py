@@ -107,6 +107,8 @@ class Classifier(nn.Module):
         One entry per finished epoch: its number, training and validation loss.
     losses
         The training loss of each step; empty in a classifier that was loaded.
+    start_loss
+        The validation loss of the probe that training began at, where its weights may be kept.
     centres
         float32 [heads, width]: dropout sets a state's numbers to these. They are 0, or, in a
         training that begins at a probe, the means of the states that it was fitted on: between
@@ -132,6 +134,7 @@ class Classifier(nn.Module):
         self.vocabulary, self.heads, self.settings = vocabulary, heads, settings
         self.history: list[dict] = []
         self.losses: list[float] = []
+        self.start_loss: float | None = None
         _freeze(encoder, settings)
         self.dropout = nn.Dropout(settings.dropout)
         width = encoder.config.hidden_size

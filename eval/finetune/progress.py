@@ -30,7 +30,8 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 class FinetuningProgress:
     """The finished epochs, the loss of each step, and the best weights.
 
-    These are of the lowest validation loss; with early stopping only.
+    These are of the lowest validation loss, with early stopping only; epoch -1 is the probe that
+    training began at, and `start_loss` its validation loss.
     """
 
     history: list[dict] = field(default_factory=list)
@@ -38,6 +39,7 @@ class FinetuningProgress:
     best_epoch: int = -1
     best_loss: float = float("inf")
     best: dict[str, torch.Tensor] | None = None
+    start_loss: float | None = None
 
 
 def identity_of(
@@ -94,6 +96,7 @@ def save_progress(
             "losses": progress.losses,
             "best_epoch": progress.best_epoch,
             "best_loss": progress.best_loss,
+            "start_loss": progress.start_loss,
         }
         (aside / _RECORD).write_text(json.dumps(record, indent=1) + "\n")
     for path in older:
@@ -142,8 +145,9 @@ def load_progress(
     # What was begun before steps were recorded goes on without those.
     losses = record.get("losses", [])
     return FinetuningProgress(
-        record["history"], losses, record["best_epoch"], record["best_loss"], best or None
-    )
+        record["history"], losses, record["best_epoch"], record["best_loss"], best or None,
+        record.get("start_loss"),
+    )  # fmt: skip
 
 
 def _trained(classifier: Classifier) -> list[tuple[str, nn.Parameter]]:

@@ -34,8 +34,9 @@ def training_record(classifier: Classifier) -> dict[str, Any]:
     -------
     dict
         ``steps`` that were done, ``kept_step``, whose weights were kept (the last, but for early
-        stopping), ``curve``: [step, mean training loss of the steps since the point before], and
-        ``validation``: [step, loss] after each epoch, empty without validation cells.
+        stopping; 0: those of the probe), ``curve``: [step, mean training loss of the steps since
+        the point before], and ``validation``: [step, loss] after each epoch, empty without
+        validation cells, and of step 0 where the probe may be kept.
     """
     losses, history = classifier.losses, classifier.history
     group = max(1, -(-len(losses) // _MOST_POINTS))
@@ -45,6 +46,8 @@ def training_record(classifier: Classifier) -> dict[str, Any]:
     validation = [
         [each * h["epoch"], _short(h["validation_loss"])] for h in history if "validation_loss" in h
     ]
+    if classifier.start_loss is not None:
+        validation.insert(0, [0, _short(classifier.start_loss)])
     kept = len(losses)
     if classifier.settings.patience and validation:
         kept = min(validation, key=lambda point: (not np.isfinite(point[1]), point[1]))[0]

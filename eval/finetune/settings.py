@@ -50,7 +50,8 @@ class FinetuneSettings:
     lora_rank, lora_alpha
         Adapters of queries and values (in a ModernBERT of keys too), beside the heads.
     patience
-        The best weights are returned; of all epochs the last. Only where the validation cells have
+        The best weights are returned, perhaps those of the probe that training began at; of all
+        epochs the last. Only where the validation cells have
         `eval.scores.splits.FEWEST_VALIDATION_CELLS` of each class.
     class_weights
         Inverse frequency, since macro-F1 is the headline.
@@ -120,7 +121,17 @@ class FinetuneSettings:
     @property
     def of_training(self) -> dict[str, Any]:
         """What else decides a training: rules that are no settings, where they change a number."""
-        return {"dropout_around": "mean"} if self.start == "probe" and self.dropout else {}
+        found: dict[str, Any] = {}
+        if self.start == "probe" and self.dropout:
+            found["dropout_around"] = "mean"
+        if self.may_keep_start:
+            found["may_keep_start"] = True
+        return found
+
+    @property
+    def may_keep_start(self) -> bool:
+        """Whether validation may say that the probe was better than all that came after it."""
+        return self.start == "probe" and self.patience > 0
 
 
 # What cells of a task of one's own are trained with: few cells in many steps, from a good start.

@@ -226,6 +226,9 @@ class _Training:
         progress = FinetuningProgress()
         if folder is not None:
             progress = load_progress(folder, key, self._classifier, self._optimizer) or progress
+        if self._checks is not None and self._settings.may_keep_start and not progress.history:
+            progress.start_loss = self._validation_loss(self._checks)
+            self._keep_if_best(progress, progress.start_loss)
         while not self._is_finished(progress):
             epoch = len(progress.history)
             train_loss, losses = self._train_epoch(epoch)
@@ -235,13 +238,8 @@ class _Training:
                 entry["validation_loss"] = self._validation_loss(self._checks)
             progress.history.append(entry)
             logger.debug("epoch %s", entry)
-            if self._settings.patience and entry["validation_loss"] < progress.best_loss:
-                progress.best_epoch, progress.best_loss = epoch, entry["validation_loss"]
-                progress.best = {
-                    n: p.detach().clone()
-                    for n, p in self._classifier.named_parameters()
-                    if p.requires_grad
-                }
+            if self._settings.patience:
+                self._keep_if_best(progress, entry["validation_loss"])
             if folder is not None:
                 if self._rank == 0:
                     save_progress(folder, key, self._classifier, self._optimizer, progress)
@@ -250,7 +248,18 @@ class _Training:
         if progress.best is not None:
             self._classifier.load_state_dict(progress.best, strict=False)
         self._classifier.history, self._classifier.losses = progress.history, progress.losses
+        self._classifier.start_loss = progress.start_loss
         return self._classifier.eval()
+
+    def _keep_if_best(self, progress: FinetuningProgress, loss: float) -> None:
+        """Keep the weights that have this validation loss if no others had a lower one."""
+        if loss < progress.best_loss:
+            progress.best_epoch, progress.best_loss = len(progress.history) - 1, loss
+            progress.best = {
+                n: p.detach().clone()
+                for n, p in self._classifier.named_parameters()
+                if p.requires_grad
+            }
 
     def _is_finished(self, progress: FinetuningProgress) -> bool:
         done = len(progress.history)
