@@ -15,6 +15,8 @@ SEARCHED = (
     "learning_rate", "weight_decay", "freeze_layers", "dropout", "epochs", "layer_decay"
 )  # fmt: skip
 _CHANGE_NOTHING = (("layer_decay", 1.0),)
+# Rules of a training that are no settings: they came later, and results from before are others.
+_DROPOUT_RULE, _START_RULE = {"dropout_around": "mean"}, {"may_keep_start": True}
 
 
 @dataclass(frozen=True)
@@ -121,12 +123,8 @@ class FinetuneSettings:
     @property
     def of_training(self) -> dict[str, Any]:
         """What else decides a training: rules that are no settings, where they change a number."""
-        found: dict[str, Any] = {}
-        if self.start == "probe" and self.dropout:
-            found["dropout_around"] = "mean"
-        if self.may_keep_start:
-            found["may_keep_start"] = True
-        return found
+        around_mean = self.start == "probe" and self.dropout > 0
+        return (_DROPOUT_RULE if around_mean else {}) | (_START_RULE if self.may_keep_start else {})
 
     @property
     def may_keep_start(self) -> bool:
