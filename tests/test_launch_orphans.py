@@ -131,7 +131,8 @@ def test_what_a_killed_command_started_here_ends_with_it(tmp_path):
     try:
         wait_for(started.exists, _LIMIT_S)
         below = [psutil.Process(int(word)) for word in started.read_text().split()]
-        assert [p.name() for p in below] == ["sleep", "sh"]
+        # The shell writes before its child has become another program.
+        wait_for(lambda: [p.name() for p in below] == ["sleep", "sh"], _LIMIT_S)
     finally:
         command.kill()
         command.wait()
