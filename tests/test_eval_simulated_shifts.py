@@ -186,6 +186,7 @@ def test_moves_of_a_model_are_those_of_its_encoder(data, model, tmp_path):
     assert moves.shift[cell, column] == pytest.approx(1 - float(cosine), abs=1e-6)
 
 
+@pytest.mark.long  # test_planted_cooperativity: the scores, by hand
 def test_run_of_cooperativity(data, model, tmp_path):
     from eval.benchmark.kinds.cooperativity import Cooperativity
 

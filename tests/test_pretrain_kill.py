@@ -45,7 +45,9 @@ def _config(shards: Path, out: Path, deepspeed: str, epochs: int) -> RunConfig:
     """Return a run of whole epochs; the model is wide, so that writing it takes a while."""
     return tiny_config(
         shards, out, data__num_workers=1, model__num_layers=1, model__hidden_size=256,
-        model__intermediate_size=256, model__hidden_dropout=0.1, batch__tokens_per_step=384,
+        model__intermediate_size=256, model__hidden_dropout=0.1,
+        # More steps where more kills have to find one.
+        batch__tokens_per_step=768 if epochs == 1 else 384,
         batch__tokens_per_micro_batch=192, run__max_steps=None, run__epochs=epochs,
         run__deepspeed=deepspeed, run__heartbeat_s=8, evaluation__every_steps=20,
         checkpoint__every_steps=_SAVE_EVERY,
