@@ -173,7 +173,7 @@ def check(outcomes: list[str], folder: Path) -> None:
 
 @pytest.mark.parametrize("write", WRITERS)
 def test_few_mutated_files(write, tmp_path):
-    check(outcomes_of(write, tmp_path, 4, seed=0), tmp_path)
+    check(outcomes_of(write, tmp_path, 3, seed=0), tmp_path)
 
 
 @pytest.mark.slow

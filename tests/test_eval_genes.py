@@ -184,6 +184,7 @@ def test_every_unit_is_counted_and_details_are_whole(planted):
     assert all("probability" not in o.details for o in task_run.outcomes)
 
 
+@pytest.mark.long  # test_eval_cell_tasks.py: the same of cells
 def test_again_from_the_store_and_from_nothing(planted, tmp_path):
     """A stored run is not computed again; a new one has the same numbers, whoever else takes part.
 

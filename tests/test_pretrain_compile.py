@@ -53,8 +53,12 @@ def one_compiler(monkeypatch):
 
 @pytest.mark.parametrize(
     "backend",
-    # The same graphs, forward and backward; the long tier has them written in C++ too.
-    ["aot_eager", pytest.param("inductor", marks=[pytest.mark.long, NEEDS_COMPILER])],
+    # The same graphs, forward and backward; the other has them written in C++ too. In the default
+    # tier: one graph for packed batches of any size (test_pretrain_packing.py).
+    [
+        pytest.param("aot_eager", marks=pytest.mark.long),
+        pytest.param("inductor", marks=[pytest.mark.long, NEEDS_COMPILER]),
+    ],
 )
 def test_compiled_layers_are_the_plain_ones(backend, tmp_path, monkeypatch):
     import torch
