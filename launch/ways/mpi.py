@@ -81,9 +81,9 @@ class MpiCluster(Cluster):
         settings = {**environment, "MASTER_ADDR": address, "MASTER_PORT": str(port)}
         table = ",".join(f"{host}:{slots}" for host, slots in hosts.items())
         where = ["--host", table]
-        # Without it Open MPI tries every interface, those of containers too.
         if arguments := os.environ.get(SSH_ARGUMENTS):
             where += ["--mca", "plm_rsh_args", arguments]
+        # Without it Open MPI tries every interface, those of containers too.
         network = self.network(hosts)
         if network:
             for layer in ("btl", "oob"):
