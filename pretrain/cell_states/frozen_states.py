@@ -6,14 +6,19 @@ encoder.
 A cell's embedding must not depend on the other cells in the call. On a CPU each cell is computed
 alone at its own length, so no other cell can change its bits and no position is padding. From 250
 tokens on that is faster than padded passes of 16,384 tokens (a tenth to a fifth at 256 to 1,024
-tokens a cell; a fifth slower at 64 to 128). On a GPU all passes of a length have the same shape:
-unused rows are filled with copies of the first cell.
+tokens a cell; a fifth slower at 64 to 128). One thread computes a cell, and several threads compute
+several cells: where threads share a cell, their number decides how its matrices are divided, and
+with that the last bits. On a GPU all passes of a length have the same shape: unused rows are filled
+with copies of the first cell.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -108,8 +113,8 @@ def embed_layers(
     layers
         0: last layer, -1: second-to-last (Geneformer's count and default), ...
     token_budget
-        Padded tokens of one forward pass on a GPU. On a CPU each cell is a separate pass, so a
-        cell's bits depend on the cell, the weights and the processor alone.
+        Padded tokens of one forward pass on a GPU. On a CPU each cell is a separate pass of one
+        thread, so a cell's bits depend on the cell, the weights and the processor alone.
     bf16
         Compute in bfloat16.
     progress
@@ -130,18 +135,42 @@ def embed_layers(
     out = {layer: np.full(shape, np.nan, dtype=np.float32) for layer in layers}
     top, kind = max(layers), architecture_of(encoder)
     with computing(encoder, top, device, bf16), _watched(encoder, set(layers) - {top}) as seen:
-        for batch, width in _passes(computed, token_budget, device):
+
+        def embed_pass(batch: np.ndarray, width: int) -> np.ndarray:
             cells = [tokens[i] for i in batch]
-            hidden, batch_lengths = encode_batch(encoder, cells, vocabulary, width)
-            states = {k: kind.finished(encoder, v) for k, v in seen.items()} | {top: hidden}
-            for layer, found in states.items():
-                pooled = pool_genes(found, batch_lengths, vocabulary.has_cls, pooling)
-                # A cell that fills unused rows of a pass is written again, with the same numbers.
-                out[layer][batch] = pooled.cpu()
+            with _inferring(device, bf16):
+                hidden, batch_lengths = encode_batch(encoder, cells, vocabulary, width)
+                states = {k: kind.finished(encoder, v) for k, v in seen.states.items()}
+                for layer, found in (states | {top: hidden}).items():
+                    pooled = pool_genes(found, batch_lengths, vocabulary.has_cls, pooling)
+                    # A cell that fills unused rows of a pass is written again, the same numbers.
+                    out[layer][batch] = pooled.cpu()
+            return batch
+
+        passes = _passes(computed, token_budget, device)
+        for batch in _side_by_side(embed_pass, passes, device):
             done += len(np.unique(batch))
             if progress:
                 progress("embedding", done, total)
     return out
+
+
+def _side_by_side(
+    embed_pass: Callable[[np.ndarray, int], np.ndarray],
+    passes: Iterable[tuple[np.ndarray, int]],
+    device: str,
+) -> Iterator[np.ndarray]:
+    """Yield what each pass returns; on a CPU torch's threads compute one pass each."""
+    threads = torch.get_num_threads()
+    if device != "cpu" or threads == 1:
+        yield from itertools.starmap(embed_pass, passes)
+        return
+    torch.set_num_threads(1)  # new threads have this number too
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield from pool.map(embed_pass, *zip(*passes, strict=True))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _passes(
@@ -165,14 +194,21 @@ def _passes(
             yield np.concatenate([batch, np.repeat(batch[:1], rows - len(batch))]), width
 
 
+class _Seen(threading.local):
+    """Layer -> its states, in the thread that computed them."""
+
+    def __init__(self) -> None:
+        self.states: dict[int, torch.Tensor] = {}
+
+
 @contextlib.contextmanager
-def _watched(encoder: Encoder, layers: set[int]) -> Iterator[dict[int, torch.Tensor]]:
+def _watched(encoder: Encoder, layers: set[int]) -> Iterator[_Seen]:
     """Record the states [B, L, D] that these layers, counted as in `embed_layers`, gave last."""
-    seen: dict[int, torch.Tensor] = {}
+    seen = _Seen()
 
     def keeping(layer: int) -> Callable:
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            seen[layer] = output[0] if isinstance(output, tuple) else output
+            seen.states[layer] = output[0] if isinstance(output, tuple) else output
 
         return keep
 
@@ -227,10 +263,17 @@ def computing(encoder: Encoder, layer: int, device: str, bf16: bool) -> Iterator
     encoder.eval()
     try:
         set_layers(encoder, nn.ModuleList(layers[:number]))
-        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=bf16):
+        with _inferring(device, bf16):
             yield
     finally:
         set_layers(encoder, layers)
+
+
+@contextlib.contextmanager
+def _inferring(device: str, bf16: bool) -> Iterator[None]:
+    """Compute without gradients, in bfloat16 if asked for: in this thread alone."""
+    with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=bf16):
+        yield
 
 
 def encode_batch(
