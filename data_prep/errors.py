@@ -19,6 +19,10 @@ EXIT_USAGE, EXIT_FAILED = 2, 1
 EXIT_RESUMABLE = 75
 # Environment variable that a launcher sets; a run without a launcher sets it itself.
 IN_RANKS = "WORLD_SIZE"
+# What every command sets where the shell has not. Before torch or scikit-learn loads OpenMP: threads
+# that spin while they wait take the cores away from those they wait for, where something else
+# computes too (docs/speed_log.md).
+DEFAULT_VARIABLES = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 class SharedFailure(Exception):
@@ -31,9 +35,8 @@ def run_app(app: typer.Typer) -> None:
     This project raises ValueError for wrong input; its text says what is wrong, where, and what to
     do.
     """
-    # Before torch or scikit-learn loads OpenMP. Threads that spin while they wait take the cores
-    # away from those they wait for, where something else computes too (docs/speed_log.md).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name, value in DEFAULT_VARIABLES.items():
+        os.environ.setdefault(name, value)
     try:
         app()
     except SystemExit as done:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from data_prep.errors import DEFAULT_VARIABLES
+
 # Prefixes of variables that set communication, computation and files of libraries; ssh would not
 # pass them on.
 _PREFIXES = (
@@ -60,8 +62,10 @@ def passed_on(given: Sequence[str], environment: Mapping[str, str] = os.environ)
         if name.startswith(_PREFIXES) and not name.startswith(_NOT)
     }
     found |= _of_deepspeed() | named_variables(given)
-    if found:
-        print(f"launch: for every rank: {', '.join(sorted(found))}", file=sys.stderr, flush=True)
+    # What this command has set itself is passed on in silence.
+    told = sorted(n for n, value in found.items() if DEFAULT_VARIABLES.get(n) != value)
+    if told:
+        print(f"launch: for every rank: {', '.join(told)}", file=sys.stderr, flush=True)
     return found
 
 

@@ -101,6 +101,8 @@ def test_ranks_have_the_variables_and_no_module_of_the_working_folder(shards, tm
     assert found[0]["HF_TOKEN"] == f"{CANARY}-file"
     assert found[0]["NCCL_DEBUG"] == "WARN", "an option outranks the file"
     assert "launch: for every rank: API_KEY, HF_TOKEN, HOME, " in process.said
+    assert found[0]["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert "OMP_WAIT_POLICY" not in process.said, "the command's own default, not the user's"
     assert CANARY not in process.said
     settings = json.loads((tmp_path / "out/launch/attempt_1/settings.json").read_text())
     assert settings["environment"]["NCCL_DEBUG"] == "WARN"

@@ -26,6 +26,11 @@ class Gpu:
     memory_gib: float
     bytes_per_s: float
 
+    @property
+    def is_gpu(self) -> bool:
+        """False for the entry of a CPU core, which is planned with beside the GPUs."""
+        return self.name != "cpu"
+
     def flops(self, precision: str) -> float:
         return self.bf16_flops if precision == "bf16" else self.fp32_flops
 
@@ -119,7 +124,7 @@ def dropout_seconds_per_token(config: RunConfig, gpu: Gpu, length: float) -> flo
     masked by a hash, and read again in the backward pass.
     """
     model = config.model
-    if gpu.name != "cpu" or not model.attention_dropout:
+    if gpu.is_gpu or not model.attention_dropout:
         return 0.0
     whole, local = places_seen(model, asked_shares(config)[0])
     return _CPU_DROPOUT_S * model.num_heads * (whole * length + local)

@@ -209,9 +209,7 @@ def choose(
     sizes = [s for s in (2**n for n in range(17, 5, -1)) if corpus.longest <= s <= share]
     for stage in (1, 2, 3):
         for size in [*sizes, corpus.longest]:
-            memory = memory_per_gpu(
-                config, corpus, max_length, stage, gpus, size, gpu.name != "cpu"
-            )
+            memory = memory_per_gpu(config, corpus, max_length, stage, gpus, size, gpu.is_gpu)
             if memory.fits(gpu):
                 return GpuChoice(memory, size)
     return None
@@ -223,7 +221,7 @@ def usual_mfu(model: ModelConfig, gpu: Gpu) -> float:
     Its chart for A100 gives 11.5 % at 10 million parameters and 32 % at 106 million, relative to
     the floating point operations counted here. What is listed for a CPU is reached, so it is 1.
     """
-    if gpu.name == "cpu":
+    if not gpu.is_gpu:
         return 1.0
     return 0.115 if model.hidden_size < 512 else 0.32
 
@@ -274,7 +272,7 @@ def make_plan(
     else:
         of_dropout = dropout_seconds_per_token(config, gpu, length)
         compute = padded * (flops / (share * gpu.flops(precision)) + of_dropout)
-        doubt = _DOUBT_OF_MFU if speed.mfu is None and gpu.name != "cpu" else 1.25
+        doubt = _DOUBT_OF_MFU if speed.mfu is None and gpu.is_gpu else 1.25
     stage = chosen.memory.stage if chosen else 3
     step = step_time(
         config, MACHINES[gpu.name], Compute(compute, doubt, bool(measured)), parameters, stage,
@@ -323,7 +321,7 @@ def _memory_rows(
 ) -> list[dict[str, Any]]:
     """Return the memory needs of each ZeRO stage as rows of a plan."""
     of_stages = [
-        memory_per_gpu(config, corpus, max_length, stage, gpus, micro_batch, gpu.name != "cpu")
+        memory_per_gpu(config, corpus, max_length, stage, gpus, micro_batch, gpu.is_gpu)
         for stage in range(4)
     ]
     return [asdict(m) | {"total": m.total, "fits": m.fits(gpu)} for m in of_stages]
