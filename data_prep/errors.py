@@ -19,7 +19,7 @@ EXIT_USAGE, EXIT_FAILED = 2, 1
 EXIT_RESUMABLE = 75
 # Environment variable that a launcher sets; a run without a launcher sets it itself.
 IN_RANKS = "WORLD_SIZE"
-# What every command sets where the shell has not. Before torch or scikit-learn loads OpenMP: threads
+# Set by every command where the shell has not, before torch or scikit-learn loads OpenMP: threads
 # that spin while they wait take the cores away from those they wait for, where something else
 # computes too (docs/speed_log.md).
 DEFAULT_VARIABLES = {"OMP_WAIT_POLICY": "PASSIVE"}
