@@ -316,7 +316,7 @@ def _enter_geneloom(words: list[str], log: Path, folder: Path) -> None:
     os.chdir(folder)
     # Of its own, as a shell gives a command one: the processes that it starts can be ended with it.
     os.setsid()
-    _say_into(log)
+    _become_command(log)
     os.environ["DS_ACCELERATOR"] = "cpu"
     sys.argv = ["geneloom", *words]
     from launch.cli import main
@@ -346,11 +346,13 @@ def _enter_logged(
     function: Callable, arguments: Sequence[Any], rank: int, world_size: int, port: int, log: Path
 ) -> None:
     _set_environment(rank, world_size, port)
-    _say_into(log)
+    _become_command(log)
     function(*arguments)
 
 
-def _say_into(log: Path) -> None:
+def _become_command(log: Path) -> None:
+    """Print into `log`, and take hang-ups as in a shell, also where pytest runs under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

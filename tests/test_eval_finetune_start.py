@@ -78,7 +78,7 @@ def test_folds_keep_groups_together(states):
 def test_what_cannot_be_fitted_stays_random(states):
     import torch
 
-    from eval.finetune.probe_start import PENALTIES, start_from_probe
+    from eval.finetune.probe_start import PENALTIES, UNCHOSEN, start_from_probe
 
     values, labels = states
     output = layer(4)
@@ -86,10 +86,11 @@ def test_what_cannot_be_fitted_stays_random(states):
     zeros = np.zeros(len(labels), np.int64)
     assert np.isnan(start_from_probe(output, values, zeros, zeros, True, seed=0))
     assert torch.equal(output.weight, before)
-    # Two cells of a class are too few for three folds.
+    # One cell of a class, or one donor, is too few for folds; two are enough for two.
     few = [0, 1, 40, 41]
-    strength = start_from_probe(output, values[few], labels[few], np.arange(4), True, seed=0)
-    assert strength == PENALTIES[2]
+    for groups, expected in (([0, 1, 2, 2], (UNCHOSEN,)), ([0, 1, 2, 3], PENALTIES)):
+        chosen = start_from_probe(output, values[few], labels[few], np.array(groups), True, seed=0)
+        assert chosen in expected
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,31 @@ def test_it_begins_at_the_probe_and_takes_the_steps_asked_for(labelled):
         assert len(trained.history) == 3  # 3 steps an epoch
         loss[start] = trained.history[0]["train_loss"]
     assert loss["probe"] < 0.6 * loss["random"]
+
+
+def test_the_penalty_is_chosen_by_whole_donors(labelled, caplog):
+    """One donor for each class: cells of the same donor say nothing about others, so no choice."""
+    from eval.finetune.classifier import FinetuneSettings
+    from eval.finetune.probe_start import PENALTIES, UNCHOSEN
+    from eval.finetune.training import finetune
+
+    encoder, vocabulary, cells, of_cells, of_genes = labelled
+    settings = FinetuneSettings(epochs=1, batch_cells=48, start="probe")
+    donors = np.array(["ill", "well"])[of_cells.labels]
+    chosen = []
+    for groups in (None, donors, np.char.add(donors, np.arange(48).astype(str))):
+        targets = [replace(of_cells, groups=groups), of_genes]
+        with caplog.at_level("DEBUG", "eval.finetune.training"):
+            caplog.clear()
+            finetune(encoder, vocabulary, cells, targets, settings, seed=0)
+        said = [m for m in caplog.messages if "from a probe" in m]
+        chosen.append([float(m.rpartition(" = ")[2]) for m in said])
+    assert chosen[1][0] == UNCHOSEN
+    assert chosen[0][0] in PENALTIES
+    assert chosen[0] == chosen[2], "each cell is a donor: as without donors"
+    assert chosen[0][1] == chosen[1][1], "a head of genes has no donors"
+    with pytest.raises(ValueError, match=r"groups of shape \(3,\), expected \(48,\)"):
+        finetune(encoder, vocabulary, cells, [replace(of_cells, groups=donors[:3])], settings, 0)
 
 
 def test_dropout_does_not_undo_the_probe(labelled):

@@ -372,7 +372,18 @@ class Target:
     labels
         int64, indices into ``head.classes``, and -1 for no label. Kind ``cells``: [cells]. Kind
         ``genes``: [num_tokens] of the vocabulary; a token has the same class in every cell.
+    groups
+        Of heads of cells: [cells], such as donors, which the penalty of a probe is chosen by; None:
+        each cell is a group.
     """
 
     head: Head
     labels: np.ndarray
+    groups: np.ndarray | None = None
+
+    def of_cells(self, cells: np.ndarray) -> Target:
+        """Return the labels of some cells, int positions; a head of genes keeps its own."""
+        if self.head.kind == "genes":
+            return self
+        groups = None if self.groups is None else self.groups[cells]
+        return replace(self, labels=self.labels[cells], groups=groups)

@@ -27,7 +27,10 @@ logger = logging.getLogger(__name__)
 
 # The inverse strengths of the L2 penalty to try, and the number of folds that choose one.
 PENALTIES = (0.003, 0.03, 0.3, 3.0)
-_FOLDS = 3
+_MOST_FOLDS = 3
+# Where there are no folds. A choice among cells of the same donors says nothing about other donors:
+# with it, COVID-19 was told from health .04 macro-F1 worse than with this (docs/results.md).
+UNCHOSEN = 1.0
 # A regression is fitted on at most so many states; a gene has one state in each cell that has it.
 MOST_STATES = 20_000
 _MOST_STEPS = 300
@@ -44,8 +47,8 @@ def start_from_probe(
     """Set a head to the weights of a regression on frozen states; return the chosen 1 / penalty.
 
     The states are standardised, and mean and scale are folded into the weights. The penalty is the
-    one with the lowest log-loss in cross-validation by group. A class without examples gets a row
-    of zeros and a bias below all others.
+    one with the lowest log-loss in cross-validation by group, or `UNCHOSEN` where a class is in one
+    group only. A class without examples gets a row of zeros and a bias below all others.
 
     Parameters
     ----------
@@ -54,8 +57,8 @@ def start_from_probe(
     states, labels
         float32 [items, width] and int64 [items].
     groups
-        [items], items of a group stay together in a fold: those of one cell, or of one gene in all
-        cells.
+        [items], items of a group stay together in a fold: those of one cell or donor, or of one
+        gene in all cells.
     balanced
         All classes have the same weight.
     """
@@ -94,19 +97,20 @@ def _best_penalty(
             fitted = _fit(states[train], labels[train], strength, balanced)
             guessed = fitted.predict_proba(states[test])
             losses[strength] += log_loss(labels[test], guessed, labels=fitted.classes_)
-    if num_folds == 0:  # too few items to choose by: take the middle
-        return PENALTIES[len(PENALTIES) // 2]
+    if num_folds == 0:
+        return UNCHOSEN
     return min(PENALTIES, key=lambda strength: losses[strength])
 
 
 def _folds(
     states: np.ndarray, labels: np.ndarray, groups: np.ndarray, seed: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (training, test) items; nothing if a class has too few groups for all folds."""
+    """Yield (training, test) items, in three folds, or in two if a class has only two groups."""
     fewest = min(len(np.unique(groups[labels == c])) for c in np.unique(labels))
-    if fewest < _FOLDS:
+    if fewest < 2:
         return
-    folds = StratifiedGroupKFold(_FOLDS, shuffle=True, random_state=seed)
+    number = min(fewest, _MOST_FOLDS)
+    folds = StratifiedGroupKFold(number, shuffle=True, random_state=seed)
     for train, test in folds.split(states, labels, groups):
         if set(labels[test]) <= set(labels[train]):
             yield train, test

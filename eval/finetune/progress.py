@@ -66,6 +66,8 @@ def identity_of(
         for target in targets:
             digest.update(json.dumps(asdict(target.head)).encode())
             digest.update(np.asarray(target.labels, dtype=np.int64).tobytes())
+            if target.groups is not None:
+                digest.update("\0".join(map(str, target.groups)).encode())
     return digest.hexdigest()
 
 

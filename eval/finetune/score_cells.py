@@ -72,7 +72,7 @@ NO_VALUE = ["", "nan", "None", "NA", "unlabelled"]
 
 @dataclass(frozen=True)
 class _Problem:
-    """Labelled cells, and how they are learnt; `donors` is str [cells] or None.
+    """Labelled cells, and how they are learnt; the target's groups are the donors.
 
     `svd` and `state` are the model folder's, where it has them.
     """
@@ -80,7 +80,6 @@ class _Problem:
     vocabulary: Vocabulary
     cells: CellSet
     target: Target
-    donors: np.ndarray | None
     settings: FinetuneSettings
     ranks: Ranks | None
     unfinished: Unfinished
@@ -104,7 +103,7 @@ class _Problem:
     def divided(self, train: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Return cells to fit and cells for early stopping; ValueError if these are too few."""
         try:
-            return validation_cells(train, self.target.labels, self.donors, seed)
+            return validation_cells(train, self.target.labels, self.target.groups, seed)
         except ValueError as few:
             raise ValueError(
                 f"--patience {self.settings.patience}: early stopping is judged by 15 % of the "
@@ -156,7 +155,7 @@ class _Problem:
         return [self.cells.tokens[i] for i in cells]
 
     def _examples(self, cells: np.ndarray) -> tuple[list[np.ndarray], list[Target]]:
-        return self._tokens(cells), [replace(self.target, labels=self.target.labels[cells])]
+        return self._tokens(cells), [self.target.of_cells(cells)]
 
 
 @owning("finetune")
@@ -210,7 +209,7 @@ def finetune_cells(
     labelled, dropped = _labelled(encoded, label, donor)
     donors = labelled.metadata[donor].to_numpy(dtype=str) if donor else None
     problem = _Problem(
-        vocabulary, labelled, _target(labelled, label), donors, settings, ranks, unfinished,
+        vocabulary, labelled, _target(labelled, label, donors), settings, ranks, unfinished,
         CorpusSvd.found_in(model_folder, vocabulary), folder_cell_state(model_folder, vocabulary),
     )  # fmt: skip
     _require_enough_to_stop(problem, options.seeds, limits)
@@ -262,10 +261,10 @@ def _what_decides(label: str, options: FinetuneOptions, reading: SourceOptions) 
     }
 
 
-def _target(cells: CellSet, label: str) -> Target:
+def _target(cells: CellSet, label: str, donors: np.ndarray | None) -> Target:
     classes = sorted(set(cells.metadata[label]))
     labels = np.array([classes.index(v) for v in cells.metadata[label]])
-    return Target(Head(label, "cells", tuple(classes)), labels)
+    return Target(Head(label, "cells", tuple(classes)), labels, donors)
 
 
 def _split(
@@ -273,7 +272,7 @@ def _split(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the training and test cells of a seed."""
     labels = problem.target.labels
-    train, test = split_cells(labels, problem.donors, seed)
+    train, test = split_cells(labels, problem.target.groups, seed)
     return (
         limit_per_class(train, labels, most_per_class[0], seed),
         limit_per_class(test, labels, most_per_class[1], seed),

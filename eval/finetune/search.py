@@ -153,15 +153,14 @@ def inner_split(
         inner, held_out = _divide(classes, groups, seed, "cells")
     train_targets, held_out_targets = [], []
     for target in targets:
-        if target.head.kind == "cells":
-            left, right = target.labels[inner], target.labels[held_out]
-        else:
+        left, right = target.of_cells(inner), target.of_cells(held_out)
+        if target.head.kind == "genes":
             genes = np.flatnonzero(target.labels >= 0)
             kept, apart = _divide(target.labels[genes], None, seed, f"genes of {target.head.name}")
-            left, right = target.labels.copy(), target.labels.copy()
-            left[genes[apart]] = right[genes[kept]] = -1
-        train_targets.append(replace(target, labels=left))
-        held_out_targets.append(replace(target, labels=right))
+            left, right = (replace(target, labels=target.labels.copy()) for _ in range(2))
+            left.labels[genes[apart]] = right.labels[genes[kept]] = -1
+        train_targets.append(left)
+        held_out_targets.append(right)
     return (
         ([tokens[i] for i in inner], train_targets),
         ([tokens[i] for i in held_out], held_out_targets),

@@ -17,6 +17,7 @@ SEARCHED = (
 _CHANGE_NOTHING = (("layer_decay", 1.0),)
 # Rules of a training that are no settings: they came later, and results from before are others.
 _DROPOUT_RULE, _START_RULE = {"dropout_around": "mean"}, {"may_keep_start": True}
+_PENALTY_RULE = {"penalty": "by whole groups, or 1"}
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,13 @@ class FinetuneSettings:
     @property
     def of_training(self) -> dict[str, Any]:
         """What else decides a training: rules that are no settings, where they change a number."""
-        around_mean = self.start == "probe" and self.dropout > 0
-        return (_DROPOUT_RULE if around_mean else {}) | (_START_RULE if self.may_keep_start else {})
+        if self.start != "probe":
+            return {}
+        return (
+            _PENALTY_RULE
+            | (_DROPOUT_RULE if self.dropout > 0 else {})
+            | (_START_RULE if self.may_keep_start else {})
+        )
 
     @property
     def may_keep_start(self) -> bool:

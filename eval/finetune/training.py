@@ -163,6 +163,11 @@ class _Examples:
         present = total > 0
         return np.divide(1.0, total * present.sum(), out=np.zeros_like(total), where=present)
 
+    def groups(self, head: int) -> np.ndarray:
+        """Return [cells]: cells of a group stay together when a head's penalty is chosen."""
+        known = self._targets[head].groups
+        return np.arange(len(self.tokens)) if known is None else known
+
     def items(self, cells: np.ndarray) -> list[Items]:
         """Return the labelled items of cells for each head."""
         members = [self.tokens[i] for i in cells]
@@ -386,7 +391,7 @@ def _start_heads(classifier: Classifier, examples: _Examples, seed: int) -> None
             states[i].append(read[i].float().cpu().numpy())
             labels[i].append(item.label)
             if head.kind == "cells":
-                groups[i].append(cells[item.cell])
+                groups[i].append(examples.groups(i)[cells[item.cell]])
             else:
                 placed = zip(cells[item.cell], item.place, strict=True)
                 groups[i].append(np.array([examples.tokens[c][p] for c, p in placed], np.int64))
@@ -460,6 +465,11 @@ def _require_fitting(
             raise ValueError(
                 f"{what}, head {target.head.name}: labels of shape {target.labels.shape}, "
                 f"expected ({wanted},), one per {target.head.kind[:-1]}"
+            )
+        if target.groups is not None and target.groups.shape != (len(tokens),):
+            raise ValueError(
+                f"{what}, head {target.head.name}: groups of shape {target.groups.shape}, "
+                f"expected ({len(tokens)},), one per cell"
             )
         if not -1 <= target.labels.min() <= target.labels.max() < len(target.head.classes):
             raise ValueError(

@@ -165,10 +165,10 @@ def train(
     search_trials
         Trials of the search for settings, starting from `settings`; 0: none.
     """
-    head = Head(HEAD_NAME, "cells", tuple(classes))
+    target = Target(Head(HEAD_NAME, "cells", tuple(classes)), labels.astype(np.int64), groups)
 
     def examples(chosen: np.ndarray) -> tuple[list[np.ndarray], list[Target]]:
-        return [tokens[i] for i in chosen], [Target(head, labels[chosen].astype(np.int64))]
+        return [tokens[i] for i in chosen], [target.of_cells(chosen)]
 
     divided = None
     if settings.patience:
