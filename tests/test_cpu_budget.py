@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,18 +13,32 @@ _BURN = "import time\nwhile time.process_time() < 0.4: pass"
 _ORPHAN = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {_BURN!r}])"
 
 
-def budget(seconds: float, *command: str) -> subprocess.CompletedProcess:
-    words = [sys.executable, "-m", "tests.cpu_budget", str(seconds), *command]
+# The command, but for the work that tells how fast a machine is: importing torch takes seconds.
+_MAIN = (
+    "import sys; from tests import cpu_budget as budget; budget._REFERENCE = 'pass';"
+    "budget._REFERENCE_S = {reference_s}; sys.exit(budget.main(float(sys.argv[1]), sys.argv[2:]))"
+)
+
+
+def budget(seconds: float, *command: str, reference_s: float = 1e3) -> subprocess.CompletedProcess:
+    words = [sys.executable, "-c", _MAIN.format(reference_s=reference_s), str(seconds), *command]
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
 
 
 def test_orphans_are_counted_and_too_much_fails():
     within = budget(60, sys.executable, "-c", _ORPHAN)
     assert within.returncode == 0, within.stderr
-    beyond = budget(0.3, sys.executable, "-c", _ORPHAN)
+    assert "slower" not in within.stdout, "nobody asks how fast the machine is"
+    beyond = budget(0.1, sys.executable, "-c", _ORPHAN)
     assert beyond.returncode == 1
-    assert "of 0 s allowed" in beyond.stdout
+    assert "of 0 s allowed (this machine is 1.00 times slower)" in beyond.stdout
     assert "have become too expensive" in beyond.stderr
+
+
+def test_a_slower_machine_is_allowed_more():
+    slow = budget(0.1, sys.executable, "-c", _BURN, reference_s=1e-3)
+    assert slow.returncode == 0, slow
+    assert re.search(r"this machine is \d+\.\d\d times slower", slow.stdout)
 
 
 def test_a_failed_command_keeps_its_code():
