@@ -32,6 +32,7 @@ def home(tmp_path_factory, shards) -> Path:
     cells.X = matrix.tocsr()
     cells.uns["kept"] = {"as": np.arange(3)}
     cells.write_h5ad(folder / "cells.h5ad")
+    cells.write_zarr(folder / "cells.zarr")
     vocabulary = ShardSet(shards).vocabulary
     small = ModelConfig(num_layers=2, hidden_size=16, num_heads=2, intermediate_size=16)
     build_model(small, vocabulary, 0).bert.save_pretrained(folder / "model")
@@ -45,14 +46,18 @@ def in_parts_of(number: int, monkeypatch) -> None:
     monkeypatch.setattr(embed, "PART_CELLS", number)
 
 
-@pytest.mark.parametrize("suffix", ["h5ad", "parquet"])
-def test_parts_change_no_bit(suffix, home, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("cells", "suffix"),
+    [("h5ad", "h5ad"), ("h5ad", "parquet"), ("zarr", "zarr"), ("zarr", "h5ad"), ("h5ad", "zarr")],
+)
+def test_parts_change_no_bit(cells, suffix, home, tmp_path, monkeypatch):
     from eval.cells.embed import embed_file
 
+    cells = home / f"cells.{cells}"
     whole, cut = tmp_path / f"whole.{suffix}", tmp_path / f"cut.{suffix}"
-    assert "1 cells without any gene" in embed_file(home / "cells.h5ad", home / "model", whole)
+    assert "1 cells without any gene" in embed_file(cells, home / "model", whole)
     in_parts_of(7, monkeypatch)
-    embed_file(home / "cells.h5ad", home / "model", cut)
+    embed_file(cells, home / "model", cut)
     found = [vectors_of(path) for path in (whole, cut)]
     assert np.array_equal(*found, equal_nan=True) and len(found[0]) == CELLS
     assert np.flatnonzero(np.isnan(found[0]).any(axis=1)).tolist() == [5]
@@ -60,21 +65,31 @@ def test_parts_change_no_bit(suffix, home, tmp_path, monkeypatch):
 
 
 def vectors_of(path: Path) -> np.ndarray:
-    import anndata
     import pandas as pd
 
     if path.suffix == ".parquet":
         return np.stack(pd.read_parquet(path)["embedding"].tolist())
-    return anndata.read_h5ad(path).obsm["X_geneloom"]
+    return read_cells(path).obsm["X_geneloom"]
 
 
-def test_the_rest_of_the_file_is_as_it_was(home, tmp_path):
+def read_cells(path: Path):
     import anndata
 
+    return anndata.read_zarr(path) if path.is_dir() else anndata.read_h5ad(path)
+
+
+@pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
+def test_the_rest_of_the_file_is_as_it_was(suffix, home, tmp_path, monkeypatch):
+    from eval.cells import embedded_parts
     from eval.cells.embed import embed_file
 
-    embed_file(home / "cells.h5ad", home / "model", tmp_path / "out.h5ad")
-    before, after = (anndata.read_h5ad(p) for p in (home / "cells.h5ad", tmp_path / "out.h5ad"))
+    # Memory does not grow with the cells: nobody reads the whole file.
+    monkeypatch.setattr(embedded_parts, "read_annotated", None)
+    cells, out, again = (f / f"{n}.{suffix}" for f, n in (
+        (home, "cells"), (tmp_path, "out"), (tmp_path, "again")
+    ))  # fmt: skip
+    embed_file(cells, home / "model", out)
+    before, after = read_cells(cells), read_cells(out)
     assert (before.X != after.X).nnz == 0 and before.var.equals(after.var)
     assert after.obs.columns.tolist() == [*before.obs.columns, "geneloom_tokens"]
     assert after.obs.drop(columns="geneloom_tokens").equals(before.obs)
@@ -82,9 +97,8 @@ def test_the_rest_of_the_file_is_as_it_was(home, tmp_path):
     assert after.uns["geneloom"]["pooling"] == "mean" and after.uns["geneloom"]["layer"] == -1
     assert after.obs["geneloom_tokens"].iloc[5] == 0
     # Again, on its own output.
-    embed_file(tmp_path / "out.h5ad", home / "model", tmp_path / "again.h5ad")
-    assert np.array_equal(vectors_of(tmp_path / "again.h5ad"), vectors_of(tmp_path / "out.h5ad"),
-                          equal_nan=True)  # fmt: skip
+    embed_file(out, home / "model", again)
+    assert np.array_equal(vectors_of(again), vectors_of(out), equal_nan=True)
 
 
 def test_it_goes_on_after_the_last_part(home, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import zarr
 from anndata.io import write_elem
 
 from data_prep.files import complete_file, write_to_disk
@@ -28,6 +29,7 @@ from eval.cells.annotated import on_all_cells, read_annotated
 
 _RECORD_NAME = "parts.json"
 _COUNT, _UNS = "geneloom_tokens", "geneloom"
+_ROWS_OF_A_CHUNK = 4096
 
 
 @dataclass(frozen=True)
@@ -149,28 +151,34 @@ class Parts:
                 shutil.copyfile(cells, aside)
                 with h5py.File(aside, "r+") as file:
                     self._add(file, key, source)
+            elif self._out.suffix == ".zarr" and _takes_columns_of_zarr(cells):
+                shutil.copytree(cells, aside)
+                store = zarr.open_group(str(aside), mode="r+", use_consolidated=False)
+                self._add(store, key, source)
+                if zarr.open_group(str(cells), mode="r").metadata.consolidated_metadata:
+                    zarr.consolidate_metadata(str(aside))
             else:
                 self._write_whole(source, aside, key)
 
-    def _add(self, file: h5py.File, key: str, source: CountSource) -> None:
+    def _add(self, file: h5py.File | zarr.Group, key: str, source: CountSource) -> None:
         """Add embeddings, lengths and record to a copy of the input, part by part."""
         width = self._schema.field("embedding").type.list_size
-        obs = file["obs"]
-        assert isinstance(obs, h5py.Group)
         cells, places = source.cells_in_file, source.row_numbers
         for name in ("obsm", "uns"):
             if name not in file:
                 write_elem(file, name, {})
-        for group, name in ((file["obsm"], key), (obs, _COUNT), (file["uns"], _UNS)):
-            assert isinstance(group, h5py.Group)
-            if name in group:
-                del group[name]
-        vectors = file.create_dataset(f"obsm/{key}", (cells, width), np.float32, fillvalue=np.nan)
-        counts = obs.create_dataset(_COUNT, (cells,), np.int64)
-        for made in (vectors, counts):
-            made.attrs["encoding-type"], made.attrs["encoding-version"] = "array", "0.2.0"
-        names = [str(n) for n in np.atleast_1d(obs.attrs["column-order"]) if n != _COUNT]
-        obs.attrs["column-order"] = np.array([*names, _COUNT], dtype=h5py.string_dtype())
+        for name in (f"obsm/{key}", f"obs/{_COUNT}", f"uns/{_UNS}"):
+            if name in file:
+                del file[name]
+        vectors = _new_array(file, f"obsm/{key}", (cells, width), np.float32, np.nan)
+        counts = _new_array(file, f"obs/{_COUNT}", (cells,), np.int64, 0)
+        columns = file["obs"].attrs
+        names = [str(n) for n in np.atleast_1d(columns["column-order"]) if n != _COUNT]
+        columns["column-order"] = (
+            np.array([*names, _COUNT], dtype=h5py.string_dtype())
+            if isinstance(file, h5py.File)
+            else [*names, _COUNT]
+        )
         start = 0
         for table in self._tables():
             stop = start + table.num_rows
@@ -181,7 +189,7 @@ class Parts:
         write_elem(file, f"uns/{_UNS}", self._decides.record)
 
     def _write_whole(self, source: CountSource, aside: Path, key: str) -> None:
-        """Write by anndata, which reads the whole input: zarr, and h5ad of its first versions."""
+        """Write by anndata, which reads the whole input: of another format, or an old version."""
         data, tables = read_annotated(Path(source.path)), list(self._tables())
         width = self._schema.field("embedding").type.list_size
         vectors = np.concatenate([_matrix(table, width) for table in tables])
@@ -204,10 +212,31 @@ def _matrix(table: pa.Table, width: int) -> np.ndarray:
     return np.asarray(vectors.values, dtype=np.float32).reshape(-1, width)
 
 
+def _new_array(
+    file: h5py.File | zarr.Group, name: str, shape: tuple[int, ...], dtype: type, fill: float
+) -> h5py.Dataset | zarr.Array:
+    """Return a new array that anndata reads, full of `fill`."""
+    if isinstance(file, h5py.File):
+        made = file.create_dataset(name, shape, dtype, fillvalue=fill)
+    else:
+        chunks = (min(shape[0], _ROWS_OF_A_CHUNK), *shape[1:])
+        made = file.create_array(name, shape=shape, dtype=dtype, chunks=chunks, fill_value=fill)
+    made.attrs["encoding-type"], made.attrs["encoding-version"] = "array", "0.2.0"
+    return made
+
+
 def _takes_columns(cells: Path) -> bool:
     """Return whether a file is an h5ad whose obs is a group of columns."""
     if not h5py.is_hdf5(cells):
         return False
     with h5py.File(cells) as file:
-        obs = file.get("obs")
-        return isinstance(obs, h5py.Group) and "column-order" in obs.attrs
+        return _is_group_of_columns(file.get("obs"))
+
+
+def _takes_columns_of_zarr(cells: Path) -> bool:
+    """Return whether a folder is an AnnData store whose obs is a group of columns."""
+    return cells.is_dir() and _is_group_of_columns(zarr.open_group(str(cells), mode="r").get("obs"))
+
+
+def _is_group_of_columns(obs: Any) -> bool:
+    return isinstance(obs, (h5py.Group, zarr.Group)) and "column-order" in obs.attrs
