@@ -10,7 +10,11 @@ PYTEST_ARGS ?=
 # Where it is set, every process that a test starts compiles this project's modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo quick test test-long test-slow lint docs install clean
+# Of the long tier what starts hosts, queues and launchers, and waits for them, and whole documents.
+NOT_IN_CI := $(addprefix --ignore-glob=tests/test_,launch_*.py readme.py docs.py contributing.py \
+	eval_saturate.py pretrain_alarms.py pretrain_kill.py)
+
+.PHONY: demo quick test test-long test-long-ci test-slow lint docs install clean
 
 demo: install ## the whole path on real cells, ends with demo_out/report.html
 	rm -rf demo_out
@@ -29,6 +33,9 @@ test: install ## the default tests and the linter; `make test PYTEST_ARGS="-p ra
 
 test-long: install ## several hosts, SLURM, MPI, launched runs, whole documents
 	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m long $(PYTEST_ARGS)
+
+test-long-ci: install ## the part of it that CI runs: what does not wait for hosts and launchers
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "long and not slow" $(NOT_IN_CI) $(PYTEST_ARGS)
 
 test-slow: install ## everything, torture and scale too
 	$(PYTEST) -m "slow or long or not slow" $(PYTEST_ARGS)

@@ -328,6 +328,8 @@ def test_nothing_is_left(way, kind, shards, tmp_path):
             if way in ("pretrain", "local", "mpi") and kind != "kill the command":
                 assert code == _RESUMABLE, run.said()
         elif way in ("local", "mpi"):
-            assert code in (130, _RESUMABLE), run.said()  # it may have been fast enough to save
+            # It may have been fast enough to save, or have been at its end, where nothing of ours
+            # hears signals any more; a shell calls that 130 too.
+            assert code in (130, -signal.SIGINT, _RESUMABLE), run.said()
     finally:
         run.end()
