@@ -263,6 +263,18 @@ def test_shuffled_genes_are_at_chance(planted):
         assert abs(means(result, name, "auroc", model).mean() - 0.5) < 0.1
 
 
+def test_contenders_that_only_rank_end_no_suite(planted):
+    """They have no correlation, which is the headline: a whole suite ended there with a KeyError."""
+    from eval.benchmark.contest.verdicts import mean_of, summarise
+    from eval.benchmark.run import _remarks
+
+    result, _, _ = planted
+    rows = summarise(result)
+    ranking = [r["contender"] for r in rows if mean_of(r, result.headline) is None]
+    assert "mean expression" in ranking and "train mean" not in ranking
+    assert _remarks(rows, result.headline) == []
+
+
 @pytest.mark.long
 def test_same_numbers_again(planted, tmp_path):
     from eval.benchmark.kinds.perturb_seq import MeasuredShifts

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from data_prep.files import complete_file, names_in
 from data_prep.sources.source_spec import SourceOptions
 from eval.benchmark.contest.contest import Contest
-from eval.benchmark.contest.verdicts import FINE_TUNED, holm, summarise, verdicts
+from eval.benchmark.contest.verdicts import FINE_TUNED, holm, mean_of, summarise, verdicts
 from eval.benchmark.kinds.annotation import Annotation
 from eval.benchmark.kinds.attention_task import AttentionToGenes
 from eval.benchmark.kinds.cell_tasks import ClassesOfCells
@@ -216,7 +216,7 @@ def _run_task(task: AnyTask, suite: Suite, bench: Bench) -> dict[str, Any]:
 
 def _remarks(rows: list[dict[str, Any]], headline: str) -> list[str]:
     """Return what a reader has to know before the scores: trainings that failed."""
-    means = {(r["contender"], r["role"], r["model"]): r["scores"][headline]["mean"] for r in rows}
+    means = {(r["contender"], r["role"], r["model"]): mean_of(r, headline) for r in rows}
     found = []
     for row in rows:
         key = (row["contender"], row["role"], row["model"])

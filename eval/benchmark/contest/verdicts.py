@@ -284,12 +284,18 @@ def _by_fold(run: TaskRun, key: Contender) -> dict[int, float]:
     return {o.fold: v for o, v in zip(outcomes, values, strict=True)}
 
 
+def mean_of(row: dict[str, Any], score: str) -> float | None:
+    """Return a row's mean score; None if it is undefined, or the contender does not have it."""
+    return row["scores"].get(score, {"mean": None})["mean"]
+
+
 def _known(row: dict, headline: str) -> bool:
-    return row["scores"].get(headline, {"mean": None})["mean"] is not None
+    return mean_of(row, headline) is not None
 
 
 def _headline(row: dict, headline: str) -> float:
-    return row["scores"][headline]["mean"] if _known(row, headline) else -np.inf
+    mean = mean_of(row, headline)
+    return -np.inf if mean is None else mean
 
 
 def _compare(
