@@ -264,7 +264,7 @@ def test_shuffled_genes_are_at_chance(planted):
 
 
 def test_contenders_that_only_rank_end_no_suite(planted):
-    """They have no correlation, which is the headline: a whole suite ended there with a KeyError."""
+    """They have no correlation, which is the headline: a suite ended there with a KeyError."""
     from eval.benchmark.contest.verdicts import mean_of, summarise
     from eval.benchmark.run import _remarks
 

@@ -126,7 +126,7 @@ def _kill_again_and_again(
         process = _go_on(config, ranks, way)
         of_ranks, others = _wait_for_moment(moment, process, config, ranks, most, before, rng)
         # Of a launched run: one rank, and the others end by themselves; or all processes.
-        # With three kills both happen. Before ranks have met, only a launcher sees that one is gone.
+        # With three kills both happen. Until ranks have met, only a launcher sees that one is gone.
         have_met = way == "launched" or moment != "starting"
         half = done == 1 or (done > 1 and rng.random() < 0.5)
         alone = len(of_ranks) == ranks > 1 and have_met and half

@@ -255,7 +255,7 @@ def _what_decides(label: str, options: FinetuneOptions, reading: SourceOptions) 
         "options": repr(reading),
         "columns": [label, options.donor],
         "settings": options.settings.deciding()
-        | options.settings.of_training
+        | options.settings.of_training_on_cells
         | {"device": "cpu"},  # wherever it is computed
         "limits": (options.max_train_per_class, options.max_test_per_class),
     }

@@ -124,13 +124,13 @@ class FinetuneSettings:
     @property
     def of_training(self) -> dict[str, Any]:
         """What else decides a training: rules that are no settings, where they change a number."""
-        if self.start != "probe":
-            return {}
-        return (
-            _PENALTY_RULE
-            | (_DROPOUT_RULE if self.dropout > 0 else {})
-            | (_START_RULE if self.may_keep_start else {})
-        )
+        around_mean = self.start == "probe" and self.dropout > 0
+        return (_DROPOUT_RULE if around_mean else {}) | (_START_RULE if self.may_keep_start else {})
+
+    @property
+    def of_training_on_cells(self) -> dict[str, Any]:
+        """As `of_training`; the penalties of probes of genes are chosen as they were before."""
+        return self.of_training | (_PENALTY_RULE if self.start == "probe" else {})
 
     @property
     def may_keep_start(self) -> bool:

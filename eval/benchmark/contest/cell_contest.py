@@ -79,7 +79,7 @@ class CellContest(Contest[TaskT, FoldT]):
             "search_trials": trials,
         }
         if contender.name.startswith(FINE_TUNED):
-            key |= settings.of_training
+            key |= settings.of_training_on_cells
             key |= {"fewest_validation_cells": FEWEST_VALIDATION_CELLS} if settings.patience else {}
             key |= {"searched": SEARCHED} if trials else {}
         return key
