@@ -124,6 +124,9 @@ class Watch:
         elif isinstance(error, Exception):
             self._report_own(error)
         self._stopped.set()
+        if not self._others:  # then nothing is asked of a store that may be gone
+            for thread in self._threads:
+                thread.join()
 
     def progress(self, step: int | None = None) -> None:
         """Record that the main thread makes progress; from the first step on stalls are noticed."""
