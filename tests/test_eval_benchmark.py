@@ -285,6 +285,42 @@ def test_a_column_of_cells_is_benchmarked_by_the_command(world, tmp_path):
     assert "--cells and --label" in str(refused.exception)
 
 
+def test_progress_says_the_time_left(capsys, monkeypatch):
+    """Without a terminal a line now and then; what an earlier call had done costs nothing."""
+    from eval.benchmark import cli
+
+    monkeypatch.setattr(cli, "_LINE_EVERY_S", -1.0)
+    with cli._Shown() as shown:
+        shown.plan(5)
+        shown.task("Cells")
+        for seconds in (0.0, 60.0, 120.0):
+            shown.unit(seconds)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "Cells: 0 of 5 trainings and fits"
+    assert said[1] == "Cells: 1 of 5 trainings and fits"
+    assert said[2:] == [
+        "Cells: 2 of 5 trainings and fits, about 3 min left",
+        "Cells: 3 of 5 trainings and fits, about 3 min left",
+    ]
+
+
+def test_wrong_words_for_a_task_of_ones_own(tmp_path):
+    from tests.test_cli import geneloom
+
+    for words, said in (
+        ([], "--model and --out: a benchmark needs both"),
+        (["--suite", "huge"], "--suite huge: must be one of"),
+        (["--list", "--label", "x"], "--cells and --label: a task of your own needs both"),
+        (["--list", "--counts", "raw"], "are of --cells alone"),
+        (["--list", "--cells", "c.h5ad", "--label", "x", "--data", "."], "of the supplied tasks"),
+    ):
+        done = geneloom("benchmark", *words, cwd=tmp_path)
+        assert done.returncode == 2 and said in done.stderr, done.stderr
+    listed = json.loads(geneloom("benchmark", "--list", "--json", cwd=tmp_path).stdout)
+    assert {t["kind"] for t in listed} > {"cells", "genes", "integration"}
+    assert all(t["missing"] and t["recipe"] for t in listed if t["name"] == "pbmc3k_cell_types")
+
+
 def test_list_shows_what_is_missing():
     done = subprocess.run(
         [*GENELOOM, "benchmark", "--list"], cwd=ROOT,

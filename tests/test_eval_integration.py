@@ -192,20 +192,56 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# Slow: compiles scores for the shape of the folds, and UMAP: half a minute.
-@pytest.mark.slow
-def test_run_of_an_integration_task(folder, tmp_path):
-    from eval.benchmark.contest.verdicts import verdicts
+def contest_in(folder: Path, store: Store, size: Size):
     from eval.benchmark.kinds.integration import Integration
     from eval.benchmark.material.models_and_cells import Bench, Model
     from pretrain.model.masked_gene_model import build_model
 
     vocabulary = vocabulary_of(folder / "cells.h5ad")
     model = Model("m", folder, build_model(MODEL, vocabulary, 7).bert, vocabulary, "m")
+    return Integration(TASK, size, Bench([model], folder, store, 0, "cpu", False)), model
+
+
+def test_every_contender_embeds_the_cells_of_a_seed(folder, tmp_path):
+    """Without the scores and pictures, whose compilation is what the whole run below waits for."""
+    contest, _ = contest_in(folder, Store(tmp_path, {}), Size(seeds=1, epochs=1))
+    folds = contest.folds(0)
+    first, cells = folds[0], len(folds[0].pool)
+    assert cells == sum(len(f.test) for f in folds)
+    batches = contest.known.batches[first.pool]
+    known = np.unique(batches)
+
+    def apart(states: np.ndarray) -> float:
+        """How far the batches' means are from each other, in spreads of the cells."""
+        means = [states[batches == b].mean(axis=0) for b in known]
+        return float(np.linalg.norm(means[0] - means[1]) / states.std())
+
+    found = {}
+    for row in contest.contenders():
+        predicted = row.predict(first)
+        states = predicted if isinstance(predicted, np.ndarray) else predicted.prediction
+        assert states.shape[0] == cells and np.isfinite(states).all(), row.name
+        found[row.name, row.role] = states
+    assert {"highly variable genes", "PCA", "ComBat"} <= {name for name, _ in found}
+    # Batches have other shares of each type, so something is left: as measured, 0.41.
+    assert apart(found["ComBat", "baseline"]) < 0.6 * apart(found["PCA", "baseline"])
+    zero, tuned = (found[n, "model"] for n in ("zero-shot", "fine-tuned"))
+    assert zero.shape == tuned.shape and not np.array_equal(zero, tuned)
+    again = contest.contenders()[0].predict(folds[1])
+    assert again is found["highly variable genes", "baseline"], "once for all parts"
+
+
+# Slow: compiles scores for the shape of the folds, and UMAP: half a minute.
+@pytest.mark.slow
+def test_run_of_an_integration_task(folder, tmp_path):
+    from eval.benchmark.contest.verdicts import verdicts
+    from eval.benchmark.kinds.integration import Integration
+
     size = Size(seeds=1, epochs=2, learning_rate=5e-3)
     units: list[str] = []
     store = Store(tmp_path / "units", {}, lambda name, seconds: units.append(name))
-    result = Integration(TASK, size, Bench([model], folder, store, 0, "cpu", False)).run()
+    contest, model = contest_in(folder, store, size)
+    result = contest.run()
     assert len(units) == num_units(Integration, TASK, size, [model])
     assert result.chance is None and result.headline == "overall"
     places = result.details["umap"]
@@ -226,7 +262,5 @@ def test_run_of_an_integration_task(folder, tmp_path):
     assert score["PCA", "baseline"]["pcr_comparison"] == 0
     assert score["ComBat", "baseline"]["batch"] > score["PCA", "baseline"]["batch"]
     assert score["PCA", "baseline"]["ari"] > 0.5
-    again = Integration(
-        TASK, size, Bench([model], folder, Store(tmp_path / "units", {}), 0, "cpu", False)
-    ).run()
+    again = contest_in(folder, Store(tmp_path / "units", {}), size)[0].run()
     assert again == result, "all stored"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,8 +18,10 @@ from launch.doctor import slow_places
 from launch.hosts import ask_hosts
 from launch.hosts.ask_hosts import Answer
 from launch.hosts.checks import ask_here, find_problems, find_warnings
+from launch.hosts.node import main
 from tests.hosts import Host, hosts, why_no_hosts
 from tests.ranks import run_ranks
+from tests.test_cli import geneloom_forked
 from tests.test_launch_hosts import environment, launch, small, write_hostfile
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -231,14 +234,31 @@ def test_a_slow_place_is_named_once():
     assert slow_places(speed, hosts_of_two) == ["c computes 3.0 times as long as the median"]
 
 
-@pytest.mark.long
 def test_doctor_of_this_machine_alone(tmp_path):
-    code = "from launch.cli import main; main()"
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(
-        [sys.executable, "-c", code, "doctor", "--device", "cpu", "--folder", str(tmp_path)],
-        cwd=_ROOT, env=kept, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "all-reduce of 64 MiB over 1 ranks (cpu)" in done.stdout
-    assert shutil.disk_usage(tmp_path).total > 0
+    here = tmp_path / "here"
+    here.mkdir()
+    done = geneloom_forked("doctor", "--device", "cpu", "--folder", here, "--mib", "1", cwd=here)
+    assert done.returncode == 0, done.stderr
+    assert "all-reduce of 1 MiB over 1 ranks (cpu)" in done.stderr
+    assert list(here.iterdir()) == []
+
+
+def test_a_host_answers_one_question_at_a_time(tmp_path, capsys):
+    """What ssh runs on every host: facts, a free port, signals to the processes of a launch."""
+
+    def answer(*words: object) -> Any:
+        main([str(word) for word in words])
+        return json.loads(capsys.readouterr().out)
+
+    (tmp_path / "token").write_text("mine")
+    assert answer("facts", tmp_path, "mine", "localhost")["shared"]["problem"] is None
+    assert "not shared" in answer("facts", tmp_path, "another")["shared"]["problem"]
+    absent = answer("facts", tmp_path / "absent", "mine")
+    assert (absent["disk_gib"], absent["shared"]["problem"]) == (0, "does not exist")
+    port = answer("port", 0)["port"]
+    with socket.socket() as taken:
+        taken.bind(("", port))
+        taken.listen()
+        assert "in use" in answer("port", port)["problem"]
+    assert answer("signal", "no-such-launch", signal.SIGTERM, "ranks") == 0
+    assert answer("process", 2**22, 0.0, signal.SIGTERM) == 0, "there is no such process"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import runpy
 import socket
+import sys
 
 from tests.ranks import commands, end_commands, start_functions, start_geneloom
 from tests.runs import tiny_config
+from tests.test_cli import geneloom
 from tests.test_pretrain_faults import small_disk
 
 
@@ -76,3 +79,36 @@ def test_restart_from_the_beginning_clears_what_was_being_written(shards, tmp_pa
     with commands([["--config", str(path), "--restart"]], tmp_path / "logs") as (rank,):
         assert rank.code() == 0, rank.said
     assert not left.exists()
+
+
+def say_help(package: str) -> None:
+    sys.argv = [f"eval.{package}", "--help"]
+    runpy.run_module(f"eval.{package}", run_name="__main__", alter_sys=True)
+
+
+def test_what_a_launcher_starts_on_each_rank_says_what_it_takes(tmp_path):
+    """Without meeting the other ranks first: help is asked of one."""
+    started = {
+        p: start_functions(say_help, [(p,)], tmp_path / p)[0] for p in ("finetune", "perturb")
+    }
+    try:
+        for package, rank in started.items():
+            assert rank.code() == 0, rank.said
+            assert "--model" in rank.said or package == "finetune", rank.said
+        assert "cells" in started["finetune"].said and "genes" in started["finetune"].said
+    finally:
+        end_commands(list(started.values()))
+
+
+def test_wrong_words_of_a_launch_on_hosts(tmp_path):
+    (tmp_path / "hosts").write_text("a slots=1\n")
+    hosts = ["launch", "hostfile", "--hostfile", "hosts"]
+    for words, said in (
+        ([*hosts, "prepare", "x"], "prepare runs under MPI"),
+        ([*hosts, "--launcher", "rsh", "pretrain"], "--launcher rsh: must be ssh or pdsh"),
+        ([*hosts, "--device", "tpu", "pretrain"], "--device tpu: must be auto, cpu or gpu"),
+        (["launch", "local", "--device", "tpu", "pretrain"], "--device tpu: must be"),
+        (["launch", "local", "export"], "export"),
+    ):
+        done = geneloom(*words, cwd=tmp_path)
+        assert done.returncode == 2 and said in done.stderr, done.stderr

@@ -113,6 +113,26 @@ def test_other_peoples_files_are_no_runs(tmp_path):
     assert find_runs(tmp_path) == []
 
 
+def test_screens_and_benchmarks_that_are_done_or_not(tmp_path):
+    """A screen's manifest says so; a benchmark writes its page last."""
+    screen, benchmark = tmp_path / "screen", tmp_path / "benchmark"
+    for folder, record in (
+        (screen, {"format": "geneloom-perturb/1", "complete": False, "parts": 3}),
+        (benchmark, {"format": "geneloom-benchmark/1", "tasks": [{}, {}]}),
+    ):
+        folder.mkdir()
+        name = "manifest.json" if folder == screen else "results.json"
+        (folder / name).write_text(json.dumps(record))
+    (screen / "shifts").mkdir()
+    (screen / "shifts" / "part-0.parquet").touch()
+    found = look_at(screen, time.time())
+    assert found and (found.kind, found.state, found.step, found.of) == ("perturb", "running", 1, 3)
+    assert state(screen, DAY) == state(benchmark, DAY) == "silent"
+    (benchmark / "report.html").touch()
+    found = look_at(benchmark, time.time() + DAY)
+    assert found and (found.state, found.step, found.of) == ("finished", 2, 2)
+
+
 def test_command(home, tmp_path):
     table = geneloom("runs", home, cwd=tmp_path)
     assert table.returncode == 0, table.stderr

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.ways import requeue
 from launch.ways.requeue import requeue_code
 from launch.ways.slurm_script import RankCommand, SlurmJob, render, seconds_of
 from pretrain.config import RunConfig
@@ -328,6 +329,16 @@ def test_crashes_are_counted_between_checkpoints(tmp_path):
     assert codes == [75, 75, 75, 75, 1, 1, 1]
     other = requeue_code(run, attempt(run, 8, (0, 1, "OSError: 8")), 1, "8", {"n0": 1}, 2)
     assert other[0] == 75, "another job starts to count anew"
+
+
+def test_the_batch_file_asks_what_to_do(tmp_path, capsys):
+    words = ["--job", "7", "--hosts", "n0,n1", "--ranks-per-host", "1", "--restarts", "0"]
+    for ended, code in (((0, 0, ""), 0), ((0, 1, "OSError: x"), 1)):
+        folder = attempt(tmp_path, code + 1, ended)
+        assert requeue.main([str(tmp_path), str(folder), str(code), *words]) == code
+        said = capsys.readouterr().out
+        assert said.startswith("launch: "), said
+        assert ("all ranks are done" in said) == (code == 0), said
 
 
 def test_nothing_started_at_all(tmp_path):

@@ -131,7 +131,6 @@ def test_a_crash_that_repeats_is_not_started_again(shards, tmp_path):
     ]
 
 
-@pytest.mark.long
 def test_wrong_input_is_said_once_and_leaves_nothing(shards, tmp_path):
     log = tmp_path / "log"
     config = tiny_config(tmp_path / "nothing", tmp_path / "run")
