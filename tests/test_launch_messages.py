@@ -100,7 +100,7 @@ def test_what_a_launcher_starts_on_each_rank_says_what_it_takes(tmp_path):
         end_commands(list(started.values()))
 
 
-def test_wrong_words_of_a_launch_on_hosts(tmp_path):
+def test_wrong_words_are_said_before_anything_starts(tmp_path):
     (tmp_path / "hosts").write_text("a slots=1\n")
     hosts = ["launch", "hostfile", "--hostfile", "hosts"]
     for words, said in (
@@ -109,6 +109,7 @@ def test_wrong_words_of_a_launch_on_hosts(tmp_path):
         ([*hosts, "--device", "tpu", "pretrain"], "--device tpu: must be auto, cpu or gpu"),
         (["launch", "local", "--device", "tpu", "pretrain"], "--device tpu: must be"),
         (["launch", "local", "export"], "export"),
+        (["doctor", "--folder", "absent"], "--folder absent: no such folder"),
     ):
         done = geneloom(*words, cwd=tmp_path)
         assert done.returncode == 2 and said in done.stderr, done.stderr

@@ -133,6 +133,21 @@ def test_screens_and_benchmarks_that_are_done_or_not(tmp_path):
     assert found and (found.state, found.step, found.of) == ("finished", 2, 2)
 
 
+def test_evaluations_that_are_done_and_one_that_is_not(tmp_path):
+    for kind, parts in (("finetune", "seeds"), ("saturate", "sizes")):
+        folder = tmp_path / kind
+        folder.mkdir()
+        named = {"finetune": "geneloom-finetune/1", "saturate": "geneloom-saturation/1"}[kind]
+        (folder / "results.json").write_text(json.dumps({"format": named, parts: [{}, {}, {}]}))
+        found = look_at(folder, time.time())
+        assert found and (found.kind, found.state, found.of) == (kind, "finished", 3)
+        assert found.unit == parts
+    (tmp_path / "begun" / ".partial").mkdir(parents=True)
+    found = look_at(tmp_path / "begun", time.time())
+    assert found and (found.kind, found.state) == ("unfinished", "running")
+    assert state(tmp_path / "begun", DAY) == "silent"
+
+
 def test_command(home, tmp_path):
     table = geneloom("runs", home, cwd=tmp_path)
     assert table.returncode == 0, table.stderr
