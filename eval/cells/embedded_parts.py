@@ -172,13 +172,12 @@ class Parts:
                 del file[name]
         vectors = _new_array(file, f"obsm/{key}", (cells, width), np.float32, np.nan)
         counts = _new_array(file, f"obs/{_COUNT}", (cells,), np.int64, 0)
-        columns = file["obs"].attrs
+        columns: Any = file["obs"].attrs
         names = [str(n) for n in np.atleast_1d(columns["column-order"]) if n != _COUNT]
-        columns["column-order"] = (
-            np.array([*names, _COUNT], dtype=h5py.string_dtype())
-            if isinstance(file, h5py.File)
-            else [*names, _COUNT]
-        )
+        order: Any = [*names, _COUNT]
+        if not isinstance(file, zarr.Group):
+            order = np.array(order, dtype=h5py.string_dtype())
+        columns["column-order"] = order
         start = 0
         for table in self._tables():
             stop = start + table.num_rows
@@ -216,11 +215,11 @@ def _new_array(
     file: h5py.File | zarr.Group, name: str, shape: tuple[int, ...], dtype: type, fill: float
 ) -> h5py.Dataset | zarr.Array:
     """Return a new array that anndata reads, full of `fill`."""
-    if isinstance(file, h5py.File):
-        made = file.create_dataset(name, shape, dtype, fillvalue=fill)
-    else:
+    if isinstance(file, zarr.Group):
         chunks = (min(shape[0], _ROWS_OF_A_CHUNK), *shape[1:])
         made = file.create_array(name, shape=shape, dtype=dtype, chunks=chunks, fill_value=fill)
+    else:
+        made = file.create_dataset(name, shape, dtype, fillvalue=fill)
     made.attrs["encoding-type"], made.attrs["encoding-version"] = "array", "0.2.0"
     return made
 
