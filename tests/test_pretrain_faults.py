@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import re
 import resource
 import shutil
@@ -248,6 +249,27 @@ def test_a_lost_rank_ends_the_others_by_name(
         assert rank > 0 or "rank 0 (which all ranks talk through)" in others[-1].said
         if number == signal.SIGSTOP:
             assert lost.process.is_alive()
+
+
+def freeze_as_soon_as_watched() -> None:
+    from pretrain.ranks import dist
+    from pretrain.ranks.watch import Watch
+
+    ranks = dist.start(60, threads=1)
+    with Watch(ranks, 2.0):
+        if ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(60)
+
+
+def test_a_rank_that_is_frozen_before_its_first_round_is_missed(tmp_path):
+    """Its thread has not said anything yet: what is said while ranks meet counts."""
+    ranks = start_functions(freeze_as_soon_as_watched, [(), ()], tmp_path / "logs")
+    try:
+        assert ranks[0].code(_END_S) == 1, ranks[0].said
+        assert " ends: rank 1 gave no sign of life for " in ranks[0].said
+    finally:
+        end_commands(ranks)
 
 
 @pytest.mark.long

@@ -91,6 +91,9 @@ class Watch:
             # it restarts.
             self._signer = Signer(dist.run_secret())
             self._store = dist.open_store(self._signer.name)
+            # The first sign of life comes before ranks meet: one that is frozen before its threads
+            # have said anything is missed too.
+            self._store.add(f"beats/{self._rank}", 1)
             # With a slow name server a connection takes seconds, in which the store answers no
             # other rank.
             dist.wait_for_all()
@@ -197,8 +200,7 @@ class Watch:
                 return
             self._rounds += 1
             self._look_at_main_thread()
-            # Before its first sign of life a rank is still starting its threads.
-            unchanged = unchanged + 1 if now == beats and (now or self._is_hurried) else 0
+            unchanged = unchanged + 1 if now == beats else 0
             beats = now
             if unchanged > self._patience():
                 text = self._silence(f"rank {self._next}")
