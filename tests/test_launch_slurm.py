@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.ways import requeue
-from launch.ways.requeue import requeue_code
+from launch.ways.requeue import main, requeue_code
 from launch.ways.slurm_script import RankCommand, SlurmJob, render, seconds_of
 from pretrain.config import RunConfig
 from tests.ranks import run_ranks
@@ -335,7 +334,7 @@ def test_the_batch_file_asks_what_to_do(tmp_path, capsys):
     words = ["--job", "7", "--hosts", "n0,n1", "--ranks-per-host", "1", "--restarts", "0"]
     for ended, code in (((0, 0, ""), 0), ((0, 1, "OSError: x"), 1)):
         folder = attempt(tmp_path, code + 1, ended)
-        assert requeue.main([str(tmp_path), str(folder), str(code), *words]) == code
+        assert main([str(tmp_path), str(folder), str(code), *words]) == code
         said = capsys.readouterr().out
         assert said.startswith("launch: "), said
         assert ("all ranks are done" in said) == (code == 0), said

@@ -29,7 +29,6 @@ from eval.cells.annotated import on_all_cells, read_annotated
 
 _RECORD_NAME = "parts.json"
 _COUNT, _UNS = "geneloom_tokens", "geneloom"
-_ROWS_OF_A_CHUNK = 4096
 
 
 @dataclass(frozen=True)
@@ -170,8 +169,9 @@ class Parts:
         for name in (f"obsm/{key}", f"obs/{_COUNT}", f"uns/{_UNS}"):
             if name in file:
                 del file[name]
-        vectors = _new_array(file, f"obsm/{key}", (cells, width), np.float32, np.nan)
-        counts = _new_array(file, f"obs/{_COUNT}", (cells,), np.int64, 0)
+        rows = min(cells, self._decides.part_cells)
+        vectors = _new_array(file, f"obsm/{key}", (cells, width), np.float32, np.nan, rows)
+        counts = _new_array(file, f"obs/{_COUNT}", (cells,), np.int64, 0, rows)
         columns: Any = file["obs"].attrs
         names = [str(n) for n in np.atleast_1d(columns["column-order"]) if n != _COUNT]
         order: Any = [*names, _COUNT]
@@ -212,11 +212,16 @@ def _matrix(table: pa.Table, width: int) -> np.ndarray:
 
 
 def _new_array(
-    file: h5py.File | zarr.Group, name: str, shape: tuple[int, ...], dtype: type, fill: float
+    file: h5py.File | zarr.Group,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: type,
+    fill: float,
+    rows: int,
 ) -> h5py.Dataset | zarr.Array:
-    """Return a new array that anndata reads, full of `fill`."""
+    """Return a new array that anndata reads, full of `fill`; in zarr in chunks of so many rows."""
     if isinstance(file, zarr.Group):
-        chunks = (min(shape[0], _ROWS_OF_A_CHUNK), *shape[1:])
+        chunks = (rows, *shape[1:])
         made = file.create_array(name, shape=shape, dtype=dtype, chunks=chunks, fill_value=fill)
     else:
         made = file.create_dataset(name, shape, dtype, fillvalue=fill)

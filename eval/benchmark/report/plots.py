@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from data_prep.drawing import new_figure
-from eval.benchmark.contest.verdicts import FINE_TUNED, state_of
+from eval.benchmark.contest.verdicts import FINE_TUNED, mean_of, state_of
 from eval.benchmark.report.overview import main_of, overview_rows, score_label
 from eval.drawing.curves import draw_curves
 from eval.drawing.plot import INK, ROLE_COLOURS, ROLE_NAMES, Plot
@@ -118,9 +118,7 @@ def outcomes_of(task: dict[str, Any], row: dict[str, Any]) -> list[dict[str, Any
 
 def _score_plot(task: dict[str, Any], models: list[str]) -> Plot:
     score = task["headline"]
-    rows = [
-        r for r in task["summary"] if r["scores"].get(score, {"mean": None})["mean"] is not None
-    ]
+    rows = [r for r in task["summary"] if mean_of(r, score) is not None]
     figure = Figure(figsize=(6.4, 1.3 + 0.25 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(rows):
