@@ -376,7 +376,7 @@ def test_page_and_report(measured, tmp_path):
 
 
 def test_a_training_that_fails_says_why(tmp_path):
-    from eval.saturate.train_run import train_run
+    from eval.train_run import train_run
 
     with pytest.raises(OSError, match=r"exit code 2, its log .*nothing: no such file"):
         train_run(("--config", "nothing"), "", tmp_path / "log")

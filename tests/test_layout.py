@@ -34,11 +34,11 @@ ROOMS = {
     """,
     "eval": """
         perturb.__main__ finetune.__main__ | cli api | saturate | benchmark.cli perturb.cli probe
-        benchmark.run benchmark.finetune_genes | benchmark.kinds report | benchmark.matched
-        benchmark.report saturate.report
+        benchmark.run benchmark.finetune_genes | benchmark.own_world | benchmark.kinds report
+        benchmark.matched benchmark.report saturate.report
         benchmark.contest benchmark.own_task perturb.report | perturb.effects benchmark.material
         perturb.screen | finetune | cells simulate | drawing owning benchmark.neighbours
-        benchmark.scoring benchmark.outcome benchmark.task_file | scores options
+        benchmark.scoring benchmark.outcome benchmark.task_file | scores options train_run
     """,
 }
 # What a package may import of another one: rooms, or all of it.

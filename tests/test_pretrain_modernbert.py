@@ -205,6 +205,20 @@ def test_export_is_hugging_faces(runs, exported):
     assert init["counted"].keys() == {"medians", "svd", "frequency"}
 
 
+@pytest.mark.parametrize("num_layers", [1, 2, 3, 4])
+def test_few_layers_are_what_they_were_trained_as(num_layers, tmp_path):
+    """One or two layers are the same network for several distances between global layers."""
+    from pretrain.model.masked_gene_model import build_model
+    from pretrain.settings.architecture import is_same, read_architecture
+
+    settings = model_settings(num_layers=num_layers, global_every=3)
+    build_model(settings, vocabulary(), 0).bert.config.save_pretrained(tmp_path)
+    theirs = read_architecture(tmp_path / "config.json")
+    assert is_same("global_every", 3, theirs) and is_same("global_every", "3", theirs)
+    assert is_same("global_every", 1, theirs) == (num_layers == 1)
+    assert is_same("global_every", 2, theirs) == (num_layers <= 2)
+
+
 def test_warm_start_keeps_the_weights(exported):
     import torch
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from data_prep.errors import EXIT_RESUMABLE
 from data_prep.options import AsJson, spread
 from data_prep.sources.source_spec import MATRIX_AND_FILTER, SourceOptions
 from eval.benchmark.task_file import (
@@ -25,6 +26,7 @@ from eval.benchmark.task_file import (
     read_task,
 )
 from eval.options import Bf16Option, DeviceOption, VocabOption, choose_device, quiet
+from eval.train_run import Stopped
 
 _LINE_EVERY_S = 30.0
 
@@ -105,8 +107,12 @@ def benchmark_command(
     quiet()
     from eval.benchmark.report.page import print_results
 
-    with _Shown() as shown:
-        results, page = run_tasks(model, out, options, own, shown, reading)
+    try:
+        with _Shown() as shown:
+            results, page = run_tasks(model, out, options, own, shown, reading)
+    except Stopped:
+        print(f"stopped; the same command goes on with {out}")
+        raise SystemExit(EXIT_RESUMABLE) from None
     if as_json:
         print(json.dumps(results, indent=1))
     else:
@@ -251,7 +257,5 @@ class _Shown:
         if self._computed:
             seconds = self._seconds / self._computed * (self._total - self._done)
             left = f", about {seconds / 60:.0f} min left"
-        print(
-            f"{self._title}: {self._done} of {self._total} trainings and fits{left}",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+        done = f": {self._done} of {self._total} trainings and fits" if self._total else ""
+        print(f"{self._title}{done}{left}", file=sys.stderr, flush=True)

@@ -29,6 +29,7 @@ from eval.benchmark.kinds.simulated_shifts import SimulatedShifts
 from eval.benchmark.kinds.targets import Targets
 from eval.benchmark.material.models_and_cells import Bench, Model, load_models
 from eval.benchmark.outcome import Store
+from eval.benchmark.own_world import make_world, world_folder
 from eval.benchmark.report.overview import score_label
 from eval.benchmark.task_file import AnyTask, Suite, all_tasks, missing_files, read_task
 from eval.finetune.results import FROZEN, below_frozen
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 RESULTS_FORMAT = "geneloom-benchmark/1"
 RESULTS_NAME = "results.json"
-_IDENTITY_NAME = "benchmark.json"
+_IDENTITY_NAME, _WORLDS_NAME = "benchmark.json", "worlds"
 # `kind` of a task file -> what it means.
 KINDS: dict[str, type[Contest]] = {
     "genes": ClassesOfGenes,
@@ -146,7 +147,8 @@ def run_benchmark(
     tasks = choose_tasks(suite, names, own)
     missing = {t.name: missing_files(t, data) for t in tasks}
     runnable = [t for t in tasks if not missing[t.name]]
-    if not runnable:
+    # A positive control needs no data, and alone says nothing of a model.
+    if not any(t.own_world is None or t.name in names for t in runnable):
         raise ValueError(
             f"--suite {suite}: there are no data for any of its {len(tasks)} tasks below "
             f"{data or '(no --data given)'}; `geneloom benchmark --list` names what each needs"
@@ -155,11 +157,18 @@ def run_benchmark(
     _claim(out, suite, seed, bf16, models)
 
     def bench_of(task: AnyTask) -> Bench:
-        what_decides = _what_decides(task, suite)
-        store = Store(out / "units", what_decides, lambda _, seconds: progress.unit(seconds))
+        what_decides, units = _what_decides(task, suite), out / "units"
+        if world := task.own_world:
+            folder = world_folder(world, out / _WORLDS_NAME)
+            own = [make_world(world, folder)]
+            return Bench(own, folder, Store(units, what_decides), seed, device, bf16)
+        store = Store(units, what_decides, lambda _, seconds: progress.unit(seconds))
         return Bench(models, data, store, seed, device, bf16, reading=reading)
 
-    contests = (KINDS[t.kind](t, t.sizes[suite], bench_of(t)) for t in runnable)
+    # Positive controls come first: what they say is about all others. Their units are not counted,
+    # for their models are not there yet.
+    runnable.sort(key=lambda t: t.own_world is None)
+    contests = (KINDS[t.kind](t, t.sizes[suite], bench_of(t)) for t in runnable if not t.own_world)
     progress.plan(sum(contest.num_units for contest in contests))
     found = environment()
     results: dict[str, Any] = {
@@ -171,6 +180,7 @@ def run_benchmark(
         "command": found["command"],
         "environment": found | {"evaluation": _versions()},
         "models": [_describe(m) for m in models],
+        "positive_controls": [],
         "tasks": [],
         "skipped": [
             _skipped(t, _what_is_missing(t, missing[t.name])) for t in tasks if missing[t.name]
@@ -180,14 +190,18 @@ def run_benchmark(
         progress.task(task.title)
         try:
             record = _run_task(task, suite, bench_of(task))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
+            # A full disk hinders the others too; a world's training that failed does not.
+            if isinstance(error, OSError) and not task.own_world:
+                raise
             # The other tasks' results are worth having; the command says it and fails at the end.
             logger.error("%s: %s", task.name, error)
             results["skipped"].append(_skipped(task, str(error)) | {"failed": True})
         else:
-            results["tasks"].append(record)
+            results["positive_controls" if task.own_world else "tasks"].append(record)
         _write(out, results)
-    results["tasks"] = holm(results["tasks"])
+    for part in ("positive_controls", "tasks"):
+        results[part] = holm(results[part])
     _write(out, results)
     return results
 

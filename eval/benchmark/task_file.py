@@ -7,7 +7,7 @@ written to add one.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -109,6 +109,21 @@ class Edges(_Section):
     recipe: str
 
 
+class OwnWorld(_Section):
+    """Simulated cells, and a model that is pretrained on them: the benchmark makes both.
+
+    The task's files are those of the simulation, below ``simulated/``.
+    """
+
+    # Settings of `geneloom simulate`.
+    simulate: dict[str, Any]
+    # Share of the cells that no training sees.
+    heldout: float = Field(0.05, gt=0, lt=1)
+    # A supplied configuration of `geneloom pretrain`, and what is set beside it.
+    config: str
+    pretrain: dict[str, Any] = {}
+
+
 class _Task(_Section):
     # Name of the file, without .yaml.
     name: str
@@ -124,6 +139,8 @@ class _Task(_Section):
     sizes: dict[Suite, Size]
     # A sentence for the page.
     note: str = ""
+    # The task is a positive control: its model is that of this world, and no user's.
+    own_world: OwnWorld | None = None
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -336,7 +353,7 @@ class TargetsTask(RegulatorsTask):
     # Partners of targets: any other gene, or those that the table lists for the same regulator in
     # rows that `keep` turns away, such as indirect targets.
     partners: Literal["any", "listed"] = "any"
-    # What a deletion moves: the state of a gene that is shown, or the logit of one that is hidden.
+    # What a deletion moves: the state of a gene that is shown, or its logit at hidden places.
     reading: Literal["state", "logit"] = "state"
 
 
@@ -426,6 +443,8 @@ def all_tasks() -> dict[str, AnyTask]:
 
 def missing_files(task: AnyTask, data: Path | None) -> list[str]:
     """Return the files that a task needs and that are not below the data folder."""
+    if task.own_world:
+        return []
     wanted = list(task.files)
     # An absolute path stays what it is: labels beside a task's own file.
     if isinstance(task, GeneTask) and not (TASKS_FOLDER / task.labels).exists():

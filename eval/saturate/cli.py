@@ -42,7 +42,7 @@ def saturate_command(
         return
     quiet()
     from eval.saturate.run import saturate
-    from eval.saturate.train_run import Stopped
+    from eval.train_run import Stopped
 
     try:
         record = saturate(

@@ -25,8 +25,8 @@ from eval.saturate.report.fit import FEWEST_SIZES, Scored, saturation, with_inte
 from eval.saturate.report.page import PAGE_NAME, saturation_page
 from eval.saturate.report.words import words
 from eval.saturate.settings import SaturateOptions
-from eval.saturate.train_run import train_run
 from eval.saturate.trainings import CELLS_NAME, Training, plan_trainings
+from eval.train_run import train_run
 from pretrain.measure.metrics import read_metrics
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def saturate(
     ------
     ValueError
         The settings are wrong, the shards hold no held-out cells, or `out` was begun with others.
-    eval.saturate.train_run.Stopped
+    eval.train_run.Stopped
         A signal asked to stop.
     OSError
         A training failed.

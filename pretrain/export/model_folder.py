@@ -39,7 +39,7 @@ from pretrain.model.architectures import (
 )
 from pretrain.model.counted_start import describe
 from pretrain.model.masked_gene_model import MaskedGeneModel
-from pretrain.settings.architecture import ARCHITECTURE, read_architecture
+from pretrain.settings.architecture import ARCHITECTURE, is_same, read_architecture
 
 EXPORT_FORMAT = "geneloom-model/1"
 RECORD_NAME = "geneloom.json"
@@ -173,10 +173,11 @@ def own_network(run: Path, found: checkpoint.Checkpoint) -> Network:
     path, recipe = run / "model_config.json", found.record["recipe"]
     # Some settings change no shape (heads, activation, windows), so they are compared by name.
     trained = {k.removeprefix("model."): v for k, v in recipe.items() if k.startswith("model.")}
+    theirs = read_architecture(path)
     problems = [
         f"{name} is {value!r}, the checkpoint was trained with {trained[name]!r}"
-        for name, value in read_architecture(path).items()
-        if name in ARCHITECTURE and trained.get(name, value) != value
+        for name, value in theirs.items()
+        if name in ARCHITECTURE and name in trained and not is_same(name, trained[name], theirs)
     ]
     bert, reader = new_network(read_encoder_config(path)), found.reader()
     sizes = {name: p.numel() for name, p in MaskedGeneModel(bert).named_parameters()}

@@ -139,6 +139,19 @@ def _rotary_settings(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     return {"global_every": every} | bases
 
 
+def is_same(name: str, value: Any, theirs: dict[str, Any]) -> bool:
+    """Return whether a model setting means what a folder says (`theirs`: of `read_architecture`).
+
+    A folder lists the kinds of its layers; where there are few, several distances between global
+    layers give the same list.
+    """
+    value = number_if_one(value)
+    if name == "global_every" and isinstance(value, int | float) and value >= 1:
+        layers = theirs["num_layers"]
+        return layer_types(layers, int(value)) == layer_types(layers, theirs[name])
+    return value == theirs[name]
+
+
 def architecture_conflicts(
     given: dict[str, Any], folder: Path, theirs: dict[str, Any]
 ) -> list[str]:
@@ -158,10 +171,9 @@ def architecture_conflicts(
             "one are of no use to the other; leave model.architecture out to go on with the "
             f"{other}, or model.init_from to train a {own} from its first step"
         ]
+    told = [k for k in theirs if k not in _FREE_TO_DIFFER and given.get(k) is not None]
     differing = [
-        f"{k} {given[k]} given, {v} there"
-        for k, v in theirs.items()
-        if k not in _FREE_TO_DIFFER and given.get(k) is not None and number_if_one(given[k]) != v
+        f"{k} {given[k]} given, {theirs[k]} there" for k in told if not is_same(k, given[k], theirs)
     ]
     if not differing:
         return []

@@ -218,10 +218,13 @@ def holm(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def state_of(verdict: dict[str, Any]) -> str:
-    """Return ``better``, ``worse``, ``neither`` or ``not_tested``, after Holm's correction."""
+def state_of(verdict: dict[str, Any], word: str = "holm_word") -> str:
+    """Return ``better``, ``worse``, ``neither`` or ``not_tested``, after Holm's correction.
+
+    `word` is the field that is read: ``word`` is that of the task alone.
+    """
     words = (*WORDS[verdict["question"]], NOT_TESTED)
-    return STATES[words.index(verdict["holm_word"])]
+    return STATES[words.index(verdict[word])]
 
 
 def control_state(task: dict[str, Any]) -> str:

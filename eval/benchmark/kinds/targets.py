@@ -7,6 +7,7 @@ any deletion moves highly ranked genes most, whoever regulates them.
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import scipy.sparse
@@ -56,6 +57,11 @@ class Targets(DeletionContest[TargetsTask]):
         drawn = draw_share(total, np.random.default_rng(seed))
         genes = [np.arange(len(self.regulators[i].genes)) for i in drawn]
         return [Draw(number, seed, drawn, genes=genes)]
+
+    def decides(self, contender: Contender[Draw], fold: Draw) -> dict[str, Any]:
+        """Return what every deletion's outcome depends on, and how logits are read."""
+        of_logits = {"logits": "of all genes"} if self.task.reading == "logit" else {}
+        return super().decides(contender, fold) | of_logits
 
     def deleted(self, model: Model, twin_seed: int | None, drawn: np.ndarray) -> list[Values]:
         """Return how much each gene's state, or logit, changes when its regulator is deleted."""

@@ -1,7 +1,7 @@
-"""What a model guesses of hidden genes with and without a regulator: what masked training learns.
+"""What a model expects of hidden places with and without a regulator: what masked training learns.
 
-A part of a cell's genes is hidden, as in pretraining. The logit of each of them at its own place
-stands against the same logit after the regulator is taken out of the cell. No prior is added.
+A part of a cell's genes is hidden, as in pretraining. The logits of all genes at these places stand
+against the same logits after the regulator is taken out of the cell. No prior is added.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from pretrain.model.architectures import Network
 
 # Each gene is hidden once, with a quarter of the others.
 _PARTS = 4
+# Stretches of a cell's ranks. A regulator that raises a gene moves it up: the gene is expected more
+# among high ranks and less among low ones, which a mean over all places would hide.
+_STRETCHES = 4
 
 
 def logit_effects(
@@ -24,10 +27,14 @@ def logit_effects(
     cells: list[np.ndarray],
     seed: int,
 ) -> np.ndarray:
-    """Return float64 [tokens, num_tokens]: the size of the mean change of each gene's logit.
+    """Return float64 [tokens, num_tokens]: by how much each gene's logit at hidden places changes.
 
-    The mean is over the cells in which the gene is hidden while the regulator is shown. Logits
-    count from their mean over all genes. NaN where there is no such cell.
+    Changes are averaged over the hidden places of each quarter of a cell's ranks, over cells; what
+    is returned is the root mean square of the four means. Logits count from their mean over all
+    genes. NaN for a regulator that no cell shows beside a hidden gene.
+
+    In simulated cells true targets are found better than by the change of a hidden gene's own logit
+    at its own place (AUROC .88 and .80; docs/results.md, "A positive control").
 
     Parameters
     ----------
@@ -40,7 +47,8 @@ def logit_effects(
     seed
         Of the parts that are hidden together; they depend on the cell, not on the regulators.
     """
-    sums, counts = np.zeros((2, len(tokens), vocabulary.num_tokens))
+    sums = np.zeros((len(tokens), _STRETCHES, vocabulary.num_tokens))
+    counts = np.zeros((len(tokens), _STRETCHES, 1))
     for cell in sorted({int(c) for chosen in cells for c in chosen}):
         rows = [i for i, chosen in enumerate(cells) if cell in chosen]
         own = genes[cell]
@@ -48,22 +56,25 @@ def logit_effects(
         for part in np.array_split(order, _PARTS):
             is_hidden = np.zeros(len(own), dtype=bool)
             is_hidden[part] = True
-            before = _own_logits(network, vocabulary, own, is_hidden)
+            stretch = np.flatnonzero(is_hidden) * _STRETCHES // len(own)
+            before = _logits(network, vocabulary, own, is_hidden)
             for row in rows:
                 if tokens[row] in own[is_hidden]:
                     continue  # what is hidden tells nothing that could be taken away
                 stays = own != tokens[row]
-                after = _own_logits(network, vocabulary, own[stays], is_hidden[stays])
-                hidden = own[is_hidden]
-                sums[row, hidden] += after - before
-                counts[row, hidden] += 1
-    return np.abs(np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0))
+                after = _logits(network, vocabulary, own[stays], is_hidden[stays])
+                np.add.at(sums[row], stretch, after - before)
+                np.add.at(counts[row], stretch, 1)
+    means = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
+    is_seen = counts.any(axis=1)
+    squares = np.where(is_seen, np.nansum(means**2, axis=1), np.nan)
+    return np.sqrt(squares / np.maximum((counts > 0).sum(axis=1), 1))
 
 
-def _own_logits(
+def _logits(
     network: Network, vocabulary: Vocabulary, genes: np.ndarray, is_hidden: np.ndarray
 ) -> np.ndarray:
-    """Return float64 [hidden], the logit of each hidden gene at its own place.
+    """Return float64 [hidden, num_tokens], the logits of all genes at each hidden place.
 
     One cell is computed at a time, so no number depends on what is computed beside it.
     """
@@ -75,6 +86,5 @@ def _own_logits(
     inputs = torch.from_numpy(shown[None].astype(np.int64)).to(network.device)
     with torch.no_grad():
         logits = network(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits[0, places]
-        of_genes = logits[:, vocabulary.first_gene_token :].mean(dim=1)
-        own = logits[torch.arange(len(places)), torch.from_numpy(genes[is_hidden].astype(np.int64))]
-    return (own - of_genes).double().cpu().numpy()
+        of_genes = logits[:, vocabulary.first_gene_token :].mean(dim=1, keepdim=True)
+    return (logits - of_genes).double().cpu().numpy()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from eval.benchmark.contest.verdicts import control_state, count_words
+from eval.benchmark.contest.verdicts import control_state, count_words, state_of
 
 SYMBOLS = {"better": "▲", "worse": "▼", "neither": "=", "not_tested": "?"}
 # Contenders of a model that have a place in the overview, beside its main one.
@@ -109,6 +109,40 @@ def conclusions(results: dict[str, Any]) -> list[dict[str, Any]]:
     for conclusion in found:
         if conclusion["question"] == "pretraining":
             conclusion["others"] = [text for m, text in others if m == conclusion["model"]]
+    return found
+
+
+def positive_controls(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what each positive control says: ``name``, ``held``, and ``sentence``.
+
+    It holds if its model, which is pretrained on a world that pretraining can learn, is better than
+    the same with random weights, and better than the best baseline. There is one of each in a
+    suite, so that no p is corrected. Results from before there were any have none.
+    """
+    found = []
+    for task in results.get("positive_controls", []):
+        (model,) = {v["model"] for v in task["verdicts"] if v["main"]}
+        main = main_of(task, model)
+        asked = [verdict_of(task, q, model, main) for q in ("pretraining", "baselines")]
+        states = [state_of(v, "word") if v else "not_tested" for v in asked]
+        rows = {(r["contender"], r["role"]): r for r in task["summary"]}
+        best = next(r for r in task["summary"] if r["role"] == "baseline")
+        own, twin = rows[main, "model"], rows[main, "twin"]
+        shown = [f"{r['scores'][task['headline']]['mean']:.3f}" for r in (own, twin, best)]
+        held = states == ["better", "better"]
+        sentence = (
+            f"{'held' if held else 'FAILED'}: in simulated cells a model that is pretrained on "
+            f"them has {score_label(task['headline'])} {shown[0]}; random weights {shown[1]}, "
+            f"{best['name']} {shown[2]}. "
+        )
+        if held:
+            sentence += "So this suite sees it where pretraining pays."
+        else:
+            sentence += (
+                "So where this suite sees no difference, or no win, that says nothing: the "
+                "instrument may be at fault."
+            )
+        found.append({"name": task["name"], "held": held, "sentence": sentence})
     return found
 
 

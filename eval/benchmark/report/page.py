@@ -21,6 +21,7 @@ from eval.benchmark.report.overview import (
     format_mean,
     format_p,
     overview_rows,
+    positive_controls,
     score_label,
 )
 from eval.benchmark.report.plots import (
@@ -85,14 +86,16 @@ def write_report(results: dict[str, Any], out: Path) -> Path:
 
 def benchmark_page(results: dict[str, Any], folder: Path | None) -> str:
     """Return the page; its figures are also written into a folder, if one is given."""
-    results = results | {"tasks": holm(results["tasks"])}
+    controls = holm(results.get("positive_controls", []))
+    results = results | {"tasks": holm(results["tasks"]), "positive_controls": controls}
     models = [m["name"] for m in results["models"]]
     rows = overview_rows(results)
+    shown = [(t, models) for t in results["tasks"]] + [(t, _models_of(t)) for t in controls]
     with benchmark_style():
         overview = _shown(overview_plot(results), "all", folder) if results["tasks"] else None
         figures = {
-            t["name"]: [_shown(p, t["name"], folder) for p in task_plots(t, models)]
-            for t in results["tasks"]
+            t["name"]: [_shown(p, t["name"], folder) for p in task_plots(t, names)]
+            for t, names in shown
         }
     return page_template(_TEMPLATE).render(
         results=results,
@@ -104,7 +107,8 @@ def benchmark_page(results: dict[str, Any], folder: Path | None) -> str:
         controls=_controls(results),
         failed=[t for t in results["tasks"] if control_state(t) == "failed"],
         overview=overview,
-        tasks=[_task(task, models, figures[task["name"]]) for task in results["tasks"]],
+        positive_controls=positive_controls(results),
+        tasks=[_task(task, names, figures[task["name"]]) for task, names in shown],
         role_colours=ROLE_COLOURS,
         role_names=ROLE_NAMES,
         dark_colours=DARK_COLOURS,
@@ -133,7 +137,8 @@ def print_results(results: dict[str, Any], console: Console | None = None) -> No
         if row["baseline"]:
             baseline += Text(f"  {means[-1]} {row['baseline']['contender']}")
         table.add_row(*names, *means[:2], _word(row["pretraining"]), baseline)
-    console.print(table)
+    if results["tasks"]:
+        console.print(table)
     failed = [t["name"] for t in results["tasks"] if control_state(t) == "failed"]
     if failed:
         console.print(f"control failed, not counted: {', '.join(failed)}", style="bold red")
@@ -142,8 +147,16 @@ def print_results(results: dict[str, Any], console: Console | None = None) -> No
     for task in results["tasks"]:
         for remark in task.get("remarks", []):
             console.print(f"{task['name']}: {remark}", highlight=False)
+    for control in positive_controls(results):
+        style = None if control["held"] else "bold red"
+        console.print(f"positive control {control['sentence']}", style=style, highlight=False)
     for conclusion in conclusions(results):
         console.print(f"{conclusion['model']}: {conclusion['sentence']}", highlight=False)
+
+
+def _models_of(task: dict[str, Any]) -> list[str]:
+    """Return the models of a positive control: its own."""
+    return list(dict.fromkeys(r["model"] for r in task["outcomes"] if r["role"] == "model"))
 
 
 def _mean(task: dict[str, Any], summary: dict[str, Any] | None) -> str:

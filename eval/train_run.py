@@ -14,7 +14,7 @@ from types import FrameType
 
 from data_prep.errors import EXIT_RESUMABLE
 
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(__file__).resolve().parents[1]
 _GENELOOM = "from launch.cli import main; main()"
 _SAID_LINES = 4
 
