@@ -185,6 +185,41 @@ def test_genes(home, tmp_path):
         assert np.allclose(row.embedding, np.mean(mine, axis=0), atol=1e-5)
 
 
+def test_genes_go_on_after_a_kill(home, tmp_path, monkeypatch):
+    """Stopped in the fourth part: the sums of three are kept, and the same bits come out."""
+    import pandas as pd
+
+    from eval.cells import embed_genes
+    from eval.cells.settings import EmbedOptions
+
+    options = EmbedOptions(genes=True, group="cell_type")
+    out, whole, seen = tmp_path / "out.parquet", tmp_path / "whole.parquet", []
+
+    def embed(path: Path, progress=None, asked=options) -> None:
+        embed_genes.embed_genes_file(
+            home / "cells.h5ad", home / "model", path, asked, progress=progress
+        )
+
+    def stop(what: str, done: int, total: int) -> None:
+        if done > 28:
+            raise KeyboardInterrupt
+
+    embed(whole)
+    monkeypatch.setattr(embed_genes, "_PART_CELLS", 8)
+    monkeypatch.setattr(embed_genes, "_KEEP_EVERY_S", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        embed(out, stop)
+    parts = tmp_path / ".out.parquet.parts"
+    assert [p.name for p in parts.glob("*.npz")] == ["00000003.npz"] and not out.exists()
+    with pytest.raises(ValueError, match=r"parts that were made with another record; give"):
+        embed(out, asked=EmbedOptions(genes=True, group="cell_type", layer=0))
+    embed(out, lambda *now: seen.append(now[1]))
+    assert seen[0] == 25 and seen[-1] == CELLS and not parts.exists()
+    found, expected = pd.read_parquet(out), pd.read_parquet(whole)
+    assert np.array_equal(np.stack(found.embedding), np.stack(expected.embedding))
+    assert found.drop(columns="embedding").equals(expected.drop(columns="embedding"))
+
+
 @pytest.mark.parametrize(
     ("options", "name", "said"),
     [

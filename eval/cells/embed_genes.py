@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,54 @@ from data_prep.genes.vocabulary import Vocabulary
 from data_prep.running.workers import Progress
 from data_prep.sources.source_spec import SourceOptions
 from data_prep.version import VERSION
+from eval.cells.embedded_parts import KeptBeside, PartsOf
 from eval.cells.read_cells import EncodedPart, encode_parts, open_counts
 from eval.cells.settings import EmbedOptions
 from eval.options import choose_device
 from pretrain.cell_states.frozen_states import computing, encode_batch
-from pretrain.export.model_folder import load_exported
+from pretrain.export.model_folder import load_exported, model_digest
 from pretrain.model.architectures import Encoder, encoder_of, input_table
 
 INPUT, CONTEXT, EVERY = "input", "context", "all"
 _PART_CELLS, _MOST_GROUPS = 4096, 200
+_KEEP_EVERY_S = 120.0
+
+
+class KeptSums(KeptBeside):
+    """Sums of the first parts of the cells: what a call that was killed goes on from.
+
+    They are kept every few minutes, for with many groups they are large. Sums are of float64, and
+    parts are added in their order, so the same bits come out whenever a call was killed.
+    """
+
+    _saved = 0.0
+
+    def load(self, sums: GeneSums) -> int:
+        """Fill the sums with the newest that are kept; return how many parts they hold."""
+        self._saved = time.monotonic()
+        paths = sorted(self.folder.glob("0*.npz"))
+        if not paths:
+            return 0
+        with np.load(paths[-1], allow_pickle=False) as kept:
+            for name, own, cells in zip(kept["groups"], kept["sums"], kept["cells"], strict=True):
+                sums.sums[str(name)], sums.cells[str(name)] = own, cells
+        return int(paths[-1].stem)
+
+    def keep(self, sums: GeneSums, parts: int) -> None:
+        """Keep the sums of so many parts, if the last ones that were kept are minutes old."""
+        if not sums.sums or time.monotonic() - self._saved < _KEEP_EVERY_S:
+            return
+        self._owner.require()
+        before = list(self.folder.glob("0*.npz"))
+        path = self.folder / f"{parts:08d}.npz"
+        with complete_file(path, to_disk=True) as aside, aside.open("wb") as file:
+            np.savez(
+                file, groups=np.array(list(sums.sums)), sums=np.stack(list(sums.sums.values())),
+                cells=np.stack(list(sums.cells.values())),
+            )  # fmt: skip
+        for old in before:
+            old.unlink()
+        self._saved = time.monotonic()
 
 
 class GeneSums:
@@ -84,11 +124,14 @@ def embed_genes_file(
     of its states in one layer, over the cells of a ``group`` that hold it, ``cells`` of them).
     Genes that no cell of a group holds have no row of it.
 
+    Until then, sums over the first cells lie beside it in ``.NAME.parts``; the same call goes on
+    from them and ends with the same bits.
+
     Raises
     ------
     ValueError
         `out` exists or is no ``.parquet``; another pooling than the mean is asked for; the column
-        is not there, or has too many values.
+        is not there, or has too many values; or what is kept is of another call.
     """
     if out.suffix != ".parquet":
         raise ValueError(f"--out {out}: with --genes it must end in .parquet")
@@ -102,20 +145,32 @@ def embed_genes_file(
     table = input_table(encoder).detach().cpu().numpy()[vocabulary.first_gene_token :]
     columns = (options.group,) if options.group else ()
     source = open_counts(cells, replace(reading, columns=columns))
-    sums, done = GeneSums(encoder, vocabulary), 0
-    with computing(encoder, layer, choose_device(options.device), options.bf16):
-        for part in encode_parts(source, vocabulary, _PART_CELLS):
-            for tokens, group in zip(part.tokens, _groups(part, options.group), strict=True):
-                if (tokens >= vocabulary.first_gene_token).any():
-                    sums.add(tokens, group)
-                done += 1
-                if progress:
-                    progress("embedding genes", done, source.num_cells)
     record = {
         "version": VERSION, "model": model.name, "vocabulary_sha256": vocabulary.sha256,
         "layer": layer, "group": options.group,
     }  # fmt: skip
-    _write(out, vocabulary, table, sums, record)
+    device = choose_device(options.device)
+    decides = PartsOf(
+        cells, source.spec.signature(deep=True), asdict(reading), record,
+        model_digest(model, vocabulary), _PART_CELLS, [device, options.bf16],
+    )  # fmt: skip
+    sums = GeneSums(encoder, vocabulary)
+    with (
+        KeptSums(out, decides) as kept,
+        computing(encoder, layer, device, options.bf16),
+    ):
+        there = kept.load(sums)
+        for number, part in enumerate(encode_parts(source, vocabulary, _PART_CELLS)):
+            if number < there:
+                continue
+            groups = _groups(part, options.group)
+            for place, (tokens, group) in enumerate(zip(part.tokens, groups, strict=True)):
+                if (tokens >= vocabulary.first_gene_token).any():
+                    sums.add(tokens, group)
+                if progress:
+                    progress("embedding genes", part.start + place + 1, source.num_cells)
+            kept.keep(sums, number + 1)
+        _write(out, vocabulary, table, sums, record)
     groups = f"{len(sums.sums)} groups of {options.group}" if options.group else "all cells"
     return f"{out}: {len(vocabulary.genes):,} genes x {table.shape[1]}: input table, and {groups}"
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import h5py
 import numpy as np
@@ -33,7 +33,7 @@ _COUNT, _UNS = "geneloom_tokens", "geneloom"
 
 @dataclass(frozen=True)
 class PartsOf:
-    """What decides the content of the parts.
+    """What decides the content of what is kept until an output is written.
 
     Attributes
     ----------
@@ -63,32 +63,26 @@ class PartsOf:
         return json.loads(json.dumps(content, default=str))
 
 
-class Parts:
-    """The parts of one output, owned by one process inside a ``with`` block.
+class KeptBeside:
+    """What is finished of one output, beside it in ``.NAME.parts`` until the output is written.
+
+    The folder is owned by one process inside a ``with`` block, and is gone when the output is
+    there.
 
     Raises
     ------
     ValueError
-        The folder holds parts of another call.
+        The folder holds what another call has finished.
     data_prep.running.owner.FolderInUse
         Another process makes the same output.
     """
 
-    def __init__(self, out: Path, decides: PartsOf, width: int) -> None:
+    def __init__(self, out: Path, decides: PartsOf) -> None:
         self._out, self._decides = out, decides
         self.folder = out.with_name(f".{out.name}.parts")
         self._owner = Owner(self.folder, "embed")
-        self._schema = pa.schema(
-            {
-                "cell_id": pa.string(),
-                _COUNT: pa.int64(),
-                "embedding": pa.list_(pa.float32(), width),
-            },
-            {_UNS: json.dumps(decides.record)},
-        )
-        self._number = 0
 
-    def __enter__(self) -> Parts:
+    def __enter__(self) -> Self:
         self._owner.__enter__()
         try:
             self._owner.take()
@@ -114,11 +108,27 @@ class Parts:
         trace: TracebackType | None,
     ) -> None:
         is_done = self._out.exists()
-        if kind is not None and not is_done and not any(self.folder.glob("*.parquet")):
+        if kind is not None and not is_done and not any(self.folder.glob("0*")):
             (self.folder / _RECORD_NAME).unlink(missing_ok=True)
         self._owner.__exit__(kind, error, trace)
         if is_done:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Parts(KeptBeside):
+    """Parts of the cells, each with the embeddings of its cells."""
+
+    def __init__(self, out: Path, decides: PartsOf, width: int) -> None:
+        super().__init__(out, decides)
+        self._schema = pa.schema(
+            {
+                "cell_id": pa.string(),
+                _COUNT: pa.int64(),
+                "embedding": pa.list_(pa.float32(), width),
+            },
+            {_UNS: json.dumps(decides.record)},
+        )
+        self._number = 0
 
     def has(self, number: int) -> bool:
         """Return whether a part is there; numbers count up from 0."""
