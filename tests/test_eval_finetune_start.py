@@ -276,7 +276,8 @@ def test_a_model_that_is_not_above_the_svd_of_its_corpus_is_told_so():
     }
 
     def seed(svd: float) -> dict:
-        every = {**scores, "cell state, pretrained": 0.7, "corpus SVD": svd}
+        tuned = {"fine-tuned, pretrained": 0.695, "cell state, pretrained": 0.7}
+        every = {**scores, **tuned, "corpus SVD": svd}
         return {"scores": {name: {"macro_f1": score} for name, score in every.items()}}
 
     (said,) = remarks([seed(0.75), seed(0.71)], CORPUS_SVD)

@@ -345,6 +345,7 @@ ELSEWHERE = {
     # What a checkpoint says that goes on from another program's is never written as such.
     "_record": {"cells_seen", "cells_digest", "cells_quarantined", "prior", "init"},
     "finetune_cells": {"limits"},
+    "FinetuneSettings": {"reads"},  # of keys
     "table_of_genes": {"occurrences"},
     "_score_seed": {"fine-tuned, N", "frozen embedding, N"},
     "_write_rank_settings": {"GENELOOM_LAUNCH_COMMAND"},

@@ -21,13 +21,19 @@ _OF_CELLS = {
     },
     "standard": {
         "max_cells": 2000, "max_train_per_class": 100, "max_test_per_class": 100, "seeds": 5,
-        "epochs": 3, "batch_cells": 8,
+        "epochs": 3, "batch_cells": 8, "steps": 100,
     },
     "paper": {"seeds": 5, "epochs": 10, **_PUBLISHED},
 }  # fmt: skip
 _OF_GENES = {
     "quick": {"max_cells": 60, "seeds": 1, "batch_cells": 4, "freeze_layers": 4},
-    "standard": {"max_cells": 120, "seeds": 1, "batch_cells": 4, "freeze_layers": 4},
+    "standard": {
+        "max_cells": 120,
+        "seeds": 1,
+        "batch_cells": 4,
+        "freeze_layers": 2,
+        "steps": 100,
+    },
     "paper": {"max_cells": 10_000, "seeds": 5, "freeze_layers": 4, **_PUBLISHED},
 }
 _RECIPE = "The file was given on the command line."

@@ -34,6 +34,7 @@ from eval.benchmark.report.overview import score_label
 from eval.benchmark.task_file import AnyTask, Suite, all_tasks, missing_files, read_task
 from eval.finetune.results import FROZEN, below_frozen
 from eval.owning import owning
+from eval.scores.baselines import CELL_STATE
 from pretrain.export.model_folder import RECORD_NAME
 from pretrain.run_folder.run_record import environment
 
@@ -234,8 +235,10 @@ def _remarks(rows: list[dict[str, Any]], headline: str) -> list[str]:
     found = []
     for row in rows:
         key = (row["contender"], row["role"], row["model"])
-        tuned, frozen = means[key], means.get((FROZEN, *key[1:]))
-        if key[0] == FINE_TUNED and tuned is not None and frozen is not None:
+        tuned = means[key]
+        known = {name: means.get((name, *key[1:])) for name in (FROZEN, CELL_STATE)}
+        frozen = {name: mean for name, mean in known.items() if mean is not None}
+        if key[0] == FINE_TUNED and tuned is not None:
             found += below_frozen(row["name"], score_label(headline), tuned, frozen)
     return found
 

@@ -23,7 +23,9 @@ from data_prep.files import complete_folder, file_sha256, require_new
 from data_prep.genes.vocabulary import Vocabulary, load_vocabulary
 from data_prep.version import VERSION
 from eval.finetune.settings import FinetuneSettings
+from pretrain.cell_states.cell_state import CellState
 from pretrain.cell_states.frozen_states import encode_batch, length_batches, pool_genes
+from pretrain.cell_states.state_reader import StateReader
 from pretrain.model.architectures import (
     Encoder,
     architecture_of,
@@ -99,10 +101,12 @@ def gene_items(tokens: list[np.ndarray], labels: np.ndarray) -> Items:
 
 
 class Classifier(nn.Module):
-    """An encoder and one linear layer per head, on a cell's mean gene state or a gene's own state.
+    """An encoder and one linear layer per head, on a cell's state or a gene's own state.
 
     Attributes
     ----------
+    reader
+        Computes what heads of cells read; None: they read the mean of a cell's gene states.
     history
         One entry per finished epoch: its number, training and validation loss.
     losses
@@ -110,8 +114,8 @@ class Classifier(nn.Module):
     start_loss
         The validation loss of the probe that training began at, where its weights may be kept.
     centres
-        float32 [heads, width]: dropout sets a state's numbers to these. They are 0, or, in a
-        training that begins at a probe, the means of the states that it was fitted on: between
+        float32 [heads, largest width]: dropout sets a state's numbers to these. They are 0, or, in
+        a training that begins at a probe, the means of the states that it was fitted on: between
         cells a state varies by a small part of its mean, so that a 0 there says more than any cell.
     """
 
@@ -123,8 +127,12 @@ class Classifier(nn.Module):
         vocabulary: Vocabulary,
         heads: tuple[Head, ...],
         settings: FinetuneSettings,
+        state: CellState | None = None,
     ) -> None:
-        """Take over `encoder`: freeze layers and insert adapters as `settings` ask for."""
+        """Take over `encoder`: freeze layers and insert adapters as `settings` ask for.
+
+        `state`: heads of cells read cell states like this one.
+        """
         super().__init__()
         if not heads or len({h.name for h in heads}) < len(heads):
             raise ValueError("classifier: needs one head or more, each with a name of its own")
@@ -137,11 +145,20 @@ class Classifier(nn.Module):
         self.start_loss: float | None = None
         _freeze(encoder, settings)
         self.dropout = nn.Dropout(settings.dropout)
-        width = encoder.config.hidden_size
-        self.outputs = nn.ModuleList(nn.Linear(width, len(h.classes)) for h in heads)
+        self.reader = StateReader(state) if state else None
+        widths = [self._width(h) for h in heads]
+        self.outputs = nn.ModuleList(
+            nn.Linear(w, len(h.classes)) for w, h in zip(widths, heads, strict=True)
+        )
         # Not saved: without dropout, as in predictions, it changes nothing.
-        self.register_buffer("centres", torch.zeros(len(heads), width), persistent=False)
+        self.register_buffer("centres", torch.zeros(len(heads), max(widths)), persistent=False)
         nn.Module.to(self, torch.device(settings.device))
+
+    def _width(self, head: Head) -> int:
+        """Return how many numbers a head reads."""
+        if self.reader and head.kind == "cells":
+            return self.reader.width
+        return self.encoder.config.hidden_size
 
     def train(self, mode: bool = True) -> Classifier:
         """Set the mode; frozen modules stay without dropout, because they only compute features."""
@@ -153,8 +170,11 @@ class Classifier(nn.Module):
     def forward(self, cells: list[np.ndarray], items: list[Items]) -> list[torch.Tensor]:
         """Return float32 [items, classes] logits of each head; `items` is in the order of heads."""
         states = self.states(cells, items)
-        found = zip(self.outputs, states, self.centres, strict=True)
-        return [output(centre + self.dropout(state - centre)) for output, state, centre in found]
+        logits = []
+        for output, state, centre in zip(self.outputs, states, self.centres, strict=True):
+            around = centre[: state.shape[1]]
+            logits.append(output(around + self.dropout(state - around)))
+        return logits
 
     def states(self, cells: list[np.ndarray], items: list[Items]) -> list[torch.Tensor]:
         """Return float32 [items, width], the states that each head reads."""
@@ -167,6 +187,8 @@ class Classifier(nn.Module):
             if head.kind == "cells":
                 if pooled_BD is None:
                     pooled_BD = pool_genes(hidden_BLD, lengths, self.vocabulary.has_cls, "mean")
+                    if self.reader:
+                        pooled_BD = self.reader(cells, pooled_BD)
                 state = pooled_BD[cell]
             else:
                 state = hidden_BLD[cell, torch.from_numpy(chosen.place).to(cell.device)].float()
@@ -300,6 +322,9 @@ def save_classifier(classifier: Classifier, folder: Path, record: dict) -> None:
         save_file(weights, partial / WEIGHTS_NAME)
         classifier.encoder.config.to_json_file(partial / "config.json", use_diff=False)
         classifier.vocabulary.save(partial / "vocabulary.json")
+        state = classifier.reader.state if classifier.reader else None
+        if state:
+            state.save(partial)
         content = {
             "format": CLASSIFIER_FORMAT,
             "geneloom": VERSION,
@@ -308,6 +333,8 @@ def save_classifier(classifier: Classifier, folder: Path, record: dict) -> None:
             "history": classifier.history,
             "vocabulary_sha256": classifier.vocabulary.sha256,
             "weights_sha256": file_sha256(partial / WEIGHTS_NAME),
+            # Of the model whose cell state the heads of cells read; null: they read means.
+            "cell_state": state.origin["weights_sha256"] if state else None,
             "record": record,
         }
         (partial / RECORD_NAME).write_text(json.dumps(content, indent=1) + "\n")
@@ -353,7 +380,9 @@ def load_classifier(folder: Path, device: str = "cpu") -> Classifier:
     encoder = new_encoder(read_encoder_config(folder / "config.json"))
     heads = tuple(Head(h["name"], h["kind"], tuple(h["classes"])) for h in content["heads"])
     settings = replace(FinetuneSettings(**content["settings"]), device=device)
-    classifier = Classifier(encoder, vocabulary, heads, settings)
+    of_model = content.get("cell_state")  # absent in folders from before heads read cell states
+    state = CellState.load(folder, vocabulary, of_model) if of_model is not None else None
+    classifier = Classifier(encoder, vocabulary, heads, settings, state)
     try:
         # Loading is strict, because a missing tensor would stay random without any message.
         classifier.load_state_dict(load_file(weights), strict=True)

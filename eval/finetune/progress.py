@@ -17,6 +17,8 @@ from torch import nn
 from data_prep.files import complete_file, file_sha256
 from data_prep.genes.vocabulary import Vocabulary
 from eval.finetune.classifier import Classifier, FinetuneSettings
+from pretrain.cell_states.cell_state import CellState
+from pretrain.cell_states.state_reader import digest_of
 
 if TYPE_CHECKING:
     from eval.finetune.classifier import Target
@@ -48,9 +50,12 @@ def identity_of(
     settings: FinetuneSettings,
     seed: int,
     examples: list[tuple[list[np.ndarray], list[Target]] | None],
+    state: CellState | None = None,
 ) -> str:
     """Return a hash of everything that determines the result of a fine-tuning."""
     how = settings.deciding() | settings.of_training
+    if state:
+        how["cell_state"] = digest_of(state)
     digest = hashlib.sha256(json.dumps([how, seed, vocabulary.sha256]).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(name.encode())

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_prep.files import complete_file
+from eval.scores.baselines import CELL_STATE
 from eval.scores.metrics import mean_and_interval
 
 if TYPE_CHECKING:
@@ -103,8 +104,10 @@ def remarks(
 
     found = []
     for weights in (PRETRAINED, RANDOM):
-        tuned, frozen = (f"{name}, {weights}" for name in (FINE_TUNED, FROZEN))
-        found += below_frozen(tuned, label, mean(tuned), mean(frozen))
+        tuned = f"{FINE_TUNED}, {weights}"
+        frozen = {n: f"{n}, {weights}" for n in (FROZEN, CELL_STATE)}
+        there = {n: mean(f) for n, f in frozen.items() if f in per_seed[0]["scores"]}
+        found += below_frozen(tuned, label, mean(tuned), there)
     if svd in per_seed[0]["scores"]:
         of_model = [n for n in per_seed[0]["scores"] if n.endswith(f", {PRETRAINED}")]
         best, of_svd = max(of_model, key=mean), mean(svd)
@@ -117,12 +120,17 @@ def remarks(
     return found
 
 
-def below_frozen(name: str, label: str, tuned: float, frozen: float) -> list[str]:
-    """Return a sentence if a training ended below the frozen embedding it began with, else none."""
-    if not tuned < frozen - _LESS:
+def below_frozen(name: str, label: str, tuned: float, frozen: dict[str, float]) -> list[str]:
+    """Return a sentence if a training ended below a regression on its frozen encoder, else none.
+
+    `frozen` holds scores by what was regressed on; a training began at one of them.
+    """
+    best = max(frozen, key=lambda features: frozen[features], default="")
+    if not best or not tuned < frozen[best] - _LESS:
         return []
+    own = f"its own frozen {best.removeprefix('frozen ')}"
     return [
-        f"{name}: {label} {tuned:.3f} is below that of its own frozen embedding, {frozen:.3f}. "
+        f"{name}: {label} {tuned:.3f} is below that of {own}, {frozen[best]:.3f}. "
         "That is a training that failed, and says nothing of the weights: more steps, a start at "
         "the probe, or another learning rate"
     ]

@@ -86,10 +86,13 @@ class _Problem:
     svd: CorpusSvd | None
     state: CellState | None
 
-    def finetuned(self, encoder: Encoder, train: np.ndarray, seed: int, name: str) -> Classifier:
+    def finetuned(
+        self, encoder: Encoder, train: np.ndarray, seed: int, name: str, state: CellState | None
+    ) -> Classifier:
         """Return a classifier of training cells; some of them decide when to stop, if asked to.
 
-        `name` tells this training's progress from that of the others.
+        `name` tells this training's progress from that of the others; `state` is what it reads, if
+        the settings want it.
         """
         validation = None
         if self.settings.patience:
@@ -98,6 +101,7 @@ class _Problem:
         return finetune(
             encoder, self.vocabulary, *self._examples(train), self.settings, seed, validation,
             self.unfinished.training(name), self.ranks,
+            state if self.settings.features == "state" else None,
         )  # fmt: skip
 
     def divided(self, train: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -125,13 +129,13 @@ class _Problem:
             device=self.settings.device, bf16=self.settings.bf16,
         )  # fmt: skip
         predictions = {f"{FROZEN}, {weights}": self._from_states(means, train, used, seed)}
-        if self.state:
-            state = self.state
+        state = self.state
+        if state:
             if weights != PRETRAINED:
                 state = reduced(state.svd, tokens[: len(train)], means[: len(train)])
             states = state.of_means(tokens, means)
             predictions[f"{CELL_STATE}, {weights}"] = self._from_states(states, train, used, seed)
-        classifier = self.finetuned(encoder, train, seed, f"seed-{seed}, {weights}")
+        classifier = self.finetuned(encoder, train, seed, f"seed-{seed}, {weights}", state)
         probabilities = classifier.predict_cells(self._tokens(test), self.target.head.name)
         name = f"{FINE_TUNED}, {weights}"
         predictions[name] = probabilities.argmax(axis=1)
@@ -194,23 +198,23 @@ def finetune_cells(
         if folder is not None:
             require_new(folder)
     device = ranks.device.type if ranks else choose_device(options.device)
-    settings = replace(options.settings, device=device)
     limits = (options.max_train_per_class, options.max_test_per_class)
     network, vocabulary = load_exported(model_folder, options.vocabulary)
     is_first = ranks is None or ranks.is_first
+    state = folder_cell_state(model_folder, vocabulary)
     identity = {
         "cells": content_sha256(cells),
         "model": model_digest(model_folder, vocabulary),
-        **_what_decides(label, options, reading),
+        **_what_decides(label, options, reading, state is not None),
     }
     unfinished = Unfinished(out, identity, writes=is_first)
-    columns = tuple(dict.fromkeys([*reading.columns, label, *([donor] if donor else [])]))
+    columns = tuple(c for c in dict.fromkeys([*reading.columns, label, donor]) if c)
     encoded = encode_file(cells, vocabulary, replace(reading, columns=columns))
     labelled, dropped = _labelled(encoded, label, donor)
-    donors = labelled.metadata[donor].to_numpy(dtype=str) if donor else None
     problem = _Problem(
-        vocabulary, labelled, _target(labelled, label, donors), settings, ranks, unfinished,
-        CorpusSvd.found_in(model_folder, vocabulary), folder_cell_state(model_folder, vocabulary),
+        vocabulary, labelled, _target(labelled, label, donor),
+        replace(options.settings, device=device), ranks, unfinished,
+        CorpusSvd.found_in(model_folder, vocabulary), state,
     )  # fmt: skip
     _require_enough_to_stop(problem, options.seeds, limits)
     per_seed = [
@@ -230,7 +234,7 @@ def finetune_cells(
         "split": f"by {donor}" if donor else "stratified by class, cells of a donor on both sides",
         "model": str(model_folder.name),
         "vocabulary_sha256": vocabulary.sha256,
-        "settings": asdict(settings),
+        "settings": asdict(problem.settings),
         "donor": donor,
         "max_train_per_class": limits[0],
         "max_test_per_class": limits[1],
@@ -240,7 +244,7 @@ def finetune_cells(
     }
     if save_head is not None:
         every = limit_per_class(np.arange(len(labels)), labels, limits[0], 0)
-        classifier = problem.finetuned(encoder_of(network), every, 0, "head")
+        classifier = problem.finetuned(encoder_of(network), every, 0, "head", state)
         if is_first:
             save_classifier(classifier, save_head, {k: results[k] for k in _OF_HEAD})
     if is_first:
@@ -249,19 +253,23 @@ def finetune_cells(
     return results
 
 
-def _what_decides(label: str, options: FinetuneOptions, reading: SourceOptions) -> dict:
+def _what_decides(
+    label: str, options: FinetuneOptions, reading: SourceOptions, has_state: bool
+) -> dict:
     """Return the settings that decide the scores, but for the number of seeds."""
     return {
         "options": repr(reading),
         "columns": [label, options.donor],
         "settings": options.settings.deciding()
         | options.settings.of_training_on_cells
+        | options.settings.reading(has_state)
         | {"device": "cpu"},  # wherever it is computed
         "limits": (options.max_train_per_class, options.max_test_per_class),
     }
 
 
-def _target(cells: CellSet, label: str, donors: np.ndarray | None) -> Target:
+def _target(cells: CellSet, label: str, donor: str | None) -> Target:
+    donors = cells.metadata[donor].to_numpy(dtype=str) if donor else None
     classes = sorted(set(cells.metadata[label]))
     labels = np.array([classes.index(v) for v in cells.metadata[label]])
     return Target(Head(label, "cells", tuple(classes)), labels, donors)

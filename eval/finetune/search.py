@@ -26,6 +26,7 @@ from eval.finetune.progress import identity_of
 from eval.finetune.settings import SEARCHED, FinetuneSettings
 from eval.finetune.training import finetune
 from eval.scores.splits import too_few_to_stop_by
+from pretrain.cell_states.cell_state import CellState
 from pretrain.model.architectures import Encoder
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ def search(
     groups: np.ndarray | None = None,
     folder: Path | None = None,
     score: Score = macro_f1,
+    state: CellState | None = None,
 ) -> FinetuneSettings:
     """Return the settings with the best score on an inner validation split of the training cells.
 
@@ -93,6 +95,8 @@ def search(
         continues with the same result. None: they are kept in memory.
     score
         (classifier, validation cells, their targets) -> number, larger is better.
+    state
+        As in `eval.finetune.training.finetune`.
 
     Raises
     ------
@@ -107,7 +111,7 @@ def search(
         logger.info("search: no trial stops early: %s", few)
         settings = replace(settings, patience=0)
     space = _space(encoder, settings)
-    key = identity_of(encoder, vocabulary, settings, seed, [train, held_out])
+    key = identity_of(encoder, vocabulary, settings, seed, [train, held_out], state)
     study = _open_study(folder, f"{key} {' '.join(space)}")
     while (number := _num_finished(study)) < trials:
         # Each trial has its own sampler, so that a search that continues after a kill draws the
@@ -122,7 +126,7 @@ def search(
         try:
             classifier = finetune(
                 encoder, vocabulary, *train, chosen, seed,
-                validation=held_out if chosen.patience else None, folder=place,
+                validation=held_out if chosen.patience else None, folder=place, state=state,
             )  # fmt: skip
         except FloatingPointError as error:
             logger.info("search: trial %d of %d diverged (%s)", number + 1, trials, error)

@@ -32,6 +32,9 @@ class FinetuneSettings:
         0: as `epochs` say. A few hundred cells are not learnt in five passes.
     start
         ``probe``: of a regression on the frozen states (`eval.finetune.probe_start`).
+    features
+        What a head of cells reads: ``state``: the cell state, where the model has one (its counted
+        part stays, its learned part follows the encoder), else the ``mean`` of the last layer.
     learning_rate
         Of AdamW; linear warm-up over `warmup_share` of all steps, linear decay to 0. Geneformer:
         5e-5.
@@ -66,6 +69,12 @@ class FinetuneSettings:
         Literal["probe", "random"],
         typer.Option(help="head's first weights: probe (of the frozen encoder) or random"),
     ] = "random"
+    features: Annotated[
+        Literal["state", "mean"],
+        typer.Option(
+            help="what a head of cells reads: the cell state if there is one, or the mean"
+        ),
+    ] = "state"
     learning_rate: Annotated[float, typer.Option(help="peak, of the encoder")] = 2e-4
     head_learning_rate: Annotated[float | None, typer.Option(help="peak, of the head")] = None
     layer_decay: Annotated[
@@ -104,6 +113,8 @@ class FinetuneSettings:
             wrong.append(f"layer_decay={self.layer_decay} (above 0, at most 1)")
         if self.start not in ("probe", "random"):
             wrong.append(f"start={self.start} (probe or random)")
+        if self.features not in ("state", "mean"):
+            wrong.append(f"features={self.features} (state or mean)")
         wrong += [f"{k}={getattr(self, k)} (below 1)" for k in ("warmup_share", "dropout")
                   if not getattr(self, k) < 1]  # fmt: skip
         if self.device not in ("cpu", "cuda"):
@@ -115,11 +126,21 @@ class FinetuneSettings:
         """Return what decides a training's result, as JSON, for keys of what is kept.
 
         The device is left out, for it changes only the last bits, and so are settings that came
-        later, where they change nothing: a key that was written before them stays.
+        later, where they change nothing: a key that was written before them stays. So are the
+        features, for what a head reads depends on the model too: see `reading`.
         """
         return {
-            k: v for k, v in asdict(self).items() if k != "device" and (k, v) not in _CHANGE_NOTHING
+            k: v
+            for k, v in asdict(self).items()
+            if k not in ("device", "features") and (k, v) not in _CHANGE_NOTHING
         }
+
+    def reading(self, has_state: bool) -> dict[str, Any]:
+        """Return what heads of cells read, as JSON for keys, of a model with a cell state or none.
+
+        Heads of means have the keys that they always had.
+        """
+        return {"reads": "cell state"} if has_state and self.features == "state" else {}
 
     @property
     def of_training(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from eval.finetune.classifier import (
 )
 from eval.finetune.probe_start import start_from_probe
 from eval.finetune.progress import FinetuningProgress, identity_of, load_progress, save_progress
+from pretrain.cell_states.cell_state import CellState
 from pretrain.cell_states.frozen_states import length_batches
 from pretrain.model.architectures import Encoder, layers_of
 from pretrain.optim import StageZeroClipper, parameter_groups
@@ -63,6 +64,7 @@ def finetune(
     validation: tuple[list[np.ndarray], list[Target]] | None = None,
     folder: Path | None = None,
     ranks: Ranks | None = None,
+    state: CellState | None = None,
 ) -> Classifier:
     """Return a trained classifier; `encoder` and torch's random state are not changed.
 
@@ -84,6 +86,8 @@ def finetune(
     ranks
         The result of `pretrain.ranks.dist.start`: the cells of each step are divided over ranks.
         None: this process alone.
+    state
+        Heads of cells read cell states like this one; None: means of the last layer.
 
     Raises
     ------
@@ -104,7 +108,7 @@ def finetune(
     devices = [torch.cuda.current_device()] if settings.device == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        classifier = Classifier(copy.deepcopy(encoder), vocabulary, heads, settings)
+        classifier = Classifier(copy.deepcopy(encoder), vocabulary, heads, settings, state)
         targets = _learnable(vocabulary, tokens, targets)
         weights = _class_weights(tokens, targets, settings)
         examples = _Examples(tokens, targets, weights, settings.device)
@@ -120,7 +124,8 @@ def finetune(
                 raise ValueError("patience: no validation cell has a labelled item")
         key = ""
         if folder is not None:
-            key = identity_of(encoder, vocabulary, settings, seed, [(tokens, targets), validation])
+            parts = [(tokens, targets), validation]
+            key = identity_of(encoder, vocabulary, settings, seed, parts, state)
         return _Training(classifier, examples, checks, seed, ranks).run(folder, key)
 
 
@@ -398,7 +403,7 @@ def _start_heads(classifier: Classifier, examples: _Examples, seed: int) -> None
     for i, output in enumerate(classifier.outputs):
         assert isinstance(output, torch.nn.Linear)
         found, label, group = (np.concatenate(x[i]) for x in (states, labels, groups))
-        classifier.centres[i] = torch.from_numpy(found.mean(axis=0))
+        classifier.centres[i, : found.shape[1]] = torch.from_numpy(found.mean(axis=0))
         strength = start_from_probe(output, found, label, group, settings.class_weights, seed)
         logger.debug("head %s: from a probe, C = %g", classifier.heads[i].name, strength)
 

@@ -40,6 +40,9 @@ NUM_COUNTED, NUM_LEARNED = 80, 32
 # (.835, .835, .836 on average over six labelled sets), so a few are enough for the directions.
 NUM_CELLS = 256
 _FORMAT = "geneloom-cell-state/1"
+# A layer norm leaves one direction without any spread. In a narrow network it would be among the
+# axes, and a regression that standardises its features would weigh nothing but rounding.
+_ROUNDING = 1e-5
 # All cells of a block have a similar length, so a few cells of many blocks are used.
 _MOST_BLOCKS = 64
 
@@ -55,7 +58,8 @@ class CellState:
     centre
         float32 [width], the mean state of the pretraining cells.
     axes
-        float32 [width, at most 32], orthonormal columns. The entry of a column with the largest
+        float32 [width, at most 32], orthonormal columns; none in which cells differ by rounding
+        only. The entry of a column with the largest
         absolute value is positive.
     scales
         float32 [2], the divisors of the two parts.
@@ -188,7 +192,8 @@ def reduced(
     has_genes = np.flatnonzero(np.isfinite(means).all(axis=1))
     spread = means[has_genes].astype(np.float64)
     centre = spread.mean(axis=0)
-    vectors = np.linalg.svd(spread - centre, full_matrices=False)[2][:NUM_LEARNED].T
+    sizes, rows = np.linalg.svd(spread - centre, full_matrices=False)[1:]
+    vectors = rows[: min(NUM_LEARNED, int((sizes > _ROUNDING * sizes[0]).sum()) or 1)].T
     largest = np.abs(vectors).argmax(axis=0)
     axes = vectors * np.sign(vectors[largest, np.arange(vectors.shape[1])])
     counted = svd.embed_cells([tokens[i] for i in has_genes])

@@ -80,6 +80,7 @@ class CellContest(Contest[TaskT, FoldT]):
         }
         if contender.name.startswith(FINE_TUNED):
             key |= settings.of_training_on_cells
+            key |= settings.reading(bool(contender.model and contender.model.state))
             key |= {"fewest_validation_cells": FEWEST_VALIDATION_CELLS} if settings.patience else {}
             key |= {"searched": SEARCHED} if trials else {}
         return key

@@ -36,7 +36,7 @@ from eval.benchmark.outcome import Role
 from eval.benchmark.task_file import CellTask
 from eval.finetune.results import training_record
 from eval.scores.baselines import CELL_STATE, CORPUS_SVD
-from pretrain.cell_states.cell_state import reduced
+from pretrain.cell_states.cell_state import CellState, reduced
 
 FROZEN = "frozen embedding"
 # A handful of training cells gives a handful of steps; so many are taken at least.
@@ -83,16 +83,24 @@ class ClassesOfCells(ClassifiedCells[CellTask]):
         return replace(row, name=name, predict=predict, settings=settings)
 
     def cell_states(self, model: Model, role: Role, fold: CellFold) -> Features:
-        """Return cell states; the axes of a twin's are those of the training cells."""
-        assert model.state
-        used = np.concatenate([fold.capped, fold.test])
-        tokens = [self.known.cells.tokens[model.name][i] for i in used]
-        number, state = len(fold.capped), model.state
-        means = self.embeddings(0).of(model, fold.twin_seed(role), used, fold.embedded)
-        if role == "twin":
-            state = reduced(state.svd, tokens[:number], means[:number])
-        found = state.of_means(tokens, means)
+        """Return cell states of training and test cells."""
+        used, number = np.concatenate([fold.capped, fold.test]), len(fold.capped)
+        found = self.state(model, role, fold).of_means(*self.means(model, role, fold, used))
         return found[:number], found[number:]
+
+    def state(self, model: Model, role: Role, fold: CellFold) -> CellState:
+        """Return what makes cell states; the axes of a twin's are those of the training cells."""
+        assert model.state
+        if role == "model":
+            return model.state
+        return reduced(model.state.svd, *self.means(model, role, fold, fold.capped))
+
+    def means(
+        self, model: Model, role: Role, fold: CellFold, cells: np.ndarray
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """Return tokens and means of the last layer, float32 [cells, width], of cells of a fold."""
+        tokens = [self.known.cells.tokens[model.name][i] for i in cells]
+        return tokens, self.embeddings(0).of(model, fold.twin_seed(role), cells, fold.embedded)
 
     def loadings(self, model: Model, fold: CellFold) -> Features:
         """Return cells on the axes of the SVD of the model's training cells."""
@@ -108,10 +116,12 @@ class ClassesOfCells(ClassifiedCells[CellTask]):
         if steps < _FEWEST_STEPS:
             epochs = -(-_FEWEST_STEPS * settings.batch_cells // len(fold.train))
             settings = replace(settings, epochs=max(epochs, settings.epochs))
-        tokens = known.cells.tokens[model.name]
+        tokens, state = known.cells.tokens[model.name], None
+        if settings.reading(model.state is not None):
+            state = self.state(model, role, fold)
         classifier = train(
             fold.encoder(model, role), model, tokens, known.labels, known.groups,
-            fold.train, known.classes, settings, fold.seed, self.size.search_trials,
+            fold.train, known.classes, settings, fold.seed, self.size.search_trials, state,
         )  # fmt: skip
         predicted = classifier.predict_cells([tokens[i] for i in fold.test], HEAD_NAME)
         return Trained(predicted, training_record(classifier))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -36,6 +36,7 @@ from eval.benchmark.outcome import Role, TaskRun
 from eval.benchmark.scoring.integration_scores import HEADLINE, score_embedding
 from eval.benchmark.task_file import IntegrationTask
 from eval.finetune.results import training_record
+from eval.finetune.settings import FinetuneSettings
 from eval.scores.splits import require_clean_split
 
 _MOST_DRAWN_CELLS = 2_000
@@ -67,6 +68,11 @@ class Integration(CellContest[IntegrationTask, Part]):
     """
 
     headline = HEADLINE
+
+    @property
+    def settings(self) -> FinetuneSettings:
+        """Heads read means: what is scored after a training is what its head read."""
+        return replace(super().settings, features="mean")
 
     @property
     def folds_per_seed(self) -> int:

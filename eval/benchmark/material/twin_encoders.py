@@ -22,6 +22,7 @@ from eval.finetune.classifier import Classifier, FinetuneSettings, Head, Target
 from eval.finetune.results import training_record
 from eval.finetune.training import finetune
 from eval.scores.splits import validation_cells
+from pretrain.cell_states.cell_state import CellState
 from pretrain.cell_states.frozen_states import embed_cells
 from pretrain.export.model_folder import random_twin
 from pretrain.model import architectures
@@ -134,6 +135,8 @@ def settings_of(size: Size, device: str, bf16: bool) -> FinetuneSettings:
         head_learning_rate=size.head_learning_rate,
         batch_cells=size.batch_cells,
         freeze_layers=size.freeze_layers,
+        # A head that begins at random is trained as published, on means.
+        features="state" if size.start == "probe" else "mean",
         device=device,
         bf16=bf16,
         patience=_PATIENCE if size.epochs > _PATIENCE else 0,
@@ -151,6 +154,7 @@ def train(
     settings: FinetuneSettings,
     seed: int,
     search_trials: int = 0,
+    state: CellState | None = None,
 ) -> Classifier:
     """Return a classifier with the head `HEAD_NAME`, trained on `cells` and on nothing else.
 
@@ -164,6 +168,8 @@ def train(
         int positions of the training cells.
     search_trials
         Trials of the search for settings, starting from `settings`; 0: none.
+    state
+        The head reads cell states like this one; None: means of the last layer.
     """
     target = Target(Head(HEAD_NAME, "cells", tuple(classes)), labels.astype(np.int64), groups)
 
@@ -183,14 +189,14 @@ def train(
         known = groups[cells] if groups is not None else None
         found, targets = examples(cells)
         settings = search(
-            encoder, model.vocabulary, found, targets, settings, seed, search_trials, known, None
-        )
-    if divided is None:
-        return finetune(encoder, model.vocabulary, *examples(cells), settings, seed)
-    fit, held = divided
+            encoder, model.vocabulary, found, targets, settings, seed, search_trials, known, None,
+            state=state,
+        )  # fmt: skip
+    fit, held = (cells, None) if divided is None else divided
     return finetune(
-        encoder, model.vocabulary, *examples(fit), settings, seed, validation=examples(held)
-    )
+        encoder, model.vocabulary, *examples(fit), settings, seed,
+        validation=None if held is None else examples(held), state=state,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

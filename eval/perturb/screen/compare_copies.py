@@ -306,6 +306,11 @@ def _means(values: np.ndarray, counted: np.ndarray) -> np.ndarray:
 def _cell_head(classifier: Classifier | None) -> Head | None:
     if classifier is None:
         return None
+    if classifier.reader:
+        raise ValueError(
+            "--head: reads cell states, whose counted part perturbed copies do not have; train one "
+            "with `geneloom finetune cells --features mean`"
+        )
     heads = [h for h in classifier.heads if h.kind == "cells"]
     if len(heads) != 1:
         names = [f"{h.name} ({h.kind})" for h in classifier.heads]
