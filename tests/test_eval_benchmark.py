@@ -267,6 +267,37 @@ def test_a_file_and_a_column_are_a_task(world, tmp_path):
             own_task(*arguments)
 
 
+def test_one_class_of_genes_among_all_others(world, tmp_path):
+    """A table of three classes: as `--positive` says; a gene of two classes is no example."""
+    from eval.benchmark.material.gene_labels import read_labels
+    from eval.benchmark.own_task import own_task
+
+    cells, table = world["folder"] / "cells.h5ad", tmp_path / "three.csv"
+    genes = [row.split("\t")[0] for row in (world["folder"] / "labels.tsv").read_text().split("\n")]
+    kinds = dict(zip(genes[1:41], ["core", "near", "far", ""] * 10, strict=True))
+    rows = [*kinds.items(), (genes[1], "far")]
+    table.write_text("gene,kind\n" + "\n".join(f"{g},{k}" for g, k in rows) + "\n")
+    task = own_task(cells, "kind", table, positive="near")
+    assert (task.positive, task.negative) == ("near", "all others")
+    found = read_labels(task, world["folder"])
+    labels = dict(zip(found.ids, found.labels.tolist(), strict=True))
+    # The first gene is in two classes, but in neither of the two that are told apart.
+    assert labels == {g: int(k == "near") for g, k in kinds.items() if k}
+    assert found.excluded["no label"] == 10 and found.excluded["repeated"] == 1
+    core = read_labels(own_task(cells, "kind", table, positive="core"), world["folder"])
+    assert genes[1] not in core.ids and core.excluded["ambiguous"] == 1
+    both = table.with_name("two.csv")
+    both.write_text("gene,kind\n" + "\n".join(f"{g},{k}" for g, k in rows if k in ("near", "")))
+    for arguments, message in (
+        ({"genes": table}, "kind has 3 classes .* name one with --positive"),
+        ({"genes": table, "positive": "fat"}, "--positive fat: column kind of .* has"),
+        ({"positive": "near"}, "--positive near: is a class of --genes"),
+        ({"genes": both, "positive": "near"}, "kind has 1 classes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            own_task(cells, "kind", **arguments)
+
+
 @pytest.mark.long
 def test_a_column_of_cells_is_benchmarked_by_the_command(world, tmp_path):
     from typer.testing import CliRunner

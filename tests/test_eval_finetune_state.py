@@ -15,8 +15,9 @@ from data_prep.genes.vocabulary import Vocabulary
 from eval.finetune.settings import FinetuneSettings
 
 QUICK = FinetuneSettings(
-    epochs=2, batch_cells=12, learning_rate=1e-3, head_learning_rate=1e-3, start="probe"
-)
+    epochs=2, batch_cells=12, learning_rate=1e-3, head_learning_rate=1e-3, start="probe",
+    features="state",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +206,50 @@ def test_the_command_takes_the_state_where_there_is_one(made, labelled_cells, tm
         found = finetune_cells(labelled_cells, folder, "kind", tmp_path / f"{name} scores", options)
         assert (load_classifier(tmp_path / name).reader is not None) == (name == "state")
         assert ("cell state, pretrained" in found["summary"]) == (name != "none")
+
+
+def test_the_better_of_both_is_read(made):
+    """By held-out training cells; whole donors, so that one donor a class says nothing."""
+    still = replace(QUICK, epochs=1, learning_rate=1e-9, head_learning_rate=1e-9, features="auto")
+    noise = np.random.default_rng(1).normal(size=made.state.svd.components.shape)
+    # A counted part of noise, that outweighs what is learned: the scales of a broken state.
+    of_noise = replace(
+        made.state, svd=replace(made.state.svd, components=noise.astype(np.float32)),
+        axes=np.zeros_like(made.state.axes),
+    )  # fmt: skip
+    for state, donors, reads in (
+        (made.state, None, True),
+        (of_noise, None, False),
+        (of_noise, np.array(["ill", "well"])[made.of_cells.labels], True),
+        (of_noise, np.arange(48) // 4, False),
+    ):
+        target = replace(made.of_cells, groups=donors)
+        trained = train(made, still, targets=[target, made.of_genes], state=state)
+        assert (trained.reader is not None) == reads, (state is of_noise, donors)
+        assert training_reads(trained) == ("cell state" if reads else "mean")
+    random = train(made, replace(still, start="random"), targets=[made.of_cells])
+    assert random.reader is None, "a head that begins at random reads means, as published"
+
+
+def training_reads(trained) -> str:
+    from eval.finetune.results import training_record
+
+    return training_record(trained)["reads"]
+
+
+def test_what_a_head_reads_is_in_the_keys():
+    """Older keys, of heads of means, stay."""
+    auto = replace(QUICK, features="auto")
+    assert auto.reading(True) == {"reads": "chosen"}
+    assert QUICK.reading(True) == {"reads": "cell state"}
+    for settings, has_state in (
+        (auto, False), (QUICK, False), (replace(auto, start="random"), True),
+        (replace(QUICK, features="mean"), True),
+    ):  # fmt: skip
+        assert settings.reading(has_state) == {}
+    assert "features" not in auto.deciding()
+    with pytest.raises(ValueError, match=r"features=both \(auto, state or mean\)"):
+        replace(QUICK, features="both")
 
 
 def test_a_screen_refuses_a_head_of_cell_states(made):

@@ -66,6 +66,9 @@ class OwnTask:
     genes: Annotated[
         Path | None, typer.Option(help="table of genes whose --label is predicted, in --cells")
     ] = None
+    positive: Annotated[
+        str | None, typer.Option(help="class of --genes that is looked for among all others")
+    ] = None
     group: Annotated[
         str | None, typer.Option(help="column of --cells: groups (donors) stay whole")
     ] = None
@@ -203,7 +206,7 @@ def _own_tasks(
         raise ValueError("--data: is of the supplied tasks; --cells says where its file is")
     from eval.benchmark.own_task import own_task
 
-    made = own_task(own.cells, own.label, own.genes, own.group, own.batch)
+    made = own_task(own.cells, own.label, own.genes, own.group, own.batch, own.positive)
     read = {"counts": reading.counts, "gene_column": reading.gene_column}
     made = made.model_copy(update={"cells": made.cells.model_copy(update=read)})
     return [*files, made], own.cells.resolve().parent

@@ -20,6 +20,7 @@ from eval.benchmark.outcome import Outcome, Role, Store, TaskRun
 from eval.benchmark.own_task import own_task
 from eval.benchmark.task_file import GeneTask, Size
 from eval.finetune.classifier import Head, save_classifier
+from eval.finetune.progress import Unfinished
 from eval.finetune.results import (
     FINE_TUNED,
     PRETRAINED,
@@ -30,7 +31,6 @@ from eval.finetune.results import (
     write_results,
 )
 from eval.finetune.settings import FinetuneGenesOptions, FinetuneSettings
-from eval.finetune.unfinished import Unfinished
 from eval.options import choose_device
 from eval.owning import owning
 from eval.scores.metrics import score_classes
@@ -110,7 +110,7 @@ def finetune_genes(
         Cells with raw counts, in which genes are looked at.
     genes
         Table (.csv, .tsv) with the column ``ensembl_id`` or ``gene`` and `label`, which has two
-        classes; genes without a label are left out.
+        classes, or more and `options.positive`; genes without a label are left out.
     ranks
         Of `pretrain.ranks.dist.start`: training is divided over them, and the first one writes.
 
@@ -148,7 +148,7 @@ def _ask(
     """Return the contest, after what was given is looked at."""
     device = ranks.device.type if ranks else choose_device(options.device)
     settings = replace(options.settings, device=device)
-    task = own_task(cells, label, genes)
+    task = own_task(cells, label, genes, positive=options.positive)
     assert isinstance(task, GeneTask)
     read = {"counts": reading.counts, "gene_column": reading.gene_column}
     changes = {"folds": options.folds, "cells": task.cells.model_copy(update=read)}
@@ -160,6 +160,7 @@ def _ask(
         "genes": file_sha256(genes),
         "model": model.digest,
         "label": label,
+        "classes": [task.negative, task.positive],
         "reading": repr(reading),
         "gene_names": model.gene_names,
         "settings": settings.deciding() | settings.of_training,

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from eval.benchmark.material.gene_labels import read_table
-from eval.benchmark.task_file import AnyTask, CellTask, GeneTask, IntegrationTask
+from eval.benchmark.task_file import OTHERS, AnyTask, CellTask, GeneTask, IntegrationTask
 
 _PUBLISHED = {
     "batch_cells": 12, "learning_rate": 5e-5, "head_learning_rate": None, "start": "random",
@@ -45,6 +45,7 @@ def own_task(
     genes: Path | None = None,
     group: str | None = None,
     batch: str | None = None,
+    positive: str | None = None,
 ) -> AnyTask:
     """Return the task that files and a column describe; its data folder is that of the cells.
 
@@ -53,18 +54,21 @@ def own_task(
     cells
         Any file of cells that `geneloom` reads.
     label
-        Column with classes: of obs, or with `genes` of that table, where it has two.
+        Column with classes: of obs, or with `genes` of that table, where it has two, or more and
+        `positive`.
     genes
         Table (.csv, .tsv) with the column ``ensembl_id`` or ``gene`` and `label`.
     group
         Column of obs whose groups (donors) stay whole.
     batch
         Column of obs: integration is scored, instead of classes.
+    positive
+        Class of genes that is looked for among all others; None: the smaller one of two.
 
     Raises
     ------
     ValueError
-        A file is missing, or the table has no such column, or not two classes.
+        A file is missing, or the table has no such column, not two classes, or not `positive`.
     """
     if not cells.exists():
         raise ValueError(f"--cells {cells}: no such file")
@@ -72,7 +76,7 @@ def own_task(
     if genes is not None:
         if group or batch:
             raise ValueError("--genes: folds are over genes; --group and --batch are of cells")
-        positive, negative = _two_classes(genes, label)
+        positive, negative = _two_classes(genes, label, positive)
         return GeneTask.model_validate(
             common | {
                 "kind": "genes", "name": genes.stem, "sizes": _OF_GENES,
@@ -81,6 +85,8 @@ def own_task(
                 "positive": positive, "negative": negative,
             }
         )  # fmt: skip
+    if positive is not None:
+        raise ValueError(f"--positive {positive}: is a class of --genes; cells are told into all")
     common |= {"sizes": _OF_CELLS, "label": label}
     if batch:
         return IntegrationTask.model_validate(
@@ -97,8 +103,8 @@ def own_task(
     )  # fmt: skip
 
 
-def _two_classes(path: Path, label: str) -> tuple[str, str]:
-    """Return the smaller and the larger class of a table's column."""
+def _two_classes(path: Path, label: str, positive: str | None) -> tuple[str, str]:
+    """Return the class of a table's column that is looked for, and the other one or `OTHERS`."""
     if not path.is_file():
         raise ValueError(f"--genes {path}: no such file")
     table = read_table(path)
@@ -106,10 +112,16 @@ def _two_classes(path: Path, label: str) -> tuple[str, str]:
         raise ValueError(f"--label {label}: {path} has the columns {list(table)}")
     values: pd.Series = table[label].str.strip()
     sizes = values[values != ""].value_counts()
-    if len(sizes) != 2:
+    names = [str(name) for name in sizes.index]
+    if positive is not None and positive not in names:
+        raise ValueError(f"--positive {positive}: column {label} of {path} has {names[:10]}")
+    if len(names) < 2 or (len(names) > 2 and positive is None):
         raise ValueError(
-            f"{path}: column {label} has {len(sizes)} classes ({sizes.head(5).to_dict()}); two are "
-            "told apart: leave the labels of others empty, or name two of them in a task file of "
-            "`geneloom benchmark` (docs/evaluation.md)"
+            f"{path}: column {label} has {len(names)} classes ({sizes.head(5).to_dict()}); two are "
+            "told apart: name one with --positive, which is looked for among all others, or leave "
+            "the labels of others empty"
         )
-    return str(sizes.index[1]), str(sizes.index[0])
+    if positive is None:
+        return names[1], names[0]
+    others = [name for name in names if name != positive]
+    return positive, others[0] if len(others) == 1 else OTHERS

@@ -148,6 +148,10 @@ class _Task(_Section):
         return self.cells.files
 
 
+# Instead of the name of a class of genes: every labelled gene that is not in the other one.
+OTHERS = "all others"
+
+
 class GeneTask(_Task):
     """Classes of genes, told apart by their states in cells; folds over genes."""
 
@@ -159,7 +163,7 @@ class GeneTask(_Task):
     label_column: str = "label"
     # Label of the class that is looked for.
     positive: str
-    # Label of the other class.
+    # Label of the other class, or `OTHERS`.
     negative: str
     # Label -> genes of the full data set; other counts are reported.
     expected_genes: dict[str, int] = {}

@@ -145,14 +145,19 @@ class Classifier(nn.Module):
         self.start_loss: float | None = None
         _freeze(encoder, settings)
         self.dropout = nn.Dropout(settings.dropout)
+        self.read(state)
+
+    def read(self, state: CellState | None) -> None:
+        """Let heads of cells read cell states like this one, or means; heads begin anew."""
         self.reader = StateReader(state) if state else None
-        widths = [self._width(h) for h in heads]
+        widths = [self._width(h) for h in self.heads]
         self.outputs = nn.ModuleList(
-            nn.Linear(w, len(h.classes)) for w, h in zip(widths, heads, strict=True)
+            nn.Linear(w, len(h.classes)) for w, h in zip(widths, self.heads, strict=True)
         )
         # Not saved: without dropout, as in predictions, it changes nothing.
-        self.register_buffer("centres", torch.zeros(len(heads), max(widths)), persistent=False)
-        nn.Module.to(self, torch.device(settings.device))
+        centres = torch.zeros(len(self.heads), max(widths))
+        self.register_buffer("centres", centres, persistent=False)
+        nn.Module.to(self, torch.device(self.settings.device))
 
     def _width(self, head: Head) -> int:
         """Return how many numbers a head reads."""

@@ -62,16 +62,14 @@ def start_from_probe(
     balanced
         All classes have the same weight.
     """
-    random = np.random.default_rng(seed)
-    if len(labels) > MOST_STATES:
-        chosen = np.sort(random.choice(len(labels), MOST_STATES, replace=False))
-        states, labels, groups = states[chosen], labels[chosen], groups[chosen]
+    states, labels, groups = _at_most(states, labels, groups, seed)
     classes = np.unique(labels)
     if len(classes) < 2:
         return math.nan  # a regression cannot learn from one class
     scaler = StandardScaler().fit(states)
     scaled = scaler.transform(states)
-    strength = _best_penalty(scaled, labels, groups, balanced, seed)
+    losses = _losses(scaled, labels, groups, balanced, seed)
+    strength = min(losses, key=lambda c: losses[c]) if losses else UNCHOSEN
     fitted = _fit(scaled, labels, strength, balanced)
     weights, bias = fitted.coef_, fitted.intercept_
     if len(classes) == 2:  # one row: log-odds of the second class
@@ -86,20 +84,43 @@ def start_from_probe(
     return strength
 
 
-def _best_penalty(
+def heldout_loss(
     states: np.ndarray, labels: np.ndarray, groups: np.ndarray, balanced: bool, seed: int
 ) -> float:
-    losses = {strength: 0.0 for strength in PENALTIES}
-    num_folds = 0
-    for train, test in _folds(states, labels, groups, seed):
-        num_folds += 1
-        for strength in PENALTIES:
+    """Return the mean log-loss of held-out groups with the best penalty; 0 without folds.
+
+    Parameters are those of `start_from_probe`.
+    """
+    states, labels, groups = _at_most(states, labels, groups, seed)
+    if len(np.unique(labels)) < 2:
+        return 0.0
+    scaled = StandardScaler().fit_transform(states)
+    return min(_losses(scaled, labels, groups, balanced, seed).values(), default=0.0)
+
+
+def _at_most(
+    states: np.ndarray, labels: np.ndarray, groups: np.ndarray, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return at most `MOST_STATES` items."""
+    if len(labels) <= MOST_STATES:
+        return states, labels, groups
+    random = np.random.default_rng(seed)
+    chosen = np.sort(random.choice(len(labels), MOST_STATES, replace=False))
+    return states[chosen], labels[chosen], groups[chosen]
+
+
+def _losses(
+    states: np.ndarray, labels: np.ndarray, groups: np.ndarray, balanced: bool, seed: int
+) -> dict[float, float]:
+    """Return the mean log-loss over folds of each penalty; nothing where there are no folds."""
+    folds = list(_folds(states, labels, groups, seed))
+    losses = dict.fromkeys(PENALTIES, 0.0) if folds else {}
+    for train, test in folds:
+        for strength in losses:
             fitted = _fit(states[train], labels[train], strength, balanced)
             guessed = fitted.predict_proba(states[test])
-            losses[strength] += log_loss(labels[test], guessed, labels=fitted.classes_)
-    if num_folds == 0:
-        return UNCHOSEN
-    return min(PENALTIES, key=lambda strength: losses[strength])
+            losses[strength] += log_loss(labels[test], guessed, labels=fitted.classes_) / len(folds)
+    return losses
 
 
 def _folds(

@@ -21,6 +21,7 @@ from eval.finetune.classifier import (
     Target,
     save_classifier,
 )
+from eval.finetune.progress import Unfinished
 from eval.finetune.results import (
     FINE_TUNED,
     FROZEN,
@@ -34,7 +35,6 @@ from eval.finetune.results import (
 )
 from eval.finetune.settings import FinetuneOptions, FinetuneSettings
 from eval.finetune.training import finetune
-from eval.finetune.unfinished import Unfinished
 from eval.options import choose_device
 from eval.owning import owning
 from eval.scores.baselines import (
@@ -91,8 +91,7 @@ class _Problem:
     ) -> Classifier:
         """Return a classifier of training cells; some of them decide when to stop, if asked to.
 
-        `name` tells this training's progress from that of the others; `state` is what it reads, if
-        the settings want it.
+        `name` tells this training's progress from that of the others; `state` is what it may read.
         """
         validation = None
         if self.settings.patience:
@@ -101,7 +100,7 @@ class _Problem:
         return finetune(
             encoder, self.vocabulary, *self._examples(train), self.settings, seed, validation,
             self.unfinished.training(name), self.ranks,
-            state if self.settings.features == "state" else None,
+            state,
         )  # fmt: skip
 
     def divided(self, train: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

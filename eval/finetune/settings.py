@@ -33,8 +33,10 @@ class FinetuneSettings:
     start
         ``probe``: of a regression on the frozen states (`eval.finetune.probe_start`).
     features
-        What a head of cells reads: ``state``: the cell state, where the model has one (its counted
-        part stays, its learned part follows the encoder), else the ``mean`` of the last layer.
+        What a head of cells reads: the ``mean`` of the last layer, or the cell ``state``, where the
+        model has one (its counted part stays, its learned part follows the encoder). ``auto``:
+        whichever tells held-out training cells better in a probe; the state where there is nothing
+        to choose by, the mean where the head begins at random.
     learning_rate
         Of AdamW; linear warm-up over `warmup_share` of all steps, linear decay to 0. Geneformer:
         5e-5.
@@ -70,11 +72,9 @@ class FinetuneSettings:
         typer.Option(help="head's first weights: probe (of the frozen encoder) or random"),
     ] = "random"
     features: Annotated[
-        Literal["state", "mean"],
-        typer.Option(
-            help="what a head of cells reads: the cell state if there is one, or the mean"
-        ),
-    ] = "state"
+        Literal["auto", "state", "mean"],
+        typer.Option(help="what a head of cells reads: state, mean, or the better one (auto)"),
+    ] = "auto"
     learning_rate: Annotated[float, typer.Option(help="peak, of the encoder")] = 2e-4
     head_learning_rate: Annotated[float | None, typer.Option(help="peak, of the head")] = None
     layer_decay: Annotated[
@@ -113,8 +113,8 @@ class FinetuneSettings:
             wrong.append(f"layer_decay={self.layer_decay} (above 0, at most 1)")
         if self.start not in ("probe", "random"):
             wrong.append(f"start={self.start} (probe or random)")
-        if self.features not in ("state", "mean"):
-            wrong.append(f"features={self.features} (state or mean)")
+        if self.features not in ("auto", "state", "mean"):
+            wrong.append(f"features={self.features} (auto, state or mean)")
         wrong += [f"{k}={getattr(self, k)} (below 1)" for k in ("warmup_share", "dropout")
                   if not getattr(self, k) < 1]  # fmt: skip
         if self.device not in ("cpu", "cuda"):
@@ -140,7 +140,14 @@ class FinetuneSettings:
 
         Heads of means have the keys that they always had.
         """
-        return {"reads": "cell state"} if has_state and self.features == "state" else {}
+        if not has_state or not self.may_read_state:
+            return {}
+        return {"reads": "cell state" if self.features == "state" else "chosen"}
+
+    @property
+    def may_read_state(self) -> bool:
+        """Whether heads of cells may read a model's cell state."""
+        return self.features == "state" or (self.features == "auto" and self.start == "probe")
 
     @property
     def of_training(self) -> dict[str, Any]:
@@ -206,6 +213,10 @@ class FinetuneGenesOptions:
     folds: Annotated[int, typer.Option(help="over genes, at least 3")] = 5
     seeds: Annotated[int, typer.Option(min=1, help="times that genes are divided anew")] = 1
     settings: FinetuneSettings = OF_GENES
+    positive: Annotated[
+        str | None,
+        typer.Option(help="class that is looked for among all others"),
+    ] = None
     max_cells: Annotated[
         int | None, typer.Option(min=10, help="cells that genes are looked at in, drawn")
     ] = 120

@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
 from data_prep.genes.vocabulary import Vocabulary
 from data_prep.hashing import stream_key
 from eval.finetune.classifier import (
     Classifier,
     FinetuneSettings,
-    Items,
     Target,
-    gene_items,
 )
-from eval.finetune.probe_start import start_from_probe
+from eval.finetune.examples import Examples, class_weights, learnable, require_fitting
+from eval.finetune.probe_start import heldout_loss, start_from_probe
 from eval.finetune.progress import FinetuningProgress, identity_of, load_progress, save_progress
 from pretrain.cell_states.cell_state import CellState
 from pretrain.cell_states.frozen_states import length_batches
@@ -87,7 +85,8 @@ def finetune(
         The result of `pretrain.ranks.dist.start`: the cells of each step are divided over ranks.
         None: this process alone.
     state
-        Heads of cells read cell states like this one; None: means of the last layer.
+        Heads of cells may read cell states like this one, as `settings.features` say; None: they
+        read means of the last layer.
 
     Raises
     ------
@@ -98,9 +97,9 @@ def finetune(
         A gradient is not finite.
     """
     heads = tuple(t.head for t in targets)
-    _require_fitting(vocabulary, tokens, targets, "training cells")
+    require_fitting(vocabulary, tokens, targets, "training cells")
     if validation is not None:
-        _require_fitting(vocabulary, *validation, "validation cells")
+        require_fitting(vocabulary, *validation, "validation cells")
         if tuple(t.head for t in validation[1]) != heads:
             raise ValueError("validation: its heads are not those of the training, in their order")
     elif settings.patience:
@@ -108,18 +107,20 @@ def finetune(
     devices = [torch.cuda.current_device()] if settings.device == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        classifier = Classifier(copy.deepcopy(encoder), vocabulary, heads, settings, state)
-        targets = _learnable(vocabulary, tokens, targets)
-        weights = _class_weights(tokens, targets, settings)
-        examples = _Examples(tokens, targets, weights, settings.device)
+        state = state if settings.may_read_state else None
+        forced = state if settings.features == "state" else None
+        classifier = Classifier(copy.deepcopy(encoder), vocabulary, heads, settings, forced)
+        targets = learnable(vocabulary, tokens, targets)
+        weights = class_weights(tokens, targets, settings)
+        examples = Examples(tokens, targets, weights, settings.device)
         if not len(examples.active):
             raise ValueError("fine-tuning: no cell has a labelled item")
         if settings.start == "probe":
-            _start_heads(classifier, examples, seed)
+            _start_heads(classifier, examples, seed, None if forced else state)
         checks = None
         if validation is not None:
-            learnable = _learnable(vocabulary, *validation)
-            checks = _Examples(validation[0], learnable, weights, settings.device)
+            kept = learnable(vocabulary, *validation)
+            checks = Examples(validation[0], kept, weights, settings.device)
             if settings.patience and not len(checks.active):
                 raise ValueError("patience: no validation cell has a labelled item")
         key = ""
@@ -129,86 +130,14 @@ def finetune(
         return _Training(classifier, examples, checks, seed, ranks).run(folder, key)
 
 
-class _Examples:
-    """Labelled cells with the weights that their loss needs.
-
-    Attributes
-    ----------
-    active
-        int64 indices of cells with a labelled item.
-    mass
-        float64 [cells, heads], sum of the class weights of a cell's labelled items, by which the
-        loss is divided.
-    """
-
-    def __init__(
-        self,
-        tokens: list[np.ndarray],
-        targets: list[Target],
-        weights: list[np.ndarray],
-        device: str,
-    ) -> None:
-        self.tokens, self._targets = tokens, targets
-        self.lengths = np.array([len(t) for t in tokens], dtype=np.int64)
-        self._weights = [torch.from_numpy(w.astype(np.float32)).to(device) for w in weights]
-        columns = []
-        for target, weight in zip(targets, weights, strict=True):
-            of_label = np.append(weight, 0.0)  # the label -1 selects this 0
-            if target.head.kind == "cells":
-                columns.append(of_label[target.labels])
-            else:
-                of_token = of_label[target.labels]
-                columns.append(np.array([of_token[t].sum() for t in tokens]))
-        self.mass = np.stack(columns, axis=1)
-        self.active = np.flatnonzero(self.mass.sum(axis=1) > 0)
-
-    def scale(self, cells: np.ndarray) -> np.ndarray:
-        """Return float64 [heads], the factors for the sums of losses over `cells`."""
-        total = self.mass[cells].sum(axis=0)
-        present = total > 0
-        return np.divide(1.0, total * present.sum(), out=np.zeros_like(total), where=present)
-
-    def groups(self, head: int) -> np.ndarray:
-        """Return [cells]: cells of a group stay together when a head's penalty is chosen."""
-        known = self._targets[head].groups
-        return np.arange(len(self.tokens)) if known is None else known
-
-    def items(self, cells: np.ndarray) -> list[Items]:
-        """Return the labelled items of cells for each head."""
-        members = [self.tokens[i] for i in cells]
-        return [self._items(t, cells, members) for t in self._targets]
-
-    def loss(self, model: Classifier, cells: np.ndarray, scale: np.ndarray) -> torch.Tensor:
-        """Return the scaled loss of cells that are computed together."""
-        members = [self.tokens[i] for i in cells]
-        items = self.items(cells)
-        total = torch.zeros((), device=self._weights[0].device)
-        logits = model(members, items)
-        for i, found in enumerate(items):
-            label = torch.from_numpy(found.label).to(total.device)
-            # The loss is computed in float32, because bfloat16 has only three digits.
-            total = total + float(scale[i]) * functional.cross_entropy(
-                logits[i].float(), label, weight=self._weights[i], reduction="sum"
-            )
-        return total
-
-    @staticmethod
-    def _items(target: Target, cells: np.ndarray, members: list[np.ndarray]) -> Items:
-        if target.head.kind == "genes":
-            return gene_items(members, target.labels)
-        labels = target.labels[cells]
-        labelled = np.flatnonzero(labels >= 0)
-        return Items(labelled, np.zeros_like(labelled), labels[labelled])
-
-
 class _Training:
     """The training loop: epochs of steps, validation, and progress on disk."""
 
     def __init__(
         self,
         classifier: Classifier,
-        examples: _Examples,
-        checks: _Examples | None,
+        examples: Examples,
+        checks: Examples | None,
         seed: int,
         ranks: Ranks | None,
     ) -> None:
@@ -329,7 +258,7 @@ class _Training:
             ) from error
         return total
 
-    def _validation_loss(self, checks: _Examples) -> float:
+    def _validation_loss(self, checks: Examples) -> float:
         """Return the loss over all validation cells together; NaN if none has a labelled item."""
         if not len(checks.active):
             return float("nan")
@@ -379,33 +308,79 @@ def _layers_above(encoder: Encoder) -> dict[nn.Parameter, int]:
     return found
 
 
-def _start_heads(classifier: Classifier, examples: _Examples, seed: int) -> None:
-    """Set every head to the weights of a regression on the states that it reads."""
-    settings = classifier.settings
-    states: list[list[np.ndarray]] = [[] for _ in classifier.heads]
-    labels: list[list[np.ndarray]] = [[] for _ in classifier.heads]
-    groups: list[list[np.ndarray]] = [[] for _ in classifier.heads]
+@dataclass(frozen=True)
+class _Read:
+    """What a head reads of its labelled items before any training: float32 [items, width].
+
+    `cells` are the positions of the items' cells, `groups` what stays together in a fold.
+    """
+
+    states: np.ndarray
+    labels: np.ndarray
+    groups: np.ndarray
+    cells: np.ndarray
+
+    def with_state(self, state: CellState, tokens: list[np.ndarray]) -> _Read:
+        """Return the cell states whose means these are."""
+        states = state.of_means([tokens[i] for i in self.cells], self.states)
+        return replace(self, states=states)
+
+
+def _start_heads(
+    classifier: Classifier, examples: Examples, seed: int, state: CellState | None
+) -> None:
+    """Set every head to the weights of a regression on the states that it reads.
+
+    With a `state`, heads of cells read it instead of means if that tells held-out items better, or
+    if there is nothing to choose by.
+    """
+    heads, balanced = classifier.heads, classifier.settings.class_weights
+    read = _frozen(classifier, examples)
+    if state:
+        changed = [
+            r.with_state(state, examples.tokens) if h.kind == "cells" else r
+            for r, h in zip(read, heads, strict=True)
+        ]
+        means, states = (
+            sum(heldout_loss(r.states, r.labels, r.groups, balanced, seed) for r in found)
+            for found in (read, changed)
+        )
+        if not means < states:
+            classifier.read(state)
+            read = changed
+    for i, (output, found) in enumerate(zip(classifier.outputs, read, strict=True)):
+        assert isinstance(output, torch.nn.Linear)
+        centre = torch.from_numpy(found.states.mean(axis=0))
+        classifier.centres[i, : len(centre)] = centre
+        strength = start_from_probe(
+            output, found.states, found.labels, found.groups, balanced, seed
+        )  # fmt: skip
+        logger.debug("head %s: from a probe, C = %g", heads[i].name, strength)
+
+
+def _frozen(classifier: Classifier, examples: Examples) -> list[_Read]:
+    """Return what each head reads of its labelled items."""
+    parts: list[list[_Read]] = [[] for _ in classifier.heads]
     classifier.eval()
     lengths = examples.lengths[examples.active]
-    for batch in length_batches(lengths, settings.token_budget):
+    for batch in length_batches(lengths, classifier.settings.token_budget):
         cells = examples.active[batch]
         items = examples.items(cells)
         with torch.inference_mode():
             read = classifier.states([examples.tokens[i] for i in cells], items)
         for i, (head, item) in enumerate(zip(classifier.heads, items, strict=True)):
-            states[i].append(read[i].float().cpu().numpy())
-            labels[i].append(item.label)
+            of_item = cells[item.cell]
             if head.kind == "cells":
-                groups[i].append(examples.groups(i)[cells[item.cell]])
+                groups = examples.groups(i)[of_item]
             else:
-                placed = zip(cells[item.cell], item.place, strict=True)
-                groups[i].append(np.array([examples.tokens[c][p] for c, p in placed], np.int64))
-    for i, output in enumerate(classifier.outputs):
-        assert isinstance(output, torch.nn.Linear)
-        found, label, group = (np.concatenate(x[i]) for x in (states, labels, groups))
-        classifier.centres[i, : found.shape[1]] = torch.from_numpy(found.mean(axis=0))
-        strength = start_from_probe(output, found, label, group, settings.class_weights, seed)
-        logger.debug("head %s: from a probe, C = %g", classifier.heads[i].name, strength)
+                placed = zip(of_item, item.place, strict=True)
+                groups = np.array([examples.tokens[c][p] for c, p in placed], np.int64)
+            states = read[i].float().cpu().numpy()
+            parts[i].append(_Read(states, item.label, groups, of_item))
+    return [
+        _Read(*(np.concatenate([getattr(r, f.name) for r in found]) for f in fields(_Read)))
+        for found in parts
+    ]
 
 
 def learning_rate_at(step: int, total_steps: int, settings: FinetuneSettings) -> float:
@@ -426,59 +401,3 @@ def _passes(cells: np.ndarray, lengths: np.ndarray, token_budget: int) -> list[n
             found.append(cells[start:stop])
             start, real = stop, lengths[cells[stop]]
     return [*found, cells[start:]]
-
-
-def _learnable(
-    vocabulary: Vocabulary, tokens: list[np.ndarray], targets: list[Target]
-) -> list[Target]:
-    """Return targets without labels of cells that have no gene, so no state to learn from."""
-    num_special = 2 if vocabulary.has_cls else 0
-    empty = np.array([len(t) <= num_special for t in tokens])
-    return [
-        replace(t, labels=np.where(empty, -1, t.labels)) if t.head.kind == "cells" else t
-        for t in targets
-    ]
-
-
-def _class_weights(
-    tokens: list[np.ndarray], targets: list[Target], settings: FinetuneSettings
-) -> list[np.ndarray]:
-    """Return float64 [classes] for each head: inverse frequency among its items, or ones."""
-    weights = []
-    for target in targets:
-        num_classes = len(target.head.classes)
-        if target.head.kind == "cells":
-            found = target.labels[target.labels >= 0]
-        else:
-            found = np.concatenate([target.labels[t] for t in tokens])
-            found = found[found >= 0]
-        counts = np.bincount(found, minlength=num_classes)
-        # A class without training examples may still occur in validation.
-        inverse = np.where(counts > 0, len(found) / np.maximum(counts, 1) / num_classes, 1.0)
-        weights.append(inverse if settings.class_weights else np.ones(num_classes))
-    return weights
-
-
-def _require_fitting(
-    vocabulary: Vocabulary, tokens: list[np.ndarray], targets: list[Target], what: str
-) -> None:
-    if not len(tokens):
-        raise ValueError(f"{what}: there are none")
-    for target in targets:
-        wanted = len(tokens) if target.head.kind == "cells" else vocabulary.num_tokens
-        if target.labels.shape != (wanted,):
-            raise ValueError(
-                f"{what}, head {target.head.name}: labels of shape {target.labels.shape}, "
-                f"expected ({wanted},), one per {target.head.kind[:-1]}"
-            )
-        if target.groups is not None and target.groups.shape != (len(tokens),):
-            raise ValueError(
-                f"{what}, head {target.head.name}: groups of shape {target.groups.shape}, "
-                f"expected ({len(tokens)},), one per cell"
-            )
-        if not -1 <= target.labels.min() <= target.labels.max() < len(target.head.classes):
-            raise ValueError(
-                f"{what}, head {target.head.name}: labels must be -1 (none) or 0 to "
-                f"{len(target.head.classes) - 1}, found {target.labels.min()} to "
-                f"{target.labels.max()}"
-            )

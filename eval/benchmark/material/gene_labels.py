@@ -10,7 +10,7 @@ import pandas as pd
 from sklearn.model_selection import StratifiedKFold
 
 from eval.benchmark.material.models_and_cells import Bench, Model, TaskCells, at_most
-from eval.benchmark.task_file import TASKS_FOLDER, GeneTask
+from eval.benchmark.task_file import OTHERS, TASKS_FOLDER, GeneTask
 from eval.cells.gene_lists import GENE_COLUMNS
 
 _YES, _NO = ("true", "1", "yes"), ("false", "0", "no", "")
@@ -51,6 +51,8 @@ class LabelledGenes:
 def read_labels(task: GeneTask, data: Path | None) -> LabelledGenes:
     """Return the genes of a task's label table that belong to one of its two classes.
 
+    The second one may be `OTHERS`: all genes with another label.
+
     The table is tab-separated (or comma-separated: ``.csv``), with the columns ``ensembl_id`` or
     ``gene``, ``label``, and perhaps ``symbol`` and ``ambiguous`` (true or false).
 
@@ -73,12 +75,14 @@ def read_labels(task: GeneTask, data: Path | None) -> LabelledGenes:
     if (genes == "").any():
         rows = (np.flatnonzero(genes == "")[:5] + 2).tolist()
         raise ValueError(f"{path}: no gene in line(s) {rows} of column {found[0]}; fill them in")
+    no_label = labels == ""
+    if task.negative == OTHERS:
+        labels = labels.where(no_label | (labels == task.positive), OTHERS)
     for name in (task.negative, task.positive):
         if name not in set(labels):
             raise ValueError(
                 f"{path}: no gene has the label '{name}'; labels are {sorted(set(labels))[:10]}"
             )
-    no_label = labels == ""
     unknown = ~labels.isin([task.negative, task.positive]) & ~no_label
     known = ~no_label & ~unknown
     both = genes.isin(_in_both_classes(genes[known], labels[known]))

@@ -135,8 +135,6 @@ def settings_of(size: Size, device: str, bf16: bool) -> FinetuneSettings:
         head_learning_rate=size.head_learning_rate,
         batch_cells=size.batch_cells,
         freeze_layers=size.freeze_layers,
-        # A head that begins at random is trained as published, on means.
-        features="state" if size.start == "probe" else "mean",
         device=device,
         bf16=bf16,
         patience=_PATIENCE if size.epochs > _PATIENCE else 0,
@@ -169,7 +167,7 @@ def train(
     search_trials
         Trials of the search for settings, starting from `settings`; 0: none.
     state
-        The head reads cell states like this one; None: means of the last layer.
+        As in `eval.finetune.training.finetune`.
     """
     target = Target(Head(HEAD_NAME, "cells", tuple(classes)), labels.astype(np.int64), groups)
 
