@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,7 +123,7 @@ def test_the_encoder_learns_and_the_axes_stay(made):
     before = dict(made.encoder.named_parameters())
     moved = [n for n, p in trained.encoder.named_parameters() if not p.equal(before[n])]
     assert any("layer.0" in n or "layers.0" in n for n in moved)
-    assert np.array_equal(trained.reader.axes.numpy(), axes)
+    assert trained.reader and np.array_equal(trained.reader.axes.numpy(), axes)
     kinds = trained.predict_cells(made.cells, "kind").argmax(axis=1)
     assert (kinds == made.of_cells.labels).mean() > 0.9
 
@@ -252,9 +253,34 @@ def test_what_a_head_reads_is_in_the_keys():
         replace(QUICK, features="both")
 
 
-def test_a_screen_refuses_a_head_of_cell_states(made):
+def test_a_screen_reads_the_cell_states_of_copies(made):
+    """Both parts change when a gene is deleted."""
     from eval.perturb.screen.compare_copies import CopyEngine
+    from eval.perturb.screen.edits import Edit
+    from tests.test_eval_perturb import sets_of
+
+    still = replace(QUICK, epochs=1, learning_rate=1e-9, head_learning_rate=1e-9)
+    trained = train(made, still, targets=[made.of_cells])
+    unsure = np.abs(trained.predict_cells(made.cells, "kind")[:, 1] - 0.5).argmin()
+    cell = made.cells[unsure].astype(np.int64)
+    before, *after = trained.predict_cells([cell, *(cell[cell != g] for g in cell)], "kind")
+    engine = CopyEngine(trained.encoder, made.vocabulary, classifier=trained)
+    found = engine.perturb(cell, sets_of(*[[int(g)] for g in cell]), Edit("delete"))
+    assert found.before["probability_b"] == pytest.approx(before[1], abs=1e-5)
+    expected = np.array(after)[:, 1] - before[1]
+    np.testing.assert_allclose(found.values["class_b"], expected, atol=1e-5)
+    assert np.abs(expected).max() > 1e-2
+
+
+def test_an_estimate_refuses_a_head_of_cell_states(made):
+    """Of deletions by derivatives: the counted part has none."""
+    from eval.perturb.screen.cells_and_genes import GeneChoice
+    from eval.perturb.screen.compare_copies import CopyEngine
+    from eval.perturb.screen.estimate import require_screenable
+    from eval.perturb.screen.settings import Screen
 
     trained = train(made, replace(QUICK, epochs=1), targets=[made.of_cells])
-    with pytest.raises(ValueError, match="--features mean"):
-        CopyEngine(trained.encoder, made.vocabulary, classifier=trained)
+    engine = CopyEngine(trained.encoder, made.vocabulary, classifier=trained)
+    with pytest.raises(ValueError, match=r"--screen: this head reads cell states.*features mean"):
+        subject: Any = SimpleNamespace(engine=engine)
+        require_screenable(Screen(genes=GeneChoice(("a",))), subject)

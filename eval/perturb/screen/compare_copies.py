@@ -68,10 +68,15 @@ class CellShifts:
 
 @dataclass(frozen=True)
 class CopyStates:
-    """Hidden states of sequences of the same length: of the wanted layer and the head's layer."""
+    """Hidden states of sequences of the same length: of the wanted layer and the head's layer.
+
+    `genes` are the sequences, int64 [B, G] without special tokens; None where there are none but
+    embeddings.
+    """
 
     cell_BLD: torch.Tensor
     head_BLD: torch.Tensor | None
+    genes: np.ndarray | None = None
 
 
 class CopyEngine:
@@ -104,6 +109,7 @@ class CopyEngine:
         self.encoder, self.vocabulary, self.settings = encoder, vocabulary, settings
         self.head = _cell_head(classifier)
         self._output = None if self.head is None else _output(classifier, self.head)
+        self._reader = classifier.reader if classifier else None
         self.max_genes = vocabulary.max_length - (2 if vocabulary.has_cls else 0)
         self._device = torch.device(settings.device)
         nn.Module.to(encoder, self._device)
@@ -118,6 +124,11 @@ class CopyEngine:
             set_layers(encoder, nn.ModuleList(layers[:number]))
         layers[number - 1].register_forward_hook(self._remember)
         self.set_centroids(centroids or {})
+
+    @property
+    def reads_state(self) -> bool:
+        """Whether there is a head that reads cell states."""
+        return self._reader is not None
 
     @property
     def _scores_genes(self) -> bool:
@@ -209,7 +220,7 @@ class CopyEngine:
 
     def _run(self, genes: np.ndarray) -> CopyStates:
         ids = torch.from_numpy(self.sequences(genes)).to(self._device)
-        return self.forward(input_ids=ids)
+        return replace(self.forward(input_ids=ids), genes=genes)
 
     def forward(self, **inputs: torch.Tensor) -> CopyStates:
         """Return the hidden states for inputs of the encoder."""
@@ -274,13 +285,17 @@ class CopyEngine:
     def probabilities(
         self, states: CopyStates, weights_L: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return float64 [B, classes], the head's probabilities; it reads the mean over all genes.
+        """Return float64 [B, classes], the head's probabilities.
 
+        It reads the mean over all genes, or the cell state that is made of it and of the genes.
         `weights_L` are the weights of the genes in this mean; None: all are equal.
         """
         assert states.head_BLD is not None and self._output is not None
         genes = self.genes_only(states.head_BLD)
         pooled = genes.mean(dim=1) if weights_L is None else (genes * weights_L[:, None]).sum(dim=1)
+        if self._reader is not None:
+            assert states.genes is not None
+            pooled = self._reader(list(states.genes), pooled)
         return self._output(pooled).double().softmax(dim=1)
 
     def _gene_shifts(self, original: CopyStates, states: CopyStates, copies: Copies) -> np.ndarray:
@@ -306,11 +321,6 @@ def _means(values: np.ndarray, counted: np.ndarray) -> np.ndarray:
 def _cell_head(classifier: Classifier | None) -> Head | None:
     if classifier is None:
         return None
-    if classifier.reader:
-        raise ValueError(
-            "--head: reads cell states, whose counted part perturbed copies do not have; train one "
-            "with `geneloom finetune cells --features mean`"
-        )
     heads = [h for h in classifier.heads if h.kind == "cells"]
     if len(heads) != 1:
         names = [f"{h.name} ({h.kind})" for h in classifier.heads]

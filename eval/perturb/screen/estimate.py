@@ -62,6 +62,12 @@ def require_screenable(screen: Screen, subject: Subject) -> None:
         )
     if not screen.cells.states and subject.engine.head is None:
         raise ValueError("--screen: orders genes by a goal; give --start and --goal, or --head")
+    if not screen.cells.states and subject.engine.reads_state:
+        raise ValueError(
+            "--screen: this head reads cell states, whose counted part has no derivative by a "
+            "gene; leave --screen out, or train a head with `geneloom finetune cells --features "
+            "mean`"
+        )
 
 
 def estimate(engine: CopyEngine, genes: np.ndarray, num_breaks: int = _BREAKS) -> np.ndarray:
