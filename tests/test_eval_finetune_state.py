@@ -228,6 +228,8 @@ def test_the_better_of_both_is_read(made):
         trained = train(made, still, targets=[target, made.of_genes], state=state)
         assert (trained.reader is not None) == reads, (state is of_noise, donors)
         assert training_reads(trained) == ("cell state" if reads else "mean")
+    of_genes = train(made, still, targets=[made.of_genes])
+    assert training_reads(of_genes) == "gene state" and of_genes.reader is None
     random = train(made, replace(still, start="random"), targets=[made.of_cells])
     assert random.reader is None, "a head that begins at random reads means, as published"
 

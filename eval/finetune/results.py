@@ -34,8 +34,8 @@ def training_record(classifier: Classifier) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``reads``: what a head of cells read, ``cell state`` or ``mean``; ``steps`` that were done,
-        ``kept_step``, whose weights were kept (the last, but for early
+        ``reads``: what its head read: ``cell state`` or ``mean``, of genes ``gene state``;
+        ``steps`` that were done, ``kept_step``, whose weights were kept (the last, but for early
         stopping; 0: those of the probe), ``curve``: [step, mean training loss of the steps since
         the point before], and ``validation``: [step, loss] after each epoch, empty without
         validation cells, and of step 0 where the probe may be kept.
@@ -54,12 +54,18 @@ def training_record(classifier: Classifier) -> dict[str, Any]:
     if classifier.settings.patience and validation:
         kept = min(validation, key=lambda point: (not np.isfinite(point[1]), point[1]))[0]
     return {
-        "reads": CELL_STATE if classifier.reader else "mean",
+        "reads": _reads(classifier),
         "steps": len(losses),
         "kept_step": kept,
         "curve": [[e, _short(float(np.mean(s)))] for e, s in zip(ends, stretches, strict=True)],
         "validation": validation,
     }
+
+
+def _reads(classifier: Classifier) -> str:
+    if all(head.kind == "genes" for head in classifier.heads):
+        return "gene state"
+    return CELL_STATE if classifier.reader else "mean"
 
 
 def summarise(

@@ -107,7 +107,8 @@ def finetune(
     devices = [torch.cuda.current_device()] if settings.device == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        state = state if settings.may_read_state else None
+        if not settings.may_read_state or all(head.kind == "genes" for head in heads):
+            state = None
         forced = state if settings.features == "state" else None
         classifier = Classifier(copy.deepcopy(encoder), vocabulary, heads, settings, forced)
         targets = learnable(vocabulary, tokens, targets)
