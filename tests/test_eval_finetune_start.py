@@ -393,3 +393,56 @@ def test_early_stopping_needs_twenty_validation_cells_of_each_class():
     with pytest.raises(ValueError, match="too few to divide"):
         validation_cells(np.arange(3), np.array([0, 0, 1]), None, 0)
     assert too_few_to_stop_by(np.array([-1, -1])).startswith("0 validation cells")
+
+
+def test_each_gene_counts_once(labelled):
+    """However many cells hold it: in the probe, as scikit-learn weighs it, and in the loss."""
+    import torch
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    from eval.finetune.classifier import FinetuneSettings
+    from eval.finetune.examples import Examples, class_weights, gene_weights
+    from eval.finetune.probe_start import PENALTIES, start_from_probe
+
+    _, vocabulary, cells, _, of_genes = labelled
+    settings = FinetuneSettings(start="probe")
+    (weights,) = gene_weights(cells, [of_genes], settings)
+    assert weights is not None
+    held = np.bincount(np.concatenate(cells), minlength=vocabulary.num_tokens)
+    is_known = (of_genes.labels >= 0) & (held > 0)
+    for label in (0, 1):
+        of_class = (weights * held)[is_known & (of_genes.labels == label)]
+        assert of_class == pytest.approx(of_class[0]), "a gene counts once"
+    totals = np.bincount(of_genes.labels[is_known], (weights * held)[is_known])
+    assert totals[0] == pytest.approx(totals[1]) and not weights[~is_known].any()
+    assert (weights * held).sum() == pytest.approx(held[is_known].sum())
+    assert gene_weights(cells, [of_genes], replace(settings, start="random")) == [None]
+
+    # The loss: by hand, for logits that are known.
+    every = np.arange(len(cells))
+    plain = class_weights(cells, [of_genes], settings)
+    examples = Examples(cells, [of_genes], plain, "cpu", [weights])
+    (items,) = examples.items(every)
+    tokens = np.array([cells[c][p] for c, p in zip(items.cell, items.place, strict=True)])
+    logits = torch.from_numpy(np.random.default_rng(0).normal(size=(len(tokens), 2)))
+    found = examples.loss(lambda *_: [logits], every, examples.scale(every))  # pyright: ignore
+    nll = -logits.log_softmax(dim=1)[torch.arange(len(tokens)), torch.from_numpy(items.label)]
+    assert float(found) == pytest.approx(np.average(nll.numpy(), weights=weights[tokens]), rel=1e-5)
+
+    # The probe.
+    rng = np.random.default_rng(1)
+    genes = rng.integers(0, 12, 300) ** 2 // 12
+    labels, states = genes % 2, rng.normal(size=(300, WIDTH)).astype(np.float32)
+    states[:, 0] += labels
+    output = layer(2)
+    strength = start_from_probe(output, states, labels, genes, True, 0, each_group_once=True)
+    assert strength in PENALTIES
+    weight = 1 / np.bincount(genes)[genes]
+    weight /= np.bincount(labels, weight)[labels]
+    fitted = LogisticRegression(C=strength, max_iter=300)
+    scaled = StandardScaler().fit_transform(states)
+    fitted.fit(scaled, labels, sample_weight=weight * 300 / weight.sum())
+    with torch.no_grad():
+        said = output(torch.from_numpy(states)).softmax(dim=1).numpy()
+    np.testing.assert_allclose(said, fitted.predict_proba(scaled), atol=2e-3)

@@ -163,7 +163,7 @@ def _ask(
         "classes": [task.negative, task.positive],
         "reading": repr(reading),
         "gene_names": model.gene_names,
-        "settings": settings.deciding() | settings.of_training,
+        "settings": settings.deciding() | settings.of_training_on_genes,
     }
     unfinished = Unfinished(out, identity, writes=is_first)
     size = Size.model_validate({"seeds": options.seeds, "max_cells": options.max_cells})

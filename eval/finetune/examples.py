@@ -20,8 +20,8 @@ class Examples:
     active
         int64 indices of cells with a labelled item.
     mass
-        float64 [cells, heads], sum of the class weights of a cell's labelled items, by which the
-        loss is divided.
+        float64 [cells, heads], sum of the weights of a cell's labelled items, by which the loss is
+        divided.
     """
 
     def __init__(
@@ -30,17 +30,20 @@ class Examples:
         targets: list[Target],
         weights: list[np.ndarray],
         device: str,
+        of_tokens: list[np.ndarray | None] | None = None,
     ) -> None:
+        """Take the weights of each head's classes, or of tokens (`gene_weights`), where known."""
         self.tokens, self._targets = tokens, targets
+        self._of_tokens = of_tokens or [None] * len(targets)
         self.lengths = np.array([len(t) for t in tokens], dtype=np.int64)
         self._weights = [torch.from_numpy(w.astype(np.float32)).to(device) for w in weights]
         columns = []
-        for target, weight in zip(targets, weights, strict=True):
+        for target, weight, known in zip(targets, weights, self._of_tokens, strict=True):
             of_label = np.append(weight, 0.0)  # the label -1 selects this 0
             if target.head.kind == "cells":
                 columns.append(of_label[target.labels])
             else:
-                of_token = of_label[target.labels]
+                of_token = of_label[target.labels] if known is None else known
                 columns.append(np.array([of_token[t].sum() for t in tokens]))
         self.mass = np.stack(columns, axis=1)
         self.active = np.flatnonzero(self.mass.sum(axis=1) > 0)
@@ -69,10 +72,19 @@ class Examples:
         logits = model(members, items)
         for i, found in enumerate(items):
             label = torch.from_numpy(found.label).to(total.device)
+            of_tokens = self._of_tokens[i]
             # The loss is computed in float32, because bfloat16 has only three digits.
-            total = total + float(scale[i]) * functional.cross_entropy(
-                logits[i].float(), label, weight=self._weights[i], reduction="sum"
-            )
+            if of_tokens is None:
+                loss = functional.cross_entropy(
+                    logits[i].float(), label, weight=self._weights[i], reduction="sum"
+                )
+            else:
+                first = np.cumsum([0, *map(len, members)])[:-1]
+                tokens = np.concatenate(members)[first[found.cell] + found.place]
+                weight = torch.from_numpy(of_tokens[tokens].astype(np.float32)).to(total.device)
+                each = functional.cross_entropy(logits[i].float(), label, reduction="none")
+                loss = (weight * each).sum()
+            total = total + float(scale[i]) * loss
         return total
 
     @staticmethod
@@ -113,6 +125,30 @@ def class_weights(
         inverse = np.where(counts > 0, len(found) / np.maximum(counts, 1) / num_classes, 1.0)
         weights.append(inverse if settings.class_weights else np.ones(num_classes))
     return weights
+
+
+def gene_weights(
+    tokens: list[np.ndarray], targets: list[Target], settings: FinetuneSettings
+) -> list[np.ndarray | None]:
+    """Return float64 [num_tokens] for heads of genes in which each gene counts once, else None.
+
+    A gene that many cells express would otherwise decide the loss: its weight is divided by the
+    number of cells that hold it. Classes weigh alike, if they are to, by their numbers of genes.
+    """
+    found: list[np.ndarray | None] = []
+    for target in targets:
+        if target.head.kind == "cells" or not settings.genes_count_once:
+            found.append(None)
+            continue
+        cells = np.bincount(np.concatenate(tokens).astype(np.int64), minlength=len(target.labels))
+        weight = np.where((target.labels >= 0) & (cells > 0), 1 / np.maximum(cells, 1), 0.0)
+        if settings.class_weights:
+            genes = np.bincount(target.labels[weight > 0], minlength=len(target.head.classes))
+            weight *= 1 / np.maximum(genes, 1)[target.labels]
+        # Their mean over all labelled items is 1, as that of the weights of classes.
+        items = cells[weight > 0].sum()
+        found.append(weight * items / max(float((weight * cells).sum()), 1e-300))
+    return found
 
 
 def require_fitting(

@@ -13,6 +13,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ def start_from_probe(
     groups: np.ndarray,
     balanced: bool,
     seed: int,
+    each_group_once: bool = False,
 ) -> float:
     """Set a head to the weights of a regression on frozen states; return the chosen 1 / penalty.
 
@@ -61,6 +63,8 @@ def start_from_probe(
         gene in all cells.
     balanced
         All classes have the same weight.
+    each_group_once
+        All groups have the same weight, however many items they have.
     """
     states, labels, groups = _at_most(states, labels, groups, seed)
     classes = np.unique(labels)
@@ -68,9 +72,11 @@ def start_from_probe(
         return math.nan  # a regression cannot learn from one class
     scaler = StandardScaler().fit(states)
     scaled = scaler.transform(states)
-    losses = _losses(scaled, labels, groups, balanced, seed)
+    weigh = _Weights(groups, labels, balanced) if each_group_once else None
+    losses = _losses(scaled, labels, groups, balanced, seed, weigh)
     strength = min(losses, key=lambda c: losses[c]) if losses else UNCHOSEN
-    fitted = _fit(scaled, labels, strength, balanced)
+    every = np.arange(len(labels))
+    fitted = _fit(scaled, labels, strength, balanced, None if weigh is None else weigh.of(every))
     weights, bias = fitted.coef_, fitted.intercept_
     if len(classes) == 2:  # one row: log-odds of the second class
         weights, bias = np.stack([-weights[0], weights[0]]) / 2, np.array([-bias[0], bias[0]]) / 2
@@ -109,17 +115,42 @@ def _at_most(
     return states[chosen], labels[chosen], groups[chosen]
 
 
+@dataclass(frozen=True)
+class _Weights:
+    """Weights of items: all groups the same, and all classes, if they are to be balanced."""
+
+    groups: np.ndarray
+    labels: np.ndarray
+    balanced: bool
+
+    def of(self, items: np.ndarray) -> np.ndarray:
+        """Return float64 [items], of items at some positions, with a mean of 1."""
+        _, place, sizes = np.unique(self.groups[items], return_inverse=True, return_counts=True)
+        weights = 1 / sizes[place]
+        if self.balanced:
+            labels = self.labels[items]
+            weights /= np.maximum(np.bincount(labels, weights), 1e-300)[labels]
+        return weights * len(items) / weights.sum()
+
+
 def _losses(
-    states: np.ndarray, labels: np.ndarray, groups: np.ndarray, balanced: bool, seed: int
+    states: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray,
+    balanced: bool,
+    seed: int,
+    weigh: _Weights | None = None,
 ) -> dict[float, float]:
     """Return the mean log-loss over folds of each penalty; nothing where there are no folds."""
     folds = list(_folds(states, labels, groups, seed))
     losses = dict.fromkeys(PENALTIES, 0.0) if folds else {}
     for train, test in folds:
+        known, asked = (None if weigh is None else weigh.of(x) for x in (train, test))
         for strength in losses:
-            fitted = _fit(states[train], labels[train], strength, balanced)
+            fitted = _fit(states[train], labels[train], strength, balanced, known)
             guessed = fitted.predict_proba(states[test])
-            losses[strength] += log_loss(labels[test], guessed, labels=fitted.classes_) / len(folds)
+            loss = log_loss(labels[test], guessed, labels=fitted.classes_, sample_weight=asked)
+            losses[strength] += loss / len(folds)
     return losses
 
 
@@ -138,12 +169,16 @@ def _folds(
 
 
 def _fit(
-    states: np.ndarray, labels: np.ndarray, strength: float, balanced: bool
+    states: np.ndarray,
+    labels: np.ndarray,
+    strength: float,
+    balanced: bool,
+    weights: np.ndarray | None = None,
 ) -> LogisticRegression:
-    regression = LogisticRegression(
-        C=strength, max_iter=_MOST_STEPS, class_weight="balanced" if balanced else None
-    )
+    """Return a regression; `weights` of the items replace those of the classes."""
+    by_class = "balanced" if balanced and weights is None else None
+    regression = LogisticRegression(C=strength, max_iter=_MOST_STEPS, class_weight=by_class)
     with warnings.catch_warnings():
         # A fit that has not quite converged is a good enough start.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return regression.fit(states, labels)
+        return regression.fit(states, labels, sample_weight=weights)

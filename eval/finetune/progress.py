@@ -57,7 +57,7 @@ def identity_of(
     state: CellState | None = None,
 ) -> str:
     """Return a hash of everything that determines the result of a fine-tuning."""
-    how = settings.deciding() | settings.of_training
+    how = settings.deciding() | settings.of_training_on_genes
     if state:
         how["cell_state"] = digest_of(state)
     digest = hashlib.sha256(json.dumps([how, seed, vocabulary.sha256]).encode())

@@ -18,6 +18,7 @@ _CHANGE_NOTHING = (("layer_decay", 1.0),)
 # Rules of a training that are no settings: they came later, and results from before are others.
 _DROPOUT_RULE, _START_RULE = {"dropout_around": "mean"}, {"may_keep_start": True}
 _PENALTY_RULE = {"penalty": "by whole groups, or 1"}
+_GENES_RULE = {"genes": "count once"}
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,19 @@ class FinetuneSettings:
     def of_training_on_cells(self) -> dict[str, Any]:
         """As `of_training`; the penalties of probes of genes are chosen as they were before."""
         return self.of_training | (_PENALTY_RULE if self.start == "probe" else {})
+
+    @property
+    def of_training_on_genes(self) -> dict[str, Any]:
+        """As `of_training`, with what heads of genes have of their own."""
+        return self.of_training | (_GENES_RULE if self.genes_count_once else {})
+
+    @property
+    def genes_count_once(self) -> bool:
+        """Whether each gene weighs the same, however many cells hold it, as scores count genes.
+
+        Heads that begin at random are trained as published, where each occurrence weighs the same.
+        """
+        return self.start == "probe"
 
     @property
     def may_keep_start(self) -> bool:

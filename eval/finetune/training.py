@@ -22,7 +22,13 @@ from eval.finetune.classifier import (
     FinetuneSettings,
     Target,
 )
-from eval.finetune.examples import Examples, class_weights, learnable, require_fitting
+from eval.finetune.examples import (
+    Examples,
+    class_weights,
+    gene_weights,
+    learnable,
+    require_fitting,
+)
 from eval.finetune.probe_start import heldout_loss, start_from_probe
 from eval.finetune.progress import FinetuningProgress, identity_of, load_progress, save_progress
 from pretrain.cell_states.cell_state import CellState
@@ -67,8 +73,9 @@ def finetune(
     """Return a trained classifier; `encoder` and torch's random state are not changed.
 
     For each head, the loss of a step is the weighted mean over the labelled items of all its cells
-    (on all ranks); the mean over heads follows. Each epoch has another order of cells, a function
-    of (seed, epoch). A cell without a labelled item is not computed.
+    (on all ranks; genes weigh as `eval.finetune.examples.gene_weights` says); the mean over heads
+    follows. Each epoch has another order of cells, a function of (seed, epoch). A cell without a
+    labelled item is not computed.
 
     Parameters
     ----------
@@ -113,7 +120,8 @@ def finetune(
         classifier = Classifier(copy.deepcopy(encoder), vocabulary, heads, settings, forced)
         targets = learnable(vocabulary, tokens, targets)
         weights = class_weights(tokens, targets, settings)
-        examples = Examples(tokens, targets, weights, settings.device)
+        of_tokens = gene_weights(tokens, targets, settings)
+        examples = Examples(tokens, targets, weights, settings.device, of_tokens)
         if not len(examples.active):
             raise ValueError("fine-tuning: no cell has a labelled item")
         if settings.start == "probe":
@@ -121,7 +129,8 @@ def finetune(
         checks = None
         if validation is not None:
             kept = learnable(vocabulary, *validation)
-            checks = Examples(validation[0], kept, weights, settings.device)
+            of_tokens = gene_weights(validation[0], kept, settings)
+            checks = Examples(validation[0], kept, weights, settings.device, of_tokens)
             if settings.patience and not len(checks.active):
                 raise ValueError("patience: no validation cell has a labelled item")
         key = ""
@@ -343,7 +352,11 @@ def _start_heads(
             for r, h in zip(read, heads, strict=True)
         ]
         means, states = (
-            sum(heldout_loss(r.states, r.labels, r.groups, balanced, seed) for r in found)
+            sum(
+                heldout_loss(r.states, r.labels, r.groups, balanced, seed)
+                for r, h in zip(found, heads, strict=True)
+                if h.kind == "cells"
+            )
             for found in (read, changed)
         )
         if not means < states:
@@ -354,7 +367,8 @@ def _start_heads(
         centre = torch.from_numpy(found.states.mean(axis=0))
         classifier.centres[i, : len(centre)] = centre
         strength = start_from_probe(
-            output, found.states, found.labels, found.groups, balanced, seed
+            output, found.states, found.labels, found.groups, balanced, seed,
+            each_group_once=heads[i].kind == "genes" and classifier.settings.genes_count_once,
         )  # fmt: skip
         logger.debug("head %s: from a probe, C = %g", heads[i].name, strength)
 

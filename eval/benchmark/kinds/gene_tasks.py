@@ -145,7 +145,7 @@ class ClassesOfGenes(Contest[GeneTask, Fold]):
         if model:
             key["bf16"] = self.bench.bf16
         if contender.name == FINE_TUNED:
-            key["settings"] = self.settings.deciding() | self.settings.of_training
+            key["settings"] = self.settings.deciding() | self.settings.of_training_on_genes
         return key
 
     def features(self, kind: str, model: Model | None, role: Role, fold: Fold) -> np.ndarray:
