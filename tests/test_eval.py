@@ -165,7 +165,9 @@ def test_embed_finetune_report(pretrained, tmp_path):
     assert "1 cells without any gene" in message
     out = anndata.read_h5ad(tmp_path / "out.h5ad")
     assert list(out.obs_names) == list(cells.obs_names)
-    assert out.obsm[OBSM_KEY].shape == (90, 112), "a cell state: 80 counted, 32 learned"
+    # A cell state: 80 counted, and all directions of a width of 32 but the one that a layer norm
+    # leaves without spread.
+    assert out.obsm[OBSM_KEY].shape == (90, 80 + 31)
     assert np.flatnonzero(np.isnan(out.obsm[OBSM_KEY]).any(axis=1)).tolist() == [5]
     with pytest.raises(ValueError, match="exists"):
         embed_file(tmp_path / "cells.h5ad", model, tmp_path / "out.h5ad")
