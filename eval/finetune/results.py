@@ -140,7 +140,7 @@ def below_frozen(name: str, label: str, tuned: float, frozen: dict[str, float]) 
     return [
         f"{name}: {label} {tuned:.3f} is below that of {own}, {frozen[best]:.3f}. "
         "That is a training that failed, and says nothing of the weights: more steps, a start at "
-        "the probe, or another learning rate"
+        "the probe, another learning rate, or another of --features"
     ]
 
 
