@@ -75,6 +75,7 @@ def test_a_world_is_made_once(controlled, world):  # noqa: F811
     assert again["positive_controls"][0]["outcomes"] == first["positive_controls"][0]["outcomes"]
 
 
+@pytest.mark.long
 def test_a_world_that_was_half_made_is_finished(controlled, tmp_path):
     """Killed after the training and before the export: nothing is trained anew, weights agree."""
     import shutil
