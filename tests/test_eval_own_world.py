@@ -177,7 +177,7 @@ def test_the_standard_suite_has_a_control_that_needs_no_data():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_positive_control_holds(world, tmp_path, seed):  # noqa: F811
     """A small model that is pretrained on the network's cells beats every baseline on 60 cells."""
     from eval.benchmark.report.overview import positive_controls
