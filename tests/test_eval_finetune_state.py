@@ -14,6 +14,7 @@ import pytest
 
 from data_prep.genes.vocabulary import Vocabulary
 from eval.finetune.settings import FinetuneSettings
+from tests.ranks import run_ranks
 
 QUICK = FinetuneSettings(
     epochs=2, batch_cells=12, learning_rate=1e-3, head_learning_rate=1e-3, start="probe",
@@ -24,6 +25,11 @@ QUICK = FinetuneSettings(
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> SimpleNamespace:
     """An encoder with a cell state in a model folder, cells of two kinds, and their heads."""
+    return make(tmp_path_factory.mktemp("state") / "model")
+
+
+def make(folder: Path | None) -> SimpleNamespace:
+    """Return them; with None they are in memory alone, as ranks need them."""
     import torch
 
     from eval.finetune.classifier import Head, Target
@@ -43,9 +49,9 @@ def made(tmp_path_factory) -> SimpleNamespace:
         attention_dropout=0.0,
     )  # fmt: skip
     network = build_model(settings, vocabulary, 0).bert
-    folder = tmp_path_factory.mktemp("state") / "model"
-    network.save_pretrained(folder)
-    vocabulary.save(folder / "vocabulary.json")
+    if folder:
+        network.save_pretrained(folder)
+        vocabulary.save(folder / "vocabulary.json")
     random, first = np.random.default_rng(0), vocabulary.first_gene_token
     labels = random.integers(0, 2, 48)
     cells = [first + random.permutation(np.r_[0:40][:30] + 8 * label)[:20] for label in labels]
@@ -54,8 +60,10 @@ def made(tmp_path_factory) -> SimpleNamespace:
     origin = {"shards_fingerprint": "planted", "cells": 48, "residual": 0.0}
     svd = CorpusSvd(loadings, np.ones(5, np.float32), vocabulary.sha256, first, origin)
     encoder = encoder_of(network)
-    state = reduced(svd, cells, embed_cells(cells, encoder, vocabulary), weights_digest(folder))
-    state.save(folder)
+    digest = weights_digest(folder) if folder else ""
+    state = reduced(svd, cells, embed_cells(cells, encoder, vocabulary), digest)
+    if folder:
+        state.save(folder)
     tokens = np.arange(vocabulary.num_tokens)
     of_genes = np.where(tokens < first, -1, tokens % 2)
     return SimpleNamespace(
@@ -238,6 +246,36 @@ def training_reads(trained) -> str:
     from eval.finetune.results import training_record
 
     return training_record(trained)["reads"]
+
+
+def train_on_ranks():
+    """Train in this rank, whose own last bits say something else than the other's."""
+    from eval.finetune import training
+    from pretrain.ranks import dist
+
+    ranks = dist.start(timeout_s=60, threads=1)
+    own, of_state = training.heldout_loss, 1e-9 if ranks.rank else 0.0
+    made = make(None)
+
+    def nearly_tied(states, *arguments):
+        assert own(states, *arguments) > 0
+        return 1.0 + (of_state if states.shape[1] == made.state.width else 0.0)
+
+    training.heldout_loss = nearly_tied
+    try:
+        settings = replace(QUICK, epochs=1, features="auto")
+        trained = train(made, settings, targets=[made.of_cells], ranks=ranks)
+    finally:
+        training.heldout_loss = own
+    dist.leave()
+    return trained.reader is not None, {n: p.numpy() for n, p in trained.state_dict().items()}
+
+
+def test_ranks_read_the_same():
+    """One decision for all: heads of two shapes could not be trained together."""
+    (one, first), (two, second) = run_ranks(2, train_on_ranks)
+    assert not one and not two, "by the sum of both, means are better"
+    assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
 def test_what_a_head_reads_is_in_the_keys():

@@ -125,7 +125,7 @@ def finetune(
         if not len(examples.active):
             raise ValueError("fine-tuning: no cell has a labelled item")
         if settings.start == "probe":
-            _start_heads(classifier, examples, seed, None if forced else state)
+            _start_heads(classifier, examples, seed, None if forced else state, ranks)
         checks = None
         if validation is not None:
             kept = learnable(vocabulary, *validation)
@@ -337,7 +337,11 @@ class _Read:
 
 
 def _start_heads(
-    classifier: Classifier, examples: Examples, seed: int, state: CellState | None
+    classifier: Classifier,
+    examples: Examples,
+    seed: int,
+    state: CellState | None,
+    ranks: Ranks | None,
 ) -> None:
     """Set every head to the weights of a regression on the states that it reads.
 
@@ -351,15 +355,17 @@ def _start_heads(
             r.with_state(state, examples.tokens) if h.kind == "cells" else r
             for r, h in zip(read, heads, strict=True)
         ]
-        means, states = (
+        losses = [
             sum(
                 heldout_loss(r.states, r.labels, r.groups, balanced, seed)
                 for r, h in zip(found, heads, strict=True)
                 if h.kind == "cells"
             )
             for found in (read, changed)
-        )
-        if not means < states:
+        ]
+        if ranks and ranks.world_size > 1:  # heads have one shape, whatever a rank's last bits say
+            losses = dist.sum_over_ranks(losses, ranks.device)
+        if not losses[0] < losses[1]:
             classifier.read(state)
             read = changed
     for i, (output, found) in enumerate(zip(classifier.outputs, read, strict=True)):
